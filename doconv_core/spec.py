@@ -1,0 +1,147 @@
+"""What a DO-Conv layer is, before any framework: its sizes, and the shapes that follow from them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+MAX_RANK = 3
+
+
+def as_integer(name: str, value: Any, *, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`; TypeError or ValueError names it otherwise."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; received {name}={value!r}.") from None
+    if integer < least:
+        raise ValueError(f"{name} must be at least {least}; received {name}={integer}.")
+    return integer
+
+
+def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, ...]:
+    """Return `value`, one integer for all dimensions or one for each, as a tuple of `rank` ints."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != rank:
+            raise ValueError(
+                f"{name} must be one integer or {rank} of them; received {name}={value!r}."
+            )
+        return tuple(as_integer(f"{name}[{d}]", v, least=least) for d, v in enumerate(value))
+    return (as_integer(name, value, least=least),) * rank
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The sizes of one over-parameterized convolution, validated once, and every shape they imply.
+
+    in_channels: `I`, and out_channels: `O`, both divisible by groups: `g`.
+    kernel_size: one to three integers, one for each spatial dimension; their product is `M`.
+    depth_multiplier: `S >= M`, the length of each weight vector; `None` means `M`. A kernel of one
+    tap has no depthwise weight, whatever was asked for: its depth multiplier is 1.
+
+    Raises TypeError for what is not an integer, ValueError for sizes that give no layer.
+    Source: DO-Conv, arXiv 2006.12030, section "Depthwise over-parameterized convolutional layer".
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int = 1
+    depth_multiplier: int = None  # type: ignore[assignment]  # never None after __post_init__
+
+    def __post_init__(self) -> None:
+        """Validate every field, and store plain ints and a tuple in place of what came."""
+        put = object.__setattr__
+        for name in ("in_channels", "out_channels", "groups"):
+            put(self, name, as_integer(name, getattr(self, name)))
+        put(self, "kernel_size", self._validated_kernel_size())
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % self.groups:
+                raise ValueError(
+                    f"{name} must be divisible by groups; received "
+                    f"{name}={getattr(self, name)}, groups={self.groups}."
+                )
+        put(self, "depth_multiplier", self._validated_depth_multiplier())
+
+    def _validated_kernel_size(self) -> tuple[int, ...]:
+        size = self.kernel_size
+        if isinstance(size, str) or not hasattr(size, "__len__"):
+            raise TypeError(
+                "kernel_size must be a sequence of 1 to 3 integers, one for each spatial "
+                f"dimension; received kernel_size={size!r}."
+            )
+        if not 1 <= len(size) <= MAX_RANK:
+            raise ValueError(
+                f"kernel_size must have 1 to {MAX_RANK} entries, one for each spatial dimension; "
+                f"received kernel_size={tuple(size)!r}."
+            )
+        return tuple(as_integer(f"kernel_size[{d}]", k) for d, k in enumerate(size))
+
+    def _validated_depth_multiplier(self) -> int:
+        if self.depth_multiplier is None:
+            return self.taps
+        multiplier = as_integer("depth_multiplier", self.depth_multiplier)
+        if self.taps == 1:
+            return 1
+        if multiplier < self.taps:
+            raise ValueError(
+                "depth_multiplier must be at least the number of kernel taps, or some kernels "
+                f"cannot be expressed; received depth_multiplier={multiplier} for "
+                f"kernel_size={self.kernel_size}, which has {self.taps} taps."
+            )
+        return multiplier
+
+    @property
+    def rank(self) -> int:
+        """The number of spatial dimensions, 1 to 3."""
+        return len(self.kernel_size)
+
+    @property
+    def taps(self) -> int:
+        """`M`, the number of kernel taps."""
+        return prod(self.kernel_size)
+
+    @property
+    def over_parameterized(self) -> bool:
+        """Whether the layer has a depthwise weight: whether its kernel has more than one tap."""
+        return self.taps > 1
+
+    @property
+    def in_channels_per_group(self) -> int:
+        """`I/g`, the input channels that one output channel reads."""
+        return self.in_channels // self.groups
+
+    @property
+    def out_channels_per_group(self) -> int:
+        """`O/g`, the output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the ordinary kernel, `(O, I/g, *kernel_size)`."""
+        return (self.out_channels, self.in_channels_per_group, *self.kernel_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """Shape of `W`, `(O, I/g, S)`."""
+        return (self.out_channels, self.in_channels_per_group, self.depth_multiplier)
+
+    @property
+    def depthwise_shape(self) -> tuple[int, int, int] | None:
+        """Shape of `D`, `(I, M, S)`; None for a kernel of one tap, which has no `D`."""
+        if not self.over_parameterized:
+            return None
+        return (self.in_channels, self.taps, self.depth_multiplier)
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape in which a layer keeps `W`: the ordinary kernel's where `S == M`, else `W`'s own.
+
+        So an ordinary convolution's checkpoint loads into the layer as it is.
+        """
+        return self.kernel_shape if self.depth_multiplier == self.taps else self.weight_shape
