@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doconv_core.convolve import convolve
+from doconv_core.numeric import widened
 from doconv_core.spec import ConvSpec
 
 Array = NDArray[Any]
@@ -26,7 +27,8 @@ def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
     """
     taps, multiplier = spec.taps, spec.depth_multiplier
     tiled = np.arange(multiplier) < taps * (multiplier // taps)
-    return ((np.arange(multiplier) % taps == np.arange(taps)[:, None]) & tiled).astype(dtype)
+    one: Array = (np.arange(multiplier) % taps == np.arange(taps)[:, None]) & tiled
+    return one.astype(dtype)
 
 
 def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> Array:
@@ -41,8 +43,8 @@ def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> A
     weight, depthwise = _checked(weight, depthwise, spec)
     if depthwise is None:
         return weight.reshape(spec.kernel_shape)
-    w, d = _grouped(_widened(weight), _widened(depthwise), spec)
-    kernel = _sum_tiles(w, spec) + np.einsum("gois,gims->goim", w, d)
+    w, d = _grouped(widened(weight), widened(depthwise), spec)
+    kernel: Array = _sum_tiles(w, spec) + np.einsum("gois,gims->goim", w, d)
     return kernel.reshape(spec.kernel_shape).astype(weight.dtype)
 
 
@@ -59,8 +61,8 @@ def compose_gradient(
     gradient = _of_shape("kernel_gradient", kernel_gradient, spec.kernel_shape)
     if depthwise is None:
         return gradient.reshape(spec.weight_shape).astype(weight.dtype), None
-    w, d = _grouped(_widened(weight), _widened(depthwise), spec)
-    k = _widened(gradient).reshape(*w.shape[:3], spec.taps)
+    w, d = _grouped(widened(weight), widened(depthwise), spec)
+    k = widened(gradient).reshape(*w.shape[:3], spec.taps)
     weight_gradient = _repeat_tiles(k, spec) + np.einsum("goim,gims->gois", k, d)
     depthwise_gradient = np.einsum("goim,gois->gims", k, w)
     return (
@@ -70,7 +72,7 @@ def compose_gradient(
 
 
 def from_kernel(kernel: ArrayLike, spec: ConvSpec) -> tuple[Array, Array | None]:
-    """Return the pair `(W, D)` with `D = 0` that composes to a trained convolution's kernel exactly.
+    """Return the pair `(W, D)`, `D = 0`, that composes to a trained convolution's kernel exactly.
 
     kernel: `(O, I/g, *kernel_size)`. Its taps become the first `M` entries of `W`, the rest is
     zero. Returns `(O, I/g, S)` and `(I, M, S)`, in kernel's dtype; None in place of the second for
@@ -134,7 +136,8 @@ def _grouped(weight: Array, depthwise: Array, spec: ConvSpec) -> tuple[Array, Ar
 def _sum_tiles(w: Array, spec: ConvSpec) -> Array:
     """Return `W·Eᵀ` without multiplying: the sum of `W`'s whole tiles of `M`, or `W` itself."""
     taps, tiles = spec.taps, spec.depth_multiplier // spec.taps
-    return w[..., : tiles * taps].reshape(*w.shape[:-1], tiles, taps).sum(axis=-2)
+    summed: Array = w[..., : tiles * taps].reshape(*w.shape[:-1], tiles, taps).sum(axis=-2)
+    return summed
 
 
 def _repeat_tiles(k: Array, spec: ConvSpec) -> Array:
@@ -142,10 +145,6 @@ def _repeat_tiles(k: Array, spec: ConvSpec) -> Array:
     tiles, rest = divmod(spec.depth_multiplier, spec.taps)
     repeated = np.tile(k, tiles)
     return np.concatenate([repeated, np.zeros_like(k[..., :rest])], axis=-1)
-
-
-def _widened(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
 def _checked(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
+from doconv_core.numeric import widened
 from doconv_core.spec import MAX_RANK, as_integer, as_tuple
 
 Array = NDArray[Any]
@@ -44,14 +45,14 @@ def convolve(
     """
     x, kernel = np.asarray(x), np.asarray(kernel)
     g = _geometry(x, kernel, stride, padding, dilation, groups, padding_mode)
-    patches, flat_kernel = _patches(_widened(x), g), _flat(_widened(kernel), g)
+    patches, flat_kernel = _patches(widened(x), g), _flat(widened(kernel), g)
     out = flat_kernel @ patches  # (B, g, O/g, positions)
     out = out.reshape(len(x), len(kernel), *g.out_size)
     if bias is not None:
         bias = np.asarray(bias)
         if bias.shape != (len(kernel),):
             raise ValueError(f"bias must have shape {(len(kernel),)}; received {bias.shape}.")
-        out = out + _widened(bias).reshape(-1, *(1,) * g.rank)
+        out = out + widened(bias).reshape(-1, *(1,) * g.rank)
     return out.astype(x.dtype)
 
 
@@ -85,9 +86,9 @@ def convolve_gradient(
     expected = (len(x), len(kernel), *g.out_size)
     if dy.shape != expected:
         raise ValueError(f"output_gradient must have shape {expected}; received {dy.shape}.")
-    dy = _widened(dy).reshape(len(x), groups, len(kernel) // groups, -1)
-    dkernel = (dy @ _patches(_widened(x), g).swapaxes(2, 3)).sum(axis=0)
-    dpatches = _flat(_widened(kernel), g).swapaxes(1, 2) @ dy
+    dy = widened(dy).reshape(len(x), groups, len(kernel) // groups, -1)
+    dkernel = (dy @ _patches(widened(x), g).swapaxes(2, 3)).sum(axis=0)
+    dpatches = _flat(widened(kernel), g).swapaxes(1, 2) @ dy
     return ConvolutionGradients(
         _unpatch(dpatches, x.shape, g).astype(x.dtype),
         dkernel.reshape(kernel.shape).astype(x.dtype),
@@ -209,13 +210,16 @@ def _patches(x: Array, g: _Geometry) -> Array:
     """Return every kernel-sized patch of `x`, `(B, g, I/g·M, positions)`, ready for one product."""
     padded = pad(x, g.padding, g.padding_mode)
     extents = tuple(d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel_size, strict=True))
-    windows = sliding_window_view(padded, extents, axis=tuple(range(2, x.ndim)))
+    axes: Any = tuple(range(2, x.ndim))  # the stubs know a single axis only
+    windows: Array = sliding_window_view(padded, extents, axis=axes)
     steps = [slice(None, None, s) for s in g.stride] + [slice(None, None, d) for d in g.dilation]
     windows = windows[(slice(None), slice(None), *steps)]  # (B, I, *out, *kernel)
     order = (0, 1, *range(2 + g.rank, 2 + 2 * g.rank), *range(2, 2 + g.rank))
     batch, channels = x.shape[:2]
     rows = channels // g.groups * int(np.prod(g.kernel_size))
-    return windows.transpose(order).reshape(batch, g.groups, rows, int(np.prod(g.out_size)))
+    shape = (batch, g.groups, rows, int(np.prod(g.out_size)))
+    patches: Array = windows.transpose(order).reshape(shape)
+    return patches
 
 
 def _unpatch(dpatches: Array, shape: tuple[int, ...], g: _Geometry) -> Array:
@@ -224,18 +228,15 @@ def _unpatch(dpatches: Array, shape: tuple[int, ...], g: _Geometry) -> Array:
     padded = [n + sum(pair) for n, pair in zip(size, g.padding, strict=True)]
     gradient = np.zeros((batch, channels, *padded), dpatches.dtype)
     taps = dpatches.reshape(batch, channels, *g.kernel_size, *g.out_size)
+    tap: Any
     for tap in product(*map(range, g.kernel_size)):
-        where = tuple(
+        where: Any = [
             slice(t * d, t * d + s * (n - 1) + 1, s)
             for t, d, s, n in zip(tap, g.dilation, g.stride, g.out_size, strict=True)
-        )
-        gradient[(slice(None), slice(None), *where)] += taps[(slice(None), slice(None), *tap)]
+        ]
+        gradient[(..., *where)] += taps[(slice(None), slice(None), *tap)]
     return pad_gradient(gradient, size, g.padding, g.padding_mode)
 
 
 def _flat(kernel: Array, g: _Geometry) -> Array:
     return kernel.reshape(g.groups, len(kernel) // g.groups, -1)
-
-
-def _widened(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype.itemsize < 4 else array

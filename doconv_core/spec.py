@@ -1,4 +1,4 @@
-"""What a DO-Conv layer is, before any framework: its sizes, and the shapes that follow from them."""
+"""What a DO-Conv layer is, before any framework: its sizes, and the shapes they imply."""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""DO-Conv's mathematics and rules in NumPy: composition, folding, cost, layouts and state.
+
+Letters as in the paper and throughout this project: `I` input and `O` output channels, `g` groups,
+`M` kernel taps, `S` the depth multiplier. Source: DO-Conv, arXiv 2006.12030.
+"""
+
+from doconv_core.backends import available_backends, require_framework
+from doconv_core.compose import compose, compose_gradient, feature_compose, from_kernel, identity
+from doconv_core.convolve import (
+    ConvolutionGradients,
+    convolve,
+    convolve_gradient,
+    pad,
+    pad_gradient,
+)
+from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.layout import from_canonical, to_canonical
+from doconv_core.numeric import Difference, difference
+from doconv_core.spec import ConvSpec
+from doconv_core.state import (
+    LayerForm,
+    LinearSpec,
+    State,
+    StateError,
+    fit_state,
+    read_state,
+    write_state,
+)
+
+__all__ = [
+    "ConvSpec",
+    "ConvolutionGradients",
+    "Cost",
+    "Difference",
+    "LayerCost",
+    "LayerForm",
+    "LinearSpec",
+    "State",
+    "StateError",
+    "available_backends",
+    "compose",
+    "compose_gradient",
+    "convolve",
+    "convolve_gradient",
+    "difference",
+    "feature_compose",
+    "fit_state",
+    "from_canonical",
+    "from_kernel",
+    "identity",
+    "layer_cost",
+    "pad",
+    "pad_gradient",
+    "read_state",
+    "require_framework",
+    "to_canonical",
+    "write_state",
+]

@@ -1,0 +1,84 @@
+"""Backends: which are registered, whether their framework is here, and what to do if it is not."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+GROUP = "doconv.backends"
+
+
+def available_backends() -> dict[str, metadata.EntryPoint]:
+    """Return the registered backends by name, without importing any of them.
+
+    A backend is a package that names itself in the entry-point group `doconv.backends`; `.load()`
+    on its entry point imports it, or raises ImportError where its framework is missing.
+    """
+    return {entry.name: entry for entry in sorted(metadata.entry_points(group=GROUP))}
+
+
+def require_framework(extra: str, module: str) -> None:
+    """Raise ImportError unless `module` is installed in a version that `extra` of doconv supports.
+
+    The message says what is installed, what is supported, and which command installs it. The
+    supported versions are those of the package's own metadata, so they stand in one place.
+    """
+    requirement = _requirement(extra, module)
+    advice = f'Install it with: python -m pip install "doconv[{extra}]"'
+    if requirement is not None and requirement.marker is not None:
+        _check_python(requirement, extra)
+    if find_spec(module) is None:
+        raise ImportError(
+            f"doconv_{extra} needs {_named(requirement) if requirement else module}, which is not "
+            f"installed. {advice}"
+        )
+    version = _version(module)
+    if requirement is None or version is None:
+        return
+    if not requirement.specifier.contains(Version(version).base_version):
+        raise ImportError(
+            f"doconv_{extra} supports {module} {requirement.specifier}; found {version}. {advice}"
+        )
+
+
+def _requirement(extra: str, module: str) -> Requirement | None:
+    """Return what the package metadata asks of `module` for `extra`; None where it is not there."""
+    try:
+        lines = metadata.requires("doconv") or []
+    except metadata.PackageNotFoundError:  # used from a checkout, without being installed
+        return None
+    for requirement in map(Requirement, lines):
+        asked_by = re.search(r"""extra == ["']([\w-]+)["']""", str(requirement.marker))
+        if requirement.name == module and asked_by and asked_by.group(1) == extra:
+            return requirement
+    return None
+
+
+def _check_python(requirement: Requirement, extra: str) -> None:
+    environment: Any = {"extra": extra}
+    if requirement.marker is not None and not requirement.marker.evaluate(environment):
+        supported = str(requirement.marker).split(" and extra ==")[0]
+        found = ".".join(map(str, sys.version_info[:3]))
+        raise ImportError(
+            f"doconv_{extra} needs {_named(requirement)}, which is supported where {supported}; "
+            f"this is Python {found}. Use an older Python for this backend."
+        )
+
+
+def _named(requirement: Requirement) -> str:
+    return f"{requirement.name}{requirement.specifier}"
+
+
+def _version(module: str) -> str | None:
+    """Return the version of the distribution that `module` comes from, whatever its name."""
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:  # such as mxnet-cu112
+        names = metadata.packages_distributions().get(module)
+        return metadata.version(names[0]) if names else None

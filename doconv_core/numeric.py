@@ -1,0 +1,47 @@
+"""Numbers: half precision, and the one answer to the question whether two results are equal."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+
+def widened(array: Array) -> Array:
+    """Return `array` in the dtype it is computed in: float32 for half types, else its own."""
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+
+
+class Difference(NamedTuple):
+    """How far a result lies from the expected one.
+
+    absolute: the largest difference of two entries. relative: the same, divided by the largest
+    magnitude of any expected entry; so an entry near zero does not decide. Both are infinite where
+    one result has a NaN or an infinity that the other lacks.
+    """
+
+    absolute: float
+    relative: float
+
+
+def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
+    """Return the largest absolute and relative difference of `found` from `expected`, in float64.
+
+    Two results are equal "exactly" where both are 0, and equal "to r relative" where `relative` is
+    at most r. Empty arrays are equal. Raises ValueError where the shapes differ.
+    """
+    a, b = np.asarray(found), np.asarray(expected)
+    if a.shape != b.shape:
+        raise ValueError(f"expected a result of shape {b.shape}; received {a.shape}.")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    if not differ.any():
+        return Difference(0.0, 0.0)
+    largest = float(np.abs(a[differ] - b[differ]).max())
+    if not np.isfinite(largest):
+        return Difference(np.inf, np.inf)
+    scale = float(np.abs(b[np.isfinite(b)]).max())
+    return Difference(largest, largest / scale if scale else np.inf)

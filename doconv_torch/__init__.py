@@ -1,0 +1,10 @@
+"""DO-Conv for PyTorch: over-parameterized drop-ins for `torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
+
+from doconv_core.backends import require_framework
+
+require_framework("torch", "torch")
+
+from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
+from doconv_torch.state import export_state, load_state  # noqa: E402
+
+__all__ = ["DOConv1d", "DOConv2d", "DOConv3d", "export_state", "load_state"]
