@@ -1,0 +1,1 @@
+"""One module for each backend: how the contract's cases are put to that framework."""

@@ -1,0 +1,29 @@
+"""Which frameworks are here. A missing one skips its tests, except in CI, where it fails them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+from doconv_core import require_framework
+
+BACKENDS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
+
+
+def need(backend: str) -> None:
+    """Go on if the backend's framework is installed and supported; else skip, or fail in CI."""
+    try:
+        require_framework(backend, BACKENDS[backend])
+    except ImportError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"in CI every framework must be there: {error}")
+        pytest.skip(str(error))
+
+
+def adapter_of(backend: str) -> ModuleType:
+    """Return the backend's adapter to the contract."""
+    need(backend)
+    return importlib.import_module(f"adapters.{backend}")
