@@ -128,12 +128,12 @@ def pad_gradient(
 
 def as_padding(padding: Any, rank: int) -> Padding:
     """Return `padding` as `rank` pairs (before, after) of non-negative integers."""
-    if not isinstance(padding, Sequence) or isinstance(padding, str):
-        padding = (padding,) * rank
-    if len(padding) != rank:
+    if isinstance(padding, str) or (isinstance(padding, Sequence) and len(padding) != rank):
         raise ValueError(
             f"padding must be one integer, or {rank} integers or pairs; received {padding!r}."
         )
+    if not isinstance(padding, Sequence):
+        padding = (padding,) * rank
     pairs = []
     for d, entry in enumerate(padding):
         name = f"padding[{d}]"

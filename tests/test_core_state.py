@@ -1,0 +1,256 @@
+"""Canonical states in memory and on disk, atomic files, differences, and finding backends."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import doconv_core.backends
+from doconv_core import (
+    ConvSpec,
+    LayerForm,
+    LinearSpec,
+    State,
+    StateError,
+    available_backends,
+    difference,
+    fit_state,
+    read_state,
+    require_framework,
+    write_state,
+)
+from doconv_core.files import replacing, write_json
+
+SPEC = ConvSpec(4, 6, (3, 3), 2, 12)
+ORDINARY = ConvSpec(4, 6, (3, 3), 2)
+FORMS = {
+    "features.0": LayerForm(SPEC, over_parameterized=True),
+    "features.2": LayerForm(ConvSpec(6, 5, (1, 1)), over_parameterized=True, bias=False),
+    "head": LayerForm(LinearSpec(5, 3)),
+}
+
+
+def filled(forms, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        f"{path}.{name}": rng.standard_normal(shape).astype(dtype)
+        for path, form in forms.items()
+        for name, shape in form.shapes.items()
+    }
+
+
+@pytest.fixture
+def state():
+    return State(FORMS, filled(FORMS))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_written_and_read_back_without_a_changed_bit(tmp_path, dtype):
+    state = State(FORMS, filled(FORMS, dtype))
+    write_state(state, tmp_path / "new folder" / "a.safetensors")
+    back = read_state(tmp_path / "new folder" / "a.safetensors")
+    assert back.layers == state.layers
+    assert back.arrays.keys() == state.arrays.keys()
+    for name, array in state.arrays.items():
+        assert back.arrays[name].dtype == dtype
+        np.testing.assert_array_equal(back.arrays[name], array)
+
+
+def test_transposed_views_are_written_in_their_own_order(tmp_path):
+    forms = {"": LayerForm(LinearSpec(5, 3), bias=False)}
+    weight = np.arange(15.0).reshape(5, 3).T
+    write_state(State(forms, {"weight": weight}), tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(read_state(tmp_path / "a.safetensors").arrays["weight"], weight)
+
+
+def test_one_tap_has_no_depthwise_entry():
+    assert FORMS["features.2"].shapes == {"weight": (5, 6, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head.bias": None}, r"entry 'head.bias' is missing; expected shape \(3,\)"),
+        (
+            {"features.0.depthwise_weight": np.zeros((4, 9, 9))},
+            r"'features.0.depthwise_weight' has shape \(4, 9, 9\); expected \(4, 9, 12\)",
+        ),
+        ({"head.bias": np.zeros(3, int)}, "'head.bias' must be float16.*found int64"),
+        ({"head.gamma": np.zeros(3)}, "entry 'head.gamma' belongs to no layer"),
+    ],
+)
+def test_a_state_is_checked_against_its_layers(change, message):
+    arrays = {k: v for k, v in (filled(FORMS) | change).items() if v is not None}
+    with pytest.raises(StateError, match=message):
+        State(FORMS, arrays)
+
+
+def test_fit_returns_each_layer_its_arrays(state):
+    fitted = fit_state(state, FORMS)
+    assert fitted.keys() == FORMS.keys()
+    for path, arrays in fitted.items():
+        assert arrays.keys() == FORMS[path].shapes.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, state.arrays[f"{path}.{name}"])
+
+
+@pytest.mark.parametrize("spec", [SPEC, ORDINARY], ids=["S=12", "S=M"])
+def test_an_ordinary_entry_fits_an_over_parameterized_layer(spec):
+    forms = {"": LayerForm(ORDINARY)}
+    state = State(forms, filled(forms) and {k[1:]: v for k, v in filled(forms).items()})
+    arrays = fit_state(state, {"": LayerForm(spec, over_parameterized=True)})[""]
+    assert arrays["weight"].shape == spec.weight_shape
+    np.testing.assert_array_equal(arrays["weight"][..., :9], state.arrays["weight"])
+    assert not arrays["weight"][..., 9:].any()
+    assert arrays["depthwise_weight"].shape == spec.depthwise_shape
+    assert not arrays["depthwise_weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"features.0": None}, "layer 'features.0' is not in the model, though the state has it"),
+        ({"haed": LayerForm(LinearSpec(5, 3))}, "'haed' is not in the state.*closest is 'head'"),
+        ({"head": LayerForm(LinearSpec(5, 4))}, r"'head.weight' is of LinearSpec\(.*features=3\)"),
+        ({"head": LayerForm(ORDINARY)}, "'head.weight' is of LinearSpec.*expected ConvSpec"),
+        (
+            {"head": LayerForm(LinearSpec(5, 3), bias=False)},
+            "entry 'head.bias' is there; expected a layer without bias",
+        ),
+        (
+            {"features.2": LayerForm(ConvSpec(6, 5, (1, 1)), bias=True)},
+            "entry 'features.2.bias' is missing; expected a layer with bias",
+        ),
+        (
+            {"features.0": LayerForm(ORDINARY)},
+            "'features.0.depthwise_weight' is for an over-parameterized layer.*Fold the model",
+        ),
+        (
+            {"features.0": LayerForm(ORDINARY, over_parameterized=True)},
+            "'features.0.weight' is of .*depth_multiplier=12.*expected .*depth_multiplier=9",
+        ),
+        (
+            {"features.0": LayerForm(ConvSpec(4, 6, (3, 3), 1, 12), over_parameterized=True)},
+            "'features.0.weight' is of .*groups=2.*expected .*groups=1",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(state, wanted, message):
+    forms = {k: v for k, v in ({**FORMS, **wanted}).items() if v is not None}
+    with pytest.raises(StateError, match=message):
+        fit_state(state, forms)
+
+
+def test_damaged_and_foreign_files_are_refused(state, tmp_path):
+    file = tmp_path / "a.safetensors"
+    write_state(state, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(StateError, match=r"a\.safetensors is not a whole safetensors file"):
+        read_state(file)
+    file.write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(StateError, match="is not a whole safetensors file"):
+        read_state(file)
+    save_file({"weight": np.zeros(3)}, file)
+    with pytest.raises(StateError, match="no doconv state: its header's format is None"):
+        read_state(file)
+    with pytest.raises(FileNotFoundError):
+        read_state(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": "2"}, "has format version 2; this doconv reads 1"),
+        ({"layers": "{"}, "a.safetensors: Expecting property name"),
+        ({"layers": '{"head": {"kind": "linear"}}'}, "a.safetensors: 'spec'"),
+        ({"layers": "{}"}, "entry 'w' belongs to no layer"),
+    ],
+)
+def test_inconsistent_headers_are_refused(tmp_path, header, message):
+    file = tmp_path / "a.safetensors"
+    usual = {"format": "doconv", "version": "1", "layers": json.dumps({})}
+    save_file({"w": np.zeros(3)}, file, metadata=usual | header)
+    with pytest.raises(StateError, match=message):
+        read_state(file)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "results.json"
+    write_json(file, {"accuracy": 1})
+
+    def interrupted():
+        with replacing(file) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert json.loads(file.read_text()) == {"accuracy": 1}
+    assert list(tmp_path.iterdir()) == [file]
+    write_json(file, {"accuracy": 2})
+    assert json.loads(file.read_text()) == {"accuracy": 2}
+
+
+def test_difference_is_relative_to_the_largest_entry():
+    assert difference([1.0, 2.0, -4.0], [1.0, 2.5, -4.0]) == (0.5, 0.125)
+    assert difference(np.zeros(3, np.float32), np.zeros(3)) == (0.0, 0.0)
+    assert difference([], []) == (0.0, 0.0)
+    assert difference([1e-3], [0.0]) == (1e-3, np.inf)
+
+
+def test_difference_of_what_is_not_finite():
+    assert difference([np.nan, np.inf], [np.nan, np.inf]) == (0.0, 0.0)
+    assert difference([np.nan, 1.0], [0.0, 1.0]) == (np.inf, np.inf)
+    assert difference([np.inf, 1.0], [-np.inf, 1.0]) == (np.inf, np.inf)
+    with pytest.raises(ValueError, match=r"shape \(2,\); received \(1, 2\)"):
+        difference([[1, 2]], [1, 2])
+
+
+def test_backends_are_found_through_entry_points():
+    found = available_backends()
+    assert {name: entry.value for name, entry in found.items()} == {
+        "mx": "doconv_mx",
+        "tf": "doconv_tf",
+        "torch": "doconv_torch",
+    }
+
+
+class Fakes:
+    """Stand-ins for what is installed, so that absence and other versions can be tried here."""
+
+    def __init__(self, monkeypatch, version="1.2", requires='six>=1.1,<2; extra == "tf"'):
+        monkeypatch.setattr(metadata, "requires", lambda _: [requires])
+        monkeypatch.setattr(doconv_core.backends, "_version", lambda _: version)
+        present = object() if version else None
+        monkeypatch.setattr(doconv_core.backends, "find_spec", lambda _: present)
+
+
+def test_a_supported_framework_is_accepted(monkeypatch):
+    Fakes(monkeypatch, "1.9.1rc1+cpu")
+    assert require_framework("tf", "six") is None
+
+
+def test_a_missing_framework_names_the_extra(monkeypatch):
+    Fakes(monkeypatch, version=None)
+    message = r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"'
+    with pytest.raises(ImportError, match=message):
+        require_framework("tf", "six")
+
+
+def test_an_unsupported_version_is_refused(monkeypatch):
+    Fakes(monkeypatch, "2.0")
+    with pytest.raises(ImportError, match=r"doconv_tf supports six <2,>=1.1; found 2.0\. Install"):
+        require_framework("tf", "six")
+
+
+def test_an_unsupported_python_is_refused(monkeypatch):
+    Fakes(monkeypatch, requires='six>=1.1; python_version < "3" and extra == "tf"')
+    with pytest.raises(
+        ImportError, match=r'needs six>=1.1, .*python_version < "3"; this is Python'
+    ):
+        require_framework("tf", "six")
