@@ -1,0 +1,66 @@
+"""Each package alone brings no other framework along, and all of them together get on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+from frameworks import BACKENDS, need
+
+FRAMEWORKS = {"torch", "tensorflow", "keras", "mxnet", "jax", "gluoncv"}
+BRINGS = {
+    "doconv_core": set(),
+    "doconv_torch": {"torch"},
+    "doconv_tf": {"tensorflow", "keras"},
+    "doconv_mx": {"mxnet"},
+}
+
+
+def run(code):
+    """Run code in a fresh interpreter and return what it printed."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("package", BRINGS)
+def test_a_package_alone_brings_no_other_framework(package):
+    if package != "doconv_core":
+        need(package.removeprefix("doconv_"))
+    code = f"import {package}, sys; print(*(set({sorted(FRAMEWORKS)!r}) & sys.modules.keys()))"
+    assert set(run(code)) == BRINGS[package]
+
+
+STEPS = {
+    "torch": """
+import doconv_torch, torch
+layer = doconv_torch.DOConv2d(4, 6, 3, groups=2)
+print("torch", tuple(layer(torch.zeros(1, 4, 5, 5)).detach().numpy().shape))
+""",
+    "tf": """
+import doconv_tf, numpy
+layer = doconv_tf.DOConv2D(6, 3, groups=2)
+print("tf", tuple(numpy.asarray(layer(numpy.zeros((1, 5, 5, 4), "float32"))).shape))
+""",
+    "mx": """
+import doconv_mx, mxnet
+layer = doconv_mx.DOConv2D(4, 6, 3, groups=2)
+layer.initialize()
+print("mx", layer(mxnet.nd.zeros((1, 4, 5, 5))).asnumpy().shape)
+""",
+}
+
+
+@pytest.mark.parametrize("order", itertools.permutations(BACKENDS), ids="-".join)
+def test_the_frameworks_get_on_in_every_order(order):
+    for backend in order:
+        need(backend)
+    printed = "".join(run("".join(STEPS[backend] for backend in order)))
+    expected = {"torch": "(1,6,3,3)", "tf": "(1,3,3,6)", "mx": "(1,6,3,3)"}
+    assert printed == "".join(backend + expected[backend] for backend in order)

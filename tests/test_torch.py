@@ -1,0 +1,392 @@
+"""What is special to PyTorch: everything a user does with `torch.nn.Conv2d`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
+
+from doconv_core import StateError, compose, difference  # noqa: E402
+from doconv_torch import DOConv1d, DOConv2d, DOConv3d, export_state, load_state  # noqa: E402
+
+PAIRS = [(DOConv1d, nn.Conv1d), (DOConv2d, nn.Conv2d), (DOConv3d, nn.Conv3d)]
+RANKED = pytest.mark.parametrize(("do_conv", "conv"), PAIRS, ids=["1d", "2d", "3d"])
+MULTIPLIERS = pytest.mark.parametrize("multiplier", [None, 12, 18, 19])
+
+
+def trained(multiplier=None, groups=2, **options):
+    """Return a layer whose D is not zero, as after training."""
+    torch.manual_seed(0)
+    layer = DOConv2d(4, 6, 3, padding=1, groups=groups, depth_multiplier=multiplier, **options)
+    nn.init.normal_(layer.depthwise_weight, std=0.3)
+    return layer
+
+
+def image(**options):
+    return torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(1), **options)
+
+
+@RANKED
+def test_the_signature_is_the_ordinary_one_and_a_keyword(do_conv, conv):
+    ours = list(inspect.signature(do_conv).parameters.values())
+    theirs = list(inspect.signature(conv).parameters.values())
+    assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
+    assert (ours[-1].name, ours[-1].kind) == ("depth_multiplier", inspect.Parameter.KEYWORD_ONLY)
+    assert issubclass(do_conv, conv)
+
+
+@RANKED
+def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
+    layers = []
+    for cls in (conv, do_conv):
+        torch.manual_seed(0)
+        layers.append(cls(4, 6, 3, groups=2))
+    x = torch.randn(2, 4, *[5] * (layers[0].weight.ndim - 2))
+    assert torch.equal(layers[0](x), layers[1](x))
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@MULTIPLIERS
+def test_w_is_initialised_as_an_ordinary_weight_of_its_shape(multiplier):
+    layer = DOConv2d(64, 64, 3, depth_multiplier=multiplier)
+    bound = (64 * (multiplier or 9)) ** -0.5
+    assert 0.9 * bound < layer.weight.abs().max() <= bound
+    assert 0.5 * bound < layer.bias.abs().max() <= bound
+    assert not layer.depthwise_weight.any()
+    nn.init.ones_(layer.depthwise_weight)
+    layer.reset_parameters()
+    assert not layer.depthwise_weight.any()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["same", "valid", 2, (1, 2)])
+def test_every_padding_of_the_ordinary_layer(mode, padding):
+    torch.manual_seed(0)
+    layer = DOConv2d(4, 6, (3, 5), padding=padding, padding_mode=mode)
+    nn.init.normal_(layer.depthwise_weight, std=0.3)
+    plain = nn.Conv2d(4, 6, (3, 5), padding=padding, padding_mode=mode)
+    plain.load_state_dict({"weight": layer.composed_kernel(), "bias": layer.bias})
+    assert torch.equal(layer(image()), plain(image()))
+
+
+@MULTIPLIERS
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_composition_is_the_cores(multiplier, groups):
+    layer = DOConv2d(4, 8, 3, groups=groups, depth_multiplier=multiplier, dtype=torch.float64)
+    nn.init.normal_(layer.depthwise_weight)
+    weight = layer.weight.detach().numpy().reshape(layer.spec.weight_shape)
+    expected = compose(weight, layer.depthwise_weight.detach().numpy(), layer.spec)
+    assert difference(layer.composed_kernel().detach().numpy(), expected).relative < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_composes_in_the_parameters_dtype_and_casts_once(dtype):
+    layer = trained()
+    with torch.autocast("cpu", dtype=dtype):
+        output = layer(image())
+        kernel = layer.composed_kernel()
+    assert output.dtype == dtype
+    assert kernel.dtype == torch.float32
+    assert torch.equal(kernel, layer.composed_kernel())
+    output.float().sum().backward()
+    assert layer.weight.grad.dtype == layer.depthwise_weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(layer.fold()(image()), output)
+
+
+def test_channels_last():
+    layer = trained().to(memory_format=torch.channels_last)
+    x = image().to(memory_format=torch.channels_last)
+    output, folded = layer(x), layer.fold()
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert folded.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(output, trained()(image()), atol=1e-6)
+    plain = nn.Conv2d(4, 6, 3, padding=1, groups=2).to(memory_format=torch.channels_last)
+    assert torch.equal(DOConv2d.from_conv(plain)(x), plain(x))
+
+
+def test_copies_and_pickles_are_whole():
+    layer = trained(12)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(image()), layer(image()))
+        assert other.spec == layer.spec
+        assert other.weight is not layer.weight
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(image()), layer(image()))
+
+
+@MULTIPLIERS
+def test_state_dict_holds_parameters_and_nothing_else(multiplier):
+    layer = trained(multiplier)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "depthwise_weight", "bias"}
+    other = DOConv2d(4, 6, 3, padding=1, groups=2, depth_multiplier=multiplier)
+    other.load_state_dict(state)
+    assert torch.equal(other(image()), layer(image()))
+
+
+@MULTIPLIERS
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_ordinary_state_dict_loads_and_resets_d(multiplier, assign):
+    layer = nn.Sequential(trained(multiplier))
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2))
+    state = plain.state_dict()
+    layer.load_state_dict(state, strict=True, assign=assign)
+    assert torch.equal(layer(image()), plain(image()))
+    assert set(state) == {"0.weight", "0.bias"}
+    assert layer[0].depthwise_weight.requires_grad
+
+
+def test_what_does_not_load_is_named_by_pytorch():
+    layer = trained(12)
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight"):
+        layer.load_state_dict(nn.Conv2d(4, 6, 5, groups=2).state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "depthwise_weight"'):
+        layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    with pytest.raises(
+        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "depthwise_weight"'
+    ):
+        nn.Conv2d(4, 6, 3, groups=2).load_state_dict(trained().state_dict())
+
+
+@MULTIPLIERS
+def test_compile_export_and_trace(multiplier):
+    layer, x = trained(multiplier), image()
+    expected = layer(x)
+    expected.sum().backward()
+    gradient = layer.depthwise_weight.grad.clone()
+    layer.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+    compiled(x).sum().backward()
+    assert torch.allclose(layer.depthwise_weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(torch.export.export(layer, (x,)).module()(x), expected, atol=1e-5)
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(layer, x)
+    assert torch.allclose(traced(x), expected, atol=1e-5)
+
+
+def test_compile_under_autocast_is_one_graph():
+    layer, x = trained(), image()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(compiled(x), layer(x))
+
+
+@MULTIPLIERS
+def test_double_backward(multiplier):
+    layer = DOConv2d(2, 4, 2, groups=2, dtype=torch.float64, depth_multiplier=multiplier and 5)
+    nn.init.normal_(layer.depthwise_weight)
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def output(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(output, (x, *values))
+    assert torch.autograd.gradgradcheck(output, (x, *values))
+
+
+@MULTIPLIERS
+def test_func_transforms(multiplier):
+    layer, x = trained(multiplier), image()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(layer, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for n, sample in enumerate(x):
+        alone = torch.func.grad(loss)(parameters, sample)
+        for name in parameters:
+            assert torch.allclose(each[name][n], alone[name], rtol=1e-4, atol=1e-4)
+    # An ensemble: the parameters themselves have a batch dimension.
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+    losses = torch.func.vmap(loss, in_dims=(0, None))(stacked, x[0])
+    assert torch.allclose(losses[0], loss(parameters, x[0]))
+    tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
+    _, slope = torch.func.jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
+    whole = torch.func.grad(loss)(parameters, x[0])
+    assert torch.allclose(slope, sum(g.sum() for g in whole.values()), rtol=1e-4)
+
+
+def test_meta_device():
+    layer = DOConv2d(4, 6, 3, padding=1, groups=2, depth_multiplier=12, device="meta")
+    assert all(p.is_meta for p in layer.parameters())
+    assert layer(torch.empty(2, 4, 7, 8, device="meta")).shape == (2, 6, 7, 8)
+    assert layer.fold().weight.is_meta
+    filled = layer.to_empty(device="cpu")
+    filled.load_state_dict(trained(12).state_dict())
+    assert torch.equal(filled(image()), trained(12)(image()))
+
+
+@RANKED
+def test_one_tap_is_the_ordinary_layer(do_conv, conv):
+    layer = do_conv(4, 6, 1, groups=2, depth_multiplier=5)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert layer.depthwise_weight is None
+    assert layer.composed_kernel() is layer.weight
+    plain = conv(4, 6, 1, groups=2)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, *[3] * (layer.weight.ndim - 2))
+    assert torch.equal(layer(x), plain(x))
+    assert repr(layer).removeprefix("DO") == repr(plain)
+    folded = layer.fold()
+    assert folded.weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_repr_names_the_depth_multiplier():
+    assert repr(DOConv2d(4, 6, 3, depth_multiplier=12)) == (
+        "DOConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), depth_multiplier=12)"
+    )
+
+
+@MULTIPLIERS
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
+def test_fold_keeps_what_the_layer_was(multiplier, frozen):
+    layer = trained(multiplier, dtype=torch.float64, bias=True).eval()
+    for name in frozen:
+        layer.get_parameter(name).requires_grad_(False)
+    before = torch.get_rng_state()
+    folded = layer.fold()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(folded) is nn.Conv2d
+    assert not folded.training
+    assert folded.weight.dtype == torch.float64
+    assert folded.weight.requires_grad == (len(frozen) < 2)
+    assert folded.bias.requires_grad == ("bias" not in frozen)
+    assert folded.weight.is_leaf
+    assert folded.extra_repr() == nn.Conv2d(4, 6, 3, padding=1, groups=2).extra_repr()
+    x = image(dtype=torch.float64)
+    assert torch.equal(folded(x), layer(x))
+    assert set(folded.state_dict()) == {"weight", "bias"}
+
+
+@RANKED
+@MULTIPLIERS
+def test_from_conv_does_not_change_the_function(do_conv, conv, multiplier):
+    rank = PAIRS.index((do_conv, conv)) + 1
+    plain = conv(4, 6, 2, groups=2, bias=False, padding="same", padding_mode="reflect").eval()
+    plain.weight.requires_grad_(False)
+    before = torch.get_rng_state()
+    layer = do_conv.from_conv(plain, depth_multiplier=multiplier)
+    assert torch.equal(torch.get_rng_state(), before)
+    x = torch.randn(2, 4, *[5] * rank)
+    assert torch.equal(layer(x), plain(x))
+    assert not layer.training
+    assert layer.bias is None
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert layer.weight.data_ptr() != plain.weight.data_ptr()
+    assert torch.equal(layer.fold().weight, plain.weight)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes something else."""
+
+
+def test_from_conv_refuses_what_computes_something_else():
+    message = r"takes over a torch\.nn\.Conv2d, exactly; received .*Standardised"
+    with pytest.raises(TypeError, match=message):
+        DOConv2d.from_conv(Standardised(4, 6, 3))
+    with pytest.raises(TypeError, match=r"received doconv_torch\.do_conv\.DOConv2d"):
+        DOConv2d.from_conv(trained())
+    with pytest.raises(TypeError, match=r"torch\.nn\.Conv2d, exactly; received .*Conv1d"):
+        DOConv2d.from_conv(nn.Conv1d(4, 6, 3))
+    pruned = nn.Conv2d(4, 6, 3)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    with pytest.raises(TypeError, match="needs a layer whose weight is a parameter"):
+        DOConv2d.from_conv(pruned)
+    with pytest.raises(ValueError, match="depth_multiplier must be at least"):
+        DOConv2d.from_conv(nn.Conv2d(4, 6, 3), depth_multiplier=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_channels": 0}, ValueError, "in_channels must be at least 1; received in_channels=0"),
+        ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
+        ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
+        ({"stride": 0}, ValueError, "stride must be at least 1; received stride=0"),
+        ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
+        ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
+        ({"padding": "full"}, ValueError, "Invalid padding string 'full'"),
+        ({"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
+        ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
+        ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error, message):
+    usual = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+    with pytest.raises(error, match=message):
+        DOConv2d(**{**usual, **arguments})
+
+
+def network(multiplier=12, bias=True, cls=DOConv2d):
+    options = {"depth_multiplier": multiplier} if cls is DOConv2d else {}
+    convolution = cls(4, 6, 3, groups=2, bias=bias, **options)
+    return nn.Sequential(
+        convolution, nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.Linear(150, 3)
+    )
+
+
+def test_state_goes_out_and_in():
+    model, other = network(), network()
+    nn.init.normal_(model[0].depthwise_weight)
+    load_state(other, export_state(model))
+    x = image()
+    assert torch.equal(other(x), model(x))
+    assert export_state(trained()).arrays.keys() == {"weight", "depthwise_weight", "bias"}
+
+
+def test_an_ordinary_state_enters_an_over_parameterized_model():
+    plain, model = network(cls=nn.Conv2d), network()
+    nn.init.normal_(model[0].depthwise_weight)
+    load_state(model, export_state(plain))
+    assert torch.equal(model(image()), plain(image()))
+
+
+def test_bfloat16_state_loses_no_bit():
+    model, other = network().bfloat16(), network().bfloat16()
+    state = export_state(model)
+    assert state.arrays["0.weight"].dtype == np.float32
+    load_state(other, state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: network(cls=nn.Conv2d), StateError, "'0.depthwise_weight'.*Fold the model"),
+        (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
+        (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
+        (lambda: nn.Sequential(*network(), nn.Linear(3, 2)), StateError, "'5' is not in the state"),
+        (lambda: network().append(nn.BatchNorm1d(3)), TypeError, "'5' is a BatchNorm1d; a canon"),
+        (lambda: network().to("meta"), ValueError, "'0.weight' is on the meta device"),
+    ],
+)
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
+    state, model = export_state(network()), model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        load_state(model, state)
+    for name, value in model.state_dict().items():
+        assert value.is_meta or torch.equal(value, before[name])
