@@ -34,7 +34,10 @@ def test_a_package_alone_brings_no_other_framework(package):
     if package != "doconv_core":
         need(package.removeprefix("doconv_"))
     code = f"import {package}, sys; print(*(set({sorted(FRAMEWORKS)!r}) & sys.modules.keys()))"
-    assert set(run(code)) == BRINGS[package]
+    found = set(run(code))
+    if package == "doconv_tf":
+        found.discard("jax")  # TensorFlow Lite's converter imports it, where it finds it
+    assert found == BRINGS[package]
 
 
 STEPS = {
@@ -57,7 +60,7 @@ print("mx", layer(mxnet.nd.zeros((1, 4, 5, 5))).asnumpy().shape)
 }
 
 
-@pytest.mark.parametrize("order", itertools.permutations(BACKENDS), ids="-".join)
+@pytest.mark.parametrize("order", list(itertools.permutations(BACKENDS)), ids="-".join)
 def test_the_frameworks_get_on_in_every_order(order):
     for backend in order:
         need(backend)
