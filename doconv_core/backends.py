@@ -41,7 +41,9 @@ def require_framework(extra: str, module: str) -> None:
     version = _version(module)
     if requirement is None or version is None:
         return
-    if not requirement.specifier.contains(Version(version).base_version):
+    # A vendor's build of a release may call itself a pre-release of it, so 2.6.0a0 counts as 2.6.0.
+    found = {Version(version).public, Version(version).base_version}
+    if not any(requirement.specifier.contains(v, prereleases=True) for v in found):
         raise ImportError(
             f"doconv_{extra} supports {module} {requirement.specifier}; found {version}. {advice}"
         )

@@ -1,0 +1,22 @@
+"""DO-Conv for MXNet Gluon: over-parameterized drop-ins for `nn.Conv1D`, `Conv2D` and `Conv3D`."""
+
+from doconv_core.backends import require_framework
+
+require_framework("mx", "mxnet")
+require_framework("mx", "numpy")  # MXNet 1 needs NumPy 1, and does not say so
+
+from doconv_mx.frameworks import import_gluoncv, import_mxnet  # noqa: E402
+
+import_mxnet()  # every later `import mxnet`, here and in the user's code, finds it imported
+
+from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
+from doconv_mx.state import export_state, load_state  # noqa: E402
+
+__all__ = [
+    "DOConv1D",
+    "DOConv2D",
+    "DOConv3D",
+    "export_state",
+    "import_gluoncv",
+    "load_state",
+]

@@ -230,9 +230,15 @@ class Fakes:
         monkeypatch.setattr(doconv_core.backends, "find_spec", lambda _: present)
 
 
-def test_a_supported_framework_is_accepted(monkeypatch):
-    Fakes(monkeypatch, "1.9.1rc1+cpu")
+@pytest.mark.parametrize("version", ["1.1", "1.9.1.post0", "1.9.1rc1+cpu", "1.1a0+vendor"])
+def test_a_supported_framework_is_accepted(monkeypatch, version):
+    Fakes(monkeypatch, version)
     assert require_framework("tf", "six") is None
+
+
+def test_a_pinned_post_release_is_accepted(monkeypatch):
+    Fakes(monkeypatch, "0.10.5.post0", 'six==0.10.5.post0; extra == "mx"')
+    assert require_framework("mx", "six") is None
 
 
 def test_a_missing_framework_names_the_extra(monkeypatch):

@@ -1,0 +1,75 @@
+"""Gluon's ordinary convolutions: what one is, and how to make one like another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mxnet as mx
+from mxnet import autograd
+from mxnet.gluon import HybridBlock, ParameterDict
+from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.ndarray import NDArray
+
+from doconv_core.spec import ConvSpec
+
+
+def spec_of(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:
+    """Return the sizes of an ordinary layer whose input channels are known."""
+    options = layer._kwargs
+    per_group = layer.weight.shape[-1 if is_channels_last(layer) else 1]
+    return ConvSpec(
+        per_group * options["num_group"], options["num_filter"], tuple(options["kernel"]),
+        options["num_group"], depth_multiplier,
+    )  # fmt: skip
+
+
+def is_channels_last(layer: _Conv) -> bool:
+    """Whether the layer's layout is channels-last, such as "NHWC"."""
+    return bool(layer._kwargs["layout"].endswith("C"))
+
+
+def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
+    """Return the contexts that hold the weight's values; ValueError where there are none yet."""
+    try:
+        block.weight.list_data()
+    except RuntimeError:
+        raise ValueError(
+            f"{purpose} needs the values of {block.weight.name!r}, which has none yet: initialize "
+            "the model, and where it infers in_channels, run it once."
+        ) from None
+    return list(block.weight.list_ctx())
+
+
+def filled(
+    cls: type[Any], like: _Conv, options: dict[str, Any], **values: tuple[list[NDArray], str]
+) -> Any:
+    """Return a new `cls` with the arguments, bias, names and mode of `like`, and the given values.
+
+    values: for each parameter its arrays, one for each context, and its `grad_req`. No random
+    number is drawn.
+    """
+    kwargs, ctx = like._kwargs, like.weight.list_ctx()
+    layer = cls(
+        in_channels=spec_of(like).in_channels, channels=kwargs["num_filter"],
+        kernel_size=kwargs["kernel"], strides=kwargs["stride"], padding=kwargs["pad"],
+        dilation=kwargs["dilate"], groups=kwargs["num_group"], layout=kwargs["layout"],
+        activation=like.act and like.act._act_type, use_bias=like.bias is not None,
+        weight_initializer=like.weight.init,
+        bias_initializer=like.bias.init if like.bias is not None else "zeros",
+        prefix=like.prefix, params=ParameterDict(like.params.prefix), **options,
+    )  # fmt: skip
+    if like.bias is not None:
+        values["bias"] = (like.bias.list_data(), like.bias.grad_req)
+    for name, (arrays, grad_req) in values.items():
+        model = like.bias if name == "bias" else like.weight
+        parameter = getattr(layer, name)
+        parameter.cast(model.dtype)
+        parameter.grad_req = grad_req
+        parameter.lr_mult, parameter.wd_mult = model.lr_mult, model.wd_mult
+        parameter.initialize(init=mx.init.Zero(), ctx=ctx)
+        with autograd.pause():
+            for c, array in zip(ctx, arrays, strict=True):
+                parameter.data(c)[:] = array
+    if like._active:
+        layer.hybridize(backend=like._backend, **dict(like._flags))
+    return layer
