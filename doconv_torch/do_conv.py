@@ -75,7 +75,7 @@ class _DOConv(_ConvNd):
         if self.depthwise_weight is None:
             return self.weight
         device = self.weight.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if not self.weight.is_meta and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return _compose(self.weight, self.depthwise_weight, self.spec)
         return _compose(self.weight, self.depthwise_weight, self.spec)

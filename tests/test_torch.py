@@ -175,9 +175,7 @@ def test_compile_export_and_trace(multiplier):
     compiled(x).sum().backward()
     assert torch.allclose(layer.depthwise_weight.grad, gradient, rtol=1e-4, atol=1e-5)
     assert torch.allclose(torch.export.export(layer, (x,)).module()(x), expected, atol=1e-5)
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
-        traced = torch.jit.trace(layer, x)
-    assert torch.allclose(traced(x), expected, atol=1e-5)
+    assert torch.allclose(torch.jit.trace(layer, x)(x), expected, atol=1e-5)
 
 
 def test_compile_under_autocast_is_one_graph():
