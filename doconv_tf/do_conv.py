@@ -1,0 +1,205 @@
+"""The DO-Conv layers of Keras, written in `keras.ops`, so for every backend of Keras."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from doconv_core.spec import ConvSpec, as_integer, as_tuple
+from doconv_tf.over_parameterized import OverParameterized
+
+
+class _DOConv(OverParameterized):
+    """What `DOConv1D`, `DOConv2D` and `DOConv3D` share."""
+
+    layout, multiplier_name = "*IO", "depth_multiplier"
+    w_prefix, d_prefix = "kernel", "depthwise"
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | tuple[int, ...],
+        strides: int | tuple[int, ...] = 1,
+        padding: str = "valid",
+        data_format: str | None = None,
+        dilation_rate: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        activation: Any = None,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        *,
+        depth_multiplier: int | None = None,
+        depthwise_initializer: Any = "zeros",
+        depthwise_regularizer: Any = None,
+        depthwise_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("lora_rank", "lora_alpha"):
+            if kwargs.get(name) is not None:
+                raise ValueError(self._advice(f"takes no {name}"))
+        filters, groups = as_integer("filters", filters), as_integer("groups", groups)
+        rank = int(self.ordinary.__name__[-2])
+        super().__init__(
+            filters, as_tuple("kernel_size", kernel_size, rank),
+            as_tuple("strides", strides, rank), padding, data_format,
+            as_tuple("dilation_rate", dilation_rate, rank), groups, activation, use_bias,
+            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
+            activity_regularizer, kernel_constraint, bias_constraint, **kwargs,
+        )  # fmt: skip
+        self._set_depthwise(
+            ConvSpec(groups, filters, self.kernel_size, groups, depth_multiplier),
+            depthwise_initializer, depthwise_regularizer, depthwise_constraint,
+        )  # fmt: skip
+
+    @classmethod
+    def from_conv(cls, conv: keras.Layer, *, depth_multiplier: int | None = None) -> _DOConv:
+        """Return a new layer, built, with the function of a trained ordinary layer.
+
+        conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied. Name,
+        dtype policy and configuration are kept. D is zero.
+        Raises TypeError for any other layer: a subclass, or one with LoRA, may compute something
+        else. Raises ValueError if it is not built.
+        """
+        return cls._from_conv(conv, depth_multiplier)
+
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: Keras would add LoRA's product to W, in a shape that W need not have."""
+        raise NotImplementedError(self._advice("cannot have LoRA"))
+
+    def _spec(self, in_channels: int) -> ConvSpec:
+        sizes = (in_channels, self.filters, self.kernel_size, self.groups, self.depth_multiplier)
+        return ConvSpec(*sizes)
+
+
+@keras.saving.register_keras_serializable(package="doconv")
+class DOConv1D(_DOConv, keras.layers.Conv1D):
+    """A depthwise over-parameterized `keras.layers.Conv1D`, to be folded into one after training.
+
+    Takes `keras.layers.Conv1D`'s arguments, of which the initializer, regularizer and constraint of
+    the kernel are W's, and these, by keyword only:
+    depth_multiplier: S, an integer of at least the number of kernel taps M, which is its default.
+    depthwise_initializer: of D, the residual around the identity; zeros give the ordinary layer.
+    depthwise_regularizer: of D. None means the kernel's: a penalty on W alone could be evaded by
+    growing D. `keras.regularizers.L2(0.0)` turns it off.
+    depthwise_constraint: of D. The kernel's is not taken over: what it asks of W, such as a norm or
+    a sign, has no meaning for a residual.
+
+    `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
+    """
+
+    ordinary = keras.layers.Conv1D
+
+
+@keras.saving.register_keras_serializable(package="doconv")
+class DOConv2D(_DOConv, keras.layers.Conv2D):
+    """A depthwise over-parameterized `keras.layers.Conv2D`, to be folded into one after training.
+
+    Takes `keras.layers.Conv2D`'s arguments, and by keyword only those of D as in `DOConv1D`:
+    depth_multiplier, depthwise_initializer, depthwise_regularizer, depthwise_constraint.
+
+    `(B, H, W, I)` becomes `(B, H', W', O)`, or with channels first `(B, I, H, W)` becomes
+    `(B, O, H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
+    """
+
+    ordinary = keras.layers.Conv2D
+
+
+@keras.saving.register_keras_serializable(package="doconv")
+class DOConv3D(_DOConv, keras.layers.Conv3D):
+    """A depthwise over-parameterized `keras.layers.Conv3D`, to be folded into one after training.
+
+    Takes `keras.layers.Conv3D`'s arguments, and by keyword only those of D as in `DOConv1D`:
+    depth_multiplier, depthwise_initializer, depthwise_regularizer, depthwise_constraint.
+
+    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first `(B, I, D, H, W)` becomes
+    `(B, O, D', H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
+    """
+
+    ordinary = keras.layers.Conv3D
+
+
+@keras.saving.register_keras_serializable(package="doconv")
+class DODepthwiseConv2D(OverParameterized, keras.layers.DepthwiseConv2D):
+    """A depthwise over-parameterized `keras.layers.DepthwiseConv2D`, to be folded into one.
+
+    Takes `keras.layers.DepthwiseConv2D`'s arguments. There `depth_multiplier` already is the number
+    of output channels of each input channel, and `depthwise_initializer`, `depthwise_regularizer`
+    and `depthwise_constraint` are those of the layer's kernel, so here of W. Hence D's have their
+    own names, by keyword only: d_multiplier, S, an integer of at least the number of kernel taps M,
+    which is its default; d_initializer; d_regularizer, where None means W's; d_constraint. Their
+    meaning is that of D's arguments in `DOConv1D`.
+
+    `(B, H, W, I)` becomes `(B, H', W', O)`, or with channels first `(B, I, H, W)` becomes
+    `(B, O, H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+    """
+
+    ordinary = keras.layers.DepthwiseConv2D
+    layout, multiplier_name = "*CN", "d_multiplier"
+    w_prefix, d_prefix = "depthwise", "d"
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        strides: int | tuple[int, int] = (1, 1),
+        padding: str = "valid",
+        depth_multiplier: int = 1,
+        data_format: str | None = None,
+        dilation_rate: int | tuple[int, int] = (1, 1),
+        activation: Any = None,
+        use_bias: bool = True,
+        depthwise_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        depthwise_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        depthwise_constraint: Any = None,
+        bias_constraint: Any = None,
+        *,
+        d_multiplier: int | None = None,
+        d_initializer: Any = "zeros",
+        d_regularizer: Any = None,
+        d_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            as_tuple("kernel_size", kernel_size, 2), as_tuple("strides", strides, 2), padding,
+            as_integer("depth_multiplier", depth_multiplier), data_format,
+            as_tuple("dilation_rate", dilation_rate, 2), activation, use_bias,
+            depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer,
+            activity_regularizer, depthwise_constraint, bias_constraint, **kwargs,
+        )  # fmt: skip
+        self.d_multiplier = d_multiplier
+        self._set_depthwise(self._spec(1), d_initializer, d_regularizer, d_constraint)
+
+    @classmethod
+    def from_conv(cls, conv: keras.Layer, *, d_multiplier: int | None = None) -> DODepthwiseConv2D:
+        """Return a new layer, built, with the function of a trained ordinary layer.
+
+        As `DOConv2D.from_conv`, for a `keras.layers.DepthwiseConv2D`. d_multiplier: S.
+        """
+        return cls._from_conv(conv, d_multiplier)
+
+    def _spec(self, in_channels: int) -> ConvSpec:
+        in_channels = as_integer("in_channels", in_channels)
+        out_channels = in_channels * self.depth_multiplier
+        sizes = (in_channels, out_channels, self.kernel_size, in_channels, self.d_multiplier)
+        try:
+            return ConvSpec(*sizes)
+        except (TypeError, ValueError) as error:  # what the core says of S, by the name it has here
+            message = str(error).replace("depth_multiplier", "d_multiplier")
+            raise type(error)(message) from None

@@ -1,0 +1,109 @@
+"""Keras' other backends: each runs the whole contract and Keras' own tests, in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from frameworks import need
+
+TESTS = Path(__file__).parent
+BACKENDS = ["tensorflow", "jax", "torch"]
+
+
+def run(backend, *arguments):
+    """Run Python with Keras on `backend`, and return the finished process."""
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if backend == "jax":
+        # Most of JAX's time goes into optimizing operations that run once; without, it is half.
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        environment.setdefault("XLA_FLAGS", flags)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=TESTS.parent,
+        check=False,
+    )
+
+
+def need_backend(backend):
+    need("tf")
+    if find_spec(backend) is None:
+        message = f"Keras cannot run on {backend}, which is not installed"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_contract_and_layer_tests_pass(backend):
+    need_backend(backend)
+    files = [str(TESTS / "test_contract.py"), str(TESTS / "test_tf.py")]
+    chosen = ["-k", "tf and not saved_model"]
+    done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *files)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert int(passed[1]) > 400
+    assert "skipped" not in done.stdout
+
+
+STORE = """
+import sys, doconv_tf, keras, numpy
+keras.utils.set_random_seed(0)
+model = keras.Sequential([
+    keras.Input((7, 8, 4)),
+    doconv_tf.DOConv2D(6, 3, groups=2, depth_multiplier=12, depthwise_initializer="normal"),
+    doconv_tf.DODepthwiseConv2D(3, depth_multiplier=2, d_initializer="normal"),
+])
+model.save(f"{sys.argv[1]}/model.keras")
+x = numpy.random.default_rng(0).standard_normal((2, 7, 8, 4)).astype("float32")
+numpy.savez(f"{sys.argv[1]}/results.npz", x=x, y=keras.ops.convert_to_numpy(model(x)))
+"""
+LOAD = """
+import sys, doconv_tf, keras, numpy
+results = numpy.load(f"{sys.argv[1]}/results.npz")
+model = keras.saving.load_model(f"{sys.argv[1]}/model.keras")
+y = keras.ops.convert_to_numpy(model(results["x"]))
+assert abs(y - results["y"]).max() <= 1e-5 * abs(results["y"]).max(), abs(y - results["y"]).max()
+print(keras.backend.backend())
+"""
+
+
+def test_a_model_stored_on_one_backend_loads_on_the_others(tmp_path):
+    for backend in BACKENDS:
+        need_backend(backend)
+    stored = run("tensorflow", "-c", STORE, str(tmp_path))
+    assert stored.returncode == 0, stored.stderr
+    for backend in BACKENDS:
+        loaded = run(backend, "-c", LOAD, str(tmp_path))
+        assert loaded.returncode == 0, loaded.stderr
+        assert loaded.stdout.split() == [backend]
+
+
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Without())
+try:
+    import doconv_tf
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_backend_is_named_with_what_to_install(backend):
+    need("tf")
+    told = run(backend, "-c", WITHOUT.format(missing=backend)).stdout
+    assert f"Keras needs {backend}, which is not installed" in told
+    assert 'python -m pip install "doconv[tf]"' in told
