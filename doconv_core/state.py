@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from doconv_core.compose import from_kernel
 from doconv_core.files import replacing
@@ -178,7 +178,8 @@ def write_state(state: State, path: str | os.PathLike[str]) -> None:
     # safetensors writes an array's memory as it lies, so a transposed view must be copied first.
     arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
     with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata=header)
+        # Not save_file, which leaves a file that only its owner can read.
+        temporary.write_bytes(save(arrays, metadata=header))
 
 
 def read_state(path: str | os.PathLike[str]) -> State:

@@ -48,9 +48,9 @@ class Framework(NamedTuple):
 
 
 FRAMEWORKS = {
-    "torch": Framework("PyTorch", "torch", "compare_pt", "sample_pt", 15),
-    "tf": Framework("Keras", "keras", "compare_tf", "sample_tf", 3),
-    "mx": Framework("MXNet", "mxnet", "compare_mx", "sample_gluoncv", 5),
+    "torch": Framework("PyTorch", "torch", "compare_pt", "sample_pt", 60),
+    "tf": Framework("Keras", "keras", "compare_tf", "sample_tf", 4),
+    "mx": Framework("MXNet", "mxnet", "compare_mx", "sample_gluoncv", 8),
 }
 
 
@@ -88,7 +88,8 @@ def run(options: argparse.Namespace, recorded: list[Recorded]) -> bool:
     here = frameworks_here()
     if not here and not recorded:
         raise ComparisonError("no framework is installed here; install one, or give files --with.")
-    samples = run_samples(here, options.out) if options.samples else {}
+    # In a folder of their own, so that results of the samples' full runs are not overwritten.
+    samples = run_samples(here, options.out / "brief") if options.samples else {}
     problem = make_problem()
     core = compare_core.run(problem, steps("NumPy core", problem))
     for name, framework in here.items():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from compare_problem import Answer, Problem
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from doconv_core.files import replacing
 
@@ -43,7 +43,7 @@ def write(file: Path, problem: Problem, recorded: Sequence[Recorded]) -> None:
         for name, array in _flat(record.answer).items()
     }
     with replacing(file) as temporary:
-        save_file(arrays, temporary, metadata=header)
+        temporary.write_bytes(save(arrays, metadata=header))
 
 
 def read(file: Path, problem: Problem) -> list[Recorded]:

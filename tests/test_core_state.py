@@ -60,6 +60,12 @@ def test_written_and_read_back_without_a_changed_bit(tmp_path, dtype):
         np.testing.assert_array_equal(back.arrays[name], array)
 
 
+def test_a_state_file_has_the_usual_permissions(state, tmp_path):
+    (tmp_path / "usual").touch()
+    write_state(state, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_transposed_views_are_written_in_their_own_order(tmp_path):
     forms = {"": LayerForm(LinearSpec(5, 3), bias=False)}
     weight = np.arange(15.0).reshape(5, 3).T
