@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 # TensorFlow reports its CPU features on standard error while it is imported; errors still appear.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever Keras' own settings say
 
 import compare_core
 import compare_files
