@@ -23,14 +23,15 @@ def available_backends() -> dict[str, metadata.EntryPoint]:
     return {entry.name: entry for entry in sorted(metadata.entry_points(group=GROUP))}
 
 
-def require_framework(extra: str, module: str) -> None:
-    """Raise ImportError unless `module` is installed in a version that `extra` of doconv supports.
+def require_framework(extra: str, module: str, distribution: str = "doconv") -> None:
+    """Raise ImportError unless `module` is installed in a version that the backend supports.
 
+    extra: the extra of `distribution` that installs it; the backend's package is `doconv_<extra>`.
     The message says what is installed, what is supported, and which command installs it. The
-    supported versions are those of the package's own metadata, so they stand in one place.
+    supported versions are those of the distribution's metadata, so they stand in one place.
     """
-    requirement = _requirement(extra, module)
-    advice = f'Install it with: python -m pip install "doconv[{extra}]"'
+    requirement = _requirement(extra, module, distribution)
+    advice = f'Install it with: python -m pip install "{distribution}[{extra}]"'
     if requirement is not None and requirement.marker is not None:
         _check_python(requirement, extra)
     if find_spec(module) is None:
@@ -49,10 +50,10 @@ def require_framework(extra: str, module: str) -> None:
         )
 
 
-def _requirement(extra: str, module: str) -> Requirement | None:
+def _requirement(extra: str, module: str, distribution: str) -> Requirement | None:
     """Return what the package metadata asks of `module` for `extra`; None where it is not there."""
     try:
-        lines = metadata.requires("doconv") or []
+        lines = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:  # used from a checkout, without being installed
         return None
     for requirement in map(Requirement, lines):

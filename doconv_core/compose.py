@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doconv_core.convolve import convolve
-from doconv_core.numeric import widened
+from doconv_core.numeric import as_floats, widened
 from doconv_core.spec import ConvSpec
 
 Array = NDArray[Any]
@@ -42,7 +42,7 @@ def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> A
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     if depthwise is None:
-        return weight.reshape(spec.kernel_shape)
+        return weight.reshape(spec.kernel_shape).copy()
     w, d = _grouped(widened(weight), widened(depthwise), spec)
     kernel: Array = _sum_tiles(w, spec) + np.einsum("gois,gims->goim", w, d)
     return kernel.reshape(spec.kernel_shape).astype(weight.dtype)
@@ -170,10 +170,7 @@ def _checked(
 
 
 def _of_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = np.asarray(array)
-    # ml_dtypes' bfloat16, which NumPy does not count among its own floats, has kind "V".
-    if array.dtype.kind not in "fV":
-        raise TypeError(f"{name} must be an array of floats; received dtype {array.dtype}.")
+    array = as_floats(name, array)
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
     return array

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
-from doconv_core.numeric import widened
-from doconv_core.spec import MAX_RANK, as_integer, as_tuple
+from doconv_core.numeric import as_floats, widened
+from doconv_core.spec import MAX_RANK, as_integer, as_tuple, is_sequence
 
 Array = NDArray[Any]
 Padding = tuple[tuple[int, int], ...]
@@ -43,13 +44,13 @@ def convolve(
     Returns `(B, O, *out)`, in x's dtype; half types are computed in float32 and rounded once.
     Raises ValueError or TypeError for shapes and arguments that do not fit together.
     """
-    x, kernel = np.asarray(x), np.asarray(kernel)
+    x, kernel = as_floats("x", x), as_floats("kernel", kernel)
     g = _geometry(x, kernel, stride, padding, dilation, groups, padding_mode)
     patches, flat_kernel = _patches(widened(x), g), _flat(widened(kernel), g)
     out = flat_kernel @ patches  # (B, g, O/g, positions)
     out = out.reshape(len(x), len(kernel), *g.out_size)
     if bias is not None:
-        bias = np.asarray(bias)
+        bias = as_floats("bias", bias)
         if bias.shape != (len(kernel),):
             raise ValueError(f"bias must have shape {(len(kernel),)}; received {bias.shape}.")
         out = out + widened(bias).reshape(-1, *(1,) * g.rank)
@@ -81,12 +82,13 @@ def convolve_gradient(
     other arguments are those given to `convolve`. Returns arrays of the arguments' shapes, in x's
     dtype. Raises ValueError where output_gradient's shape is not that of the result.
     """
-    x, kernel, dy = np.asarray(x), np.asarray(kernel), np.asarray(output_gradient)
+    x, kernel = as_floats("x", x), as_floats("kernel", kernel)
+    dy = as_floats("output_gradient", output_gradient)
     g = _geometry(x, kernel, stride, padding, dilation, groups, padding_mode)
     expected = (len(x), len(kernel), *g.out_size)
     if dy.shape != expected:
         raise ValueError(f"output_gradient must have shape {expected}; received {dy.shape}.")
-    dy = widened(dy).reshape(len(x), groups, len(kernel) // groups, -1)
+    dy = widened(dy).reshape(len(x), g.groups, len(kernel) // g.groups, prod(g.out_size))
     dkernel = (dy @ _patches(widened(x), g).swapaxes(2, 3)).sum(axis=0)
     dpatches = _flat(widened(kernel), g).swapaxes(1, 2) @ dy
     return ConvolutionGradients(
@@ -99,6 +101,8 @@ def convolve_gradient(
 def pad(x: ArrayLike, padding: Any, padding_mode: str = "zeros") -> Array:
     """Return `x`, `(B, C, *spatial)`, padded in its spatial dimensions as `convolve` pads it."""
     x = np.asarray(x)
+    if x.ndim < 3:
+        raise ValueError(f"x must have axes (B, C, *spatial); received shape {x.shape}.")
     pairs = as_padding(padding, x.ndim - 2)
     _check_padding(x.shape[2:], pairs, padding_mode)
     mode: Any = PADDING_MODES[padding_mode]
@@ -114,7 +118,14 @@ def pad_gradient(
     position it was copied from; zeros hand back nothing.
     """
     gradient = np.asarray(padded_gradient)
-    for axis, (n, pair) in enumerate(zip(size, as_padding(padding, len(size)), strict=True), 2):
+    pairs = as_padding(padding, len(size))
+    _check_padding(tuple(size), pairs, padding_mode)
+    expected = tuple(n + sum(pair) for n, pair in zip(size, pairs, strict=True))
+    if gradient.shape[2:] != expected:
+        raise ValueError(
+            f"padded_gradient must have the spatial sizes {expected}; received {gradient.shape}."
+        )
+    for axis, (n, pair) in enumerate(zip(size, pairs, strict=True), 2):
         if padding_mode == "zeros":
             gradient = gradient.take(range(pair[0], pair[0] + n), axis=axis)
         else:
@@ -128,16 +139,16 @@ def pad_gradient(
 
 def as_padding(padding: Any, rank: int) -> Padding:
     """Return `padding` as `rank` pairs (before, after) of non-negative integers."""
-    if isinstance(padding, str) or (isinstance(padding, Sequence) and len(padding) != rank):
+    if isinstance(padding, str) or (is_sequence(padding) and len(padding) != rank):
         raise ValueError(
             f"padding must be one integer, or {rank} integers or pairs; received {padding!r}."
         )
-    if not isinstance(padding, Sequence):
+    if not is_sequence(padding):
         padding = (padding,) * rank
     pairs = []
     for d, entry in enumerate(padding):
         name = f"padding[{d}]"
-        if isinstance(entry, Sequence) and len(entry) != 2:
+        if is_sequence(entry) and len(entry) != 2:
             raise ValueError(f"{name} must be an integer or a pair (before, after); got {entry!r}.")
         before, after = as_tuple(name, entry, 2, least=0)
         pairs.append((before, after))
@@ -171,6 +182,8 @@ def _geometry(
             f"x must have {kernel.ndim} axes, (B, I, *spatial), as kernel of shape {kernel.shape} "
             f"asks for; received shape {x.shape}."
         )
+    if not kernel.size:
+        raise ValueError(f"kernel must have no axis of length 0; received shape {kernel.shape}.")
     groups = as_integer("groups", groups)
     if len(kernel) % groups or x.shape[1] != kernel.shape[1] * groups:
         raise ValueError(
@@ -216,8 +229,8 @@ def _patches(x: Array, g: _Geometry) -> Array:
     windows = windows[(slice(None), slice(None), *steps)]  # (B, I, *out, *kernel)
     order = (0, 1, *range(2 + g.rank, 2 + 2 * g.rank), *range(2, 2 + g.rank))
     batch, channels = x.shape[:2]
-    rows = channels // g.groups * int(np.prod(g.kernel_size))
-    shape = (batch, g.groups, rows, int(np.prod(g.out_size)))
+    rows = channels // g.groups * prod(g.kernel_size)
+    shape = (batch, g.groups, rows, prod(g.out_size))
     patches: Array = windows.transpose(order).reshape(shape)
     return patches
 

@@ -16,9 +16,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
     An error or an interruption leaves whatever stood at `path` as it was, and removes the
-    temporary file. Missing parent folders are created.
+    temporary file. Missing parent folders are created. Raises IsADirectoryError, before the block
+    runs, where `path` is a folder.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file to write.")
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder, not a file: whatever writes in it creates its file with the usual permissions.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:

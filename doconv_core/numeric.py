@@ -10,6 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 
 
+def as_floats(name: str, array: ArrayLike) -> Array:
+    """Return `array` as an array of floats; TypeError names it where its dtype is another."""
+    array = np.asarray(array)
+    # ml_dtypes' bfloat16, which NumPy does not count among its own floats, has kind "V".
+    if array.dtype.kind not in "fV":
+        raise TypeError(f"{name} must be an array of floats; received dtype {array.dtype}.")
+    return array
+
+
 def widened(array: Array) -> Array:
     """Return `array` in the dtype it is computed in: float32 for half types, else its own."""
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array
@@ -31,11 +40,14 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
     """Return the largest absolute and relative difference of `found` from `expected`, in float64.
 
     Two results are equal "exactly" where both are 0, and equal "to r relative" where `relative` is
-    at most r. Empty arrays are equal. Raises ValueError where the shapes differ.
+    at most r. Empty arrays are equal. Raises ValueError where the shapes differ, TypeError for
+    complex numbers.
     """
     a, b = np.asarray(found), np.asarray(expected)
     if a.shape != b.shape:
         raise ValueError(f"expected a result of shape {b.shape}; received {a.shape}.")
+    if np.iscomplexobj(a) or np.iscomplexobj(b):
+        raise TypeError(f"results must be real; received dtypes {a.dtype} and {b.dtype}.")
     a, b = a.astype(np.float64), b.astype(np.float64)
     differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
     if not differ.any():

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 MAX_RANK = 3
 
 
 def as_integer(name: str, value: Any, *, least: int = 1) -> int:
     """Return `value` as an int of at least `least`; TypeError or ValueError names it otherwise."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, np.bool_)):
             raise TypeError
         integer = operator.index(value)
     except TypeError:
@@ -26,13 +28,20 @@ def as_integer(name: str, value: Any, *, least: int = 1) -> int:
 
 def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, ...]:
     """Return `value`, one integer for all dimensions or one for each, as a tuple of `rank` ints."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if is_sequence(value):
         if len(value) != rank:
             raise ValueError(
                 f"{name} must be one integer or {rank} of them; received {name}={value!r}."
             )
         return tuple(as_integer(f"{name}[{d}]", v, least=least) for d, v in enumerate(value))
     return (as_integer(name, value, least=least),) * rank
+
+
+def is_sequence(value: Any) -> bool:
+    """Return whether `value` has entries in an order: a sequence or a 1-D array, but not text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class ConvSpec:
 
     def _validated_kernel_size(self) -> tuple[int, ...]:
         size = self.kernel_size
-        if isinstance(size, str) or not hasattr(size, "__len__"):
+        if not is_sequence(size):
             raise TypeError(
                 "kernel_size must be a sequence of 1 to 3 integers, one for each spatial "
                 f"dimension; received kernel_size={size!r}."

@@ -7,10 +7,11 @@ layer's weight is `(out, in)`. On disk it is one safetensors file, its header in
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -50,13 +51,24 @@ class LinearSpec:
 class LayerForm:
     """What one layer of a model is, as far as its state is concerned.
 
-    spec: its sizes. over_parameterized: whether it has `depthwise_weight`; never for one tap.
-    bias: whether it has `bias`.
+    spec: its sizes. over_parameterized: whether it has `depthwise_weight`; False for one tap and
+    for linear layers, whatever was asked for. bias: whether it has `bias`. Raises TypeError for
+    other types.
     """
 
     spec: ConvSpec | LinearSpec
     over_parameterized: bool = False
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the types; a layer that cannot have a D is not over-parameterized."""
+        if not isinstance(self.spec, (ConvSpec, LinearSpec)):
+            raise TypeError(f"spec must be a ConvSpec or LinearSpec; received {self.spec!r}.")
+        for name in ("over_parameterized", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; received {getattr(self, name)!r}.")
+        can = isinstance(self.spec, ConvSpec) and self.spec.over_parameterized
+        object.__setattr__(self, "over_parameterized", self.over_parameterized and can)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,6 +114,8 @@ class State:
             if name not in self.arrays:
                 raise StateError(f"entry {name!r} is missing; expected shape {shape}.")
             array = self.arrays[name]
+            if not isinstance(array, np.ndarray):
+                raise StateError(f"entry {name!r} must be an array; found {type(array).__name__}.")
             if array.dtype not in _DTYPES:
                 raise StateError(
                     f"entry {name!r} must be float16, float32 or float64; found {array.dtype}."
@@ -118,8 +132,11 @@ def fit_state(state: State, layers: Mapping[str, LayerForm]) -> dict[str, dict[s
 
     An ordinary convolution's entry fits an over-parameterized layer: its kernel is taken over and
     `depthwise_weight` is zero, so that the layer computes what was stored. Everything is checked
-    before anything is returned: raises StateError for a layer that one side lacks, or that differs.
+    before anything is returned: raises StateError for a layer that one side lacks, or that differs,
+    TypeError for what is no State.
     """
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a State; received {type(state).__name__}.")
     for path in layers:
         if path not in state.layers:
             raise StateError(_absent(path, "the state", state.layers, "the model has it"))
@@ -131,7 +148,8 @@ def fit_state(state: State, layers: Mapping[str, LayerForm]) -> dict[str, dict[s
 
 def _absent(path: str, where: str, there: Mapping[str, LayerForm], but: str) -> str:
     close = get_close_matches(path, there, 1)
-    hint = f"the closest is {close[0]!r}" if close else f"it has {', '.join(map(repr, there))}"
+    names = ", ".join(map(repr, there)) or "no layers"
+    hint = f"the closest is {close[0]!r}" if close else f"it has {names}"
     return f"layer {path!r} is not in {where}, though {but}; {hint}."
 
 
@@ -148,9 +166,8 @@ def _fit_layer(path: str, state: State, wanted: LayerForm) -> dict[str, Array]:
         if found.spec != spec:
             raise _differs(path, found.spec, spec)
         return arrays
-    ordinary = "depthwise_weight" not in found.shapes
-    takes_depthwise = "depthwise_weight" in wanted.shapes
-    if not ordinary and not takes_depthwise:
+    ordinary = not found.over_parameterized
+    if found.over_parameterized and not wanted.over_parameterized:
         raise StateError(
             f"entry {entry(path, 'depthwise_weight')!r} is for an over-parameterized layer; "
             "expected an ordinary one. Fold the model before exporting its state."
@@ -158,12 +175,11 @@ def _fit_layer(path: str, state: State, wanted: LayerForm) -> dict[str, Array]:
     same = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
     if found.spec != (same if ordinary else spec):
         raise _differs(path, found.spec, spec)
-    if ordinary and takes_depthwise:
+    if ordinary and wanted.over_parameterized:
         kernel = arrays["weight"].reshape(spec.kernel_shape)
         weight, depthwise = from_kernel(kernel, spec)
-        arrays["weight"] = weight
-        if depthwise is not None:
-            arrays["depthwise_weight"] = depthwise
+        assert depthwise is not None  # as the layer wanted is over-parameterized
+        arrays |= {"weight": weight, "depthwise_weight": depthwise}
     return arrays
 
 
@@ -191,10 +207,25 @@ def read_state(path: str | os.PathLike[str]) -> State:
     file = os.fspath(path)
     try:
         with safe_open(file, framework="np") as stored:
-            header = stored.metadata() or {}
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            layers = _read_header(file, stored.metadata() or {})
+            names = list(stored.keys())
+            for name in names:  # a type that NumPy lacks cannot even be asked for
+                dtype = stored.get_slice(name).get_dtype()
+                if dtype not in ("F16", "F32", "F64"):
+                    raise StateError(
+                        f"{file}: entry {name!r} is {dtype}; expected F16, F32 or F64."
+                    )
+            arrays = {name: stored.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise StateError(f"{file} is not a whole safetensors file: {error}.") from error
+    try:
+        return State(layers, arrays)
+    except StateError as error:
+        raise StateError(f"{file}: {error}") from error
+
+
+def _read_header(file: str, header: Mapping[str, str]) -> dict[str, LayerForm]:
+    """Return the layers that a file's header describes; StateError says what is wrong with it."""
     if header.get("format") != FORMAT:
         raise StateError(
             f"{file} is a safetensors file, but no doconv state: its header's format is "
@@ -205,23 +236,40 @@ def read_state(path: str | os.PathLike[str]) -> State:
             f"{file} has format version {header.get('version')}; this doconv reads {VERSION}."
         )
     try:
-        layers = {name: _from_json(form) for name, form in json.loads(header["layers"]).items()}
-        return State(layers, arrays)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StateError(f"{file}: {error}") from error
+        layers = json.loads(header.get("layers", ""))
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{file}: the header's layers are no JSON: {error}.") from error
+    if not isinstance(layers, dict):
+        raise StateError(f"{file}: the header's layers must be a JSON object; found {layers!r}.")
+    forms = {}
+    for path, described in layers.items():
+        try:
+            forms[path] = _from_json(described)
+        except (TypeError, ValueError) as error:
+            raise StateError(f"{file}: the header's layer {path!r}: {error}") from error
+    return forms
 
 
 def _as_json(form: LayerForm) -> dict[str, Any]:
     kind = "linear" if isinstance(form.spec, LinearSpec) else "convolution"
     return {
         "kind": kind,
-        "spec": asdict(form.spec),
+        "spec": dataclasses.asdict(form.spec),
         "over_parameterized": form.over_parameterized,
         "bias": form.bias,
     }
 
 
-def _from_json(entry: dict[str, Any]) -> LayerForm:
+def _from_json(described: Any) -> LayerForm:
+    fields = {"kind", "spec", "over_parameterized", "bias"}
+    if not isinstance(described, dict) or described.keys() != fields:
+        raise TypeError(f"expected an object of {', '.join(sorted(fields))}; found {described!r}.")
     kinds = {"linear": LinearSpec, "convolution": ConvSpec}
-    spec = kinds[entry["kind"]](**entry["spec"])
-    return LayerForm(spec, entry["over_parameterized"], entry["bias"])
+    kind = kinds.get(str(described["kind"]))
+    if kind is None:
+        raise ValueError(f"kind must be linear or convolution; found {described['kind']!r}.")
+    sizes = described["spec"]
+    expected = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(sizes, dict) or sizes.keys() != expected:
+        raise TypeError(f"spec must have {', '.join(sorted(expected))}; found {sizes!r}.")
+    return LayerForm(kind(**sizes), described["over_parameterized"], described["bias"])

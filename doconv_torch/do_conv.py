@@ -19,6 +19,7 @@ class _DOConv(_ConvNd):
     """
 
     ordinary: type[_ConvNd]
+    rank: int
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class _DOConv(_ConvNd):
         *,
         depth_multiplier: int | None = None,
     ) -> None:
-        rank = self._rank()
+        rank = self.rank
         kernel_size = as_tuple("kernel_size", kernel_size, rank)
         spec = ConvSpec(in_channels, out_channels, kernel_size, groups, depth_multiplier)
         as_tuple("stride", stride, rank)
@@ -83,15 +84,23 @@ class _DOConv(_ConvNd):
     def fold(self) -> _ConvNd:
         """Return a new ordinary convolution with the same function.
 
-        It keeps device, dtype, memory format and mode. Its weight is trainable where W or D is.
+        It keeps device, dtype and mode, and where `S == M` the memory format. Its weight is
+        trainable where W or D is. Hooks are not carried over. Raises TypeError for a subclass that
+        computes something else.
         """
+        cls = type(self)
+        if (
+            cls.forward is not _DOConv.forward
+            or cls._conv_forward is not self.ordinary._conv_forward
+        ):
+            raise TypeError(
+                f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
+                "it would be folded to might compute something else; fold() is for the plain layer."
+            )
+        composed = [p for p in (self.weight, self.depthwise_weight) if p is not None]
+        trainable = any(p.requires_grad for p in composed)
         kernel = self.composed_kernel().detach()
-        layout = self.weight if self.weight.shape == kernel.shape else kernel
-        weight = torch.empty_like(layout, requires_grad=False).copy_(kernel)
-        trainable = any(
-            p.requires_grad for p in (self.weight, self.depthwise_weight) if p is not None
-        )
-        return _filled(self.ordinary, self, {}, weight=(weight, trainable))
+        return _filled(self.ordinary, self, {}, weight=(kernel, trainable))
 
     @classmethod
     def from_conv(cls, conv: _ConvNd, *, depth_multiplier: int | None = None) -> _DOConv:
@@ -137,10 +146,6 @@ class _DOConv(_ConvNd):
             state_dict = {**state_dict, f"{prefix}weight": _as_w(weight, self.spec), name: zeros}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @classmethod
-    def _rank(cls) -> int:
-        return int(cls.ordinary.__name__[-2])
-
 
 class DOConv1d(_DOConv, nn.Conv1d):
     """A depthwise over-parameterized `torch.nn.Conv1d`, to be folded into one after training.
@@ -151,7 +156,7 @@ class DOConv1d(_DOConv, nn.Conv1d):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv1d
+    ordinary, rank = nn.Conv1d, 1
 
 
 class DOConv2d(_DOConv, nn.Conv2d):
@@ -163,7 +168,7 @@ class DOConv2d(_DOConv, nn.Conv2d):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv2d
+    ordinary, rank = nn.Conv2d, 2
 
 
 class DOConv3d(_DOConv, nn.Conv3d):
@@ -175,22 +180,25 @@ class DOConv3d(_DOConv, nn.Conv3d):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv3d
+    ordinary, rank = nn.Conv3d, 3
 
 
 def _compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
-    """Return `W·(E + D)ᵀ`, one matrix product for each input channel, added to W unmultiplied."""
+    """Return `W·(E + D)ᵀ`: one matrix product for each input channel, added to W as it is.
+
+    The sum has W's memory format where `S == M`, and is contiguous otherwise.
+    """
     g, taps, multiplier = spec.groups, spec.taps, spec.depth_multiplier
-    # (g, o, i, s) -> (g, i, o, s) -> one (O/g, S) matrix for each of the I input channels
     split = (g, spec.out_channels_per_group, spec.in_channels_per_group)
-    w = weight.reshape(*split, multiplier).transpose(1, 2)
-    w = w.reshape(spec.in_channels, spec.out_channels_per_group, multiplier)
-    base, tiles = w, multiplier // taps
+    w = weight.reshape(*split, multiplier)
+    # (g, o, i, s) -> (g, i, o, s) -> one (O/g, S) matrix for each of the I input channels
+    matrices = w.transpose(1, 2).reshape(spec.in_channels, -1, multiplier)
+    product = torch.bmm(matrices, depthwise.transpose(1, 2))
+    product = product.reshape(g, split[2], split[1], taps).transpose(1, 2)
+    tiles = multiplier // taps
     if multiplier != taps:
-        base = w[..., : tiles * taps].unflatten(-1, (tiles, taps)).sum(-2)
-    kernel = torch.baddbmm(base, w, depthwise.transpose(1, 2))
-    kernel = kernel.reshape(g, spec.in_channels_per_group, -1, taps).transpose(1, 2)
-    return kernel.reshape(spec.kernel_shape)
+        w = w[..., : tiles * taps].unflatten(-1, (tiles, taps)).sum(-2)
+    return (w + product).reshape(spec.kernel_shape)
 
 
 def _as_w(kernel: Tensor, spec: ConvSpec) -> Tensor:

@@ -324,26 +324,34 @@ def ask(adapter: Adapter, layer: Any, case: Case, problem: Problem, native: bool
     return results._replace(x=dx)
 
 
-def tolerances(case: Case, problem: Problem, expected: Results, dtype: str) -> Results:
+def tolerances(
+    case: Case, problem: Problem, expected: Results, dtype: str, *, sums_in_half: bool = False
+) -> Results:
     """Return the relative difference allowed for each result.
 
-    In a half type with unit roundoff u, a sum of products whose n roundings are in half precision
-    is off by at most n·u times the same sum of magnitudes. With sums accumulated in float32, the
-    longest chain has, beside the kernel's: the composed kernel's product, the sum of W's whole
-    tiles (one rounding each), the kernel itself, the convolution's result, its gradient towards the
-    kernel, the gradient through the composition, the addition of that to the direct path, and the
-    bias: 6 and one for each tile.
+    In a half type with unit roundoff u, a result that has been rounded n times on its way is off by
+    at most n·u times the same sum taken over magnitudes, to first order; sums are accumulated in
+    float32, which adds nothing to speak of. The composed kernel is rounded once as the product with
+    D, once for each of W's tiles added, and once as their sum.
+
+    sums_in_half: the bias's gradient, a mere sum, is accumulated in the half type, so that it is
+    rounded once for each term.
     """
     if dtype == "float32":
         return Results(*(FLOAT32_TOLERANCE,) * 5)
     magnitudes = solve(case, Problem(*(None if a is None else np.abs(a) for a in problem)))
-    roundings = 6 + case.spec.depth_multiplier // case.spec.taps
+    kernel = 1 + case.spec.depth_multiplier // case.spec.taps
+    roundings = Results(
+        output=kernel + 2,  # the convolution and its bias
+        x=kernel + 1,
+        weight=3,  # the kernel's gradient, its product with D, and the sum of both
+        depthwise=2,  # the kernel's gradient, and its product with W
+        bias=problem.dy[:, 0].size if sums_in_half else 1,
+    )
     return Results(
         *(
-            None
-            if e is None
-            else roundings * HALF_ROUNDOFF[dtype] * np.abs(m).max() / np.abs(e).max()
-            for m, e in zip(magnitudes, expected, strict=True)
+            None if e is None else n * HALF_ROUNDOFF[dtype] * np.abs(m).max() / np.abs(e).max()
+            for n, m, e in zip(roundings, magnitudes, expected, strict=True)
         )
     )
 

@@ -283,6 +283,10 @@ def test_pad_gradient_is_the_transpose_of_pad(mode):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"x": np.zeros((2, 3, 5, 5), int)}, TypeError, "x must be an array of floats.*int64"),
+        ({"kernel": np.zeros((4, 3, 3, 3), complex)}, TypeError, "kernel must be.*complex128"),
+        ({"bias": np.zeros(4, bool)}, TypeError, "bias must be an array of floats.*bool"),
+        ({"kernel": np.zeros((4, 3, 0, 3))}, ValueError, "kernel must have no axis of length 0"),
         ({"kernel": np.zeros((4, 3))}, ValueError, r"kernel must have 3 to 5 axes.*\(4, 3\)"),
         ({"x": np.zeros((2, 3, 5))}, ValueError, r"x must have 4 axes.*\(2, 3, 5\)"),
         ({"x": np.zeros((2, 4, 5, 5))}, ValueError, r"x must have 3 channels.*\(2, 4, 5, 5\)"),
@@ -309,6 +313,31 @@ def test_convolve_says_what_does_not_fit(change, error, message):
     arguments = {"x": np.zeros((2, 3, 5, 5)), "kernel": np.zeros((4, 3, 3, 3))} | change
     with pytest.raises(error, match=message):
         convolve(**arguments)
+
+
+def test_an_empty_batch_has_an_empty_result_and_zero_gradients():
+    x, kernel = np.zeros((0, 4, 5, 5)), np.ones((6, 2, 3, 3))
+    y = convolve(x, kernel, groups=2)
+    gradients = convolve_gradient(x, kernel, y, groups=2)
+    assert y.shape == (0, 6, 3, 3)
+    assert gradients.x.shape == x.shape
+    assert not gradients.kernel.any()
+    assert not gradients.bias.any()
+
+
+def test_padding_says_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"x must have axes \(B, C, \*spatial\); received.*\(3,\)"):
+        pad(np.ones(3), 1)
+    with pytest.raises(ValueError, match="padding_mode must be one of"):
+        pad_gradient(np.ones((1, 1, 5)), (3,), 1, "mirror")
+    with pytest.raises(ValueError, match=r"spatial sizes \(5,\); received \(1, 1, 9\)"):
+        pad_gradient(np.ones((1, 1, 9)), (3,), 1)
+
+
+def test_a_kernel_of_one_tap_is_a_copy():
+    weight = np.ones((6, 2, 1))
+    compose(weight, None, ConvSpec(4, 6, (1, 1), 2))[:] = 7
+    assert (weight == 1).all()
 
 
 def test_convolve_gradient_says_which_shape_was_right():

@@ -36,7 +36,7 @@ def test_shapes_follow_from_the_sizes(spec):
 
 
 def test_defaults_and_normalised_values():
-    spec = ConvSpec(np.int64(4), 6, [3, 2])
+    spec = ConvSpec(np.int64(4), 6, np.array([3, 2]))
     assert spec == ConvSpec(4, 6, (3, 2), groups=1, depth_multiplier=6)
     assert type(spec.in_channels) is int
     assert hash(spec) == hash(ConvSpec(4, 6, (3, 2)))
@@ -61,6 +61,10 @@ def test_defaults_and_normalised_values():
         ),
         ((6, 4, (3,), 3), ValueError, "out_channels must be divisible by groups.*out_channels=4"),
         ((4, 6, 3), TypeError, "kernel_size must be a sequence of 1 to 3 integers.*kernel_size=3"),
+        ((4, 6, {3, 5}), TypeError, "kernel_size must be a sequence"),
+        ((4, 6, b"33"), TypeError, "kernel_size must be a sequence"),
+        ((4, 6, np.array(3)), TypeError, "kernel_size must be a sequence"),
+        ((np.True_, 6, (3,)), TypeError, "in_channels must be an integer"),
         ((4, 6, "33"), TypeError, "kernel_size must be a sequence.*kernel_size='33'"),
         ((4, 6, ()), ValueError, r"kernel_size must have 1 to 3 entries.*kernel_size=\(\)"),
         ((4, 6, (1, 2, 3, 4)), ValueError, r"1 to 3 entries.*kernel_size=\(1, 2, 3, 4\)"),

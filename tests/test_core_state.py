@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import metadata
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -75,6 +76,16 @@ def test_transposed_views_are_written_in_their_own_order(tmp_path):
 
 def test_one_tap_has_no_depthwise_entry():
     assert FORMS["features.2"].shapes == {"weight": (5, 6, 1)}
+    assert FORMS["features.2"] == LayerForm(ConvSpec(6, 5, (1, 1)), bias=False)
+
+
+def test_forms_are_of_the_right_types():
+    with pytest.raises(TypeError, match="bias must be True or False; received 'no'"):
+        LayerForm(ORDINARY, bias="no")
+    with pytest.raises(
+        TypeError, match=r"spec must be a ConvSpec or LinearSpec; received \(4, 6\)"
+    ):
+        LayerForm((4, 6))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,7 @@ def test_one_tap_has_no_depthwise_entry():
             r"'features.0.depthwise_weight' has shape \(4, 9, 9\); expected \(4, 9, 12\)",
         ),
         ({"head.bias": np.zeros(3, int)}, "'head.bias' must be float16.*found int64"),
+        ({"head.bias": [0.0, 0.0, 0.0]}, "entry 'head.bias' must be an array; found list"),
         ({"head.gamma": np.zeros(3)}, "entry 'head.gamma' belongs to no layer"),
     ],
 )
@@ -151,6 +163,13 @@ def test_what_does_not_fit_is_named(state, wanted, message):
         fit_state(state, forms)
 
 
+def test_what_is_no_state_and_what_has_no_layers(state):
+    with pytest.raises(TypeError, match="state must be a State; received dict"):
+        fit_state({"weight": 1}, FORMS)
+    with pytest.raises(StateError, match=r"'features.0' is not in the model.*it has no layers"):
+        fit_state(state, {})
+
+
 def test_damaged_and_foreign_files_are_refused(state, tmp_path):
     file = tmp_path / "a.safetensors"
     write_state(state, file)
@@ -168,12 +187,45 @@ def test_damaged_and_foreign_files_are_refused(state, tmp_path):
         read_state(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.int32], ids=["bfloat16", "int32"])
+def test_files_with_other_numbers_are_refused(tmp_path, dtype):
+    file = tmp_path / "a.safetensors"
+    array = np.zeros(3, dtype)
+    save_file({"w": array}, file)
+    with pytest.raises(StateError, match="no doconv state"):
+        read_state(file)
+    header = {"format": "doconv", "version": "1", "layers": "{}"}
+    save_file({"w": array}, file, metadata=header)
+    with pytest.raises(StateError, match=r"entry 'w' is (BF16|I32); expected F16, F32 or F64"):
+        read_state(file)
+
+
+def described(**changes):
+    """A header whose one layer is described with these changes."""
+    spec = {"in_features": 5, "out_features": 3}
+    layer = {"kind": "linear", "spec": spec, "over_parameterized": False, "bias": True}
+    return {"layers": json.dumps({"head": layer | changes})}
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ({"version": "2"}, "has format version 2; this doconv reads 1"),
-        ({"layers": "{"}, "a.safetensors: Expecting property name"),
-        ({"layers": '{"head": {"kind": "linear"}}'}, "a.safetensors: 'spec'"),
+        ({"layers": "{"}, "a.safetensors: the header's layers are no JSON: Expecting property"),
+        ({"layers": "[" * 100_000}, "a.safetensors: the header's layers are no JSON"),
+        ({"layers": "[]"}, r"the header's layers must be a JSON object; found \[\]"),
+        ({"layers": '{"head": null}'}, "layer 'head': expected an object of bias.*found None"),
+        ({"layers": '{"head": {"kind": "linear"}}'}, "layer 'head': expected an object of bias, k"),
+        (
+            described(kind="dense"),
+            "layer 'head': kind must be linear or convolution; found 'dense'",
+        ),
+        (described(spec={"in_features": 5}), "layer 'head': spec must have in_features, out_feat"),
+        (described(bias="no"), "layer 'head': bias must be True or False; received 'no'"),
+        (
+            described(spec={"in_features": -5, "out_features": 3}),
+            "layer 'head': in_features must be at least 1; received in_features=-5",
+        ),
         ({"layers": "{}"}, "entry 'w' belongs to no layer"),
     ],
 )
@@ -202,6 +254,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     assert json.loads(file.read_text()) == {"accuracy": 2}
 
 
+def test_a_folder_is_not_written_to(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file to write"):
+        write_json(tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_difference_is_relative_to_the_largest_entry():
     assert difference([1.0, 2.0, -4.0], [1.0, 2.5, -4.0]) == (0.5, 0.125)
     assert difference(np.zeros(3, np.float32), np.zeros(3)) == (0.0, 0.0)
@@ -215,15 +273,14 @@ def test_difference_of_what_is_not_finite():
     assert difference([np.inf, 1.0], [-np.inf, 1.0]) == (np.inf, np.inf)
     with pytest.raises(ValueError, match=r"shape \(2,\); received \(1, 2\)"):
         difference([[1, 2]], [1, 2])
+    with pytest.raises(TypeError, match="results must be real; received dtypes complex128 and flo"):
+        difference([1j], [0.0])
 
 
 def test_backends_are_found_through_entry_points():
     found = available_backends()
-    assert {name: entry.value for name, entry in found.items()} == {
-        "mx": "doconv_mx",
-        "tf": "doconv_tf",
-        "torch": "doconv_torch",
-    }
+    ours = {"mx": "doconv_mx", "tf": "doconv_tf", "torch": "doconv_torch"}
+    assert ours.items() <= {name: entry.value for name, entry in found.items()}.items()
 
 
 class Fakes:
@@ -252,6 +309,12 @@ def test_a_missing_framework_names_the_extra(monkeypatch):
     message = r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"'
     with pytest.raises(ImportError, match=message):
         require_framework("tf", "six")
+
+
+def test_another_distribution_is_named_as_the_one_to_install(monkeypatch):
+    Fakes(monkeypatch, version=None, requires='six>=1.1; extra == "fourth"')
+    with pytest.raises(ImportError, match=r'pip install "doconv-fourth\[fourth\]"'):
+        require_framework("fourth", "six", "doconv-fourth")
 
 
 def test_an_unsupported_version_is_refused(monkeypatch):

@@ -105,9 +105,10 @@ def test_autocast_composes_in_the_parameters_dtype_and_casts_once(dtype):
         assert torch.equal(layer.fold()(image()), output)
 
 
-def test_channels_last():
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_last(input_format):
     layer = trained().to(memory_format=torch.channels_last)
-    x = image().to(memory_format=torch.channels_last)
+    x = image().to(memory_format=input_format)
     output, folded = layer(x), layer.fold()
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert folded.weight.is_contiguous(memory_format=torch.channels_last)
@@ -255,6 +256,48 @@ def test_repr_names_the_depth_multiplier():
     )
 
 
+class Doubled(DOConv2d):
+    """A layer that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(DOConv2d):
+    """A layer that computes something else in the convolution itself."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight + 1, bias)
+
+
+@pytest.mark.parametrize("cls", [Doubled, Shifted])
+def test_fold_refuses_what_computes_something_else(cls):
+    with pytest.raises(TypeError, match=f"{cls.__name__} has a forward of its own"):
+        cls(4, 6, 3).fold()
+
+
+@MULTIPLIERS
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_are_contiguous(multiplier, groups):
+    layer = trained(multiplier, groups)
+    assert layer.composed_kernel().is_contiguous()
+    assert layer.fold().weight.is_contiguous()
+
+
+def test_weight_norm_is_folded_in():
+    layer = nn.utils.parametrizations.weight_norm(trained())
+    folded = layer.fold()
+    assert type(folded) is nn.Conv2d
+    assert torch.equal(folded(image()), layer(image()))
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 8), (0, 4, 7, 8)], ids=["unbatched", "empty"])
+def test_inputs_without_a_batch_or_with_none(shape):
+    layer = trained()
+    x = torch.ones(shape)
+    assert torch.equal(layer(x), layer.fold()(x))
+
+
 @MULTIPLIERS
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
 def test_fold_keeps_what_the_layer_was(multiplier, frozen):
@@ -265,6 +308,7 @@ def test_fold_keeps_what_the_layer_was(multiplier, frozen):
     folded = layer.fold()
     assert torch.equal(torch.get_rng_state(), before)
     assert type(folded) is nn.Conv2d
+    assert folded.weight.is_contiguous()
     assert not folded.training
     assert folded.weight.dtype == torch.float64
     assert folded.weight.requires_grad == (len(frozen) < 2)
@@ -344,6 +388,30 @@ def network(multiplier=12, bias=True, cls=DOConv2d):
     )
 
 
+class Masked(nn.Module):
+    """A module with a buffer, in the state dict or not."""
+
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(3), persistent)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: pruned(network()), lambda: network().to("meta")])
+def test_what_cannot_be_exported_is_named(make):
+    with pytest.raises((TypeError, ValueError), match="'0"):
+        export_state(make())
+
+
+def test_buffers_outside_the_state_dict_do_not_matter():
+    model = network().append(Masked(persistent=False))
+    load_state(model, export_state(network()))
+
+
 def test_state_goes_out_and_in():
     model, other = network(), network()
     nn.init.normal_(model[0].depthwise_weight)
@@ -377,8 +445,19 @@ def test_bfloat16_state_loses_no_bit():
         (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
         (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
         (lambda: nn.Sequential(*network(), nn.Linear(3, 2)), StateError, "'5' is not in the state"),
-        (lambda: network().append(nn.BatchNorm1d(3)), TypeError, "'5' is a BatchNorm1d; a canon"),
+        (
+            lambda: network().append(nn.BatchNorm1d(3)),
+            TypeError,
+            "'5' is a BatchNorm1d with 'weight'",
+        ),
         (lambda: network().to("meta"), ValueError, "'0.weight' is on the meta device"),
+        (lambda: pruned(network()), TypeError, "'0', a DOConv2d, has .*'weight_orig'.*expected 'w"),
+        (lambda: network().append(Masked()), TypeError, "'5' is a Masked with 'mask'"),
+        (
+            lambda: nn.Sequential(*network()[:4], nn.Linear(150, 3, dtype=torch.complex64)),
+            TypeError,
+            "'4.weight' is torch.complex64; expected one of torch.float64",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
