@@ -2,7 +2,9 @@
 
 A layer at path `conv1` has the entries `conv1.weight`, `(O, I/g, S)`; `conv1.depthwise_weight`,
 `(I, M, S)`, where it is over-parameterized; and `conv1.bias`, `(O,)`, where it has one. A linear
-layer's weight is `(out, in)`. On disk it is one safetensors file, its header in readable JSON.
+layer's weight is `(out, in)`, its inputs in the order of the framework that it comes from: behind a
+flattening of more than one position, channels-first and channels-last networks differ in that.
+On disk a state is one safetensors file, its header in readable JSON.
 """
 
 from __future__ import annotations
@@ -205,6 +207,8 @@ def read_state(path: str | os.PathLike[str]) -> State:
     of a newer version, or inconsistent in itself; FileNotFoundError where there is none.
     """
     file = os.fspath(path)
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"{file} is a folder; name a state file.")
     try:
         with safe_open(file, framework="np") as stored:
             layers = _read_header(file, stored.metadata() or {})

@@ -25,14 +25,13 @@ import compare_core
 import compare_files
 import numpy as np
 from compare_files import ComparisonError, Recorded
-from compare_problem import Answer, make_problem
+from compare_problem import ONE_PASS, TRAINED, Answer, Problem, make_problem
 from compare_report import write_report
 from tqdm import tqdm
 
 from doconv_core import available_backends, difference
 
 HERE = Path(__file__).parent
-ONE_PASS, TRAINED = 1e-5, 1e-3  # tolerances: relative, for one pass and for 100 steps
 
 
 class Framework(NamedTuple):
@@ -74,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison. Raises SystemExit, with 0 where every result is within its tolerance."""
     options = parse_options(arguments)
     try:
-        recorded = [r for file in options.with_ for r in compare_files.read(file, make_problem())]
-        passed = run(options, recorded)
+        problem = make_problem()
+        recorded = [r for file in options.with_ for r in compare_files.read(file, problem)]
+        passed = run(options, problem, recorded)
     except (ComparisonError, OSError) as error:
         sys.exit(f"compare: {error}")
     except KeyboardInterrupt:
@@ -84,15 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(0 if passed else 1)
 
 
-def run(options: argparse.Namespace, recorded: list[Recorded]) -> bool:
+def run(options: argparse.Namespace, problem: Problem, recorded: list[Recorded]) -> bool:
     """Run the samples and the comparison, write the files, and return whether all is well."""
     here = frameworks_here()
     if not here and not recorded:
         raise ComparisonError("no framework is installed here; install one, or give files --with.")
     # In a folder of their own, so that results of the samples' full runs are not overwritten.
     samples = run_samples(here, options.out / "brief") if options.samples else {}
-    problem = make_problem()
     core = compare_core.run(problem, steps("NumPy core", problem))
+    given = len(recorded)
     for name, framework in here.items():
         module = importlib.import_module(framework.module)
         answer = module.run(problem, steps(framework.title, problem))
@@ -102,13 +102,13 @@ def run(options: argparse.Namespace, recorded: list[Recorded]) -> bool:
     rows = [Row("NumPy core, float64", "folded output", *itself, ONE_PASS)]
     rows += [row for record in recorded for row in compare(record, core)]
     print("\n" + table(rows) + "\n")
-    if options.save:
-        compare_files.write(options.save, problem, [r for r in recorded if r.name in here])
-        print(f"Saved: {options.save}")
     report = options.out / "report.html"
     write_report(report, rows, core, recorded, samples)
-    passed = all(row.passed for row in rows)
     print(f"Report: {report}")
+    if options.save:
+        compare_files.write(options.save, problem, recorded[given:])
+        print(f"Saved: {options.save}")
+    passed = all(row.passed for row in rows)
     print("All results are within their tolerances." if passed else "A tolerance is EXCEEDED.")
     return passed
 
@@ -117,9 +117,12 @@ def frameworks_here() -> dict[str, Framework]:
     """Return the frameworks that are installed and supported here, and print why others are not."""
     here = {}
     for name, backend in available_backends().items():
+        if name not in FRAMEWORKS:
+            print(f"{name}: left out. It has no part in this comparison.")
+            continue
         try:
             backend.load()
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a framework's own library is broken
             print(f"{name}: left out. {error}")
         else:
             here[name] = FRAMEWORKS[name]
@@ -217,7 +220,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--samples", action=argparse.BooleanOptionalAction, default=True,
         help="run the samples first (default: yes)",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.save and options.save.is_dir():
+        parser.error(f"argument --save: {options.save} is a folder; name a file.")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {options.out} is a file; name a folder.")
+    return options
 
 
 if __name__ == "__main__":

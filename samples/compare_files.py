@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from compare_problem import Answer, Problem
+from compare_problem import Answer, Problem, answer_shapes
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -51,12 +51,22 @@ def read(file: Path, problem: Problem) -> list[Recorded]:
 
     Raises ComparisonError for a file that is damaged, foreign, or of another problem.
     """
+    if file.is_dir():
+        raise ComparisonError(f"{file} is a folder; name a file that compare.py --save wrote.")
     try:
         with safe_open(file, framework="np") as stored:
-            header = stored.metadata() or {}
+            titles = _read_header(file, stored.metadata() or {}, problem)
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ComparisonError(f"{file} is not a whole safetensors file: {error}.") from error
+    return [
+        Recorded(name, f"{title} ({file.name})", _unflat(file, name, arrays, problem))
+        for name, title in titles.items()
+    ]
+
+
+def _read_header(file: Path, header: dict[str, str], problem: Problem) -> dict[str, str]:
+    """Return the titles of the frameworks in the file; ComparisonError where it is another's."""
     if header.get("format") != FORMAT:
         raise ComparisonError(
             f"{file} is no comparison: its header's format is {header.get('format')!r}; expected "
@@ -67,10 +77,13 @@ def read(file: Path, problem: Problem) -> list[Recorded]:
             f"{file} holds the answers to another problem: it comes from another version of this "
             "package or of the data. Save it again with this one."
         )
-    return [
-        Recorded(name, f"{title} ({file.name})", _unflat(file, name, arrays))
-        for name, title in json.loads(header["frameworks"]).items()
-    ]
+    try:
+        titles = json.loads(header.get("frameworks", ""))
+    except ValueError as error:
+        raise ComparisonError(f"{file}: the header's frameworks are no JSON: {error}.") from error
+    if not isinstance(titles, dict):
+        raise ComparisonError(f"{file}: the header's frameworks must be an object; found {titles}.")
+    return titles
 
 
 def digest(problem: Problem) -> str:
@@ -93,17 +106,16 @@ def _flat(answer: Answer) -> dict[str, np.ndarray]:
     return flat
 
 
-def _unflat(file: Path, framework: str, arrays: dict[str, np.ndarray]) -> Answer:
-    fields: dict[str, object] = {}
-    for name, array in arrays.items():
-        owner, field, *entry = name.split("/")
-        if owner != framework:
-            continue
+def _unflat(file: Path, framework: str, arrays: dict[str, np.ndarray], problem: Problem) -> Answer:
+    fields: dict[str, Any] = {}
+    for name, shape in answer_shapes(problem).items():
+        array = arrays.get(f"{framework}/{name}")
+        if array is None or array.shape != shape:
+            found = "is missing" if array is None else f"has shape {array.shape}"
+            raise ComparisonError(f"{file}: {framework}/{name} {found}; expected shape {shape}.")
+        field, _, entry = name.partition("/")
         if entry:
-            fields.setdefault(field, {})[entry[0]] = array
+            fields.setdefault(field, {})[entry] = array
         else:
             fields[field] = array
-    missing = [field for field in Answer._fields if field not in fields]
-    if missing:
-        raise ComparisonError(f"{file} lacks {framework}'s {', '.join(missing)}.")
     return Answer(**fields)

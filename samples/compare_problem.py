@@ -16,6 +16,7 @@ import numpy as np
 from doconv_core import ConvSpec, LayerForm, LinearSpec, State
 
 BATCH_SIZE, STEPS = 64, 100
+ONE_PASS, TRAINED = 1e-5, 1e-3  # tolerances: relative, for one pass and for 100 steps
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-3
 
 
@@ -93,3 +94,17 @@ class Answer(NamedTuple):
     losses: np.ndarray
     folded: dict[str, np.ndarray]
     trained: dict[str, np.ndarray]
+
+
+def answer_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of an answer, by `field`, or by `field/entry`."""
+    entries = {name: array.shape for name, array in problem.state.arrays.items()}
+    folded = {name: shape for name, shape in entries.items() if "depthwise" not in name}
+    for layer in CONVOLUTIONS:
+        folded[f"{layer.name}.weight"] = (*layer.spec.kernel_shape[:2], layer.spec.taps)
+    logits = (len(problem.test_images), LINEAR.out_features)
+    shapes = {"output": logits, "folded_output": logits}
+    shapes |= {"input_gradient": problem.images[0].shape, "losses": problem.labels.shape[:1]}
+    for field, arrays in (("gradients", entries), ("folded", folded), ("trained", entries)):
+        shapes |= {f"{field}/{name}": shape for name, shape in arrays.items()}
+    return shapes

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 from compare_files import Recorded
-from compare_problem import CONVOLUTIONS, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Answer
+from compare_problem import (
+    CONVOLUTIONS,
+    LEARNING_RATE,
+    MOMENTUM,
+    TRAINED,
+    WEIGHT_DECAY,
+    Answer,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -42,7 +49,7 @@ def write_report(
     rows: the table's. core and recorded: whose curves are drawn. samples: the JSON files that the
     samples wrote, by framework.
     """
-    curves = {record.title: record.answer.losses for record in recorded}
+    curves = [(record.title, record.answer.losses) for record in recorded]
     parts = [
         "<h1>DO-Conv, framework by framework</h1>",
         "<p>One network, one initial state and one sequence of batches of handwritten digits, in "
@@ -68,21 +75,23 @@ def write_report(
     )
 
 
-def draw_losses(core: np.ndarray, curves: Mapping[str, np.ndarray]) -> Figure:
+def draw_losses(core: np.ndarray, curves: Sequence[tuple[str, np.ndarray]]) -> Figure:
     """Draw the loss curves over each other, and their relative difference from the core's."""
     figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(core, color="0.75", linewidth=7, label="NumPy core, float64")
-    for n, (title, losses) in enumerate(curves.items()):
+    largest = 10 * TRAINED
+    for n, (title, losses) in enumerate(curves):
         # Wide below narrow, so that curves that lie on each other can all be seen.
         style = {"linewidth": 4.5 - 1.5 * min(n, 2), "linestyle": ("-", "--", ":")[n % 3]}
         (line,) = left.plot(losses, label=title, **style)
         relative = np.abs(losses - core) / np.abs(core)
+        largest = max(largest, 2 * np.nanmax(relative))
         # A logarithmic axis has no zero; equal steps are drawn at its lower end.
         right.semilogy(np.maximum(relative, 1e-9), color=line.get_color(), label=title)
-    right.axhline(1e-3, color="k", linewidth=1, linestyle="--")
-    right.text(len(core), 1.2e-3, "allowed", va="bottom", ha="right")
-    right.set(ylim=(5e-10, 1e-2), title="relative difference from the core")
+    right.axhline(TRAINED, color="k", linewidth=1, linestyle="--")
+    right.text(len(core), 1.2 * TRAINED, "allowed", va="bottom", ha="right")
+    right.set(ylim=(5e-10, largest), title="relative difference from the core")
     left.set(title="loss", ylim=(0, None))
     for axes in (left, right):
         axes.set(xlabel="step")

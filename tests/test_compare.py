@@ -10,7 +10,7 @@ import compare_files
 import numpy as np
 import pytest
 from compare_files import ComparisonError, Recorded
-from compare_problem import make_problem
+from compare_problem import answer_shapes, make_problem
 from compare_report import write_report
 from safetensors.numpy import save_file
 
@@ -83,12 +83,66 @@ def test_files_that_do_not_fit_are_refused(core, problem, tmp_path):
     compare_files.write(file, problem, [recorded(core)])
     with pytest.raises(ComparisonError, match="answers to another problem"):
         compare_files.read(file, make_problem(STEPS + 1))
+    with pytest.raises(ComparisonError, match="is a folder; name a file"):
+        compare_files.read(tmp_path, problem)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ComparisonError, match="is not a whole safetensors file"):
         compare_files.read(file, problem)
     save_file({"a": np.zeros(1)}, file)
     with pytest.raises(ComparisonError, match="is no comparison: its header's format is None"):
         compare_files.read(file, problem)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frameworks": "{"}, "the header's frameworks are no JSON"),
+        ({"frameworks": "[]"}, r"the header's frameworks must be an object; found \[\]"),
+        ({"frameworks": '{"mx": "MXNet"}'}, "mx/output is missing; expected shape"),
+    ],
+)
+def test_headers_that_do_not_fit_are_refused(core, problem, tmp_path, change, message):
+    file = tmp_path / "a.safetensors"
+    header = {"format": compare_files.FORMAT, "problem": compare_files.digest(problem)}
+    save_file({"torch/output": core.output}, file, metadata=header | change)
+    with pytest.raises(ComparisonError, match=message):
+        compare_files.read(file, problem)
+
+
+def test_answers_of_another_shape_are_refused(core, problem, tmp_path):
+    file = tmp_path / "a.safetensors"
+    compare_files.write(file, problem, [recorded(core, losses=core.losses[:1])])
+    with pytest.raises(
+        ComparisonError, match=r"torch/losses has shape \(1,\); expected shape \(3,\)"
+    ):
+        compare_files.read(file, problem)
+
+
+def test_the_shapes_of_an_answer_are_known(core, problem):
+    found = {name: array.shape for name, array in compare_files._flat(core).items()}
+    assert found == answer_shapes(problem)
+
+
+def test_backends_that_cannot_take_part_are_left_out(monkeypatch, capsys):
+    class Backend:
+        def load(self):
+            raise OSError("libmxnet.so: cannot open shared object file")
+
+    monkeypatch.setattr(compare, "available_backends", lambda: {"mx": Backend(), "fourth": None})
+    assert compare.frameworks_here() == {}
+    printed = capsys.readouterr().out
+    assert "mx: left out. libmxnet.so: cannot open" in printed
+    assert "fourth: left out. It has no part" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--save", "."], "--save: . is a folder"), (["--out", __file__], "is a file; name a folder")],
+)
+def test_wrong_paths_stop_it_before_anything_runs(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])

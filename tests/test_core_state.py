@@ -183,6 +183,8 @@ def test_damaged_and_foreign_files_are_refused(state, tmp_path):
     save_file({"weight": np.zeros(3)}, file)
     with pytest.raises(StateError, match="no doconv state: its header's format is None"):
         read_state(file)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a state file"):
+        read_state(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_state(tmp_path / "absent.safetensors")
 
