@@ -58,24 +58,27 @@ def tied(F: Any, x: Any, weight: Any, depthwise: Any, spec: ConvSpec, channel: i
         like = F.broadcast_axis(F.reshape(like, shape=(-1, 1)), axis=1, size=multiplier)
         like = F.broadcast_axis(F.reshape(like, shape=(1, -1)), axis=0, size=spec.out_channels)
         like = F.reshape(like, shape=(0, multiplier, -1) if last else (0, -1, multiplier))
-        weight = tie(weight, F.stop_gradient(like))
+        weight = tie(weight, like)
     # From W, not from x: MXNet would take D's being known before W for a contradiction.
     split = (spec.groups, spec.out_channels_per_group, -1)
     like = F.slice_axis(F.reshape(weight, shape=split), axis=1, begin=0, end=1)
     like = F.broadcast_axis(F.reshape(like, shape=(-1, 1, multiplier)), axis=1, size=taps)
-    return weight, tie(depthwise, F.stop_gradient(like))
+    return weight, tie(depthwise, like)
 
 
-def as_w(kernel: NDArray, spec: ConvSpec, last: bool) -> NDArray:
+def as_w(kernel: NDArray, spec: ConvSpec, last: bool, in_channels: int) -> NDArray:
     """Return the W that an ordinary kernel becomes, in the shape in which a layer keeps it.
 
-    Anything but a kernel of `spec.kernel_size` is returned as it is.
+    in_channels: 0 where they are unknown. Of spec, in_channels is not used.
+    An array of any other shape than the ordinary kernel's is returned as it is.
     """
-    axis = 1 if last else 2
-    body = kernel.shape[1:-1] if last else kernel.shape[2:]
-    if spec.depth_multiplier == spec.taps or body != spec.kernel_size:
+    if spec.depth_multiplier == spec.taps or kernel.ndim != spec.rank + 2:
         return kernel
-    kernel = kernel.as_nd_ndarray()
+    per_group = in_channels // spec.groups or kernel.shape[-1 if last else 1]
+    body = (*spec.kernel_size, per_group) if last else (per_group, *spec.kernel_size)
+    if kernel.shape != (spec.out_channels, *body):
+        return kernel
+    axis, kernel = 1 if last else 2, kernel.as_nd_ndarray()
     kernel = kernel.reshape((0, spec.taps, -1) if last else (0, 0, spec.taps))
     rest = list(kernel.shape)
     rest[axis] = spec.depth_multiplier - spec.taps
@@ -104,7 +107,7 @@ def _product(F: Any, weight: Any, depthwise: Any, spec: ConvSpec, last: bool) ->
 def _identity(F: Any, depthwise: Any, spec: ConvSpec) -> Any:
     """Return E, `(1, M, S)`, in the dtype and on the device of D, whatever they are."""
     tiles, rest = divmod(spec.depth_multiplier, spec.taps)
-    like = F.stop_gradient(F.slice_axis(depthwise, axis=0, begin=0, end=1))
+    like = F.slice_axis(depthwise, axis=0, begin=0, end=1)
     ones = F.ones_like(F.slice_axis(like, axis=2, begin=0, end=1))
     unit = F.linalg_makediag(F.reshape(ones, shape=(1, spec.taps)))
     parts = [unit] * tiles

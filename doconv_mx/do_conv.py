@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import mxnet as mx
-from mxnet import autograd
 from mxnet.gluon import HybridBlock, Parameter, ParameterDict, nn
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
@@ -15,6 +14,7 @@ from mxnet.util import is_np_array
 from doconv_core.spec import ConvSpec, as_integer, as_tuple
 from doconv_mx.compose import as_w, compose, native, tied
 from doconv_mx.ordinary import contexts, filled, is_channels_last, spec_of
+from doconv_mx.parameter import Weight
 
 _LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
 
@@ -51,10 +51,14 @@ class _DOConv(_Conv):
         rank = self._rank()
         in_channels = as_integer("in_channels", in_channels, least=0)
         kernel_size = as_tuple("kernel_size", kernel_size, rank)
+        channels, groups = as_integer("channels", channels), as_integer("groups", groups)
         # Where the input channels are to be inferred, a number that suits the groups stands for
         # them, so that everything else is validated here and now.
-        instead = in_channels or as_integer("groups", groups)
-        outline = ConvSpec(instead, channels, kernel_size, groups, depth_multiplier)
+        sizes = (in_channels or groups, channels, kernel_size, groups, depth_multiplier)
+        try:
+            outline = ConvSpec(*sizes)
+        except ValueError as error:  # Gluon's name for what the core calls out_channels
+            raise ValueError(str(error).replace("out_channels", "channels")) from None
         layout = _LAYOUTS[rank][0] if layout is None else layout
         if layout not in _LAYOUTS[rank]:
             raise ValueError(
@@ -79,18 +83,21 @@ class _DOConv(_Conv):
         self._channels, self._in_channels = outline.out_channels, in_channels
         self._op_name = "convolution" if is_np_array() else "Convolution"
         self._kwargs = options
-        self._loaded_alone: str | None = None
+        self._refuse_an_ordinary_weight()
         with self.name_scope():
             self.act = self.bias = self.depthwise_weight = None
             if activation is not None:
                 self.act = nn.Activation(activation, prefix=f"{activation}_")
             weight_shape, depthwise_shape = self._shapes(in_channels)
-            self.weight = self._parameter("weight", weight_shape, weight_initializer)
+            self.weight = self._weight(weight_shape, weight_initializer)
+            deferred = {"allow_deferred_init": True}
             if use_bias:
-                self.bias = self._parameter("bias", (outline.out_channels,), bias_initializer)
+                self.bias = self.params.get(
+                    "bias", shape=(outline.out_channels,), init=bias_initializer, **deferred
+                )
             if outline.over_parameterized:
-                self.depthwise_weight = self._parameter(
-                    "depthwise_weight", depthwise_shape, "zeros"
+                self.depthwise_weight = self.params.get(
+                    "depthwise_weight", shape=depthwise_shape, init="zeros", **deferred
                 )
 
     @property
@@ -123,8 +130,10 @@ class _DOConv(_Conv):
 
         ctx: which of the layer's contexts, as in `Parameter.data`. The kernel is in the parameters'
         dtype (float16 is composed in float32 and rounded once), and differentiable while autograd
-        records. A kernel of one tap is W itself.
+        records. A kernel of one tap is W itself. Raises ValueError for a layer that has no values
+        yet.
         """
+        contexts(self, f"{type(self).__name__}.composed_kernel")
         weight = self.weight.data(ctx)
         if self.depthwise_weight is None:
             return weight
@@ -134,12 +143,18 @@ class _DOConv(_Conv):
         """Return a new ordinary convolution with the same function.
 
         It keeps contexts, dtype, names, learning-rate and weight-decay multipliers, activation and
-        hybridization. Its weight is trainable where W or D is.
-        Raises ValueError for a layer that has no values yet.
+        hybridization. Its weight is trainable where W or D is. Hooks are not carried over.
+        Raises TypeError for a subclass that computes something else, ValueError for a layer that
+        has no values yet.
         """
-        ctx = contexts(self, f"{type(self).__name__}.fold")
-        with autograd.pause():
-            kernels = [self.composed_kernel(c) for c in ctx]
+        cls = type(self)
+        if cls.forward is not _DOConv.forward or cls.hybrid_forward is not _DOConv.hybrid_forward:
+            raise TypeError(
+                f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
+                "it would be folded to might compute something else; fold() is for the plain layer."
+            )
+        ctx = contexts(self, f"{cls.__name__}.fold")
+        kernels = [self.composed_kernel(c) for c in ctx]
         requests = [p.grad_req for p in (self.weight, self.depthwise_weight) if p is not None]
         trainable = next((r for r in requests if r != "null"), "null")
         return filled(self.ordinary, self, {}, weight=(kernels, trainable))
@@ -160,7 +175,8 @@ class _DOConv(_Conv):
         ctx = contexts(conv, f"{cls.__name__}.from_conv")
         spec = spec_of(conv, depth_multiplier)
         last, request, dtype = is_channels_last(conv), conv.weight.grad_req, conv.weight.dtype
-        parameters = {"weight": ([as_w(w, spec, last) for w in conv.weight.list_data()], request)}
+        weights = [as_w(w, spec, last, spec.in_channels) for w in conv.weight.list_data()]
+        parameters = {"weight": (weights, request)}
         if spec.depthwise_shape is not None:
             zeros = [native(mx.nd.zeros(spec.depthwise_shape, c, dtype)) for c in ctx]
             parameters["depthwise_weight"] = (zeros, request)
@@ -199,54 +215,27 @@ class _DOConv(_Conv):
         weight = (*body, per_group) if is_channels_last(self) else (per_group, *body)
         return (spec.out_channels, *weight), (in_channels, spec.taps, spec.depth_multiplier)
 
-    def _parameter(self, name: str, shape: tuple[int, ...], init: Any) -> Parameter:
-        """Return the parameter that `params` shares with the layer, or else a new one of it."""
-        full = self.params.prefix + name
-        if self.params._get_impl(full) is None:
+    def _refuse_an_ordinary_weight(self) -> None:
+        """Raise TypeError where `params` shares a weight that, loaded alone, would not reset D."""
+        shared = self.params._get_impl(f"{self.params.prefix}weight")
+        if self._outline.over_parameterized and not isinstance(shared, Weight | None):
+            raise TypeError(
+                f"params must be those of another DO-Conv layer; received {shared.name!r} of an "
+                "ordinary layer, whose weight is trained and loaded without D. Use "
+                f"{type(self).__name__}.from_conv(conv), which copies them."
+            )
+
+    def _weight(self, shape: tuple[int, ...], init: Any) -> Parameter:
+        """Return the parameter W that `params` shares with the layer, or else a new one."""
+        name = f"{self.params.prefix}weight"
+        if self.params._get_impl(name) is None:
             options = {"shape": shape, "init": init, "allow_deferred_init": True}
-            self.params.update({full: _DOParameter(full, self, **options)})
-        return self.params.get(name, shape=shape, init=init)
+            self.params.update({name: Weight(name, self, **options)})
+        return self.params.get("weight", shape=shape, init=init)
 
     def _compose(self, F: Any, weight: Any, depthwise: Any) -> Any:
         last, dtype = is_channels_last(self), self.weight.dtype
         return compose(F, weight, depthwise, self._outline, last, dtype)
-
-    def _collect_params_with_prefix(self, prefix: str = "") -> dict[str, Parameter]:
-        """Return the layer's parameters by path, as every loading from a file begins."""
-        self._loaded_alone = None
-        return super()._collect_params_with_prefix(prefix)
-
-    def _loaded(self, parameter: Parameter) -> None:
-        """Set D to zero where a file holds W alone, so that the layer computes what was loaded.
-
-        MXNet loads one parameter after the other in the file's order, so D may come before W.
-        """
-        alone, depthwise = self._loaded_alone, self.depthwise_weight
-        if parameter is depthwise:
-            self._loaded_alone = None if alone == "weight" else "depthwise_weight"
-        elif parameter is self.weight and depthwise is not None:
-            self._loaded_alone = None if alone == "depthwise_weight" else "weight"
-            if self._loaded_alone:
-                zeros = native(mx.nd.zeros(self.spec.depthwise_shape, dtype=parameter.dtype))
-                Parameter._load_init(depthwise, zeros, parameter.list_ctx(), True, "saved")
-
-
-class _DOParameter(Parameter):
-    """A parameter that takes over an ordinary layer's, and tells its layer of having been loaded.
-
-    Every way of loading a file ends in `_load_init`, be the layer alone or deep in a network.
-    """
-
-    def __init__(self, name: str, layer: _DOConv, **options: Any) -> None:
-        super().__init__(name, **options)
-        self._layer = layer
-
-    def _load_init(self, data: NDArray, *args: Any, **options: Any) -> None:
-        layer = self._layer
-        if self is layer.weight:
-            data = as_w(data, layer._outline, is_channels_last(layer))
-        super()._load_init(data, *args, **options)
-        layer._loaded(self)
 
 
 class DOConv1D(_DOConv, nn.Conv1D):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import HybridBlock, ParameterDict
+from mxnet.gluon.block import _BlockScope
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
@@ -29,14 +32,18 @@ def is_channels_last(layer: _Conv) -> bool:
 
 
 def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
-    """Return the contexts that hold the weight's values; ValueError where there are none yet."""
-    try:
-        block.weight.list_data()
-    except RuntimeError:
-        raise ValueError(
-            f"{purpose} needs the values of {block.weight.name!r}, which has none yet: initialize "
-            "the model, and where it infers in_channels, run it once."
-        ) from None
+    """Return the contexts that hold the values of a convolution or dense layer.
+
+    Raises ValueError, by name, for a parameter that has no values yet.
+    """
+    for parameter in block._reg_params.values():
+        try:
+            parameter.list_data()
+        except RuntimeError:
+            raise ValueError(
+                f"{purpose} needs the values of {parameter.name!r}, which has none yet: initialize "
+                "the model, and where it infers in_channels, run it once."
+            ) from None
     return list(block.weight.list_ctx())
 
 
@@ -49,15 +56,16 @@ def filled(
     number is drawn.
     """
     kwargs, ctx = like._kwargs, like.weight.list_ctx()
-    layer = cls(
-        in_channels=spec_of(like).in_channels, channels=kwargs["num_filter"],
-        kernel_size=kwargs["kernel"], strides=kwargs["stride"], padding=kwargs["pad"],
-        dilation=kwargs["dilate"], groups=kwargs["num_group"], layout=kwargs["layout"],
-        activation=like.act and like.act._act_type, use_bias=like.bias is not None,
-        weight_initializer=like.weight.init,
-        bias_initializer=like.bias.init if like.bias is not None else "zeros",
-        prefix=like.prefix, params=ParameterDict(like.params.prefix), **options,
-    )  # fmt: skip
+    with _no_name_scope():
+        layer = cls(
+            in_channels=spec_of(like).in_channels, channels=kwargs["num_filter"],
+            kernel_size=kwargs["kernel"], strides=kwargs["stride"], padding=kwargs["pad"],
+            dilation=kwargs["dilate"], groups=kwargs["num_group"], layout=kwargs["layout"],
+            activation=like.act and like.act._act_type, use_bias=like.bias is not None,
+            weight_initializer=like.weight.init,
+            bias_initializer=like.bias.init if like.bias is not None else "zeros",
+            prefix=like.prefix, params=ParameterDict(like.params.prefix), **options,
+        )  # fmt: skip
     if like.bias is not None:
         values["bias"] = (like.bias.list_data(), like.bias.grad_req)
     for name, (arrays, grad_req) in values.items():
@@ -73,3 +81,14 @@ def filled(
     if like._active:
         layer.hybridize(backend=like._backend, **dict(like._flags))
     return layer
+
+
+@contextmanager
+def _no_name_scope() -> Iterator[None]:
+    """Let a block's prefix be the one it is given, in whichever block's `name_scope()` this is."""
+    scope = getattr(_BlockScope._current, "value", None)
+    _BlockScope._current.value = None
+    try:
+        yield
+    finally:
+        _BlockScope._current.value = scope

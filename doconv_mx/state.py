@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
-from mxnet import autograd
 from mxnet.gluon import Block, Parameter, nn
 
 from doconv_core.layout import from_canonical, to_canonical
@@ -18,8 +19,8 @@ def export_state(model: Block) -> State:
     """Return a copy of the model's weights as a canonical state, in their dtype.
 
     Paths are those of `save_parameters`, without the parameter's name. Of several contexts the
-    first is read. Raises TypeError for a block with parameters of another kind, by its path;
-    ValueError for one that has no values yet.
+    first is read. Raises TypeError for a block of another kind or with other parameters, by its
+    path; ValueError for one that has no values yet.
     """
     blocks = _layers(model)
     layers = {path: _form(path, block) for path, block in blocks.items()}
@@ -37,18 +38,16 @@ def load_state(model: Block, state: State) -> None:
     """Copy a canonical state into the model, in the model's dtype and on all of its contexts.
 
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
-    a state that is not this model's, TypeError for a block of another kind, ValueError for one that
-    has no values yet.
+    a state that is not this model's; TypeError and ValueError as `export_state` does.
     """
     blocks = _layers(model)
     arrays = fit_state(state, {path: _form(path, block) for path, block in blocks.items()})
-    with autograd.pause():
-        for path, block in blocks.items():
-            for name, array in arrays[path].items():
-                parameter = getattr(block, name)
-                if name == "weight":
-                    array = _as_kept(array, parameter, _layout(block))
-                parameter.set_data(array)
+    for path, block in blocks.items():
+        for name, array in arrays[path].items():
+            parameter = getattr(block, name)
+            if name == "weight":
+                array = _as_kept(array, parameter, _layout(block))
+            parameter.set_data(array)
 
 
 def _layers(model: Block) -> dict[str, Block]:
@@ -67,21 +66,39 @@ def _layers(model: Block) -> dict[str, Block]:
     return found
 
 
+def _own(block: Block) -> list[str]:
+    """Return the names of the block's own parameters, whether they are its attributes or not."""
+    attributes = set(block._reg_params.values())
+    others = (name for name, p in block.params.items() if p not in attributes)
+    return [*block._reg_params, *(name.removeprefix(block.params.prefix) for name in others)]
+
+
 def _form(path: str, block: Block) -> LayerForm:
-    has_bias = getattr(block, "bias", None) is not None
-    if isinstance(block, _DOConv) or type(block) in CONVOLUTIONS or type(block) is nn.Dense:
-        contexts(block, f"the state of layer {path!r}")
+    bias = getattr(block, "bias", None) is not None
+    supported = isinstance(block, _DOConv) or type(block) in (*CONVOLUTIONS, nn.Dense)
+    if not supported:
+        raise TypeError(
+            f"layer {path!r} is a {type(block).__name__} with {_names(_own(block))}; a canonical "
+            "state holds convolutions, DO-Conv layers and dense layers."
+        )
+    contexts(block, f"the state of layer {path!r}")
     if isinstance(block, _DOConv):
-        return LayerForm(block.spec, block.depthwise_weight is not None, has_bias)
-    if type(block) in CONVOLUTIONS:
-        return LayerForm(spec_of(block), False, has_bias)
-    if type(block) is nn.Dense:
+        form = LayerForm(block.spec, block.depthwise_weight is not None, bias)
+    elif type(block) is nn.Dense:
         out_features, in_features = block.weight.shape
-        return LayerForm(LinearSpec(in_features, out_features), False, has_bias)
-    raise TypeError(
-        f"layer {path!r} is a {type(block).__name__}; a canonical state holds convolutions, "
-        "DO-Conv layers and dense layers."
-    )
+        form = LayerForm(LinearSpec(in_features, out_features), bias=bias)
+    else:
+        form = LayerForm(spec_of(block), bias=bias)
+    if set(_own(block)) != form.shapes.keys():
+        raise TypeError(
+            f"layer {path!r}, a {type(block).__name__}, has {_names(_own(block))}; expected "
+            f"{_names(form.shapes)}."
+        )
+    return form
+
+
+def _names(parameters: Iterable[str]) -> str:
+    return ", ".join(map(repr, parameters))
 
 
 def _layout(block: Block) -> str:

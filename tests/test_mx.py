@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -172,6 +173,32 @@ def test_half_precision_is_composed_in_float32_and_rounded_once(multiplier):
     assert equal(kernel, wide.composed_kernel().astype("float16"))
 
 
+@MULTIPLIERS
+@IN_CHANNELS
+def test_half_precision_graphs_infer_shapes_and_types(multiplier, in_channels):
+    """Of the layer within a network, which MXNet's CPU cannot run."""
+    layer = DOConv2D(in_channels, 6, 3, groups=2, depth_multiplier=multiplier)
+    net = nn.HybridSequential()
+    net.add(layer)
+    net.cast("float16")
+    net.initialize()
+    symbol = net(mx.sym.var("data", dtype="float16"))
+    arguments, outputs, _ = symbol.infer_type()
+    assert set(arguments) == set(outputs) == {np.float16}
+    internals = symbol.get_internals()
+    names = internals.list_outputs()
+    types = dict(zip(names, internals.infer_type()[1], strict=True))
+    assert [types[n] for n in names if "batch_dot" in n] == [np.float32]
+    shapes, outputs, _ = symbol.infer_shape(data=(2, 4, 7, 8))
+    found = dict(zip(symbol.list_arguments(), shapes, strict=True))
+    assert outputs == [(2, 6, 5, 6)]
+    given = trained(multiplier)
+    for name in ("weight", "depthwise_weight", "bias"):
+        assert found[getattr(layer, name).name] == getattr(given, name).shape
+    net.infer_shape(image(dtype="float16"))
+    assert layer.spec == given.spec
+
+
 def test_cast_reaches_a_hybridized_network():
     net = nn.HybridSequential()
     net.add(DOConv2D(0, 6, 3, depth_multiplier=12))
@@ -302,12 +329,94 @@ def test_own_parameters_load_in_any_order_after_any_others(multiplier, tmp_path)
         assert net[1].depthwise_weight.data().asnumpy().any() == (name != "plain")
 
 
-def test_what_does_not_load_is_named_by_mxnet(tmp_path):
+def load_parameters(net, values, folder):
+    """Load `values`, by parameter, from a file in which they bear the names of their paths."""
+    paths = {p: path for path, p in net._collect_params_with_prefix().items()}
+    mx.nd.save(str(folder / "file"), {paths[p]: value for p, value in values.items()})
+    net.load_parameters(str(folder / "file"), allow_missing=len(values) < len(paths))
+
+
+def load_collected(net, values, folder):
+    """The same by the names of the parameters themselves."""
+    mx.nd.save(str(folder / "file"), {p.name: value for p, value in values.items()})
+    parameters = net.collect_params()
+    parameters.load(str(folder / "file"), allow_missing=len(values) < len(parameters.keys()))
+
+
+def load_dict(net, values, folder):
+    """The same without a file, by the names in a file that `export` has written."""
+    named, parameters = {f"arg:{p.name}": v for p, v in values.items()}, net.collect_params()
+    parameters.load_dict(named, allow_missing=len(values) < len(parameters.keys()))
+
+
+LOADING = pytest.mark.parametrize("load", [load_parameters, load_collected, load_dict])
+
+
+@LOADING
+@MULTIPLIERS
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_load_depends_on_the_one_before(load, multiplier, alone, tmp_path):
+    """Each kind of file after each other: whole in any order, an ordinary layer's, D alone."""
+    layer, plain = DOConv2D(4, 6, 3, groups=2, depth_multiplier=multiplier), ordinary()
+    net = layer
+    if not alone:
+        net = nn.HybridSequential()
+        net.add(layer)
+    net.initialize()
+    random_d(layer)
+    w, d, b = layer.weight, layer.depthwise_weight, layer.bias
+    whole = {p: p.data().copy() for p in (w, b, d)}
+    zero, expected, of_plain = 0 * d.data(), layer(image()), plain(image())
+    kinds = {
+        "as saved": whole,
+        "D first": {d: whole[d], w: whole[w], b: whole[b]},
+        "D last": {b: whole[b], w: whole[w], d: whole[d]},
+        "ordinary": {w: plain.weight.data(), b: plain.bias.data()},
+        "ordinary, bias first": {b: plain.bias.data(), w: plain.weight.data()},
+        "only D": {d: whole[d]},
+    }
+    for first in kinds:
+        for second in kinds:
+            for kind in (first, second):
+                load(net, kinds[kind], tmp_path)
+                is_plain = "ordinary" in kind
+                assert equal(d.data(), zero if is_plain else whole[d]), (first, second)
+                if kind != "only D":
+                    assert equal(layer(image()), of_plain if is_plain else expected)
+
+
+def test_an_unknown_way_of_loading_is_refused_and_changes_nothing():
+    layer = trained()
+    w, d = layer.weight.data().copy(), layer.depthwise_weight.data().copy()
+    with pytest.raises(RuntimeError, match=r"_weight' is being loaded by .*refused_and_changes_no"):
+        layer.weight._load_init(2 * w, None)
+    assert equal(layer.weight.data(), w)
+    layer.depthwise_weight._load_init(2 * d, None)
+    layer.bias._load_init(layer.bias.data() + 1, None)
+    one_tap = DOConv2D(4, 6, 1)
+    one_tap.initialize()
+    one_tap.weight._load_init(2 * one_tap.weight.data(), None)
+
+
+@pytest.mark.parametrize("in_file", [(6, 2, 5, 5), (6, 4, 3, 3), (5, 2, 3, 3), (6, 2, 3)])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@IN_CHANNELS
+def test_what_does_not_load_is_reported_as_it_is_in_the_file(
+    in_file, layout, in_channels, tmp_path
+):
+    if layout == "NHWC":
+        in_file = (in_file[0], *in_file[2:], in_file[1])
+    if in_file[1 if layout == "NCHW" else -1] == 4 and not in_channels:
+        return  # the kernel fits, for 8 input channels
+    layer = DOConv2D(in_channels, 6, 3, groups=2, depth_multiplier=12, layout=layout)
     file = str(tmp_path / "parameters")
-    ordinary(kernel=5).save_parameters(file)
+    mx.nd.save(file, {"weight": mx.nd.ones(in_file)})
     # A layer alone has no dots in its names, which MXNet takes for an older format.
-    with pytest.raises(AssertionError, match=r"Failed loading Parameter .*weight'.*shape incompat"):
-        trained(12).load_parameters(file, allow_missing=True)
+    message = (
+        f"Failed loading Parameter .*weight'.*shape incompat.* vs saved {re.escape(str(in_file))}"
+    )
+    with pytest.raises(AssertionError, match=message):
+        layer.load_parameters(file, allow_missing=True)
 
 
 @MULTIPLIERS
@@ -318,6 +427,20 @@ def test_parameters_can_be_shared(multiplier):
     assert other.depthwise_weight is layer.depthwise_weight
     assert equal(other(image()), layer(image()))
     assert equal(copy.deepcopy(layer)(image()), layer(image()))
+
+
+@pytest.mark.parametrize("multiplier", [None, 12])
+def test_an_ordinary_layers_parameters_are_copied_not_shared(multiplier):
+    plain, layer = ordinary(), trained()
+    before = list(plain.params.keys())
+    with pytest.raises(
+        TypeError, match=r"received 'conv\d+_weight' of an ord.*DOConv2D\.from_conv"
+    ):
+        DOConv2D(4, 6, 3, groups=2, depth_multiplier=multiplier, params=plain.params)
+    assert list(plain.params.keys()) == before
+    one_tap = ordinary(kernel=1)
+    assert equal(DOConv2D(4, 6, 1, groups=2, params=one_tap.params)(image()), one_tap(image()))
+    assert equal(DOConv2D.from_conv(layer.fold())(image()), layer(image()))
 
 
 @MULTIPLIERS
@@ -409,6 +532,61 @@ def test_fold_keeps_what_the_layer_was(multiplier, frozen):
         assert equal(layer.fold()(x), folded(x))
 
 
+@pytest.mark.parametrize("multiplier", [None, 12])
+def test_fold_and_back_keep_initializers_grad_req_and_backend(multiplier):
+    options = {"weight_initializer": mx.init.Uniform(0.3), "bias_initializer": "ones"}
+    layer = trained(multiplier, **options)
+    layer.collect_params().setattr("grad_req", "add")
+    layer.hybridize(backend="MKLDNN")
+    folded = layer.fold()
+    again = DOConv2D.from_conv(folded, depth_multiplier=multiplier)
+    for new in (folded, again):
+        assert new.weight.init is options["weight_initializer"]
+        assert new.bias.init == "ones"
+        assert {p.grad_req for p in new.collect_params().values()} == {"add"}
+        assert new._backend == "MKLDNN"
+    assert equal(again(image()), folded(image()))
+
+
+def test_fold_and_back_keep_names_within_any_name_scope():
+    layer, net = trained(prefix="layer_", activation="relu"), nn.HybridSequential(prefix="net_")
+    with net.name_scope():
+        folded = layer.fold()
+        again = DOConv2D.from_conv(folded)
+        following = nn.Dense(2)
+    for new in (folded, again):
+        assert (new.prefix, new.name, new.act.prefix) == ("layer_", "layer", "layer_relu_")
+        assert new.weight.name == "layer_weight"
+        assert new.params.prefix == "layer_"
+    assert following.prefix == "net_dense0_"
+    assert nn.Dense(2, prefix="alone_").prefix == "alone_"
+
+
+class Doubled(DOConv2D):
+    def hybrid_forward(self, F, x, *args, **kwargs):
+        return 2 * super().hybrid_forward(F, x, *args, **kwargs)
+
+
+class DoubledEagerly(DOConv2D):
+    def forward(self, x, *args):
+        return 2 * super().forward(x, *args)
+
+
+class Named(DOConv2D):
+    """A subclass that computes the same."""
+
+
+def test_fold_refuses_what_computes_something_else():
+    for cls in (Doubled, DoubledEagerly):
+        layer = cls(4, 6, 3)
+        layer.initialize()
+        with pytest.raises(TypeError, match=rf"{cls.__name__} has a forward of its own, so the co"):
+            layer.fold()
+    layer = Named(4, 6, 3)
+    layer.initialize()
+    assert type(layer.fold()) is nn.Conv2D
+
+
 @RANKED
 @MULTIPLIERS
 def test_from_conv_does_not_change_the_function(do_conv, conv, multiplier):
@@ -457,13 +635,37 @@ def test_a_layer_without_values_is_refused(initialized):
         _ = layer.spec
 
 
+@pytest.mark.parametrize("missing", ["weight", "depthwise_weight", "bias"])
+def test_a_layer_without_some_values_is_refused_as_it_was(missing):
+    layer, names = DOConv2D(4, 6, 3, groups=2), ["weight", "depthwise_weight", "bias"]
+    there = [getattr(layer, name) for name in names if name != missing]
+    for parameter in there:
+        parameter.initialize(mx.init.One())
+    before = [parameter.data().copy() for parameter in there]
+    state = export_state(trained())
+    actions = (
+        layer.composed_kernel,
+        layer.fold,
+        lambda: export_state(layer),
+        lambda: load_state(layer, state),
+    )
+    for action in actions:
+        with pytest.raises(
+            ValueError, match=rf"needs the values of 'conv\d+_{missing}', which has"
+        ):
+            action()
+    assert all(equal(p.data(), values) for p, values in zip(there, before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"in_channels": -1}, ValueError, "in_channels must be at least 0; received in_channels=-"),
-        ({"channels": 0}, ValueError, "out_channels must be at least 1; received out_channels=0"),
+        ({"channels": 0}, ValueError, "^channels must be at least 1; received channels=0"),
+        ({"channels": 2.5}, TypeError, "^channels must be an integer; received channels=2.5"),
         ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
-        ({"in_channels": 0, "groups": 5}, ValueError, "out_channels must be divisible by groups"),
+        ({"in_channels": 0, "groups": 5}, ValueError, "^channels must be divisible.* channels=6"),
+        ({"groups": 4}, ValueError, "^channels must be divisible by groups; received channels=6"),
         ({"in_channels": 0, "groups": 0}, ValueError, "groups must be at least 1"),
         ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
         ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
@@ -550,6 +752,43 @@ def test_a_state_is_the_same_in_every_layout(multiplier):
     )
 
 
+@pytest.mark.parametrize("numpy_arrays", [False, True])
+def test_a_state_is_loaded_while_autograd_records(numpy_arrays):
+    state, ctx = export_state(trained()), [mx.cpu(0), mx.cpu(1)]
+    if numpy_arrays:
+        mx.npx.set_np()
+    try:
+        layer = trained(ctx=ctx, weight_initializer="ones")
+        with autograd.record():
+            load_state(layer, state)
+        for c in ctx:
+            for name, values in state.arrays.items():
+                found = getattr(layer, name).data(c).asnumpy()
+                assert np.array_equal(found.reshape(values.shape), values)
+    finally:
+        mx.npx.reset_np()
+
+
+def test_a_layer_that_occurs_twice_is_in_the_state_once():
+    net, layer = nn.HybridSequential(), trained()
+    net.add(layer, nn.Activation("relu"), layer)
+    state = export_state(net)
+    assert list(state.layers) == ["0"]
+    random_d(layer, scale=1.0)
+    load_state(net, state)
+    assert np.array_equal(
+        layer.depthwise_weight.data().asnumpy(), state.arrays["0.depthwise_weight"]
+    )
+
+
+def scaled(block, attribute=True):
+    """Return `block` with a parameter that a layer of its kind does not have."""
+    scale = block.params.get("scale", shape=(1,))
+    if attribute:
+        block.scale = scale
+    return block
+
+
 def extended(*blocks):
     net = network()
     net.add(*blocks)
@@ -564,7 +803,21 @@ def extended(*blocks):
         (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
         (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
         (lambda: extended(nn.Dense(2, in_units=3)), StateError, "'3' is not in the state"),
-        (lambda: extended(nn.BatchNorm(in_channels=3)), TypeError, "'3' is a BatchNorm; a canon"),
+        (
+            lambda: extended(nn.BatchNorm(in_channels=3)),
+            TypeError,
+            "'3' is a BatchNorm with 'gamma', 'beta', .*; a canonical state holds",
+        ),
+        (
+            lambda: extended(scaled(nn.Conv2D(2, 1, in_channels=5))),
+            TypeError,
+            "layer '3', a Conv2D, has 'weight', 'bias', 'scale'; expected 'weight', 'bias'",
+        ),
+        (
+            lambda: extended(scaled(DOConv2D(5, 2, 3, use_bias=False), attribute=False)),
+            TypeError,
+            "'3', a DOConv2D, has 'weight', 'depthwise_weight', 'scale'; expected 'weight', 'dep",
+        ),
         (lambda: extended(nn.Dense(2)), ValueError, "layer '3' needs the values of .*run it once"),
     ],
 )
