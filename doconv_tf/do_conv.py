@@ -62,8 +62,9 @@ class _DOConv(OverParameterized):
     def from_conv(cls, conv: keras.Layer, *, depth_multiplier: int | None = None) -> _DOConv:
         """Return a new layer, built, with the function of a trained ordinary layer.
 
-        conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied. Name,
-        dtype policy and configuration are kept. D is zero.
+        conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied, and
+        those of an activation that is a layer. Name, dtype policy and configuration are kept. D is
+        zero.
         Raises TypeError for any other layer: a subclass, or one with LoRA, may compute something
         else. Raises ValueError if it is not built.
         """

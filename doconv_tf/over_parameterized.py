@@ -94,14 +94,22 @@ class OverParameterized:
     def fold(self) -> keras.Layer:
         """Return a new ordinary layer, built, with the same function.
 
-        It keeps name, dtype policy and configuration. Its kernel is trainable where W or D is.
-        Raises ValueError if the layer is not built.
+        It keeps name, dtype policy and configuration. Its kernel is trainable where W or D is. An
+        activation that is a layer with weights is cloned. Raises ValueError if the layer is not
+        built, TypeError for a subclass that computes something else.
         """
+        cls = type(self)
+        plain = {name: getattr(self.ordinary, name, None) for name in ("call", "convolution_op")}
+        for name, method in {**plain, "kernel": OverParameterized.kernel}.items():
+            if getattr(cls, name, None) is not method:
+                raise TypeError(
+                    f"{cls.__module__}.{cls.__qualname__} has a {name} of its own, so the "
+                    "convolution it would be folded to might compute something else; fold() is for "
+                    "the plain layer."
+                )
         kernel = self.composed_kernel()
-        conv = _like(self, self.ordinary)
-        conv.kernel.assign(kernel)
-        conv.kernel.trainable = any(v.trainable for v in self._composed_variables())
-        return conv
+        trainable = any(v.trainable for v in self._composed_variables())
+        return _filled(self.ordinary, self, {}, kernel, trainable)
 
     @classmethod
     def _from_conv(cls, conv: keras.Layer, multiplier: int | None) -> Any:
@@ -120,11 +128,8 @@ class OverParameterized:
                 f"layer {conv.name!r} is not built, so it has no kernel to take over. Build it, or "
                 f"create a {cls.__name__} in its place."
             )
-        layer = _like(conv, cls, **{cls.multiplier_name: multiplier})
-        layer._kernel.assign(_as_w(conv.kernel, layer.spec))
-        for variable in layer._composed_variables():
-            variable.trainable = conv.kernel.trainable
-        return layer
+        options = {cls.multiplier_name: multiplier}
+        return _filled(cls, conv, options, conv.kernel, conv.kernel.trainable)
 
     def get_config(self) -> dict[str, Any]:
         """Return the ordinary layer's configuration, and what concerns D."""
@@ -265,25 +270,52 @@ def _as_w(kernel: Any, spec: ConvSpec) -> Any:
     return ops.pad(flat, [(0, spec.depth_multiplier - spec.taps), (0, 0), (0, 0)])
 
 
-def _like(layer: Any, cls: type[Any], **options: Any) -> Any:
-    """Return a new, built `cls` with the arguments and bias of `layer`, and a kernel of zeros.
+def _filled(
+    cls: type[Any], like: Any, options: dict[str, Any], kernel: Any, trainable: bool
+) -> Any:
+    """Return a new, built `cls` with the arguments and bias of `like`, and this ordinary kernel.
 
+    trainable: whether what holds the kernel is; in a DO-Conv layer, W and D.
     The arguments are passed on as objects, so that what Keras could not serialize is kept too. The
     initializers come last: no random number is drawn only to be overwritten.
     """
-    ordinary = getattr(layer, "ordinary", type(layer))
+    ordinary = getattr(cls, "ordinary", cls)
     parameters = inspect.signature(ordinary.__init__).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    arguments = {name: getattr(layer, name) for name in names}
+    arguments = {name: getattr(like, name) for name in names}
+    arguments["activation"] = _unshared(like.activation)
     initializers = {name: arguments[name] for name in names if name.endswith("_initializer")}
-    new = cls(
-        **{**arguments, **dict.fromkeys(initializers, "zeros")}, **options, name=layer.name,
-        dtype=policy_of(layer), trainable=layer.trainable, autocast=layer.autocast,
+    layer = cls(
+        **{**arguments, **dict.fromkeys(initializers, "zeros")}, **options, name=like.name,
+        dtype=policy_of(like), trainable=like.trainable, autocast=like.autocast,
     )  # fmt: skip
-    new.build_from_config(layer.get_build_config())
+    layer.build_from_config(like.get_build_config())
     for name, initializer in initializers.items():
-        setattr(new, name, initializer)
-    if layer.bias is not None:
-        new.bias.assign(layer.bias)
-        new.bias.trainable = layer.bias.trainable
-    return new
+        setattr(layer, name, initializer)
+    if like.bias is not None:
+        layer.bias.assign(like.bias)
+        layer.bias.trainable = like.bias.trainable
+    if cls is ordinary:
+        variables = [layer.kernel]
+    else:
+        variables, kernel = layer._composed_variables(), _as_w(kernel, layer.spec)
+    variables[0].assign(kernel)
+    for variable in variables:
+        variable.trainable = trainable
+    return layer
+
+
+def _unshared(activation: Any) -> Any:
+    """Return an activation for a second layer: a clone of one that has weights, or may get some."""
+    if not isinstance(activation, keras.Layer) or (activation.built and not activation.variables):
+        return activation
+    config = activation.get_config()
+    if "dtype" in config:
+        config["dtype"] = policy_of(activation)
+    clone = type(activation).from_config(config)
+    if activation.built and not clone.built:
+        clone.build_from_config(activation.get_build_config())
+    for new, old in zip(clone.variables, activation.variables, strict=True):
+        new.assign(old)
+        new.trainable = old.trainable
+    return clone

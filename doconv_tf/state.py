@@ -15,14 +15,15 @@ from doconv_core.state import LayerForm, LinearSpec, State, entry, fit_state
 from doconv_tf.over_parameterized import OverParameterized
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+ORDINARY = (*CONVOLUTIONS, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
 
 def export_state(model: keras.Layer) -> State:
     """Return a copy of the model's weights as a canonical state, in their dtype.
 
     bfloat16, which NumPy lacks, becomes float32; no bit is lost. A path is the names of the layers
-    from the model's own down, joined by dots. Raises TypeError for a layer with weights of another
-    kind, ValueError for one that is not built or shares its path, by its path.
+    from the model's own down, joined by dots. Raises TypeError for a layer of another kind or with
+    other weights, ValueError for one that is not built or shares its path, by its path.
     """
     layers = _layers(model)
     forms = {path: _form(path, layer) for path, layer in layers.items()}
@@ -54,7 +55,7 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):
-        if not layer.built:
+        if not layer.built and (not path or isinstance(layer, (OverParameterized, *ORDINARY))):
             name = path or layer.name
             raise ValueError(f"layer {name!r} is not built; call the model, or its build(), first.")
         if id(layer) in seen or not _own_weights(layer):
@@ -85,26 +86,37 @@ def _own_weights(layer: keras.Layer) -> list[Any]:
 
 
 def _form(path: str, layer: keras.Layer) -> LayerForm:
-    has_bias = getattr(layer, "bias", None) is not None
-    if isinstance(layer, OverParameterized):
-        return LayerForm(layer.spec, layer.depthwise_kernel is not None, has_bias)
+    bias = getattr(layer, "bias", None) is not None
     plain = layer.quantization_mode is None and not getattr(layer, "lora_enabled", False)
-    if plain and type(layer) in CONVOLUTIONS:
+    if isinstance(layer, OverParameterized):
+        form = LayerForm(layer.spec, layer.depthwise_kernel is not None, bias)
+    elif plain and type(layer) in CONVOLUTIONS:
         in_channels = layer.kernel.shape[-2] * layer.groups
-        spec = ConvSpec(in_channels, layer.filters, layer.kernel_size, layer.groups)
-        return LayerForm(spec, False, has_bias)
-    if plain and type(layer) is keras.layers.DepthwiseConv2D:
+        sizes = (in_channels, layer.filters, layer.kernel_size, layer.groups)
+        form = LayerForm(ConvSpec(*sizes), bias=bias)
+    elif plain and type(layer) is keras.layers.DepthwiseConv2D:
         channels, each = layer.kernel.shape[-2:]
-        return LayerForm(
-            ConvSpec(channels, channels * each, layer.kernel_size, channels), False, has_bias
+        sizes = (channels, channels * each, layer.kernel_size, channels)
+        form = LayerForm(ConvSpec(*sizes), bias=bias)
+    elif plain and type(layer) is keras.layers.Dense:
+        form = LayerForm(LinearSpec(*layer.kernel.shape), bias=bias)
+    else:
+        raise TypeError(
+            f"layer {path or layer.name!r} is a {type(layer).__name__}"
+            f"{'' if plain else ' with LoRA or quantized'}; a canonical state holds convolutions, "
+            "DO-Conv layers and dense layers."
         )
-    if plain and type(layer) is keras.layers.Dense:
-        return LayerForm(LinearSpec(*layer.kernel.shape), False, has_bias)
-    raise TypeError(
-        f"layer {path or layer.name!r} is a {type(layer).__name__}"
-        f"{'' if plain else ' with LoRA or quantized'}; a canonical state holds convolutions, "
-        "DO-Conv layers and dense layers."
-    )
+    own, expected = _own_weights(layer), list(_variables(layer).values())
+    if {id(weight) for weight in own} != {id(variable) for variable in expected}:
+        raise TypeError(
+            f"layer {path or layer.name!r}, a {type(layer).__name__}, has {_names(own)}; expected "
+            f"{_names(expected)}."
+        )
+    return form
+
+
+def _names(variables: list[Any]) -> str:
+    return ", ".join(repr(variable.name) for variable in variables)
 
 
 def _variables(layer: keras.Layer) -> dict[str, Any]:

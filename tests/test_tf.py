@@ -5,9 +5,13 @@ Nothing here names TensorFlow but the export, so that it also runs on Keras' oth
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import random
 import warnings
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -102,6 +106,48 @@ def test_the_signature_is_the_ordinary_one_and_keywords(do_conv, conv):
     theirs = conv(**arguments(conv, kernel_size=3)).get_config()
     assert {**ours, "name": ""} | {**theirs, "name": ""} == {**ours, "name": ""}
     assert issubclass(do_conv, conv)
+
+
+@EACH
+@pytest.mark.parametrize("steps", [(2, 1), (1, 3)])
+def test_every_positional_argument_reaches_its_place(do_conv, conv, steps):
+    rank = len(shape_for(do_conv)) - 2
+    regularizers = [keras.regularizers.L2(0.1 * n) for n in (1, 2, 3)]
+    values = {
+        "filters": 9,
+        "kernel_size": (2, 3, 4)[:rank],
+        "strides": steps[0],
+        "padding": "same",
+        "depth_multiplier": 5,
+        "data_format": "channels_first",
+        "dilation_rate": steps[1],
+        "groups": 3,
+        "activation": "relu",
+        "use_bias": False,
+        "kernel_initializer": "he_normal",
+        "depthwise_initializer": "he_normal",
+        "bias_initializer": "ones",
+        "kernel_regularizer": regularizers[0],
+        "depthwise_regularizer": regularizers[0],
+        "bias_regularizer": regularizers[1],
+        "activity_regularizer": regularizers[2],
+        "kernel_constraint": "max_norm",
+        "depthwise_constraint": "max_norm",
+        "bias_constraint": "non_neg",
+    }
+    parameters = list(inspect.signature(conv).parameters.values())[:-1]
+    given = [values[p.name] for p in parameters]
+    ours, theirs = do_conv(*given).get_config(), conv(*given).get_config()
+    assert {name: ours[name] for name in theirs} | {"name": ""} == {**theirs, "name": ""}
+    usual = conv(**arguments(conv, kernel_size=1)).get_config()
+    same = {p.name for p in parameters if theirs[p.name] == usual[p.name]}
+    assert same == {"dilation_rate" if steps[1] == 1 else "strides"}
+
+
+def test_numpy_sizes_are_taken_as_the_ordinary_layer_takes_them():
+    given = (np.int64(4), np.array([3, 2]))
+    ours, theirs = DOConv2D(*given).get_config(), layers.Conv2D(*given).get_config()
+    assert {name: ours[name] for name in theirs} | {"name": ""} == {**theirs, "name": ""}
 
 
 @EACH
@@ -215,9 +261,26 @@ def test_a_policy_map_gives_each_path_its_own():
     policies["eight"] = keras.dtype_policies.QuantizedDTypePolicy("int8", "float32")
     layer = DOConv2D(6, 3, name="double", dtype=policies)
     layer.build(SHAPE)
-    assert {v.dtype for v in [*layer.weights, *layer.fold().weights]} == {"float16"}
+    assert {v.dtype for v in layer.weights} == {"float16"}
     with pytest.raises(ValueError, match=r"quantized dtype policy 'int8_from_float32'.*fold\(\)"):
         DOConv2D(6, 3, name="eight", dtype=policies).build(SHAPE)
+
+
+def test_fold_and_from_conv_keep_what_decides_the_dtype():
+    policies = keras.dtype_policies.DTypePolicyMap(keras.DTypePolicy("float32"))
+    policies["inner/double"] = keras.DTypePolicy("float16")
+    policies["inner/double/slope"] = keras.DTypePolicy("bfloat16")
+    slope = layers.PReLU(name="slope", dtype=policies)
+    layer = DOConv2D(6, 3, name="double", dtype=policies, autocast=False, activation=slope)
+    with keras.name_scope("inner"):
+        layer.build(SHAPE)
+        with keras.name_scope("double"):
+            slope.build((None, 5, 6, 6))
+    folded = layer.fold()
+    for found in (layer, folded, DOConv2D.from_conv(folded)):
+        assert not found.autocast
+        assert {v.dtype for v in found.weights if v.name != "alpha"} == {"float16"}
+        assert found.activation.alpha.dtype == "bfloat16"
 
 
 @keras.saving.register_keras_serializable(package="doconv_tests")
@@ -278,6 +341,51 @@ def test_fit_lowers_the_loss_and_trains_d(kind, jit):
     assert difference(model.predict(x, verbose=0), array(model(x))).relative < 1e-5
 
 
+@pytest.fixture
+def mixed_float16():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.usefixtures("mixed_float16")
+@pytest.mark.parametrize("jit", JIT)
+def test_training_goes_on_from_a_stored_model_with_the_loss_scaled(jit, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = model_of("functional", DOConv2D(6, 3, padding="same", depth_multiplier=12, name="a"))
+    model.compile("adam", "mse", jit_compile=jit)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    x = image((8, *SHAPE[1:]))
+    fit = {"x": x, "y": x.mean(axis=(1, 2))[:, :3], "batch_size": 4, "verbose": 0, "shuffle": False}
+    model.fit(**fit)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    before = [array(v).copy() for v in model.weights]
+    losses = [m.fit(**fit).history["loss"] for m in (model, again)]
+    assert np.isfinite(losses).all()
+    assert model.optimizer.variables
+    for kind in ("weights", "optimizer.variables"):
+        values = [attrgetter(kind)(m) for m in (model, again)]
+        for one, other in zip(*values, strict=True):
+            assert difference(array(one), array(other)).relative < 1e-6, one.path
+    assert all((array(v) != b).any() for v, b in zip(model.weights, before, strict=True))
+
+
+def test_nested_shared_and_time_distributed_layers_are_stored(tmp_path):
+    shared = DOConv2D(4, 3, padding="same", depth_multiplier=12, name="shared")
+    each_row = layers.TimeDistributed(DOConv1D(5, 3, depth_multiplier=4), name="rows")
+    inputs = keras.Input(SHAPE[1:])
+    inner = keras.Sequential([keras.Input(SHAPE[1:]), DODepthwiseConv2D(3, padding="same")])
+    model = random_values(keras.Model(inputs, each_row(inner(shared(shared(inputs))))))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(again.weights) == 9
+    assert_same(again(image()), model(image()))
+    rows = again.get_layer("rows").layer
+    assert_same(rows.fold()(image()[0]), rows(image()[0]))
+
+
 @KINDS
 @MULTIPLIERS
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
@@ -323,10 +431,36 @@ def test_configuration_and_registration(do_conv, conv):
     assert not again.trainable_weights
 
 
-def test_clones_and_copies():
-    model = model_of("functional", trained(12, name="first"))
+def by_clone_model(model):
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
+    return clone
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [by_clone_model, by_pickle, copy.deepcopy])
+def test_clones_and_copies_are_layers_of_their_own(copied):
+    model = model_of("functional", trained(12, name="first"))
+    other, expected = copied(model), array(model(image())).copy()
+    assert type(other.get_layer("first")) is DOConv2D
+    assert_same(other(image()), expected)
+    random_values(other, seed=7)
+    assert_same(model(image()), expected)
+
+
+def test_clone_model_folds_with_a_clone_function():
+    def folded(layer):
+        return (
+            layer.fold() if hasattr(layer, "fold") else type(layer).from_config(layer.get_config())
+        )
+
+    model = model_of("functional", trained(12, name="first"))
+    clone = keras.models.clone_model(model, clone_function=folded)
+    clone.get_layer("last").set_weights(model.get_layer("last").get_weights())
+    assert type(clone.get_layer("first")) is layers.Conv2D
     assert_same(clone(image()), model(image()))
 
 
@@ -607,6 +741,80 @@ def test_fold_keeps_what_the_layer_was(do_conv, conv, frozen):
     assert (array(folded.kernel) != array(layer.composed_kernel())).any()
 
 
+def test_a_frozen_layer_folds_to_a_frozen_one():
+    layer = trained()
+    layer.trainable = False
+    folded = layer.fold()
+    assert folded.trainable is False
+    assert not folded.trainable_weights
+    folded.trainable = True
+    assert len(folded.trainable_weights) == 2
+    assert not layer.trainable_weights
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "change"), [(DOConv2D, DOConv2D.fold), (layers.Conv2D, DOConv2D.from_conv)]
+)
+def test_an_activation_with_weights_is_cloned(cls, change, called):
+    old = cls(
+        6, 3, activation=layers.PReLU("ones", shared_axes=[1], name="slope", trainable=called)
+    )
+    old.build(SHAPE)
+    if called:
+        old(image())
+        old.activation.alpha.trainable = False
+    random_values(old)
+    new = change(old)
+    assert (new.activation.name, new.activation.trainable) == ("slope", called)
+    assert_same(new(image()), old(image()))
+    assert new.activation.alpha.trainable == old.activation.alpha.trainable
+    new.activation.alpha.assign(new.activation.alpha + 1)
+    assert (array(new(image())) != array(old(image()))).any()
+
+
+class Doubled(DOConv2D):
+    """Doubles the output."""
+
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+class Padded(DOConv2D):
+    """Convolves something else."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs + 1, kernel)
+
+
+class Centred(DOConv2D):
+    """Convolves with another kernel than the composed one."""
+
+    @property
+    def kernel(self):
+        return super().kernel - ops.mean(super().kernel)
+
+
+class Renamed(DODepthwiseConv2D):
+    """Computes what its base does."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(Doubled, "call"), (Padded, "convolution_op"), (Centred, "kernel")]
+)
+def test_fold_refuses_a_subclass_that_computes_something_else(cls, name):
+    layer = cls(6, 3)
+    layer.build(SHAPE)
+    with pytest.raises(TypeError, match=rf"\.{cls.__name__} has a {name} of its own, so the conv"):
+        layer.fold()
+
+
+def test_fold_takes_a_subclass_that_computes_the_same():
+    layer = Renamed(3)
+    layer.build(SHAPE)
+    assert_same(layer.fold()(image()), layer(image()))
+
+
 @EACH
 @pytest.mark.parametrize("multiplier", [None, 30])
 @pytest.mark.parametrize("trainable", [True, False])
@@ -654,15 +862,17 @@ def test_from_conv_refuses_what_computes_something_else():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a SavedModel is TensorFlow's")
-@MULTIPLIERS
-def test_saved_model_export(multiplier, tmp_path):
+@EACH
+@pytest.mark.parametrize("multiplier", [None, 30])
+def test_saved_model_export(do_conv, conv, multiplier, tmp_path):
     import tensorflow as tf
 
-    model = model_of("functional", trained(multiplier, name="first"))
-    expected = array(model(image()))
+    x = image(shape_for(do_conv))
+    layer = do_conv(**arguments(do_conv, kernel_size=3), **with_multiplier(do_conv, multiplier))
+    model = random_values(keras.Sequential([keras.Input(x.shape[1:]), layer]))
     model.export(tmp_path / "saved", verbose=False)
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    assert difference(array(loaded.serve(image())), expected).relative < 1e-5
+    assert difference(array(loaded.serve(x)), array(model(x))).relative < 1e-5
 
 
 def network(multiplier=12, use_bias=True, cls=DOConv2D, end=()):
@@ -750,10 +960,17 @@ class Twins(keras.Layer):
         return self.left(x) + self.right(x)
 
 
-def with_lora():
-    model = network()
-    model.layers[-1].enable_lora(2)
+def with_lora(model, name):
+    model.get_layer(name).enable_lora(2)
     return model
+
+
+class Scaled(DOConv2D):
+    """Has a variable that no canonical state has a place for."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
 
 
 @pytest.mark.parametrize(
@@ -764,7 +981,22 @@ def with_lora():
         (lambda: network(use_bias=False), StateError, "'first.bias' is there; expected a layer w"),
         (lambda: network(end=[layers.Dense(2, name="new")]), StateError, "'new' is not in the st"),
         (lambda: network(end=[layers.BatchNormalization(name="norm")]), TypeError, "'norm' is a B"),
-        (with_lora, TypeError, "'last' is a Dense with LoRA or quantized"),
+        (lambda: with_lora(network(), "last"), TypeError, "'last' is a Dense with LoRA or quant"),
+        (
+            lambda: with_lora(network(cls=layers.Conv2D), "first"),
+            TypeError,
+            "'first' is a Conv2D with LoRA or quantized",
+        ),
+        (
+            lambda: network(cls=partial(layers.Conv2D, dtype="int8_from_float32")),
+            TypeError,
+            "'first' is a Conv2D with LoRA or quantized",
+        ),
+        (
+            lambda: network(cls=Scaled),
+            TypeError,
+            "'first', a Scaled, has 'kernel', 'bias', 'depthwise_kernel', 'scale'; expected 'ker",
+        ),
         (lambda: network(end=[Twins()]), ValueError, "two layers have the path 'twins.one'"),
     ],
 )
@@ -782,6 +1014,10 @@ def test_a_model_that_is_not_built_has_no_state():
         export_state(DOConv2D(6, 3, name="raw"))
     with pytest.raises(ValueError, match="is not built; call the model"):
         export_state(keras.Sequential([DOConv2D(6, 3)]))
+    model = Subclassed(trained())
+    model.built = True
+    with pytest.raises(ValueError, match=r"layer 'dense.*' is not built"):
+        export_state(model)
 
 
 def test_a_layer_used_twice_is_stored_once():
@@ -789,3 +1025,14 @@ def test_a_layer_used_twice_is_stored_once():
     inputs = keras.Input(SHAPE[1:])
     model = keras.Model(inputs, shared(shared(inputs)))
     assert list(export_state(model).layers) == ["shared"]
+
+
+def test_layers_without_weights_need_not_be_built():
+    model = Subclassed(trained())
+    model.flip, model.same = layers.RandomFlip(), layers.Lambda(shifted_relu)
+    model(image())
+    assert not model.flip.built
+    assert not model.same.built
+    state = export_state(model)
+    assert len(state.layers) == 2
+    load_state(model, state)
