@@ -14,6 +14,13 @@ from frameworks import need
 
 TESTS = Path(__file__).parent
 BACKENDS = ["tensorflow", "jax", "torch"]
+FILES = [
+    "test_contract.py",
+    "test_tf.py",
+    "test_tf_fold.py",
+    "test_tf_models.py",
+    "test_tf_state.py",
+]
 
 
 def run(backend, *arguments):
@@ -43,7 +50,7 @@ def need_backend(backend):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_contract_and_layer_tests_pass(backend):
     need_backend(backend)
-    files = [str(TESTS / "test_contract.py"), str(TESTS / "test_tf.py")]
+    files = [str(TESTS / name) for name in FILES]
     chosen = ["-k", "tf and not saved_model"]
     done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,0 +1,149 @@
+"""The canonical state of Gluon networks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("mx")
+
+# Before MXNet, which it makes importable.
+from doconv_mx import DOConv2D, export_state, load_state  # noqa: E402
+
+# isort: split
+import mxnet as mx  # noqa: E402
+from gluon_layers import MULTIPLIERS, equal, image, random_d, trained  # noqa: E402
+from mxnet import autograd  # noqa: E402
+from mxnet.gluon import nn  # noqa: E402
+
+from doconv_core import StateError  # noqa: E402
+
+
+def network(multiplier=12, bias=True, cls=DOConv2D, layout="NCHW"):
+    options = {"groups": 2, "use_bias": bias, "layout": layout, "in_channels": 4}
+    if cls is DOConv2D:
+        options["depth_multiplier"] = multiplier
+    net = nn.HybridSequential()
+    net.add(cls(channels=6, kernel_size=3, **options), nn.Conv2D(5, 1, in_channels=6))
+    net.add(nn.Dense(3, activation="relu", in_units=150))
+    net.initialize(mx.init.Normal(0.2))
+    return net
+
+
+def test_state_goes_out_and_in():
+    model, other = network(), network()
+    random_d(model[0])
+    state = export_state(model)
+    assert {path: type(form.spec).__name__ for path, form in state.layers.items()} == {
+        "0": "ConvSpec",
+        "1": "ConvSpec",
+        "2": "LinearSpec",
+    }
+    load_state(other, state)
+    x = image(2, 4, 7, 8)
+    assert equal(other(x), model(x))
+    assert export_state(trained()).arrays.keys() == {"weight", "depthwise_weight", "bias"}
+
+
+def test_an_ordinary_state_enters_an_over_parameterized_model():
+    plain, model = network(cls=nn.Conv2D), network()
+    random_d(model[0])
+    load_state(model, export_state(plain))
+    assert equal(model(image()), plain(image()))
+
+
+@MULTIPLIERS
+def test_a_state_is_the_same_in_every_layout(multiplier):
+    first, last = (network(multiplier, layout=layout) for layout in ("NCHW", "NHWC"))
+    random_d(first[0])
+    state = export_state(first)
+    load_state(last, state)
+    again = export_state(last)
+    assert again.layers == state.layers
+    for name, values in state.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], values)
+    np.testing.assert_array_equal(
+        np.moveaxis(last[0].composed_kernel().asnumpy(), -1, 1),
+        first[0].composed_kernel().asnumpy(),
+    )
+
+
+@pytest.mark.parametrize("numpy_arrays", [False, True])
+def test_a_state_is_loaded_while_autograd_records(numpy_arrays):
+    state, ctx = export_state(trained()), [mx.cpu(0), mx.cpu(1)]
+    if numpy_arrays:
+        mx.npx.set_np()
+    try:
+        layer = trained(ctx=ctx, weight_initializer="ones")
+        with autograd.record():
+            load_state(layer, state)
+        for c in ctx:
+            for name, values in state.arrays.items():
+                found = getattr(layer, name).data(c).asnumpy()
+                assert np.array_equal(found.reshape(values.shape), values)
+    finally:
+        mx.npx.reset_np()
+
+
+def test_a_layer_that_occurs_twice_is_in_the_state_once():
+    net, layer = nn.HybridSequential(), trained()
+    net.add(layer, nn.Activation("relu"), layer)
+    state = export_state(net)
+    assert list(state.layers) == ["0"]
+    random_d(layer, scale=1.0)
+    load_state(net, state)
+    assert np.array_equal(
+        layer.depthwise_weight.data().asnumpy(), state.arrays["0.depthwise_weight"]
+    )
+
+
+def scaled(block, attribute=True):
+    """Return `block` with a parameter that a layer of its kind does not have."""
+    scale = block.params.get("scale", shape=(1,))
+    if attribute:
+        block.scale = scale
+    return block
+
+
+def extended(*blocks):
+    net = network()
+    net.add(*blocks)
+    net.initialize()
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: network(cls=nn.Conv2D), StateError, "'0.depthwise_weight'.*Fold the model"),
+        (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
+        (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
+        (lambda: extended(nn.Dense(2, in_units=3)), StateError, "'3' is not in the state"),
+        (
+            lambda: extended(nn.BatchNorm(in_channels=3)),
+            TypeError,
+            "'3' is a BatchNorm with 'gamma', 'beta', .*; a canonical state holds",
+        ),
+        (
+            lambda: extended(scaled(nn.Conv2D(2, 1, in_channels=5))),
+            TypeError,
+            "layer '3', a Conv2D, has 'weight', 'bias', 'scale'; expected 'weight', 'bias'",
+        ),
+        (
+            lambda: extended(scaled(DOConv2D(5, 2, 3, use_bias=False), attribute=False)),
+            TypeError,
+            "'3', a DOConv2D, has 'weight', 'depthwise_weight', 'scale'; expected 'weight', 'dep",
+        ),
+        (lambda: extended(nn.Dense(2)), ValueError, "layer '3' needs the values of .*run it once"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Parameter .* is already initialized:UserWarning")
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
+    state, model = export_state(network()), model()
+    parameters = [p for block in (model[0], model[1]) for p in block.params.values()]
+    before = [p.data().asnumpy() for p in parameters]
+    with pytest.raises(error, match=message):
+        load_state(model, state)
+    for parameter, values in zip(parameters, before, strict=True):
+        np.testing.assert_array_equal(parameter.data().asnumpy(), values)

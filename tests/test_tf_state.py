@@ -1,0 +1,193 @@
+"""The canonical state of Keras models.
+
+Nothing here names TensorFlow, so that it also runs on Keras' other backends.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("tf")
+
+import keras  # noqa: E402
+from keras import layers, ops  # noqa: E402
+from keras_layers import (  # noqa: E402
+    SHAPE,
+    Subclassed,
+    array,
+    assert_same,
+    image,
+    random_values,
+    shifted_relu,
+    trained,
+)
+
+from doconv_core import StateError, compose, difference, from_canonical  # noqa: E402
+from doconv_tf import DOConv2D, DODepthwiseConv2D, export_state, load_state  # noqa: E402
+
+
+def network(multiplier=12, use_bias=True, cls=DOConv2D, end=()):
+    """Return a model with a nested one, every kind of layer that a state holds, and others."""
+    options = {"depth_multiplier": multiplier} if cls is DOConv2D else {}
+    depthwise = DODepthwiseConv2D if cls is DOConv2D else layers.DepthwiseConv2D
+    inner = keras.Sequential(
+        [
+            keras.Input((5, 6, 6)),
+            depthwise(2, depth_multiplier=2, name="depthwise"),
+            layers.Conv2D(5, 1, name="point"),
+        ],
+        name="inner",
+    )
+    return keras.Sequential(
+        [
+            keras.Input(SHAPE[1:]),
+            cls(6, 3, groups=2, use_bias=use_bias, name="first", **options),
+            layers.ReLU(),
+            inner,
+            layers.Dropout(0.5),
+            layers.Flatten(),
+            layers.Dense(3, name="last"),
+            *end,
+        ]
+    )
+
+
+def test_state_goes_out_and_in():
+    model, other = random_values(network()), network()
+    state = export_state(model)
+    assert list(state.layers) == ["first", "inner.depthwise", "inner.point", "last"]
+    assert state.arrays["first.weight"].shape == (6, 2, 12)
+    assert state.arrays["inner.depthwise.weight"].shape == (12, 1, 4)
+    assert state.arrays["last.weight"].shape == (3, 100)
+    load_state(other, state)
+    assert_same(other(image()), model(image()))
+    layer = trained()
+    alone = export_state(layer)
+    assert alone.arrays.keys() == {"weight", "depthwise_weight", "bias"}
+    kernel = compose(alone.arrays["weight"], alone.arrays["depthwise_weight"], layer.spec)
+    found = from_canonical(kernel, "*IO")
+    assert difference(array(layer.composed_kernel()), found).relative < 1e-6
+
+
+def test_a_state_does_not_share_memory_with_the_model():
+    layer = trained()
+    state = export_state(layer)
+    before = {name: value.copy() for name, value in state.arrays.items()}
+    random_values(layer, seed=5)
+    for name, value in state.arrays.items():
+        assert_same(value, before[name])
+
+
+def test_an_ordinary_state_enters_an_over_parameterized_model():
+    plain, model = random_values(network(cls=layers.Conv2D)), random_values(network(), seed=4)
+    load_state(model, export_state(plain))
+    assert_same(model(image()), plain(image()))
+
+
+def test_bfloat16_state_loses_no_bit():
+    layers_ = [DOConv2D(6, 3, dtype="bfloat16") for _ in range(2)]
+    for layer in layers_:
+        layer.build(SHAPE)
+    random_values(layers_[0])
+    state = export_state(layers_[0])
+    assert {a.dtype for a in state.arrays.values()} == {np.dtype(np.float32)}
+    load_state(layers_[1], state)
+    for a, b in zip(layers_[0].weights, layers_[1].weights, strict=True):
+        assert_same(ops.cast(a, "float32"), ops.cast(b, "float32"))
+
+
+class Twins(keras.Layer):
+    """A layer that gives two of its own layers one name."""
+
+    def __init__(self):
+        super().__init__(name="twins")
+        self.left, self.right = layers.Dense(3, name="one"), layers.Dense(3, name="one")
+
+    def build(self, input_shape):
+        self.left.build(input_shape)
+        self.right.build(input_shape)
+
+    def call(self, x):
+        return self.left(x) + self.right(x)
+
+
+def with_lora(model, name):
+    model.get_layer(name).enable_lora(2)
+    return model
+
+
+class Scaled(DOConv2D):
+    """Has a variable that no canonical state has a place for."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: network(cls=layers.Conv2D), StateError, "'first.depthwise_weight'.*Fold the mod"),
+        (lambda: network(18), StateError, "'first.weight' is of .*multiplier=12.*multiplier=18"),
+        (lambda: network(use_bias=False), StateError, "'first.bias' is there; expected a layer w"),
+        (lambda: network(end=[layers.Dense(2, name="new")]), StateError, "'new' is not in the st"),
+        (lambda: network(end=[layers.BatchNormalization(name="norm")]), TypeError, "'norm' is a B"),
+        (lambda: with_lora(network(), "last"), TypeError, "'last' is a Dense with LoRA or quant"),
+        (
+            lambda: with_lora(network(cls=layers.Conv2D), "first"),
+            TypeError,
+            "'first' is a Conv2D with LoRA or quantized",
+        ),
+        (
+            lambda: network(cls=partial(layers.Conv2D, dtype="int8_from_float32")),
+            TypeError,
+            "'first' is a Conv2D with LoRA or quantized",
+        ),
+        (
+            lambda: network(cls=Scaled),
+            TypeError,
+            "'first', a Scaled, has 'kernel', 'bias', 'depthwise_kernel', 'scale'; expected 'ker",
+        ),
+        (lambda: network(end=[Twins()]), ValueError, "two layers have the path 'twins.one'"),
+    ],
+)
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
+    state, model = export_state(network()), random_values(model(), seed=4)
+    before = [array(v).copy() for v in model.weights]
+    with pytest.raises(error, match=message):
+        load_state(model, state)
+    for variable, value in zip(model.weights, before, strict=True):
+        assert_same(variable, value)
+
+
+def test_a_model_that_is_not_built_has_no_state():
+    with pytest.raises(ValueError, match="layer 'raw' is not built"):
+        export_state(DOConv2D(6, 3, name="raw"))
+    with pytest.raises(ValueError, match="is not built; call the model"):
+        export_state(keras.Sequential([DOConv2D(6, 3)]))
+    model = Subclassed(trained())
+    model.built = True
+    with pytest.raises(ValueError, match=r"layer 'dense.*' is not built"):
+        export_state(model)
+
+
+def test_a_layer_used_twice_is_stored_once():
+    shared = DOConv2D(4, 3, padding="same", name="shared")
+    inputs = keras.Input(SHAPE[1:])
+    model = keras.Model(inputs, shared(shared(inputs)))
+    assert list(export_state(model).layers) == ["shared"]
+
+
+def test_layers_without_weights_need_not_be_built():
+    model = Subclassed(trained())
+    model.flip, model.same = layers.RandomFlip(), layers.Lambda(shifted_relu)
+    model(image())
+    assert not model.flip.built
+    assert not model.same.built
+    state = export_state(model)
+    assert len(state.layers) == 2
+    load_state(model, state)
