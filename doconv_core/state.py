@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -129,6 +129,29 @@ class State:
                 raise StateError(f"entry {name!r} belongs to no layer of the state.")
 
 
+def unsupported_layer(path: str, layer: object, names: Iterable[str]) -> TypeError:
+    """Return the error for a layer of a kind that a state cannot hold. names: of what it owns."""
+    return TypeError(
+        f"layer {path!r} is a {type(layer).__name__} with {_listed(names)}; a canonical state "
+        "holds convolutions, DO-Conv layers and linear (dense) layers."
+    )
+
+
+def check_owned(path: str, layer: object, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise TypeError unless a layer owns just what a state would hold of it, by these names."""
+    found, expected = list(found), list(expected)
+    if set(found) != set(expected):
+        raise TypeError(
+            f"layer {path!r}, a {type(layer).__name__}, has {_listed(found)}; expected "
+            f"{_listed(expected)}. What computes one of them (weight norm, pruning) must be made "
+            "permanent first."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def fit_state(state: State, layers: Mapping[str, LayerForm]) -> dict[str, dict[str, Array]]:
     """Return the arrays that each of a model's `layers` is to receive, by path and then name.
 
@@ -150,8 +173,7 @@ def fit_state(state: State, layers: Mapping[str, LayerForm]) -> dict[str, dict[s
 
 def _absent(path: str, where: str, there: Mapping[str, LayerForm], but: str) -> str:
     close = get_close_matches(path, there, 1)
-    names = ", ".join(map(repr, there)) or "no layers"
-    hint = f"the closest is {close[0]!r}" if close else f"it has {names}"
+    hint = f"the closest is {close[0]!r}" if close else f"it has {_listed(there) or 'no layers'}"
     return f"layer {path!r} is not in {where}, though {but}; {hint}."
 
 

@@ -31,7 +31,7 @@ def compose(F: Any, weight: Any, depthwise: Any, spec: ConvSpec, last: bool, dty
         weight, depthwise = (F.cast(p, dtype="float32") for p in (weight, depthwise))
     if spec.depth_multiplier == spec.taps:
         kernel = weight + _product(F, weight, depthwise, spec, last)
-    else:  # MXNet takes several times as long to sum W's tiles
+    else:  # to sum W's tiles takes MXNet longer: benchmarks/gluon_composition.py
         depthwise = F.broadcast_add(depthwise, _identity(F, depthwise, spec))
         kernel = _product(F, weight, depthwise, spec, last)
     return native(F.cast(kernel, dtype=np.dtype(dtype).name) if half else kernel)

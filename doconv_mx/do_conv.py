@@ -28,6 +28,7 @@ class _DOConv(_Conv):
     """
 
     ordinary: type[_Conv]
+    rank: int
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class _DOConv(_Conv):
         *,
         depth_multiplier: int | None = None,
     ) -> None:
-        rank = self._rank()
+        rank = self.rank
         in_channels = as_integer("in_channels", in_channels, least=0)
         kernel_size = as_tuple("kernel_size", kernel_size, rank)
         channels, groups = as_integer("channels", channels), as_integer("groups", groups)
@@ -199,10 +200,6 @@ class _DOConv(_Conv):
         mapping = f"{self._inferred_in_channels() or None} -> {self._channels}"
         return f"{type(self).__name__}({mapping}, kernel_size={arguments}"
 
-    @classmethod
-    def _rank(cls) -> int:
-        return int(cls.ordinary.__name__[-2])
-
     def _inferred_in_channels(self) -> int:
         """Return the number of input channels, 0 where it is unknown."""
         per_group = self.weight.shape[-1 if is_channels_last(self) else 1]
@@ -248,7 +245,7 @@ class DOConv1D(_DOConv, nn.Conv1D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv1D
+    ordinary, rank = nn.Conv1D, 1
 
 
 class DOConv2D(_DOConv, nn.Conv2D):
@@ -262,7 +259,7 @@ class DOConv2D(_DOConv, nn.Conv2D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv2D
+    ordinary, rank = nn.Conv2D, 2
 
 
 class DOConv3D(_DOConv, nn.Conv3D):
@@ -276,4 +273,4 @@ class DOConv3D(_DOConv, nn.Conv3D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = nn.Conv3D
+    ordinary, rank = nn.Conv3D, 3

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from mxnet.gluon import Block, Parameter, nn
 
 from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.state import LayerForm, LinearSpec, State, entry, fit_state
+from doconv_core.state import (
+    LayerForm,
+    LinearSpec,
+    State,
+    check_owned,
+    entry,
+    fit_state,
+    unsupported_layer,
+)
 from doconv_mx.do_conv import _DOConv
 from doconv_mx.ordinary import contexts, is_channels_last, spec_of
 
@@ -77,10 +83,7 @@ def _form(path: str, block: Block) -> LayerForm:
     bias = getattr(block, "bias", None) is not None
     supported = isinstance(block, _DOConv) or type(block) in (*CONVOLUTIONS, nn.Dense)
     if not supported:
-        raise TypeError(
-            f"layer {path!r} is a {type(block).__name__} with {_names(_own(block))}; a canonical "
-            "state holds convolutions, DO-Conv layers and dense layers."
-        )
+        raise unsupported_layer(path, block, _own(block))
     contexts(block, f"the state of layer {path!r}")
     if isinstance(block, _DOConv):
         form = LayerForm(block.spec, block.depthwise_weight is not None, bias)
@@ -89,16 +92,8 @@ def _form(path: str, block: Block) -> LayerForm:
         form = LayerForm(LinearSpec(in_features, out_features), bias=bias)
     else:
         form = LayerForm(spec_of(block), bias=bias)
-    if set(_own(block)) != form.shapes.keys():
-        raise TypeError(
-            f"layer {path!r}, a {type(block).__name__}, has {_names(_own(block))}; expected "
-            f"{_names(form.shapes)}."
-        )
+    check_owned(path, block, _own(block), form.shapes)
     return form
-
-
-def _names(parameters: Iterable[str]) -> str:
-    return ", ".join(map(repr, parameters))
 
 
 def _layout(block: Block) -> str:

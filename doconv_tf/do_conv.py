@@ -45,7 +45,7 @@ class _DOConv(OverParameterized):
             if kwargs.get(name) is not None:
                 raise ValueError(self._advice(f"takes no {name}"))
         filters, groups = as_integer("filters", filters), as_integer("groups", groups)
-        rank = int(self.ordinary.__name__[-2])
+        rank = self.rank
         super().__init__(
             filters, as_tuple("kernel_size", kernel_size, rank),
             as_tuple("strides", strides, rank), padding, data_format,
@@ -97,7 +97,7 @@ class DOConv1D(_DOConv, keras.layers.Conv1D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = keras.layers.Conv1D
+    ordinary, rank = keras.layers.Conv1D, 1
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -113,7 +113,7 @@ class DOConv2D(_DOConv, keras.layers.Conv2D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = keras.layers.Conv2D
+    ordinary, rank = keras.layers.Conv2D, 2
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -129,7 +129,7 @@ class DOConv3D(_DOConv, keras.layers.Conv3D):
     Source: DO-Conv, arXiv 2006.12030.
     """
 
-    ordinary = keras.layers.Conv3D
+    ordinary, rank = keras.layers.Conv3D, 3
 
 
 @keras.saving.register_keras_serializable(package="doconv")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from doconv_core.spec import ConvSpec
-from doconv_core.state import LayerForm, LinearSpec, State, entry, fit_state
+from doconv_core.state import (
+    LayerForm,
+    LinearSpec,
+    State,
+    check_owned,
+    entry,
+    fit_state,
+    unsupported_layer,
+)
 from doconv_torch.do_conv import _DOConv
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,7 +69,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _form(path: str, module: nn.Module) -> LayerForm:
-    bias = getattr(module, "bias", None) is not None
+    own, bias = _own(module), getattr(module, "bias", None) is not None
     if isinstance(module, _DOConv):
         form = LayerForm(module.spec, module.depthwise_weight is not None, bias)
     elif type(module) in CONVOLUTIONS:
@@ -71,16 +78,8 @@ def _form(path: str, module: nn.Module) -> LayerForm:
     elif type(module) is nn.Linear:
         form = LayerForm(LinearSpec(module.in_features, module.out_features), bias=bias)
     else:
-        raise TypeError(
-            f"layer {path!r} is a {type(module).__name__} with {_names(_own(module))}; a canonical "
-            "state holds convolutions, DO-Conv layers and linear layers."
-        )
-    own = _own(module)
-    if own.keys() != form.shapes.keys():
-        raise TypeError(
-            f"layer {path!r}, a {type(module).__name__}, has {_names(own)}; expected "
-            f"{_names(form.shapes)}. Make weight norm or pruning permanent first."
-        )
+        raise unsupported_layer(path, module, own)
+    check_owned(path, module, own, form.shapes)
     for name, parameter in own.items():
         if parameter.is_meta:
             raise ValueError(
@@ -92,10 +91,6 @@ def _form(path: str, module: nn.Module) -> LayerForm:
                 f"{', '.join(map(str, DTYPES))}."
             )
     return form
-
-
-def _names(tensors: Iterable[str]) -> str:
-    return ", ".join(map(repr, tensors))
 
 
 def _to_numpy(parameter: Tensor) -> Any:

@@ -25,6 +25,7 @@ from doconv_core import (
     write_state,
 )
 from doconv_core.files import replacing, write_json
+from doconv_core.state import check_owned, unsupported_layer
 
 SPEC = ConvSpec(4, 6, (3, 3), 2, 12)
 ORDINARY = ConvSpec(4, 6, (3, 3), 2)
@@ -168,6 +169,16 @@ def test_what_is_no_state_and_what_has_no_layers(state):
         fit_state({"weight": 1}, FORMS)
     with pytest.raises(StateError, match=r"'features.0' is not in the model.*it has no layers"):
         fit_state(state, {})
+
+
+def test_what_a_layer_owns_is_checked_by_name():
+    assert check_owned("head", 1.5, ["bias", "weight"], FORMS["head"].shapes) is None
+    with pytest.raises(
+        TypeError, match="'head', a float, has 'weight_orig'; expected 'weight', 'bi"
+    ):
+        check_owned("head", 1.5, ["weight_orig"], FORMS["head"].shapes)
+    error = unsupported_layer("norm", 1.5, ["gamma"])
+    assert str(error).startswith("layer 'norm' is a float with 'gamma'; a canonical state holds")
 
 
 def test_damaged_and_foreign_files_are_refused(state, tmp_path):
