@@ -14,7 +14,9 @@ from doconv_core.convolve import (
     pad_gradient,
 )
 from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.fold import NotFoldable, fuse_batchnorm
 from doconv_core.layout import from_canonical, to_canonical
+from doconv_core.model import Change, Converted, Left, Report, Selection, largest_difference
 from doconv_core.numeric import Difference, difference
 from doconv_core.spec import ConvSpec
 from doconv_core.state import (
@@ -28,13 +30,19 @@ from doconv_core.state import (
 )
 
 __all__ = [
+    "Change",
     "ConvSpec",
+    "Converted",
     "ConvolutionGradients",
     "Cost",
     "Difference",
     "LayerCost",
     "LayerForm",
+    "Left",
     "LinearSpec",
+    "NotFoldable",
+    "Report",
+    "Selection",
     "State",
     "StateError",
     "available_backends",
@@ -47,7 +55,9 @@ __all__ = [
     "fit_state",
     "from_canonical",
     "from_kernel",
+    "fuse_batchnorm",
     "identity",
+    "largest_difference",
     "layer_cost",
     "pad",
     "pad_gradient",

@@ -11,6 +11,7 @@ from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 from mxnet.util import is_np_array
 
+from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_integer, as_tuple
 from doconv_mx.compose import as_w, compose, native, tied
 from doconv_mx.ordinary import contexts, filled, is_channels_last, spec_of
@@ -145,12 +146,12 @@ class _DOConv(_Conv):
 
         It keeps contexts, dtype, names, learning-rate and weight-decay multipliers, activation and
         hybridization. Its weight is trainable where W or D is. Hooks are not carried over.
-        Raises TypeError for a subclass that computes something else, ValueError for a layer that
+        Raises NotFoldable for a subclass that computes something else, ValueError for a layer that
         has no values yet.
         """
         cls = type(self)
         if cls.forward is not _DOConv.forward or cls.hybrid_forward is not _DOConv.hybrid_forward:
-            raise TypeError(
+            raise NotFoldable(
                 f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
                 "it would be folded to might compute something else; fold() is for the plain layer."
             )

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from doconv_core.fold import NotFoldable
 from doconv_core.layout import from_canonical
 from doconv_core.spec import ConvSpec
 
@@ -96,13 +97,13 @@ class OverParameterized:
 
         It keeps name, dtype policy and configuration. Its kernel is trainable where W or D is. An
         activation that is a layer with weights is cloned. Raises ValueError if the layer is not
-        built, TypeError for a subclass that computes something else.
+        built, NotFoldable for a subclass that computes something else.
         """
         cls = type(self)
         plain = {name: getattr(self.ordinary, name, None) for name in ("call", "convolution_op")}
         for name, method in {**plain, "kernel": OverParameterized.kernel}.items():
             if getattr(cls, name, None) is not method:
-                raise TypeError(
+                raise NotFoldable(
                     f"{cls.__module__}.{cls.__qualname__} has a {name} of its own, so the "
                     "convolution it would be folded to might compute something else; fold() is for "
                     "the plain layer."

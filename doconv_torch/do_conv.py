@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
 
 
@@ -85,15 +86,15 @@ class _DOConv(_ConvNd):
         """Return a new ordinary convolution with the same function.
 
         It keeps device, dtype and mode, and where `S == M` the memory format. Its weight is
-        trainable where W or D is. Hooks are not carried over. Raises TypeError for a subclass that
-        computes something else.
+        trainable where W or D is. Hooks are not carried over. Raises NotFoldable for a subclass
+        that computes something else.
         """
         cls = type(self)
         if (
             cls.forward is not _DOConv.forward
             or cls._conv_forward is not self.ordinary._conv_forward
         ):
-            raise TypeError(
+            raise NotFoldable(
                 f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
                 "it would be folded to might compute something else; fold() is for the plain layer."
             )
