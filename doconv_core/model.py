@@ -91,7 +91,7 @@ class Selection:
             message = f"where selects none of the {len(self._asked)} {kinds}s, such as {hint}."
         else:
             return
-        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+        warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
 def _all(values: Any, kind: type) -> bool:

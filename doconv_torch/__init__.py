@@ -5,6 +5,19 @@ from doconv_core.backends import require_framework
 require_framework("torch", "torch")
 
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
+from doconv_torch.model import fold, over_parameterize  # noqa: E402
+from doconv_torch.reuse import composed_once  # noqa: E402
 from doconv_torch.state import export_state, load_state  # noqa: E402
+from doconv_torch.verify import verify  # noqa: E402
 
-__all__ = ["DOConv1d", "DOConv2d", "DOConv3d", "export_state", "load_state"]
+__all__ = [
+    "DOConv1d",
+    "DOConv2d",
+    "DOConv3d",
+    "composed_once",
+    "export_state",
+    "fold",
+    "load_state",
+    "over_parameterize",
+    "verify",
+]

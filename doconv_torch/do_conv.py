@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
+from doconv_torch.compose import as_weight
+from doconv_torch.reuse import composed
 
 
 class _DOConv(_ConvNd):
@@ -76,32 +80,23 @@ class _DOConv(_ConvNd):
         """
         if self.depthwise_weight is None:
             return self.weight
-        device = self.weight.device.type
-        if not self.weight.is_meta and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _compose(self.weight, self.depthwise_weight, self.spec)
-        return _compose(self.weight, self.depthwise_weight, self.spec)
+        return composed(self)
 
     def fold(self) -> _ConvNd:
         """Return a new ordinary convolution with the same function.
 
-        It keeps device, dtype and mode, and where `S == M` the memory format. Its weight is
-        trainable where W or D is. Hooks are not carried over. Raises NotFoldable for a subclass
-        that computes something else.
+        It keeps device, dtype, mode and memory format. Its weight is trainable where W or D is.
+        Parametrizations are folded in as in evaluation mode. Hooks are not carried over.
+        Raises NotFoldable for a layer that computes something else, and for one whose parameters a
+        hook computes (weight norm of the old kind, pruning).
         """
-        cls = type(self)
-        if (
-            cls.forward is not _DOConv.forward
-            or cls._conv_forward is not self.ordinary._conv_forward
-        ):
-            raise NotFoldable(
-                f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
-                "it would be folded to might compute something else; fold() is for the plain layer."
-            )
-        composed = [p for p in (self.weight, self.depthwise_weight) if p is not None]
-        trainable = any(p.requires_grad for p in composed)
-        kernel = self.composed_kernel().detach()
-        return _filled(self.ordinary, self, {}, weight=(kernel, trainable))
+        check_foldable(self)
+        with _in_evaluation(self), torch.enable_grad():
+            composed = [p for p in (self.weight, self.depthwise_weight) if p is not None]
+            trainable = any(p.requires_grad for p in composed)
+            kernel = self.composed_kernel().detach()
+            folded = _filled(self.ordinary, self, {}, weight=(kernel, trainable))
+        return folded.train(self.training)
 
     @classmethod
     def from_conv(cls, conv: _ConvNd, *, depth_multiplier: int | None = None) -> _DOConv:
@@ -115,6 +110,11 @@ class _DOConv(_ConvNd):
                 f"{cls.__name__}.from_conv takes over a torch.nn.{cls.ordinary.__name__}, exactly; "
                 f"received {type(conv).__module__}.{type(conv).__qualname__}."
             )
+        if "forward" in vars(conv):
+            raise TypeError(
+                f"{cls.__name__}.from_conv needs a layer with the forward of its type; this one's "
+                "was replaced, and may compute something else."
+            )
         if conv._parameters.get("weight") is None:
             raise TypeError(
                 f"{cls.__name__}.from_conv needs a layer whose weight is a parameter; this "
@@ -124,7 +124,7 @@ class _DOConv(_ConvNd):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, depth_multiplier
         )
         weight, trainable = conv.weight.detach(), conv.weight.requires_grad
-        parameters = {"weight": (_as_w(weight, spec), trainable)}
+        parameters = {"weight": (as_weight(weight, spec), trainable)}
         if spec.depthwise_shape is not None:
             zeros = weight.new_zeros(spec.depthwise_shape)
             parameters["depthwise_weight"] = (zeros, trainable)
@@ -144,7 +144,11 @@ class _DOConv(_ConvNd):
         ordinary = isinstance(weight, Tensor) and tuple(weight.shape) == self.spec.kernel_shape
         if self.depthwise_weight is not None and ordinary and name not in state_dict:
             zeros = weight.new_zeros(self.spec.depthwise_shape)
-            state_dict = {**state_dict, f"{prefix}weight": _as_w(weight, self.spec), name: zeros}
+            state_dict = {
+                **state_dict,
+                f"{prefix}weight": as_weight(weight, self.spec),
+                name: zeros,
+            }
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -184,29 +188,39 @@ class DOConv3d(_DOConv, nn.Conv3d):
     ordinary, rank = nn.Conv3d, 3
 
 
-def _compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
-    """Return `W·(E + D)ᵀ`: one matrix product for each input channel, added to W as it is.
+def check_foldable(layer: _DOConv) -> None:
+    """Raise NotFoldable, with the reason, where the ordinary layer would compute something else."""
+    cls, own = type(layer), vars(layer)
+    if (
+        cls.forward is not _DOConv.forward
+        or cls._conv_forward is not layer.ordinary._conv_forward
+        or not own.keys().isdisjoint(("forward", "_conv_forward", "composed_kernel"))
+    ):
+        raise NotFoldable(
+            f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
+            "it would be folded to might compute something else; fold() is for the plain layer."
+        )
+    # What a hook sets before each call is no parameter, and is out of date after a training step.
+    computed = [name for name in ("weight", "depthwise_weight", "bias") if name in own]
+    if computed:
+        raise NotFoldable(
+            f"a hook computes {cls.__qualname__}.{computed[0]} before each call (old weight norm, "
+            "pruning); make it permanent first, as torch.nn.utils.remove_weight_norm or "
+            "torch.nn.utils.prune.remove does."
+        )
 
-    The sum has W's memory format where `S == M`, and is contiguous otherwise.
-    """
-    g, taps, multiplier = spec.groups, spec.taps, spec.depth_multiplier
-    split = (g, spec.out_channels_per_group, spec.in_channels_per_group)
-    w = weight.reshape(*split, multiplier)
-    # (g, o, i, s) -> (g, i, o, s) -> one (O/g, S) matrix for each of the I input channels
-    matrices = w.transpose(1, 2).reshape(spec.in_channels, -1, multiplier)
-    product = torch.bmm(matrices, depthwise.transpose(1, 2))
-    product = product.reshape(g, split[2], split[1], taps).transpose(1, 2)
-    tiles = multiplier // taps
-    if multiplier != taps:
-        w = w[..., : tiles * taps].unflatten(-1, (tiles, taps)).sum(-2)
-    return (w + product).reshape(spec.kernel_shape)
 
-
-def _as_w(kernel: Tensor, spec: ConvSpec) -> Tensor:
-    """Return the W that a kernel becomes, in the shape in which a layer keeps it."""
-    if kernel.shape == spec.parameter_shape:
-        return kernel
-    return nn.functional.pad(kernel.flatten(2), (0, spec.depth_multiplier - spec.taps))
+@contextmanager
+def _in_evaluation(layer: nn.Module) -> Iterator[None]:
+    """Put parametrizations into evaluation mode: spectral norm changes its state in training."""
+    modes = {module: module.training for module in layer.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _filled(

@@ -7,7 +7,6 @@ import inspect
 import io
 import pickle
 
-import numpy as np
 import pytest
 from frameworks import need
 
@@ -17,8 +16,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
-from doconv_core import StateError, compose, difference  # noqa: E402
-from doconv_torch import DOConv1d, DOConv2d, DOConv3d, export_state, load_state  # noqa: E402
+from doconv_core import compose, difference  # noqa: E402
+from doconv_torch import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 
 PAIRS = [(DOConv1d, nn.Conv1d), (DOConv2d, nn.Conv2d), (DOConv3d, nn.Conv3d)]
 RANKED = pytest.mark.parametrize(("do_conv", "conv"), PAIRS, ids=["1d", "2d", "3d"])
@@ -378,94 +377,3 @@ def test_wrong_arguments_are_refused(arguments, error, message):
     usual = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
     with pytest.raises(error, match=message):
         DOConv2d(**{**usual, **arguments})
-
-
-def network(multiplier=12, bias=True, cls=DOConv2d):
-    options = {"depth_multiplier": multiplier} if cls is DOConv2d else {}
-    convolution = cls(4, 6, 3, groups=2, bias=bias, **options)
-    return nn.Sequential(
-        convolution, nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.Linear(150, 3)
-    )
-
-
-class Masked(nn.Module):
-    """A module with a buffer, in the state dict or not."""
-
-    def __init__(self, persistent=True):
-        super().__init__()
-        self.register_buffer("mask", torch.ones(3), persistent)
-
-
-def pruned(model):
-    prune.l1_unstructured(model[0], "weight", 0.5)
-    return model
-
-
-@pytest.mark.parametrize("make", [lambda: pruned(network()), lambda: network().to("meta")])
-def test_what_cannot_be_exported_is_named(make):
-    with pytest.raises((TypeError, ValueError), match="'0"):
-        export_state(make())
-
-
-def test_buffers_outside_the_state_dict_do_not_matter():
-    other = network()
-    model = network().append(Masked(persistent=False))
-    load_state(model, export_state(other))
-    assert torch.equal(model[:5](image()), other(image()))
-
-
-def test_state_goes_out_and_in():
-    model, other = network(), network()
-    nn.init.normal_(model[0].depthwise_weight)
-    load_state(other, export_state(model))
-    x = image()
-    assert torch.equal(other(x), model(x))
-    assert export_state(trained()).arrays.keys() == {"weight", "depthwise_weight", "bias"}
-
-
-def test_an_ordinary_state_enters_an_over_parameterized_model():
-    plain, model = network(cls=nn.Conv2d), network()
-    nn.init.normal_(model[0].depthwise_weight)
-    load_state(model, export_state(plain))
-    assert torch.equal(model(image()), plain(image()))
-
-
-def test_bfloat16_state_loses_no_bit():
-    model, other = network().bfloat16(), network().bfloat16()
-    state = export_state(model)
-    assert state.arrays["0.weight"].dtype == np.float32
-    load_state(other, state)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        (lambda: network(cls=nn.Conv2d), StateError, "'0.depthwise_weight'.*Fold the model"),
-        (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
-        (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
-        (lambda: nn.Sequential(*network(), nn.Linear(3, 2)), StateError, "'5' is not in the state"),
-        (
-            lambda: network().append(nn.BatchNorm1d(3)),
-            TypeError,
-            "'5' is a BatchNorm1d with 'weight'",
-        ),
-        (lambda: network().to("meta"), ValueError, "'0.weight' is on the meta device"),
-        (lambda: pruned(network()), TypeError, "'0', a DOConv2d, has .*'weight_orig'.*expected 'w"),
-        (lambda: network().append(Masked()), TypeError, "'5' is a Masked with 'mask'"),
-        (
-            lambda: nn.Sequential(*network()[:4], nn.Linear(150, 3, dtype=torch.complex64)),
-            TypeError,
-            "'4.weight' is torch.complex64; expected one of torch.float64",
-        ),
-    ],
-)
-def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
-    state, model = export_state(network()), model()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=message):
-        load_state(model, state)
-    for name, value in model.state_dict().items():
-        assert value.is_meta or torch.equal(value, before[name])

@@ -1,0 +1,239 @@
+"""Whole models in PyTorch: over-parameterize every convolution, and fold all of them again.
+
+A layer is converted where it stands, by its class and parameters, as PyTorch's own lazy layers are
+when they take their shape. So it stays the same object: wherever it is used, shared, hooked or
+kept, that holds on.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from doconv_core.fold import NotFoldable
+from doconv_core.model import NOT_SELECTED, Change, Converted, Left, Report, Selection, Where
+from doconv_core.spec import ConvSpec
+from doconv_torch.batchnorm import fuse_batchnorms
+from doconv_torch.candidates import (
+    REPLACEMENTS,
+    check_model,
+    count_parameters,
+    is_convolution,
+    kind_of,
+    memory,
+    obstacle,
+    owners,
+    spec_of,
+)
+from doconv_torch.convert import fold_layer, over_parameterize_layer
+from doconv_torch.do_conv import _DOConv, check_foldable
+
+_DO_CONVS = tuple(cls.__name__ for cls in REPLACEMENTS.values())
+
+TIED = "its weight is tied to one that is not over-parameterized alike"
+BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
+
+
+def over_parameterize(
+    model: nn.Module,
+    *,
+    where: Where = None,
+    depth_multiplier: int | None = None,
+    inplace: bool = False,
+) -> Converted:
+    """Return the model with DO layers for its convolutions, and a report of what was done.
+
+    Every `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, exactly, of more than one tap becomes the DO
+    layer of the same function: outputs are the same, bit for bit in float32. What is left as it is,
+    is in the report with its reason: subclasses, transposed, lazy, quantized and parametrized
+    layers, and weights tied to something else.
+
+    where: which of them; a glob pattern on the path or several, a type, or a predicate on (path,
+    layer), as `doconv_core.Selection` takes it. A layer that is at several paths is asked for each.
+    depth_multiplier: S, for all of them; None for each one's number of taps M.
+    inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
+
+    In place, layers stay the same objects, with their hooks, names, order and attributes; where
+    `S == M`, so do their weights, and optimizers go on. Otherwise W is a new parameter, without
+    gradient. D is new, last of its layer's, on W's device, and trainable where W is: give it to an
+    optimizer that was made before. Shared layers stay shared, tied weights tied.
+    Raises TypeError for what is not a module, cannot be copied, or is wrapped in DDP or FSDP;
+    ValueError, with the layer's path, for a `depth_multiplier` below its taps; before anything is
+    changed. Warns where `where` matches nothing.
+    """
+    check_model(model)
+    selection = Selection(where)
+    chosen, left = _choose(model, selection, depth_multiplier)
+    selection.warn()
+    before = count_parameters(model)
+    changed = [
+        Change(path, kind_of(layer), REPLACEMENTS[type(layer)].__name__)
+        for path, layer in model.named_modules()
+        if layer in chosen
+    ]
+    specs = {path: chosen[layer] for path, layer in model.named_modules() if layer in chosen}
+    with _ordinary_tensors():
+        target = model if inplace else _copied(model)
+        layers = dict(target.named_modules())
+        parameters: dict[int, tuple[Tensor, ...]] = {}
+        for path, spec in specs.items():
+            over_parameterize_layer(layers[path], spec, parameters)
+    report = Report(
+        "over-parameterized", tuple(changed), tuple(left), before, count_parameters(target)
+    )
+    return Converted(target, report)
+
+
+def fold(model: nn.Module, *, fuse_batchnorm: bool = False, inplace: bool = False) -> Converted:
+    """Return the model with ordinary convolutions for its DO layers, and a report.
+
+    Every DO layer becomes a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, exactly, with the composed
+    kernel; nothing of this package is left in the model, in its state dict or in its file. There
+    may be none: folding twice is the same as once.
+
+    fuse_batchnorm: also fold each batch norm in evaluation mode into the convolution before it,
+    where that convolution's output goes nowhere else; `torch.nn.Identity` takes its place. Where it
+    stands is found by symbolic tracing, which runs the model's Python code. Batch norms that are
+    left are in the report with the reason.
+    inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
+
+    In place, layers stay the same objects, with their hooks, and where `S == M` so do their
+    weights.
+    Raises NotFoldable, with the layer's path, for a DO layer that no ordinary one computes exactly,
+    and TypeError as `over_parameterize` does, before anything is changed. Warns of a model in
+    training mode whose layers, such as dropout, then vary from call to call.
+    """
+    check_model(model)
+    paths = _foldable(model)
+    _warn_of_training(model)
+    before = count_parameters(model)
+    changed, left = [], []
+    with _ordinary_tensors():
+        target = model if inplace else _copied(model)
+        layers = dict(target.named_modules())
+        held, weights = owners(target), {}
+        for path in paths:
+            kind = kind_of(layers[path])
+            fold_layer(layers[path], held, weights)
+            changed.append(Change(path, kind, kind_of(layers[path])))
+        if fuse_batchnorm:
+            fused, left = fuse_batchnorms(target)
+            order = {path: n for n, path in enumerate(layers)}
+            changed = sorted([*changed, *fused], key=lambda change: order[change.path])
+    report = Report("folded", tuple(changed), tuple(left), before, count_parameters(target))
+    return Converted(target, report)
+
+
+def _choose(
+    model: nn.Module, selection: Selection, depth_multiplier: int | None
+) -> tuple[dict[nn.Module, ConvSpec], list[Left]]:
+    """Return the layers to replace, with their sizes, and those to leave, in the model's order."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if is_convolution(module):
+            paths.setdefault(module, []).append(path)
+    chosen, reasons = {}, {}
+    for layer, places in paths.items():
+        reason = obstacle(layer)
+        if reason is None and not any([selection(path, layer) for path in places]):
+            reason = NOT_SELECTED
+        if reason is None:
+            chosen[layer] = _spec(places[0], layer, depth_multiplier)
+        else:
+            reasons[layer] = reason
+    held = owners(model)
+    for layer, spec in list(chosen.items()):
+        if any(
+            name != "weight" or weight is not layer.weight or chosen.get(other) != spec
+            for other, name, weight in held[memory(layer.weight)]
+        ):
+            reasons[layer] = TIED
+        elif spec.depth_multiplier != spec.taps and _is_bound(layer.weight):
+            reasons[layer] = BOUND
+    left = [
+        Left(paths[layer][0], kind_of(layer), reasons[layer]) for layer in paths if layer in reasons
+    ]
+    return {layer: spec for layer, spec in chosen.items() if layer not in reasons}, left
+
+
+def _spec(path: str, layer: nn.Module, depth_multiplier: int | None) -> ConvSpec:
+    try:
+        return spec_of(layer, depth_multiplier)
+    except (TypeError, ValueError) as error:
+        place = f"layer {path!r}" if path else "the model itself"
+        raise type(error)(f"{place}: {error}") from None
+
+
+def _is_bound(weight: Tensor) -> bool:
+    """Return whether something about a parameter is lost if another takes its place."""
+    return bool(
+        type(weight) is not nn.Parameter
+        or weight._backward_hooks
+        or weight._post_accumulate_grad_hooks
+    )
+
+
+def _foldable(model: nn.Module) -> list[str]:
+    """Return the paths of the DO layers; NotFoldable names one that cannot be folded."""
+    paths = []
+    for path, module in model.named_modules():
+        place = f"layer {path!r}" if path else "the model itself"
+        if isinstance(module, _DOConv):
+            try:
+                check_foldable(module)
+            except NotFoldable as error:
+                raise NotFoldable(f"{place}: {error}") from None
+            paths.append(path)
+        elif isinstance(module, torch.jit.ScriptModule) and kind_of(module) in _DO_CONVS:
+            raise NotFoldable(
+                f"{place} is a {kind_of(module)} that was compiled to TorchScript; fold the model "
+                "first, and compile it afterwards."
+            )
+    return paths
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's own parts raise
+        raise TypeError(
+            f"the model cannot be copied ({error}); with inplace=True it is converted itself."
+        ) from error
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be trained, whatever mode the caller is in, and no graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _warn_of_training(model: nn.Module) -> None:
+    """Warn where a comparison with the folded model would tell of the mode and not of folding."""
+    varying = [
+        f"{path!r} ({kind_of(module)})" for path, module in model.named_modules() if _varies(module)
+    ]
+    if varying:
+        others = f" and {len(varying) - 1} others" if len(varying) > 1 else ""
+        warnings.warn(
+            f"the model is in training mode, where {varying[0]}{others} depend on the batch or on "
+            "chance; fold, compare and export it after model.eval().",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _varies(module: nn.Module) -> bool:
+    """Return whether a module in training mode depends on the batch or on chance."""
+    if not module.training:
+        return False
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "drop_prob"))
+    return isinstance(module, (_BatchNorm, nn.RReLU)) or any(
+        isinstance(rate, float) and rate > 0 for rate in rates
+    )

@@ -1,0 +1,118 @@
+"""How far two PyTorch models differ on the same inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from doconv_core.model import largest_difference
+from doconv_core.numeric import Difference
+
+NUMBERS = (bool, int, float, np.ndarray, np.number, np.bool_)
+
+
+def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:
+    """Return the largest absolute and relative difference of b's outputs from a's.
+
+    a, b: modules, or other callables, such as a session that runs an exported model. inputs: a
+    tuple of positional arguments, a dict of arguments by name, or one argument; tensors on the
+    models' device. Each model gets a copy of its own, and the same random numbers.
+    Outputs may be nested in dicts, lists, tuples and dataclasses; numbers, NumPy arrays and None
+    may stand in the place of tensors. Relative is to the largest entry of a's output.
+    Runs both in evaluation mode, without gradients, and restores each module's mode afterwards.
+    Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
+    another kind.
+    """
+    devices = {t.device.index for t in _tensors(inputs) if t.is_cuda}
+    with torch.no_grad(), _evaluating(a, b), torch.random.fork_rng(sorted(devices)):
+        start = torch.get_rng_state(), [torch.cuda.get_rng_state(n) for n in sorted(devices)]
+        expected = _flat(_called(a, inputs))
+        torch.set_rng_state(start[0])
+        for device, state in zip(sorted(devices), start[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        found = _flat(_called(b, inputs))
+    return largest_difference(found, expected)
+
+
+@contextmanager
+def _evaluating(*models: Any) -> Iterator[None]:
+    """Put the models' modules into evaluation mode, one by one.
+
+    `eval()` and `train()` do more in some models than setting the mode, and exported ones refuse.
+    """
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        # In the order of the first visit, as a module of both models is visited twice.
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+
+
+def _called(model: Callable[..., Any], inputs: Any) -> Any:
+    inputs = _cloned(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _cloned(inputs: Any) -> Any:
+    """Return the inputs with tensors of their own: a model may change its input in place."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().clone()
+    if isinstance(inputs, dict):
+        return {key: _cloned(value) for key, value in inputs.items()}
+    if type(inputs) in (list, tuple):
+        return type(inputs)(_cloned(value) for value in inputs)
+    return inputs
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, (dict, list, tuple)):
+        for value in inputs.values() if isinstance(inputs, dict) else inputs:
+            yield from _tensors(value)
+
+
+def _flat(output: Any, place: str = "") -> dict[str, Any]:
+    """Return the arrays of an output by their place in it, such as `boxes.0`."""
+    if output is None:
+        return {}
+    if isinstance(output, Tensor):
+        return {place: _array(output)}
+    if isinstance(output, NUMBERS):
+        return {place: np.asarray(output)}
+    if isinstance(output, Mapping):
+        parts = dict(output)
+    elif isinstance(output, (list, tuple)):
+        parts = dict(enumerate(output))
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    else:
+        raise TypeError(
+            f"output {place!r} is a {type(output).__qualname__}; expected tensors, numbers, or "
+            "dicts, lists, tuples and dataclasses of them."
+        )
+    return {
+        inner: array
+        for name, part in parts.items()
+        for inner, array in _flat(part, f"{place}.{name}" if place else str(name)).items()
+    }
+
+
+def _array(tensor: Tensor) -> Any:
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    halves = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return (tensor.float() if halves else tensor).cpu().numpy()

@@ -1,0 +1,385 @@
+"""PyTorch: batch norms are folded where that is exact, and left with the reason elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
+from torch_models import images, network, output, trained  # noqa: E402
+
+from doconv_core import Change, Left  # noqa: E402
+from doconv_core import fuse_batchnorm as by_the_core  # noqa: E402
+from doconv_torch import DOConv2d, fold, over_parameterize, verify  # noqa: E402
+
+
+def pair(**options):
+    return [nn.Conv2d(3, 3, 3, padding=1, **options), nn.BatchNorm2d(3)]
+
+
+def fused(model):
+    """Return the folded model and the paths of its fused batch norms; check that it is equal."""
+    folded, report = fold(model, fuse_batchnorm=True)
+    assert verify(model, folded, images()).relative < 1e-6
+    return folded, [change.path for change in report.changed if "BatchNorm" in change.before]
+
+
+def left(model):
+    """Return why batch norms are left; check that the output is the same bit for bit."""
+    folded, report = fold(model, fuse_batchnorm=True)
+    assert verify(model, folded, images()).absolute == 0
+    return {entry.path: entry.reason for entry in report.left}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("multiplier", [None, 20])
+def test_a_network_without_batch_norm(inplace, multiplier):
+    model = trained(over_parameterize(network().eval(), depth_multiplier=multiplier)[0])
+    original, x = copy.deepcopy(model), images()
+    folded, report = fold(model, fuse_batchnorm=True, inplace=inplace)
+    assert verify(original, folded, x).relative < 1e-6
+    assert (folded is model) == inplace
+    assert [c.path for c in report.changed] == [
+        "stem.0", "stem.1", "stages.0.conv1", "stages.0.bn1", "stages.0.conv2", "stages.0.bn2",
+        "stages.1.conv1", "stages.1.bn1", "stages.1.conv2", "stages.1.bn2", "head.mix",
+    ]  # fmt: skip
+    assert report.changed[1] == Change("stem.1", "BatchNorm2d", "Identity, fused")
+    assert not report.left
+    assert type(folded.stem[1]) is nn.Identity
+    assert vars(folded.stem[1]).keys() == vars(nn.Identity()).keys()
+    assert list(folded.stages[0].conv1.state_dict()) == ["weight", "bias"]
+    assert folded.stages[0].conv1.bias.requires_grad
+    assert not any("bn" in name or "running" in name for name in folded.state_dict())
+    assert repr(folded.stages[0].conv1) == repr(nn.Conv2d(8, 8, 3, padding=1))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_fused_kernel_is_the_cores(rank, bias, affine):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 6, 3, groups=2, bias=bias)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](6, eps=0.01, affine=affine)
+    model = network(lambda: nn.Sequential(conv, norm)).eval()
+    x = torch.randn(2, 4, *[5] * rank)
+    expected = by_the_core(
+        conv.weight.detach().numpy(),
+        conv.bias.detach().numpy() if bias else None,
+        mean=norm.running_mean.numpy(),
+        variance=norm.running_var.numpy(),
+        epsilon=norm.eps,
+        scale=norm.weight.detach().numpy() if affine else None,
+        offset=norm.bias.detach().numpy() if affine else None,
+    )
+    folded, _ = fold(model, fuse_batchnorm=True)
+    torch.testing.assert_close(folded[0].weight, torch.from_numpy(expected[0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(folded[0].bias, torch.from_numpy(expected[1]))
+    assert verify(model, folded, x).relative < 1e-6
+
+
+class Callable(nn.Module):
+    """A model with a forward of one's own."""
+
+    def __init__(self, modules, forward):
+        super().__init__()
+        self.body = nn.ModuleList(modules)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, self.body, x)
+
+
+def build(modules, forward=None):
+    model = nn.Sequential(*modules) if forward is None else Callable(modules, forward)
+    return network(lambda: model).eval()
+
+
+def loops(self, body, x):
+    """Control flow that depends on data cannot be traced."""
+    while x.abs().sum() > 1e6:
+        x = x / 2
+    return body[0](x)
+
+
+def keeps(self, body, x):
+    self.kept = body[0](x)
+    return body[1](self.kept)
+
+
+def appends(self, body, x):
+    features = [body[0](x)]
+    self.features = {"all": features}
+    return body[1](features[0])
+
+
+def reads_parameters(self, body, x):
+    return body[1](body[0](x)) + body[0].weight.sum()
+
+
+def tied_weights():
+    modules = [*pair(), nn.Conv2d(3, 3, 3)]
+    modules[2].weight = modules[0].weight
+    return modules
+
+
+def with_hook(index, register, hook):
+    modules = pair()
+    getattr(modules[index], register)(hook)
+    return modules
+
+
+def changed(index, change):
+    modules = pair()
+    change(modules[index])
+    return modules
+
+
+def set_forward(module):
+    module.forward = lambda x: 2 * x
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A batch norm that may compute something else."""
+
+
+class OwnConv(nn.Conv2d):
+    """A convolution that may compute something else."""
+
+
+HOOKED = "it or the convolution before it has hooks, which would see something else"
+USED = "its parameters, or the convolution's, are used elsewhere too"
+APART = "it does not directly follow a convolution"
+LEFT = {
+    "training": (lambda: build(changed(1, lambda n: None)), "in training mode"),
+    "no statistics": (
+        lambda: build([nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)]),
+        "it has no running statistics",
+    ),
+    "subclass": (
+        lambda: build([nn.Conv2d(3, 3, 3), OwnNorm(3)]),
+        "a subclass, which may compute something else",
+    ),
+    "forward": (
+        lambda: build(changed(1, set_forward)),
+        "its forward was replaced, and may compute something else",
+    ),
+    "conv's forward": (
+        lambda: build(changed(0, set_forward)),
+        "the forward or the bias of the convolution before it was replaced",
+    ),
+    "conv's subclass": (lambda: build([OwnConv(3, 3, 3), nn.BatchNorm2d(3)]), APART),
+    "relu between": (lambda: build([nn.Conv2d(3, 3, 3), nn.ReLU(), nn.BatchNorm2d(3)]), APART),
+    "transposed": (
+        lambda: build([nn.ConvTranspose2d(3, 3, 3), nn.BatchNorm2d(3)]),
+        "the convolution before it is left as it is: transposed",
+    ),
+    "first": (lambda: build([nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)]), APART),
+    "output used twice": (
+        lambda: build(pair(), lambda self, body, x: (y := body[0](x)) + body[1](y)),
+        "the output of 'body.0' is used elsewhere too",
+    ),
+    "output kept": (lambda: build(pair(), keeps), "the output of 'body.0' is used elsewhere too"),
+    "output listed": (
+        lambda: build(pair(), appends),
+        "the output of 'body.0' is used elsewhere too",
+    ),
+    "changed in place": (
+        lambda: build(pair(), lambda self, body, x: body[1](body[0](x).mul_(2))),
+        APART,
+    ),
+    "conv called twice": (
+        lambda: build(pair(), lambda self, body, x: body[0](body[1](body[0](x)))),
+        "the output of 'body.0' is used elsewhere too",
+    ),
+    "norm called twice": (
+        lambda: build(pair(), lambda self, body, x: body[1](body[1](body[0](x)))),
+        APART,
+    ),
+    "norm of two": (
+        lambda: build(
+            [*pair(), nn.Conv2d(3, 3, 3, padding=1)],
+            lambda self, body, x: body[1](body[0](x)) + body[1](body[2](x)),
+        ),
+        "it follows several convolutions",
+    ),
+    "parameters read": (lambda: build(pair(), reads_parameters), USED),
+    "tied": (
+        lambda: build(tied_weights()),
+        "its parameters, or the convolution's, are tied to others",
+    ),
+    "hook on conv": (
+        lambda: build(with_hook(0, "register_forward_hook", lambda m, x, y: 2 * y)),
+        HOOKED,
+    ),
+    "backward hook": (
+        lambda: build(with_hook(1, "register_full_backward_hook", lambda m, x, y: None)),
+        HOOKED,
+    ),
+    "state hook": (
+        lambda: build(with_hook(1, "register_state_dict_post_hook", lambda m, d, p, k: None)),
+        HOOKED,
+    ),
+    "not called": (
+        lambda: build(pair(), lambda self, body, x: body[0](x)),
+        "the model's forward pass does not call it",
+    ),
+    "parametrized": (
+        lambda: build([parametrizations.weight_norm(nn.Conv2d(3, 3, 3)), nn.BatchNorm2d(3)]),
+        "the convolution before it is left as it is: parametrized: its weight is computed from "
+        "other parameters",
+    ),
+    "not finite": (
+        lambda: build(changed(1, lambda n: nn.init.constant_(n.weight, 1e38))),
+        "the fused kernel would not be finite in torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_fused_exactly_is_left_and_named(name):
+    make, reason = LEFT[name]
+    model = make()
+    path = next(p for p, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    if name == "training":
+        model[1].train()
+        with pytest.warns(UserWarning, match="in training mode, where '1'"):
+            _, report = fold(model, fuse_batchnorm=True)
+        assert report.left == (Left(path, "BatchNorm2d", reason),)
+        return
+    if name == "not finite":
+        nn.init.constant_(model[1].weight, 1e38)
+        nn.init.constant_(model[1].running_var, 1e-12)
+    assert left(model) == {path: reason}
+
+
+def test_what_cannot_be_traced_is_named_and_its_parts_are_fused():
+    blocks = nn.Sequential(*pair(), nn.ReLU(), *pair())
+    model = build([Callable([blocks], loops), *pair()])
+    folded, paths = fused(model)
+    assert paths == ["0.body.0.1", "0.body.0.4", "2"]
+    assert type(folded[2]) is nn.Identity
+    alone = build(pair(), lambda self, body, x: loops(self, body, x) + body[1](body[0](x)))
+    assert left(alone) == {
+        "body.1": "'the model' cannot be traced (TraceError: symbolically traced variables cannot "
+        "be used as inputs to control flow)"
+    }
+
+
+def test_shared_pairs_are_fused_once():
+    """A head that is called at several scales, as in detection."""
+    model = build(
+        pair(),
+        lambda self, body, x: sum(body[1](body[0](y)).mean() for y in (x, x[:, :, ::2], x * 2)),
+    )
+    folded, paths = fused(model)
+    assert paths == ["body.1"]
+    assert type(folded.body[1]) is nn.Identity
+
+
+def test_arguments_with_defaults_may_decide():
+    def forward(self, body, x, early=None):
+        y = body[0](x)
+        return body[1](y) if early is None else body[1](y + early)
+
+    class Optional(Callable):
+        def forward(self, x, early=None):
+            return self.function(self, self.body, x, early)
+
+    model = network(lambda: Optional(pair(), forward)).eval()
+    assert left(model) == {"body.1": APART}
+
+    class Flagged(Callable):
+        def forward(self, x, features=False):
+            y = self.body[1](self.body[0](x))
+            return (y, x) if features else y
+
+    model = network(lambda: Flagged(pair(), None)).eval()
+    assert fused(model)[1] == ["body.1"]
+
+
+def test_hooks_of_blocks_stand_between_their_outputs_and_what_follows():
+    block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+    block.register_forward_hook(lambda m, x, y: 2 * y)
+    inner = nn.Sequential(*pair())
+    seen = []
+    inner.register_forward_hook(lambda m, x, y: seen.append(y))
+    model = build([block, nn.BatchNorm2d(3), inner])
+    folded, paths = fused(model)
+    assert paths == ["2.1"]
+    assert type(folded[1]) is nn.BatchNorm2d
+    assert all(isinstance(y, torch.Tensor) for y in seen)
+
+
+def test_tracing_leaves_no_trace():
+    model = build(pair(), keeps)
+    output(model)
+    kept, state = model.kept, torch.get_rng_state()
+    fold(model, fuse_batchnorm=True, inplace=True)
+    assert model.kept is kept
+    assert torch.equal(torch.get_rng_state(), state)
+    assert b"Proxy" not in pickle.dumps(fold(build(pair()), fuse_batchnorm=True)[0])
+
+
+def test_a_model_that_cannot_be_copied_is_folded_in_place_without_fusing():
+    model = build(pair())
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="the model cannot be copied"):
+        fold(model, fuse_batchnorm=True)
+    _, report = fold(model, fuse_batchnorm=True, inplace=True)
+    assert report.left[0].reason.startswith(
+        "'the model' cannot be traced (TypeError: cannot pickle"
+    )
+
+
+def test_pruned_biases_and_frozen_layers():
+    model = build([nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)])
+    model.requires_grad_(False)
+    folded, _ = fused(model)
+    assert not folded[0].bias.requires_grad
+    pruned = build(pair())
+    prune.l1_unstructured(pruned[0], "bias", 0.5)
+    _, report = fold(pruned, fuse_batchnorm=True, inplace=True)
+    reason = "the forward or the bias of the convolution before it was replaced"
+    assert report.left == (Left("1", "BatchNorm2d", reason),)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    model = build(pair()).to(dtype)
+    folded, report = fold(model, fuse_batchnorm=True)
+    assert [c.path for c in report.changed] == ["1"]
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    steps = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-14}
+    assert verify(model, folded, images(dtype=dtype)).relative < steps[dtype]
+
+
+def test_synchronised_batch_norm_and_data_parallel():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build([DOConv2d(3, 4, 3), nn.BatchNorm2d(4)]))
+    wrapped = nn.Sequential(nn.DataParallel(trained(model)))
+    folded, paths = fused(wrapped)
+    assert paths == ["0.module.1"]
+    assert type(folded[0].module[0]) is nn.Conv2d
+
+
+def test_graph_modules_and_compiled_models():
+    assert fused(torch.fx.symbolic_trace(build(pair())))[1] == ["1"]
+    torch._dynamo.reset()
+    assert fused(torch.compile(build(pair()), backend="eager"))[1] == ["_orig_mod.1"]
+
+
+def test_meta_and_lazy_models():
+    model = build([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)]).to("meta")
+    folded, report = fold(model, fuse_batchnorm=True)
+    assert [c.path for c in report.changed] == ["1"]
+    assert folded[0].weight.is_meta
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    _, report = fold(lazy, fuse_batchnorm=True, inplace=True)
+    assert report.left[0].kind == "LazyBatchNorm2d"
+    assert (report.parameters_before, report.parameters_after) == (0, 0)

@@ -1,0 +1,195 @@
+"""PyTorch: which layers of a model are replaced, and what is left and said."""
+
+from __future__ import annotations
+
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+import torch.ao.nn.qat  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
+from torch_models import REPLACED, images, kinds, network  # noqa: E402
+
+from doconv_torch import DOConv2d, over_parameterize  # noqa: E402
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes something else."""
+
+
+def replaced_forward():
+    conv = nn.Conv2d(3, 4, 3)
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+    return conv
+
+
+def with_weight(weight):
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight = weight
+    return conv
+
+
+def frozen_as_buffer():
+    conv = nn.Conv2d(3, 4, 3)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.register_buffer("weight", weight)
+    return conv
+
+
+CALCULATED = "its weight is no parameter, but computed before each call (weight norm, pruning)"
+
+
+LEFT = {
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), "transposed"),
+    "subclass": (lambda: Standardised(3, 4, 3), "a subclass, which may compute something else"),
+    "lazy": (lambda: nn.LazyConv2d(4, 3), "lazy: call the model once, so that it takes its shape"),
+    "parametrized": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        "parametrized: its weight is computed from other parameters",
+    ),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), CALCULATED),
+    "pruned": (lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), CALCULATED),
+    "buffer": (frozen_as_buffer, CALCULATED),
+    "over-parameterized": (lambda: DOConv2d(3, 4, 3), "over-parameterized already"),
+    "one tap": (lambda: nn.Conv2d(3, 4, 1), "one tap, nothing to over-parameterize"),
+    "forward": (replaced_forward, "its forward was replaced, and may compute something else"),
+    "complex": (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "its weight is torch.complex64"),
+    "resized": (
+        lambda: with_weight(nn.Parameter(torch.zeros(4, 3, 2, 2))),
+        "its weight has shape (4, 3, 2, 2); expected (4, 3, 3, 3)",
+    ),
+    "scripted": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "compiled to TorchScript"),
+    "traced": (
+        lambda: torch.jit.trace(nn.Conv2d(3, 4, 3), images()),
+        "compiled to TorchScript",
+    ),
+    "quantized": (lambda: torch.ao.nn.quantized.Conv2d(3, 4, 3), "quantized"),
+    "in quantization-aware training": (
+        lambda: torch.ao.nn.qat.Conv2d(
+            3, 4, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig()
+        ),
+        "quantized",
+    ),
+}
+
+
+# PyTorch's own quantized layer uses what PyTorch has deprecated.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", LEFT)
+def test_what_computes_something_else_is_left_and_reported(name):
+    make, reason = LEFT[name]
+    layer = make()
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), layer)
+    before = layer.state_dict() if name != "lazy" else {}
+    converted, report = over_parameterize(model, inplace=True)
+    assert [change.path for change in report.changed] == ["0"]
+    assert [(left.path, left.reason) for left in report.left] == [("1", reason)]
+    assert converted[1] is layer
+    for key, value in before.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(layer.state_dict()[key], value)
+
+
+def test_a_lazy_layer_that_took_its_shape_is_an_ordinary_one():
+    model = nn.Sequential(nn.LazyConv2d(4, 3))
+    expected = model(images())
+    converted, report = over_parameterize(model)
+    assert [change.path for change in report.changed] == ["0"]
+    assert torch.equal(converted(images()), expected)
+
+
+def test_a_pruned_bias_goes_on_being_pruned():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    expected = model(images())
+    over_parameterize(model, inplace=True)
+    assert type(model[0]) is DOConv2d
+    with torch.no_grad():
+        model[0].bias_orig.add_(1)
+    kept = model[0].bias_mask.bool()
+    assert torch.equal(model(images())[:, ~kept], expected[:, ~kept])
+    torch.testing.assert_close(model(images())[:, kept], expected[:, kept] + 1)
+
+
+class Marked(nn.Parameter):
+    """A user's own class of parameters."""
+
+
+def test_a_weight_that_is_more_than_a_parameter():
+    hooked, classed, noted = (nn.Conv2d(3, 4, 3) for _ in range(3))
+    hooked.weight.register_post_accumulate_grad_hook(lambda p: None)
+    classed.weight = Marked(classed.weight.detach())
+    noted.weight.note = "no decay"
+    model = nn.ModuleList([hooked, classed, noted])
+    _, report = over_parameterize(model, depth_multiplier=12, inplace=True)
+    assert [change.path for change in report.changed] == ["2"]
+    assert {left.reason for left in report.left} == {
+        "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
+    }
+    assert noted.weight.note == "no decay"
+    over_parameterize(model, inplace=True)
+    assert type(classed) is DOConv2d
+    assert type(classed.weight) is Marked
+
+
+def test_a_multiplier_below_the_taps_is_refused_by_name_before_anything_is_changed():
+    model = network()
+    types = kinds(model)
+    message = r"layer 'stem.0': depth_multiplier must be at least .*received depth_multiplier=5"
+    with pytest.raises(ValueError, match=message):
+        over_parameterize(model, depth_multiplier=5, inplace=True)
+    assert kinds(model) == types
+    _, report = over_parameterize(model, depth_multiplier=5, where="stages.*.conv2")
+    assert len(report.changed) == 2
+    with pytest.raises(TypeError, match=r"the model itself: depth_multiplier must be an integer"):
+        over_parameterize(nn.Conv2d(3, 4, 3), depth_multiplier=9.5)
+
+
+@pytest.mark.parametrize(
+    ("where", "paths"),
+    [
+        ("*.conv1", ["stages.0.conv1", "stages.1.conv1"]),
+        (nn.Conv2d, REPLACED),
+        (lambda path, layer: layer.groups > 1, ["stages.1.conv1"]),
+        (("stem.*", "head.*"), ["stem.0", "head.mix"]),
+    ],
+)
+def test_where_selects(where, paths):
+    _, report = over_parameterize(network(), where=where)
+    assert [change.path for change in report.changed] == paths
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "message"),
+    [
+        (network, "layer1.*", r"where matches no convolution: 'layer1.\*'; the model has"),
+        (network, lambda path, layer: False, "where selects none of the 6 convolutions"),
+        (lambda: nn.Linear(2, 2), None, "the model has no convolution that could be replaced"),
+    ],
+)
+def test_what_matches_nothing_is_warned_of(model, where, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        _, report = over_parameterize(model(), where=where)
+    assert caught[0].filename == __file__
+    assert not report.changed
+
+
+def test_a_predicate_sees_the_layers_of_the_model_given():
+    model = network()
+    _, report = over_parameterize(model, where=lambda path, layer: layer is model.head["mix"])
+    assert [change.path for change in report.changed] == ["head.mix"]
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received list"):
+        over_parameterize([nn.Conv2d(3, 4, 3)])
+    weight_norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), weight_norm(nn.Conv2d(3, 3, 3)))
+    model.cache = model[1].weight  # no leaf of a graph: PyTorch does not copy it
+    with pytest.raises(TypeError, match=r"cannot be copied .*; with inplace=True it is converted"):
+        over_parameterize(model)
+    over_parameterize(model, inplace=True)
+    assert type(model[0]) is DOConv2d

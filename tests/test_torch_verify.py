@@ -1,0 +1,171 @@
+"""PyTorch: `verify` compares two models' outputs and leaves both as they were."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch_models import images, network, trained  # noqa: E402
+
+from doconv_core import Difference  # noqa: E402
+from doconv_torch import fold, over_parameterize, verify  # noqa: E402
+
+
+def models():
+    model = trained(over_parameterize(network())[0]).eval()
+    return model, fold(model)[0]
+
+
+def test_equal_models_and_different_ones():
+    model, folded = models()
+    assert verify(model, folded, images()) == Difference(0.0, 0.0)
+    with torch.no_grad():
+        folded.head["mix"].bias += 0.5
+    absolute, relative = verify(model, folded, images())
+    assert absolute == pytest.approx(0.5, rel=1e-5)
+    assert relative == pytest.approx(0.5 / model(images()).abs().max().item(), rel=1e-5)
+
+
+def test_modes_are_restored_one_by_one_after_errors_too():
+    model, other = network().train(), network().train()
+    model.stages[0].eval()
+    other.head.eval()
+    modes = [[m.training for m in each.modules()] for each in (model, other)]
+    statistics = [each.stem[1].running_mean.clone() for each in (model, other)]
+    assert verify(model, other, images()).absolute == 0
+    assert verify(model, model, images()).absolute == 0
+    with pytest.raises(RuntimeError, match="channels"):
+        verify(model, other, images()[:, :2])
+    for each, before, mean in zip((model, other), modes, statistics, strict=True):
+        assert [m.training for m in each.modules()] == before
+        assert torch.equal(each.stem[1].running_mean, mean)
+
+
+class Overridden(nn.Module):
+    """A model whose `train` does more than to set the mode."""
+
+    calls = 0
+
+    def train(self, mode=True):
+        self.calls += 1
+        return super().train(mode)
+
+    def forward(self, x):
+        return x * (2 if self.training else 1)
+
+
+def test_train_and_eval_are_not_called():
+    model = Overridden()
+    assert verify(model, nn.Identity(), images()).absolute == 0
+    assert model.calls == 0
+    assert model.training
+
+
+class Returning(nn.Module):
+    """A model that returns what it was made with, of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments, **options):
+        return self.function(*arguments, **options)
+
+
+@dataclass
+class Output:
+    logits: Any
+    hidden: Any = None
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        lambda x: x,
+        lambda x: (x, [x, {"a": x}], None),
+        lambda x: {"a": x, "b": (x, x)},
+        lambda x: Output(x, (x,)),
+        lambda x: Pair(x, 2.5),
+        lambda x: collections.OrderedDict(a=x.numpy()),
+        lambda x: [x.bfloat16(), x.half(), x.double(), x > 0, x.long()],
+        lambda x: x.to_sparse(),
+    ],
+)
+def test_nested_outputs(structure):
+    x = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
+    a, b = Returning(structure), Returning(lambda x: structure(x + (x == 4)))
+    assert verify(a, a, x) == Difference(0.0, 0.0)
+    assert verify(a, b, x) == Difference(1.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "message"),
+    [
+        (lambda x: (x, x), lambda x: (x,), ValueError, "different structures: '0' and '0', '1'"),
+        (lambda x: {"a": x}, lambda x: {"b": x}, ValueError, "different structures: 'b' and 'a'"),
+        (lambda x: x, lambda x: x[:1], ValueError, r"a result of shape \(2, 3, 12, 12\); received"),
+        (lambda x: {"a": x}, lambda x: {"a": x.mT[..., 1:]}, ValueError, "output 'a': expected a"),
+        (lambda x: None, lambda x: None, ValueError, "hold no arrays"),
+        (lambda x: [x, "text"], lambda x: x, TypeError, "output '1' is a str; expected tensors"),
+    ],
+)
+def test_outputs_that_cannot_be_compared(a, b, error, message):
+    with pytest.raises(error, match=message):
+        verify(Returning(a), Returning(b), images())
+
+
+def test_inputs_by_position_by_name_and_as_one_argument():
+    x, y = images(), 2 * images()
+
+    def subtract(x, y):
+        return x - y
+
+    model = Returning(subtract)
+    swapped = Returning(lambda x, y: y - x)
+    assert verify(model, swapped, (x, x)).absolute == 0
+    assert verify(model, swapped, (x, y)) == verify(model, swapped, {"x": x, "y": y})
+    assert verify(model, swapped, (x, y)).relative == 2
+    assert verify(Returning(sum), Returning(lambda pair: pair[0] + pair[1]), [x, y]).absolute == 0
+
+
+def test_inputs_are_not_changed():
+    x = images()
+    before = x.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), network())
+    assert verify(model, model, x).absolute == 0
+    assert verify(model, model, (x,)).absolute == 0
+    assert torch.equal(x, before)
+
+
+def test_both_models_see_the_same_random_numbers_and_none_is_used_up():
+    noisy, state = Returning(lambda x: x + torch.randn_like(x)), torch.get_rng_state()
+    assert verify(noisy, noisy, images()).absolute == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradients_are_neither_needed_nor_made():
+    model, _ = models()
+    x = images().requires_grad_()
+    assert verify(model, model, x).absolute == 0
+    assert x.grad is None
+    assert torch.is_grad_enabled()
+
+
+def test_other_callables():
+    model, _ = models()
+    exported = torch.export.export(model, (images(),)).module()
+    assert verify(model, exported, images()).relative < 1e-6
+    weight = np.float32(2)
+    assert verify(Returning(lambda x: 2 * x), lambda x: x.numpy() * weight, images()).absolute == 0

@@ -1,0 +1,99 @@
+"""PyTorch: models that are wrapped, compiled, traced, without gradients or without values."""
+
+from __future__ import annotations
+
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch_models import REPLACED, Network, images, network, output, trained  # noqa: E402
+
+from doconv_torch import fold, over_parameterize  # noqa: E402
+
+
+def test_distributed_wrappers_are_refused(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network())
+        for call in (over_parameterize, fold):
+            with pytest.raises(TypeError, match="the model is a DistributedDataParallel, which"):
+                call(model, inplace=True)
+            with pytest.raises(TypeError, match="has a DistributedDataParallel at '0', which"):
+                call(nn.Sequential(model))
+        inner = over_parameterize(model.module)[0]
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        wrapped(images()).sum().backward()
+        assert inner.stem[0].depthwise_weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_and_its_replicas():
+    original = nn.DataParallel(network().eval())
+    model, report = over_parameterize(original)
+    assert report.changed[0].path == "module.stem.0"
+    assert torch.equal(output(model), output(original))
+    layer = trained(model).module.stem[0]
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach().clone().requires_grad_())
+    assert torch.equal(replica(images()), layer(images()))
+
+
+def test_compiled_models_notice():
+    torch._dynamo.reset()
+    model = network().eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = compiled(images())
+    _, report = over_parameterize(compiled, inplace=True)
+    assert report.changed[0].path == "_orig_mod.stem.0"
+    torch.testing.assert_close(compiled(images()), expected)
+    trained(model)
+    changed = model(images())
+    assert not torch.allclose(changed, expected)
+    torch.testing.assert_close(compiled(images()), changed)
+    fold(compiled, inplace=True)
+    assert type(model.stem[0]) is nn.Conv2d
+    torch.testing.assert_close(compiled(images()), changed)
+
+
+def test_graph_modules_are_models_too():
+    original = torch.fx.symbolic_trace(network().eval())
+    model, report = over_parameterize(original)
+    assert [change.path for change in report.changed] == REPLACED
+    assert torch.equal(output(model), output(original))
+    expected = output(trained(model))
+    assert torch.equal(output(fold(model)[0]), expected)
+
+
+@pytest.mark.parametrize("wrap", [torch.inference_mode, torch.no_grad])
+def test_what_was_converted_without_gradients_can_be_trained(wrap):
+    with wrap():
+        model, _ = over_parameterize(network())
+    output(model).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        original = Network()
+    model, _ = over_parameterize(original)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu").load_state_dict(network().state_dict())
+    assert torch.equal(output(model.eval()), output(network().eval()))
+
+
+def test_among_parameters_that_are_no_arrays():
+    model = network().eval()
+    model.mask = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    model.later = nn.LazyLinear(3)
+    _, report = over_parameterize(model, inplace=True)
+    assert len(report.changed) == 6
+    expected = output(trained(model))
+    _, report = fold(model, fuse_batchnorm=True, inplace=True)
+    assert len(report.changed) == 11
+    torch.testing.assert_close(output(model), expected)
