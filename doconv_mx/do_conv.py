@@ -13,8 +13,9 @@ from mxnet.util import is_np_array
 
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_integer, as_tuple
+from doconv_mx.blocks import overridden
 from doconv_mx.compose import as_w, compose, native, tied
-from doconv_mx.ordinary import contexts, filled, is_channels_last, spec_of
+from doconv_mx.ordinary import channels_per_group, contexts, filled, is_channels_last, spec_of
 from doconv_mx.parameter import Weight
 
 _LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
@@ -149,17 +150,21 @@ class _DOConv(_Conv):
         Raises NotFoldable for a subclass that computes something else, ValueError for a layer that
         has no values yet.
         """
-        cls = type(self)
-        if cls.forward is not _DOConv.forward or cls.hybrid_forward is not _DOConv.hybrid_forward:
-            raise NotFoldable(
-                f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
-                "it would be folded to might compute something else; fold() is for the plain layer."
-            )
-        ctx = contexts(self, f"{cls.__name__}.fold")
+        self.require_foldable()
+        ctx = contexts(self, f"{type(self).__name__}.fold")
         kernels = [self.composed_kernel(c) for c in ctx]
         requests = [p.grad_req for p in (self.weight, self.depthwise_weight) if p is not None]
         trainable = next((r for r in requests if r != "null"), "null")
         return filled(self.ordinary, self, {}, weight=(kernels, trainable))
+
+    def require_foldable(self) -> None:
+        """Raise NotFoldable for a layer that may compute something else than the plain one."""
+        cls, methods = type(self), ("__call__", "forward", "hybrid_forward")
+        if overridden(self) or any(getattr(cls, m) is not getattr(_DOConv, m) for m in methods):
+            raise NotFoldable(
+                f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
+                "it would be folded to might compute something else; fold() is for the plain layer."
+            )
 
     @classmethod
     def from_conv(cls, conv: _Conv, *, depth_multiplier: int | None = None) -> _DOConv:
@@ -203,8 +208,7 @@ class _DOConv(_Conv):
 
     def _inferred_in_channels(self) -> int:
         """Return the number of input channels, 0 where it is unknown."""
-        per_group = self.weight.shape[-1 if is_channels_last(self) else 1]
-        return max(per_group, 0) * self._outline.groups  # unknown is 0, or -1 with mx.npx.set_np
+        return channels_per_group(self) * self._outline.groups
 
     def _shapes(self, in_channels: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:
         """Return the shapes of the parameters W and D; in_channels may be 0, for unknown."""

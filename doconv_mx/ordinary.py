@@ -8,7 +8,7 @@ from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, ParameterDict
+from mxnet.gluon import HybridBlock, Parameter, ParameterDict
 from mxnet.gluon.block import _BlockScope
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
@@ -18,17 +18,31 @@ from doconv_core.spec import ConvSpec
 
 def spec_of(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:
     """Return the sizes of an ordinary layer whose input channels are known."""
-    options = layer._kwargs
-    per_group = layer.weight.shape[-1 if is_channels_last(layer) else 1]
+    options, groups = layer._kwargs, layer._kwargs["num_group"]
     return ConvSpec(
-        per_group * options["num_group"], options["num_filter"], tuple(options["kernel"]),
-        options["num_group"], depth_multiplier,
+        channels_per_group(layer) * groups, options["num_filter"], tuple(options["kernel"]), groups,
+        depth_multiplier,
     )  # fmt: skip
 
 
 def is_channels_last(layer: _Conv) -> bool:
     """Whether the layer's layout is channels-last, such as "NHWC"."""
     return bool(layer._kwargs["layout"].endswith("C"))
+
+
+def channels_per_group(layer: _Conv) -> int:
+    """Return `I/g`; 0 where it is unknown, which with `mx.npx.set_np` MXNet writes as -1."""
+    return max(layer.weight.shape[-1 if is_channels_last(layer) else 1], 0)
+
+
+def has_values(parameter: Parameter) -> bool:
+    """Whether the parameter has been initialized, and no longer waits for its shape."""
+    return parameter._data is not None
+
+
+def is_pending(parameter: Parameter) -> bool:
+    """Whether the parameter waits for its shape with data that it was given meanwhile."""
+    return bool(parameter._deferred_init) and parameter._deferred_init[3] is not None
 
 
 def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
@@ -56,7 +70,7 @@ def filled(
     number is drawn.
     """
     kwargs, ctx = like._kwargs, like.weight.list_ctx()
-    with _no_name_scope():
+    with no_name_scope():
         layer = cls(
             in_channels=spec_of(like).in_channels, channels=kwargs["num_filter"],
             kernel_size=kwargs["kernel"], strides=kwargs["stride"], padding=kwargs["pad"],
@@ -84,7 +98,7 @@ def filled(
 
 
 @contextmanager
-def _no_name_scope() -> Iterator[None]:
+def no_name_scope() -> Iterator[None]:
     """Let a block's prefix be the one it is given, in whichever block's `name_scope()` this is."""
     scope = getattr(_BlockScope._current, "value", None)
     _BlockScope._current.value = None

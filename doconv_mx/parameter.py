@@ -1,12 +1,17 @@
-"""W as a Gluon parameter, which knows what to do with the kernel of an ordinary layer's file."""
+"""W as a Gluon parameter, which knows what to do with the kernel of an ordinary layer's file.
+
+And how one parameter is made like another.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import mxnet as mx
+from mxnet import autograd
 from mxnet.gluon import HybridBlock, Parameter
 from mxnet.ndarray import NDArray
 
@@ -57,3 +62,37 @@ def _loads(call: FrameType, parameter: Parameter, weight: Parameter) -> bool:
             "load_parameters(), or load() or load_dict() of its collect_params()."
         )
     return any(parameters.get(name) is parameter for name in names)
+
+
+def options_of(parameter: Parameter) -> dict[str, Any]:
+    """Return the arguments with which another parameter like this one is made, save its shape."""
+    return {
+        "grad_req": parameter.grad_req,
+        "dtype": parameter.dtype,
+        "lr_mult": parameter.lr_mult,
+        "wd_mult": parameter.wd_mult,
+        "init": parameter.init,
+        "allow_deferred_init": parameter._allow_deferred_init,
+        "differentiable": parameter._differentiable,
+    }
+
+
+def fill(new: Parameter, old: Parameter, values: Callable[[NDArray], NDArray]) -> None:
+    """Give a new parameter what `values` makes of the old one's, in each context.
+
+    An old one that has yet to be initialized passes that on: how, where, and with which data.
+    """
+    if old._data is not None:
+        contexts = old.list_ctx()
+        put(new, {c: values(old.data(c)) for c in contexts})
+    elif old._deferred_init:
+        *how, data = old._deferred_init
+        new._deferred_init = (*how, None if data is None else values(data))
+
+
+def put(parameter: Parameter, arrays: dict[mx.Context, Any]) -> None:
+    """Initialize a new parameter with an array for each context; no random number is drawn."""
+    parameter.initialize(init=mx.init.Zero(), ctx=list(arrays))
+    with autograd.pause():
+        for context, array in arrays.items():
+            parameter.data(context)[:] = array

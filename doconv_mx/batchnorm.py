@@ -1,0 +1,133 @@
+"""Batch norms that directly follow a convolution, fused into it."""
+
+from __future__ import annotations
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Block, Parameter, SymbolBlock, nn
+from mxnet.gluon.contrib.nn import SyncBatchNorm
+from mxnet.gluon.nn.basic_layers import _BatchNorm
+from mxnet.gluon.nn.conv_layers import _Conv
+
+from doconv_core.fold import fuse_batchnorm
+from doconv_core.model import SUBCLASS, Change, Left
+from doconv_core.numeric import Array
+from doconv_mx.blocks import overridden, owners, walk, within
+from doconv_mx.convert import DO_CONV, remove_parameter, set_parameter
+from doconv_mx.graph import Calls, calls
+from doconv_mx.ordinary import has_values
+from doconv_mx.parameter import options_of, put
+from doconv_mx.symbols import norms
+
+# Why a batch norm is left.
+NOT_DIRECT = "does not directly follow an ordinary convolution of its own"
+HIDDEN = "called by a forward that cannot be traced without data"
+HOOKED = "it or its convolution has hooks, which would see other values"
+IN_A_SYMBOL = "an operator of a symbol, where convolutions alone are replaced"
+SHARED = "shares its parameters, or its convolution does"
+NO_VALUES = "it or its convolution has no values yet"
+AXIS = "normalizes another axis than the convolution's channels"
+NOT_FINITE = "its statistics give a kernel that is not finite"
+
+
+def fuse_batch_norms(model: Block) -> tuple[list[Change], list[Left]]:
+    """Fuse, in place, what can be fused into ordinary convolutions; return that, and what is left.
+
+    A fused batch norm becomes an `nn.Dropout` of rate 0, which passes on its input. (The contrib
+    package's Identity, hybridized by itself, is a graph without an operator, at which MXNet's
+    autograd stops.) In inference the model computes the same but for rounding.
+    """
+    seen, owned, blocks = calls(model), owners(model), list(walk(model))
+    convolutions = {
+        block.weight.name: block
+        for _, block in blocks
+        if type(block) in DO_CONV and not overridden(block)
+    }
+    changed, left = [], []
+    for path, norm in blocks:
+        if isinstance(norm, SymbolBlock):
+            left += [Left(within(path, name), op, IN_A_SYMBOL) for name, op in norms(norm)]
+        if not isinstance(norm, _BatchNorm):
+            continue
+        kind, conv = type(norm).__name__, convolutions.get(_before(norm, seen))
+        reason = _reason(norm, conv, seen, owned) or _fuse(conv, norm)
+        if reason is None:
+            changed.append(Change(path, kind, f"fused into {type(conv).__name__}"))
+        else:
+            left.append(Left(path, kind, reason))
+    return changed, left
+
+
+def _before(norm: _BatchNorm, seen: Calls) -> str | None:
+    """Return the weight whose convolution alone the norm follows, and which it alone follows."""
+    before = seen.before.get(norm.gamma.name, set())
+    weight = next(iter(before)) if len(before) == 1 else None
+    return weight if seen.after.get(weight) == {norm.gamma.name} else None
+
+
+def _reason(
+    norm: _BatchNorm, conv: _Conv | None, seen: Calls, owned: dict[int, list[Block]]
+) -> str | None:
+    """Return why the batch norm cannot be fused into the convolution; None where it can."""
+    if type(norm) not in (nn.BatchNorm, SyncBatchNorm) or overridden(norm):
+        return SUBCLASS
+    if not seen.hidden.isdisjoint((id(norm), id(conv))):
+        return HIDDEN
+    if conv is None:
+        return NOT_DIRECT
+    pair = (norm, conv)
+    if any(block._forward_hooks or block._forward_pre_hooks for block in pair):
+        return HOOKED
+    own = [p for block in pair for p in block._reg_params.values()]
+    if any(len(owned[id(p)]) > 1 for p in own):
+        return SHARED
+    if not all(map(has_values, own)) or len({tuple(p.list_ctx()) for p in own}) > 1:
+        return NO_VALUES
+    layout = conv._kwargs["layout"]
+    if norm._kwargs.get("axis", 1) % len(layout) != layout.find("C"):
+        return AXIS
+    return None
+
+
+def _fuse(conv: _Conv, norm: _BatchNorm) -> str | None:
+    """Fuse them, in each context with its own statistics; return why not, where that is refused."""
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        fused = {context: _fused(conv, norm, context) for context in conv.weight.list_ctx()}
+    if not all(np.isfinite(array).all() for pair in fused.values() for array in pair):
+        return NOT_FINITE
+    old, bias = conv.weight, conv.bias
+    weight = Parameter(old.name, shape=old.shape, **options_of(old))
+    if bias is None:
+        name, options = f"{conv.params.prefix}bias", {**options_of(old), "init": "zeros"}
+    else:
+        name, options = bias.name, options_of(bias)
+    bias = Parameter(name, shape=(conv._channels,), **options)
+    put(weight, {context: kernel for context, (kernel, _) in fused.items()})
+    put(bias, {context: offset for context, (_, offset) in fused.items()})
+    set_parameter(conv, "weight", weight)
+    set_parameter(conv, "bias", bias)
+    conv._kwargs = {**conv._kwargs, "no_bias": False}
+    _pass_on(norm)
+    return None
+
+
+def _fused(conv: _Conv, norm: _BatchNorm, context: mx.Context) -> tuple[Array, Array]:
+    def values(parameter: Parameter | None) -> Array | None:
+        return None if parameter is None else parameter.data(context).asnumpy()
+
+    return fuse_batchnorm(
+        values(conv.weight), values(conv.bias),
+        mean=values(norm.running_mean), variance=values(norm.running_var),
+        epsilon=norm._kwargs["eps"],
+        scale=None if norm._kwargs["fix_gamma"] else values(norm.gamma),
+        offset=values(norm.beta),
+    )  # fmt: skip
+
+
+def _pass_on(norm: _BatchNorm) -> None:
+    for name in list(norm._reg_params):
+        remove_parameter(norm, name)
+    for name in ("_kwargs", "fuse_relu", "in_channels"):
+        vars(norm).pop(name, None)
+    vars(norm).update(_rate=0, _axes=())
+    norm.__class__ = nn.Dropout

@@ -1,0 +1,173 @@
+"""Which layer's output goes where: the calls of a model's layers, as far as they can be seen.
+
+A hybrid block shows them in its symbolic graph, a sequential one by its order. What the forward of
+any other block does cannot be known without running it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mxnet as mx
+from mxnet import autograd
+from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
+from mxnet.symbol import Symbol
+from mxnet.util import is_np_array
+
+from doconv_mx.blocks import overridden, walk
+
+CONVOLUTIONS = {"Convolution", "_npx_convolution"}
+NORMS = {"BatchNorm", "_npx_batch_norm", "_contrib_SyncBatchNorm"}
+
+
+@dataclass
+class Calls:
+    """The calls that were seen, of layers that are known by the names of their parameters.
+
+    after: for each weight, what takes the convolution's output, call by call: the name of a batch
+    norm's gamma, or None for anything else. before: for each gamma, what the batch norm's input is:
+    the name of a convolution's weight, or None. hidden: ids of the blocks that are called where it
+    cannot be seen.
+    """
+
+    after: dict[str, set[str | None]] = field(default_factory=dict)
+    before: dict[str, set[str | None]] = field(default_factory=dict)
+    hidden: set[int] = field(default_factory=set)
+
+    def note(self, weight: str | None, gamma: str | None) -> None:
+        """Note one call: the output of `weight` goes to `gamma`; either may be something else."""
+        if weight is not None:
+            self.after.setdefault(weight, set()).add(gamma)
+        if gamma is not None:
+            self.before.setdefault(gamma, set()).add(weight)
+
+
+def calls(model: Block) -> Calls:
+    """Return the calls that can be seen of the model's layers in inference."""
+    found = Calls()
+    seen: set[int] = set()
+
+    def visit(block: Block) -> None:
+        if id(block) in seen:
+            return
+        seen.add(id(block))
+        if isinstance(block, SymbolBlock):
+            _read(block._cached_graph[1], found)
+            return
+        graph = _trace(block) if isinstance(block, HybridBlock) and block._children else None
+        if graph is not None:
+            _read(graph, found)
+            return
+        children = list(block._children.values())
+        if type(block) in (nn.Sequential, nn.HybridSequential) and not overridden(block):
+            _read_in_order(children, found)
+        else:
+            found.hidden.update(map(id, children))
+        for child in children:
+            visit(child)
+
+    with _without_hooks(model):
+        visit(model)
+    return found
+
+
+def _read_in_order(children: list[Block], found: Calls) -> None:
+    """Note the calls of a sequential block's children, each with the output of the one before."""
+    for block, following in zip([None, *children], [*children, None], strict=True):
+        weight, gamma = _name(block, "weight"), _name(following, "gamma")
+        if getattr(block, "act", None) is None:
+            found.note(weight, gamma)
+        else:  # an activation stands between them
+            found.note(weight, None)
+            found.note(None, gamma)
+
+
+def _name(block: Block | None, parameter: str) -> str | None:
+    own = block._reg_params.get(parameter) if block is not None else None
+    return None if own is None else own.name
+
+
+def _read(graph: Symbol, found: Calls) -> None:
+    """Note the calls in a symbolic graph."""
+    described = json.loads(graph.tojson())
+    nodes, heads = described["nodes"], described["heads"]
+    users: list[list[tuple[int | None, int]]] = [[] for _ in nodes]
+    for index, node in enumerate(nodes):
+        for position, (source, *_) in enumerate(node["inputs"]):
+            users[source].append((index, position))
+    for source, *_ in heads:
+        users[source].append((None, 0))
+
+    def variable(index: int, position: int) -> str | None:
+        source = nodes[nodes[index]["inputs"][position][0]]
+        return source["name"] if source["op"] == "null" else None
+
+    for index, node in enumerate(nodes):
+        if node["op"] == "null":  # an input or a parameter
+            for user, position in users[index]:
+                kind = None if user is None else nodes[user]["op"]
+                if not ((kind in CONVOLUTIONS or kind in NORMS) and position > 0):
+                    found.note(node["name"], None)
+                    found.note(None, node["name"])
+        elif node["op"] in CONVOLUTIONS:
+            for user, position in users[index]:
+                is_norm = user is not None and nodes[user]["op"] in NORMS and position == 0
+                found.note(variable(index, 1), variable(user, 1) if is_norm else None)
+        elif node["op"] in NORMS:
+            source = node["inputs"][0][0]
+            if nodes[source]["op"] not in CONVOLUTIONS:
+                found.note(None, variable(index, 1))
+
+
+def _trace(block: HybridBlock) -> Symbol | None:
+    """Return the graph of a hybrid block, or None where it cannot be had without data."""
+    try:
+        data = [mx.sym.var(f"doconv_input{i}") for i in range(_inputs(block))]
+        with mx.name.NameManager(), autograd.pause(train_mode=False):
+            out = block(*(x.as_np_ndarray() for x in data) if is_np_array() else data)
+        outputs = [x.as_nd_ndarray() for x in _flat(out)]
+        return mx.sym.Group(outputs) if outputs else None
+    except Exception:  # a forward that needs data may fail in any way at all
+        return None
+
+
+def _flat(output: Any) -> Iterator[Symbol]:
+    if isinstance(output, (list, tuple)):
+        for part in output:
+            yield from _flat(part)
+    elif output is not None:
+        yield output
+
+
+def _inputs(block: HybridBlock) -> int:
+    """Return the number of inputs that the block's forward asks for."""
+    own = type(block).forward is not HybridBlock.forward
+    names = list(
+        inspect.signature(block.forward if own else block.hybrid_forward).parameters.values()
+    )
+    names = names if own else names[1:]  # without F
+    required = [
+        p for p in names
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        and p.name not in block._reg_params
+    ]  # fmt: skip
+    return max(len(required), 1)
+
+
+@contextmanager
+def _without_hooks(model: Block) -> Iterator[None]:
+    """Keep the model's hooks, which were made for arrays, out of symbolic calls."""
+    kept = [(b, b._forward_hooks, b._forward_pre_hooks) for _, b in walk(model)]
+    for block, _, _ in kept:
+        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for block, hooks, pre_hooks in kept:
+            block._forward_hooks, block._forward_pre_hooks = hooks, pre_hooks

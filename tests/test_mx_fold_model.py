@@ -1,0 +1,323 @@
+"""Folding whole Gluon models, and comparing them."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("mx")
+
+# Before MXNet, which it makes importable.
+from doconv_mx import DOConv2D, fold, over_parameterize, verify  # noqa: E402
+
+# isort: split
+import mxnet as mx  # noqa: E402
+from gluon_layers import equal, image, trained  # noqa: E402
+from gluon_models import (  # noqa: E402
+    CONVOLUTIONS,
+    HYBRIDIZED,
+    INPLACE,
+    MULTIPLIERS,
+    Listed,
+    Residual,
+    alike,
+    built,
+    chain,
+    moved,
+    outputs,
+    same,
+    square,
+    step,
+)
+from mxnet import gluon  # noqa: E402
+from mxnet.gluon import nn  # noqa: E402
+
+from doconv_core import NotFoldable  # noqa: E402
+
+
+def over_parameterized(model=None, multiplier=None, **options):
+    """Return a model that has been over-parameterized and trained, so to speak."""
+    model = built(model, **options)
+    return moved(over_parameterize(model, depth_multiplier=multiplier, inplace=True).model)
+
+
+def traces(model):
+    """Return what is left of this package in a model: in its blocks, parameters and names."""
+    found = []
+    for block in blocks(model):
+        own = [type(block), *map(type, block._reg_params.values())]
+        found += [cls for cls in own if "doconv" in cls.__module__]
+        found += [name for name in vars(block) if name in ("_outline", "_composed")]
+    names = [*model.collect_params().keys(), *model._collect_params_with_prefix()]
+    return found + [name for name in names if "depthwise" in name]
+
+
+def blocks(model):
+    found = []
+    model.apply(found.append)
+    return found
+
+
+def relative_names(model):
+    """Return the names of a model's parameters without the model's own prefix."""
+    return [name.removeprefix(model.prefix) for name in model.collect_params()]
+
+
+@HYBRIDIZED
+@MULTIPLIERS
+@INPLACE
+def test_the_folded_model_is_ordinary_and_computes_the_same(hybridized, multiplier, inplace):
+    plain, twin, model = built(), *(over_parameterized(None, multiplier) for _ in range(2))
+    for net in (twin, model):
+        net.hybridize(hybridized)
+        outputs(net)
+    folded, report = fold(model, inplace=inplace)
+    assert (folded is model) == inplace
+    assert not traces(folded)
+    assert [type(b) for b in (folded.conv1, folded.body[0], folded.head)] == [nn.Conv2D] * 3
+    assert relative_names(folded) == relative_names(plain)
+    assert list(folded._collect_params_with_prefix()) == list(plain._collect_params_with_prefix())
+    for training in (False, True):
+        assert same(step(folded, training=training), step(twin, training=training))
+    assert same(outputs(folded), outputs(twin))
+    assert [c.path for c in report.changed] == CONVOLUTIONS
+    assert {c[1:] for c in report.changed} == {("DOConv2D", "Conv2D")}
+    assert report.left == ()
+    counted = [sum(p.data().size for p in m.collect_params().values()) for m in (twin, plain)]
+    assert [report.parameters_before, report.parameters_after] == counted
+    assert folded.conv1._active == hybridized
+
+
+@INPLACE
+def test_twice_is_the_same_as_once(inplace):
+    once = fold(over_parameterized()).model
+    before = outputs(once)
+    twice, report = fold(once, inplace=inplace)
+    assert not report.changed
+    assert same(outputs(twice), before)
+    assert [p.name for p in twice.collect_params().values()] == list(once.collect_params())
+
+
+@HYBRIDIZED
+def test_the_original_is_untouched(hybridized):
+    model, twin = over_parameterized(hybridized=hybridized), over_parameterized()
+    kept = dict(model.collect_params().items())
+    folded = fold(model).model
+    folded.head.weight.set_data(0 * folded.head.weight.data())
+    assert type(model.head) is DOConv2D
+    assert dict(model.collect_params().items()) == kept
+    assert same(outputs(model), outputs(twin))
+
+
+def test_back_and_forth():
+    model = over_parameterized()
+    again = over_parameterize(fold(model).model).model
+    assert alike(outputs(again), outputs(model))
+    assert again.head.weight.name == model.head.weight.name
+
+
+def test_layers_given_as_do_conv_are_folded_wherever_they_stand():
+    net = nn.Sequential()
+    net.add(DOConv2D(4, 6, 3), Listed(), nn.Activation("relu"))
+    net[1].first = DOConv2D(6, 4, 3, padding=1)
+    net[1]._named = {"first": net[1].first}
+    model = built(net)
+    moved(model)
+    folded, report = fold(model)
+    assert [c.path for c in report.changed] == ["0", "1.first"]
+    assert folded[1]._named["first"] is folded[1].first
+    assert same(outputs(folded), outputs(model))
+    layer = trained()
+    root = fold(layer).model
+    assert type(root) is nn.Conv2D
+    assert equal(root(image()), layer(image()))
+
+
+def test_a_layer_of_one_tap_is_folded_too():
+    layer = DOConv2D(4, 4, 1)
+    model = built(chain(layer, nn.Conv2D(4, 1, in_channels=4, params=layer.params), square()))
+    before = outputs(model)
+    folded = fold(model).model
+    assert [type(block) for block in folded] == [nn.Conv2D] * 3
+    assert folded[0].weight is folded[1].weight
+    assert not traces(folded)
+    assert same(outputs(folded), before)
+
+
+@MULTIPLIERS
+@INPLACE
+def test_what_is_shared_stays_shared(multiplier, inplace):
+    layer, first = square(), square()
+    net = chain(layer, first, nn.Activation("relu"), layer, square(first.params))
+    model = over_parameterized(net, multiplier)
+    before = outputs(model)
+    folded, report = fold(model, inplace=inplace)
+    assert folded[0] is folded[3]
+    assert folded[1].weight is folded[4].weight
+    assert [c.path for c in report.changed] == ["0", "1", "4"]
+    assert len(folded.collect_params().keys()) == 4
+    assert not traces(folded)
+    assert same(outputs(folded), before)
+
+
+def test_weights_in_use_outside_of_the_model_are_not_touched():
+    layer = trained()
+    other = DOConv2D(4, 6, 3, padding=1, groups=2, params=layer.params)
+    before = outputs(other)
+    fold(chain(layer), inplace=True)
+    assert same(outputs(other), before)
+
+
+@INPLACE
+def test_hooks_and_settings_survive(inplace):
+    contexts, seen = [mx.cpu(0), mx.cpu(1)], []
+    model = over_parameterized(ctx=contexts, dtype="float64")
+    model.conv1.register_forward_hook(lambda block, inputs, output: seen.append(block))
+    model.conv1.weight.grad_req = model.conv1.depthwise_weight.grad_req = "null"
+    model.head.weight.grad_req, model.head.weight.wd_mult = "null", 2.0
+    expected = [outputs(model, image(dtype="float64").as_in_context(c)) for c in contexts]
+    folded = fold(model, inplace=inplace).model
+    requests = [layer.weight.grad_req for layer in (folded.conv1, folded.head, folded.body[0])]
+    assert requests == ["null", "write", "write"]
+    assert folded.head.weight.wd_mult == 2.0
+    del seen[:]
+    for context, output in zip(contexts, expected, strict=True):
+        assert same(outputs(folded, image(dtype="float64").as_in_context(context)), output)
+    assert seen == [folded.conv1] * 2
+
+
+@pytest.mark.parametrize("initialized", [False, True], ids=["built", "initialized"])
+@MULTIPLIERS
+def test_a_model_without_values_is_folded_to_one_without_values(initialized, multiplier):
+    model = over_parameterize(Residual(), depth_multiplier=multiplier).model
+    if initialized:
+        model.initialize(mx.init.Normal(0.3))
+    folded = fold(model).model
+    assert not traces(folded)
+    if not initialized:
+        folded.initialize(mx.init.Normal(0.3))
+    plain = Residual()
+    plain.initialize(mx.init.Normal(0.3))
+    found = []
+    for net in (folded, plain):
+        mx.random.seed(0)
+        found.append(outputs(net))
+    assert same(*found)
+
+
+class Doubled(DOConv2D):
+    def hybrid_forward(self, F, x, *args, **kwargs):
+        return 2 * super().hybrid_forward(F, x, *args, **kwargs)
+
+
+@INPLACE
+def test_what_no_ordinary_layer_computes_is_refused_before_anything_is_changed(inplace):
+    model = built(chain(DOConv2D(4, 4, 3), Doubled(4, 4, 3)))
+    with pytest.raises(NotFoldable, match=r"layer '1': .*Doubled has a forward of its own"):
+        fold(model, inplace=inplace)
+    assert type(model[0]) is DOConv2D
+    model = built(chain(DOConv2D(4, 4, 3)))
+    model[0].hybrid_forward = lambda F, x, **parameters: x
+    with pytest.raises(NotFoldable, match=r"layer '0': .*DOConv2D has a forward of its own"):
+        fold(model, inplace=inplace)
+
+
+def test_a_weight_shared_without_d_is_refused():
+    first = DOConv2D(4, 4, 3, padding=1)
+    params = gluon.ParameterDict(first.params.prefix)
+    params.update({first.weight.name: first.weight})
+    model = built(chain(first, nn.Conv2D(4, 3, in_channels=4, use_bias=False, params=params)))
+    with pytest.raises(NotFoldable, match=r"layer '0' shares W, 'conv\d+_weight', with a layer"):
+        fold(model)
+
+
+def test_values_that_are_there_in_part_are_refused():
+    model = chain(DOConv2D(0, 4, 3))
+    model.initialize()
+    model[0].depthwise_weight.set_data(mx.nd.ones((4, 9, 9)))
+    with pytest.raises(ValueError, match=r"folding layer '0' needs the values of 'conv\d+_weight'"):
+        fold(model)
+    with pytest.raises(TypeError, match=r"model must be a mxnet\.gluon\.Block; received builtins"):
+        fold("model")
+
+
+def test_the_folded_model_can_be_pickled_piece_by_piece_and_saved_without_a_trace(tmp_path):
+    folded = fold(over_parameterized()).model
+    for layer in (folded.conv1, folded.body[0], folded.head):
+        values = [parameter.data().asnumpy() for parameter in layer.collect_params().values()]
+        assert b"doconv" not in pickle.dumps((type(layer), values, layer._kwargs))
+    folded.save_parameters(str(tmp_path / "file"))
+    content = (tmp_path / "file").read_bytes()
+    assert b"depthwise" not in content
+    assert b"doconv" not in content
+    plain = Residual()
+    plain.load_parameters(str(tmp_path / "file"))
+    assert same(outputs(plain), outputs(folded))
+
+
+@MULTIPLIERS
+@HYBRIDIZED
+def test_numpy_arrays_of_mxnet(multiplier, hybridized):
+    mx.npx.set_np()
+    try:
+        model = chain(nn.Conv2D(6, 3), nn.BatchNorm(), nn.Conv2D(3, 3))
+        model.initialize()
+        model.hybridize(hybridized)
+        x = mx.np.ones((2, 4, 7, 8))
+        model(x).wait_to_read()
+        target = over_parameterize(model, depth_multiplier=multiplier).model
+        for parameter in target.collect_params(".*depthwise_weight").values():
+            parameter.set_data(0.1 * mx.np.ones(parameter.shape))
+        folded = fold(target).model
+        assert same(outputs(folded, x), outputs(target, x))
+        fused, report = fold(target, fuse_batchnorm=True)
+        assert report.left == ()
+        assert alike(outputs(fused, x), outputs(target, x))
+        assert verify(fused, target, x).relative <= 1e-5
+    finally:
+        mx.npx.reset_np()
+
+
+class Nested(gluon.Block):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, y=None):
+        y = x if y is None else y
+        return {"sum": x + y, "parts": [(x * self.factor,), None]}
+
+
+def test_verify_compares_every_array_of_nested_outputs():
+    x, y = mx.nd.array([1.0, 2.0]), mx.nd.ones(2)
+    assert verify(Nested(2), Nested(2), (x, y)) == (0.0, 0.0)
+    found = verify(Nested(2), Nested(2.5), [x, y])
+    np.testing.assert_allclose(found, (1.0, 0.25))
+    with pytest.raises(ValueError, match="the outputs have different structures"):
+        verify(Nested(2), nn.Activation("relu"), x)
+    with pytest.raises(
+        TypeError, match=r"an output must be an array, or .*; received builtins\.int"
+    ):
+        verify(nn.Lambda(lambda x: 3), nn.Activation("relu"), x)
+    with pytest.raises(TypeError, match=r"b must be a mxnet\.gluon\.Block; received builtins"):
+        verify(Nested(2), None, x)
+
+
+def test_verify_is_in_inference_and_records_nothing():
+    model = built(chain(nn.BatchNorm(), nn.Dropout(0.5)))
+    with mx.autograd.record():
+        assert verify(model, model, image()) == (0.0, 0.0)
+        assert mx.autograd.is_training()
+    statistics = model[0].running_mean.data().copy()
+    verify(model, model, image())
+    assert equal(model[0].running_mean.data(), statistics)
+
+
+def test_verify_refuses_values_that_it_draws_itself():
+    model = Residual()
+    model.initialize()
+    with pytest.raises(ValueError, match=r"a had no values for 'residual\d+_conv0_weight' before"):
+        verify(model, over_parameterize(model).model, image())
