@@ -1,0 +1,126 @@
+"""How far the layers of two files lie apart, each folded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doconv_core.checkpoint import CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.cli.flattening import Sizes, channels_first
+from doconv_core.cli.parse import matching
+from doconv_core.cli.recognised import KERAS, TRANSPOSED, framework_of, weight_of
+from doconv_core.numeric import difference
+
+Array = NDArray[Any]
+
+# What composing in another order of additions may cost, in roundings of the coarser dtype.
+COMPOSED_ROUNDINGS = 16
+_EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+class Compared(NamedTuple):
+    """One array of two files. path: of the layer. role: of the array, "kernel" if it is composed.
+
+    shapes: canonical, of either. absolute, relative: the largest difference, as
+    `doconv_core.difference` has it; None where the shapes differ. at: the place of the largest in
+    the canonical array. allowed: the largest relative difference that counts as equal.
+    """
+
+    path: str
+    role: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    absolute: float | None
+    relative: float | None
+    at: tuple[int, ...] | None
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two arrays count as equal."""
+        return self.relative is not None and self.relative <= self.allowed
+
+
+def compare(
+    first: Checkpoint,
+    a: Layer,
+    second: Checkpoint,
+    b: Layer,
+    tolerance: float | None = None,
+    flattened: Sizes = (),
+) -> Iterator[Compared | str]:
+    """Yield how far each array of layer `a` lies from that of `b`.
+
+    tolerance: the relative difference that is allowed for all; None for what the dtypes imply: none
+    at all, unless a kernel is composed here. flattened: sizes, channels first, of the images that
+    linear layers take flattened, by pattern on names, where one of the files is Keras'. A role that
+    one layer alone has is yielded as text.
+    """
+    size = None if _last(first) == _last(second) else matching(a.name, flattened)
+    composed = a.over_parameterized or b.over_parameterized
+    for role in _roles(a, b):
+        there = [role in layer.entries for layer in (a, b)]
+        if not all(there):
+            # A count of batches, which only one framework keeps, takes no part in the output.
+            if role != "num_batches_tracked":
+                alone = first if there[0] else second
+                yield f"{_joined(a.name, role)} is in {alone.path} only"
+            continue
+        kernel = role == "weight" and a.kind == b.kind == CONVOLUTION
+        x, y = _array(first, a, role, size), _array(second, b, role, size)
+        allowed = tolerance
+        if allowed is None:
+            epsilons = [
+                _EPSILONS.get(checkpoint.entries[layer.entries[role]].dtype, 0.0)
+                for checkpoint, layer in ((first, a), (second, b))
+            ]
+            allowed = COMPOSED_ROUNDINGS * max(epsilons) if kernel and composed else 0.0
+        yield _compared(a.name, "kernel" if kernel and composed else role, x, y, allowed)
+
+
+def _last(checkpoint: Checkpoint) -> bool:
+    return framework_of(checkpoint) == KERAS
+
+
+def _array(checkpoint: Checkpoint, layer: Layer, role: str, size: tuple[int, ...] | None) -> Array:
+    """Return one of a layer's arrays, canonical; for W, the kernel."""
+    if role == "weight" and layer.kind == CONVOLUTION:
+        return checkpoint.kernel(layer)
+    if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
+        weight = weight_of(checkpoint, layer).reshape(layer.kernel_shape or ())
+        return channels_first(weight, size) if size and _last(checkpoint) else weight
+    return checkpoint.read(layer.entries[role])
+
+
+def _roles(a: Layer, b: Layer) -> list[str]:
+    """Return the roles that one of the layers has, without those that folding takes away."""
+    roles = [*a.entries, *(role for role in b.entries if role not in a.entries)]
+    folded_away = {"depthwise_weight", "identity"}
+    if a.over_parameterized or b.over_parameterized:
+        roles = [role for role in roles if role not in folded_away]
+    return roles
+
+
+def _compared(path: str, role: str, x: Array, y: Array, allowed: float) -> Compared:
+    if x.shape != y.shape:
+        return Compared(path, role, (x.shape, y.shape), None, None, None, allowed)
+    absolute, relative = difference(x, y)
+    at = None
+    if absolute:
+        at = tuple(int(i) for i in np.unravel_index(_worst(x, y), x.shape))
+    return Compared(path, role, (x.shape, y.shape), absolute, relative, at, allowed)
+
+
+def _worst(x: Array, y: Array) -> int:
+    """Return the flat index of the largest difference; of one that is not finite, if there is."""
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a - b)
+    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
+    return int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
+
+
+def _joined(path: str, role: str) -> str:
+    return f"{path}.{role}" if path else role

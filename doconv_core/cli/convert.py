@@ -1,0 +1,256 @@
+"""`doconv convert`: a checkpoint of one framework as one of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import click
+
+from doconv_core.checkpoint import Checkpoint, Layer
+from doconv_core.cli import writing
+from doconv_core.cli.checkpoints import (
+    check_target,
+    force_option,
+    json_option,
+    kernel_size_option,
+    opened,
+    require_kernel_sizes,
+    source_argument,
+    target_argument,
+    writing_to,
+)
+from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
+from doconv_core.cli.flattening import Flattenings, Sizes, flatten_option
+from doconv_core.cli.like import Template
+from doconv_core.cli.naming import Renaming, matches
+from doconv_core.cli.output import counted, print_json, print_table, progress, size
+from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order
+from doconv_core.cli.parse import KernelSizes
+from doconv_core.cli.planning import Plan, needs_kernel_size
+from doconv_core.cli.recognised import (
+    GLUON,
+    KERAS,
+    PYTORCH,
+    STATE,
+    framework_of,
+    recognised_layers,
+    seems_channels_last,
+    tells_order,
+)
+from doconv_core.files import replacing
+from doconv_core.forms import CHANNELS_FIRST
+from doconv_core.state import read_state
+
+Write = Callable[[Path, Plan, writing.Step], None]
+# Of each name that `--to` takes: the framework whose names the file has, and what writes it.
+TARGETS: dict[str, tuple[str, Write]] = {
+    "pytorch": (PYTORCH, writing.write_pytorch),
+    "safetensors": (PYTORCH, writing.write_safetensors),
+    "gluon": (GLUON, writing.write_gluon),
+}
+SUFFIXES = {
+    ".pt": "pytorch", ".pth": "pytorch", ".bin": "pytorch", ".ckpt": "pytorch",
+    ".safetensors": "safetensors", ".params": "gluon", ".keras": "keras", ".h5": "keras",
+}  # fmt: skip
+
+
+@click.command(short_help="Convert a checkpoint to another framework's.")
+@click.argument("source", metavar="IN", type=source_argument)
+@click.argument("target", metavar="OUT", type=target_argument)
+@click.option(
+    "--like", type=source_argument, metavar="FILE",
+    help="A file saved from the network that OUT is for. OUT gets its names, order and layouts.",
+)  # fmt: skip
+@click.option(
+    "--match", type=click.Choice(["name", "order"]), default="name", show_default=True,
+    help="How the layers of IN are paired with those of --like.",
+)  # fmt: skip
+@click.option(
+    "--to", "name", type=click.Choice([*TARGETS]), help="Format of OUT, where no suffix tells it."
+)
+@click.option("--fold", "folded", is_flag=True, help="Fold over-parameterized layers on the way.")
+@click.option("--part", help="Of several copies of a model in IN, such as an average, which one.")
+@flatten_option
+@click.option(
+    "--keep", multiple=True, metavar="GLOB",
+    help="Entries to carry over under their own names, where nothing tells what they are.",
+)  # fmt: skip
+@click.option("--drop", multiple=True, metavar="GLOB", help="Entries to leave out.")
+@kernel_size_option
+@force_option
+@json_option
+def convert(
+    source: Path,
+    target: Path,
+    like: Path | None,
+    match: str,
+    name: str | None,
+    folded: bool,
+    part: str | None,
+    flattened: Sizes,
+    keep: Sequence[str],
+    drop: Sequence[str],
+    kernel_sizes: KernelSizes,
+    force: bool,
+    as_json: bool,
+) -> None:
+    r"""Write to OUT, as a file of another framework, the arrays in IN.
+
+    Over-parameterized layers stay so, and those of the reference implementation become this
+    package's; --fold makes ordinary ones of all. PyTorch and Gluon files differ in a few names;
+    other targets need --like. A file has no strides, paddings or epsilons: compare the outputs of
+    the two networks.
+
+    \b
+    Examples:
+      doconv convert model.pt model.params
+      doconv convert model.params model.safetensors --fold
+      doconv convert model.pt model.keras --like fresh.keras --match order
+      doconv convert reference.pt model.pt
+    """
+    check_target(target, force)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(opened(source, kernel_sizes))
+        layers = _layers(checkpoint, part)
+        needed = [layer for layer in layers if needs_kernel_size(checkpoint, layer, folded)]
+        require_kernel_sizes(checkpoint, needed)
+        if like is None:
+            framework, write = _target(target, name)
+            flattenings = _flattenings(checkpoint, layers, framework, flattened)
+            renaming = Renaming(
+                framework_of(checkpoint), framework, folded, keep, drop, flattenings
+            )
+            plan = renaming.plan(checkpoint, layers)
+        else:
+            template = stack.enter_context(opened(like, ()))
+            framework = framework_of(template)
+            write = _writer_like(template, framework)
+            flattenings = _flattenings(checkpoint, layers, framework, flattened)
+            layers = [
+                layer
+                for layer in layers
+                if not all(matches(entry, drop) for entry in layer.entries.values())
+            ]
+            filled = Template(checkpoint, template, folded, flattenings, framework == KERAS)
+            plan = filled.plan(_paired(checkpoint, layers, template, match))
+        with progress("converting") as step, writing_to(target), replacing(target) as temporary:
+            write(temporary, plan, step)
+            check_target(target, force)  # it may have come into being meanwhile
+        _report(source, target, checkpoint, plan, as_json)
+
+
+def _target(target: Path, name: str | None) -> tuple[str, Write]:
+    """Return the framework whose names OUT will have, and what writes it, without a template."""
+    name = name or SUFFIXES.get(target.suffix.lower())
+    if name is None:
+        raise click.UsageError(f"the suffix of {target} tells no format; give it with --to.")
+    if name not in TARGETS:
+        raise click.UsageError(
+            f"{target}: a Keras file's names and layouts are those of one network; save it, as "
+            "initialised, and give that file with --like."
+        )
+    return TARGETS[name]
+
+
+def _writer_like(template: Checkpoint, framework: str) -> Write:
+    """Return what writes a file of the template's format."""
+    if framework == KERAS:
+        return partial(writing.write_keras_like, template=template.path)
+    if framework == STATE:
+        return partial(writing.write_state_like, template=template.path)
+    if framework == GLUON:
+        return writing.write_gluon
+    is_safetensors = template.format == "safetensors"
+    return writing.write_safetensors if is_safetensors else writing.write_pytorch
+
+
+def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
+    """Return the layers of one copy of the model, the first unless another is asked for."""
+    parts = checkpoint.parts
+    if part is not None and part not in parts:
+        raise click.UsageError(
+            f"{checkpoint.path} has no part {part!r}; it has {', '.join(map(repr, parts))}."
+        )
+    chosen = parts[0] if part is None and parts else part
+    layers = [layer for layer in recognised_layers(checkpoint) if layer.part == chosen]
+    for layer in layers:
+        if framework_of(checkpoint) == GLUON and seems_channels_last(layer):
+            raise Failure(
+                f"{checkpoint.path}: the kernel {layer.kernel_shape} of layer {layer.name!r} looks "
+                "like one of a channels-last network, which the file does not tell; load it in "
+                "Gluon, and carry it over with export_state.",
+                IMPOSSIBLE,
+            )
+    return layers
+
+
+def _flattenings(
+    checkpoint: Checkpoint, layers: Sequence[Layer], framework: str, sizes: Sizes
+) -> Flattenings | None:
+    """Return what linear layers are behind, where IN and OUT order axes otherwise."""
+    source = framework_of(checkpoint)
+    if source == STATE and framework != KERAS:
+        _check_state(checkpoint, layers)
+    if (source == KERAS) == (framework == KERAS):
+        return None
+    return Flattenings(checkpoint, layers, sizes, tells_order(checkpoint))
+
+
+def _check_state(checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
+    """Raise Failure for a linear layer whose inputs may be in Keras' order."""
+    forms = read_state(checkpoint.path).layers
+    for layer in layers:
+        form = forms.get(layer.path)
+        if form is not None and form.flattening not in (None, CHANNELS_FIRST):
+            raise Failure(
+                f"{checkpoint.path}: nothing tells in which order the inputs of layer "
+                f"{layer.name!r} are; load the state in Python, with load_state.",
+                IMPOSSIBLE,
+            )
+
+
+def _paired(
+    checkpoint: Checkpoint, layers: Sequence[Layer], template: Checkpoint, match: str
+) -> Paired:
+    there = _layers(template, None)
+    if match == "name":
+        return pair_by_name(layers, there)
+    for file in (checkpoint, template):
+        if not tells_order(file):
+            raise Failure(
+                f"{file.path} has its layers in the order of their names, not of the model; a "
+                ".pt, .params or .keras file tells that order. Or use --match name.",
+                IMPOSSIBLE,
+            )
+    return pair_by_order(checkpoint, layers, template, there)
+
+
+def _report(source: Path, target: Path, checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
+    used = {name for entry in plan.entries for name in entry.sources}
+    left_out = [name for name in checkpoint.entries if name not in used]
+    left_out += checkpoint.others
+    if as_json:
+        names = ("name", "shape", "dtype", "sources", "how")
+        entries = [{name: getattr(entry, name) for name in names} for entry in plan.entries]
+        print_json(
+            {
+                "source": str(source),
+                "target": str(target),
+                "entries": entries,
+                "left_out": left_out,
+            }
+        )
+        return
+    rows = []
+    for entry in plan.entries:
+        sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
+        origin = ": ".join(part for part in (sources, entry.how) if part)
+        rows.append([entry.name, origin, size(entry.shape), entry.dtype])
+    print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
+    click.echo()
+    if left_out:
+        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+    click.echo(one_line(f"{target}: {counted(len(plan.entries), 'array')} written"))

@@ -1,0 +1,201 @@
+"""`doconv cost`: parameters and multiply-accumulates of a layer or a file, in each form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+
+from doconv_core.cli.checkpoints import json_option, kernel_size_option, opened
+from doconv_core.cli.cost_file import FileCost, cost_of_file
+from doconv_core.cli.described import GRAMMAR, DescribedLayer, described, is_described
+from doconv_core.cli.errors import one_line
+from doconv_core.cli.output import counted, number, print_json, print_table, size
+from doconv_core.cli.parse import KernelSizes, Place, places_option, size_option
+from doconv_core.cost import LayerCost, layer_cost
+
+FORMS = {
+    "ordinary": "ordinary",
+    "kernel_composed": "in training, composing the kernel",
+    "feature_composed": "in training, composing the features",
+    "folded": "folded",
+}
+
+
+@click.command(
+    short_help="Count parameters and multiply-accumulates.",
+    help=f"""Count what a layer or a file costs: ordinary, in training, and folded.
+
+    A LAYER is {GRAMMAR}, with S as the depth multiplier. Its padding is `same` unless given, which
+    keeps the input's size at stride 1. --input is the size of its input.
+
+    A FILE tells no strides, so --at tells where its layers work: the size of their output, or /N
+    for the Nth part of --input. Of convolutions that no --at matches, the cost of one output
+    position is shown; linear layers work at one position.
+
+    A multiply-accumulate is one multiplication with its addition; biases and what is no convolution
+    or linear layer count none. The kernel is composed once for the whole batch.
+
+    \\b
+    Examples:
+      doconv cost 64,64,3x3 --input 56x56 --batch 32
+      doconv cost 256,256,3x3,groups=256,S=12,stride=2 --input 28x28
+      doconv cost model.pt
+      doconv cost model.pt --input 224x224 --at 'conv1=/2' --at 'layer1.*=/4'
+    """,
+)
+@click.argument("subject", metavar="LAYER|FILE")
+@click.option(
+    "--input", "input_size", metavar="SIZE", callback=size_option,
+    help="Size of the input, such as 224x224.",
+)  # fmt: skip
+@click.option(
+    "--at", "places", multiple=True, metavar="[GLOB=]SIZE|/N", callback=places_option,
+    help="Size of the output of the layers of a FILE that GLOB matches. May be repeated; the last "
+    "that matches counts.",
+)  # fmt: skip
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of images."
+)
+@kernel_size_option
+@json_option
+def cost(
+    subject: str,
+    input_size: tuple[int, ...] | None,
+    places: Sequence[tuple[str, Place]],
+    batch: int,
+    kernel_sizes: KernelSizes,
+    as_json: bool,
+) -> None:
+    """As the help text above has it."""
+    if is_described(subject):
+        if places or kernel_sizes:
+            raise click.UsageError("--at and --kernel-size are for files; a LAYER says it all.")
+        _layer(subject, input_size, batch, as_json)
+        return
+    file = Path(subject)
+    if not file.is_file():
+        raise click.UsageError(f"{subject!r} is no file, and no layer such as 64,64,3x3.")
+    if input_size is not None and not any(place.divisor for _, place in places):
+        raise click.UsageError(
+            "a file does not tell at which positions its layers work; with --input, give such as "
+            "--at 'layer1.*=/4', or --at /1 where all keep its size."
+        )
+    with opened(file, kernel_sizes) as checkpoint:
+        try:
+            found = cost_of_file(checkpoint, places, input_size, batch)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    if as_json:
+        print_json(_file_object(subject, batch, found))
+    else:
+        _print_file(subject, batch, found)
+
+
+def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json: bool) -> None:
+    try:
+        layer = described(subject)
+        if input_size is None:
+            raise ValueError("give the size of its input, such as --input 56x56.")
+        output = layer.output_size(_spatial(input_size, layer))
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(f"{subject}: {error}") from None
+    found = layer_cost(layer.spec, prod(output), batch=batch, bias=layer.bias)
+    if as_json:
+        spec = layer.spec
+        names = ("in_channels", "out_channels", "kernel_size", "groups", "depth_multiplier")
+        sizes = {name: getattr(spec, name) for name in names}
+        print_json(
+            {
+                "layer": {**sizes, "bias": layer.bias},
+                "batch": batch,
+                "output": output,
+                "cost": _cost_object(found),
+            }
+        )
+        return
+    click.echo(f"{counted(batch, 'image')} of {size(input_size)}, output {size(output)}")
+    _print_forms(found)
+
+
+def _spatial(input_size: tuple[int, ...], layer: DescribedLayer) -> tuple[int, ...]:
+    """Return the input size without its channels, which may stand before it."""
+    if len(input_size) != layer.spec.rank + 1:
+        return input_size
+    if input_size[0] != layer.spec.in_channels:
+        raise ValueError(
+            f"the layer has {layer.spec.in_channels} input channels; received the input size "
+            f"{size(input_size)}."
+        )
+    return input_size[1:]
+
+
+def _cost_object(found: LayerCost) -> dict[str, Any]:
+    return {form: getattr(found, form)._asdict() for form in FORMS}
+
+
+def _file_object(subject: str, batch: int, found: FileCost) -> dict[str, Any]:
+    return {
+        "file": subject,
+        "batch": batch,
+        "layers": [
+            {
+                "path": at.layer.path,
+                "part": at.layer.part,
+                "kind": at.layer.kind,
+                "output": at.output,
+                "cost": None if at.cost is None else _cost_object(at.cost),
+            }
+            for at in found.layers
+        ],
+        "uncounted": [at.layer.name for at in found.uncounted],
+        "total": _cost_object(found.total),
+    }
+
+
+def _print_forms(found: LayerCost) -> None:
+    least = found.ordinary.macs
+    print_table(
+        ["", "parameters", "multiply-accumulates", "ratio"],
+        [
+            [name, number(c.parameters), number(c.macs), f"{c.macs / least:.3f}" if least else ""]
+            for name, c in ((name, getattr(found, form)) for form, name in FORMS.items())
+        ],
+    )
+
+
+def _print_file(subject: str, batch: int, found: FileCost) -> None:
+    images = counted(batch, "image")
+    if found.uncounted:
+        click.echo(f"{subject}: {images}; where no output is told, for one position of it")
+    else:
+        click.echo(f"{subject}: {images}")
+    click.echo()
+    rows = []
+    for at in found.layers:
+        if at.cost is not None:
+            output = "one position" if at.output is None else size(at.output)
+            macs = [number(getattr(at.cost, form).macs) for form in FORMS if form != "folded"]
+            rows.append([at.layer.name, size(at.layer.kernel_shape or ()), output, *macs])
+    print_table(
+        ["layer", "kernel", "output", "ordinary, folded", "composing the kernel", "the features"],
+        rows,
+        text_columns=3,
+    )
+    click.echo()
+    if not any(at.output for at in found.layers):
+        total = found.total
+        click.echo(
+            f"parameters: {number(total.folded.parameters)} ordinary and folded, "
+            f"{number(total.kernel_composed.parameters)} in training"
+        )
+        return
+    _print_forms(found.total)
+    if found.uncounted:
+        names = [at.layer.name for at in found.uncounted]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        click.echo()
+        click.echo(one_line(f"not in the total, as --at does not tell their output: {shown}"))

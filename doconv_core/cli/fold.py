@@ -1,0 +1,72 @@
+"""`doconv fold`: a checkpoint with every over-parameterized layer folded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from doconv_core.checkpoint import fold_checkpoint
+from doconv_core.cli.checkpoints import (
+    check_target,
+    force_option,
+    json_option,
+    kernel_size_option,
+    opened,
+    require_kernel_sizes,
+    source_argument,
+    target_argument,
+    writing_to,
+)
+from doconv_core.cli.output import print_json, print_report, progress
+from doconv_core.cli.parse import KernelSizes
+
+
+@click.command(short_help="Fold a checkpoint's over-parameterized layers.")
+@click.argument("source", metavar="IN", type=source_argument)
+@click.argument("target", metavar="OUT", type=target_argument)
+@kernel_size_option
+@force_option
+@json_option
+def fold(
+    source: Path,
+    target: Path,
+    kernel_sizes: KernelSizes,
+    force: bool,
+    as_json: bool,
+) -> None:
+    r"""Write to OUT what is in IN, with every over-parameterized layer folded.
+
+    Names, order and everything else in the file stay. OUT has the format of IN, and may be IN, with
+    --force. A kernel that is not finite is refused.
+
+    \b
+    Examples:
+      doconv fold model.pt folded.pt
+      doconv fold model.pt model.pt --force
+      doconv fold reference.pt folded.pt --kernel-size 'conv1*=1x3'
+    """
+    check_target(target, force)
+    before = source.stat().st_size  # IN may be OUT
+    with opened(source, kernel_sizes) as checkpoint:
+        require_kernel_sizes(checkpoint, checkpoint.layers)
+    with progress("folding") as step, writing_to(target):
+        report = fold_checkpoint(
+            source, target, kernel_sizes=dict(kernel_sizes), overwrite=force, progress=step
+        )
+    if as_json:
+        print_json(
+            {
+                "source": str(source),
+                "target": str(target),
+                "changed": [change._asdict() for change in report.changed],
+                "left": [left._asdict() for left in report.left],
+                "parameters_before": report.parameters_before,
+                "parameters_after": report.parameters_after,
+                "bytes_before": before,
+                "bytes_after": target.stat().st_size,
+            }
+        )
+        return
+    print_report(report)
+    click.echo(f"{target}: {target.stat().st_size:,} bytes; {source} had {before:,}")

@@ -1,0 +1,163 @@
+"""`doconv inspect`: what is in a checkpoint, and how far each D has moved from the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from doconv_core.checkpoint import OTHER, Checkpoint, Layer
+from doconv_core.cli.checkpoints import (
+    depthwise_of,
+    folded_parameters_of,
+    json_option,
+    kernel_size_option,
+    note_of,
+    opened,
+    parameters_of,
+    source_argument,
+)
+from doconv_core.cli.errors import one_line
+from doconv_core.cli.measures import Measures, measure
+from doconv_core.cli.output import counted, number, print_json, print_table, progress, size
+from doconv_core.cli.parse import KernelSizes
+from doconv_core.cli.recognised import recognised_layers
+
+
+@click.command(short_help="Show what is in a checkpoint.")
+@click.argument("file", type=source_argument)
+@kernel_size_option
+@json_option
+def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
+    r"""Show the layers of FILE: sizes, parameters, and what training has made of each D.
+
+    |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
+    input channels, condition the ratio of its largest singular value to its smallest, of the median
+    and of the worst channel.
+
+    \b
+    Examples:
+      doconv inspect model.pt
+      doconv inspect model.safetensors --json
+    """
+    with opened(file, kernel_sizes) as checkpoint:
+        layers = recognised_layers(checkpoint)
+        over_parameterized = [layer for layer in layers if layer.over_parameterized]
+        measures = {}
+        with progress("measuring") as step:
+            for done, layer in enumerate(over_parameterized):
+                step(done, len(over_parameterized))
+                dtype = checkpoint.entries[layer.entries["depthwise_weight"]].dtype
+                depthwise = depthwise_of(checkpoint, layer)
+                if depthwise is not None:
+                    measures[layer.name] = measure(depthwise, dtype)
+        if as_json:
+            print_json(_as_object(checkpoint, layers, measures))
+        else:
+            _print(checkpoint, layers, measures)
+
+
+def _as_object(
+    checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, Measures]
+) -> dict[str, Any]:
+    return {
+        "file": str(checkpoint.path),
+        "format": checkpoint.format,
+        "bytes": checkpoint.path.stat().st_size,
+        "layers": [_layer_object(checkpoint, layer, measures) for layer in layers],
+        "others": list(checkpoint.others),
+        **_totals(checkpoint, layers),
+    }
+
+
+def _layer_object(
+    checkpoint: Checkpoint, layer: Layer, measures: dict[str, Measures]
+) -> dict[str, Any]:
+    found = measures.get(layer.name)
+    entries = {}
+    for role, name in layer.entries.items():
+        entry = checkpoint.entries[name]
+        entries[role] = {"name": name, "shape": entry.shape, "dtype": entry.dtype}
+    return {
+        "path": layer.path,
+        "part": layer.part,
+        "kind": layer.kind,
+        "origin": layer.origin,
+        "over_parameterized": layer.over_parameterized,
+        "kernel_shape": layer.kernel_shape,
+        "entries": entries,
+        "parameters": parameters_of(checkpoint, layer),
+        "parameters_folded": folded_parameters_of(checkpoint, layer),
+        "depthwise": None if found is None else found._asdict(),
+        "note": note_of(checkpoint, layer),
+    }
+
+
+def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
+    """Return the parameters of all layers; folded ones are None where a layer's are not known."""
+    folded = [folded_parameters_of(checkpoint, layer) for layer in layers]
+    known = [count for count in folded if count is not None]
+    return {
+        "parameters": sum(parameters_of(checkpoint, layer) for layer in layers),
+        "parameters_folded": sum(known) if len(known) == len(folded) else None,
+    }
+
+
+def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, Measures]) -> None:
+    totals = _totals(checkpoint, layers)
+    click.echo(
+        f"{checkpoint.path}: {checkpoint.format}, {counted(len(layers), 'layer')}, "
+        f"{sum(layer.over_parameterized for layer in layers)} of them over-parameterized"
+    )
+    rows = [_layer_row(checkpoint, layer) for layer in layers]
+    total = ["total", "", "", "", *map(number, totals.values())]
+    click.echo()
+    print_table(
+        ["layer", "kind", "shape", "dtype", "parameters", "folded"], [*rows, total], text_columns=4
+    )
+    if measures:
+        click.echo()
+        print_table(
+            ["over-parameterized", "D", "|D|/|E|", "max |D|", "rank", "condition", "worst"],
+            [_measures_row(checkpoint, layer, measures) for layer in layers
+             if layer.name in measures],
+        )  # fmt: skip
+    notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
+    if checkpoint.others:
+        notes.append(f"also in the file: {', '.join(checkpoint.others)}")
+    if notes:
+        click.echo()
+    for note in notes:
+        click.echo(one_line(note))
+
+
+def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
+    entries = [checkpoint.entries[name] for name in layer.entries.values()]
+    kind = "DO-Conv" if layer.over_parameterized else layer.kind
+    if layer.origin.startswith("reference"):
+        kind = f"{kind}, {layer.origin}"
+    shape = layer.kernel_shape or entries[0].shape
+    return [
+        layer.name or "(the model itself)",
+        kind,
+        size(shape) if layer.kernel_shape or len(entries) == 1 or layer.kind != OTHER else "",
+        ", ".join(dict.fromkeys(entry.dtype for entry in entries)),
+        number(parameters_of(checkpoint, layer)),
+        number(folded_parameters_of(checkpoint, layer)),
+    ]
+
+
+def _measures_row(checkpoint: Checkpoint, layer: Layer, measures: dict[str, Measures]) -> list[str]:
+    found = measures[layer.name]
+    depthwise = checkpoint.entries[layer.entries["depthwise_weight"]]
+    return [
+        layer.name or "(the model itself)",
+        size(depthwise.shape),
+        f"{found.relative:.3g}",
+        f"{found.largest:.3g}",
+        f"{found.least_rank:g} of {found.taps}",
+        f"{found.median_condition:.4g}",
+        f"{found.worst_condition:.4g}",
+    ]

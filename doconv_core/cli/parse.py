@@ -1,0 +1,99 @@
+"""The small languages of the command line: sizes, and sizes for the layers that a pattern matches.
+
+The functions that end in `_option` are callbacks of click's options.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import click
+
+_SIZE = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*")
+T = TypeVar("T")
+KernelSizes: TypeAlias = Sequence[tuple[str, tuple[int, ...]]]
+
+
+def parse_size(text: str, *, least: int = 1) -> tuple[int, ...] | None:
+    """Return the integers of a size such as "3x3", all of at least `least`; None for others."""
+    text = text.strip().lower()
+    found = tuple(map(int, text.split("x"))) if _SIZE.fullmatch(text) else (-1,)
+    return found if min(found) >= least else None
+
+
+def size_option(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Return the integers of an option such as `--input 224x224`."""
+    if value is None:
+        return None
+    found = parse_size(value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size; write it as 3x3 or 224x224.", ctx, param)
+    return found
+
+
+def sizes_option(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Return pattern and integers of each option such as `--kernel-size conv1=3x3`.
+
+    A size alone is for all layers.
+    """
+    found = []
+    for value in values:
+        pattern, _, text = value.rpartition("=")
+        size = parse_size(text)
+        if size is None:
+            raise click.BadParameter(
+                f"{value!r} gives no size; write it as 'GLOB=3x3', or 3x3 for all layers.",
+                ctx, param,
+            )  # fmt: skip
+        found.append((pattern or "*", size))
+    return found
+
+
+class Place(NamedTuple):
+    """The size of a layer's output: absolute, or the input's divided by `divisor`, rounded up."""
+
+    size: tuple[int, ...] = ()
+    divisor: int = 0
+
+    def of(self, input_size: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the size. Raises ValueError where it is relative, and there is no input size."""
+        if not self.divisor:
+            return self.size
+        if input_size is None:
+            raise ValueError(f"/{self.divisor} is relative to the input; give --input, too.")
+        return tuple(-(-n // self.divisor) for n in input_size)
+
+
+def places_option(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> list[tuple[str, Place]]:
+    """Return pattern and place of each option such as `--at layer1.*=/4`."""
+    found = []
+    for value in values:
+        pattern, _, text = value.rpartition("=")
+        size = parse_size(text.removeprefix("/"))
+        relative = text.startswith("/")
+        if size is None or (relative and len(size) > 1):
+            raise click.BadParameter(
+                f"{value!r} gives no output size; write it as 'GLOB=56x56', or as 'GLOB=/4' for a "
+                "quarter of the input's.",
+                ctx, param,
+            )  # fmt: skip
+        found.append((pattern or "*", Place(divisor=size[0]) if relative else Place(size)))
+    return found
+
+
+def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
+    """Return the value of the last pattern that matches `path`; None where none does."""
+    found = None
+    for pattern, value in entries:
+        if fnmatchcase(path, pattern):
+            found = value
+    return found

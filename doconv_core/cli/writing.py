@@ -1,0 +1,102 @@
+"""Writing a converted file: what each format needs beside names and arrays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from doconv_core.checkpoints.arrays import storage_dtype, to_storage
+from doconv_core.checkpoints.gluon import write_params
+from doconv_core.checkpoints.safetensors import DTYPES
+from doconv_core.cli.errors import MISSING, Failure
+from doconv_core.cli.planning import Plan
+from doconv_core.state import State, read_state, write_state
+
+# What writes a PyTorch file is found here, so that this package knows no framework.
+GROUP = "doconv.writers"
+WEIGHTS = "model.weights.h5"
+Step = Callable[[int, int], None]
+
+
+def write_safetensors(path: Path, plan: Plan, step: Step) -> None:
+    """Write a plain safetensors file, one array in memory at a time."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    position = 0
+    for entry in plan.entries:
+        end = position + prod(entry.shape) * storage_dtype(entry.dtype).itemsize
+        header[entry.name] = {
+            "dtype": codes[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    arrays = plan.arrays(step)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in plan.entries:
+            file.write(to_storage(arrays[entry.name], entry.dtype).tobytes())
+
+
+def write_gluon(path: Path, plan: Plan, step: Step) -> None:
+    """Write Gluon parameters, as `save_parameters` does."""
+    write_params(path, plan.arrays(step))
+
+
+def write_pytorch(path: Path, plan: Plan, step: Step) -> None:
+    """Write a PyTorch state dict. Raises Failure where PyTorch is not installed."""
+    for found in metadata.entry_points(group=GROUP, name="pytorch"):
+        try:
+            write = found.load()
+        except ImportError as error:
+            raise Failure(f"a PyTorch file cannot be written: {error}", MISSING) from error
+        write(path, plan.arrays(step), {entry.name: entry.dtype for entry in plan.entries})
+        return
+    raise Failure(f"no installed package writes PyTorch files, in the group {GROUP}.", MISSING)
+
+
+def write_state_like(path: Path, plan: Plan, step: Step, template: Path) -> None:
+    """Write a canonical state with the layers of `template`'s."""
+    arrays = {name: array.copy() for name, array in plan.arrays(step).items()}
+    write_state(State(read_state(template).layers, arrays), path)
+
+
+def write_keras_like(path: Path, plan: Plan, step: Step, template: Path) -> None:
+    """Write a copy of a Keras file in which the arrays are others.
+
+    The template has been opened as a checkpoint, so that all of it has been checked.
+    """
+    if not zipfile.is_zipfile(template):
+        shutil.copyfile(template, path)
+        _fill(path, plan, step)
+        return
+    weights = path.with_name(f"{path.name}.weights")
+    with zipfile.ZipFile(template) as source, zipfile.ZipFile(path, "w") as target:
+        with source.open(WEIGHTS) as stored, weights.open("wb") as file:
+            shutil.copyfileobj(stored, file)
+        _fill(weights, plan, step)
+        for member in source.infolist():
+            kept = weights.open("rb") if member.filename == WEIGHTS else source.open(member)
+            named = zipfile.ZipInfo(member.filename, member.date_time)
+            with kept, target.open(named, "w", force_zip64=True) as written:
+                shutil.copyfileobj(kept, written)
+    weights.unlink()
+
+
+def _fill(path: Path, plan: Plan, step: Step) -> None:
+    import h5py  # which has read the template
+
+    arrays = plan.arrays(step)
+    with h5py.File(path, "r+") as file:
+        for entry in plan.entries:
+            values = to_storage(arrays[entry.name], entry.dtype)
+            dataset = file[entry.name]
+            dataset[...] = values.view(dataset.dtype) if dataset.dtype.kind == "V" else values
