@@ -14,37 +14,48 @@ from doconv_core.convolve import (
     pad_gradient,
 )
 from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.fit import fit_state
 from doconv_core.fold import NotFoldable, fuse_batchnorm
+from doconv_core.forms import (
+    BatchNormSpec,
+    EmbeddingSpec,
+    GroupNormSpec,
+    LayerForm,
+    LayerNormSpec,
+    LinearSpec,
+    PReLUSpec,
+    TransposedConvSpec,
+)
+from doconv_core.geometry import Geometry
 from doconv_core.layout import from_canonical, to_canonical
 from doconv_core.model import Change, Converted, Left, Report, Selection, largest_difference
 from doconv_core.numeric import Difference, difference
 from doconv_core.spec import ConvSpec
-from doconv_core.state import (
-    LayerForm,
-    LinearSpec,
-    State,
-    StateError,
-    fit_state,
-    read_state,
-    write_state,
-)
+from doconv_core.state import State, StateError, read_state, write_state
 
 __all__ = [
+    "BatchNormSpec",
     "Change",
     "ConvSpec",
     "Converted",
     "ConvolutionGradients",
     "Cost",
     "Difference",
+    "EmbeddingSpec",
+    "Geometry",
+    "GroupNormSpec",
     "LayerCost",
     "LayerForm",
+    "LayerNormSpec",
     "Left",
     "LinearSpec",
     "NotFoldable",
+    "PReLUSpec",
     "Report",
     "Selection",
     "State",
     "StateError",
+    "TransposedConvSpec",
     "available_backends",
     "compose",
     "compose_gradient",

@@ -1,18 +1,23 @@
-"""Layouts: where each framework keeps the axes of a convolution's weight, and the way between them.
+"""Layouts: where each framework keeps the axes of a weight, and the way between them.
 
-The canonical order is `(O, I/g, taps…)`. A layout is a word of three signs: `O` output channels,
-`I` input channels of the group, `*` everything over the taps, which is the kernel's spatial axes
-or, where `S > M`, the one axis of the depth multiplier. A depthwise layout has `C` for the layer's
-input channels and `N` for the output channels of each.
+A layout is a word of signs: `O` output channels and `I` input channels, of which the second is
+counted within the group, and `*` everything over the taps, which is the kernel's spatial axes or,
+where `S > M`, the one axis of the depth multiplier. A depthwise layout has `C` for the layer's
+input channels and `N` for the output channels of each. The canonical orders are `(O, I/g, taps…)`
+of a convolution, `(I, O/g, taps…)` of a transposed one, and `(out, in)` of a linear layer.
 
     "OI*"  PyTorch; Gluon, channels first      "O*I"  Gluon, channels last
     "*IO"  Keras convolutions                  "*CN"  Keras depthwise convolutions
+    "IO*"  PyTorch and Gluon, transposed       "I*O"  Gluon, transposed, channels last
+    "*OI"  Keras, transposed
+    "OI"   linear: PyTorch, Gluon              "IO"   linear: Keras
 
 D is `(I, M, S)` in every framework and needs none.
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +25,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-LAYOUTS = ("OI*", "O*I", "*IO", "*CN")
+# The canonical order's first, second and further axes in each layout.
+_CANONICAL = ("OI*", "IO*", "OI")
+_SECOND_LAST = ("O*I", "I*O")
+_REVERSED = ("*IO", "*OI", "IO")
+_DEPTHWISE = "*CN"
+LAYOUTS = (*_CANONICAL, *_SECOND_LAST, *_REVERSED, _DEPTHWISE)
 
 
 def from_canonical(weight: Array, layout: str, groups: int = 1) -> Array:
@@ -29,13 +39,13 @@ def from_canonical(weight: Array, layout: str, groups: int = 1) -> Array:
     groups: the layer's, which "*CN" alone needs; there it is the number of input channels.
     Raises ValueError for a layout that is not in LAYOUTS, and for "*CN" where `I/g` is not 1.
     """
-    if layout == "OI*":
+    if layout in _CANONICAL:
         return weight
-    if layout == "O*I":
+    if layout in _SECOND_LAST:
         return np.moveaxis(weight, 1, -1)
-    if layout == "*IO":
+    if layout in _REVERSED:
         return np.moveaxis(weight, (0, 1), (-1, -2))
-    if layout != "*CN":
+    if layout != _DEPTHWISE:
         raise _unknown(layout)
     if weight.shape[1] != 1:
         raise ValueError(
@@ -50,15 +60,31 @@ def to_canonical(weight: Array, layout: str) -> Array:
 
     Raises ValueError for a layout that is not in LAYOUTS.
     """
-    if layout == "OI*":
+    if layout in _CANONICAL:
         return weight
-    if layout == "O*I":
+    if layout in _SECOND_LAST:
         return np.moveaxis(weight, -1, 1)
-    if layout == "*IO":
+    if layout in _REVERSED:
         return np.moveaxis(weight, (-1, -2), (0, 1))
-    if layout != "*CN":
+    if layout != _DEPTHWISE:
         raise _unknown(layout)
     return np.moveaxis(weight.reshape(*weight.shape[:-2], -1), -1, 0)[:, None]
+
+
+def to_channels_first(features: Array, positions: tuple[int, ...]) -> Array:
+    """Return an array whose last axis is an image flattened channels last, in channels-first order.
+
+    positions: the image's size, without its channels.
+    """
+    image = features.reshape(*features.shape[:-1], *positions, -1)
+    return np.moveaxis(image, -1, features.ndim - 1).reshape(features.shape)
+
+
+def from_channels_first(features: Array, positions: tuple[int, ...]) -> Array:
+    """Return what `to_channels_first` gives `features` for."""
+    channels = features.shape[-1] // prod(positions)
+    image = features.reshape(*features.shape[:-1], channels, *positions)
+    return np.moveaxis(image, features.ndim - 1, -1).reshape(features.shape)
 
 
 def _unknown(layout: str) -> ValueError:

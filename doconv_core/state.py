@@ -1,9 +1,9 @@
 """Canonical state: a model's arrays in the order of the mathematics, in memory and on disk.
 
 A layer at path `conv1` has the entries `conv1.weight`, `(O, I/g, S)`; `conv1.depthwise_weight`,
-`(I, M, S)`, where it is over-parameterized; and `conv1.bias`, `(O,)`, where it has one. A linear
-layer's weight is `(out, in)`, its inputs in the order of the framework that it comes from: behind a
-flattening of more than one position, channels-first and channels-last networks differ in that.
+`(I, M, S)`, where it is over-parameterized; and `conv1.bias`, `(O,)`, where it has one. The other
+kinds and their entries are in `doconv_core.forms`. A layer whose features are a flattened image has
+them in the order channels first, then positions, whatever the framework.
 On disk a state is one safetensors file, its header in readable JSON.
 """
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,71 +21,34 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doconv_core.compose import from_kernel
 from doconv_core.files import replacing
-from doconv_core.spec import ConvSpec, as_integer
+from doconv_core.forms import KINDS, UNRECORDED, LayerForm, LinearSpec
+from doconv_core.geometry import Geometry
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "LayerForm",
+    "LinearSpec",
+    "State",
+    "StateError",
+    "entry",
+    "read_header",
+    "read_state",
+    "write_state",
+]
 
 Array = NDArray[Any]
 
-FORMAT, VERSION = "doconv", 1
+FORMAT, VERSION = "doconv", 2
 _DTYPES = (np.float16, np.float32, np.float64)
+_FIELDS_1 = ("kind", "spec", "over_parameterized", "bias")
+_FIELDS_2 = (*_FIELDS_1, "scale", "geometry", "flattening")
+_FIELDS = {"1": _FIELDS_1, "2": _FIELDS_2}
 
 
 class StateError(ValueError):
     """A state that is damaged, foreign or not this model's: the entry, found and expected."""
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """The sizes of a linear (dense) layer. Its weight is `(out_features, in_features)`."""
-
-    in_features: int
-    out_features: int
-
-    def __post_init__(self) -> None:
-        """Validate both sizes."""
-        as_integer("in_features", self.in_features)
-        as_integer("out_features", self.out_features)
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """What one layer of a model is, as far as its state is concerned.
-
-    spec: its sizes. over_parameterized: whether it has `depthwise_weight`; False for one tap and
-    for linear layers, whatever was asked for. bias: whether it has `bias`. Raises TypeError for
-    other types.
-    """
-
-    spec: ConvSpec | LinearSpec
-    over_parameterized: bool = False
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the types; a layer that cannot have a D is not over-parameterized."""
-        if not isinstance(self.spec, (ConvSpec, LinearSpec)):
-            raise TypeError(f"spec must be a ConvSpec or LinearSpec; received {self.spec!r}.")
-        for name in ("over_parameterized", "bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; received {getattr(self, name)!r}.")
-        can = isinstance(self.spec, ConvSpec) and self.spec.over_parameterized
-        object.__setattr__(self, "over_parameterized", self.over_parameterized and can)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each of the layer's entries, by its name within the layer."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if isinstance(self.spec, LinearSpec):
-            shapes["weight"] = (self.spec.out_features, self.spec.in_features)
-            outputs = self.spec.out_features
-        else:
-            shapes["weight"] = self.spec.weight_shape
-            outputs = self.spec.out_channels
-            if self.over_parameterized and self.spec.depthwise_shape is not None:
-                shapes["depthwise_weight"] = self.spec.depthwise_shape
-        if self.bias:
-            shapes["bias"] = (outputs,)
-        return shapes
 
 
 def entry(path: str, name: str) -> str:
@@ -98,15 +60,20 @@ def entry(path: str, name: str) -> str:
 class State:
     """The layers of a model and their arrays, checked against each other.
 
-    layers: the form of each, by path. arrays: float16, float32 or float64, by `entry` name.
+    layers: the form of each, by path, in the model's order. arrays: float16, float32 or float64, by
+    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`; empty
+    where that is not known.
     Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
     """
 
     layers: Mapping[str, LayerForm]
     arrays: Mapping[str, Array]
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that each layer has its entries, and that there are no others."""
+        if not all(isinstance(text, str) for item in self.origin.items() for text in item):
+            raise StateError(f"origin must be of texts; found {dict(self.origin)!r}.")
         expected = {
             entry(path, name): shape
             for path, form in self.layers.items()
@@ -129,92 +96,15 @@ class State:
                 raise StateError(f"entry {name!r} belongs to no layer of the state.")
 
 
-def unsupported_layer(path: str, layer: object, names: Iterable[str]) -> TypeError:
-    """Return the error for a layer of a kind that a state cannot hold. names: of what it owns."""
-    return TypeError(
-        f"layer {path!r} is a {type(layer).__name__} with {_listed(names)}; a canonical state "
-        "holds convolutions, DO-Conv layers and linear (dense) layers."
-    )
-
-
-def check_owned(path: str, layer: object, found: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise TypeError unless a layer owns just what a state would hold of it, by these names."""
-    found, expected = list(found), list(expected)
-    if set(found) != set(expected):
-        raise TypeError(
-            f"layer {path!r}, a {type(layer).__name__}, has {_listed(found)}; expected "
-            f"{_listed(expected)}. What computes one of them (weight norm, pruning) must be made "
-            "permanent first."
-        )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def fit_state(state: State, layers: Mapping[str, LayerForm]) -> dict[str, dict[str, Array]]:
-    """Return the arrays that each of a model's `layers` is to receive, by path and then name.
-
-    An ordinary convolution's entry fits an over-parameterized layer: its kernel is taken over and
-    `depthwise_weight` is zero, so that the layer computes what was stored. Everything is checked
-    before anything is returned: raises StateError for a layer that one side lacks, or that differs,
-    TypeError for what is no State.
-    """
-    if not isinstance(state, State):
-        raise TypeError(f"state must be a State; received {type(state).__name__}.")
-    for path in layers:
-        if path not in state.layers:
-            raise StateError(_absent(path, "the state", state.layers, "the model has it"))
-    for path in state.layers:
-        if path not in layers:
-            raise StateError(_absent(path, "the model", layers, "the state has it"))
-    return {path: _fit_layer(path, state, form) for path, form in layers.items()}
-
-
-def _absent(path: str, where: str, there: Mapping[str, LayerForm], but: str) -> str:
-    close = get_close_matches(path, there, 1)
-    hint = f"the closest is {close[0]!r}" if close else f"it has {_listed(there) or 'no layers'}"
-    return f"layer {path!r} is not in {where}, though {but}; {hint}."
-
-
-def _fit_layer(path: str, state: State, wanted: LayerForm) -> dict[str, Array]:
-    found = state.layers[path]
-    arrays = {name: state.arrays[entry(path, name)] for name in found.shapes}
-    if found.bias != wanted.bias:
-        raise StateError(
-            f"entry {entry(path, 'bias')!r} is {'there' if found.bias else 'missing'}; expected a "
-            f"layer {'with' if wanted.bias else 'without'} bias."
-        )
-    spec = wanted.spec
-    if isinstance(spec, LinearSpec) or isinstance(found.spec, LinearSpec):
-        if found.spec != spec:
-            raise _differs(path, found.spec, spec)
-        return arrays
-    ordinary = not found.over_parameterized
-    if found.over_parameterized and not wanted.over_parameterized:
-        raise StateError(
-            f"entry {entry(path, 'depthwise_weight')!r} is for an over-parameterized layer; "
-            "expected an ordinary one. Fold the model before exporting its state."
-        )
-    same = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
-    if found.spec != (same if ordinary else spec):
-        raise _differs(path, found.spec, spec)
-    if ordinary and wanted.over_parameterized:
-        kernel = arrays["weight"].reshape(spec.kernel_shape)
-        weight, depthwise = from_kernel(kernel, spec)
-        assert depthwise is not None  # as the layer wanted is over-parameterized
-        arrays |= {"weight": weight, "depthwise_weight": depthwise}
-    return arrays
-
-
-def _differs(path: str, found: ConvSpec | LinearSpec, wanted: ConvSpec | LinearSpec) -> StateError:
-    return StateError(f"entry {entry(path, 'weight')!r} is of {found}; expected {wanted}.")
-
-
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
     """Write `state` to `path` as one safetensors file, atomically."""
     layers = {name: _as_json(form) for name, form in state.layers.items()}
-    header = {"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers)}
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "origin": json.dumps(dict(state.origin)),
+        "layers": json.dumps(layers),
+    }
     # safetensors writes an array's memory as it lies, so a transposed view must be copied first.
     arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
     with replacing(path) as temporary:
@@ -223,7 +113,7 @@ def write_state(state: State, path: str | os.PathLike[str]) -> None:
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
-    """Return the state stored at `path`.
+    """Return the state stored at `path`, in this format version or an older one.
 
     Raises StateError for a file that is truncated, not a safetensors file, not one of this package,
     of a newer version, or inconsistent in itself; FileNotFoundError where there is none.
@@ -233,7 +123,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         raise IsADirectoryError(f"{file} is a folder; name a state file.")
     try:
         with safe_open(file, framework="np") as stored:
-            layers = _read_header(file, stored.metadata() or {})
+            layers, origin = read_header(file, stored.metadata() or {})
             names = list(stored.keys())
             for name in names:  # a type that NumPy lacks cannot even be asked for
                 dtype = stored.get_slice(name).get_dtype()
@@ -241,61 +131,84 @@ def read_state(path: str | os.PathLike[str]) -> State:
                     raise StateError(
                         f"{file}: entry {name!r} is {dtype}; expected F16, F32 or F64."
                     )
+            order = [entry(path, name) for path, form in layers.items() for name in form.shapes]
+            place = {name: n for n, name in enumerate(order)}
+            names.sort(key=lambda name: place.get(name, len(place)))
             arrays = {name: stored.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise StateError(f"{file} is not a whole safetensors file: {error}.") from error
     try:
-        return State(layers, arrays)
+        return State(layers, arrays, origin)
     except StateError as error:
         raise StateError(f"{file}: {error}") from error
 
 
-def _read_header(file: str, header: Mapping[str, str]) -> dict[str, LayerForm]:
-    """Return the layers that a file's header describes; StateError says what is wrong with it."""
+def read_header(
+    file: str, header: Mapping[str, str]
+) -> tuple[dict[str, LayerForm], dict[str, str]]:
+    """Return the layers and the origin that the header of a state's file describes.
+
+    file: its name, for messages. header: the file's metadata, as safetensors gives it. Raises
+    StateError, which says what is wrong, for one of another format, or inconsistent in itself.
+    """
     if header.get("format") != FORMAT:
         raise StateError(
             f"{file} is a safetensors file, but no doconv state: its header's format is "
             f"{header.get('format')!r}; expected {FORMAT!r}."
         )
-    if header.get("version") != str(VERSION):
+    version = header.get("version")
+    if version not in _FIELDS:
         raise StateError(
-            f"{file} has format version {header.get('version')}; this doconv reads {VERSION}."
+            f"{file} has format version {version}; this doconv reads {' and '.join(_FIELDS)}."
         )
-    try:
-        layers = json.loads(header.get("layers", ""))
-    except (ValueError, RecursionError) as error:
-        raise StateError(f"{file}: the header's layers are no JSON: {error}.") from error
-    if not isinstance(layers, dict):
-        raise StateError(f"{file}: the header's layers must be a JSON object; found {layers!r}.")
+    layers = _read_object(file, "layers", header.get("layers", ""))
+    origin = {} if version == "1" else _read_object(file, "origin", header.get("origin", ""))
     forms = {}
     for path, described in layers.items():
         try:
-            forms[path] = _from_json(described)
+            forms[path] = _from_json(described, _FIELDS[version])
         except (TypeError, ValueError) as error:
             raise StateError(f"{file}: the header's layer {path!r}: {error}") from error
-    return forms
+    return forms, origin
+
+
+def _read_object(file: str, name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{file}: the header's {name} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise StateError(f"{file}: the header's {name} must be a JSON object; found {value!r}.")
+    return value
 
 
 def _as_json(form: LayerForm) -> dict[str, Any]:
-    kind = "linear" if isinstance(form.spec, LinearSpec) else "convolution"
-    return {
-        "kind": kind,
-        "spec": dataclasses.asdict(form.spec),
-        "over_parameterized": form.over_parameterized,
-        "bias": form.bias,
-    }
+    described = {name: getattr(form, name) for name in _FIELDS_2}
+    geometry = form.geometry and dataclasses.asdict(form.geometry)
+    return {**described, "spec": dataclasses.asdict(form.spec), "geometry": geometry}
 
 
-def _from_json(described: Any) -> LayerForm:
-    fields = {"kind", "spec", "over_parameterized", "bias"}
-    if not isinstance(described, dict) or described.keys() != fields:
-        raise TypeError(f"expected an object of {', '.join(sorted(fields))}; found {described!r}.")
-    kinds = {"linear": LinearSpec, "convolution": ConvSpec}
-    kind = kinds.get(str(described["kind"]))
+def _from_json(described: Any, fields: tuple[str, ...]) -> LayerForm:
+    described = dict(_fields_of("it", described, fields))
+    name = described.pop("kind")
+    kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"kind must be linear or convolution; found {described['kind']!r}.")
-    sizes = described["spec"]
-    expected = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(sizes, dict) or sizes.keys() != expected:
-        raise TypeError(f"spec must have {', '.join(sorted(expected))}; found {sizes!r}.")
-    return LayerForm(kind(**sizes), described["over_parameterized"], described["bias"])
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; found {name!r}.")
+    names = tuple(f.name for f in dataclasses.fields(kind.spec))
+    spec = kind.spec(**_fields_of("spec", described.pop("spec"), names))
+    if fields is _FIELDS_1:
+        flattening = UNRECORDED if kind.spec is LinearSpec else None
+        return LayerForm(spec, flattening=flattening, **described)
+    geometry = described.pop("geometry")
+    if geometry is not None:
+        names = tuple(f.name for f in dataclasses.fields(Geometry))
+        geometry = Geometry(**_fields_of("geometry", geometry, names))
+    return LayerForm(spec, geometry=geometry, **described)
+
+
+def _fields_of(name: str, value: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != set(fields):
+        raise TypeError(
+            f"{name} must be an object of {', '.join(sorted(fields))}; found {value!r}."
+        )
+    return value

@@ -1,59 +1,72 @@
-"""Canonical state of a Gluon model: its convolutions and dense layers, by block path."""
+"""Canonical state of a Gluon model, by block path."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import mxnet as mx
 import numpy as np
-from mxnet.gluon import Block, Parameter, nn
+from mxnet import autograd
+from mxnet.gluon import Block, Parameter
 
+from doconv_core.fit import Assignment, Match, check_assignments, fit_state
+from doconv_core.forms import LayerForm, suspect_flattening
 from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.state import (
-    LayerForm,
-    LinearSpec,
-    State,
-    check_owned,
-    entry,
-    fit_state,
-    unsupported_layer,
-)
-from doconv_mx.do_conv import _DOConv
-from doconv_mx.ordinary import contexts, is_channels_last, spec_of
+from doconv_core.state import State, entry
+from doconv_mx.compose import native
+from doconv_mx.forms import form_of, layout_of
 
-CONVOLUTIONS = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
+FRAMEWORK = "mxnet"
 
 
 def export_state(model: Block) -> State:
     """Return a copy of the model's weights as a canonical state, in their dtype.
 
-    Paths are those of `save_parameters`, without the parameter's name. Of several contexts the
-    first is read. Raises TypeError for a block of another kind or with other parameters, by its
-    path; ValueError for one that has no values yet.
+    Paths are those of `save_parameters`, without the parameter's name, and their order is that in
+    which blocks were added to theirs. Of several contexts the first is read. Raises TypeError for a
+    block without a counterpart in a state or with other parameters, by its path; ValueError for one
+    that has no values yet.
     """
     blocks = _layers(model)
-    layers = {path: _form(path, block) for path, block in blocks.items()}
+    layers = _forms(blocks)
     arrays = {}
     for path, block in blocks.items():
         for name, shape in layers[path].shapes.items():
             array = getattr(block, name).list_data()[0].asnumpy()
             if name == "weight":
-                array = to_canonical(array, _layout(block))
+                array = to_canonical(array, layout_of(block))
             arrays[entry(path, name)] = array.reshape(shape)
-    return State(layers, arrays)
+    return State(layers, arrays, {"framework": FRAMEWORK, "version": mx.__version__})
 
 
-def load_state(model: Block, state: State) -> None:
+def load_state(
+    model: Block, state: State, *, match: Match = "path", ignore: str | Iterable[str] = ()
+) -> None:
     """Copy a canonical state into the model, in the model's dtype and on all of its contexts.
 
+    match: "path", "order", or a mapping from the state's paths to the model's. ignore: "geometry"
+    or "flattening", or both, for what need not agree; see `doconv_core.fit_state`.
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
-    a state that is not this model's; TypeError and ValueError as `export_state` does.
+    a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
+    a batch norm's momentum differs.
     """
     blocks = _layers(model)
-    arrays = fit_state(state, {path: _form(path, block) for path, block in blocks.items()})
-    for path, block in blocks.items():
-        for name, array in arrays[path].items():
-            parameter = getattr(block, name)
+    fitted = fit_state(state, _forms(blocks), match=match, ignore=ignore, framework=FRAMEWORK)
+    assignments = []
+    for path, arrays in fitted.items():
+        for name, array in arrays.items():
+            parameter = getattr(blocks[path], name)
             if name == "weight":
-                array = _as_kept(array, parameter, _layout(block))
-            parameter.set_data(array)
+                array = _as_kept(array, parameter, layout_of(blocks[path]))
+            dtype = np.dtype(parameter.dtype).name
+            assignments.append(Assignment(entry(path, name), parameter, dtype, array))
+    check_assignments(assignments)
+    with autograd.pause():
+        for _, parameter, dtype, array in assignments:
+            # Not the NumPy array itself: what has run on a CPU may lie in memory in an order of
+            # oneDNN's, over which MXNet copies no other memory.
+            values = mx.nd.from_numpy(np.array(array, dtype, order="C"))
+            parameter.set_data(native(values))
 
 
 def _layers(model: Block) -> dict[str, Block]:
@@ -72,37 +85,15 @@ def _layers(model: Block) -> dict[str, Block]:
     return found
 
 
-def _own(block: Block) -> list[str]:
-    """Return the names of the block's own parameters, whether they are its attributes or not."""
-    attributes = set(block._reg_params.values())
-    others = (name for name, p in block.params.items() if p not in attributes)
-    return [*block._reg_params, *(name.removeprefix(block.params.prefix) for name in others)]
-
-
-def _form(path: str, block: Block) -> LayerForm:
-    bias = getattr(block, "bias", None) is not None
-    supported = isinstance(block, _DOConv) or type(block) in (*CONVOLUTIONS, nn.Dense)
-    if not supported:
-        raise unsupported_layer(path, block, _own(block))
-    contexts(block, f"the state of layer {path!r}")
-    if isinstance(block, _DOConv):
-        form = LayerForm(block.spec, block.depthwise_weight is not None, bias)
-    elif type(block) is nn.Dense:
-        out_features, in_features = block.weight.shape
-        form = LayerForm(LinearSpec(in_features, out_features), bias=bias)
-    else:
-        form = LayerForm(spec_of(block), bias=bias)
-    check_owned(path, block, _own(block), form.shapes)
-    return form
-
-
-def _layout(block: Block) -> str:
-    return "O*I" if not isinstance(block, nn.Dense) and is_channels_last(block) else "OI*"
+def _forms(blocks: dict[str, Block]) -> dict[str, LayerForm]:
+    forms = {path: form_of(path, block) for path, block in blocks.items()}
+    channels_last = any(layout_of(block) in ("O*I", "I*O") for block in blocks.values())
+    return suspect_flattening(forms, forms if channels_last else ())
 
 
 def _as_kept(weight: np.ndarray, parameter: Parameter, layout: str) -> np.ndarray:
     """Return a canonical weight in the parameter's shape and layout."""
-    if layout == "O*I":
+    if layout in ("O*I", "I*O"):
         body = parameter.shape[1:-1]
         weight = from_canonical(weight.reshape(*weight.shape[:2], *body), layout)
     return weight.reshape(parameter.shape)

@@ -1,53 +1,85 @@
-"""Canonical state of a Keras model: its convolutions and dense layers, by layer names."""
+"""Canonical state of a Keras model, by layer names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.spec import ConvSpec
-from doconv_core.state import LayerForm, LinearSpec, State, entry, fit_state
+from doconv_core.fit import Assignment, Match, check_assignments, fit_state
+from doconv_core.forms import suspect_flattening
+from doconv_core.layout import (
+    from_canonical,
+    from_channels_first,
+    to_canonical,
+    to_channels_first,
+)
+from doconv_core.state import State, entry
+from doconv_tf.connections import ordered_children
+from doconv_tf.forms import FORMS, Part, own_weights, parts_of, surroundings
 from doconv_tf.over_parameterized import OverParameterized
 
-CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-ORDINARY = (*CONVOLUTIONS, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+FRAMEWORK = "keras"
 
 
 def export_state(model: keras.Layer) -> State:
     """Return a copy of the model's weights as a canonical state, in their dtype.
 
     bfloat16, which NumPy lacks, becomes float32; no bit is lost. A path is the names of the layers
-    from the model's own down, joined by dots. Raises TypeError for a layer of another kind or with
-    other weights, ValueError for one that is not built or shares its path, by its path.
+    from the model's own down, joined by dots. The order is that in which layers were added or
+    assigned; in a functional model that in which data meets them, one branch after the other.
+    Raises TypeError for a layer without a counterpart in a state or with other weights, ValueError
+    for one that is not built or shares its path, by its path.
     """
-    layers = _layers(model)
-    forms = {path: _form(path, layer) for path, layer in layers.items()}
+    parts = _parts(model)
     arrays = {
-        entry(path, name): _to_array(variable, layer, forms[path], name)
-        for path, layer in layers.items()
-        for name, variable in _variables(layer).items()
+        entry(path, name): _to_array(variable, part, name)
+        for path, part in parts.items()
+        for name, variable in part.variables.items()
     }
-    return State(forms, arrays)
+    forms = {path: part.form for path, part in parts.items()}
+    return State(forms, arrays, {"framework": FRAMEWORK, "version": keras.__version__})
 
 
-def load_state(model: keras.Layer, state: State) -> None:
+def load_state(
+    model: keras.Layer, state: State, *, match: Match = "path", ignore: str | Iterable[str] = ()
+) -> None:
     """Copy a canonical state into the model, in the model's dtype.
 
+    match: "path", "order", or a mapping from the state's paths to the model's. ignore: "geometry"
+    or "flattening", or both, for what need not agree; see `doconv_core.fit_state`.
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
-    a state that is not this model's; TypeError and ValueError as `export_state` does.
+    a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
+    a batch norm's momentum differs.
     """
-    layers = _layers(model)
-    forms = {path: _form(path, layer) for path, layer in layers.items()}
-    arrays = fit_state(state, forms)
-    for path, layer in layers.items():
-        for name, variable in _variables(layer).items():
-            array = _from_array(arrays[path][name], layer, forms[path], name)
-            variable.assign(ops.cast(array, variable.dtype))
+    parts = _parts(model)
+    forms = {path: part.form for path, part in parts.items()}
+    fitted = fit_state(state, forms, match=match, ignore=ignore, framework=FRAMEWORK)
+    assignments = []
+    for path, part in parts.items():
+        for name, variable in part.variables.items():
+            array = _from_array(fitted[path][name], part, name)
+            dtype = keras.backend.standardize_dtype(variable.dtype)
+            assignments.append(Assignment(entry(path, name), variable, dtype, array))
+    check_assignments(assignments)
+    for _, variable, dtype, array in assignments:
+        variable.assign(ops.cast(array, dtype))
+
+
+def _parts(model: keras.Layer) -> dict[str, Part]:
+    around = surroundings(model)
+    parts, unseen = {}, set()
+    for path, layer in _layers(model).items():
+        for below, part in parts_of(path, layer, around).items():
+            place = entry(path, below) if below else path
+            parts[place] = part
+            if not around.connections.calls(layer):
+                unseen.add(place)
+    forms = suspect_flattening({path: part.form for path, part in parts.items()}, unseen)
+    return {path: part._replace(form=forms[path]) for path, part in parts.items()}
 
 
 def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
@@ -55,10 +87,11 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):
-        if not layer.built and (not path or isinstance(layer, (OverParameterized, *ORDINARY))):
+        known = isinstance(layer, OverParameterized) or type(layer) in FORMS
+        if not layer.built and (not path or known):
             name = path or layer.name
             raise ValueError(f"layer {name!r} is not built; call the model, or its build(), first.")
-        if id(layer) in seen or not _own_weights(layer):
+        if id(layer) in seen or not own_weights(layer):
             continue
         seen.add(id(layer))
         if path in found:
@@ -72,82 +105,32 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
 
 def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
     yield path, layer
-    for child in _children(layer):
+    for child in ordered_children(layer):
         yield from _walk(entry(path, child.name), child)
 
 
-def _children(layer: keras.Layer) -> list[keras.Layer]:
-    return layer._flatten_layers(include_self=False, recursive=False)
-
-
-def _own_weights(layer: keras.Layer) -> list[Any]:
-    inherited = {id(weight) for child in _children(layer) for weight in child.weights}
-    return [weight for weight in layer.weights if id(weight) not in inherited]
-
-
-def _form(path: str, layer: keras.Layer) -> LayerForm:
-    bias = getattr(layer, "bias", None) is not None
-    plain = layer.quantization_mode is None and not getattr(layer, "lora_enabled", False)
-    if isinstance(layer, OverParameterized):
-        form = LayerForm(layer.spec, layer.depthwise_kernel is not None, bias)
-    elif plain and type(layer) in CONVOLUTIONS:
-        in_channels = layer.kernel.shape[-2] * layer.groups
-        sizes = (in_channels, layer.filters, layer.kernel_size, layer.groups)
-        form = LayerForm(ConvSpec(*sizes), bias=bias)
-    elif plain and type(layer) is keras.layers.DepthwiseConv2D:
-        channels, each = layer.kernel.shape[-2:]
-        sizes = (channels, channels * each, layer.kernel_size, channels)
-        form = LayerForm(ConvSpec(*sizes), bias=bias)
-    elif plain and type(layer) is keras.layers.Dense:
-        form = LayerForm(LinearSpec(*layer.kernel.shape), bias=bias)
-    else:
-        raise TypeError(
-            f"layer {path or layer.name!r} is a {type(layer).__name__}"
-            f"{'' if plain else ' with LoRA or quantized'}; a canonical state holds convolutions, "
-            "DO-Conv layers and dense layers."
-        )
-    own, expected = _own_weights(layer), list(_variables(layer).values())
-    if {id(weight) for weight in own} != {id(variable) for variable in expected}:
-        raise TypeError(
-            f"layer {path or layer.name!r}, a {type(layer).__name__}, has {_names(own)}; expected "
-            f"{_names(expected)}."
-        )
-    return form
-
-
-def _names(variables: list[Any]) -> str:
-    return ", ".join(repr(variable.name) for variable in variables)
-
-
-def _variables(layer: keras.Layer) -> dict[str, Any]:
-    over_parameterized = isinstance(layer, OverParameterized)
-    variables = {
-        "weight": layer._kernel if over_parameterized else layer.kernel,
-        "depthwise_weight": layer.depthwise_kernel if over_parameterized else None,
-        "bias": layer.bias,
-    }
-    return {name: variable for name, variable in variables.items() if variable is not None}
-
-
-def _layout(layer: keras.Layer) -> str:
-    return "*CN" if isinstance(layer, keras.layers.DepthwiseConv2D) else "*IO"
-
-
-def _to_array(variable: Any, layer: keras.Layer, form: LayerForm, name: str) -> np.ndarray:
+def _to_array(variable: Any, part: Part, name: str) -> np.ndarray:
     array = ops.convert_to_numpy(variable)
     if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
         array = array.astype(np.float32)
-    if name == "weight" and isinstance(form.spec, LinearSpec):
-        array = array.T
-    elif name == "weight":
-        array = to_canonical(array, _layout(layer))
-    return array.reshape(form.shapes[name]).copy()
+    if name == "weight" and part.layout:
+        array = to_canonical(array, part.layout)
+    array = array.reshape(part.form.shapes[name])
+    if _is_flattened(part, name):
+        array = to_channels_first(array, part.positions)
+    return array.copy()
 
 
-def _from_array(array: np.ndarray, layer: keras.Layer, form: LayerForm, name: str) -> np.ndarray:
-    if name != "weight":
-        return array
-    if isinstance(form.spec, LinearSpec):
-        return array.T
-    spec = form.spec
-    return from_canonical(array.reshape(spec.parameter_shape), _layout(layer), spec.groups)
+def _from_array(array: np.ndarray, part: Part, name: str) -> np.ndarray:
+    if _is_flattened(part, name):
+        array = from_channels_first(array, part.positions)
+    if name == "weight" and part.layout:
+        spec = part.form.spec
+        shape = getattr(spec, "parameter_shape", None) or getattr(spec, "kernel_shape", array.shape)
+        return from_canonical(array.reshape(shape), part.layout, getattr(spec, "groups", 1))
+    return array.reshape(part.variables[name].shape)
+
+
+def _is_flattened(part: Part, name: str) -> bool:
+    """Whether the entry's last axis is a flattened image, to be reordered."""
+    return part.positions is not None and not (part.form.kind == "linear" and name == "bias")

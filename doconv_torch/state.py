@@ -1,96 +1,77 @@
-"""Canonical state of a PyTorch model: its convolutions and linear layers, by module path."""
+"""Canonical state of a PyTorch model, by module path."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from doconv_core.spec import ConvSpec
-from doconv_core.state import (
-    LayerForm,
-    LinearSpec,
-    State,
-    check_owned,
-    entry,
-    fit_state,
-    unsupported_layer,
-)
-from doconv_torch.do_conv import _DOConv
+from doconv_core.fit import Assignment, Match, check_assignments, fit_state
+from doconv_core.state import State, entry
+from doconv_torch.forms import attribute, form_of, owned, paddings
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FRAMEWORK = "torch"
 
 
 def export_state(model: nn.Module) -> State:
     """Return a copy of the model's weights as a canonical state, in their dtype.
 
-    bfloat16, which NumPy lacks, becomes float32; no bit is lost. Paths are those of
-    `named_modules`. Raises TypeError for a layer of another kind or with other parameters, by its
-    path; ValueError for parameters on the meta device, which hold nothing.
+    bfloat16, which NumPy lacks, becomes float32; no bit is lost. Paths and order are those of
+    `named_modules`. A batch norm's `num_batches_tracked` is left out. Raises TypeError for a layer
+    without a counterpart in a state or with other parameters, by its path; ValueError for
+    parameters on the meta device, which hold nothing.
     """
     modules = _layers(model)
-    layers = {path: _form(path, module) for path, module in modules.items()}
+    layers = _forms(model, modules)
     arrays = {
-        entry(path, name): _to_numpy(getattr(modules[path], name)).reshape(shape)
+        entry(path, name): _to_numpy(_tensor(modules[path], name)).reshape(shape)
         for path, form in layers.items()
         for name, shape in form.shapes.items()
     }
-    return State(layers, arrays)
+    return State(layers, arrays, {"framework": FRAMEWORK, "version": torch.__version__})
 
 
-def load_state(model: nn.Module, state: State) -> None:
+def load_state(
+    model: nn.Module, state: State, *, match: Match = "path", ignore: str | Iterable[str] = ()
+) -> None:
     """Copy a canonical state into the model, in the model's dtype and on its device.
 
+    match: "path", "order", or a mapping from the state's paths to the model's. ignore: "geometry"
+    or "flattening", or both, for what need not agree; see `doconv_core.fit_state`.
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
-    a state that is not this model's; TypeError and ValueError as `export_state` does.
+    a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
+    a batch norm's momentum differs.
     """
     modules = _layers(model)
-    fitted = fit_state(state, {path: _form(path, module) for path, module in modules.items()})
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
+    fitted = fit_state(state, _forms(model, modules), **options)
+    assignments = []
+    for path, arrays in fitted.items():
+        for name, array in arrays.items():
+            tensor = _tensor(modules[path], name)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            array = array.reshape(tensor.shape)
+            assignments.append(Assignment(entry(path, name), tensor, dtype, array))
+    check_assignments(assignments)
     with torch.no_grad():
-        for path, arrays in fitted.items():
-            for name, array in arrays.items():
-                parameter = getattr(modules[path], name)
-                parameter.copy_(torch.from_numpy(array.reshape(parameter.shape).copy()))
+        for assignment in assignments:
+            assignment.parameter.copy_(torch.from_numpy(assignment.array.copy()))
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that own parameters or persistent buffers, by path."""
-    return {path: module for path, module in model.named_modules() if _own(module)}
+    return {path: module for path, module in model.named_modules() if owned(module)}
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    """Return what the module itself has in its state dict, by name."""
-    buffers = dict(module.named_buffers(recurse=False))
-    for name in module._non_persistent_buffers_set:
-        buffers.pop(name, None)
-    return {**dict(module.named_parameters(recurse=False)), **buffers}
+def _forms(model: nn.Module, modules: dict[str, nn.Module]) -> Any:
+    uses = paddings(model)
+    return {path: form_of(path, module, uses[id(module)]) for path, module in modules.items()}
 
 
-def _form(path: str, module: nn.Module) -> LayerForm:
-    own, bias = _own(module), getattr(module, "bias", None) is not None
-    if isinstance(module, _DOConv):
-        form = LayerForm(module.spec, module.depthwise_weight is not None, bias)
-    elif type(module) in CONVOLUTIONS:
-        sizes = (module.in_channels, module.out_channels, module.kernel_size, module.groups)
-        form = LayerForm(ConvSpec(*sizes), bias=bias)
-    elif type(module) is nn.Linear:
-        form = LayerForm(LinearSpec(module.in_features, module.out_features), bias=bias)
-    else:
-        raise unsupported_layer(path, module, own)
-    check_owned(path, module, own, form.shapes)
-    for name, parameter in own.items():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{entry(path, name)!r} is on the meta device; use model.to_empty(device=…)."
-            )
-        if parameter.dtype not in DTYPES:
-            raise TypeError(
-                f"{entry(path, name)!r} is {parameter.dtype}; expected one of "
-                f"{', '.join(map(str, DTYPES))}."
-            )
-    return form
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    return getattr(module, attribute(name))
 
 
 def _to_numpy(parameter: Tensor) -> Any:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 from hypothesis import strategies as st
 
-from doconv_core import ConvSpec
+from doconv_core import (
+    ConvSpec,
+    Geometry,
+    GroupNormSpec,
+    LayerForm,
+    State,
+    TransposedConvSpec,
+)
+from doconv_core.forms import CHANNELS_FIRST, KINDS, OWN, UNRECORDED
 
 
 @st.composite
@@ -54,3 +64,47 @@ def geometries(draw, spec):
         "dilation": dilation,
         "padding_mode": mode,
     }
+
+
+@st.composite
+def forms(draw):
+    """A layer of any kind, as a state has it."""
+    size, kind = st.integers(1, 4), draw(st.sampled_from(list(KINDS)))
+    number = st.floats(0, 1)
+    flags = {name: draw(st.booleans()) for name in ("over_parameterized", "bias", "scale")}
+    if kind in ("convolution", "transposed_convolution"):
+        spec = draw(specs())
+        flags["over_parameterized"] |= spec.depth_multiplier != spec.taps
+        pad = st.one_of(st.tuples(st.integers(-2, 3), st.integers(-2, 3)), st.just("same"))
+        numbers = st.tuples(*[st.integers(1, 3)] * spec.rank)
+        mode = st.sampled_from(["zeros", "reflect", "replicate", "circular"])
+        geometry = st.builds(Geometry, numbers, numbers, st.tuples(*[pad] * spec.rank), mode)
+        flags["geometry"] = draw(st.none() | geometry)
+        if kind == "transposed_convolution":
+            sizes = (spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
+            spec = TransposedConvSpec(*sizes)
+    elif kind == "group_norm":
+        groups = draw(size)
+        spec = GroupNormSpec(groups * draw(size), groups, draw(number))
+    else:
+        cls = KINDS[kind].spec
+        types = {"epsilon": number, "momentum": number}
+        spec = cls(*(draw(types.get(field.name, size)) for field in fields(cls)))
+    words = [None, CHANNELS_FIRST, OWN, UNRECORDED]
+    return LayerForm(spec, **flags, flattening=draw(st.sampled_from(words)))
+
+
+@st.composite
+def states(draw):
+    """A state of a few layers of any kind, under any names, in any of its dtypes."""
+    names = st.text(st.characters(codec="utf-8", exclude_characters="."), min_size=1, max_size=5)
+    paths = draw(st.lists(names, max_size=4, unique=True))
+    layers = {path: draw(forms()) for path in paths}
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dtype = st.sampled_from([np.float16, np.float32, np.float64])
+    arrays = {
+        f"{path}.{name}": rng.standard_normal(shape).astype(draw(dtype))
+        for path, form in layers.items()
+        for name, shape in form.shapes.items()
+    }
+    return State(layers, arrays, draw(st.dictionaries(names, names, max_size=2)))

@@ -8,31 +8,35 @@ from importlib import metadata
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from strategies import states
 
 import doconv_core.backends
 from doconv_core import (
+    BatchNormSpec,
     ConvSpec,
+    Geometry,
     LayerForm,
     LinearSpec,
     State,
     StateError,
     available_backends,
     difference,
-    fit_state,
     read_state,
     require_framework,
     write_state,
 )
 from doconv_core.files import replacing, write_json
-from doconv_core.state import check_owned, unsupported_layer
 
 SPEC = ConvSpec(4, 6, (3, 3), 2, 12)
-ORDINARY = ConvSpec(4, 6, (3, 3), 2)
+GEOMETRY = Geometry((2, 2), (1, 1), ((1, 1), "same"))
 FORMS = {
-    "features.0": LayerForm(SPEC, over_parameterized=True),
+    "features.0": LayerForm(SPEC, over_parameterized=True, geometry=GEOMETRY),
+    "features.1": LayerForm(BatchNormSpec(6, 1e-5, 0.1), scale=False),
     "features.2": LayerForm(ConvSpec(6, 5, (1, 1)), over_parameterized=True, bias=False),
-    "head": LayerForm(LinearSpec(5, 3)),
+    "head": LayerForm(LinearSpec(5, 3), flattening="channels first"),
 }
 
 
@@ -75,18 +79,67 @@ def test_transposed_views_are_written_in_their_own_order(tmp_path):
     np.testing.assert_array_equal(read_state(tmp_path / "a.safetensors").arrays["weight"], weight)
 
 
-def test_one_tap_has_no_depthwise_entry():
-    assert FORMS["features.2"].shapes == {"weight": (5, 6, 1)}
-    assert FORMS["features.2"] == LayerForm(ConvSpec(6, 5, (1, 1)), bias=False)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for property tests, in which each example replaces the last one's file."""
+    return tmp_path_factory.mktemp("states")
 
 
-def test_forms_are_of_the_right_types():
-    with pytest.raises(TypeError, match="bias must be True or False; received 'no'"):
-        LayerForm(ORDINARY, bias="no")
-    with pytest.raises(
-        TypeError, match=r"spec must be a ConvSpec or LinearSpec; received \(4, 6\)"
-    ):
-        LayerForm((4, 6))
+@settings(max_examples=200, deadline=None)
+@given(states())
+def test_any_state_comes_back_from_its_file(folder, state):
+    write_state(state, folder / "a.safetensors")
+    back = read_state(folder / "a.safetensors")
+    assert list(back.layers.items()) == list(state.layers.items())  # in their order too
+    assert back.origin == state.origin
+    assert list(back.arrays) == list(state.arrays)
+    for name, array in state.arrays.items():
+        assert back.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(back.arrays[name], array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(states(), st.data())
+def test_a_changed_file_is_read_or_refused(folder, state, data):
+    file = folder / "a.safetensors"
+    write_state(state, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    back, message = None, ""
+    try:
+        back = read_state(file)
+    except StateError as error:
+        message = str(error)
+    assert isinstance(back, State) or str(file) in message
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    convolution = {
+        "kind": "convolution",
+        "spec": {
+            "in_channels": 4, "out_channels": 6, "kernel_size": [3, 3], "groups": 2,
+            "depth_multiplier": 12,
+        },
+        "over_parameterized": True,
+        "bias": False,
+    }  # fmt: skip
+    linear = {
+        "kind": "linear", "spec": {"in_features": 5, "out_features": 3},
+        "over_parameterized": False, "bias": True,
+    }  # fmt: skip
+    layers = json.dumps({"a": convolution, "head": linear})
+    forms = {
+        "a": LayerForm(SPEC, over_parameterized=True, bias=False),
+        "head": LayerForm(LinearSpec(5, 3), flattening="unrecorded"),
+    }
+    arrays = filled(forms)
+    header = {"format": "doconv", "version": "1", "layers": layers}
+    save_file(arrays, tmp_path / "a.safetensors", metadata=header)
+    back = read_state(tmp_path / "a.safetensors")
+    assert (back.layers, back.origin) == (forms, {})
+    np.testing.assert_array_equal(back.arrays["a.depthwise_weight"], arrays["a.depthwise_weight"])
 
 
 @pytest.mark.parametrize(
@@ -108,77 +161,9 @@ def test_a_state_is_checked_against_its_layers(change, message):
         State(FORMS, arrays)
 
 
-def test_fit_returns_each_layer_its_arrays(state):
-    fitted = fit_state(state, FORMS)
-    assert fitted.keys() == FORMS.keys()
-    for path, arrays in fitted.items():
-        assert arrays.keys() == FORMS[path].shapes.keys()
-        for name, array in arrays.items():
-            np.testing.assert_array_equal(array, state.arrays[f"{path}.{name}"])
-
-
-@pytest.mark.parametrize("spec", [SPEC, ORDINARY], ids=["S=12", "S=M"])
-def test_an_ordinary_entry_fits_an_over_parameterized_layer(spec):
-    forms = {"": LayerForm(ORDINARY)}
-    state = State(forms, filled(forms) and {k[1:]: v for k, v in filled(forms).items()})
-    arrays = fit_state(state, {"": LayerForm(spec, over_parameterized=True)})[""]
-    assert arrays["weight"].shape == spec.weight_shape
-    np.testing.assert_array_equal(arrays["weight"][..., :9], state.arrays["weight"])
-    assert not arrays["weight"][..., 9:].any()
-    assert arrays["depthwise_weight"].shape == spec.depthwise_shape
-    assert not arrays["depthwise_weight"].any()
-
-
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        ({"features.0": None}, "layer 'features.0' is not in the model, though the state has it"),
-        ({"haed": LayerForm(LinearSpec(5, 3))}, "'haed' is not in the state.*closest is 'head'"),
-        ({"head": LayerForm(LinearSpec(5, 4))}, r"'head.weight' is of LinearSpec\(.*features=3\)"),
-        ({"head": LayerForm(ORDINARY)}, "'head.weight' is of LinearSpec.*expected ConvSpec"),
-        (
-            {"head": LayerForm(LinearSpec(5, 3), bias=False)},
-            "entry 'head.bias' is there; expected a layer without bias",
-        ),
-        (
-            {"features.2": LayerForm(ConvSpec(6, 5, (1, 1)), bias=True)},
-            "entry 'features.2.bias' is missing; expected a layer with bias",
-        ),
-        (
-            {"features.0": LayerForm(ORDINARY)},
-            "'features.0.depthwise_weight' is for an over-parameterized layer.*Fold the model",
-        ),
-        (
-            {"features.0": LayerForm(ORDINARY, over_parameterized=True)},
-            "'features.0.weight' is of .*depth_multiplier=12.*expected .*depth_multiplier=9",
-        ),
-        (
-            {"features.0": LayerForm(ConvSpec(4, 6, (3, 3), 1, 12), over_parameterized=True)},
-            "'features.0.weight' is of .*groups=2.*expected .*groups=1",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_named(state, wanted, message):
-    forms = {k: v for k, v in ({**FORMS, **wanted}).items() if v is not None}
-    with pytest.raises(StateError, match=message):
-        fit_state(state, forms)
-
-
-def test_what_is_no_state_and_what_has_no_layers(state):
-    with pytest.raises(TypeError, match="state must be a State; received dict"):
-        fit_state({"weight": 1}, FORMS)
-    with pytest.raises(StateError, match=r"'features.0' is not in the model.*it has no layers"):
-        fit_state(state, {})
-
-
-def test_what_a_layer_owns_is_checked_by_name():
-    assert check_owned("head", 1.5, ["bias", "weight"], FORMS["head"].shapes) is None
-    with pytest.raises(
-        TypeError, match="'head', a float, has 'weight_orig'; expected 'weight', 'bi"
-    ):
-        check_owned("head", 1.5, ["weight_orig"], FORMS["head"].shapes)
-    error = unsupported_layer("norm", 1.5, ["gamma"])
-    assert str(error).startswith("layer 'norm' is a float with 'gamma'; a canonical state holds")
+def test_an_origin_is_of_texts():
+    with pytest.raises(StateError, match=r"origin must be of texts; found \{'version': 2\}"):
+        State({}, {}, {"version": 2})
 
 
 def test_damaged_and_foreign_files_are_refused(state, tmp_path):
@@ -216,35 +201,66 @@ def test_files_with_other_numbers_are_refused(tmp_path, dtype):
 def described(**changes):
     """A header whose one layer is described with these changes."""
     spec = {"in_features": 5, "out_features": 3}
-    layer = {"kind": "linear", "spec": spec, "over_parameterized": False, "bias": True}
+    layer = {
+        "kind": "linear", "spec": spec, "over_parameterized": False, "bias": True, "scale": False,
+        "geometry": None, "flattening": None,
+    }  # fmt: skip
     return {"layers": json.dumps({"head": layer | changes})}
+
+
+def with_geometry(**changes):
+    """The same of a convolution, with these changes to its geometry."""
+    spec = {
+        "in_channels": 5, "out_channels": 3, "kernel_size": [3], "groups": 1, "depth_multiplier": 3,
+    }  # fmt: skip
+    geometry = {"stride": [1], "dilation": [1], "padding": [[0, 0]], "padding_mode": "zeros"}
+    return described(kind="convolution", spec=spec, geometry=geometry | changes)
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"version": "2"}, "has format version 2; this doconv reads 1"),
-        ({"layers": "{"}, "a.safetensors: the header's layers are no JSON: Expecting property"),
-        ({"layers": "[" * 100_000}, "a.safetensors: the header's layers are no JSON"),
+        ({"version": "3"}, "has format version 3; this doconv reads 1 and 2"),
+        ({"layers": "{"}, "a.safetensors: the header's layers is no JSON: Expecting property"),
+        ({"layers": "[" * 100_000}, "a.safetensors: the header's layers is no JSON"),
         ({"layers": "[]"}, r"the header's layers must be a JSON object; found \[\]"),
-        ({"layers": '{"head": null}'}, "layer 'head': expected an object of bias.*found None"),
-        ({"layers": '{"head": {"kind": "linear"}}'}, "layer 'head': expected an object of bias, k"),
+        ({"origin": "[]"}, r"the header's origin must be a JSON object; found \[\]"),
+        ({"origin": '{"version": 2}'}, "a.safetensors: origin must be of texts; found {'version'"),
+        ({"layers": '{"head": null}'}, "layer 'head': it must be an object of bias.*found None"),
+        ({"layers": '{"head": {"kind": "linear"}}'}, "'head': it must be an object of bias, f"),
         (
             described(kind="dense"),
-            "layer 'head': kind must be linear or convolution; found 'dense'",
+            "layer 'head': kind must be one of convolution, .*embedding; found 'dense'",
         ),
-        (described(spec={"in_features": 5}), "layer 'head': spec must have in_features, out_feat"),
+        (described(kind=["linear"]), r"layer 'head': kind must be one of .*; found \['linear'\]"),
+        (
+            described(spec={"in_features": 5}),
+            "layer 'head': spec must be an object of in_features, out_feat",
+        ),
         (described(bias="no"), "layer 'head': bias must be True or False; received 'no'"),
         (
             described(spec={"in_features": -5, "out_features": 3}),
             "layer 'head': in_features must be at least 1; received in_features=-5",
+        ),
+        (
+            described(kind="batch_norm", spec={"features": 3, "epsilon": "1e-5", "momentum": 0.1}),
+            "layer 'head': epsilon must be a number; received epsilon='1e-5'",
+        ),
+        (described(flattening="some"), "layer 'head': flattening must be one of None, 'channels"),
+        (described(geometry={}), "layer 'head': geometry must be an object of dilation, padding"),
+        (with_geometry(padding=[[0, 0, 0]]), r"padding\[0\] must be a pair \(before, after\)"),
+        (with_geometry(stride=[0]), r"layer 'head': stride\[0\] must be at least 1"),
+        (with_geometry(padding_mode="x"), "layer 'head': padding_mode must be one of zeros, refl"),
+        (
+            with_geometry(stride=[1, 1], dilation=[1, 1], padding=["same", "same"]),
+            "layer 'head': geometry must be of the kernel's 1 dimensions; received 2",
         ),
         ({"layers": "{}"}, "entry 'w' belongs to no layer"),
     ],
 )
 def test_inconsistent_headers_are_refused(tmp_path, header, message):
     file = tmp_path / "a.safetensors"
-    usual = {"format": "doconv", "version": "1", "layers": json.dumps({})}
+    usual = {"format": "doconv", "version": "2", "origin": "{}", "layers": "{}"}
     save_file({"w": np.zeros(3)}, file, metadata=usual | header)
     with pytest.raises(StateError, match=message):
         read_state(file)

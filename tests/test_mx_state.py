@@ -13,11 +13,11 @@ from doconv_mx import DOConv2D, export_state, load_state  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import MULTIPLIERS, equal, image, random_d, trained  # noqa: E402
+from gluon_layers import MULTIPLIERS, close, equal, image, random_d, trained  # noqa: E402
 from mxnet import autograd  # noqa: E402
-from mxnet.gluon import nn  # noqa: E402
+from mxnet.gluon import nn, rnn  # noqa: E402
 
-from doconv_core import StateError  # noqa: E402
+from doconv_core import State, StateError  # noqa: E402
 
 
 def network(multiplier=12, bias=True, cls=DOConv2D, layout="NCHW"):
@@ -35,11 +35,9 @@ def test_state_goes_out_and_in():
     model, other = network(), network()
     random_d(model[0])
     state = export_state(model)
-    assert {path: type(form.spec).__name__ for path, form in state.layers.items()} == {
-        "0": "ConvSpec",
-        "1": "ConvSpec",
-        "2": "LinearSpec",
-    }
+    kinds = {path: form.kind for path, form in state.layers.items()}
+    assert kinds == {"0": "convolution", "1": "convolution", "2": "linear"}
+    assert state.origin == {"framework": "mxnet", "version": mx.__version__}
     load_state(other, state)
     x = image(2, 4, 7, 8)
     assert equal(other(x), model(x))
@@ -58,15 +56,36 @@ def test_a_state_is_the_same_in_every_layout(multiplier):
     first, last = (network(multiplier, layout=layout) for layout in ("NCHW", "NHWC"))
     random_d(first[0])
     state = export_state(first)
-    load_state(last, state)
+    with pytest.raises(StateError, match="layer '2' may have the features of a flattened image"):
+        load_state(last, state)
+    load_state(last, state, ignore="flattening")
     again = export_state(last)
-    assert again.layers == state.layers
+    assert list(again.layers) == list(state.layers)
     for name, values in state.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], values)
     np.testing.assert_array_equal(
         np.moveaxis(last[0].composed_kernel().asnumpy(), -1, 1),
         first[0].composed_kernel().asnumpy(),
     )
+
+
+def test_a_network_that_has_run_takes_a_state():
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(32, 3, in_channels=16), nn.BatchNorm(in_channels=32), nn.Flatten())
+    net.initialize(mx.init.Normal(0.2))
+    net.hybridize()
+    x = image(2, 16, 6, 6)
+    net(x).wait_to_read()  # which on a CPU may turn the order of the kernel in memory
+    state = export_state(net)
+    doubled = State(state.layers, {name: 2 * array for name, array in state.arrays.items()})
+    load_state(net, doubled)
+    for name, array in export_state(net).arrays.items():
+        np.testing.assert_array_equal(array, doubled.arrays[name])
+    other = nn.HybridSequential()
+    other.add(nn.Conv2D(32, 3, in_channels=16), nn.BatchNorm(in_channels=32), nn.Flatten())
+    other.initialize()
+    load_state(other, doubled)
+    assert close(net(x), other(x))
 
 
 @pytest.mark.parametrize("numpy_arrays", [False, True])
@@ -98,6 +117,43 @@ def test_a_layer_that_occurs_twice_is_in_the_state_once():
     )
 
 
+def test_a_batch_norm_that_does_not_scale_has_no_gamma():
+    net = nn.HybridSequential()
+    net.add(nn.BatchNorm(scale=False, in_channels=4))
+    net.initialize()
+    state = export_state(net)
+    assert list(state.arrays) == ["0.beta", "0.running_mean", "0.running_var"]
+    scaling = nn.HybridSequential()
+    scaling.add(nn.BatchNorm(in_channels=4))
+    scaling.initialize(mx.init.Normal(1))
+    scaling[0].gamma.set_data(mx.nd.array([1, 2, 3, 4]))
+    load_state(scaling, state)
+    assert equal(scaling[0].gamma.data(), mx.nd.ones(4))
+    load_state(net, export_state(scaling))
+
+
+def test_parameters_that_layers_share_must_agree():
+    net = nn.HybridSequential()
+    embedding = nn.Embedding(5, 4)
+    net.add(embedding, nn.Dense(5, in_units=4, use_bias=False, params=embedding.params))
+    net.initialize()
+    state = export_state(net)
+    np.testing.assert_array_equal(state.arrays["0.weight"], state.arrays["1.weight"])
+    other = State(state.layers, {**state.arrays, "1.weight": state.arrays["1.weight"] + 1})
+    with pytest.raises(StateError, match=r"'0.weight' and '1.weight' are one parameter"):
+        load_state(net, other)
+    load_state(net, state)
+
+
+def test_numbers_that_the_model_cannot_hold_are_refused():
+    layer = trained()
+    state = export_state(layer)
+    layer.cast("float16")
+    arrays = {**state.arrays, "bias": np.full(6, 1e5, np.float32)}
+    with pytest.raises(StateError, match="entry 'bias' has 100000, which the model's float16 can"):
+        load_state(layer, State(state.layers, arrays))
+
+
 def scaled(block, attribute=True):
     """Return `block` with a parameter that a layer of its kind does not have."""
     scale = block.params.get("scale", shape=(1,))
@@ -122,9 +178,25 @@ def extended(*blocks):
         (lambda: extended(nn.Dense(2, in_units=3)), StateError, "'3' is not in the state"),
         (
             lambda: extended(nn.BatchNorm(in_channels=3)),
-            TypeError,
-            "'3' is a BatchNorm with 'gamma', 'beta', .*; a canonical state holds",
+            StateError,
+            "layer '3' is not in the state, though the model has it",
         ),
+        (
+            lambda: extended(nn.GroupNorm(1)),
+            TypeError,
+            "'3' is a GroupNorm with 'gamma', 'beta'; it has one gamma for each group",
+        ),
+        (
+            lambda: extended(nn.BatchNormReLU(in_channels=3)),
+            TypeError,
+            "'3' is a BatchNormReLU with 'gamma', .*; use a BatchNorm and an Activation",
+        ),
+        (
+            lambda: extended(rnn.LSTM(3, input_size=3)),
+            TypeError,
+            "'3' is a LSTM with 'l0_i2h_weight', .*; a canonical state holds convolutions, transp",
+        ),
+        (lambda: extended(nn.BatchNorm()), ValueError, "layer '3' needs the values of .*gamma"),
         (
             lambda: extended(scaled(nn.Conv2D(2, 1, in_channels=5))),
             TypeError,

@@ -26,7 +26,7 @@ from keras_layers import (  # noqa: E402
     trained,
 )
 
-from doconv_core import StateError, compose, difference, from_canonical  # noqa: E402
+from doconv_core import State, StateError, compose, difference, from_canonical  # noqa: E402
 from doconv_tf import DOConv2D, DODepthwiseConv2D, export_state, load_state  # noqa: E402
 
 
@@ -60,6 +60,7 @@ def test_state_goes_out_and_in():
     model, other = random_values(network()), network()
     state = export_state(model)
     assert list(state.layers) == ["first", "inner.depthwise", "inner.point", "last"]
+    assert state.origin == {"framework": "keras", "version": keras.__version__}
     assert state.arrays["first.weight"].shape == (6, 2, 12)
     assert state.arrays["inner.depthwise.weight"].shape == (12, 1, 4)
     assert state.arrays["last.weight"].shape == (3, 100)
@@ -135,17 +136,54 @@ class Scaled(DOConv2D):
         (lambda: network(18), StateError, "'first.weight' is of .*multiplier=12.*multiplier=18"),
         (lambda: network(use_bias=False), StateError, "'first.bias' is there; expected a layer w"),
         (lambda: network(end=[layers.Dense(2, name="new")]), StateError, "'new' is not in the st"),
-        (lambda: network(end=[layers.BatchNormalization(name="norm")]), TypeError, "'norm' is a B"),
-        (lambda: with_lora(network(), "last"), TypeError, "'last' is a Dense with LoRA or quant"),
+        (
+            lambda: network(end=[layers.BatchNormalization(name="norm")]),
+            StateError,
+            "'norm' is not in the state",
+        ),
+        (
+            lambda: with_lora(network(), "last"),
+            TypeError,
+            "'last' is a Dense with .*LoRA and quantized layers have no counterpart",
+        ),
         (
             lambda: with_lora(network(cls=layers.Conv2D), "first"),
             TypeError,
-            "'first' is a Conv2D with LoRA or quantized",
+            "'first' is a Conv2D with .*LoRA and quantized layers have no counterpart",
         ),
         (
             lambda: network(cls=partial(layers.Conv2D, dtype="int8_from_float32")),
             TypeError,
-            "'first' is a Conv2D with LoRA or quantized",
+            "'first' is a Conv2D with .*LoRA and quantized layers have no counterpart",
+        ),
+        (
+            lambda: network(end=[layers.Reshape((3, 1)), layers.LSTM(2, name="lstm")]),
+            TypeError,
+            "'lstm.lstm_cell' is a LSTMCell with 'kernel', .*; a canonical state holds convoluti",
+        ),
+        (
+            lambda: network(end=[layers.BatchNormalization(name="norm", renorm=True)]),
+            TypeError,
+            "'norm', a BatchNormalization, has .*'moving_stddev'.*; expected ",
+        ),
+        (
+            lambda: network(
+                end=[layers.Reshape((3, 1)), layers.LayerNormalization([1, 2], name="norm")]
+            ),
+            TypeError,
+            "'norm' is a LayerNormalization .*a layer norm over several axes has no counterpart",
+        ),
+        (
+            lambda: network(end=[layers.Reshape((3, 1)), layers.PReLU(name="prelu")]),
+            TypeError,
+            "'prelu' is a PReLU .*a slope for each position has no counterpart; name the spatial",
+        ),
+        (
+            lambda: network(
+                end=[layers.Reshape((1, 3, 1)), layers.ZeroPadding2D(1), layers.PReLU(name="prelu")]
+            ),
+            TypeError,
+            "'prelu' is a PReLU .*a slope for each position has no counterpart; name the spatial",
         ),
         (
             lambda: network(cls=Scaled),
@@ -173,6 +211,26 @@ def test_a_model_that_is_not_built_has_no_state():
     model.built = True
     with pytest.raises(ValueError, match=r"layer 'dense.*' is not built"):
         export_state(model)
+
+
+def test_a_compiled_and_trained_model_has_the_state_of_its_layers():
+    model = keras.Sequential(
+        [keras.Input((4, 4, 3)), layers.RandomFlip(), layers.Conv2D(2, 3), layers.Flatten()]
+    )
+    before = export_state(model)
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(np.ones((2, 4, 4, 3)), np.ones((2, 8)), verbose=0)
+    assert export_state(model).layers == before.layers
+
+
+def test_numbers_that_the_model_cannot_hold_are_refused():
+    layer, half = trained(), DOConv2D(6, 3, padding="same", groups=2, dtype="float16")
+    half.build(SHAPE)
+    state = export_state(layer)
+    load_state(half, state)
+    arrays = {**state.arrays, "bias": np.full(6, 1e5, np.float32)}
+    with pytest.raises(StateError, match="entry 'bias' has 100000, which the model's float16 can"):
+        load_state(half, State(state.layers, arrays))
 
 
 def test_a_layer_used_twice_is_stored_once():

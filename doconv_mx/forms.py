@@ -1,0 +1,138 @@
+"""What a Gluon block is in a canonical state: one function for each kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mxnet.gluon import Block, contrib, nn
+
+from doconv_core.fit import check_owned, unsupported_layer
+from doconv_core.forms import (
+    BatchNormSpec,
+    EmbeddingSpec,
+    GroupNormSpec,
+    LayerForm,
+    LayerNormSpec,
+    LinearSpec,
+    PReLUSpec,
+    TransposedConvSpec,
+)
+from doconv_core.geometry import Geometry, symmetric
+from doconv_mx.do_conv import _DOConv
+from doconv_mx.ordinary import is_channels_last, spec_of
+
+
+def form_of(path: str, block: Block) -> LayerForm:
+    """Return what a block that owns parameters is in a state.
+
+    Raises TypeError, by the path, for a block without a counterpart, or with other parameters than
+    its kind has; ValueError for parameters that have no values yet.
+    """
+    own = _own(block)
+    do_conv = isinstance(block, _DOConv)
+    if not do_conv and type(block) not in FORMS:
+        raise unsupported_layer(path, block, own, REASONS.get(type(block)))
+    _require_values(path, block)
+    form = _conv(block) if do_conv else FORMS[type(block)](block)
+    if form.kind == "batch_norm" and not form.scale:
+        own.remove("gamma")  # which the block has, but does not compute with
+    check_owned(path, block, own, form.shapes)
+    return form
+
+
+def layout_of(block: Block) -> str:
+    """Return the core's word for the layout of a layer's weight."""
+    if not hasattr(block, "_kwargs") or "layout" not in block._kwargs:
+        return "OI"
+    transposed = block._op_name.lower() == "deconvolution"
+    if is_channels_last(block):
+        return "I*O" if transposed else "O*I"
+    return "IO*" if transposed else "OI*"
+
+
+def _own(block: Block) -> list[str]:
+    """Return the names of the block's own parameters, whether they are its attributes or not."""
+    attributes = set(block._reg_params.values())
+    others = (name for name, p in block.params.items() if p not in attributes)
+    return [*block._reg_params, *(name.removeprefix(block.params.prefix) for name in others)]
+
+
+def _require_values(path: str, block: Block) -> None:
+    for parameter in block._reg_params.values():
+        try:
+            parameter.list_data()
+        except RuntimeError:
+            raise ValueError(
+                f"the state of layer {path!r} needs the values of {parameter.name!r}, which has "
+                "none yet: initialize the model, and where it infers in_channels, run it once."
+            ) from None
+
+
+def _conv(block: Any) -> LayerForm:
+    options = block._kwargs
+    geometry = Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
+    if isinstance(block, _DOConv):
+        over_parameterized = block.depthwise_weight is not None
+        return LayerForm(block.spec, over_parameterized, _has_bias(block), geometry=geometry)
+    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=geometry)
+
+
+def _transposed(block: Any) -> LayerForm:
+    options = block._kwargs
+    spec = TransposedConvSpec(
+        block.weight.shape[0], options["num_filter"], options["kernel"], options["num_group"]
+    )
+    pads = tuple((p, p - a) for p, a in zip(options["pad"], options["adj"], strict=True))
+    geometry = Geometry(options["stride"], options["dilate"], pads)
+    return LayerForm(spec, bias=_has_bias(block), geometry=geometry)
+
+
+def _linear(block: Any) -> LayerForm:
+    out_features, in_features = block.weight.shape
+    return LayerForm(LinearSpec(in_features, out_features), bias=_has_bias(block))
+
+
+def _batch_norm(block: Any) -> LayerForm:
+    options = block._kwargs
+    # Gluon's momentum is the weight of the old statistics.
+    spec = BatchNormSpec(block.running_mean.shape[0], options["eps"], 1 - options["momentum"])
+    return LayerForm(spec, scale=not options["fix_gamma"])
+
+
+def _layer_norm(block: Any) -> LayerForm:
+    return LayerForm(LayerNormSpec(block.gamma.shape[0], block._epsilon))
+
+
+def _instance_norm(block: Any) -> LayerForm:
+    channels = block.gamma.shape[0]
+    return LayerForm(GroupNormSpec(channels, channels, block._epsilon))
+
+
+def _prelu(block: Any) -> LayerForm:
+    return LayerForm(PReLUSpec(block.alpha.shape[0]))
+
+
+def _embedding(block: Any) -> LayerForm:
+    return LayerForm(EmbeddingSpec(*block.weight.shape))
+
+
+def _has_bias(block: Any) -> bool:
+    return block.bias is not None
+
+
+FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
+    **dict.fromkeys((nn.Conv1D, nn.Conv2D, nn.Conv3D), _conv),
+    **dict.fromkeys((nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose), _transposed),
+    **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
+    nn.Dense: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.InstanceNorm: _instance_norm,
+    nn.PReLU: _prelu,
+    nn.Embedding: _embedding,
+}
+REASONS: dict[type[Block], str] = {
+    nn.GroupNorm: "it has one gamma for each group, where other frameworks have one for each "
+    "channel",
+    nn.BatchNormReLU: "use a BatchNorm and an Activation",
+}

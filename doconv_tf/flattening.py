@@ -1,0 +1,200 @@
+"""Which layers of a Keras model have the features of a flattened image, and in which order.
+
+A flattened image of `(H, W, C)` has its features in another order than one of `(C, H, W)`, so that
+the weights of the layer behind it do not mean the same. In functional and sequential models the
+flattening can be seen, and the order is known; elsewhere it can only be suspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, TypeAlias
+
+import keras
+
+from doconv_core.forms import OWN
+from doconv_tf.connections import Connections
+from doconv_tf.over_parameterized import OverParameterized
+
+_layers = keras.layers
+Flattening: TypeAlias = "tuple[int, ...] | str | None"
+
+# What gives each feature on without mixing it with others.
+_ELEMENTWISE = (
+    _layers.Activation, _layers.ActivityRegularization, _layers.AlphaDropout,
+    _layers.BatchNormalization, _layers.Dropout, _layers.ELU, _layers.GaussianDropout,
+    _layers.GaussianNoise, _layers.Identity, _layers.LayerNormalization, _layers.LeakyReLU,
+    _layers.Masking, _layers.PReLU, _layers.ReLU, _layers.Rescaling, _layers.Softmax,
+    _layers.SpatialDropout1D, _layers.SpatialDropout2D, _layers.SpatialDropout3D,
+    _layers.UnitNormalization,
+)  # fmt: skip
+_ELEMENTWISE_OPERATIONS = ("Relu", "Relu6", "Sigmoid", "Silu", "Tanh", "Gelu", "Softplus", "Elu")
+_MERGES = (_layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum, _layers.Multiply)
+_MERGES += (_layers.Subtract,)
+_MERGING_OPERATIONS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
+# What has its features on the last axis in every framework.
+_FEATURES_LAST = (
+    _layers.Dense, _layers.EinsumDense, _layers.Embedding, _layers.RNN, _layers.Bidirectional,
+    _layers.MultiHeadAttention, _layers.TimeDistributed,
+)  # fmt: skip
+_MIXING = (_layers.Dense, _layers.EinsumDense)
+
+
+class Flattenings:
+    """What is known of the features of a model's layers."""
+
+    def __init__(self, model: keras.Layer, connections: Connections) -> None:
+        self._connections = connections
+        self._unseen = [
+            layer
+            for layer in (model, *model._flatten_layers(include_self=False))
+            if isinstance(layer, (_layers.Flatten, _layers.Reshape))
+            and not connections.calls(layer)
+        ]
+
+    def of(self, layer: keras.Layer, features: int) -> Flattening:
+        """Return the size of the image whose flattening is the layer's input, without channels.
+
+        None where it is none, or of one position or one channel, so that the order is the same
+        everywhere; `OWN` where that cannot be told. features: of the layer's input.
+        """
+        calls = self._connections.calls(layer)
+        if not calls:
+            return OWN if any(_may_give(each, features) for each in self._unseen) else None
+        found = {self._image(call.input_tensors[0]) for call in calls}
+        if isinstance(layer, _MIXING):
+            found |= {OWN for call in calls if self._becomes_an_image(call.outputs[0])}
+        return found.pop() if len(found) == 1 else OWN
+
+    def _image(self, tensor: Any) -> Flattening:
+        """Return the same for a tensor; None where it is no vector."""
+        found: set[Flattening] = set()
+        for maker, kept in self._behind(tensor):
+            flattening = self._made_by(maker)
+            found.add(flattening if kept or flattening is None else OWN)
+        return found.pop() if len(found) == 1 else OWN
+
+    def _behind(self, tensor: Any) -> Iterator[tuple[Any, bool]]:
+        """Yield the calls that gave a vector its features, and whether their order was kept since.
+
+        That is through what keeps a vector's length; what it does to the order may be unknown.
+        """
+        stack, seen = [(tensor, True)], set()
+        while stack:
+            vector, kept = stack.pop()
+            if (id(vector), kept) in seen:
+                continue
+            seen.add((id(vector), kept))
+            for maker in self._connections.makers(vector):
+                vectors = [each for each in maker.input_tensors if len(each.shape) == 2]
+                mixing = isinstance(maker.operation, _MIXING)
+                if mixing or not vectors or len(vectors) < len(maker.input_tensors):
+                    yield maker, kept
+                else:
+                    kept_here = kept and _keeps_order(maker.operation)
+                    stack += [(each, kept_here) for each in vectors]
+
+    def _made_by(self, maker: Any) -> Flattening:
+        operation, output = maker.operation, maker.outputs[0]
+        images = [each for each in maker.input_tensors if len(each.shape) > 2]
+        if not images or len(output.shape) != 2 or isinstance(operation, _MIXING):
+            return None
+        if _reshapes(operation):
+            return self._flattened(operation, images[0])
+        shapes = [[n or 1 for n in each.shape[1:]] for each in images]
+        several = any(prod(shape) == output.shape[1] != max(shape) for shape in shapes)
+        return OWN if several else None
+
+    def _flattened(self, operation: Any, tensor: Any) -> Flattening:
+        shape = tensor.shape[1:]
+        if sum(n != 1 for n in shape) < 2:
+            return None
+        format_, first = self._format(tensor), getattr(operation, "_channels_first", False)
+        if format_ in (None, OWN):
+            return format_ if not first else OWN
+        if format_ == "channels_first" and not first:
+            return None
+        if (format_ == "channels_first") != first:
+            return OWN
+        positions = shape[1:] if first else shape[:-1]
+        return positions if prod(positions) > 1 and prod(positions) < prod(shape) else None
+
+    def _format(self, tensor: Any) -> str | None:
+        """Return a tensor's image format; None for what is no image, `OWN` where it is unknown."""
+        found: set[str | None] = set()
+        stack, seen = [tensor], set()
+        while stack:
+            image = stack.pop()
+            if id(image) in seen:
+                continue
+            seen.add(id(image))
+            for maker in self._connections.makers(image):
+                operation = maker.operation
+                if maker.input_tensors and _keeps_format(operation):
+                    stack += maker.input_tensors
+                else:
+                    found.add(_format_of(maker))
+        return found.pop() if len(found) == 1 else OWN
+
+    def _becomes_an_image(self, tensor: Any) -> bool:
+        """Return whether the features of a vector are made the positions of an image later on."""
+        stack, seen = [tensor], set()
+        while stack:
+            vector = stack.pop()
+            if id(vector) in seen:
+                continue
+            seen.add(id(vector))
+            for node in self._connections.consumers(vector):
+                output = node.outputs[0]
+                if _reshapes(node.operation) and sum(n != 1 for n in output.shape[1:]) > 1:
+                    return True
+                if _keeps_order(node.operation):
+                    stack.append(output)
+        return False
+
+
+def _format_of(maker: Any) -> str | None:
+    """Return the image format of what a call gives, as far as the layer called tells it."""
+    operation = maker.operation
+    if hasattr(operation, "data_format") and not isinstance(operation, _layers.Flatten):
+        return operation.data_format
+    if maker.input_tensors:
+        return None if isinstance(operation, _FEATURES_LAST) else OWN
+    shape = maker.outputs[0].shape
+    if len(shape) < 4:  # which has no axis for channels
+        return None
+    formats = {"channels_last": shape[-1], "channels_first": shape[1]}
+    return next((name for name, channels in formats.items() if channels == 1), OWN)
+
+
+def _is(operation: Any, names: tuple[str, ...]) -> bool:
+    """Return whether this is one of Keras' own operations, which have no public types."""
+    cls = type(operation)
+    return cls.__name__ in names and cls.__module__.startswith("keras.src.ops")
+
+
+def _reshapes(operation: Any) -> bool:
+    return isinstance(operation, (_layers.Flatten, _layers.Reshape)) or _is(operation, ("Reshape",))
+
+
+def _keeps_order(operation: Any) -> bool:
+    if isinstance(operation, (*_ELEMENTWISE, *_MERGES)):
+        return not isinstance(operation, OverParameterized)
+    return _is(operation, (*_ELEMENTWISE_OPERATIONS, *_MERGING_OPERATIONS))
+
+
+def _keeps_format(operation: Any) -> bool:
+    return (
+        _keeps_order(operation)
+        or isinstance(operation, _layers.Concatenate)
+        or _is(operation, ("Concatenate",))
+    )
+
+
+def _may_give(layer: keras.Layer, features: int) -> bool:
+    """Return whether a flattening outside of any graph may give a layer its features."""
+    shape = (layer.get_build_config() or {}).get("input_shape")
+    if not shape or any(n is None for n in shape[1:]):
+        return True
+    return prod(shape[1:]) == features and sum(n != 1 for n in shape[1:]) > 1

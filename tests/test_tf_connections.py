@@ -1,0 +1,335 @@
+"""What the state of a Keras model takes from how its layers are connected.
+
+Nothing here names TensorFlow, so that it also runs on Keras' other backends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("tf")
+
+import keras  # noqa: E402
+from keras import layers, ops  # noqa: E402
+from keras_layers import assert_same, random_values  # noqa: E402
+
+from doconv_core import Geometry, StateError  # noqa: E402
+from doconv_core.forms import CHANNELS_FIRST, OWN  # noqa: E402
+from doconv_core.layout import to_channels_first  # noqa: E402
+from doconv_tf import DOConv2D, export_state, load_state  # noqa: E402
+
+SHAPE = (6, 5, 3)
+
+
+def convolution(padding="valid", strides=2, cls=layers.Conv2D):
+    return cls(3, 3, strides=strides, padding=padding, name="conv")
+
+
+def functional(*calls):
+    inputs = x = keras.Input(SHAPE)
+    for call in calls:
+        x = call(x)
+    return keras.Model(inputs, x)
+
+
+def pads_of(model):
+    (form,) = [f for f in export_state(model).layers.values() if f.kind == "convolution"]
+    return form.geometry.padding
+
+
+class Custom(keras.Model):
+    """A model of its own class that calls one layer after the other."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = list(parts)
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def custom(*parts):
+    model = Custom(*parts)
+    model(np.zeros((1, *SHAPE), "float32"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: functional(convolution()), ((0, 0), (0, 0))),
+        (lambda: functional(convolution("same")), ("same", "same")),
+        (lambda: functional(convolution("same", 1)), ((1, 1), (1, 1))),
+        (
+            lambda: functional(layers.ZeroPadding2D(((0, 1), (2, 3))), convolution()),
+            ((0, 1), (2, 3)),
+        ),
+        (
+            lambda: functional(layers.ZeroPadding2D(1), convolution(cls=DOConv2D)),
+            ((1, 1), (1, 1)),
+        ),
+        (
+            lambda: functional(layers.ZeroPadding2D(1), convolution("same")),
+            ("same after zeros (1, 1)",) * 2,
+        ),
+        (
+            lambda: functional(layers.ZeroPadding2D(1), layers.ReLU(), convolution()),
+            ((0, 0), (0, 0)),
+        ),
+        (
+            lambda: functional(
+                layers.ZeroPadding2D(1), layers.ZeroPadding2D((2, 0)), convolution("same", 1)
+            ),
+            ((4, 4), (2, 2)),
+        ),
+        (
+            lambda: keras.Sequential(
+                [keras.Input(SHAPE), layers.ZeroPadding2D(1), convolution(strides=1)]
+            ),
+            ((1, 1), (1, 1)),
+        ),
+        (  # of a graph within a graph, from the outside in and from the inside out
+            lambda: functional(layers.ZeroPadding2D(1), keras.Sequential([convolution()])),
+            ((1, 1), (1, 1)),
+        ),
+        (
+            lambda: functional(
+                functional(layers.ReLU(), layers.ZeroPadding2D(1)), functional_of_any(convolution())
+            ),
+            ((1, 1), (1, 1)),
+        ),
+        (lambda: custom(layers.ZeroPadding2D(1), convolution()), ((0, 0), (0, 0))),
+        (
+            lambda: custom(keras.Sequential([layers.ZeroPadding2D(1), convolution()])),
+            ((1, 1), (1, 1)),
+        ),
+    ],
+)
+def test_zeros_before_a_convolution_count_as_its_padding(model, expected):
+    assert pads_of(model()) == expected
+
+
+def functional_of_any(*calls):
+    inputs = x = keras.Input((None, None, 3))
+    for call in calls:
+        x = call(x)
+    return keras.Model(inputs, x)
+
+
+def test_a_convolution_with_several_uses_has_them_all():
+    shared, inputs = convolution("same", 1), keras.Input(SHAPE)
+    x = shared(layers.ZeroPadding2D(1)(shared(inputs)))
+    assert pads_of(keras.Model(inputs, x)) == ("(1, 1) or (2, 2)",) * 2
+    once = keras.Model(inputs, shared(inputs))  # the other use is not in this model
+    assert pads_of(once) == ((1, 1), (1, 1))
+
+
+def test_a_causal_and_a_transposed_convolution_have_pairs_too():
+    inputs = keras.Input((8, 3))
+    x = layers.Conv1D(4, 3, dilation_rate=2, padding="causal", name="a")(inputs)
+    x = layers.Conv1DTranspose(4, 3, strides=2, padding="same", name="b")(x)
+    x = layers.Conv1DTranspose(4, 3, strides=2, output_padding=1, name="c")(x)
+    x = layers.Conv1DTranspose(4, 3, strides=2, padding="same", output_padding=1, name="d")(x)
+    x = layers.Conv1DTranspose(4, 2, strides=2, name="e")(layers.ZeroPadding1D((1, 2))(x))
+    found = export_state(keras.Model(inputs, x)).layers
+    assert {path: form.geometry for path, form in found.items()} == {
+        "a": Geometry(1, 2, ((4, 0),)),
+        "b": Geometry(2, 1, ((0, 1),)),
+        "c": Geometry(2, 1, ((0, -1),)),
+        "d": Geometry(2, 1, ((0, 1),)),
+        "e": Geometry(2, 1, ((-2, -4),)),
+    }
+
+
+def test_the_order_is_that_in_which_data_meets_the_layers():
+    inputs = keras.Input(SHAPE)
+    x = layers.Conv2D(4, 1, name="stem")(inputs)
+    short = layers.Conv2D(4, 1, name="short")(x)
+    y = layers.Conv2D(4, 3, padding="same", name="first")(x)
+    y = layers.Conv2D(4, 3, padding="same", name="second")(layers.ReLU()(y))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(layers.Add()([y, short])))
+    assert list(export_state(model).layers) == ["stem", "first", "second", "short", "head"]
+    other = keras.Model(inputs, layers.Dense(2, name="head")(layers.Add()([short, y])))
+    assert list(export_state(other).layers) == ["stem", "short", "first", "second", "head"]
+
+
+def vector(*calls, shape=SHAPE):
+    """Return a model of these layers, and then a dense one of two units."""
+    inputs = x = keras.Input(shape)
+    for call in (*calls, layers.Dense(2, name="head")):
+        x = call(x)
+    return keras.Model(inputs, x)
+
+
+def merged(x):
+    return layers.Add()([layers.ReLU()(x), layers.Conv2D(3, 1)(x)])
+
+
+def two_flattened(x):
+    return layers.Concatenate()([layers.Flatten()(x), layers.Flatten()(layers.Conv2D(3, 1)(x))])
+
+
+class Mixing(layers.Layer):
+    """A layer of a class of its own that keeps the shape; what it does cannot be seen."""
+
+    def call(self, x):
+        return ops.flip(x, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "flattening"),
+    [
+        (lambda: vector(layers.Conv2D(3, 1), layers.GlobalAveragePooling2D()), None),
+        (lambda: vector(layers.Conv2D(3, 1)), None),
+        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten()), CHANNELS_FIRST),
+        (lambda: vector(layers.Conv2D(3, 1), layers.Reshape((-1,))), CHANNELS_FIRST),
+        (
+            lambda: vector(layers.Conv2D(3, 1), lambda x: ops.reshape(x, (-1, 90))),
+            CHANNELS_FIRST,
+        ),
+        (lambda: vector(layers.Conv2D(1, 1), layers.Flatten()), None),
+        (lambda: vector(layers.Conv2D(3, (6, 5)), layers.Flatten()), None),
+        (
+            lambda: vector(
+                layers.MaxPooling2D(), layers.ReLU(), merged, layers.Flatten(), layers.Dropout(0.5),
+                layers.Activation("relu"), ops.tanh,
+            ),
+            CHANNELS_FIRST,
+        ),
+        (
+            lambda: vector(
+                keras.Sequential([layers.Conv2D(3, 1), layers.ReLU()]), layers.Flatten()
+            ),
+            CHANNELS_FIRST,
+        ),
+        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten(), layers.Dense(90)), None),
+        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten(), Mixing()), OWN),
+        (lambda: vector(layers.Conv2D(3, 1), Mixing(), layers.Flatten()), OWN),
+        (lambda: vector(two_flattened), OWN),
+        (lambda: vector(layers.Conv2D(3, 1), layers.Permute((2, 1, 3)), layers.Flatten()), OWN),
+        (lambda: vector(layers.Flatten()), OWN),  # images, but in which format?
+        (lambda: vector(layers.Flatten(), shape=(28, 28, 1)), None),
+        (lambda: vector(layers.Flatten(), shape=(1, 28, 28)), None),
+        (lambda: vector(layers.Flatten(), shape=(28, 28)), None),
+        (lambda: vector(shape=(90,)), None),
+        (
+            lambda: vector(layers.Embedding(9, 4), layers.Flatten(), shape=(6,)),
+            None,
+        ),
+        (lambda: vector(layers.Conv1D(4, 3), layers.Flatten(), shape=(6, 2)), CHANNELS_FIRST),
+        (
+            lambda: vector(
+                layers.Conv2D(3, 1), layers.GlobalMaxPooling2D(), layers.Reshape((1, 1, 3)),
+                layers.Conv2D(2, 1), layers.Flatten(),
+            ),
+            None,
+        ),
+    ],
+)  # fmt: skip
+def test_a_flattened_image_is_seen(model, flattening):
+    assert export_state(model()).layers["head"].flattening == flattening
+
+
+def test_a_deep_network_is_walked_without_going_in_circles():
+    def deep(x):
+        for _ in range(400):
+            x = layers.Add()([x, x])
+        return x
+
+    model = vector(layers.Conv2D(3, 1), deep, layers.Flatten(), deep)
+    assert export_state(model).layers["head"].flattening == CHANNELS_FIRST
+    model = vector(layers.Dense(6, name="first"), deep, layers.Reshape((2, 3)), shape=(4,))
+    assert export_state(model).layers["first"].flattening == OWN
+
+
+@pytest.mark.parametrize(
+    ("end", "flattening"),
+    [
+        ([layers.Reshape((2, 1)), layers.Flatten()], None),
+        ([layers.ReLU(), layers.Reshape((2, 3))], OWN),
+        ([layers.Flatten()], None),
+    ],
+)
+def test_features_that_become_an_image_are_seen(end, flattening):
+    inputs = keras.Input((4,))
+    x = layers.Dense(6 if flattening else 2, name="head")(inputs)
+    for layer in end:
+        x = layer(x)
+    assert export_state(keras.Model(inputs, x)).layers["head"].flattening == flattening
+
+
+def test_channels_first_is_canonical_unless_flatten_turns_it():
+    first = {"data_format": "channels_first"}
+    plain = vector(layers.Conv2D(3, 1, **first), layers.Reshape((-1,)))
+    assert export_state(plain).layers["head"].flattening is None
+    turned = vector(layers.Conv2D(3, 1, **first), layers.Flatten(**first))
+    assert export_state(turned).layers["head"].flattening == CHANNELS_FIRST
+    unlike = vector(layers.Conv2D(3, 1), layers.Flatten(**first))
+    assert export_state(unlike).layers["head"].flattening == OWN
+
+
+def test_every_layer_behind_a_flattened_image_is_reordered():
+    norms = [
+        layers.BatchNormalization(name="norm"), layers.PReLU(name="prelu"),
+        layers.LayerNormalization(name="layer_norm"),
+    ]  # fmt: skip
+    model = random_values(vector(layers.Conv2D(3, 1, name="conv"), layers.Flatten(), *norms))
+    state = export_state(model)
+    kernel = keras.ops.convert_to_numpy(model.get_layer("head").kernel)
+    expected = to_channels_first(kernel.T, SHAPE[:2])
+    np.testing.assert_array_equal(state.arrays["head.weight"], expected)
+    for name in ("norm.gamma", "norm.running_var", "layer_norm.beta"):
+        layer, _, weight = name.partition(".")
+        attribute = {"running_var": "moving_variance"}.get(weight, weight)
+        values = keras.ops.convert_to_numpy(getattr(model.get_layer(layer), attribute))
+        expected = to_channels_first(values, SHAPE[:2])
+        np.testing.assert_array_equal(state.arrays[name], expected)
+    other = random_values(
+        vector(
+            layers.Conv2D(3, 1, name="conv"), layers.Flatten(),
+            layers.BatchNormalization(name="norm"), layers.PReLU(name="prelu"),
+            layers.LayerNormalization(name="layer_norm"),
+        ),
+        seed=1,
+    )  # fmt: skip
+    load_state(other, state)
+    for found, weight in zip(other.weights, model.weights, strict=True):
+        assert_same(found, weight)
+
+
+def test_groups_of_a_flattened_image_are_of_one_framework():
+    def model():
+        norm = layers.GroupNormalization(3, name="norm")
+        return vector(layers.Conv2D(3, 1, name="conv"), layers.Flatten(), norm)
+
+    state = export_state(random_values(model()))
+    assert state.layers["norm"].flattening == OWN
+    load_state(model(), state)
+
+
+def test_what_a_subclassed_model_may_flatten_is_of_one_framework():
+    def model(flatten):
+        return custom(layers.Conv2D(4, 1, name="conv"), flatten, layers.Dense(2, name="head"))
+
+    seen = model(layers.Flatten())
+    assert export_state(seen).layers["head"].flattening == OWN
+    hidden = model(layers.Lambda(lambda x: ops.reshape(x, (-1, 6 * 5 * 4)), output_shape=(120,)))
+    assert export_state(hidden).layers["head"].flattening == OWN
+    pooled = model(layers.GlobalAveragePooling2D())
+    assert export_state(pooled).layers["head"].flattening is None
+    other = model(layers.Flatten())
+    load_state(other, export_state(seen))
+    graph = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            layers.Conv2D(4, 1, name="conv"),
+            layers.Flatten(),
+            layers.Dense(2, name="head"),
+        ]
+    )
+    with pytest.raises(StateError, match="'head' may have the features of a flattened image, in "):
+        load_state(graph, export_state(seen))

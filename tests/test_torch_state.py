@@ -1,0 +1,231 @@
+"""The canonical state of PyTorch modules."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
+
+from doconv_core import BatchNormSpec, State, StateError  # noqa: E402
+from doconv_torch import DOConv2d, export_state, load_state  # noqa: E402
+
+
+def network(multiplier=12, bias=True, cls=DOConv2d):
+    options = {"depth_multiplier": multiplier} if cls is DOConv2d else {}
+    convolution = cls(4, 6, 3, groups=2, bias=bias, **options)
+    return nn.Sequential(
+        convolution, nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.Linear(150, 3)
+    )
+
+
+def image(**options):
+    return torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(1), **options)
+
+
+class Owner(nn.Module):
+    """A module of a type of its own with a parameter, or with a buffer, in its state or not."""
+
+    def __init__(self, persistent=None):
+        super().__init__()
+        if persistent is None:
+            self.scale = nn.Parameter(torch.ones(3))
+        else:
+            self.register_buffer("mask", torch.ones(3), persistent)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: pruned(network()), lambda: network().to("meta")])
+def test_what_cannot_be_exported_is_named(make):
+    with pytest.raises((TypeError, ValueError), match="'0"):
+        export_state(make())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Owner(), "'1' is a Owner with 'scale'; a canonical state holds convolutions, transposed"),
+        (nn.LSTM(3, 4), "'1' is a LSTM with 'weight_ih_l0', .*; a canonical state holds"),
+        (nn.LazyConv2d(3, 3), "'1' is a LazyConv2d with 'weight', 'bias'"),
+        (parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), "'1' is a ParametrizedConv2d with 'bi"),
+        (nn.BatchNorm2d(3, momentum=None), "momentum=None, the average of all batches, has no co"),
+        (nn.BatchNorm2d(3, track_running_stats=False), "a batch norm without running statistics"),
+        (
+            nn.InstanceNorm2d(3, track_running_stats=True),
+            "an instance norm with running statistics has no counterpart",
+        ),
+        (nn.LayerNorm((3, 4)), "a layer norm over several axes has no counterpart"),
+        (nn.Embedding(3, 4, max_norm=1.0), "max_norm, which rescales the rows, has no counterpart"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_module_without_a_counterpart_is_named(module, message):
+    with pytest.raises(TypeError, match=message):
+        export_state(nn.Sequential(nn.Conv2d(1, 1, 1), module))
+
+
+def test_buffers_outside_the_state_dict_do_not_matter():
+    other = network()
+    model = network().append(Owner(persistent=False))
+    load_state(model, export_state(other))
+    assert torch.equal(model[:5](image()), other(image()))
+
+
+def test_state_goes_out_and_in():
+    model, other = network(), network()
+    nn.init.normal_(model[0].depthwise_weight)
+    state = export_state(model)
+    load_state(other, state)
+    assert torch.equal(other(image()), model(image()))
+    assert state.origin == {"framework": "torch", "version": torch.__version__}
+    assert export_state(model[0]).arrays.keys() == {"weight", "depthwise_weight", "bias"}
+
+
+def test_an_ordinary_state_enters_an_over_parameterized_model():
+    plain, model = network(cls=nn.Conv2d), network()
+    nn.init.normal_(model[0].depthwise_weight)
+    load_state(model, export_state(plain))
+    assert torch.equal(model(image()), plain(image()))
+
+
+def test_bfloat16_state_loses_no_bit():
+    model, other = network().bfloat16(), network().bfloat16()
+    state = export_state(model)
+    assert state.arrays["0.weight"].dtype == np.float32
+    load_state(other, state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_a_batch_norm_brings_its_statistics_and_leaves_its_count():
+    model, other = nn.BatchNorm2d(4, 1e-3, 0.25), nn.BatchNorm2d(4, 1e-3, 0.25)
+    for _ in range(3):
+        model(image())
+    state = export_state(model)
+    assert state.layers[""].spec == BatchNormSpec(4, 1e-3, 0.25)
+    assert list(state.arrays) == ["gamma", "beta", "running_mean", "running_var"]
+    load_state(other, state)
+    assert torch.equal(other.eval()(image()), model.eval()(image()))
+    assert (model.num_batches_tracked, other.num_batches_tracked) == (3, 0)
+
+
+def test_parameters_that_layers_share_are_stored_with_each_and_must_agree():
+    embedding, linear = nn.Embedding(5, 4), nn.Linear(4, 5)
+    linear.weight = embedding.weight
+    model = nn.ModuleDict({"embedding": embedding, "linear": linear})
+    state = export_state(model)
+    np.testing.assert_array_equal(state.arrays["linear.weight"], state.arrays["embedding.weight"])
+    arrays = {name: array + 1 for name, array in state.arrays.items()}
+    load_state(model, State(state.layers, arrays))
+    assert linear.weight is embedding.weight
+    np.testing.assert_array_equal(embedding.weight.detach().numpy(), arrays["embedding.weight"])
+    arrays["linear.weight"] = arrays["linear.weight"] + 1
+    with pytest.raises(
+        StateError, match=r"'embedding.weight' and 'linear.weight' are one parameter in the model"
+    ):
+        load_state(model, State(state.layers, arrays))
+
+
+def test_a_module_that_occurs_twice_is_stored_once():
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    assert list(export_state(nn.Sequential(layer, nn.ReLU(), layer)).layers) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("model", "padding"),
+    [
+        (lambda c: nn.Sequential(nn.ZeroPad2d((1, 2, 3, 4)), c), ((4, 5), (2, 3))),
+        (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.0), c), ((2, 2), (2, 2))),
+        (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.5), c), ((1, 1), (1, 1))),
+        (lambda c: nn.Sequential(nn.ReflectionPad2d(1), c), ((1, 1), (1, 1))),
+        (lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.ReLU(), c), ((1, 1), (1, 1))),
+        (
+            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d(2), nn.Sequential(c)),
+            ((4, 4), (4, 4)),
+        ),
+        (lambda c: nn.ModuleList([nn.ZeroPad2d(1), c]), ((1, 1), (1, 1))),
+        (
+            lambda c: nn.Sequential(nn.ZeroPad2d(1), c, c),
+            ("(1, 1) or (2, 2)", "(1, 1) or (2, 2)"),
+        ),
+    ],
+)
+def test_zeros_before_a_convolution_count_as_its_padding(model, padding):
+    state = export_state(model(nn.Conv2d(4, 4, 3, padding=1)))
+    assert next(iter(state.layers.values())).geometry.padding == padding
+
+
+def test_zeros_before_a_padding_of_another_mode_are_told_apart():
+    convolution = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    alone = export_state(convolution).layers[""].geometry
+    assert (alone.padding, alone.padding_mode) == (((1, 1), (1, 1)), "reflect")
+    padded = export_state(nn.Sequential(nn.ZeroPad2d((1, 0, 0, 0)), convolution)).layers["1"]
+    assert padded.geometry.padding == ((1, 1), "(1, 1) after zeros (1, 0)")
+
+
+def test_zeros_before_a_transposed_convolution_are_so_many_strides_of_output():
+    convolution = nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1)
+    padded = nn.Sequential(nn.ZeroPad2d(1), convolution)
+    state = export_state(padded)
+    assert state.layers["1"].geometry.padding == ((-1, -1), (-1, -1))
+    cropped = nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1)
+    with pytest.raises(StateError, match=r"padding is \(\(-1, -1\), .* in the state, \(\(1, 1\)"):
+        load_state(cropped, state, match={"1": ""})
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: network(cls=nn.Conv2d), StateError, "'0.depthwise_weight'.*Fold the model"),
+        (lambda: network(18), StateError, "'0.weight' is of .*multiplier=12.*multiplier=18"),
+        (lambda: network(bias=False), StateError, "'0.bias' is there; expected a layer without"),
+        (lambda: nn.Sequential(*network(), nn.Linear(3, 2)), StateError, "'5' is not in the state"),
+        (
+            lambda: network().append(nn.BatchNorm1d(3)),
+            StateError,
+            "layer '5' is not in the state, though the model has it",
+        ),
+        (lambda: network().to("meta"), ValueError, "'0.weight' is on the meta device"),
+        (lambda: pruned(network()), TypeError, "'0', a DOConv2d, has .*'weight_orig'.*expected 'w"),
+        (lambda: network().append(Owner(persistent=True)), TypeError, "'5' is a Owner with 'mask'"),
+        (
+            lambda: nn.Sequential(*network()[:4], nn.Linear(150, 3, dtype=torch.complex64)),
+            TypeError,
+            "'4.weight' is torch.complex64; expected one of torch.float64",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
+    state, model = export_state(network()), model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        load_state(model, state)
+    for name, value in model.state_dict().items():
+        assert value.is_meta or torch.equal(value, before[name])
+
+
+def test_numbers_that_the_model_cannot_hold_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
+    before = copy.deepcopy(model.state_dict())
+    state = export_state(model.float())
+    model[1].half()
+    arrays = {**state.arrays, "1.bias": np.array([1.0, -7e4], np.float32)}
+    with pytest.raises(StateError, match=r"'1.bias' has 70000, which the model's float16 cannot"):
+        load_state(model, State(state.layers, arrays))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    arrays["1.bias"] = np.array([np.inf, np.nan], np.float32)
+    load_state(model, State(state.layers, arrays))
+    assert model[1].bias.isinf()[0]
+    assert model[1].bias.isnan()[1]
