@@ -5,6 +5,7 @@ Letters as in the paper and throughout this project: `I` input and `O` output ch
 """
 
 from doconv_core.backends import available_backends, require_framework
+from doconv_core.checkpoint import Checkpoint, CheckpointError, fold_checkpoint, open_checkpoint
 from doconv_core.compose import compose, compose_gradient, feature_compose, from_kernel, identity
 from doconv_core.convolve import (
     ConvolutionGradients,
@@ -32,10 +33,13 @@ from doconv_core.model import Change, Converted, Left, Report, Selection, larges
 from doconv_core.numeric import Difference, difference
 from doconv_core.spec import ConvSpec
 from doconv_core.state import State, StateError, read_state, write_state
+from doconv_core.upstream import Upstream, read_upstream
 
 __all__ = [
     "BatchNormSpec",
     "Change",
+    "Checkpoint",
+    "CheckpointError",
     "ConvSpec",
     "Converted",
     "ConvolutionGradients",
@@ -56,6 +60,7 @@ __all__ = [
     "State",
     "StateError",
     "TransposedConvSpec",
+    "Upstream",
     "available_backends",
     "compose",
     "compose_gradient",
@@ -64,15 +69,18 @@ __all__ = [
     "difference",
     "feature_compose",
     "fit_state",
+    "fold_checkpoint",
     "from_canonical",
     "from_kernel",
     "fuse_batchnorm",
     "identity",
     "largest_difference",
     "layer_cost",
+    "open_checkpoint",
     "pad",
     "pad_gradient",
     "read_state",
+    "read_upstream",
     "require_framework",
     "to_canonical",
     "write_state",

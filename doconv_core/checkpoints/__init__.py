@@ -1,0 +1,1 @@
+"""The formats of checkpoint files that need no framework, and what all formats share."""

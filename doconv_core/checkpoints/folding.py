@@ -1,0 +1,199 @@
+"""Composing a checkpoint's layers, and what becomes of each of its entries when it is folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doconv_core.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Layer,
+    check_finite,
+)
+from doconv_core.checkpoints.composition import (
+    canonical_upstream,
+    compose_blocks,
+    compose_upstream,
+)
+from doconv_core.checkpoints.reference import ORIGIN
+from doconv_core.checkpoints.shapes import Shape, kept_shape
+from doconv_core.fold import NotFoldable
+from doconv_core.layout import from_canonical, to_canonical
+from doconv_core.model import Change, Left, Report
+from doconv_core.spec import ConvSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """An entry of the folded file. source: of the entry it is or comes from. layer: if folded."""
+
+    name: str
+    source: str
+    shape: Shape
+    layer: Layer | None = None
+
+
+def is_folded(layer: Layer) -> bool:
+    """Return whether folding changes the layer: a reference layer of one tap has another shape."""
+    return layer.over_parameterized or layer.origin.startswith(ORIGIN)
+
+
+def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
+    """As `Checkpoint.pair`."""
+    weight = _weight(checkpoint, layer)
+    if not layer.over_parameterized:
+        if layer.kernel_shape is not None:
+            weight = weight.reshape(layer.kernel_shape)
+        return weight, None
+    depthwise = checkpoint.read(layer.entries["depthwise_weight"])
+    if layer.origin.startswith(ORIGIN):
+        framework = layer.origin.removeprefix(ORIGIN)
+        identity = _identity(checkpoint, layer)
+        try:
+            return canonical_upstream(framework, weight, depthwise, identity)
+        except NotFoldable as error:
+            raise NotFoldable(f"layer {layer.name!r}: {error}") from None
+    return weight.reshape(*weight.shape[:2], -1), depthwise
+
+
+def kernel(checkpoint: Checkpoint, layer: Layer) -> Array:
+    """As `Checkpoint.kernel`."""
+    if layer.kernel_shape is None:
+        problem = layer.note or f"its kind, {layer.kind}, has no kernel"
+        raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {problem}.")
+    weight = _weight(checkpoint, layer)
+    if layer.over_parameterized:
+        depthwise = checkpoint.read(layer.entries["depthwise_weight"])
+        with np.errstate(all="ignore"):  # what overflows is in the result
+            weight = _composed(checkpoint, layer, weight, depthwise)
+    return weight.reshape(layer.kernel_shape)
+
+
+def _composed(checkpoint: Checkpoint, layer: Layer, weight: Array, depthwise: Array) -> Array:
+    if not layer.origin.startswith(ORIGIN):
+        return compose_blocks(weight.reshape(*weight.shape[:2], -1), depthwise)
+    framework = layer.origin.removeprefix(ORIGIN)
+    return compose_upstream(framework, weight, depthwise, _identity(checkpoint, layer))
+
+
+def _weight(checkpoint: Checkpoint, layer: Layer) -> Array:
+    """Return W in canonical order, `(O, I/g, taps…)`."""
+    return to_canonical(checkpoint.read(layer.entries["weight"]), layer.layout)
+
+
+def _identity(checkpoint: Checkpoint, layer: Layer) -> Array | None:
+    name = layer.entries.get("identity")
+    return None if name is None else checkpoint.read(name)
+
+
+def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
+    """Return the layer's kernel as the folded file keeps it; NotFoldable if it is not finite."""
+    composed = check_finite(layer, kernel(checkpoint, layer))
+    return from_canonical(composed, layer.layout, _groups(layer)).reshape(shape)
+
+
+def folded_shape(layer: Layer) -> Shape:
+    """Return the shape of the folded kernel in the file, in the layout of its framework."""
+    assert layer.kernel_shape is not None  # as `report_on` has checked
+    return kept_shape(layer.kernel_shape, layer.layout, _groups(layer))
+
+
+def _groups(layer: Layer) -> int:
+    return layer.spec.groups if isinstance(layer.spec, ConvSpec) else 1
+
+
+def outputs(checkpoint: Checkpoint) -> list[Output]:
+    """Return the entries of the folded file, in their order."""
+    folded: dict[str, Output] = {}
+    dropped: set[str] = set()
+    for layer in checkpoint.layers:
+        if is_folded(layer):
+            source = layer.entries["weight"]
+            name = folded_name(layer)
+            folded[source] = Output(name, source, folded_shape(layer), layer)
+            dropped |= {layer.entries[r] for r in GONE if r in layer.entries}
+    found = [
+        folded.get(name) or Output(name, name, entry.shape)
+        for name, entry in checkpoint.entries.items()
+        if name not in dropped
+    ]
+    check_names(checkpoint, [output.name for output in found])
+    return found
+
+
+GONE = ("depthwise_weight", "identity")
+
+
+def folded_name(layer: Layer) -> str:
+    """Return the name of the folded kernel's entry: W's, which the reference calls otherwise."""
+    name = layer.entries["weight"]
+    if layer.origin == f"{ORIGIN}PyTorch":
+        return name.removesuffix("W") + "weight"
+    return name
+
+
+def check_names(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise CheckpointError where folding would give two entries one name."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CheckpointError(
+                f"{checkpoint.path}: a folded kernel would be named {name!r}, as another entry is."
+            )
+        seen.add(name)
+
+
+def report_on(checkpoint: Checkpoint) -> Report:
+    """Return what folding the file will do; raise for a layer that cannot be folded.
+
+    Parameters are the elements of the first copy of the model, without its batch norms' statistics.
+    """
+    changed, left = [], []
+    first = checkpoint.parts[0] if checkpoint.parts else ""
+    before = after = 0
+    for layer in checkpoint.layers:
+        sizes = {role: checkpoint.entries[name].size for role, name in layer.entries.items()}
+        count = sum(size for role, size in sizes.items() if role not in STATISTICS)
+        folded = count
+        if is_folded(layer):
+            if layer.kernel_shape is None:
+                raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
+            folded += prod(layer.kernel_shape) - sizes["weight"]
+            folded -= sum(sizes.get(role, 0) for role in GONE)
+            changed.append(Change(layer.name, *_words(layer, checkpoint)))
+        elif layer.note:
+            left.append(Left(layer.name, layer.kind, layer.note))
+        if layer.part == first:
+            before, after = before + count, after + folded
+    return Report("folded", tuple(changed), tuple(left), before, after)
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
+    assert layer.kernel_shape is not None  # as the caller has checked
+    size = "×".join(map(str, layer.kernel_shape[2:]))
+    origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
+    before = "one tap" + origin
+    if layer.over_parameterized:
+        depthwise = checkpoint.entries[layer.entries["depthwise_weight"]].shape
+        multiplier = depthwise[1] if layer.layout == "*IO" and origin else depthwise[-1]
+        if layer.origin == f"{ORIGIN}Gluon":
+            multiplier = depthwise[1]
+        before = f"over-parameterized, S = {multiplier}{origin}"
+    after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
+    return before, after
+
+
+def layer_of_entry(layers: tuple[Layer, ...]) -> Mapping[str, Layer]:
+    """Return the layers by the name of each of their entries."""
+    return {name: layer for layer in layers for name in layer.entries.values()}

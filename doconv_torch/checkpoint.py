@@ -1,0 +1,271 @@
+"""PyTorch's files: state dicts in zip archives and legacy pickles; `weights_only=True` always."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from doconv_core.checkpoint import Checkpoint, CheckpointError, Entry, Layer
+from doconv_core.checkpoints.archive import open_archive
+from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
+from doconv_core.checkpoints.formats import PYTORCH, recognise
+from doconv_core.checkpoints.layers import find_layers
+from doconv_core.checkpoints.names import check_names, without_wrappers
+from doconv_core.checkpoints.sizes import Sizes
+from doconv_torch.writing import save
+
+MAX_DEPTH = 8  # of dicts in dicts, among which state dicts are looked for
+NO_MODEL = re.compile("optim|sched|scaler")
+AVERAGED = re.compile("(^|[^a-z])(ema|swa|averaged?|shadow)([^a-z]|$)")
+EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
+
+
+class PyTorchCheckpoint(Checkpoint):
+    """An open PyTorch file. Its state dicts may lie in dicts; what else is there, is carried over.
+
+    Raises CheckpointError where the file is damaged or hostile, or holds anything but tensors and
+    plain containers, or no state dict.
+    """
+
+    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = path
+        self._zipped = recognise(path) == PYTORCH
+        self.format = "PyTorch" if self._zipped else "PyTorch (legacy)"
+        stored, mapped = path.stat().st_size, False
+        if self._zipped:
+            stored, mapped = _stored_bytes(path)
+        self._content = _load(path, mapped)
+        self._states = _StateDicts(self._content)
+        self._dicts, self.others = self._states.found, tuple(self._states.others)
+        if not self._dicts:
+            raise CheckpointError(
+                f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep."
+            )
+        named = [
+            (_joined(part, key), value)
+            for part, state in self._dicts.items()
+            for key, value in _tensors_of(state).items()
+        ]
+        check_names(path, (name for name, _ in named))
+        self._tensors: dict[str, Tensor] = dict(named)
+        self._check_storages(stored)
+        self.entries = {
+            name: Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._tensors.items()
+        }
+        self.layers = self._find_layers(Sizes(kernel_sizes))
+
+    def _check_storages(self, stored: int) -> None:
+        """Raise CheckpointError where tensors have more bytes than the file; PyTorch does not."""
+        storages = (t.untyped_storage() for t in self._tensors.values() if not t.is_meta)
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        if sum(sizes.values()) > stored:
+            raise CheckpointError(
+                f"{self.path} is no whole PyTorch file: its tensors are said to have "
+                f"{sum(sizes.values())} bytes, and {stored} are there."
+            )
+
+    def _find_layers(self, sizes: Sizes) -> tuple[Layer, ...]:
+        models = [part for part in self._dicts if not AVERAGED.search(part.lower())]
+        only = (models or list(self._dicts))[0] if len(models) <= 1 else None
+        layers: list[Layer] = []
+        for part in sorted(self._dicts, key=lambda part: part not in models):
+            state = self._dicts[part]
+            names = without_wrappers(list(_tensors_of(state)))
+            keys = {key: _joined(part, name) for key, name in names.items()}
+            label = "" if part == only else part
+            layers += find_layers(self.entries, keys, sizes, part=label, framework="PyTorch")
+        sizes.check_used()
+        return tuple(layers)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return an entry's values, as `Checkpoint.read` says."""
+        tensor = self._tensors[name].detach()
+        size = tensor.numel() * tensor.element_size()
+        if tensor.is_meta or size > max(EXPANDED, tensor.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"{self.path}: entry {name!r} has the shape {tuple(tensor.shape)}, and "
+                f"{tensor.untyped_storage().nbytes()} bytes."
+            )
+        if tensor.dtype.is_floating_point and tensor.element_size() < 4:
+            tensor = tensor if tensor.dtype == torch.float16 else tensor.float()
+        return tensor.resolve_conj().resolve_neg().numpy()
+
+    def write_folded(self, target: Path, report: Callable[[], None]) -> None:
+        """Write the file, folded, as `Checkpoint.write_folded` says."""
+        planned = {output.source: output for output in outputs(self)}
+        done: dict[Any, Tensor] = {}
+        parts = {id(state): part for part, state in self._dicts.items()}
+        copies: dict[int, Any] = {}
+
+        def rebuilt(value: Any) -> Any:
+            if not self._states.holds(value) or id(value) in copies:
+                return copies.get(id(value), value)
+            if id(value) in parts:
+                new = self._folded_state(parts[id(value)], planned, done, report)
+            else:
+                new = copy.copy(value)
+            copies[id(value)] = new
+            for key, inner in list(new.items()):
+                if isinstance(inner, dict):
+                    new[key] = rebuilt(inner)
+            return new
+
+        try:
+            save(rebuilt(self._content), target, _use_new_zipfile_serialization=self._zipped)
+        except RecursionError as error:
+            raise CheckpointError(f"{self.path} is nested too deeply to be written.") from error
+
+    def _folded_state(
+        self, part: str, planned: Mapping[str, Output], done: dict[Any, Tensor],
+        report: Callable[[], None],
+    ) -> Any:  # fmt: skip
+        state = self._dicts[part]
+        folded = copy.copy(state)  # with what PyTorch keeps beside the entries of a state dict
+        folded.clear()
+        for key, value in state.items():
+            name = _joined(part, str(key))
+            output = planned.get(name)
+            if not (isinstance(key, str) and name in self._tensors) or (
+                output is not None and output.layer is None
+            ):
+                folded[key] = value
+            elif output is not None:
+                new_key = output.name.removeprefix(_joined(part, "")) if part else output.name
+                folded[new_key] = self._folded_tensor(output, done)
+                report()
+        return folded
+
+    def _folded_tensor(self, output: Output, done: dict[Any, Tensor]) -> Tensor:
+        """Return the kernel as a tensor, the same one for layers that share W and D."""
+        assert output.layer is not None  # as the caller has checked
+        sources = [self._tensors[name] for role, name in output.layer.entries.items()
+                   if role in ("weight", "depthwise_weight", "identity")]  # fmt: skip
+        shared = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
+        if shared not in done:
+            old = self._tensors[output.source]
+            kernel = folded_kernel(self, output.layer, output.shape)
+            tensor = torch.from_numpy(np.ascontiguousarray(kernel)).to(old.dtype)
+            if tensor.ndim == 4 and old.ndim == 4 and _is_channels_last(old):
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            if isinstance(old, nn.Parameter):
+                tensor = nn.Parameter(tensor, old.requires_grad)
+            done[shared] = tensor
+        return done[shared]
+
+    def close(self) -> None:
+        """Release what was read."""
+        self._content = self._states = None
+        self._dicts, self._tensors = {}, {}
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    last = tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def _tensors_of(state: dict[Any, Any]) -> dict[str, Tensor]:
+    return {k: value for k, value in state.items() if isinstance(k, str) and _is_dense(value)}
+
+
+def _joined(part: str, key: str) -> str:
+    return f"{part}/{key}" if part else key
+
+
+def _stored_bytes(path: Path) -> tuple[int, bool]:
+    """Return how many bytes of tensors an archive has, and whether they lie in it as they are.
+
+    Raises CheckpointError for an archive of another kind.
+    """
+    with open_archive(path) as archive:
+        members = archive.infolist()
+    if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, whose layers are code; fold the model and save "
+            "model.state_dict() before scripting it."
+        )
+    tensors = [member for member in members if "/data/" in member.filename]
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in tensors)
+    return sum(member.file_size for member in tensors), stored
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # What PyTorch cannot read of another pickle protocol is an error all the same.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
+        raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error
+
+
+def _problem(error: Exception) -> str:
+    """Return what is wrong with a file that PyTorch has refused, of all that it says."""
+    text = str(error)
+    named = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", text)
+    if named:
+        return (
+            f"needs {named[1]} to be read; only tensors and plain containers are, by "
+            "weights_only=True: save model.state_dict()"
+        )
+    if "Unsupported operand" in text:
+        return (
+            "is pickled in another way than torch.save does by default, which weights_only=True "
+            "does not read; save it again, without pickle_protocol="
+        )
+    said = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
+    return f"is no whole PyTorch file: {said.strip().rstrip('.') or type(error).__name__}"
+
+
+class _StateDicts:
+    """The state dicts in what a file holds, by the keys that lead to them, and what is above them.
+
+    A dict that is reached twice counts once.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self.others: list[str] = []
+        self._above: set[int] = set()
+        self._seen: set[int] = set()
+        self._visit(content, "", 0)
+
+    def holds(self, value: Any) -> bool:
+        """Return whether `value` is one of them, or a dict above one."""
+        return id(value) in self._above
+
+    def _visit(self, content: Any, path: str, depth: int) -> bool:
+        if not isinstance(content, dict) or id(content) in self._seen or depth > MAX_DEPTH:
+            return self.holds(content)
+        self._seen.add(id(content))
+        tensors = [v for key, v in content.items() if isinstance(key, str) and _is_dense(v)]
+        is_state = any(tensor.ndim > 1 for tensor in tensors)
+        if is_state:
+            self.found[path] = content
+        others = []
+        below = False
+        for key, value in content.items():
+            name = _joined(path, str(key))
+            is_text = isinstance(key, str)
+            followed = is_text and not NO_MODEL.search(key.lower())
+            if followed and self._visit(value, name, depth + 1):
+                below = True
+            elif not (is_state and is_text and _is_dense(value)):
+                others.append(name)
+        if is_state or below:
+            self._above.add(id(content))
+            self.others += others
+        return is_state or below
