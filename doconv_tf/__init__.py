@@ -13,14 +13,28 @@ except ModuleNotFoundError as error:
         "Keras is chosen by the environment variable KERAS_BACKEND, and installed by itself.)"
     ) from error
 
-from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv2D  # noqa: E402
+from doconv_tf.depthwise_conv import (  # noqa: E402
+    DODepthwiseConv1D,
+    DODepthwiseConv2D,
+    DOSeparableConv1D,
+    DOSeparableConv2D,
+)
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
+from doconv_tf.model import fold, over_parameterize  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
+from doconv_tf.verify import verify  # noqa: E402
 
 __all__ = [
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
+    "DODepthwiseConv1D",
     "DODepthwiseConv2D",
+    "DOSeparableConv1D",
+    "DOSeparableConv2D",
     "export_state",
+    "fold",
     "load_state",
+    "over_parameterize",
+    "verify",
 ]

@@ -7,7 +7,6 @@ kernel in the order `(*kernel_size, I, O/I)`. W has the ordinary kernel's shape 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import keras
@@ -17,6 +16,7 @@ from keras import ops
 from doconv_core.fold import NotFoldable
 from doconv_core.layout import from_canonical
 from doconv_core.spec import ConvSpec
+from doconv_tf.ordinary import like, policy_of, put
 
 D_ENTRY = "depthwise_kernel"  # D's name in a store, where the ordinary variables have numbers
 
@@ -29,7 +29,9 @@ class OverParameterized:
 
     ordinary: the layer it stands in for. layout: the core's word for that layer's kernel.
     multiplier_name: of the argument S. w_prefix, d_prefix: with what the names of the arguments for
-    W's and D's initializer, regularizer and constraint begin. `_spec(I)` gives the sizes.
+    W's and D's initializer, regularizer and constraint begin. kernel_name: the attribute that is
+    the composed kernel; w_name: of W among the variables; d_name: the attribute that is D.
+    `_spec(I)` gives the sizes.
     """
 
     ordinary: type[keras.Layer]
@@ -37,6 +39,8 @@ class OverParameterized:
     multiplier_name: str
     w_prefix: str
     d_prefix: str
+    kernel_name = w_name = "kernel"
+    d_name = D_ENTRY
 
     def _set_depthwise(
         self, spec: ConvSpec, initializer: Any, regularizer: Any, constraint: Any
@@ -56,15 +60,19 @@ class OverParameterized:
         self.compute_output_shape(input_shape)  # raises where nothing would be left
         self.input_spec = keras.InputSpec(min_ndim=self.rank + 2, axes={axis: spec.in_channels})
         self.spec = spec
-        self._kernel = self._add("kernel", self._shape(spec.parameter_shape), self.w_prefix, False)
-        self.bias = None
-        if self.use_bias:
-            self.bias = self._add("bias", (spec.out_channels,), "bias", True)
-        self.depthwise_kernel = None
+        shape = self._shape(spec.parameter_shape)
+        self._kernel = self._add(self.w_name, shape, self.w_prefix, False)
+        self._add_ordinary(spec)
+        depthwise = None
         if spec.depthwise_shape is not None:
-            self.depthwise_kernel = self._add(D_ENTRY, spec.depthwise_shape, self.d_prefix, False)
-            if self.depthwise_kernel.regularizer is None:
-                self.depthwise_kernel.regularizer = self._kernel.regularizer
+            depthwise = self._add(self.d_name, spec.depthwise_shape, self.d_prefix, False)
+            if depthwise.regularizer is None:
+                depthwise.regularizer = self._kernel.regularizer
+        setattr(self, self.d_name, depthwise)
+
+    def _add_ordinary(self, spec: ConvSpec) -> None:
+        """Create what the ordinary layer has behind its kernel."""
+        self.bias = self._add("bias", (spec.out_channels,), "bias", True) if self.use_bias else None
 
     def _add(self, name: str, shape: tuple[int, ...], prefix: str, autocast: bool) -> Any:
         options = {
@@ -87,9 +95,10 @@ class OverParameterized:
         kernel of one tap is W itself. Raises ValueError if the layer is not built.
         """
         self._require_built()
-        if self.depthwise_kernel is None:
+        depthwise = getattr(self, self.d_name)
+        if depthwise is None:
             return ops.convert_to_tensor(self._kernel)
-        kernel = _compose(self._kernel, self.depthwise_kernel, self.spec)
+        kernel = _compose(self._kernel, depthwise, self.spec)
         return ops.reshape(kernel, self._shape(self.spec.kernel_shape))
 
     def fold(self) -> keras.Layer:
@@ -99,18 +108,25 @@ class OverParameterized:
         activation that is a layer with weights is cloned. Raises ValueError if the layer is not
         built, NotFoldable for a subclass that computes something else.
         """
+        self.check_foldable()
+        layer = like(self, self.ordinary)
+        kernel = getattr(layer, self.kernel_name)
+        put(kernel, self.composed_kernel())
+        kernel.trainable = any(v.trainable for v in self._composed_variables())
+        return layer
+
+    def check_foldable(self) -> None:
+        """Raise what `fold` would raise."""
         cls = type(self)
         plain = {name: getattr(self.ordinary, name, None) for name in ("call", "convolution_op")}
-        for name, method in {**plain, "kernel": OverParameterized.kernel}.items():
+        for name, method in {**plain, self.kernel_name: OverParameterized.kernel}.items():
             if getattr(cls, name, None) is not method:
                 raise NotFoldable(
                     f"{cls.__module__}.{cls.__qualname__} has a {name} of its own, so the "
                     "convolution it would be folded to might compute something else; fold() is for "
                     "the plain layer."
                 )
-        kernel = self.composed_kernel()
-        trainable = any(v.trainable for v in self._composed_variables())
-        return _filled(self.ordinary, self, {}, kernel, trainable)
+        self._require_built()
 
     @classmethod
     def _from_conv(cls, conv: keras.Layer, multiplier: int | None) -> Any:
@@ -129,8 +145,19 @@ class OverParameterized:
                 f"layer {conv.name!r} is not built, so it has no kernel to take over. Build it, or "
                 f"create a {cls.__name__} in its place."
             )
-        options = {cls.multiplier_name: multiplier}
-        return _filled(cls, conv, options, conv.kernel, conv.kernel.trainable)
+        layer = like(conv, cls, {cls.multiplier_name: multiplier})
+        kernel = getattr(conv, cls.kernel_name)
+        put(layer._kernel, _as_w(kernel, layer.spec))
+        for variable in layer._composed_variables():
+            variable.trainable = kernel.trainable
+        return layer
+
+    def own_names(self) -> frozenset[str]:
+        """Return the names of the attributes that this layer or the ordinary one has alone."""
+        kinds = ("initializer", "regularizer", "constraint")
+        names = {"spec", "_kernel", self.kernel_name, self.d_name, self.multiplier_name}
+        names |= {f"{self.d_prefix}_{kind}" for kind in kinds}
+        return frozenset(names)
 
     def get_config(self) -> dict[str, Any]:
         """Return the ordinary layer's configuration, and what concerns D."""
@@ -202,11 +229,16 @@ class OverParameterized:
         return from_canonical(np.empty(canonical), self.layout, self.spec.groups).shape
 
     def _composed_variables(self) -> list[Any]:
-        return [v for v in (self._kernel, self.depthwise_kernel) if v is not None]
+        return [v for v in (self._kernel, getattr(self, self.d_name)) if v is not None]
 
     def _stored_variables(self) -> dict[str, Any]:
-        variables = {"0": self._kernel, "1": self.bias, D_ENTRY: self.depthwise_kernel}
-        return {name: variable for name, variable in variables.items() if variable is not None}
+        ordinary = [v for v in (self._kernel, *self._behind_the_kernel()) if v is not None]
+        variables = {str(n): variable for n, variable in enumerate(ordinary)}
+        depthwise = getattr(self, self.d_name)
+        return variables if depthwise is None else {**variables, D_ENTRY: depthwise}
+
+    def _behind_the_kernel(self) -> list[Any]:
+        return [self.bias]
 
     def _check_entries(self, values: dict[str, Any], variables: dict[str, Any]) -> None:
         if not values:
@@ -236,14 +268,6 @@ class OverParameterized:
         )
 
 
-def policy_of(layer: keras.Layer) -> Any:
-    """Return the dtype policy in force for `layer`, also where a map gives one to each path."""
-    policy = layer.dtype_policy
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap) and layer.path:
-        return policy[layer.path]
-    return policy
-
-
 def _compose(weight: Any, depthwise: Any, spec: ConvSpec) -> Any:
     """Return `W·(E + D)ᵀ`, `(M, I/g, g, O/g)`: a product for each input channel, added to W.
 
@@ -268,54 +292,3 @@ def _as_w(kernel: Any, spec: ConvSpec) -> Any:
         return kernel
     flat = ops.reshape(kernel, (spec.taps, *kernel.shape[-2:]))
     return ops.pad(flat, [(0, spec.depth_multiplier - spec.taps), (0, 0), (0, 0)])
-
-
-def _filled(
-    cls: type[Any], like: Any, options: dict[str, Any], kernel: Any, trainable: bool
-) -> Any:
-    """Return a new, built `cls` with the arguments and bias of `like`, and this ordinary kernel.
-
-    trainable: whether what holds the kernel is; in a DO-Conv layer, W and D.
-    The arguments are passed on as objects, so that what Keras could not serialize is kept too. The
-    initializers come last: no random number is drawn only to be overwritten.
-    """
-    ordinary = getattr(cls, "ordinary", cls)
-    parameters = inspect.signature(ordinary.__init__).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    arguments = {name: getattr(like, name) for name in names}
-    arguments["activation"] = _unshared(like.activation)
-    initializers = {name: arguments[name] for name in names if name.endswith("_initializer")}
-    layer = cls(
-        **{**arguments, **dict.fromkeys(initializers, "zeros")}, **options, name=like.name,
-        dtype=policy_of(like), trainable=like.trainable, autocast=like.autocast,
-    )  # fmt: skip
-    layer.build_from_config(like.get_build_config())
-    for name, initializer in initializers.items():
-        setattr(layer, name, initializer)
-    if like.bias is not None:
-        layer.bias.assign(like.bias)
-        layer.bias.trainable = like.bias.trainable
-    if cls is ordinary:
-        variables = [layer.kernel]
-    else:
-        variables, kernel = layer._composed_variables(), _as_w(kernel, layer.spec)
-    variables[0].assign(kernel)
-    for variable in variables:
-        variable.trainable = trainable
-    return layer
-
-
-def _unshared(activation: Any) -> Any:
-    """Return an activation for a second layer: a clone of one that has weights, or may get some."""
-    if not isinstance(activation, keras.Layer) or (activation.built and not activation.variables):
-        return activation
-    config = activation.get_config()
-    if "dtype" in config:
-        config["dtype"] = policy_of(activation)
-    clone = type(activation).from_config(config)
-    if activation.built and not clone.built:
-        clone.build_from_config(activation.get_build_config())
-    for new, old in zip(clone.variables, activation.variables, strict=True):
-        new.assign(old)
-        new.trainable = old.trainable
-    return clone

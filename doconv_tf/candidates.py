@@ -1,0 +1,46 @@
+"""Which layers of a Keras model are convolutions, and why one of them is left as it is."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+from keras import layers
+
+from doconv_core.model import ALREADY, ONE_TAP, SUBCLASS
+from doconv_tf.depthwise_conv import (
+    DODepthwiseConv1D,
+    DODepthwiseConv2D,
+    DOSeparableConv1D,
+    DOSeparableConv2D,
+)
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
+from doconv_tf.over_parameterized import OverParameterized
+
+DO_CONVS = (
+    DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D, DOSeparableConv1D,
+    DOSeparableConv2D,
+)  # fmt: skip
+REPLACEMENTS = {cls.ordinary: cls for cls in DO_CONVS}
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+RECURRENT = (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
+CONVOLUTIONS = (*REPLACEMENTS, *TRANSPOSED, *RECURRENT)
+
+
+def obstacle(layer: keras.Layer) -> str | None:
+    """Return why a convolution cannot be over-parameterized; None where it can."""
+    if isinstance(layer, OverParameterized):
+        return ALREADY
+    if type(layer) in TRANSPOSED:
+        return "transposed"
+    if type(layer) in RECURRENT:
+        return "recurrent"
+    if type(layer) not in REPLACEMENTS:
+        return SUBCLASS
+    if layer.quantization_mode is not None:
+        return "quantized"
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled"
+    if not vars(layer).keys().isdisjoint(("call", "convolution_op")):
+        return "its call was replaced, and may compute something else"
+    return ONE_TAP if math.prod(layer.kernel_size) == 1 else None

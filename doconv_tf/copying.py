@@ -1,0 +1,227 @@
+"""Copying a Keras model of any kind.
+
+`clone_model` and saving go through configurations, which a subclassed model may lack, and which
+leave out what was set afterwards. Here the objects are copied: layers, variables, and the nodes and
+symbolic tensors of a functional model's graph. Each is copied once, so that what was shared stays
+shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import inspect
+import types
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import keras
+from keras.src.ops.function import make_node_key
+
+from doconv_tf.compiled import compiled_parts, uncompile
+
+# What is not copied: what cannot change, and code.
+_ATOMIC = (
+    bool, int, float, complex, str, bytes, type, enum.Enum, inspect.Signature, frozenset,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
+_CONTAINERS = (list, dict, set, OrderedDict)
+# How objects are copied by default, and Keras' way, which is to save and load them.
+_NOTHING_SPECIAL = {
+    None, object.__reduce__, object.__reduce_ex__, getattr(object, "__getstate__", None),
+    keras.Layer.__reduce__,
+}  # fmt: skip
+# What Keras gives to each layer on its own: functions that hold the layer.
+_BOUND = ("build", "quantize")
+# What is left of the last call. Its tensors may belong to a graph that is gone.
+_OF_A_CALL = {"_losses": list, "_loss_ids": set, "_losses_override": list}
+
+
+def copied(model: keras.Layer) -> keras.Layer:
+    """Return a copy of the model, not compiled, that shares no variable with it.
+
+    Raises TypeError where the model holds what cannot be copied.
+    """
+    new = _Copier().copy(model)
+    ids = {id(variable) for variable in new.weights}
+    shared = [variable.path for variable in model.weights if id(variable) in ids]
+    if shared:
+        raise _not_copied(model, f"the copy would share the variable {shared[0]!r}")
+    return new
+
+
+class _Copier:
+    """Copies objects that hold each other, each once."""
+
+    def __init__(self) -> None:
+        self._memo: dict[int, Any] = {}  # the copies, by the original's id
+        self._alive: list[Any] = []  # an original that is gone might leave its id to another
+        self._todo: list[tuple[Any, Any]] = []
+        self._done: list[tuple[Any, Any]] = []
+
+    def copy(self, model: keras.Layer) -> keras.Layer:
+        """Return the copy of the model, and of all that it holds."""
+        for part in compiled_parts(model):
+            self._memo[id(part)] = part  # the copy is not compiled, see the end
+        copied_model = self._copy(model)
+        while self._todo:  # not by recursion: a graph is deeper than Python's stack
+            old, new = self._todo.pop()
+            self._fill(old, new)
+            self._done.append((old, new))
+        self._connect_operations()
+        self._connect_tensors()
+        for _, new in reversed(self._done):
+            if isinstance(new, keras.Layer) and new.built:
+                new._post_build()  # where Keras runs on PyTorch, it lists the parameters
+        uncompile(copied_model)
+        return copied_model
+
+    def _copy(self, value: Any) -> Any:
+        """Return the copy of a value. That of an object with attributes is filled later."""
+        if value is None or isinstance(value, _ATOMIC):
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        self._alive.append(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self._copy(value.__self__))
+        if isinstance(value, keras.Optimizer):  # its state belongs to the variables of then
+            new = self._memo[id(value)] = type(value).from_config(value.get_config())
+            return new
+        if isinstance(value, tuple):
+            items = [self._copy(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if type(value) in _CONTAINERS or _is_tracked(value):
+            return self._container(type(value)(), value)
+        if type(value) is defaultdict:
+            return self._container(defaultdict(value.default_factory), value)
+        if _is_plain(value):
+            new = _empty(value)
+            self._todo.append((value, new))
+        else:
+            if isinstance(value, (list, dict, set)):  # of another class: their items come first
+                for item in value.values() if isinstance(value, dict) else value:
+                    self._copy(item)
+            new = copy.deepcopy(value, self._memo)
+        self._memo[id(value)] = new
+        return new
+
+    def _container(self, new: Any, old: Any) -> Any:
+        self._memo[id(old)] = new
+        if isinstance(old, dict):
+            for key, item in old.items():
+                new[self._copy(key)] = self._copy(item)
+        else:
+            put = new.add if isinstance(old, set) else new.append
+            for item in old:
+                put(self._copy(item))
+        if _is_tracked(old):
+            new.tracker = self._copy(old.tracker)
+        return new
+
+    def _fill(self, old: Any, new: Any) -> None:
+        layer = isinstance(old, keras.Layer)
+        for name, value in _slots(old).items():
+            object.__setattr__(new, name, self._copy(value))
+        for name, value in getattr(old, "__dict__", {}).items():
+            if isinstance(old, keras.Operation) and name in ("_inbound_nodes", "_outbound_nodes"):
+                continue  # these lead to other models, too
+            if layer and name in _BOUND and name in vars(new):
+                continue
+            if layer and name in _OF_A_CALL:
+                vars(new)[name] = _OF_A_CALL[name]()
+                continue
+            try:
+                vars(new)[name] = self._copy(value)
+            except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+                raise _not_copied(old, f"its attribute {name!r}: {error}") from error
+        if _has_origin(old):
+            self._copy(_node_of(old))
+
+    def _connect_operations(self) -> None:
+        """Give each operation its copied nodes, and each tracker the ids of what it tracks."""
+        for old, new in self._done:
+            if isinstance(old, keras.Operation):
+                for name in ("_inbound_nodes", "_outbound_nodes"):
+                    nodes = [self._memo.get(id(node)) for node in getattr(old, name)]
+                    vars(new)[name] = [node for node in nodes if node is not None]
+        for _, new in self._done:
+            if hasattr(new, "stored_ids"):
+                for name, (_, store) in new.config.items():
+                    new.stored_ids[name] = {id(value) for value in store}
+
+    def _connect_tensors(self) -> None:
+        """Give each symbolic tensor its origin, and each function the keys of its nodes."""
+        for old, new in self._done:
+            if _has_origin(old):
+                node = self._memo[id(_node_of(old))]
+                new._keras_history = old._keras_history._replace(
+                    operation=node.operation, node_index=_index(node)
+                )
+        for _, new in self._done:
+            if isinstance(new, keras.Function):
+                nodes = [node for nodes in new._nodes_by_depth.values() for node in nodes]
+                new._nodes = {make_node_key(node.operation, _index(node)) for node in nodes}
+
+
+def _is_tracked(value: Any) -> bool:
+    """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
+    return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")
+
+
+def _has_origin(value: Any) -> bool:
+    return getattr(getattr(value, "_keras_history", None), "operation", None) is not None
+
+
+def _node_of(tensor: Any) -> Any:
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
+
+
+def _index(node: Any) -> int:
+    return next(i for i, other in enumerate(node.operation._inbound_nodes) if other is node)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether the value is nothing but its attributes, as Keras' own objects are."""
+    kind = type(value)
+    special = [
+        getattr(kind, name, None)
+        for name in ("__reduce__", "__reduce_ex__", "__deepcopy__", "__getstate__", "__setstate__")
+    ]
+    has_attributes = hasattr(value, "__dict__") or bool(_slots(value))
+    return (
+        has_attributes
+        and not isinstance(value, (list, dict, set))
+        and (
+            isinstance(value, (keras.Variable, keras.Operation))
+            or not set(special).difference(_NOTHING_SPECIAL)
+        )
+    )
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that its class keeps outside of its dictionary."""
+    found = {}
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in [names] if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _empty(value: Any) -> Any:
+    kind = type(value)
+    if isinstance(value, keras.Layer):
+        return keras.Layer.__new__(kind)
+    if isinstance(value, keras.Operation):
+        return keras.Operation.__new__(kind)
+    return object.__new__(kind)
+
+
+def _not_copied(holder: Any, problem: str) -> TypeError:
+    return TypeError(
+        f"{type(holder).__name__} {getattr(holder, 'name', '')!r} cannot be copied: {problem}. "
+        "With inplace=True the model itself is changed, and nothing is copied."
+    )

@@ -1,0 +1,62 @@
+"""How far two Keras models differ on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from doconv_core.model import largest_difference
+from doconv_core.numeric import Difference
+
+
+def verify(a: Any, b: Any, inputs: Any) -> Difference:
+    """Return the largest absolute and relative difference of b's outputs from a's.
+
+    a, b: models or layers, which are called with `training=False`, or other functions, such as one
+    that runs an exported model. inputs: what they are called with: tensors or arrays, alone or
+    nested in lists, tuples and dicts. Outputs may be nested, too. Relative is to the largest entry
+    of a's output. No model is changed, and Keras has no mode that were to be restored.
+    Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
+    another kind.
+    """
+    return largest_difference(_outputs(b, inputs), _outputs(a, inputs))
+
+
+def _outputs(model: Any, inputs: Any) -> dict[str, Any]:
+    if isinstance(model, keras.Layer):
+        return _flat(model(keras.tree.map_structure(_as_tensor, inputs), training=False))
+    return _flat(model(inputs))
+
+
+def _as_tensor(value: Any) -> Any:
+    """Return an array of numbers as a tensor: Keras takes no mixture of both."""
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return ops.convert_to_tensor(value) if numbers else value
+
+
+def _flat(output: Any, place: str = "") -> dict[str, Any]:
+    """Return the arrays of an output by their place in it, such as `boxes.0`."""
+    if output is None:
+        return {}
+    if isinstance(output, Mapping):
+        parts = dict(output)
+    elif isinstance(output, (list, tuple)):
+        parts = dict(enumerate(output))
+    elif ops.is_tensor(output):
+        return {place: ops.convert_to_numpy(output)}
+    elif isinstance(output, (bool, int, float, np.ndarray, np.generic)):
+        return {place: np.asarray(output)}
+    else:
+        raise TypeError(
+            f"output {place!r} is a {type(output).__qualname__}; expected tensors, arrays or "
+            "numbers, or dicts, lists and tuples of them."
+        )
+    return {
+        inner: array
+        for name, part in parts.items()
+        for inner, array in _flat(part, f"{place}.{name}" if place else str(name)).items()
+    }

@@ -1,0 +1,315 @@
+"""Folding whole Keras models, batch norms included, and comparing models.
+
+Nothing here names TensorFlow, so that it also runs on Keras' other backends.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("tf")
+
+import keras  # noqa: E402
+from keras import layers, ops  # noqa: E402
+from keras_layers import BACKEND, array, assert_same  # noqa: E402
+from keras_models import (  # noqa: E402
+    KINDS,
+    SHAPE,
+    Block,
+    as_trained,
+    assert_equal_outputs,
+    filled,
+    functional,
+    images,
+    inputs_of,
+    sequential,
+    subclassed,
+)
+
+from doconv_core import NotFoldable  # noqa: E402
+from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
+from doconv_tf.walk import walk  # noqa: E402
+
+# JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
+DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def over_parameterized(kind):
+    model, _ = over_parameterize(filled(KINDS[kind]()), depth_multiplier=10)
+    return as_trained(model)
+
+
+def traces(model):
+    """Return what of this package the attributes of the model's layers hold, by type or name."""
+    found = []
+    for _, layer in walk(model):
+        for name, value in vars(layer).items():
+            if "doconv" in repr(type(value)) + type(layer).__module__ + name:
+                found.append((layer, name))
+    return found
+
+
+@EACH_KIND
+@pytest.mark.parametrize("inplace", [False, True])
+def test_folding_gives_ordinary_layers_of_the_same_function(kind, inplace, tmp_path):
+    original = KINDS[kind]()
+    model = over_parameterized(kind)
+    inputs = inputs_of(kind)
+    reference, _ = fold(model)
+    before = [array(v).copy() for v in model.weights]
+    for value, variable in zip(before, model.weights, strict=True):
+        assert_same(variable, value)
+    if not inplace:
+        assert_equal_outputs(model, reference, inputs)
+    folded, report = fold(model, inplace=inplace)
+    assert (folded is model) == inplace
+    assert verify(reference, folded, inputs).absolute == 0
+    assert [type(layer) for _, layer in walk(folded)] == [
+        type(layer) for _, layer in walk(original)
+    ]
+    assert [v.path for v in folded.weights] == [v.path for v in original.weights]
+    assert [v.shape for v in folded.weights] == [v.shape for v in original.weights]
+    assert {change.after for change in report.changed} <= {
+        "Conv1D", "Conv2D", "DepthwiseConv2D", "SeparableConv2D",
+    }  # fmt: skip
+    assert report.parameters_after == original.count_params()
+    assert not traces(folded)
+    again, report = fold(folded)
+    assert not report.changed
+    assert verify(folded, again, inputs).absolute == 0
+    if kind != "subclassed":
+        assert "doconv" not in json.dumps(folded.get_config(), default=repr).lower()
+
+
+def test_no_trace_is_left_in_the_files(tmp_path):
+    model = over_parameterized("sequential")
+    model.compile("adam", "mse")
+    model.fit(images(), np.ones((2, 2), "float32"), verbose=0)
+    model.save(tmp_path / "before.keras")
+    folded, _ = fold(model)
+    folded.save(tmp_path / "model.keras")
+    folded.save_weights(tmp_path / "model.weights.h5")
+    for name, expected in (("before", True), ("model", False)):
+        archive = zipfile.ZipFile(tmp_path / f"{name}.keras")
+        content = b"".join(archive.read(member) for member in archive.namelist()).lower()
+        assert (b"doconv" in content) == expected
+        assert (b"depthwise" in content) == expected
+    content = (tmp_path / "model.weights.h5").read_bytes().lower()
+    assert b"doconv" not in content
+    assert b"depthwise" not in content
+    ordinary = sequential()
+    ordinary.load_weights(tmp_path / "model.weights.h5")
+    assert verify(model, ordinary, images()).absolute == 0
+    assert verify(keras.saving.load_model(tmp_path / "model.keras"), ordinary, images())[0] == 0
+
+
+@EACH_KIND
+def test_batch_norms_are_fused_into_convolutions(kind):
+    model = over_parameterized(kind)
+    inputs = inputs_of(kind)
+    before = [array(v).copy() for v in model.weights]
+    fused, report = fold(model, fuse_batchnorm=True)
+    for value, variable in zip(before, model.weights, strict=True):
+        assert_same(variable, value)
+    assert verify(model, fused, inputs).relative < 1e-5
+    predicted = [m.predict(inputs, verbose=0) for m in (model, fused)]
+    for one, other in zip(*map(keras.tree.flatten, predicted), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    unknown = "what it follows is known in functional and sequential models alone"
+    expected = {
+        "functional": ({}, {"norm": "it or its convolution is used in several places"}),
+        "sequential": ({"norm": "fused into Conv2D"}, {}),
+        "subclassed": (
+            {"block.inner.norm": "fused into Conv2D", "features.bn": "fused into Conv2D"},
+            {"block.norm": unknown},
+        ),
+        "nested": ({"block.inner.norm": "fused into Conv2D"}, {"block.norm": unknown}),
+    }[kind]
+    norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
+    assert (norms, {left.path: left.reason for left in report.left}) == expected
+    names = [path for path, _ in walk(fused)]
+    assert names == [path for path, _ in walk(model)]
+    assert not traces(fused)
+
+
+def test_a_fused_model_can_be_saved_and_cut(tmp_path):
+    fused, _ = fold(over_parameterized("sequential"), fuse_batchnorm=True)
+    assert type(fused.get_layer("norm")) is layers.Identity
+    assert fused.get_layer("first").use_bias
+    fused.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert verify(fused, loaded, images()).absolute == 0
+    cut = keras.Model(fused.inputs[0], fused.get_layer("norm").output)
+    assert cut(images()).shape == (2, 9, 9, 4)
+    again, report = fold(fused, fuse_batchnorm=True)
+    assert not report.changed
+    assert verify(fused, again, images()).absolute == 0
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", *DOUBLE])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: layers.Conv2D(6, 3, groups=3, **o),
+        lambda **o: layers.Conv2D(6, 1, **o),
+        lambda **o: layers.DepthwiseConv2D(3, depth_multiplier=2, **o),
+        lambda **o: layers.SeparableConv2D(6, 3, depth_multiplier=2, **o),
+    ],
+    ids=["grouped", "pointwise", "depthwise", "separable"],
+)
+def test_every_kind_of_convolution_is_fused(make, policy, data_format):
+    axis = -1 if data_format == "channels_last" else 1
+    options = {"data_format": data_format, "padding": "same", "dtype": policy, "name": "conv"}
+    conv = make(**options, use_bias=policy == "float64")
+    norm = layers.BatchNormalization(axis=axis, dtype=policy, center=policy != "float64")
+    inputs = keras.Input((3, 3, 3))
+    model = filled(keras.Model(inputs, norm(conv(inputs))))
+    if data_format == "channels_first" and BACKEND == "tensorflow":
+        fused, report = fold(model, fuse_batchnorm=True)  # TensorFlow has no such kernel on CPUs
+        assert len(report.changed) == 1
+        return
+    fused, report = fold(model, fuse_batchnorm=True)
+    assert [c.after for c in report.changed] == [f"fused into {type(conv).__name__}"]
+    bound = {"float32": 1e-5, "float64": 1e-12, "mixed_bfloat16": 3e-2}[policy]
+    assert verify(model, fused, images((2, 3, 3, 3))).relative < bound
+    assert fused.get_layer("conv").dtype_policy.name == policy
+    assert keras.backend.standardize_dtype(fused.output.dtype) == model.output.dtype
+
+
+class OwnNorm(layers.BatchNormalization):
+    """Computes something else."""
+
+
+class OwnCall(keras.Sequential):
+    """Calls its layers in another order."""
+
+    def call(self, x, training=None):
+        return self.layers[0](self.layers[1](x, training=training))
+
+
+def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
+    inputs = keras.Input((9, 9, 3))
+
+    def conv(name, **options):
+        return layers.Conv2D(3, 3, padding="same", name=f"c_{name}", **options)
+
+    def norm(name, **options):
+        return layers.BatchNormalization(name=name, **options)
+
+    x = norm("first")(inputs)
+    x = norm("activation")(conv("activation", activation="relu")(x))
+    x = norm("axis", axis=1)(conv("axis")(x))
+    x = OwnNorm(name="own")(conv("own")(x))
+    x = norm("training")(conv("training")(x), training=True)
+    y = conv("elsewhere")(x)
+    x = norm("elsewhere")(y) + y
+    shared, after = conv("shared"), norm("shared")
+    x = after(shared(after(shared(x))))
+    x = norm("dense")(layers.Dense(3, name="d")(x))
+    x = norm("transposed")(layers.Conv2DTranspose(3, 3, padding="same", name="t")(x))
+    inner = keras.Sequential([conv("inner"), norm("inner")], name="stack")
+    x = inner(x, training=True)
+    x = OwnCall([conv("call"), norm("call")], name="own_call")(x)
+    bad = norm("bad")
+    x = bad(conv("bad")(x))
+    lora = conv("lora")
+    x = norm("lora")(lora(x))
+    x = norm("good")(conv("good")(x))
+    model = filled(keras.Model(inputs, [x, layers.BatchNormalization(name="end")(x)]))
+    bad.moving_variance.assign(-2 * np.ones(3))
+    lora.enable_lora(1)
+    fused, report = fold(model, fuse_batchnorm=True)
+    direct = "does not directly follow an ordinary convolution of its own"
+    training = "called with training=True, whatever the model does"
+    assert {left.path: left.reason for left in report.left} == {
+        "first": direct,
+        "activation": "its convolution has an activation before it",
+        "axis": "normalizes another axis than the convolution's channels",
+        "own": "a subclass, which may compute something else",
+        "training": training,
+        "elsewhere": "its convolution's output is used elsewhere, too",
+        "shared": "it or its convolution is used in several places",
+        "dense": direct,
+        "transposed": direct,
+        "stack.inner": training,
+        "own_call.call": "what it follows is known in functional and sequential models alone",
+        "bad": "its statistics give a kernel that is not finite",
+        "lora": "its convolution is quantized, or its kernel or call is not the plain one",
+        "end": direct,
+    }
+    assert [change.path for change in report.changed] == ["good"]
+    bad.moving_variance.assign(np.ones(3))
+    fused.get_layer("bad").moving_variance.assign(np.ones(3))
+    assert verify(model, fused, images()).relative < 1e-5
+
+
+def test_a_convolution_that_another_layer_holds_is_not_fused():
+    block = Block(3, name="block")
+    block.direct = block.inner.layers[0]
+    block(images())
+    _, report = fold(block, fuse_batchnorm=True)
+    reasons = {left.path: left.reason for left in report.left}
+    assert reasons["inner.norm"] == "it or its convolution is used in several places"
+
+
+class Doubled(DOConv2D):
+    """Computes something else."""
+
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+def test_what_is_not_foldable_is_named_before_anything_is_changed():
+    inputs = keras.Input(SHAPE[1:])
+    x = DOConv2D(3, 3, name="plain")(inputs)
+    model = keras.Model(inputs, Doubled(3, 3, name="twice")(x))
+    for inplace in (False, True):
+        with pytest.raises(NotFoldable, match=r"layer 'twice': .*Doubled has a call of its own"):
+            fold(model, inplace=inplace)
+    assert type(model.get_layer("plain")) is DOConv2D
+    model = keras.Model(inputs, DOConv2D(3, 3, name="patched")(inputs))
+    model.get_layer("patched").call = ops.relu
+    with pytest.raises(NotFoldable, match="layer 'patched': its call was replaced"):
+        fold(model)
+    with pytest.raises(ValueError, match=r"the model itself .* is not built"):
+        fold(DOConv2D(3, 3))
+    layer = DOConv2D(3, 3)
+    layer.build((None, 9, 9, 3))
+    folded, report = fold(layer, inplace=True)
+    assert folded is layer
+    assert type(layer) is layers.Conv2D
+    assert "folded 1 layer, left 0" in str(report)
+
+
+def test_verify_takes_nested_inputs_and_outputs():
+    model = filled(functional())
+    other, _ = fold(model)
+    a, b = images(seed=1), images(seed=2)
+    assert verify(model, other, {"a": a, "b": b}).absolute == 0
+    assert verify(model, other, [ops.convert_to_tensor(a), b]).absolute == 0
+    head = other.get_layer("head")
+    head.bias.assign(head.bias + 1)
+    found = verify(model, other, [a, b])
+    assert found.absolute == pytest.approx(1, abs=1e-4)
+    assert 0 < found.relative < found.absolute
+
+
+def test_verify_runs_in_inference_and_takes_functions():
+    model = filled(subclassed())
+    before = [array(v).copy() for v in model.weights]
+    assert verify(model, model, images()).absolute == 0  # no dropout
+    for variable, value in zip(model.weights, before, strict=True):
+        assert_same(variable, value)  # no statistics
+    assert verify(model, lambda x: array(model(x)), images()).absolute == 0
+    assert verify(lambda x: (1.0, None), lambda x: (3.0, None), images()) == (2, 2)
+    with pytest.raises(TypeError, match="output '1' is a str; expected tensors"):
+        verify(lambda x: (1.0, "text"), model, images())
+    with pytest.raises(ValueError, match="different structures"):
+        verify(model, lambda x: [array(model(x))], images())

@@ -1,0 +1,358 @@
+"""Over-parameterizing whole Keras models: the same function, and everything else kept.
+
+Nothing here names TensorFlow, so that it also runs on Keras' other backends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from frameworks import need
+
+need("tf")
+
+import keras  # noqa: E402
+from keras import layers  # noqa: E402
+from keras_layers import BACKEND, array, assert_same  # noqa: E402
+from keras_models import (  # noqa: E402
+    KINDS,
+    SHAPE,
+    as_trained,
+    assert_equal_outputs,
+    depthwise,
+    filled,
+    functional,
+    images,
+    inputs_of,
+    sequential,
+    subclassed,
+)
+
+from doconv_core import Report  # noqa: E402
+from doconv_tf import DOConv2D, over_parameterize, verify  # noqa: E402
+from doconv_tf.walk import walk  # noqa: E402
+
+DOUBLE = [] if BACKEND == "jax" else ["float64"]  # which JAX has by a switch for all of a process
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+CONVERTED = {
+    "functional": ["shared", "depthwise", "separable"],
+    "sequential": ["first", "grouped"],
+    "subclassed": [
+        "stem", "block.c0", "block.c1", "block.named", "block.pair", "block.inner.conv",
+        "features.conv", "rows.row",
+    ],
+    "nested": [
+        "siamese.conv", "stack.conv", "block.c0", "block.c1", "block.named", "block.pair",
+        "block.inner.conv",
+    ],
+}  # fmt: skip
+
+
+def values(model):
+    return {v.path: array(v).copy() for v in model.weights}
+
+
+def kinds(model):
+    return [(path, type(layer)) for path, layer in walk(model)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiplier"), [*((kind, None) for kind in KINDS), ("functional", 12)]
+)
+def test_nothing_changes_but_the_layers(kind, multiplier):
+    model = filled(KINDS[kind]())
+    model.get_layer(index=-1).trainable = False
+    before, structure, flags = values(model), kinds(model), [v.trainable for v in model.weights]
+    inputs = inputs_of(kind)
+    new, report = over_parameterize(model, depth_multiplier=multiplier)
+    assert [change.path for change in report.changed] == CONVERTED[kind]
+    assert isinstance(report, Report)
+    assert_equal_outputs(model, new, inputs)
+    assert kinds(model) == structure
+    assert [v.trainable for v in model.weights] == flags
+    for path, value in values(model).items():
+        assert_same(value, before[path])
+    assert type(new) is type(model)
+    assert new.name == model.name
+    ds = depthwise(new)
+    assert len(ds) == len(report.changed)
+    rest = [v for v in new.weights if not any(v is d for d in ds)]
+    assert [v.path for v in rest] == [v.path for v in model.weights]
+    assert [v.trainable for v in rest] == flags
+    assert not {id(v) for v in new.weights} & {id(v) for v in model.weights}
+    assert report.parameters_before == model.count_params()
+    assert report.parameters_after == new.count_params()
+
+
+@EACH_KIND
+def test_inplace_gives_the_model_itself(kind):
+    model = filled(KINDS[kind]())
+    inputs = inputs_of(kind)
+    model.compile("sgd", "mse")
+    expected = keras.tree.map_structure(np.copy, model.predict(inputs, verbose=0))
+    layers_before = [layer for _, layer in walk(model)]
+    new, report = over_parameterize(model, inplace=True)
+    assert new is model
+    assert [change.path for change in report.changed] == CONVERTED[kind]
+    assert all(a is b for a, (_, b) in zip(layers_before, walk(model), strict=True))
+    assert not model.compiled
+    found = model.predict(inputs, verbose=0)
+    keras.tree.map_structure(np.testing.assert_array_equal, found, expected)
+    changed = as_trained(model).predict(
+        inputs, verbose=0
+    )  # the compiled function is not the former one
+    flat = zip(keras.tree.flatten(changed), keras.tree.flatten(expected), strict=True)
+    assert any((a != b).any() for a, b in flat)
+
+
+def test_a_shared_layer_stays_one_and_so_do_attributes():
+    new, _ = over_parameterize(functional())
+    assert len(new.get_layer("shared")._inbound_nodes) == 2
+    model = subclassed()
+    model.stem.note = "mine"
+    new, _ = over_parameterize(model)
+    block = new.blocks[0]
+    assert block.again is block.listed[0]
+    assert type(block.again) is DOConv2D
+    assert new.stem.note == "mine"
+    assert "kernel" not in vars(new.stem)
+
+
+def test_training_goes_on_saving_and_loading(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = filled(sequential())
+    model.compile("adam", "mse")
+    x, y = images((8, *SHAPE[1:])), np.ones((8, 2), "float32")
+    new, _ = over_parameterize(model)
+    assert not new.compiled
+    assert model.compiled
+    with pytest.raises(ValueError, match="compile"):
+        new.fit(x, y, verbose=0)
+    new.compile("adam", "mse")
+    before = [array(d).copy() for d in depthwise(new)]
+    losses = new.fit(x, y, epochs=3, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert all((array(d) != b).any() for d, b in zip(depthwise(new), before, strict=True))
+    new.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert verify(new, loaded, x).absolute == 0
+    clone = keras.models.clone_model(new)
+    clone.set_weights(new.get_weights())
+    assert verify(new, clone, x).absolute == 0
+    assert [type(layer) for layer in clone.layers] == [type(layer) for layer in new.layers]
+
+
+def test_a_nested_functional_model_can_be_saved_cloned_and_extended(tmp_path):
+    model, _ = over_parameterize(filled(functional()))
+    model.get_layer("half").function = keras.activations.linear  # a lambda is not loaded
+    inputs = inputs_of("functional")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert verify(model, loaded, inputs).absolute == 0
+    features = keras.Model(model.inputs, model.get_layer("norm").output)
+    np.testing.assert_array_equal(array(features(inputs)), array(model(inputs)["maps"][1]))
+    x = keras.Input(SHAPE[1:])
+    around = keras.Model(x, model([x, x])["scores"])
+    with pytest.warns(UserWarning, match="no convolution that could be replaced"):
+        twice, report = over_parameterize(around)
+    assert not report.changed
+    assert verify(around, twice, images()).absolute == 0
+
+
+def test_an_extractor_that_shares_layers_is_left_by_a_copy_and_follows_inplace():
+    model = filled(sequential())
+    extractor = keras.Model(model.inputs[0], model.get_layer("norm").output)
+    expected = array(extractor(images())).copy()
+    over_parameterize(model)
+    assert type(extractor.get_layer("first")) is layers.Conv2D
+    over_parameterize(model, inplace=True)
+    assert type(extractor.get_layer("first")) is DOConv2D
+    np.testing.assert_array_equal(array(extractor(images())), expected)
+    assert len(extractor.weights) == 6
+    config = extractor.get_config()
+    assert config["layers"][2]["class_name"] == "DOConv2D"
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", *DOUBLE])
+def test_dtype_policies_are_kept(policy):
+    inputs = keras.Input(SHAPE[1:])
+    x = layers.Conv2D(4, 3, dtype=policy, name="conv")(inputs)
+    model = filled(keras.Model(inputs, layers.BatchNormalization(name="norm")(x)))
+    new, _ = over_parameterize(model)
+    assert new.get_layer("conv").dtype_policy.name == policy
+    assert_equal_outputs(model, new, images())
+
+
+def test_a_layer_by_itself_and_channels_first():
+    conv = layers.Conv1D(4, 3, data_format="channels_first", name="conv")
+    conv.build((None, 5, 9))
+    new, report = over_parameterize(conv)
+    assert str(report).splitlines()[1:] == ["  Conv1D -> DOConv1D (1)", "    (the model itself)"]
+    assert new.data_format == "channels_first"
+    assert_same(new.kernel, conv.kernel)
+    again, _ = over_parameterize(conv, inplace=True)
+    assert again is conv
+    assert type(conv).__name__ == "DOConv1D"
+
+
+def test_an_activation_with_weights_stays_shared():
+    slope = layers.PReLU(shared_axes=[1, 2], name="slope")
+    inputs = keras.Input(SHAPE[1:])
+    x = layers.Conv2D(3, 3, padding="same", activation=slope, name="a")(inputs)
+    model = filled(keras.Model(inputs, layers.Conv2D(3, 3, activation=slope, name="b")(x)))
+    new, _ = over_parameterize(model)
+    assert new.get_layer("a").activation is new.get_layer("b").activation
+    assert new.get_layer("a").activation is not slope
+    assert len(new.weights) == len(model.weights) + 2
+    assert_equal_outputs(model, new, images())
+
+
+class Standardized(layers.Conv2D):
+    """Computes something else."""
+
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+def test_what_is_left_is_in_the_report_with_the_reason():
+    low_rank = layers.Conv2D(3, 3, padding="same", name="lora")
+    patched = layers.Conv2D(3, 3, padding="same", name="patched")
+    stack = [
+        keras.Input(SHAPE[1:]),
+        Standardized(3, 3, padding="same", name="subclass"),
+        layers.Conv2DTranspose(3, 3, padding="same", name="transposed"),
+        layers.Conv2D(3, 1, name="pointwise"),
+        DOConv2D(3, 3, padding="same", name="already"),
+        low_rank, patched,
+        layers.Conv2D(3, 3, padding="same", name="unselected"),
+        layers.Conv2D(3, 3, padding="same", name="selected"),
+        layers.Reshape((9, 9, 3), name="reshape"),
+        layers.ConvLSTM1D(2, 3, name="recurrent"),
+    ]  # fmt: skip
+    model = keras.Sequential(stack)
+    low_rank.enable_lora(2)
+    patched.call = lambda inputs: 0 * inputs
+    with pytest.warns(UserWarning, match="where matches no convolution: 'un'"):
+        new, report = over_parameterize(model, where=["selected", "un"])
+    assert type(new.get_layer("selected")) is DOConv2D
+    assert type(new.get_layer("unselected")) is layers.Conv2D
+    assert [change.path for change in report.changed] == ["selected"]
+    assert {left.path: left.reason for left in report.left} == {
+        "subclass": "a subclass, which may compute something else",
+        "transposed": "transposed",
+        "pointwise": "one tap, nothing to over-parameterize",
+        "already": "over-parameterized already",
+        "lora": "LoRA is enabled",
+        "patched": "its call was replaced, and may compute something else",
+        "unselected": "not selected by where",
+        "recurrent": "recurrent",
+    }
+    assert "Standardized: a subclass, which may compute something else (1)" in str(report)
+
+
+class Holder(layers.Layer):
+    """Has layers as attributes."""
+
+    def __init__(self, **held):
+        super().__init__()
+        for name, value in held.items():
+            setattr(self, name, value)
+        self.build(None)
+
+    def build(self, input_shape):
+        self.built = True
+
+    def call(self, inputs):
+        return self.first(inputs)
+
+
+def convolution(name="conv", **options):
+    conv = layers.Conv2D(3, 3, padding="same", name=name, **options)
+    conv.build((None, 9, 9, 3))
+    return conv
+
+
+def test_quantized_layers_and_tied_variables_are_left():
+    first, second = convolution("first"), convolution("second")
+    second._tracker.unlock()
+    second._kernel = first._kernel
+    quantized = layers.Conv2D(3, 3, dtype="int8_from_float32", name="quantized")
+    holder = Holder(first=first, second=second, quantized=quantized, third=convolution("third"))
+    new, report = over_parameterize(holder)
+    assert [change.path for change in report.changed] == ["third"]
+    tied = "a variable of it is another layer's, too"
+    expected = {"first": tied, "second": tied, "quantized": "quantized"}
+    assert {left.path: left.reason for left in report.left} == expected
+    assert new.first._kernel is new.second._kernel
+
+
+def test_errors_come_before_anything_is_changed():
+    with pytest.raises(TypeError, match=r"model must be a keras\.Layer; received list"):
+        over_parameterize([])
+    model = keras.Sequential([layers.Conv2D(3, 3)], name="stack")
+    message = r"the model itself \(Sequential 'stack'\) is not built, .*; call the model on data"
+    with pytest.raises(ValueError, match=message):
+        over_parameterize(model)
+    message = r"layer 'conv' \(Conv2D 'conv'\) is not built"
+    with pytest.raises(ValueError, match=message):
+        over_parameterize(Holder(first=convolution("a"), conv=layers.Conv2D(3, 3, name="conv")))
+    model = filled(sequential())
+    for inplace in (False, True):
+        with pytest.raises(ValueError, match="layer 'first': depth_multiplier must be at least"):
+            over_parameterize(model, depth_multiplier=8, inplace=inplace)
+        with pytest.raises(TypeError, match="where must be"):
+            over_parameterize(model, where=3, inplace=inplace)
+    inputs = keras.Input(SHAPE[1:])
+    depthwise_model = keras.Model(inputs, layers.DepthwiseConv2D(3, name="dw")(inputs))
+    with pytest.raises(ValueError, match=r"layer 'dw': depth_multiplier must be at least"):
+        over_parameterize(depthwise_model, depth_multiplier=8)
+    assert not depthwise(model)
+
+
+class Stream(layers.Layer):
+    """Holds what cannot be copied."""
+
+    def __init__(self):
+        super().__init__(name="stream")
+        self.conv = convolution()
+        self.source = (n for n in range(3))
+        self.build(None)
+
+
+def test_what_cannot_be_copied_is_named_and_changed_inplace():
+    stream = Stream()
+    message = "Stream 'stream' cannot be copied: its attribute 'source': .* With inplace=True"
+    with pytest.raises(TypeError, match=message):
+        over_parameterize(stream)
+    assert type(stream.conv) is layers.Conv2D
+    over_parameterize(stream, inplace=True)
+    assert type(stream.conv) is DOConv2D
+
+
+class Helper:
+    """Is no layer, and holds one."""
+
+    __slots__ = ("conv", "made")
+
+    def __init__(self, conv):
+        self.conv, self.made = conv, {conv: [conv]}
+
+
+def test_a_copy_keeps_what_is_reached_by_other_objects():
+    conv = convolution()
+    holder = Holder(
+        first=conv, helper=Helper(conv), bound=conv.count_params, options={3: ({conv},)}
+    )
+    new, _ = over_parameterize(holder)
+    assert new.helper.conv is new.helper.made[new.first][0] is new.first
+    assert new.bound.__self__ is new.first
+    assert new.options[3][0] == {new.first}
+    assert new.first is not conv
+
+
+def test_where_takes_types_and_predicates():
+    model = functional()
+    _, report = over_parameterize(model, where=layers.SeparableConv2D)
+    assert [change.path for change in report.changed] == ["separable"]
+    _, report = over_parameterize(model, where=lambda path, layer: layer.name == "shared")
+    assert [change.path for change in report.changed] == ["shared"]
