@@ -29,12 +29,17 @@ ALREADY = "over-parameterized already"
 SUBCLASS = "a subclass, which may compute something else"
 
 
+def place(path: str) -> str:
+    """Return how a message names the layer at `path`, be it the model itself."""
+    return f"layer {path!r}" if path else "the model itself"
+
+
 class Selection:
     """The answer to `where`: which layers a tool is to treat.
 
     where: None for all; a glob pattern on the path, or several of them, in which `*` matches any
-    characters, dots too, and upper and lower case differ; a type of layer, or a tuple of types; or
-    a predicate on (path, layer). Raises TypeError for anything else.
+    characters, dots too, and upper and lower case differ; a type of layer, or several; or a
+    predicate on (path, layer). Raises TypeError for anything else.
     """
 
     def __init__(self, where: Where = None) -> None:
@@ -45,10 +50,13 @@ class Selection:
         self._test: Callable[[str, Any], Any]
         if isinstance(where, str):
             where = (where,)
+        types: Any = (where,) if isinstance(where, type) else ()
+        if _all(where, type):
+            types = tuple(where)  # type: ignore[arg-type]
         if where is None:
             self._test = lambda path, layer: True
-        elif isinstance(where, type) or _all(where, type):
-            self._test = lambda path, layer: isinstance(layer, where)  # type: ignore[arg-type]
+        elif types:
+            self._test = lambda path, layer: isinstance(layer, types)
         elif callable(where):
             self._test = where
         elif not isinstance(where, (bytes, Mapping)) and isinstance(where, Iterable):
@@ -101,7 +109,7 @@ def _all(values: Any, kind: type) -> bool:
 
 def _no_selection(where: Any) -> TypeError:
     return TypeError(
-        "where must be None, a glob pattern or several, a type of layer or a tuple of types, or a "
+        "where must be None, a glob pattern or several, a type of layer or several, or a "
         f"predicate on (path, layer); received where={where!r}."
     )
 

@@ -42,6 +42,8 @@ def selected(where, layers=PATHS):
         ("Layer1.*", []),
         (int, PATHS),
         ((str, int), PATHS),
+        ([str, int], PATHS),
+        ([str, bytes], []),
         (str, []),
         (lambda path, layer: layer == 5, ["conv1"]),
     ],
