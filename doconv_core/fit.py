@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,7 +81,16 @@ def fit_state(
 
 
 def _as_ignored(ignore: str | Iterable[str]) -> set[str]:
-    ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+    ignored: set[Any] = set()
+    if isinstance(ignore, str):
+        ignored = {ignore}
+    elif isinstance(ignore, Iterable):
+        ignored = set(ignore)
+    else:
+        raise TypeError(
+            f"ignore must be a name, or several, of {', '.join(map(repr, IGNORABLE))}; received "
+            f"ignore={ignore!r}."
+        )
     if not ignored <= set(IGNORABLE):
         raise ValueError(
             f"ignore must be of {', '.join(map(repr, IGNORABLE))}; received ignore={ignore!r}."
@@ -291,13 +300,15 @@ class Assignment(NamedTuple):
     """An array on its way into a model.
 
     name: of its entry in the model. parameter: what is to hold it. dtype: the parameter's, by name.
-    array: in the parameter's layout.
+    array: in the parameter's layout. memory: where its values lie, where two parameter objects may
+    share them; else None.
     """
 
     name: str
     parameter: Any
     dtype: str
     array: Array
+    memory: Hashable = None
 
 
 def check_assignments(assignments: Iterable[Assignment]) -> None:
@@ -305,15 +316,15 @@ def check_assignments(assignments: Iterable[Assignment]) -> None:
 
     That is a number too large for their dtype, and different arrays for one that layers share.
     """
-    first: dict[int, tuple[str, Array]] = {}
-    for name, parameter, dtype, array in assignments:
+    first: dict[Hashable, tuple[str, Array]] = {}
+    for name, parameter, dtype, array, memory in assignments:
         largest = _LARGEST[dtype]
         finite = np.abs(array[np.isfinite(array)])
         if finite.size and finite.max() > largest:
             raise StateError(
                 f"entry {name!r} has {finite.max():g}, which the model's {dtype} cannot hold."
             )
-        other, expected = first.setdefault(id(parameter), (name, array))
+        other, expected = first.setdefault(memory or id(parameter), (name, array))
         if not np.array_equal(array, expected, equal_nan=True):
             raise StateError(
                 f"{other!r} and {name!r} are one parameter in the model, but differ in the state."

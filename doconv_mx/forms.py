@@ -19,8 +19,11 @@ from doconv_core.forms import (
     TransposedConvSpec,
 )
 from doconv_core.geometry import Geometry, symmetric
-from doconv_mx.do_conv import _DOConv
+from doconv_core.state import entry
+from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_mx.ordinary import is_channels_last, spec_of
+
+_DO_CONVS = (DOConv1D, DOConv2D, DOConv3D)
 
 
 def form_of(path: str, block: Block) -> LayerForm:
@@ -30,11 +33,16 @@ def form_of(path: str, block: Block) -> LayerForm:
     its kind has; ValueError for parameters that have no values yet.
     """
     own = _own(block)
-    do_conv = isinstance(block, _DOConv)
-    if not do_conv and type(block) not in FORMS:
-        raise unsupported_layer(path, block, own, REASONS.get(type(block)))
+    reason = REASONS.get(type(block))
+    if type(block) is nn.LayerNorm and block._axis != -1:
+        reason = (
+            f"a layer norm over axis {block._axis} has no counterpart; if it is the last, say "
+            "axis=-1"
+        )
+    if reason or type(block) not in FORMS:
+        raise unsupported_layer(path, block, own, reason)
     _require_values(path, block)
-    form = _conv(block) if do_conv else FORMS[type(block)](block)
+    form = FORMS[type(block)](block)
     if form.kind == "batch_norm" and not form.scale:
         own.remove("gamma")  # which the block has, but does not compute with
     check_owned(path, block, own, form.shapes)
@@ -49,6 +57,33 @@ def layout_of(block: Block) -> str:
     if is_channels_last(block):
         return "I*O" if transposed else "O*I"
     return "IO*" if transposed else "OI*"
+
+
+def check_axes(block: Block, path: str = "") -> None:
+    """Refuse a norm whose axis is not that of the channels, where the layer before tells them.
+
+    That is in a sequential block, directly or but for activations and dropout behind a convolution.
+    Raises TypeError by the path.
+    """
+    axes: tuple[int, ...] = ()
+    for name, child in block._children.items():
+        place = entry(path, name)
+        check_axes(child, place)
+        if type(child) in _CONVS:
+            rank = len(child._kwargs["kernel"]) + 2
+            axes = (-1, rank - 1) if is_channels_last(child) else (1, 1 - rank)
+        elif type(child) in _CHANNEL_NORMS:
+            axis = child._kwargs.get("axis", 1)
+            if axes and axis not in axes and type(block) in _SEQUENTIAL:
+                raise unsupported_layer(
+                    place,
+                    child,
+                    _own(child),
+                    f"axis={axis} is not that of the channels in what "
+                    f"the convolution before it gives; expected axis={max(axes)}",
+                )
+        elif type(child) not in _KEEP_AXES:
+            axes = ()
 
 
 def _own(block: Block) -> list[str]:
@@ -72,7 +107,7 @@ def _require_values(path: str, block: Block) -> None:
 def _conv(block: Any) -> LayerForm:
     options = block._kwargs
     geometry = Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
-    if isinstance(block, _DOConv):
+    if type(block) in _DO_CONVS:
         over_parameterized = block.depthwise_weight is not None
         return LayerForm(block.spec, over_parameterized, _has_bias(block), geometry=geometry)
     return LayerForm(spec_of(block), bias=_has_bias(block), geometry=geometry)
@@ -122,7 +157,7 @@ def _has_bias(block: Any) -> bool:
 
 
 FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1D, nn.Conv2D, nn.Conv3D), _conv),
+    **dict.fromkeys((nn.Conv1D, nn.Conv2D, nn.Conv3D, *_DO_CONVS), _conv),
     **dict.fromkeys((nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose), _transposed),
     **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
     nn.Dense: _linear,
@@ -131,6 +166,13 @@ FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
     nn.PReLU: _prelu,
     nn.Embedding: _embedding,
 }
+_CONVS = (*_DO_CONVS, nn.Conv1D, nn.Conv2D, nn.Conv3D)
+_CONVS += (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
+_CHANNEL_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, nn.InstanceNorm)
+_KEEP_AXES = (
+    nn.Activation, nn.Dropout, nn.ELU, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.SELU, nn.Swish,
+)  # fmt: skip
+_SEQUENTIAL = (nn.Sequential, nn.HybridSequential)
 REASONS: dict[type[Block], str] = {
     nn.GroupNorm: "it has one gamma for each group, where other frameworks have one for each "
     "channel",

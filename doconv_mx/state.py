@@ -14,7 +14,7 @@ from doconv_core.forms import LayerForm, suspect_flattening
 from doconv_core.layout import from_canonical, to_canonical
 from doconv_core.state import State, entry
 from doconv_mx.compose import native
-from doconv_mx.forms import form_of, layout_of
+from doconv_mx.forms import check_axes, form_of, layout_of
 
 FRAMEWORK = "mxnet"
 
@@ -62,7 +62,7 @@ def load_state(
             assignments.append(Assignment(entry(path, name), parameter, dtype, array))
     check_assignments(assignments)
     with autograd.pause():
-        for _, parameter, dtype, array in assignments:
+        for _, parameter, dtype, array, _ in assignments:
             # Not the NumPy array itself: what has run on a CPU may lie in memory in an order of
             # oneDNN's, over which MXNet copies no other memory.
             values = mx.nd.from_numpy(np.array(array, dtype, order="C"))
@@ -71,6 +71,8 @@ def load_state(
 
 def _layers(model: Block) -> dict[str, Block]:
     """Return the blocks that own parameters, by path; one that occurs twice by its first."""
+    if not isinstance(model, Block):
+        raise TypeError(f"model must be a Gluon Block; received {type(model).__qualname__}.")
     found: dict[str, Block] = {}
 
     def visit(path: str, block: Block) -> None:
@@ -82,6 +84,7 @@ def _layers(model: Block) -> dict[str, Block]:
             visit(entry(path, name), child)
 
     visit("", model)
+    check_axes(model)
     return found
 
 

@@ -13,7 +13,20 @@ import keras
 from doconv_core.geometry import Extra, padded
 from doconv_tf.walk import children
 
-_ZERO_PADS = (keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D)
+_layers, _activations = keras.layers, keras.activations
+_ZERO_PADS = (_layers.ZeroPadding1D, _layers.ZeroPadding2D, _layers.ZeroPadding3D)
+# With these, zeros around go on to the next layer.
+_KEEP_ZEROS = (
+    _layers.ActivityRegularization, _layers.Dropout, _layers.ELU, _layers.GaussianDropout,
+    _layers.Identity, _layers.LeakyReLU, _layers.PReLU, _layers.SpatialDropout1D,
+    _layers.SpatialDropout2D, _layers.SpatialDropout3D,
+)  # fmt: skip
+_ZERO_AT_ZERO = (
+    _activations.elu, _activations.gelu, _activations.leaky_relu, _activations.linear,
+    _activations.relu, _activations.relu6, _activations.selu, _activations.silu,
+    _activations.softsign, _activations.tanh,
+)  # fmt: skip
+_OPERATIONS = ("Elu", "Gelu", "Identity", "LeakyRelu", "Relu", "Relu6", "Selu", "Silu", "Tanh")
 
 
 class Connections:
@@ -68,6 +81,9 @@ class Connections:
         found: set[Extra] = set()
         for maker in self.makers(tensor):
             pad = maker.operation
+            if maker.input_tensors and _keeps_zeros(pad):
+                found |= self._zeros(maker.input_tensors[0])
+                continue
             if type(pad) not in _ZERO_PADS:
                 found.add(())
                 continue
@@ -75,6 +91,17 @@ class Connections:
             own = tuple((before, after) for before, after in own)
             found |= {padded(own, [more]) for more in self._zeros(maker.input_tensors[0])}
         return found
+
+
+def _keeps_zeros(operation: Any) -> bool:
+    """Return whether this acts on each position alone and keeps a zero."""
+    if type(operation) is _layers.Activation:
+        return operation.activation in _ZERO_AT_ZERO
+    if type(operation) is _layers.ReLU:
+        return not operation.threshold
+    own = type(operation).__module__.startswith("keras.src.ops")
+    named = own and type(operation).__name__ in _OPERATIONS
+    return named or type(operation) in _KEEP_ZEROS
 
 
 def ordered_children(layer: keras.Layer) -> list[keras.Layer]:

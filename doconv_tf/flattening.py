@@ -39,6 +39,15 @@ _FEATURES_LAST = (
     _layers.MultiHeadAttention, _layers.TimeDistributed,
 )  # fmt: skip
 _MIXING = (_layers.Dense, _layers.EinsumDense)
+# What takes positions together, or adds or leaves out some, and keeps the channels.
+_SPATIAL = tuple(
+    getattr(_layers, f"{name}{rank}D")
+    for name in (
+        "AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "Cropping",
+        "UpSampling", "ZeroPadding",
+    )
+    for rank in (1, 2, 3)
+)  # fmt: skip
 
 
 class Flattenings:
@@ -61,11 +70,53 @@ class Flattenings:
         """
         calls = self._connections.calls(layer)
         if not calls:
-            return OWN if any(_may_give(each, features) for each in self._unseen) else None
-        found = {self._image(call.input_tensors[0]) for call in calls}
+            # Convolutions behind a reshaping are seldom of mixed channels: those are not suspected.
+            suspect = not hasattr(layer, "kernel_size")
+            return OWN if suspect and any(_may_give(e, features) for e in self._unseen) else None
+        found = {self._of_tensor(call.input_tensors[0]) for call in calls}
         if isinstance(layer, _MIXING):
             found |= {OWN for call in calls if self._becomes_an_image(call.outputs[0])}
         return found.pop() if len(found) == 1 else OWN
+
+    def _of_tensor(self, tensor: Any) -> Flattening:
+        if len(tensor.shape) == 2:
+            return self._image(tensor)
+        return OWN if self._is_mixed(tensor) else None
+
+    def _is_mixed(self, tensor: Any) -> bool:
+        """Return whether the last axis may have an image's channels mixed with its positions."""
+        stack, seen = [tensor], set()
+        while stack:
+            image = stack.pop()
+            if id(image) in seen:
+                continue
+            seen.add(id(image))
+            for maker in self._connections.makers(image):
+                operation, output = maker.operation, maker.outputs[0]
+                if isinstance(operation, _FEATURES_LAST):
+                    continue
+                vectors = [each for each in maker.input_tensors if len(each.shape) == 2]
+                images = [each for each in maker.input_tensors if len(each.shape) > 2]
+                # An image that is flattened and becomes the same again is what it was.
+                unmixed = (None, tuple(output.shape[1:-1]))
+                if any(self._image(vector) not in unmixed for vector in vectors):
+                    return True
+                if _reshapes(operation) and any(self._mixes(each, output) for each in images):
+                    return True
+                if _reshapes(operation) or _keeps_channels(operation):
+                    stack += images
+        return False
+
+    def _mixes(self, image: Any, output: Any) -> bool:
+        """Return whether to reshape an image so puts channels and positions on the last axis."""
+        shape = image.shape[1:]
+        format_ = self.format_of(image)
+        if sum(n != 1 for n in shape) < 2 or format_ in (None, "channels_first"):
+            return False
+        channels, last = shape[-1], output.shape[-1]
+        if channels == 1 and format_ == "channels_last":
+            return False
+        return channels is None or last is None or channels % last != 0
 
     def _image(self, tensor: Any) -> Flattening:
         """Return the same for a tensor; None where it is no vector."""
@@ -104,13 +155,13 @@ class Flattenings:
             return self._flattened(operation, images[0])
         shapes = [[n or 1 for n in each.shape[1:]] for each in images]
         several = any(prod(shape) == output.shape[1] != max(shape) for shape in shapes)
-        return OWN if several else None
+        return OWN if several or any(map(self._is_mixed, images)) else None
 
     def _flattened(self, operation: Any, tensor: Any) -> Flattening:
         shape = tensor.shape[1:]
         if sum(n != 1 for n in shape) < 2:
             return None
-        format_, first = self._format(tensor), getattr(operation, "_channels_first", False)
+        format_, first = self.format_of(tensor), getattr(operation, "_channels_first", False)
         if format_ in (None, OWN):
             return format_ if not first else OWN
         if format_ == "channels_first" and not first:
@@ -120,7 +171,7 @@ class Flattenings:
         positions = shape[1:] if first else shape[:-1]
         return positions if prod(positions) > 1 and prod(positions) < prod(shape) else None
 
-    def _format(self, tensor: Any) -> str | None:
+    def format_of(self, tensor: Any) -> str | None:
         """Return a tensor's image format; None for what is no image, `OWN` where it is unknown."""
         found: set[str | None] = set()
         stack, seen = [tensor], set()
@@ -190,6 +241,11 @@ def _keeps_format(operation: Any) -> bool:
         or isinstance(operation, _layers.Concatenate)
         or _is(operation, ("Concatenate",))
     )
+
+
+def _keeps_channels(operation: Any) -> bool:
+    """Return whether the last axis of what a layer gives is that of what it is given."""
+    return _keeps_format(operation) or isinstance(operation, _SPATIAL)
 
 
 def _may_give(layer: keras.Layer, features: int) -> bool:

@@ -24,6 +24,13 @@ from doconv_core.forms import (
 from doconv_core.geometry import Geometry, Pad, causal, padded, same, symmetric
 from doconv_core.spec import ConvSpec
 from doconv_tf.connections import Connections
+from doconv_tf.depthwise_conv import (
+    DODepthwiseConv1D,
+    DODepthwiseConv2D,
+    DOSeparableConv1D,
+    DOSeparableConv2D,
+)
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_tf.flattening import Flattenings
 from doconv_tf.over_parameterized import OverParameterized
 from doconv_tf.walk import children
@@ -67,8 +74,6 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     names = [weight.name for weight in own]
     path = path or layer.name
     function = FORMS.get(type(layer))
-    if isinstance(layer, OverParameterized):
-        function = FORMS[layer.ordinary]
     if function is None:
         raise unsupported_layer(path, layer, names)
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
@@ -126,15 +131,21 @@ def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
         return {"": _depthwise(layer, layer.kernel, around, layer.bias)}
     channels, outputs = layer.kernel.shape[-2:]
     spec = ConvSpec(channels * layer.groups, outputs, layer.kernel_size, layer.groups)
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=_geometry(layer, around))
+    options = _options(layer, channels * layer.groups, around)
+    form = LayerForm(spec, bias=layer.bias is not None, **options)
     return {"": _part(form, "*IO", weight=layer.kernel, bias=layer.bias)}
+
+
+def _options(layer: Any, channels: int, around: Surroundings) -> dict[str, Any]:
+    """Return what a convolution's place in the model tells of its form."""
+    flattening, _ = _flattening(layer, channels, around)
+    return {"geometry": _geometry(layer, around), "flattening": flattening}
 
 
 def _over_parameterized(layer: Any, around: Surroundings, bias: Any) -> Part:
     depthwise = getattr(layer, layer.d_name)
-    form = LayerForm(
-        layer.spec, depthwise is not None, bias is not None, geometry=_geometry(layer, around)
-    )
+    options = _options(layer, layer.spec.in_channels, around)
+    form = LayerForm(layer.spec, depthwise is not None, bias is not None, **options)
     weights = {"weight": layer._kernel, "depthwise_weight": depthwise}
     return _part(form, layer.layout, **weights, bias=bias)
 
@@ -142,7 +153,7 @@ def _over_parameterized(layer: Any, around: Surroundings, bias: Any) -> Part:
 def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part:
     channels, each = kernel.shape[-2:]
     spec = ConvSpec(channels, channels * each, layer.kernel_size, channels)
-    form = LayerForm(spec, bias=bias is not None, geometry=_geometry(layer, around))
+    form = LayerForm(spec, bias=bias is not None, **_options(layer, channels, around))
     return _part(form, "*CN", weight=kernel, bias=bias)
 
 
@@ -171,7 +182,8 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
         for use in around.connections.zeros_before(layer)
     }
     geometry = Geometry(layer.strides, layer.dilation_rate, padded(crops, uses))
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry)
+    flattening, _ = _flattening(layer, channels, around)
+    form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry, flattening=flattening)
     return {"": _part(form, "*OI", weight=layer.kernel, bias=layer.bias)}
 
 
@@ -206,6 +218,7 @@ def _flattening(layer: Any, features: int, around: Surroundings) -> tuple[str | 
 
 def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     features = layer.moving_mean.shape[0]
+    _check_axis(layer, around)
     # Keras' momentum is the weight of the old statistics.
     spec = BatchNormSpec(features, layer.epsilon, 1 - layer.momentum)
     flattening, positions = _flattening(layer, features, around)
@@ -221,10 +234,30 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
         raise _NoCounterpart("rms_scaling has no counterpart")
     if len(layer.axis) != 1:
         raise _NoCounterpart("a layer norm over several axes has no counterpart")
+    rank, (axis,) = len(layer.get_build_config()["input_shape"]), layer.axis
+    if axis not in (-1, rank - 1):
+        raise _NoCounterpart(
+            f"a layer norm over axis {axis} of {rank}, which is not the last, has no counterpart"
+        )
     return _norm(layer, around, lambda features: LayerNormSpec(features, layer.epsilon))
 
 
+def _check_axis(layer: Any, around: Surroundings) -> None:
+    """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
+    for call in around.connections.calls(layer):
+        tensor = call.input_tensors[0]
+        rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
+        channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
+        if rank > 2 and channels is not None and layer.axis % rank != channels:
+            raise _NoCounterpart(
+                f"its axis {layer.axis} is not that of the channels, {channels}, in the "
+                f"{format_} image that it is given"
+            )
+
+
 def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
+    _check_axis(layer, around)
+
     def spec(features: int) -> GroupNormSpec:
         return GroupNormSpec(features, layer.groups, layer.epsilon)
 
@@ -272,6 +305,8 @@ FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
     **dict.fromkeys((_layers.Conv1D, _layers.Conv2D, _layers.Conv3D), _conv),
     **dict.fromkeys((_layers.DepthwiseConv1D, _layers.DepthwiseConv2D), _conv),
     **dict.fromkeys((_layers.SeparableConv1D, _layers.SeparableConv2D), _separable),
+    **dict.fromkeys((DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D), _conv),
+    **dict.fromkeys((DOSeparableConv1D, DOSeparableConv2D), _separable),
     **dict.fromkeys(
         (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose), _transposed
     ),

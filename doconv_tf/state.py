@@ -20,7 +20,6 @@ from doconv_core.layout import (
 from doconv_core.state import State, entry
 from doconv_tf.connections import ordered_children
 from doconv_tf.forms import FORMS, Part, own_weights, parts_of, surroundings
-from doconv_tf.over_parameterized import OverParameterized
 
 FRAMEWORK = "keras"
 
@@ -65,14 +64,15 @@ def load_state(
             dtype = keras.backend.standardize_dtype(variable.dtype)
             assignments.append(Assignment(entry(path, name), variable, dtype, array))
     check_assignments(assignments)
-    for _, variable, dtype, array in assignments:
+    for _, variable, dtype, array, _ in assignments:
         variable.assign(ops.cast(array, dtype))
 
 
 def _parts(model: keras.Layer) -> dict[str, Part]:
+    layers = _layers(model)
     around = surroundings(model)
     parts, unseen = {}, set()
-    for path, layer in _layers(model).items():
+    for path, layer in layers.items():
         for below, part in parts_of(path, layer, around).items():
             place = entry(path, below) if below else path
             parts[place] = part
@@ -84,10 +84,12 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
 
 def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Return the layers that own weights, by path; one that is reached twice, by its first."""
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):
-        known = isinstance(layer, OverParameterized) or type(layer) in FORMS
+        known = isinstance(layer, tuple(FORMS))
         if not layer.built and (not path or known):
             name = path or layer.name
             raise ValueError(f"layer {name!r} is not built; call the model, or its build(), first.")

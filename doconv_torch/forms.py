@@ -22,18 +22,25 @@ from doconv_core.forms import (
 from doconv_core.geometry import Extra, Geometry, padded, same, symmetric
 from doconv_core.spec import ConvSpec
 from doconv_core.state import entry
-from doconv_torch.do_conv import _DOConv
+from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d
 
 Uses: TypeAlias = "Set[Extra]"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where PyTorch's name for an entry is not the state's.
 ATTRIBUTES = {"gamma": "weight", "beta": "bias", "alpha": "weight"}
-# What counts batches only: with a momentum it takes no part in any computation.
+# What counts batches only: with a momentum it takes no part in a batch norm's computation.
 UNSTORED = "num_batches_tracked"
 
+_DO_CONVS = (DOConv1d, DOConv2d, DOConv3d)
 _ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+# What acts on each position alone and keeps a zero: with it, zeros around go on to the next layer.
+_KEEP_ZEROS = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6,
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Tanh, nn.Softsign,
+)  # fmt: skip
 
 
 def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm:
@@ -44,9 +51,7 @@ def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm
     device.
     """
     own = owned(module)
-    if isinstance(module, _DOConv):
-        form = _conv(module, uses)
-    elif type(module) in FORMS:
+    if type(module) in FORMS:
         try:
             form = FORMS[type(module)](module, uses)
         except _NoCounterpart as error:
@@ -66,7 +71,8 @@ def attribute(name: str) -> str:
 def owned(module: nn.Module) -> dict[str, Tensor]:
     """Return what the module itself has in its state dict, by name."""
     buffers = dict(module.named_buffers(recurse=False))
-    for name in (*module._non_persistent_buffers_set, UNSTORED):
+    counter = {UNSTORED} if isinstance(module, nn.modules.batchnorm._NormBase) else set()
+    for name in module._non_persistent_buffers_set | counter:
         buffers.pop(name, None)
     return {**dict(module.named_parameters(recurse=False)), **buffers}
 
@@ -78,13 +84,14 @@ def paddings(model: nn.Module) -> dict[int, set[Extra]]:
     """
     found: dict[int, set[Extra]] = {}
 
-    def visit(module: nn.Module, before: Extra) -> None:
+    def visit(module: nn.Module, before: Extra) -> Extra:
         found.setdefault(id(module), set()).add(before)
         sequential = type(module).forward is nn.Sequential.forward
         for child in module._modules.values():  # also one that comes again
             if child is not None:
-                visit(child, before if sequential else ())
-                before = _zeros(child, before)
+                after = visit(child, before if sequential else ())
+                before = after if sequential else before
+        return before if sequential else _zeros(module, before)
 
     visit(model, ())
     return found
@@ -92,6 +99,8 @@ def paddings(model: nn.Module) -> dict[int, set[Extra]]:
 
 def _zeros(module: nn.Module, before: Extra) -> Extra:
     """Return the zeros that this module gives the next one, whose own input has those `before`."""
+    if type(module) in _KEEP_ZEROS:
+        return before
     zero = type(module) in _ZERO_PADS
     zero = zero or (type(module) in _CONSTANT_PADS and module.value == 0)
     if not zero:
@@ -112,7 +121,7 @@ def _conv(module: Any, uses: Uses) -> LayerForm:
         pads = symmetric([0] * len(size) if module.padding == "valid" else module.padding)
     pads = padded(pads, uses, module.padding_mode)
     geometry = Geometry(stride, dilation, pads, module.padding_mode)
-    if isinstance(module, _DOConv):
+    if type(module) in _DO_CONVS:
         spec, over = module.spec, module.depthwise_weight is not None
     else:
         spec, over = ConvSpec(module.in_channels, module.out_channels, size, module.groups), False
@@ -186,7 +195,7 @@ def _has_bias(module: Any) -> bool:
 
 
 FORMS: dict[type[nn.Module], Callable[[Any, Uses], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_DO_CONVS), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     **dict.fromkeys(
         (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _batch_norm

@@ -20,8 +20,8 @@ def export_state(model: nn.Module) -> State:
 
     bfloat16, which NumPy lacks, becomes float32; no bit is lost. Paths and order are those of
     `named_modules`. A batch norm's `num_batches_tracked` is left out. Raises TypeError for a layer
-    without a counterpart in a state or with other parameters, by its path; ValueError for
-    parameters on the meta device, which hold nothing.
+    without a counterpart in a state or with other parameters, by its path, and for what is no
+    module; ValueError for parameters on the meta device, which hold nothing.
     """
     modules = _layers(model)
     layers = _forms(model, modules)
@@ -53,7 +53,7 @@ def load_state(
             tensor = _tensor(modules[path], name)
             dtype = str(tensor.dtype).removeprefix("torch.")
             array = array.reshape(tensor.shape)
-            assignments.append(Assignment(entry(path, name), tensor, dtype, array))
+            assignments.append(Assignment(entry(path, name), tensor, dtype, array, _memory(tensor)))
     check_assignments(assignments)
     with torch.no_grad():
         for assignment in assignments:
@@ -62,6 +62,8 @@ def load_state(
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that own parameters or persistent buffers, by path."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     return {path: module for path, module in model.named_modules() if owned(module)}
 
 
@@ -72,6 +74,13 @@ def _forms(model: nn.Module, modules: dict[str, nn.Module]) -> Any:
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     return getattr(module, attribute(name))
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Return where a tensor's values lie; two parameters may be one by that alone."""
+    if not tensor.numel() or not tensor.data_ptr():  # which share nothing, or cannot tell
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _to_numpy(parameter: Tensor) -> Any:

@@ -274,6 +274,8 @@ def test_another_geometry_is_refused_unless_it_is_to_be_ignored(other, message):
     assert fit_state(state, {"a": LayerForm(ORDINARY)})  # of which nothing is known
     with pytest.raises(ValueError, match="ignore must be of 'geometry', 'flattening'; received ig"):
         fit_state(state, wanted, ignore="padding")
+    with pytest.raises(TypeError, match=r"ignore must be a name, or several, .*received ignore=3"):
+        fit_state(state, wanted, ignore=3)
 
 
 @pytest.mark.parametrize(

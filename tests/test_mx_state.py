@@ -154,6 +154,44 @@ def test_numbers_that_the_model_cannot_hold_are_refused():
         load_state(layer, State(state.layers, arrays))
 
 
+class Doubled(DOConv2D):
+    """A subclass that computes something else."""
+
+    def hybrid_forward(self, F, x, **parameters):
+        return 2 * super().hybrid_forward(F, x, **parameters)
+
+
+def test_what_is_no_block_has_no_state():
+    with pytest.raises(TypeError, match="model must be a Gluon Block; received int"):
+        export_state(3)
+    with pytest.raises(TypeError, match="model must be a Gluon Block; received dict"):
+        load_state({}, export_state(network()))
+
+
+@pytest.mark.parametrize(
+    ("layout", "norm", "expected"),
+    [
+        ("NCHW", lambda: nn.BatchNorm(axis=3, in_channels=5), 1),
+        ("NCHW", lambda: nn.InstanceNorm(axis=2, in_channels=5), 1),
+        ("NHWC", lambda: nn.BatchNorm(in_channels=5), 3),
+        ("NCHW", lambda: nn.BatchNorm(in_channels=5), None),
+        ("NHWC", lambda: nn.BatchNorm(axis=-1, in_channels=5), None),
+    ],
+)
+def test_a_norm_is_of_the_channels_before_it(layout, norm, expected):
+    inner = nn.HybridSequential()
+    inner.add(nn.Conv2D(5, 1, in_channels=4, layout=layout), nn.Activation("relu"), norm())
+    net = nn.HybridSequential()
+    net.add(inner)
+    net.initialize()
+    if expected is None:
+        assert list(export_state(net).layers) == ["0.0", "0.2"]
+        return
+    message = f"layer '0.2' is a .*is not that of the channels .*; expected axis={expected}"
+    with pytest.raises(TypeError, match=message):
+        export_state(net)
+
+
 def scaled(block, attribute=True):
     """Return `block` with a parameter that a layer of its kind does not have."""
     scale = block.params.get("scale", shape=(1,))
@@ -190,6 +228,16 @@ def extended(*blocks):
             lambda: extended(nn.BatchNormReLU(in_channels=3)),
             TypeError,
             "'3' is a BatchNormReLU with 'gamma', .*; use a BatchNorm and an Activation",
+        ),
+        (
+            lambda: extended(Doubled(5, 2, 3)),
+            TypeError,
+            "'3' is a Doubled with 'weight', 'bias', 'depthwise_weight'; a canonical state holds",
+        ),
+        (
+            lambda: extended(nn.LayerNorm(axis=1, in_channels=3)),
+            TypeError,
+            "'3' is a LayerNorm .*; a layer norm over axis 1 has no counterpart; if it is the la",
         ),
         (
             lambda: extended(rnn.LSTM(3, input_size=3)),

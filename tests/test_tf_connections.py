@@ -15,7 +15,7 @@ import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
 from keras_layers import assert_same, random_values  # noqa: E402
 
-from doconv_core import Geometry, StateError  # noqa: E402
+from doconv_core import Geometry, State, StateError  # noqa: E402
 from doconv_core.forms import CHANNELS_FIRST, OWN  # noqa: E402
 from doconv_core.layout import to_channels_first  # noqa: E402
 from doconv_tf import DOConv2D, export_state, load_state  # noqa: E402
@@ -77,8 +77,26 @@ def custom(*parts):
             ("same after zeros (1, 1)",) * 2,
         ),
         (
-            lambda: functional(layers.ZeroPadding2D(1), layers.ReLU(), convolution()),
+            lambda: functional(
+                layers.ZeroPadding2D(1), layers.Activation("sigmoid"), convolution()
+            ),
             ((0, 0), (0, 0)),
+        ),
+        (
+            lambda: functional(layers.ZeroPadding2D(1), layers.ReLU(threshold=0.5), convolution()),
+            ((0, 0), (0, 0)),
+        ),
+        (
+            lambda: functional(
+                layers.ZeroPadding2D(1),
+                layers.ReLU(),
+                layers.Dropout(0.5),
+                layers.Identity(),
+                layers.Activation("tanh"),
+                ops.relu,
+                convolution(),
+            ),
+            ((1, 1), (1, 1)),
         ),
         (
             lambda: functional(
@@ -232,6 +250,47 @@ class Mixing(layers.Layer):
 )  # fmt: skip
 def test_a_flattened_image_is_seen(model, flattening):
     assert export_state(model()).layers["head"].flattening == flattening
+
+
+@pytest.mark.parametrize(
+    ("calls", "flattening"),
+    [
+        ([layers.Reshape((1, 90))], OWN),
+        ([layers.Reshape((2, 45)), layers.ReLU(), layers.BatchNormalization()], OWN),
+        ([layers.Reshape((2, 45)), layers.GlobalAveragePooling1D()], OWN),
+        ([layers.Flatten(), layers.Reshape((1, 90)), layers.ReLU()], OWN),
+        ([layers.Flatten(), layers.RepeatVector(2), layers.ReLU()], OWN),
+        ([layers.Reshape((30, 3))], None),
+        ([layers.Flatten(), layers.Reshape((6, 5, 3))], None),
+        ([layers.Reshape((1, 90)), layers.Dense(4)], None),
+    ],
+)
+def test_channels_that_are_mixed_with_positions_are_seen(calls, flattening):
+    calls = [type(call).from_config(call.get_config()) for call in calls]  # not built before
+    model = vector(layers.Conv2D(3, 1, name="conv"), *calls)
+    state = export_state(model)
+    assert state.layers["conv"].flattening is None
+    assert state.layers["head"].flattening == flattening
+
+
+@pytest.mark.parametrize("cls", [layers.Conv2D, DOConv2D, layers.Conv2DTranspose])
+def test_a_convolution_of_mixed_channels_is_of_one_framework(cls):
+    def model():
+        image = [layers.Conv2D(3, 1, name="conv"), layers.Reshape((1, 1, 90), name="flat")]
+        return functional(*image, cls(2, 1, name="point"))
+
+    state = export_state(random_values(model()))
+    assert state.layers["point"].flattening == OWN
+    load_state(model(), state)
+    other = State(state.layers, state.arrays, {"framework": "torch"})
+    with pytest.raises(StateError, match="'point' may have the features of a flattened image"):
+        load_state(model(), other)
+
+
+def test_a_convolution_of_a_subclassed_model_is_not_suspected():
+    pooled = [layers.GlobalAveragePooling2D(), layers.Reshape((1, 1, 3))]
+    model = custom(*pooled, layers.Conv2D(2, 1, name="c"))
+    assert [form.flattening for form in export_state(model).layers.values()] == [None]
 
 
 def test_a_deep_network_is_walked_without_going_in_circles():

@@ -121,12 +121,19 @@ def with_lora(model, name):
     return model
 
 
-class Scaled(DOConv2D):
-    """Has a variable that no canonical state has a place for."""
+class Doubled(DOConv2D):
+    """A subclass that computes something else."""
 
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+    def call(self, x):
+        return 2 * super().call(x)
+
+
+def with_scale(model, name):
+    """Add a variable that no canonical state has a place for."""
+    layer = model.get_layer(name)
+    layer._tracker.unlock()
+    layer.scale = layer.add_weight(name="scale", shape=(), initializer="ones")
+    return model
 
 
 @pytest.mark.parametrize(
@@ -186,9 +193,21 @@ class Scaled(DOConv2D):
             "'prelu' is a PReLU .*a slope for each position has no counterpart; name the spatial",
         ),
         (
-            lambda: network(cls=Scaled),
+            lambda: with_scale(network(), "first"),
             TypeError,
-            "'first', a Scaled, has 'kernel', 'bias', 'depthwise_kernel', 'scale'; expected 'ker",
+            "'first', a DOConv2D, has 'kernel', 'bias', 'depthwise_kernel', 'scale'; expected 'k",
+        ),
+        (
+            lambda: network(cls=Doubled),
+            TypeError,
+            "'first' is a Doubled with 'kernel', 'bias', 'depthwise_kernel'; a canonical state",
+        ),
+        (
+            lambda: network(
+                end=[layers.Reshape((3, 1)), layers.LayerNormalization(1, name="norm")]
+            ),
+            TypeError,
+            "'norm' is a LayerNorm.*; a layer norm over axis 1 of 3, which is not the last, has",
         ),
         (lambda: network(end=[Twins()]), ValueError, "two layers have the path 'twins.one'"),
     ],
@@ -200,6 +219,37 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, mess
         load_state(model, state)
     for variable, value in zip(model.weights, before, strict=True):
         assert_same(variable, value)
+
+
+def test_what_is_no_layer_has_no_state():
+    with pytest.raises(TypeError, match=r"model must be a keras\.Layer; received int"):
+        export_state(3)
+    with pytest.raises(TypeError, match=r"model must be a keras\.Layer; received dict"):
+        load_state({}, export_state(network()))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "norm", "message"),
+    [
+        ({}, layers.BatchNormalization(axis=1), "axis 1 is not that of the channels, 3, in the ch"),
+        ({}, layers.GroupNormalization(2, axis=2), "axis 2 is not that of the channels, 3, in "),
+        (
+            {"data_format": "channels_first"},
+            layers.BatchNormalization(),
+            "axis -1 is not that of the channels, 1, in the channels_first image",
+        ),
+        ({}, layers.BatchNormalization(axis=3), None),
+        ({"data_format": "channels_first"}, layers.BatchNormalization(axis=1), None),
+    ],
+)
+def test_a_norm_is_of_the_channels(convolution, norm, message):
+    layer = layers.Conv2D(6, 1, name="conv", **convolution)
+    model = keras.Sequential([keras.Input((4, 4, 4)), layer, layers.ReLU(), norm])
+    if message is None:
+        assert len(export_state(model).layers) == 2
+        return
+    with pytest.raises(TypeError, match=message):
+        export_state(model)
 
 
 def test_a_model_that_is_not_built_has_no_state():

@@ -41,6 +41,21 @@ class Owner(nn.Module):
             self.register_buffer("mask", torch.ones(3), persistent)
 
 
+class Doubled(DOConv2d):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Counter(nn.Module):
+    """A module with a buffer of a batch norm's name, which means something else here."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("num_batches_tracked", torch.ones(3))
+
+
 def pruned(model):
     prune.l1_unstructured(model[0], "weight", 0.5)
     return model
@@ -56,6 +71,8 @@ def test_what_cannot_be_exported_is_named(make):
     ("module", "message"),
     [
         (Owner(), "'1' is a Owner with 'scale'; a canonical state holds convolutions, transposed"),
+        (Counter(), "'1' is a Counter with 'num_batches_tracked'; a canonical state holds"),
+        (Doubled(1, 2, 3), "'1' is a Doubled with 'weight', 'bias', 'depthwise_weight'; a canon"),
         (nn.LSTM(3, 4), "'1' is a LSTM with 'weight_ih_l0', .*; a canonical state holds"),
         (nn.LazyConv2d(3, 3), "'1' is a LazyConv2d with 'weight', 'bias'"),
         (parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), "'1' is a ParametrizedConv2d with 'bi"),
@@ -138,6 +155,25 @@ def test_parameters_that_layers_share_are_stored_with_each_and_must_agree():
         load_state(model, State(state.layers, arrays))
 
 
+def test_parameters_over_the_same_memory_must_agree():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = nn.Parameter(first.weight.data)
+    model = nn.Sequential(first, second)
+    state = export_state(model)
+    load_state(model, state)
+    arrays = {**state.arrays, "1.weight": state.arrays["1.weight"] + 1}
+    with pytest.raises(StateError, match=r"'0.weight' and '1.weight' are one parameter"):
+        load_state(model, State(state.layers, arrays))
+    np.testing.assert_array_equal(first.weight.detach().numpy(), state.arrays["0.weight"])
+
+
+def test_what_is_no_module_has_no_state():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received int"):
+        export_state(3)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received dict"):
+        load_state({}, export_state(nn.Linear(2, 2)))
+
+
 def test_a_module_that_occurs_twice_is_stored_once():
     layer = nn.Conv2d(4, 4, 3, padding=1)
     assert list(export_state(nn.Sequential(layer, nn.ReLU(), layer)).layers) == ["0"]
@@ -150,7 +186,17 @@ def test_a_module_that_occurs_twice_is_stored_once():
         (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.0), c), ((2, 2), (2, 2))),
         (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.5), c), ((1, 1), (1, 1))),
         (lambda c: nn.Sequential(nn.ReflectionPad2d(1), c), ((1, 1), (1, 1))),
-        (lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.ReLU(), c), ((1, 1), (1, 1))),
+        (lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Sigmoid(), c), ((1, 1), (1, 1))),
+        (
+            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Identity(), nn.Dropout(), nn.ReLU(), c),
+            ((2, 2), (2, 2)),
+        ),
+        (lambda c: nn.Sequential(nn.Sequential(nn.ZeroPad2d(1)), c), ((2, 2), (2, 2))),
+        (
+            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Sequential(nn.ZeroPad2d(2)), c),
+            ((4, 4), (4, 4)),
+        ),
+        (lambda c: nn.Sequential(nn.ModuleList([nn.ZeroPad2d(1)]), c), ((1, 1), (1, 1))),
         (
             lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d(2), nn.Sequential(c)),
             ((4, 4), (4, 4)),
