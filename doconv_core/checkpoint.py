@@ -68,7 +68,8 @@ class Layer:
     entries: the names of the entries by role, in the file's order. Roles: weight,
     depthwise_weight, identity (the reference implementation's), bias; of a batch norm also
     running_mean, running_var, num_batches_tracked. The entries of an "other" bear their own names.
-    origin: "doconv"; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
+    origin: "doconv", of an "other" with a note too if it seems to be a layer of this package, and
+    cannot be folded; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
     of the reference implementation; "" where nothing tells.
     part: of a file with several copies of a model, such as "ema", which one; "" for the only one.
     over_parameterized: whether it has a D.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import SPECS, numbers, pair, state_dict
+from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -206,29 +208,56 @@ def test_a_kernel_size_that_contradicts_the_file_is_refused(file):
 @pytest.mark.parametrize(
     "shapes",
     [
-        ((8, 3, 3, 3), (3, 1, 3, 3)),  # an ordinary depthwise convolution under that name
         ((8, 3, 3, 3), (4, 9, 9)),
         ((8, 3, 3, 3), (3, 9, 12)),
         ((8, 3, 9), (3, 12, 9)),
         ((9, 3, 3, 3), (6, 9, 9)),
         ((8, 3), (3, 9, 9)),
+        ((216,), (243,)),  # a shard of a layer of ours
+        ((8, 3, 3, 3), (3, 9)),
     ],
 )
-def test_what_is_named_like_a_layer_of_ours_but_is_none_is_left(file, tmp_path, shapes):
-    arrays = {"a.weight": numbers(*shapes[0]), "a.depthwise_weight": numbers(*shapes[1])}
+def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, tmp_path, shapes):
+    save_file({"a.weight": numbers(*shapes[0]), "a.depthwise_weight": numbers(*shapes[1])}, file)
+    message = (
+        "layer 'a': named like an over-parameterized layer, but its entries make none: "
+        f"'depthwise_weight' {shapes[1]} of float32, 'weight' {shapes[0]} of float32."
+    )
+    with pytest.raises(NotFoldable, match=re.escape(message)) as error:
+        fold_checkpoint(file, tmp_path / "out")
+    only_line(error)
+    assert list(tmp_path.iterdir()) == [file]
+    with open_checkpoint(file) as checkpoint:  # to look at it is another matter
+        (layer,) = checkpoint.layers
+    assert (layer.kind, layer.over_parameterized, [*layer.entries]) == (
+        "other", False, ["depthwise_weight", "weight"]
+    )  # fmt: skip
+
+
+def test_integers_are_refused(file, tmp_path):
+    weight, depthwise, _ = pair(SPECS["features.0"])
+    save_file({"a.weight": weight.astype(np.int8), "a.depthwise_weight": depthwise}, file)
+    with pytest.raises(NotFoldable, match=r"'weight' \(8, 3, 3, 3\) of int8"):
+        fold_checkpoint(file, tmp_path / "out")
+
+
+def test_a_d_without_its_w_is_refused(file, tmp_path):
+    """As PyTorch's weight normalization leaves it: W is of two entries then."""
+    _, depthwise, _ = pair(SPECS["features.0"])
+    arrays = {"a.weight_g": numbers(8, 1, 1, 1), "a.weight_v": numbers(8, 3, 3, 3)}
+    save_file({**arrays, "a.depthwise_weight": depthwise, "b.bias": numbers(3)}, file)
+    with pytest.raises(NotFoldable, match=r"layer 'a': .*'weight_g' \(8, 1, 1, 1\) of float32, 'w"):
+        fold_checkpoint(file, tmp_path / "out")
+
+
+def test_an_ordinary_depthwise_kernel_under_ds_name_is_left(file, tmp_path):
+    arrays = {"a.weight": numbers(8, 3, 3, 3), "a.depthwise_weight": numbers(3, 1, 3, 3)}
     save_file(arrays, file)
     report = fold_checkpoint(file, tmp_path / "out")
     assert report.changed == ()
     assert load_file(tmp_path / "out").keys() == arrays.keys()
-    if [len(shape) > 2 for shape in shapes] == [True, len(shapes[1]) == 3]:
-        (left,) = report.left
-        assert left.reason.startswith("named like an over-parameterized layer, but a weight of (")
-
-
-def test_integers_are_left(file, tmp_path):
-    weight, depthwise, _ = pair(SPECS["features.0"])
-    save_file({"a.weight": weight.astype(np.int8), "a.depthwise_weight": depthwise}, file)
-    assert fold_checkpoint(file, tmp_path / "out").changed == ()
+    (left,) = report.left
+    assert left.reason.startswith("named like an over-parameterized layer, but its entries make")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])

@@ -76,10 +76,11 @@ def write_hdf5(path, specs):
     with h5py.File(path, "w") as file:
         for name, array in arrays(specs):
             layer, _, own = name.rpartition(".")
-            spec = specs[layer]
+            spec, number = specs[layer], [*specs].index(layer)
             if own == "weight":
                 array = array.reshape(*spec.kernel_size, *spec.kernel_shape[1::-1])
-            file[f"layers/{layer}/vars/{names[own]}"] = array
+            group = f"do_conv2d_{number}" if number else "do_conv2d"
+            file[f"layers/{group}/vars/{names[own]}"] = array
 
 
 def in_archive(path):

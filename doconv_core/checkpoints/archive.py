@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -75,14 +76,19 @@ def copy_member(
 ) -> None:
     """Copy a member's bytes to `target`, or only compare them with their check sum.
 
-    Raises CheckpointError where the member is damaged.
+    Raises CheckpointError where the member is damaged, OSError where `target` cannot be written.
     """
     left = archive.getinfo(name).file_size
+    for block in _blocks(path, archive, name):
+        left -= len(block)
+        if target is not None and left >= 0:
+            target.write(block)
+
+
+def _blocks(path: Path, archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
     try:
         with archive.open(name) as member:
             while block := member.read(COPIED_AT_ONCE):
-                left -= len(block)
-                if target is not None and left >= 0:
-                    target.write(block)
+                yield block
     except DAMAGE as error:
         raise CheckpointError(f"{path}: member {shown(name)} is damaged: {error}.") from error

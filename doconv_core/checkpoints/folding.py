@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doconv_core.checkpoint import (
+    OTHER,
     Checkpoint,
     CheckpointError,
     Layer,
@@ -44,6 +46,13 @@ class Output:
 def is_folded(layer: Layer) -> bool:
     """Return whether folding changes the layer: a reference layer of one tap has another shape."""
     return layer.over_parameterized or layer.origin.startswith(ORIGIN)
+
+
+def check_understood(path: Path, layers: Iterable[Layer]) -> None:
+    """Raise NotFoldable for what seems to be a layer of this package, and cannot be folded."""
+    for layer in layers:
+        if layer.kind == OTHER and layer.origin == "doconv" and layer.note:
+            raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
 
 
 def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
@@ -156,6 +165,7 @@ def report_on(checkpoint: Checkpoint) -> Report:
 
     Parameters are the elements of the first copy of the model, without its batch norms' statistics.
     """
+    check_understood(checkpoint.path, checkpoint.layers)
     changed, left = [], []
     first = checkpoint.parts[0] if checkpoint.parts else ""
     before = after = 0

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from doconv_core.checkpoint import CheckpointError
 from doconv_core.checkpoints.arrays import BFLOAT16, storage_dtype
+from doconv_core.checkpoints.hdf5_files import Written
 from doconv_core.checkpoints.hdf5_raw import check_heaps, creation_order
 from doconv_core.checkpoints.names import check_names, shown
 
@@ -147,17 +148,19 @@ class Hdf5:
 
         names: the new name, within its group, of a group. replaced: what gives an array's new
         values, as stored. dropped: the arrays that go; an attribute `weight_names`, of older
-        files, that lists them, is changed with them.
+        files, that lists them, is changed with them. Raises OSError where `target` cannot be
+        written, CheckpointError where the file is damaged.
         """
 
-        def visit(path: str, new: Any) -> None:
+        def visit(path: str, new: Any, check: Callable[[], None]) -> None:
             group = self.groups[path]
             gone = {name.removeprefix(f"{path}/") for name in dropped}
             self._copy_attributes(path, group, new, gone)
             for name in self.made(path) or group:
+                check()
                 inner = f"{path}/{name}" if path else name
                 if inner in self.groups:
-                    visit(inner, new.create_group(names.get(inner, name)))
+                    visit(inner, new.create_group(names.get(inner, name)), check)
                 elif inner in replaced:
                     values = replaced[inner]()
                     if self.arrays[inner].dtype.kind == "V":
@@ -167,11 +170,13 @@ class Hdf5:
                 elif inner not in dropped:
                     group.copy(name, new)
 
-        try:
-            with _h5py(self.path).File(target, "w") as file:
-                visit("", file)
-        except (OSError, RuntimeError, KeyError, UnicodeError) as error:
-            raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
+        with Written(target, "w+b") as written:
+            try:
+                with _h5py(self.path).File(written, "w") as file:
+                    visit("", file, written.check)
+            except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+                written.check()
+                raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
     def _copy_attributes(self, path: str, old: Any, new: Any, gone: set[str]) -> None:
         try:
@@ -199,44 +204,3 @@ def _h5py(path: Path) -> Any:
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-class Window:
-    """A part of a file, as a file of its own for h5py to read."""
-
-    def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a position, as files do."""
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as the part goes."""
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._size - self._at))
-        self._file.seek(self._begin + self._at)
-        read = self._file.readinto(view[:count])  # type: ignore[attr-defined]
-        self._at += read
-        return int(read)
-
-    def read(self, size: int = -1) -> bytes:
-        """Return bytes, as files do."""
-        buffer = bytearray(self._size - self._at if size < 0 else min(size, self._size))
-        return bytes(buffer[: self.readinto(buffer)])
-
-    def write(self, data: bytes) -> int:
-        """Refuse: the part is only read."""
-        raise OSError("the file is open for reading only")
-
-    def truncate(self, size: int | None = None) -> int:
-        """Refuse: the part is only read."""
-        raise OSError("the file is open for reading only")
-
-    def flush(self) -> None:
-        """Do nothing; h5py asks for it."""

@@ -18,7 +18,8 @@ from doconv_core.checkpoint import Checkpoint, CheckpointError, Entry, Layer
 from doconv_core.checkpoints.archive import copy_member, open_archive, read_member
 from doconv_core.checkpoints.arrays import from_storage, to_storage
 from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
-from doconv_core.checkpoints.hdf5 import Hdf5, Window
+from doconv_core.checkpoints.hdf5 import Hdf5
+from doconv_core.checkpoints.hdf5_files import Window
 from doconv_core.checkpoints.keras_layers import NOT_A_MODEL, KerasLayers
 from doconv_core.checkpoints.keras_names import (
     STEMS,
@@ -27,6 +28,7 @@ from doconv_core.checkpoints.keras_names import (
     numbered,
     stem_of,
     stored_nodes,
+    unknown_class,
 )
 from doconv_core.checkpoints.layers import find_layers
 from doconv_core.checkpoints.names import once, shown
@@ -74,14 +76,17 @@ class KerasWeightsCheckpoint(Checkpoint):
 
     def _older(self, sizes: Sizes) -> tuple[Layer, ...]:
         """Return the layers of a file of Keras 2: arrays by the names of the variables."""
-        for name, entry in self.entries.items():
-            is_d = name.rpartition("/")[2].split(":")[0] == "depthwise_kernel"
-            if is_d and len(entry.shape) == 3:
+        keys = {name.split(":")[0]: name for name in self.entries}
+        for key, name in keys.items():
+            prefix, _, own_name = key.rpartition("/")
+            # Ordinary depthwise and separable layers have a depthwise_kernel, but no other beside.
+            kernels = {f"{prefix}/{kind}".lstrip("/") for kind in ("kernel", "depthwise_kernel")}
+            is_d = own_name in ("depthwise_kernel", "d_kernel")
+            if is_d and len(self.entries[name].shape) == 3 and (kernels - {key}) & keys.keys():
                 raise CheckpointError(
                     f"{self.path} is an HDF5 file of the older kind, with an over-parameterized "
                     f"layer, {shown(name)}; load it in Keras, and {ADVICE}."
                 )
-        keys = {name.split(":")[0]: name for name in self.entries}
         return find_layers(
             self.entries, keys, sizes, separators="/", framework="TensorFlow", layouts=("*IO",)
         )
@@ -173,6 +178,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         try:
             self._config = self._read_config()
             stored = list(stored_nodes(self._config))
+            self._unknown = unknown_class(self._config)
             self._folded_config = json.dumps(folded_config(self._config)).encode()
             nodes: dict[str, Any] = {}
             for old, _, node in stored:
@@ -223,6 +229,11 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
+        if any(self._unknown):
+            raise NotFoldable(
+                "{}: layer {!r} is a {} of this package's, which is not known here; a later "
+                "version of the package may fold it.".format(self.path, *self._unknown[::-1])
+            )
         copy_member(self.path, self._archive, WEIGHTS)  # the check sum, which h5py does not know
         weights = target.with_name(f"{target.name}.weights")
         super().write_folded(weights, report)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, OTHER, Entry, Layer
 from doconv_core.checkpoints.arrays import FLOATS
 from doconv_core.checkpoints.hdf5 import Hdf5
 from doconv_core.checkpoints.keras_names import STEMS, own_class, snake_case, stem_of
-from doconv_core.checkpoints.shapes import canonical_shape, over_parameterized
+from doconv_core.checkpoints.shapes import canonical_shape, over_parameterized, unlike
 from doconv_core.checkpoints.sizes import Sizes
 from doconv_core.spec import ConvSpec
 
@@ -18,6 +19,7 @@ D_ENTRY = "depthwise_kernel"
 NOT_A_MODEL = ("optimizer",)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
+SEPARABLE = ("separable_conv1d", "separable_conv2d")
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -38,10 +40,11 @@ class KerasLayers:
         for group in self.owners():
             roles = {name.rpartition("/")[2]: name for name in self._arrays_of(group)}
             if roles and group.partition("/")[0] not in NOT_A_MODEL:
-                path = self._path(group)
-                path = path if path not in used else group.replace("/", ".")
-                used.add(path)
-                yield self._layer(group, path, roles, sizes)
+                found = self._parts(group, self._path(group), roles, sizes)
+                if any(layer.path in used for layer in found):
+                    found = self._parts(group, group.replace("/", "."), roles, sizes)
+                used.update(layer.path for layer in found)
+                yield from found
 
     def owners(self) -> Iterator[str]:
         """Yield the group of each layer, also of those that own nothing."""
@@ -77,17 +80,57 @@ class KerasLayers:
             name = self._file.attribute(_in(group, "vars"), "name")
         return stem_of(name)[0]
 
-    def _layer(self, group: str, path: str, roles: dict[str, str], sizes: Sizes) -> Layer:
+    def _foreign(self, group: str) -> str:
+        """Return the class of a layer that is known not to be one of this package's, else ""."""
+        node = self._nodes.get(group)
+        if node is not None:
+            return "" if own_class(node) else str(node["class_name"])
+        parent, _, name = group.rpartition("/")
+        told = bool(group) and not self.is_owner(parent)  # in a list, whose names are by class
+        return "" if not told or stem_of(name)[0] in STEMS else stem_of(name)[0]
+
+    def _parts(self, group: str, path: str, roles: dict[str, str], sizes: Sizes) -> list[Layer]:
+        """Return the layer whose group this is, or the two convolutions that it consists of."""
         stem, node = self._class(group), self._nodes.get(group)
-        shapes = {name: self._entries[name] for name in roles.values()}
         config = node["config"] if node is not None else {}
+        shapes = {role: self._entries[name].shape for role, name in roles.items()}
+        if not _is_separable(stem, shapes):
+            return [self._layer(group, path, stem, roles, config, sizes)]
+        below = f"{path}." if path else ""
+        own = "do_" if D_ENTRY in roles or stem in STEMS else ""
+        rank = len(shapes["1"]) - 2
+        first = {role: roles[role] for role in ("0", D_ENTRY) if role in roles}
+        second = {str(int(role) - 1): roles[role] for role in ("1", "2") if role in roles}
+        return [
+            self._layer(group, path_, stem_, roles_, config_, sizes)
+            for path_, stem_, roles_, config_ in (
+                (f"{below}depthwise", f"{own}depthwise_conv{rank}d", first, config),
+                (f"{below}pointwise", f"conv{rank}d", second, {"groups": 1}),
+            )
+        ]
+
+    def _layer(
+        self, group: str, path: str, stem: str, roles: dict[str, str],
+        config: Mapping[str, Any], sizes: Sizes,
+    ) -> Layer:  # fmt: skip
+        shapes = {name: self._entries[name] for name in roles.values()}
         if D_ENTRY in roles and "0" in roles:
             found = _over_parameterized(path, stem, roles, shapes, config, sizes)
             if found is not None:
-                foreign = node is not None and not own_class(node)
-                return _not_ours(found, node["class_name"]) if node and foreign else found
+                foreign = self._foreign(group)
+                return _not_ours(found, foreign) if foreign else found
         own = stem in STEMS
-        stem = STEMS.get(stem, stem)
+        layer = self._ordinary(path, STEMS.get(stem, stem), roles, config)
+        if D_ENTRY in roles or (own and layer.kind != CONVOLUTION):
+            note = unlike({role: self._entries[name] for role, name in roles.items()})
+            # Four axes are those of a depthwise kernel, which is no D.
+            is_kernel = D_ENTRY in roles and len(self._entries[roles[D_ENTRY]].shape) > 3
+            return Layer(path, OTHER, roles, "" if is_kernel and not own else "doconv", note=note)
+        return dataclasses.replace(layer, origin="doconv") if own else layer
+
+    def _ordinary(
+        self, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
+    ) -> Layer:
         first = self._entries[roles["0"]] if "0" in roles else None
         if first is None or first.dtype not in FLOATS:
             return Layer(path, OTHER, roles)
@@ -98,14 +141,31 @@ class KerasLayers:
             return Layer(path, OTHER, roles)
         named = {"weight": roles["0"]} | ({"bias": roles["1"]} if "1" in roles else {})
         kernel = canonical_shape(first.shape, layout)
-        layer = Layer(
-            path, kind, named, "doconv" if own else "", kernel_shape=kernel, layout=layout
+        return _with_spec(
+            Layer(path, kind, named, kernel_shape=kernel, layout=layout), first.shape, config
         )
-        return _with_spec(layer, first.shape, config)
 
 
 def _in(group: str, name: str) -> str:
     return f"{group}/{name}" if group else name
+
+
+def _is_separable(stem: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether these are a separable convolution's: depthwise and pointwise kernel, bias."""
+    depthwise, pointwise = shapes.get("0", ()), shapes.get("1", ())
+    rank = len(pointwise) - 2
+    if not {*shapes} <= {"0", "1", "2", D_ENTRY} or rank not in (1, 2):
+        return False
+    named = STEMS.get(stem, stem)
+    if named in SEPARABLE and rank != SEPARABLE.index(named) + 1:
+        return False
+    if D_ENTRY in shapes:  # which is enough to tell: no other of this package's has two kernels
+        fits = len(depthwise) in (3, rank + 2)
+    else:
+        fits = named in SEPARABLE and len(depthwise) == rank + 2
+    matrix = (prod(depthwise[-2:]), pointwise[-1])
+    bias = shapes.get("2", pointwise[-1:])
+    return fits and pointwise == (*(1,) * rank, *matrix) and bias == pointwise[-1:]
 
 
 def _over_parameterized(
@@ -115,13 +175,28 @@ def _over_parameterized(
     names = {"weight": roles["0"], "depthwise_weight": roles[D_ENTRY]}
     if "1" in roles:
         names["bias"] = roles["1"]
-    if len(shapes[names["weight"]].shape) < 3 or len(shapes[names["depthwise_weight"]].shape) != 3:
+    weight, depthwise = (shapes[name].shape for name in names.values() if name != names.get("bias"))
+    if len(weight) < 3 or len(depthwise) != 3 or {*roles} - {"0", "1", D_ENTRY}:
         return None
-    # Where nothing tells, "*IO" will do: an ungrouped layer and a depthwise one compose alike.
-    layout = "*CN" if stem == "do_depthwise_conv2d" else "*IO"
+    ordinary = STEMS.get(stem, "")
     size = config.get("kernel_size")
     told = tuple(size) if isinstance(size, list) and all(type(k) is int for k in size) else None
-    return over_parameterized(path, "", names, shapes, layout, sizes, told)
+    if told is None and ordinary.endswith("1d"):
+        told = depthwise[1:2]
+    # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
+    # depthwise one compose alike.
+    layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
+    for layout in layouts:
+        found = over_parameterized(path, "", names, shapes, layout, sizes, told)
+        if found is not None and _is_of_rank(found, ordinary):
+            return found
+    return None
+
+
+def _is_of_rank(layer: Layer, stem: str) -> bool:
+    """Return whether a kernel has as many dimensions as the class is named for, if it is."""
+    shape = layer.kernel_shape
+    return shape is None or not stem or stem.endswith(f"conv{len(shape) - 2}d")
 
 
 def _not_ours(layer: Layer, name: str) -> Layer:

@@ -13,16 +13,14 @@ from typing import Any
 
 CLASSES = {
     "DOConv1D": "Conv1D", "DOConv2D": "Conv2D", "DOConv3D": "Conv3D",
-    "DODepthwiseConv2D": "DepthwiseConv2D",
+    "DODepthwiseConv1D": "DepthwiseConv1D", "DODepthwiseConv2D": "DepthwiseConv2D",
+    "DOSeparableConv1D": "SeparableConv1D", "DOSeparableConv2D": "SeparableConv2D",
 }  # fmt: skip
-STEMS = {
-    "do_conv1d": "conv1d", "do_conv2d": "conv2d", "do_conv3d": "conv3d",
-    "do_depthwise_conv2d": "depthwise_conv2d",
-}  # fmt: skip
-OF_D = (
-    "d_multiplier", "d_initializer", "d_regularizer", "d_constraint", "depth_multiplier",
-    "depthwise_initializer", "depthwise_regularizer", "depthwise_constraint",
-)  # fmt: skip
+# What a config has of D. Those that have a `depth_multiplier` of their own call S otherwise.
+OF_D = {"depth_multiplier", "depthwise_initializer", "depthwise_regularizer",
+        "depthwise_constraint"}  # fmt: skip
+OF_D_BESIDE = {"d_multiplier", "d_initializer", "d_regularizer", "d_constraint"}
+PACKAGE, MODULE = "doconv>", "doconv_tf"
 
 
 def snake_case(name: str) -> str:
@@ -30,6 +28,9 @@ def snake_case(name: str) -> str:
     name = re.sub(r"\W+", "", name)
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+STEMS = {snake_case(own): snake_case(ordinary) for own, ordinary in CLASSES.items()}
 
 
 def numbered(stems: Sequence[str]) -> list[str]:
@@ -49,14 +50,25 @@ def stem_of(name: str) -> tuple[str, int]:
 
 
 def own_class(node: Mapping[str, Any]) -> str:
-    """Return which of this package's classes a config is of, "" for none."""
+    """Return which of this package's classes that are known a config is of, "" for none."""
     name = node.get("class_name")
-    registered = node.get("registered_name")
-    if isinstance(name, str) and name in CLASSES:
-        module = str(node.get("module"))
-        if registered == f"doconv>{name}" or module.partition(".")[0] == "doconv_tf":
-            return name
-    return ""
+    return name if isinstance(name, str) and name in CLASSES and _is_own(node, name) else ""
+
+
+def _is_own(node: Mapping[str, Any], name: str) -> bool:
+    module = str(node.get("module")).partition(".")[0]
+    return node.get("registered_name") == f"{PACKAGE}{name}" or module == MODULE
+
+
+def unknown_class(value: Any) -> tuple[str, str]:
+    """Return class and name of what is of this package in a config, and not known here, or "", "".
+
+    Such as a layer of a later version.
+    """
+    if is_node(value) and _is_own(value, value["class_name"]) and not own_class(value):
+        return value["class_name"], str(value["config"].get("name", ""))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in inner if any(found := unknown_class(item))), ("", ""))
 
 
 def is_node(value: Any) -> bool:
@@ -77,9 +89,7 @@ def folded_config(value: Any) -> Any:
     value = {key: folded_config(item) for key, item in value.items()}
     own = own_class(value) if is_node(value) else ""
     if own:
-        kept = {"depth_multiplier", "depthwise_initializer", "depthwise_regularizer",
-                "depthwise_constraint"} if own == "DODepthwiseConv2D" else set()  # fmt: skip
-        gone = set(OF_D) - kept
+        gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
         config = {key: item for key, item in value["config"].items() if key not in gone}
         value |= {"module": "keras.layers", "class_name": CLASSES[own], "registered_name": None}
         value["config"] = config

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, OTHER, Entry, Layer
 from doconv_core.checkpoints.arrays import FLOATS
 from doconv_core.checkpoints.reference import find_reference
-from doconv_core.checkpoints.shapes import over_parameterized
+from doconv_core.checkpoints.shapes import over_parameterized, unlike
 from doconv_core.checkpoints.sizes import Sizes
 
 # What ends an entry's name, and the role that it has. Those of batch norms, by framework.
@@ -88,12 +88,6 @@ def _over_parameterized(
         elif fitting:
             settled = settled or fitting[0].layout
             yield fitting[0]
-        else:
-            note = (
-                f"named like an over-parameterized layer, but a weight of {weight.shape} and a "
-                f"depthwise_weight of {depthwise.shape}, {depthwise.dtype}, make none"
-            )
-            yield Layer(_path(prefix), OTHER, found, part=part, note=note)
     for fitting in ambiguous:
         same = [layer for layer in fitting if layer.layout == settled]
         layer = same[0] if same else fitting[0]
@@ -113,13 +107,17 @@ def _others(
             name = key[len(prefix) :]
             roles[name if role in roles else role] = key
     for prefix, roles in groups.items():
-        yield _ordinary(_path(prefix), part, roles, shapes, layout)
+        yield _ordinary(prefix, part, roles, shapes, layout)
 
 
 def _ordinary(
-    path: str, part: str, roles: dict[str, str], shapes: Mapping[str, Entry], layout: str
+    prefix: str, part: str, roles: dict[str, str], shapes: Mapping[str, Entry], layout: str
 ) -> Layer:
+    path = _path(prefix)
     weight = shapes[roles["weight"]].shape if "weight" in roles else ()
+    named = next((key for key in roles.values() if key.endswith("depthwise_weight")), None)
+    if named is not None:
+        return _named_alike(prefix, part, roles, shapes, named)
     if "running_mean" in roles:
         return Layer(path, BATCH_NORM, roles, part=part)
     if 3 <= len(weight) <= 5 and shapes[roles["weight"]].dtype in FLOATS:
@@ -128,6 +126,19 @@ def _ordinary(
     if len(weight) == 2:
         return Layer(path, LINEAR, roles, part=part, kernel_shape=weight)
     return Layer(path, OTHER, roles, part=part)
+
+
+def _named_alike(
+    prefix: str, part: str, roles: dict[str, str], shapes: Mapping[str, Entry], named: str
+) -> Layer:
+    """Return a layer that has an entry named as a D is, and that is none of this package's.
+
+    A D has three axes. So four are those of a depthwise convolution; anything else is not known.
+    """
+    rest = {role: shapes[key] for role, key in roles.items() if key != named}
+    note = unlike({named[len(prefix) :]: shapes[named], **rest})
+    origin = "" if len(shapes[named].shape) > 3 else "doconv"
+    return Layer(_path(prefix), OTHER, roles, origin, part, note=note)
 
 
 def _split(key: str, separators: str) -> tuple[str, str]:

@@ -8,10 +8,13 @@ from math import isqrt, prod
 
 from doconv_core.checkpoint import CONVOLUTION, Entry, Layer
 from doconv_core.checkpoints.arrays import FLOATS
+from doconv_core.checkpoints.names import shown
 from doconv_core.checkpoints.sizes import Sizes
 from doconv_core.spec import MAX_RANK, ConvSpec
 
 Shape = tuple[int, ...]
+
+MAX_TOLD = 6  # entries in a note
 
 
 def canonical_shape(shape: Shape, layout: str) -> Shape:
@@ -67,6 +70,19 @@ def over_parameterized(
         kernel_size = tuple(body)
     layer = Layer(path, CONVOLUTION, roles, "doconv", part, over_parameterized=True, layout=layout)
     return sized(layer, (in_channels, out_channels, groups), taps, multiplier, kernel_size, sizes)
+
+
+def unlike(entries: Mapping[str, Entry]) -> str:
+    """Return the note on entries, by role, that one would take for an over-parameterized layer's.
+
+    It is no such layer that is known here.
+    """
+    told = [f"{shown(role)} {e.shape} of {e.dtype}" for role, e in entries.items()]
+    more = f" and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+    return (
+        "named like an over-parameterized layer, but its entries make none: "
+        f"{', '.join(told[:MAX_TOLD])}{more}"
+    )
 
 
 def groups_of(in_channels: int, out_channels: int, per_group: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from doconv_core.checkpoint import Checkpoint, Layer
+from doconv_core.checkpoints.folding import check_understood
 from doconv_core.cli import writing
 from doconv_core.cli.checkpoints import (
     check_target,
@@ -117,6 +118,8 @@ def convert(
         layers = _layers(checkpoint, part)
         needed = [layer for layer in layers if needs_kernel_size(checkpoint, layer, folded)]
         require_kernel_sizes(checkpoint, needed)
+        if folded:
+            check_understood(source, _unsettled(layers, [*keep, *drop]))
         if like is None:
             framework, write = _target(target, name)
             flattenings = _flattenings(checkpoint, layers, framework, flattened)
@@ -129,11 +132,7 @@ def convert(
             framework = framework_of(template)
             write = _writer_like(template, framework)
             flattenings = _flattenings(checkpoint, layers, framework, flattened)
-            layers = [
-                layer
-                for layer in layers
-                if not all(matches(entry, drop) for entry in layer.entries.values())
-            ]
+            layers = _unsettled(layers, drop)
             filled = Template(checkpoint, template, folded, flattenings, framework == KERAS)
             plan = filled.plan(_paired(checkpoint, layers, template, match))
         with progress("converting") as step, writing_to(target), replacing(target) as temporary:
@@ -185,6 +184,15 @@ def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
                 IMPOSSIBLE,
             )
     return layers
+
+
+def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """Return the layers with an entry that matches none of the patterns."""
+    return [
+        layer
+        for layer in layers
+        if not all(matches(entry, patterns) for entry in layer.entries.values())
+    ]
 
 
 def _flattenings(

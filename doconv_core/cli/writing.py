@@ -13,6 +13,7 @@ from typing import Any
 
 from doconv_core.checkpoints.arrays import storage_dtype, to_storage
 from doconv_core.checkpoints.gluon import write_params
+from doconv_core.checkpoints.hdf5_files import Written
 from doconv_core.checkpoints.safetensors import DTYPES
 from doconv_core.cli.errors import MISSING, Failure
 from doconv_core.cli.planning import Plan
@@ -95,8 +96,9 @@ def _fill(path: Path, plan: Plan, step: Step) -> None:
     import h5py  # which has read the template
 
     arrays = plan.arrays(step)
-    with h5py.File(path, "r+") as file:
+    with Written(path, "r+b") as written, h5py.File(written, "r+") as file:
         for entry in plan.entries:
+            written.check()
             values = to_storage(arrays[entry.name], entry.dtype)
             dataset = file[entry.name]
             dataset[...] = values.view(dataset.dtype) if dataset.dtype.kind == "V" else values

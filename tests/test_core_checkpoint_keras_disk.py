@@ -1,0 +1,169 @@
+"""A disk that is full while HDF5 is written: an OSError that says so, and a library left whole."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from checkpoint_files import numbers
+from frameworks import need
+
+need("tf")
+
+import h5py  # noqa: E402
+
+from doconv_core.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint  # noqa: E402
+from doconv_core.checkpoints.archive import copy_member, open_archive  # noqa: E402
+from doconv_core.checkpoints.hdf5_files import Written  # noqa: E402
+
+ARRAYS = {f"layers/do_conv2d_{n}/vars/0": numbers(3, 3, 16, 16, seed=n) for n in range(1, 20)}
+
+
+class Limited:
+    """A file on a disk that has so many bytes left."""
+
+    def __init__(self, file, left):
+        self._file, self._left = file, left
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        fitting = data[: max(0, self._left - self._file.tell())]
+        if len(data) and not len(fitting):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(fitting)
+
+
+def limited(path, left, monkeypatch):
+    written = Written(path, "w+b")
+    monkeypatch.setattr(written, "_file", Limited(written._file, left))
+    return written
+
+
+def test_an_interruption_closes_the_file_too(tmp_path, monkeypatch):
+    written = Written(tmp_path / "a.h5", "w+b")
+    file, count = written._file, iter(range(99))
+
+    class Interrupted(Limited):
+        def write(self, data):
+            if next(count) == 3:
+                raise KeyboardInterrupt
+            return file.write(data)
+
+    monkeypatch.setattr(written, "_file", Interrupted(file, 0))
+    with pytest.raises(KeyboardInterrupt), written, h5py.File(written, "w") as opened:
+        fill(opened)
+    assert file.closed
+
+
+def fill(file):
+    for name, array in ARRAYS.items():
+        file[name] = array
+        file[name].attrs["name"] = name
+
+
+@pytest.mark.parametrize("left", [0, 100, 3000, 50_000, 170_000])
+def test_the_library_reads_and_closes_what_could_not_be_written(left, tmp_path, monkeypatch):
+    written = limited(tmp_path / "a.h5", left, monkeypatch)
+    with h5py.File(written, "w") as file:
+        fill(file)
+        file.flush()
+        assert (file["layers/do_conv2d_7/vars/0"][:] == ARRAYS["layers/do_conv2d_7/vars/0"]).all()
+    with h5py.File(written, "r") as file:  # from what was kept in memory
+        for name, array in ARRAYS.items():
+            assert (file[name][:] == array).all()
+            assert file[name].attrs["name"] == name
+    with pytest.raises(OSError, match="No space left on device"):
+        written.check()
+    with pytest.raises(OSError, match="No space left on device"), written:
+        pass
+    assert (tmp_path / "a.h5").stat().st_size <= max(left, 1)
+
+
+def test_a_file_that_fits_is_written(tmp_path):
+    with Written(tmp_path / "a.h5", "w+b") as written, h5py.File(written, "w") as file:
+        fill(file)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert all((file[name][:] == array).all() for name, array in ARRAYS.items())
+    with pytest.raises(KeyError, match="mine"), Written(tmp_path / "b", "w+b"):
+        raise KeyError("mine")
+
+
+def write_weights(path):
+    with h5py.File(path, "w") as file:
+        for n in range(12):
+            group = file.create_group(f"layers/do_conv2d_{n}/vars".replace("_0/", "/"))
+            group["0"], group["depthwise_kernel"] = numbers(3, 3, 16, 16), numbers(16, 9, 9)
+
+
+def write_archive(path):
+    write_weights(path)
+    weights = path.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", "{}")
+        archive.writestr("config.json", '{"class_name": "Model", "config": {}}')
+        archive.writestr("model.weights.h5", weights)
+
+
+@pytest.mark.parametrize("write", [write_weights, write_archive], ids=["weights", "archive"])
+@pytest.mark.parametrize("most", [0, 1000, 60_000, 100_000])
+def test_folding_onto_a_full_disk(tmp_path, write, most):
+    source, target = tmp_path / "in", tmp_path / "out"
+    write(source)
+    size = fold_size(source, target)
+    assert most < size
+    program = [sys.executable, "-c", "from doconv_core.cli import main; main()"]
+    done = subprocess.run(
+        [*program, "fold", source, target],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == f"doconv: {target} could not be written: File too large.\n"
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def fold_size(source, target):
+    """Return the size of the folded file, which is removed again."""
+    report = fold_checkpoint(source, target)
+    assert len(report.changed) == 12
+    with open_checkpoint(target) as checkpoint:
+        expected = numbers(3, 3, 16, 16) + np.einsum(
+            "ims,sio->mio", numbers(16, 9, 9), numbers(9, 16, 16)
+        ).reshape(3, 3, 16, 16)
+        found = checkpoint.read(next(iter(checkpoint.entries)))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    size = target.stat().st_size
+    target.unlink()
+    return size
+
+
+def test_a_full_disk_is_no_damage_of_an_archive(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = tmp_path / "in"
+    write_archive(source)
+    with open_archive(source) as archive:
+        with pytest.raises(OSError, match="No space left on device"):
+            copy_member(source, archive, "model.weights.h5", Full())
+        copy_member(source, archive, "model.weights.h5", io.BytesIO())
+
+
+def test_damage_of_the_source_is_told_as_such(tmp_path, monkeypatch):
+    write_weights(tmp_path / "in")
+    monkeypatch.setattr(h5py.Group, "copy", lambda *args: (_ for _ in ()).throw(OSError("bad")))
+    with h5py.File(tmp_path / "in", "a") as file:
+        file["layers/dense/vars/0"] = numbers(2, 2)
+    with pytest.raises(CheckpointError, match="in could not be copied: bad"):
+        fold_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert [*tmp_path.iterdir()] == [tmp_path / "in"]
