@@ -69,10 +69,13 @@ def _remove_parametrizations(layer: Any) -> None:
 def _into_w(layer: Any, folded: nn.Parameter, held: Owners) -> nn.Parameter:
     """Return W with the folded kernel in it, so that it stays the same object, where it can be."""
     weight, depthwise = layer.weight, layer.depthwise_weight
-    if not is_plain(weight) or weight.shape != folded.shape:
+    if not is_plain(weight):
         return folded
     if depthwise is None:
         return weight
+    vars(folded).update(vars(weight))
+    if weight.shape != folded.shape:
+        return folded
     if weight.is_inference() or not all(
         name == "weight"
         and tied is weight

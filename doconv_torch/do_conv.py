@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
 from doconv_torch.compose import as_weight
-from doconv_torch.reuse import composed
+from doconv_torch.reuse import composed, composed_anew
 
 
 class _DOConv(_ConvNd):
@@ -91,7 +91,7 @@ class _DOConv(_ConvNd):
         hook computes (weight norm of the old kind, pruning).
         """
         check_foldable(self)
-        with _in_evaluation(self), torch.enable_grad():
+        with _in_evaluation(self), composed_anew(), torch.enable_grad():
             composed = [p for p in (self.weight, self.depthwise_weight) if p is not None]
             trainable = any(p.requires_grad for p in composed)
             kernel = self.composed_kernel().detach()

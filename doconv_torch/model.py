@@ -11,20 +11,31 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.fold import NotFoldable
-from doconv_core.model import NOT_SELECTED, Change, Converted, Left, Report, Selection, Where
-from doconv_core.spec import ConvSpec
+from doconv_core.model import (
+    NOT_SELECTED,
+    Change,
+    Converted,
+    Left,
+    Report,
+    Selection,
+    Where,
+    place,
+)
+from doconv_core.spec import ConvSpec, as_integer
 from doconv_torch.batchnorm import fuse_batchnorms
 from doconv_torch.candidates import (
     REPLACEMENTS,
     check_model,
     count_parameters,
     is_convolution,
+    is_plain,
     kind_of,
     memory,
     obstacle,
@@ -62,12 +73,15 @@ def over_parameterize(
     In place, layers stay the same objects, with their hooks, names, order and attributes; where
     `S == M`, so do their weights, and optimizers go on. Otherwise W is a new parameter, without
     gradient. D is new, last of its layer's, on W's device, and trainable where W is: give it to an
-    optimizer that was made before. Shared layers stay shared, tied weights tied.
-    Raises TypeError for what is not a module, cannot be copied, or is wrapped in DDP or FSDP;
-    ValueError, with the layer's path, for a `depth_multiplier` below its taps; before anything is
-    changed. Warns where `where` matches nothing.
+    optimizer that was made before. Shared layers stay shared, tied weights tied. A copy has its
+    parameters' attributes, but not their own hooks (`Tensor.register_hook`).
+    Raises TypeError for what is not a module, cannot be copied, or is wrapped in DDP or FSDP, and
+    for a `depth_multiplier` that is no integer; ValueError, with the layer's path, for one below
+    its taps; before anything is changed. Warns where `where` matches nothing.
     """
     check_model(model)
+    if depth_multiplier is not None:
+        depth_multiplier = as_integer("depth_multiplier", depth_multiplier)
     selection = Selection(where)
     chosen, left = _choose(model, selection, depth_multiplier)
     selection.warn()
@@ -104,7 +118,7 @@ def fold(model: nn.Module, *, fuse_batchnorm: bool = False, inplace: bool = Fals
     inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
 
     In place, layers stay the same objects, with their hooks, and where `S == M` so do their
-    weights.
+    weights. A copy, and a weight of another shape than W, has no hooks of its own.
     Raises NotFoldable, with the layer's path, for a DO layer that no ordinary one computes exactly,
     and TypeError as `over_parameterize` does, before anything is changed. Warns of a model in
     training mode whose layers, such as dropout, then vary from call to call.
@@ -144,7 +158,7 @@ def _choose(
         if reason is None and not any([selection(path, layer) for path in places]):
             reason = NOT_SELECTED
         if reason is None:
-            chosen[layer] = _spec(places[0], layer, depth_multiplier)
+            chosen[layer] = spec_of(layer)
         else:
             reasons[layer] = reason
     held = owners(model)
@@ -154,7 +168,9 @@ def _choose(
             for other, name, weight in held[memory(layer.weight)]
         ):
             reasons[layer] = TIED
-        elif spec.depth_multiplier != spec.taps and _is_bound(layer.weight):
+    for layer in [layer for layer in chosen if layer not in reasons]:
+        chosen[layer] = spec = _spec(paths[layer][0], layer, depth_multiplier)
+        if spec.depth_multiplier != spec.taps and _is_bound(layer.weight):
             reasons[layer] = BOUND
     left = [
         Left(paths[layer][0], kind_of(layer), reasons[layer]) for layer in paths if layer in reasons
@@ -165,9 +181,8 @@ def _choose(
 def _spec(path: str, layer: nn.Module, depth_multiplier: int | None) -> ConvSpec:
     try:
         return spec_of(layer, depth_multiplier)
-    except (TypeError, ValueError) as error:
-        place = f"layer {path!r}" if path else "the model itself"
-        raise type(error)(f"{place}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{place(path)}: {error}") from None
 
 
 def _is_bound(weight: Tensor) -> bool:
@@ -183,24 +198,36 @@ def _foldable(model: nn.Module) -> list[str]:
     """Return the paths of the DO layers; NotFoldable names one that cannot be folded."""
     paths = []
     for path, module in model.named_modules():
-        place = f"layer {path!r}" if path else "the model itself"
         if isinstance(module, _DOConv):
             try:
                 check_foldable(module)
             except NotFoldable as error:
-                raise NotFoldable(f"{place}: {error}") from None
+                raise NotFoldable(f"{place(path)}: {error}") from None
             paths.append(path)
         elif isinstance(module, torch.jit.ScriptModule) and kind_of(module) in _DO_CONVS:
             raise NotFoldable(
-                f"{place} is a {kind_of(module)} that was compiled to TorchScript; fold the model "
-                "first, and compile it afterwards."
+                f"{place(path)} is a {kind_of(module)} that was compiled to TorchScript; fold the "
+                "model first, and compile it afterwards."
             )
     return paths
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    # A weight that a hook computed in the last call belongs to its graph; PyTorch copies no such
+    # tensor, and of parameters only the values.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model, memo)
+        parameters = dict(copied.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in parameters and is_plain(parameter):
+                vars(parameters[name]).update(copy.deepcopy(vars(parameter), memo))
+        return copied
     except Exception as error:  # whatever the model's own parts raise
         raise TypeError(
             f"the model cannot be copied ({error}); with inplace=True it is converted itself."

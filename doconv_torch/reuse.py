@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doconv_core.spec import ConvSpec
 from doconv_torch.compose import as_matrices, compose, from_matrices, without_autocast
@@ -21,8 +22,9 @@ def composed_once(model: nn.Module) -> Iterator[None]:
     For a model that is called several times between two optimizer steps: several micro-batches, a
     head that is shared by several scales, recurrent use. Values and gradients are those without the
     block; every `backward()` adds to W's and D's, without `retain_graph`. A kernel is composed anew
-    where W or D were changed, moved or replaced, so that optimizers may step in the block; a change
-    through `.data`, which PyTorch does not count, is the exception. No kernel outlives the block.
+    where W or D were changed, moved or replaced, and after each step of a `torch.optim` optimizer;
+    a change through `.data`, which PyTorch does not count, is the exception. No kernel outlives the
+    block, and folding in it uses none.
 
     It holds for the current thread or asynchronous task. Layers compose as usual where a kernel
     that is reused could not be right: in compiled, traced, exported and CUDA-graphed calls, under
@@ -34,13 +36,26 @@ def composed_once(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     block = _Block(model)
+    # A fused step changes parameters without raising the version that PyTorch counts.
+    handle = register_optimizer_step_post_hook(lambda *_: block.forget())
     _blocks.set((*_blocks.get(), block))
     try:
         yield
     finally:
         # Blocks in generators may end in another order, or another context, than they began in.
+        handle.remove()
         block.close()
         _blocks.set(tuple(other for other in _blocks.get() if other is not block))
+
+
+@contextmanager
+def composed_anew() -> Iterator[None]:
+    """Let layers compose as usual, whatever blocks are open."""
+    token = _blocks.set(())
+    try:
+        yield
+    finally:
+        _blocks.reset(token)
 
 
 def composed(layer: Any) -> Tensor:
@@ -82,6 +97,9 @@ class _Block:
 
     def close(self) -> None:
         self.layers = frozenset()
+        self.forget()
+
+    def forget(self) -> None:
         self._kernels.clear()
 
     def kernel(self, layer: nn.Module, weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:

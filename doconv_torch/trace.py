@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ class _Parts:
                 originals = _originals(ghost, part)
                 tracer = _Tracer({m for m, o in originals.items() if self._is_opaque(o)})
                 graph = tracer.trace(ghost, arguments)
+            except _AskedForTensor as error:
+                return None, [], str(error)
             except Exception as error:  # whatever the model's code raises when it meets a proxy
                 reason = reason or f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
                 continue
@@ -169,6 +172,29 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._opaque or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
+class _AskedForTensor(Exception):
+    """A model asked what a proxy cannot answer."""
+
+
+class _Value(fx.Proxy):
+    """A proxy that does not let the model ask whether it is a tensor: it would hear no."""
+
+    @property
+    def __class__(self) -> type:
+        # `isinstance` asks for this, in the frame of the code that calls it.
+        frame = sys._getframe(1)
+        names, caller = frame.f_code.co_names, frame
+        asks = "isinstance" in names and "Tensor" in names
+        if frame.f_code is torch.is_tensor.__code__ and frame.f_back is not None:
+            asks, caller = True, frame.f_back
+        if asks and caller.f_globals.get("__name__", "").partition(".")[0] != "torch":
+            raise _AskedForTensor("its code asks whether a value is a tensor")
+        return _Value
 
 
 def _read(

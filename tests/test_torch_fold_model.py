@@ -307,3 +307,17 @@ def test_training_goes_on_after_folding_and_over_parameterizing_again():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received Tensor"):
         fold(torch.zeros(1))
+
+
+@MULTIPLIERS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_attributes_of_parameters_are_kept(multiplier, inplace):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    for parameter in model.parameters():
+        parameter.options = {"decay": False}
+    first = [p.options for p in model.parameters()]
+    model, _ = over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
+    folded, _ = fold(model, inplace=inplace)
+    for options, parameter in zip(first, folded.parameters(), strict=True):
+        assert parameter.options == {"decay": False}
+        assert (parameter.options is options) == inplace

@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import REPLACED, images, kinds, network  # noqa: E402
 
-from doconv_torch import DOConv2d, over_parameterize  # noqa: E402
+from doconv_torch import DOConv2d, fold, over_parameterize  # noqa: E402
 
 
 class Standardised(nn.Conv2d):
@@ -144,8 +144,43 @@ def test_a_multiplier_below_the_taps_is_refused_by_name_before_anything_is_chang
     assert kinds(model) == types
     _, report = over_parameterize(model, depth_multiplier=5, where="stages.*.conv2")
     assert len(report.changed) == 2
-    with pytest.raises(TypeError, match=r"the model itself: depth_multiplier must be an integer"):
-        over_parameterize(nn.Conv2d(3, 4, 3), depth_multiplier=9.5)
+    message = r"depth_multiplier must be an integer; received depth_multiplier="
+    for layer, value in (
+        (nn.Conv2d(3, 4, 3), 9.5),
+        (nn.Linear(1, 1), "x"),
+        (nn.Linear(1, 1), True),
+    ):
+        with pytest.raises(TypeError, match=message):
+            over_parameterize(layer, depth_multiplier=value)
+
+
+def test_a_tied_layer_is_left_whatever_the_multiplier():
+    transposed = nn.ConvTranspose2d(6, 3, 5)
+    model = nn.Sequential(nn.Conv2d(3, 6, 5), transposed, nn.Conv2d(3, 3, 3))
+    transposed.weight = model[0].weight
+    _, report = over_parameterize(model, depth_multiplier=9)
+    assert [change.path for change in report.changed] == ["2"]
+    assert "its weight is tied" in report.left[0].reason
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_models_with_the_old_weight_norm_are_copied(trained):
+    with pytest.warns(FutureWarning, match="is deprecated in favor of"):
+        normed = nn.utils.weight_norm(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), normed)
+    if trained:
+        model(images()).sum().backward()
+    expected, own = model(images()), normed.weight
+    converted, report = over_parameterize(model)
+    assert normed.weight is own
+    assert [(left.path, left.reason) for left in report.left] == [("1", CALCULATED)]
+    assert torch.equal(converted(images()), expected)
+    folded, _ = fold(converted)
+    assert torch.equal(folded(images()), expected)
+    with torch.no_grad():
+        folded[1].weight_g.mul_(2)
+    assert not torch.equal(folded(images()), expected)
+    assert torch.equal(model(images()), expected)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +223,7 @@ def test_what_is_no_model_is_refused():
         over_parameterize([nn.Conv2d(3, 4, 3)])
     weight_norm = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(nn.Conv2d(3, 3, 3), weight_norm(nn.Conv2d(3, 3, 3)))
-    model.cache = model[1].weight  # no leaf of a graph: PyTorch does not copy it
+    model.cache = [model[1].weight]  # no leaf of a graph: PyTorch does not copy it
     with pytest.raises(TypeError, match=r"cannot be copied .*; with inplace=True it is converted"):
         over_parameterize(model)
     over_parameterize(model, inplace=True)

@@ -16,6 +16,7 @@ from torch_models import batch, compositions, layer  # noqa: E402
 
 import doconv_torch.reuse as blocks  # noqa: E402
 from doconv_torch import composed_once, fold  # noqa: E402
+from doconv_torch.compose import compose  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -35,10 +36,29 @@ def test_a_step_in_the_block_is_noticed(make):
         for _ in range(3):
             optimizer.zero_grad()
             y = model(batch())
-            assert torch.equal(y, model.fold()(batch()))
+            assert torch.equal(model.composed_kernel(), now(model))
             y.square().sum().backward()
             optimizer.step()
+        with composed_once(model):
+            optimizer.step()
+        assert torch.equal(model.composed_kernel(), now(model))
         assert torch.equal(model(batch()), model.fold()(batch()))
+
+
+def now(model):
+    return compose(model.weight, model.depthwise_weight, model.spec)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_folding_in_the_block_uses_no_kernel_of_it(inplace):
+    model = layer()
+    with composed_once(model):
+        model(batch())
+        model.weight.data.mul_(2)  # which PyTorch does not count
+        expected = now(model)
+        assert not torch.equal(model.composed_kernel(), expected)
+        assert torch.equal(model.fold().weight, expected)
+        assert torch.equal(fold(model, inplace=inplace)[0].weight, expected)
 
 
 def change_weight(model):
