@@ -27,9 +27,18 @@ def uncompile(model: keras.Layer) -> None:
 
 
 def compiled_parts(model: keras.Layer) -> list[object]:
-    """Return what compiling and `predict` left in the model, and in those inside it."""
+    """Return what compiling and `predict` left in the model, and in those inside it.
+
+    TensorFlow's tracking keeps the function that `predict` compiled, also once compiling has
+    taken it from the model.
+    """
     models = [layer for _, layer in first_occurrences(model) if isinstance(layer, keras.Model)]
-    return [vars(each)[name] for each in models for name in vars(each).keys() & COMPILED]
+    return [
+        held[name]
+        for each in models
+        for held in (vars(each), vars(each).get("_self_unconditional_dependency_names", {}))
+        for name in held.keys() & COMPILED
+    ]
 
 
 def check_functions(model: keras.Layer, inplace: bool) -> None:

@@ -15,7 +15,7 @@ if find_spec("tensorflow") is None:
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from keras_models import as_trained, images, sequential  # noqa: E402
+from keras_models import as_trained, images, nested, sequential, subclassed  # noqa: E402
 
 from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 
@@ -189,3 +189,17 @@ def test_a_step_compiled_by_xla_composes_a_shared_kernel_once():
         assert text.count(" convolution(") == calls
         dots.append(text.count(" dot("))
     assert dots == [1, 1]
+
+
+@pytest.mark.parametrize("make", [nested, sequential, subclassed])
+def test_predict_then_compile_then_both_calls(make):
+    """TensorFlow goes on tracking the function of `predict` that compiling lets go of."""
+    model, x = make(), images()
+    model.predict(x, verbose=0)
+    model.compile("sgd", "mse")
+    new, _ = over_parameterize(model)
+    new.predict(x, verbose=0)
+    new.compile("sgd", "mse")
+    new.fit(x, keras.tree.map_structure(ops.zeros_like, new(x)), verbose=0)
+    folded, _ = fold(new)
+    assert verify(new, folded, x).relative < 1e-6
