@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import Block, Parameter, SymbolBlock, nn
@@ -12,7 +14,7 @@ from mxnet.gluon.nn.conv_layers import _Conv
 from doconv_core.fold import fuse_batchnorm
 from doconv_core.model import SUBCLASS, Change, Left
 from doconv_core.numeric import Array
-from doconv_mx.blocks import overridden, owners, walk, within
+from doconv_mx.blocks import overridden, owners, parameters, walk, within
 from doconv_mx.convert import DO_CONV, remove_parameter, set_parameter
 from doconv_mx.graph import Calls, calls
 from doconv_mx.ordinary import has_values
@@ -25,6 +27,7 @@ HIDDEN = "called by a forward that cannot be traced without data"
 HOOKED = "it or its convolution has hooks, which would see other values"
 IN_A_SYMBOL = "an operator of a symbol, where convolutions alone are replaced"
 SHARED = "shares its parameters, or its convolution does"
+SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
 NO_VALUES = "it or its convolution has no values yet"
 AXIS = "normalizes another axis than the convolution's channels"
 NOT_FINITE = "its statistics give a kernel that is not finite"
@@ -38,6 +41,7 @@ def fuse_batch_norms(model: Block) -> tuple[list[Change], list[Left]]:
     autograd stops.) In inference the model computes the same but for rounding.
     """
     seen, owned, blocks = calls(model), owners(model), list(walk(model))
+    names: Counter[str | None] = Counter(p.name for p in parameters(model))
     convolutions = {
         block.weight.name: block
         for _, block in blocks
@@ -50,7 +54,7 @@ def fuse_batch_norms(model: Block) -> tuple[list[Change], list[Left]]:
         if not isinstance(norm, _BatchNorm):
             continue
         kind, conv = type(norm).__name__, convolutions.get(_before(norm, seen))
-        reason = _reason(norm, conv, seen, owned) or _fuse(conv, norm)
+        reason = _reason(norm, conv, seen, owned, names) or _fuse(conv, norm)
         if reason is None:
             changed.append(Change(path, kind, f"fused into {type(conv).__name__}"))
         else:
@@ -66,13 +70,24 @@ def _before(norm: _BatchNorm, seen: Calls) -> str | None:
 
 
 def _reason(
-    norm: _BatchNorm, conv: _Conv | None, seen: Calls, owned: dict[int, list[Block]]
+    norm: _BatchNorm,
+    conv: _Conv | None,
+    seen: Calls,
+    owned: dict[int, list[Block]],
+    names: Counter[str | None],
 ) -> str | None:
-    """Return why the batch norm cannot be fused into the convolution; None where it can."""
+    """Return why the batch norm cannot be fused into the convolution; None where it can.
+
+    names: how many of the model's parameters have each name. The calls that were seen are known by
+    names alone, so that those of two parameters of one name cannot be told apart.
+    """
     if type(norm) not in (nn.BatchNorm, SyncBatchNorm) or overridden(norm):
         return SUBCLASS
     if not seen.hidden.isdisjoint((id(norm), id(conv))):
         return HIDDEN
+    near = {*seen.before.get(norm.gamma.name, ()), *(p.name for p in norm._reg_params.values())}
+    if any(names[name] > 1 for name in near):
+        return SAME_NAME
     if conv is None:
         return NOT_DIRECT
     pair = (norm, conv)
@@ -81,6 +96,8 @@ def _reason(
     own = [p for block in pair for p in block._reg_params.values()]
     if any(len(owned[id(p)]) > 1 for p in own):
         return SHARED
+    if any(names[p.name] > 1 for p in own):
+        return SAME_NAME
     if not all(map(has_values, own)) or len({tuple(p.list_ctx()) for p in own}) > 1:
         return NO_VALUES
     layout = conv._kwargs["layout"]

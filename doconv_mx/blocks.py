@@ -81,11 +81,11 @@ def overridden(block: Block) -> bool:
     return any(name in vars(block) for name in _METHODS)
 
 
-def require_block(model: Any, name: str = "model") -> None:
+def require_block(model: Any) -> None:
     """Raise TypeError for what is not a Gluon block."""
     if not isinstance(model, Block):
         raise TypeError(
-            f"{name} must be a mxnet.gluon.Block; received "
+            "model must be a mxnet.gluon.Block; received "
             f"{type(model).__module__}.{type(model).__qualname__}."
         )
 

@@ -17,6 +17,7 @@ from doconv_core.model import (
     Change,
     Left,
     Selection,
+    place,
 )
 from doconv_core.spec import ConvSpec
 from doconv_mx.blocks import all_paths, overridden, own_parameters, owners, walk, within
@@ -153,7 +154,7 @@ def _sizes(candidate: _Candidate, depth_multiplier: int | None) -> ConvSpec:
                 "Initialize the model and run it once."
             )
     except ValueError as error:
-        raise ValueError(f"layer {candidate.path!r}: {error}") from None
+        raise ValueError(f"{place(candidate.path)}: {error}") from None
     return spec
 
 
@@ -206,7 +207,7 @@ def plan_folding(model: Block) -> FoldPlan:
         others = len(owned[id(first.weight)]) > len(paths)
         if len(shared) > 1 or (first.depthwise_weight is not None and others):
             raise NotFoldable(
-                f"layer {paths[0]!r} shares W, {first.weight.name!r}, with a layer that does not "
+                f"{place(paths[0])} shares W, {first.weight.name!r}, with a layer that does not "
                 "share D: folded, they would have different kernels of one name."
             )
         plan.groups.append(paths)
@@ -217,8 +218,8 @@ def _require_foldable(path: str, layer: _DOConv) -> None:
     try:
         layer.require_foldable()
     except NotFoldable as error:
-        raise NotFoldable(f"layer {path!r}: {error}") from None
+        raise NotFoldable(f"{place(path)}: {error}") from None
     own = [p for p in (layer.weight, layer.depthwise_weight) if p is not None]
     # A layer that has never had values is folded as it is: D will be zero.
     if any(has_values(p) or is_pending(p) for p in own):
-        contexts(layer, f"folding layer {path!r}")
+        contexts(layer, f"folding {place(path)}")

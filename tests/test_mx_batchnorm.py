@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from frameworks import need
@@ -39,6 +41,7 @@ from doconv_mx.batchnorm import (  # noqa: E402
     NO_VALUES,
     NOT_DIRECT,
     NOT_FINITE,
+    SAME_NAME,
     SHARED,
 )
 
@@ -346,3 +349,42 @@ def test_without_asking_batch_norms_are_left():
     assert report.left == report.changed == ()
     model = over_parameterize(built(chain(square(), nn.BatchNorm()))).model
     assert type(fold(model).model[1]) is nn.BatchNorm
+
+
+def pair(**options):
+    return built(chain(square(**options), nn.BatchNorm(**options)))
+
+
+@INPLACE
+@pytest.mark.parametrize("over", [False, True], ids=["ordinary", "over-parameterized"])
+def test_layers_of_equal_names_are_left(inplace, over):
+    """A copy beside its original: which of the two a call in a graph is of cannot be told."""
+    branch = pair()
+    model = chain(branch, copy.deepcopy(branch), pair())
+    branch[0].weight.set_data(0.5 * branch[0].weight.data())
+    branch[1].gamma.set_data(2 * branch[1].gamma.data())
+    if over:
+        model = over_parameterize(model).model
+        for child in model:
+            moved(child)
+    expected = outputs(model)
+    target, report = fused(model, inplace=inplace)
+    assert alike(outputs(target), expected)
+    assert report.left == (("0.1", "BatchNorm", SAME_NAME), ("1.1", "BatchNorm", SAME_NAME))
+    assert report.changed[-1] == ("2.1", "BatchNorm", "fused into Conv2D")
+
+
+@pytest.mark.parametrize("twice", ["conv", "norm"])
+def test_one_equal_name_is_enough_for_being_left(twice):
+    """Given by hand, and only one layer's of each pair."""
+    pairs = [pair(), pair()]
+    layers = [layers[twice == "norm"] for layers in pairs]
+    for parameter in layers[1]._reg_params.values():
+        old, new = layers[1].prefix, layers[0].prefix
+        parameter.name = parameter.name.replace(old, new)
+    model = chain(*pairs)
+    expected = outputs(model)
+    target, report = fused(model)
+    assert report.left == (("0.1", "BatchNorm", SAME_NAME), ("1.1", "BatchNorm", SAME_NAME))
+    assert not report.changed
+    assert same(outputs(target), expected)

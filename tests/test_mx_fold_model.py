@@ -219,6 +219,8 @@ def test_what_no_ordinary_layer_computes_is_refused_before_anything_is_changed(i
     with pytest.raises(NotFoldable, match=r"layer '1': .*Doubled has a forward of its own"):
         fold(model, inplace=inplace)
     assert type(model[0]) is DOConv2D
+    with pytest.raises(NotFoldable, match=r"^the model itself: .*Doubled has a forward of its own"):
+        fold(model[1], inplace=inplace)
     model = built(chain(DOConv2D(4, 4, 3)))
     model[0].hybrid_forward = lambda F, x, **parameters: x
     with pytest.raises(NotFoldable, match=r"layer '0': .*DOConv2D has a forward of its own"):
@@ -240,6 +242,8 @@ def test_values_that_are_there_in_part_are_refused():
     model[0].depthwise_weight.set_data(mx.nd.ones((4, 9, 9)))
     with pytest.raises(ValueError, match=r"folding layer '0' needs the values of 'conv\d+_weight'"):
         fold(model)
+    with pytest.raises(ValueError, match="folding the model itself needs the values of 'conv"):
+        fold(model[0])
     with pytest.raises(TypeError, match=r"model must be a mxnet\.gluon\.Block; received builtins"):
         fold("model")
 
@@ -298,12 +302,37 @@ def test_verify_compares_every_array_of_nested_outputs():
     np.testing.assert_allclose(found, (1.0, 0.25))
     with pytest.raises(ValueError, match="the outputs have different structures"):
         verify(Nested(2), nn.Activation("relu"), x)
+    with pytest.raises(ValueError, match=r"'sum', 'parts\.0\.0'"):
+        verify(nn.Activation("relu"), Nested(2), x)
     with pytest.raises(
-        TypeError, match=r"an output must be an array, or .*; received builtins\.int"
+        TypeError, match=r"output 'parts\.1' is a builtins\.str; expected arrays or"
     ):
-        verify(nn.Lambda(lambda x: 3), nn.Activation("relu"), x)
-    with pytest.raises(TypeError, match=r"b must be a mxnet\.gluon\.Block; received builtins"):
+        verify(Nested(2), lambda x: {"parts": [x, "3"]}, x)
+    with pytest.raises(
+        TypeError, match=r"b must be a mxnet\.gluon\.Block or another callable; received builtins"
+    ):
         verify(Nested(2), None, x)
+
+
+def test_verify_takes_other_callables_and_numbers():
+    x = mx.nd.array([1.0, 2.0])
+    assert verify(Nested(2), lambda x: {"sum": 2 * x, "parts": ((2 * x,),)}, x) == (0.0, 0.0)
+    assert verify(nn.Activation("relu"), lambda x: x.asnumpy(), x) == (0.0, 0.0)
+    numbers = lambda x: (3, 2.5, True, np.float32(4))  # noqa: E731
+    assert verify(numbers, numbers, x) == (0.0, 0.0)
+    assert verify(lambda x: [4.0], lambda x: [mx.nd.array([5.0])[0].asscalar()], x) == (1.0, 0.25)
+
+
+def test_verify_gives_each_model_inputs_of_its_own():
+    def forward(x, states):
+        x += 1
+        states[0] *= 2
+        return x + states[0]
+
+    x, states = mx.nd.ones(2), [mx.nd.ones(2)]
+    assert verify(forward, forward, (x, states)) == (0.0, 0.0)
+    assert equal(x, mx.nd.ones(2))
+    assert equal(states[0], mx.nd.ones(2))
 
 
 def test_verify_is_in_inference_and_records_nothing():

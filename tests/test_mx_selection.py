@@ -153,3 +153,8 @@ def test_twice_is_the_same_as_once():
     third, report = over_parameterize(first)
     assert [c.path for c in report.changed] == CONVOLUTIONS[1:]
     assert same(outputs(third), outputs(first))
+
+
+def test_a_model_that_is_a_layer_itself_is_named_so():
+    with pytest.raises(ValueError, match=r"^the model itself: depth_multiplier must be at least"):
+        over_parameterize(nn.Conv2D(4, 3), depth_multiplier=8)
