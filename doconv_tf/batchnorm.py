@@ -1,7 +1,7 @@
 """Fusing the batch norms of a Keras model into the convolutions that they directly follow.
 
 Keras has no utility for it. What follows what is known in functional and sequential models alone;
-what a subclassed model's `call` does is in no structure.
+what a subclassed model's `call` does is in no structure, nor how it calls the models inside it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from doconv_tf.ordinary import like, policy_of, put
 from doconv_tf.walk import children, first_occurrences, walk
 
 NOT_DIRECT = "does not directly follow an ordinary convolution of its own"
-UNKNOWN = "what it follows is known in functional and sequential models alone"
+UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
 SHARED = "it or its convolution is used in several places"
 OUTPUT = "its convolution's output is used elsewhere, too"
 ACTIVATION = "its convolution has an activation before it"
+REGULARIZED = "it or its convolution has an activity regularizer"
 TRAINING = "called with training=True, whatever the model does"
 AXIS = "normalizes another axis than the convolution's channels"
 NOT_FINITE = "its statistics give a kernel that is not finite"
@@ -71,7 +72,8 @@ def _calls(model: keras.Layer) -> dict[int, list[_Call]]:
     """
     layers = [layer for _, layer in first_occurrences(model)]
     calls: dict[int, list[_Call]] = {}
-    for graph in filter(None, map(_graph, layers)):
+    opaque = _opaque(layers)
+    for graph in filter(None, (_graph(layer) for layer in layers if id(layer) not in opaque)):
         nodes = [node for nodes in graph._nodes_by_depth.values() for node in nodes]
         made = {id(tensor): node.operation for node in nodes for tensor in node.outputs}
         takers: dict[int, list[Any]] = {id(tensor): [None] for tensor in graph.outputs}
@@ -95,12 +97,28 @@ def _calls(model: keras.Layer) -> dict[int, list[_Call]]:
     return calls
 
 
+def _opaque(layers: list[keras.Layer]) -> set[int]:
+    """Return the ids of the layers that are called, at any depth, by a `call` in no structure.
+
+    It may train a model inside it, whatever itself is asked for, or take a single layer out of it.
+    `TimeDistributed` calls what it holds plainly, and passes `training` on.
+    """
+    holders = (
+        layer
+        for layer in layers
+        if _graph(layer) is None
+        and (type(layer) is not keras.layers.TimeDistributed or "call" in vars(layer))
+    )
+    held = (child for layer in holders for child in children(layer))
+    return {id(inner) for child in held for _, inner in first_occurrences(child)}
+
+
 def _graph(layer: keras.Layer) -> Any:
     """Return the graph of a functional or sequential model; None for any other layer.
 
-    A subclass with a `call` of its own need not follow its graph.
+    One with a `call` of its own need not follow its graph.
     """
-    if not type(layer).call.__module__.startswith("keras."):
+    if "call" in vars(layer) or not type(layer).call.__module__.startswith("keras."):
         return None
     return layer if isinstance(layer, keras.Function) else getattr(layer, "_functional", None)
 
@@ -123,6 +141,8 @@ def _partner(norm: keras.Layer, calls: dict[int, list[_Call]]) -> tuple[Any, str
         return None, OUTPUT
     if conv.activation not in (None, keras.activations.linear):
         return None, ACTIVATION
+    if conv.activity_regularizer or norm.activity_regularizer:
+        return None, REGULARIZED
     if obstacle(conv) not in (None, ONE_TAP):
         return None, SPECIAL
     ndim = conv.rank + 2

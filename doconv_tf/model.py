@@ -48,7 +48,8 @@ def over_parameterize(
     in the report, with the reason.
 
     where: which of them; a glob pattern on the path or several, a type, or a predicate on (path,
-    layer), as `doconv_core.Selection` takes it. A path is made of the layers' names.
+    layer), as `doconv_core.Selection` takes it. A path is made of the layers' names, which need not
+    be unique in a subclassed model; a pattern then means all of its path.
     depth_multiplier: S, for all of them; None for each one's number of taps M.
     inplace: change the model itself, whose layers stay the objects they were; otherwise a copy is
     made, and `model` stays as it was.
@@ -78,8 +79,8 @@ def fold(model: keras.Layer, *, fuse_batchnorm: bool = False, inplace: bool = Fa
 
     fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
     of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
-    what is known in functional and sequential models, and in those inside others. Batch norms that
-    are left are in the report, with the reason.
+    what is known in functional and sequential models, and in those inside one another, but not
+    inside subclassed ones. Batch norms that are left are in the report, with the reason.
     inplace, and what is kept: as in `over_parameterize`.
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.

@@ -20,7 +20,6 @@ from keras_layers import BACKEND, array, assert_same  # noqa: E402
 from keras_models import (  # noqa: E402
     KINDS,
     SHAPE,
-    Block,
     as_trained,
     assert_equal_outputs,
     filled,
@@ -38,6 +37,7 @@ from doconv_tf.walk import walk  # noqa: E402
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
 
 
 def over_parameterized(kind):
@@ -121,15 +121,14 @@ def test_batch_norms_are_fused_into_convolutions(kind):
     predicted = [m.predict(inputs, verbose=0) for m in (model, fused)]
     for one, other in zip(*map(keras.tree.flatten, predicted), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    unknown = "what it follows is known in functional and sequential models alone"
     expected = {
         "functional": ({}, {"norm": "it or its convolution is used in several places"}),
         "sequential": ({"norm": "fused into Conv2D"}, {}),
         "subclassed": (
-            {"block.inner.norm": "fused into Conv2D", "features.bn": "fused into Conv2D"},
-            {"block.norm": unknown},
+            {},
+            {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN, "features.bn": UNKNOWN},
         ),
-        "nested": ({"block.inner.norm": "fused into Conv2D"}, {"block.norm": unknown}),
+        "nested": ({}, {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN}),
     }[kind]
     norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
     assert (norms, {left.path: left.reason for left in report.left}) == expected
@@ -206,6 +205,8 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     x = norm("first")(inputs)
     x = norm("activation")(conv("activation", activation="relu")(x))
     x = norm("axis", axis=1)(conv("axis")(x))
+    x = norm("regularized")(conv("regularized", activity_regularizer="l2")(x))
+    x = norm("regularized_norm", activity_regularizer="l2")(conv("regularized_norm")(x))
     x = OwnNorm(name="own")(conv("own")(x))
     x = norm("training")(conv("training")(x), training=True)
     y = conv("elsewhere")(x)
@@ -239,7 +240,9 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
         "dense": direct,
         "transposed": direct,
         "stack.inner": training,
-        "own_call.call": "what it follows is known in functional and sequential models alone",
+        "regularized": "it or its convolution has an activity regularizer",
+        "regularized_norm": "it or its convolution has an activity regularizer",
+        "own_call.call": UNKNOWN,
         "bad": "its statistics give a kernel that is not finite",
         "lora": "its convolution is quantized, or its kernel or call is not the plain one",
         "end": direct,
@@ -250,13 +253,85 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     assert verify(model, fused, images()).relative < 1e-5
 
 
+def conv_and_norm(name="inner"):
+    inputs = keras.Input(SHAPE[1:])
+    x = layers.Conv2D(3, 3, padding="same", name="conv")(inputs)
+    return keras.Model(inputs, layers.BatchNormalization(name="norm")(x), name=name)
+
+
+class Holder(keras.Model):
+    """Does something with a functional model inside another one."""
+
+    def __init__(self, run):
+        super().__init__()
+        inputs = keras.Input(SHAPE[1:])
+        self.inner = conv_and_norm()
+        self.outer = keras.Model(inputs, self.inner(inputs), name="outer")
+        self.run = run
+
+    def call(self, x):
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: model.inner(x, training=True),
+        lambda model, x: model.outer(x, training=True),
+        lambda model, x: model.inner.get_layer("conv")(x) + model.outer(x),
+    ],
+    ids=["training", "training further in", "one of its layers"],
+)
+def test_what_a_call_in_no_structure_does_with_a_functional_model_is_not_guessed(run):
+    model = Holder(run)
+    model(images())
+    filled(model)
+    fused, report = fold(model, fuse_batchnorm=True)
+    assert {left.reason for left in report.left} == {UNKNOWN}
+    assert not report.changed
+    expected, found = (array(m(images())) for m in (model, fused))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_functional_model_whose_call_was_replaced_is_not_fused():
+    model = filled(conv_and_norm())
+    model.call = lambda x, training=None, mask=None: model.get_layer("conv")(x)
+    _, report = fold(model, fuse_batchnorm=True)
+    assert [(left.path, left.reason) for left in report.left] == [("norm", UNKNOWN)]
+
+
 def test_a_convolution_that_another_layer_holds_is_not_fused():
-    block = Block(3, name="block")
-    block.direct = block.inner.layers[0]
-    block(images())
-    _, report = fold(block, fuse_batchnorm=True)
+    model = conv_and_norm()
+    model.other = layers.TimeDistributed(model.get_layer("conv"), name="other")
+    _, report = fold(model, fuse_batchnorm=True)
     reasons = {left.path: left.reason for left in report.left}
-    assert reasons["inner.norm"] == "it or its convolution is used in several places"
+    assert reasons == {"norm": "it or its convolution is used in several places"}
+
+
+@pytest.mark.parametrize("training", [None, True])
+def test_what_a_time_distributed_layer_holds_is_fused(training):
+    inputs = keras.Input((2, *SHAPE[1:]))
+    each = layers.TimeDistributed(conv_and_norm(), name="each")
+    model = filled(keras.Model(inputs, each(inputs, training=training)))
+    fused, report = fold(model, fuse_batchnorm=True)
+    if training:
+        reason = "called with training=True, whatever the model does"
+        assert [(left.path, left.reason) for left in report.left] == [("each.inner.norm", reason)]
+    else:
+        assert [change.path for change in report.changed] == ["each.inner.norm"]
+        assert verify(model, fused, images((2, 2, *SHAPE[1:]))).relative < 1e-5
+
+
+def test_losses_of_activities_stay():
+    inputs = keras.Input(SHAPE[1:])
+    x = layers.Conv2D(3, 3, activity_regularizer="l2")(inputs)
+    model = filled(keras.Model(inputs, layers.BatchNormalization()(x)))
+    fused, _ = fold(over_parameterize(model)[0], fuse_batchnorm=True)
+    losses = []
+    for each in (model, fused):
+        each(images())
+        losses.append([float(array(loss)) for loss in each.losses])
+    assert losses[0] == losses[1] != []
 
 
 class Doubled(DOConv2D):
