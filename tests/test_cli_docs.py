@@ -100,10 +100,11 @@ def test_the_keys_of_json_are_told(row, args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("model", state_dict())
     found = all_keys(json.loads(doconv(*args, "--json").stdout))
-    # What folding leaves has a reason where there is any; of costs, the forms are told once.
+    # What folding leaves has a reason where there is any, and what a network must have has keys
+    # where files tell any; of costs, the forms are told once.
     told = keys_of(row) | (keys_of("`cost` of a layer") if "cost" in row else set())
     assert found <= told
-    assert keys_of(row) - found <= {"kind", "reason"}
+    assert keys_of(row) - found <= {"kind", "reason", "network", "what", "layers"}
 
 
 def test_the_exit_codes_are_told():

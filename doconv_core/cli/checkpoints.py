@@ -17,6 +17,7 @@ from doconv_core.checkpoint import Checkpoint, CheckpointError, Layer, open_chec
 from doconv_core.cli.errors import IMPOSSIBLE, TARGET, Failure
 from doconv_core.cli.parse import KernelSizes, sizes_option
 from doconv_core.fold import NotFoldable
+from doconv_core.model import place
 
 Array = NDArray[Any]
 
@@ -119,7 +120,7 @@ def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> Non
     for layer in layers:
         if layer.over_parameterized and layer.kernel_shape is None:
             raise Failure(
-                f"{checkpoint.path}: layer {layer.name!r}: {note_of(checkpoint, layer)}.",
+                f"{checkpoint.path}: {place(layer.name)}: {note_of(checkpoint, layer)}.",
                 IMPOSSIBLE,
             )
 

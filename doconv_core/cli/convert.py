@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -23,12 +24,13 @@ from doconv_core.cli.checkpoints import (
     target_argument,
     writing_to,
 )
-from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
+from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.flattening import Flattenings, Sizes, flatten_option
 from doconv_core.cli.like import Template
+from doconv_core.cli.listing import report
 from doconv_core.cli.naming import Renaming, matches
-from doconv_core.cli.output import counted, print_json, print_table, progress, size
-from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order
+from doconv_core.cli.output import progress
+from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, require_order
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.planning import Plan, needs_kernel_size
 from doconv_core.cli.recognised import (
@@ -41,8 +43,10 @@ from doconv_core.cli.recognised import (
     seems_channels_last,
     tells_order,
 )
+from doconv_core.cli.told import Required, compare_told, required_without_template
 from doconv_core.files import replacing
 from doconv_core.forms import CHANNELS_FIRST
+from doconv_core.model import place
 from doconv_core.state import read_state
 
 Write = Callable[[Path, Plan, writing.Step], None]
@@ -80,6 +84,10 @@ SUFFIXES = {
     help="Entries to carry over under their own names, where nothing tells what they are.",
 )  # fmt: skip
 @click.option("--drop", multiple=True, metavar="GLOB", help="Entries to leave out.")
+@click.option(
+    "--ignore", type=click.Choice(["geometry"]),
+    help="Strides, dilations and paddings need not agree where both files tell them.",
+)  # fmt: skip
 @kernel_size_option
 @force_option
 @json_option
@@ -94,6 +102,7 @@ def convert(
     flattened: Sizes,
     keep: Sequence[str],
     drop: Sequence[str],
+    ignore: str | None,
     kernel_sizes: KernelSizes,
     force: bool,
     as_json: bool,
@@ -102,8 +111,8 @@ def convert(
 
     Over-parameterized layers stay so, and those of the reference implementation become this
     package's; --fold makes ordinary ones of all. PyTorch and Gluon files differ in a few names;
-    other targets need --like. A file has no strides, paddings or epsilons: compare the outputs of
-    the two networks.
+    other targets need --like. Of strides, paddings and epsilons, which few files tell, what the
+    network must have is listed: compare the outputs of the two networks.
 
     \b
     Examples:
@@ -121,24 +130,64 @@ def convert(
         if folded:
             check_understood(source, _unsettled(layers, [*keep, *drop]))
         if like is None:
-            framework, write = _target(target, name)
-            flattenings = _flattenings(checkpoint, layers, framework, flattened)
-            renaming = Renaming(
-                framework_of(checkpoint), framework, folded, keep, drop, flattenings
+            how = _by_names(
+                checkpoint, layers, _target(target, name), folded, keep, drop, flattened
             )
-            plan = renaming.plan(checkpoint, layers)
         else:
             template = stack.enter_context(opened(like, ()))
-            framework = framework_of(template)
-            write = _writer_like(template, framework)
-            flattenings = _flattenings(checkpoint, layers, framework, flattened)
-            layers = _unsettled(layers, drop)
-            filled = Template(checkpoint, template, folded, flattenings, framework == KERAS)
-            plan = filled.plan(_paired(checkpoint, layers, template, match))
+            how = _like(
+                checkpoint, _unsettled(layers, drop), template, folded, match, ignore, flattened
+            )
         with progress("converting") as step, writing_to(target), replacing(target) as temporary:
-            write(temporary, plan, step)
+            how.write(temporary, how.plan, step)
             check_target(target, force)  # it may have come into being meanwhile
-        _report(source, target, checkpoint, plan, as_json)
+        report(source, target, checkpoint, how.plan, how.required, how.assumed, as_json)
+
+
+class _Conversion(NamedTuple):
+    """How IN becomes OUT. required, assumed: as `listing.report` tells them."""
+
+    write: Write
+    plan: Plan
+    required: list[Required]
+    assumed: dict[str, int]
+
+
+def _by_names(
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    target: tuple[str, Write],
+    folded: bool,
+    keep: Sequence[str],
+    drop: Sequence[str],
+    flattened: Sizes,
+) -> _Conversion:
+    """Return how a file becomes one by the names of the target's framework."""
+    framework, write = target
+    flattenings = _flattenings(checkpoint, layers, framework, flattened)
+    renaming = Renaming(framework_of(checkpoint), framework, folded, keep, drop, flattenings)
+    plan = renaming.plan(checkpoint, layers)
+    required = required_without_template(checkpoint, layers)
+    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
+
+
+def _like(
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    template: Checkpoint,
+    folded: bool,
+    match: str,
+    ignore: str | None,
+    flattened: Sizes,
+) -> _Conversion:
+    """Return how a file becomes one like the template."""
+    framework = framework_of(template)
+    flattenings = _flattenings(checkpoint, layers, framework, flattened)
+    paired = _paired(checkpoint, layers, template, match)
+    plan = Template(checkpoint, template, folded, flattenings, framework == KERAS).plan(paired)
+    required = compare_told(checkpoint, template, paired.both, ignore == "geometry")
+    write = _writer_like(checkpoint, template, framework, paired)
+    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
 
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
@@ -154,12 +203,16 @@ def _target(target: Path, name: str | None) -> tuple[str, Write]:
     return TARGETS[name]
 
 
-def _writer_like(template: Checkpoint, framework: str) -> Write:
+def _writer_like(
+    checkpoint: Checkpoint, template: Checkpoint, framework: str, paired: Paired
+) -> Write:
     """Return what writes a file of the template's format."""
     if framework == KERAS:
         return partial(writing.write_keras_like, template=template.path)
     if framework == STATE:
-        return partial(writing.write_state_like, template=template.path)
+        source = checkpoint.path if framework_of(checkpoint) == STATE else None
+        paths = {other.path: layer.path for layer, other in paired.both}
+        return partial(writing.write_state_like, template=template.path, source=source, paths=paths)
     if framework == GLUON:
         return writing.write_gluon
     is_safetensors = template.format == "safetensors"
@@ -178,7 +231,7 @@ def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
     for layer in layers:
         if framework_of(checkpoint) == GLUON and seems_channels_last(layer):
             raise Failure(
-                f"{checkpoint.path}: the kernel {layer.kernel_shape} of layer {layer.name!r} looks "
+                f"{checkpoint.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
                 "like one of a channels-last network, which the file does not tell; load it in "
                 "Gluon, and carry it over with export_state.",
                 IMPOSSIBLE,
@@ -214,8 +267,8 @@ def _check_state(checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
         form = forms.get(layer.path)
         if form is not None and form.flattening not in (None, CHANNELS_FIRST):
             raise Failure(
-                f"{checkpoint.path}: nothing tells in which order the inputs of layer "
-                f"{layer.name!r} are; load the state in Python, with load_state.",
+                f"{checkpoint.path}: nothing tells in which order the inputs of "
+                f"{place(layer.name)} are; load the state in Python, with load_state.",
                 IMPOSSIBLE,
             )
 
@@ -226,39 +279,5 @@ def _paired(
     there = _layers(template, None)
     if match == "name":
         return pair_by_name(layers, there)
-    for file in (checkpoint, template):
-        if not tells_order(file):
-            raise Failure(
-                f"{file.path} has its layers in the order of their names, not of the model; a "
-                ".pt, .params or .keras file tells that order. Or use --match name.",
-                IMPOSSIBLE,
-            )
+    require_order(checkpoint, template)
     return pair_by_order(checkpoint, layers, template, there)
-
-
-def _report(source: Path, target: Path, checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
-    used = {name for entry in plan.entries for name in entry.sources}
-    left_out = [name for name in checkpoint.entries if name not in used]
-    left_out += checkpoint.others
-    if as_json:
-        names = ("name", "shape", "dtype", "sources", "how")
-        entries = [{name: getattr(entry, name) for name in names} for entry in plan.entries]
-        print_json(
-            {
-                "source": str(source),
-                "target": str(target),
-                "entries": entries,
-                "left_out": left_out,
-            }
-        )
-        return
-    rows = []
-    for entry in plan.entries:
-        sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
-        origin = ": ".join(part for part in (sources, entry.how) if part)
-        rows.append([entry.name, origin, size(entry.shape), entry.dtype])
-    print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
-    click.echo()
-    if left_out:
-        click.echo(one_line(f"left out: {', '.join(left_out)}"))
-    click.echo(one_line(f"{target}: {counted(len(plan.entries), 'array')} written"))

@@ -15,6 +15,7 @@ from doconv_core.cli.checkpoints import (
 from doconv_core.cli.parse import Place, matching
 from doconv_core.cli.recognised import recognised_layers
 from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.model import place as named
 from doconv_core.spec import ConvSpec
 
 
@@ -97,7 +98,7 @@ def _output(
     shape = layer.kernel_shape
     if layer.kind == CONVOLUTION and shape is not None and len(output) != len(shape) - 2:
         raise ValueError(
-            f"layer {layer.name!r} has a kernel of {len(shape) - 2} dimensions; received an output "
+            f"{named(layer.name)} has a kernel of {len(shape) - 2} dimensions; received an output "
             f"of {len(output)}."
         )
     return output

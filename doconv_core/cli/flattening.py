@@ -16,6 +16,7 @@ from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.parse import matching, parse_size
 from doconv_core.cli.recognised import NORM
+from doconv_core.model import place
 
 Array = NDArray[Any]
 Sizes = Sequence[tuple[str, tuple[int, ...]]]
@@ -52,17 +53,21 @@ class Flattenings:
 
     sizes: as `--flatten` gives them. ordered: whether layers are in the model's order; then a
     linear layer that takes as many numbers as the layer before it gives channels is behind no
-    flattening. Raises Failure for a layer of which nothing tells.
+    flattening, by assumption: `assumed` has the channels by the layer's name. Raises Failure for a
+    layer of which nothing tells.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, layers: Sequence[Layer], sizes: Sizes, ordered: bool
     ) -> None:
         self._sizes: dict[str, tuple[int, ...]] = {}
+        self.assumed: dict[str, int] = {}
         before = None
         for layer in layers:
             if layer.kind == LINEAR:
                 self._sizes[layer.name] = _size(checkpoint, layer, sizes, before)
+                if before is not None and matching(layer.name, sizes) is None:
+                    self.assumed[layer.name] = before
             before = _outputs(checkpoint, layer, before) if ordered else None
 
     def last(self, layer: Layer, weight: Array) -> Array:
@@ -98,14 +103,14 @@ def _size(
     if given:
         if prod(given) != inputs:
             raise click.UsageError(
-                f"--flatten: layer {layer.name!r} has {inputs} inputs; received {given}."
+                f"--flatten: {place(layer.name)} has {inputs} inputs; received {given}."
             )
         return given
     if given is None and inputs != before:
         raise Failure(
-            f"{checkpoint.path}: nothing tells whether the {inputs} inputs of layer "
-            f"{layer.name!r} are a flattened image, which the other framework orders otherwise; "
-            f"give its channels and size, --flatten '{literal(layer.name)}=CxHxW', or "
+            f"{checkpoint.path}: nothing tells whether the {inputs} inputs of "
+            f"{place(layer.name)} are a flattened image, which the other framework orders "
+            f"otherwise; give its channels and size, --flatten '{literal(layer.name)}=CxHxW', or "
             f"--flatten '{literal(layer.name)}=no'.",
             IMPOSSIBLE,
         )

@@ -96,7 +96,11 @@ def _layer_object(
 
 
 def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Return the parameters of all layers; folded ones are None where a layer's are not known."""
+    """Return the parameters of the model; folded ones are None where a layer's are not known.
+
+    Of several copies of it, such as an average, those of the first are counted.
+    """
+    layers = [layer for layer in layers if layer.part in checkpoint.parts[:1]]
     folded = [folded_parameters_of(checkpoint, layer) for layer in layers]
     known = [count for count in folded if count is not None]
     return {

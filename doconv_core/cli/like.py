@@ -18,6 +18,7 @@ from doconv_core.cli.planning import Plan, Planned, Weights, weights_of
 from doconv_core.cli.recognised import TRANSPOSED, weight_of
 from doconv_core.compose import from_kernel
 from doconv_core.layout import from_canonical
+from doconv_core.model import place
 from doconv_core.spec import ConvSpec
 
 Array = NDArray[Any]
@@ -54,7 +55,7 @@ class Template:
             for layer in alone:
                 other = self.file if checkpoint is self.source else self.source
                 raise Failure(
-                    f"layer {layer.name!r} is in {checkpoint.path}, but not in {other.path}; "
+                    f"{place(layer.name)} is in {checkpoint.path}, but not in {other.path}; "
                     "--match order pairs layers of other names, --drop leaves out those of IN.",
                     IMPOSSIBLE,
                 )
@@ -119,7 +120,7 @@ class Template:
     def _weights(self, source: Layer, target: Layer) -> Iterator[Planned]:
         if source.over_parameterized and not (target.over_parameterized or self.fold):
             raise Failure(
-                f"layer {source.name!r} is over-parameterized in {self.source.path}, and ordinary "
+                f"{place(source.name)} is over-parameterized in {self.source.path}, and ordinary "
                 f"in {self.file.path}; --fold folds it.",
                 IMPOSSIBLE,
             )
@@ -160,7 +161,7 @@ class Template:
 
     def _differs(self, source: Layer, target: Layer) -> Failure:
         return Failure(
-            f"layer {source.name!r} in {self.source.path}, {_told(source)}, is another than "
+            f"{place(source.name)} in {self.source.path}, {_told(source)}, is another than "
             f"{target.name!r} in {self.file.path}, {_told(target)}.",
             IMPOSSIBLE,
         )

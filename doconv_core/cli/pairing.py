@@ -9,7 +9,7 @@ from typing import NamedTuple
 from doconv_core.checkpoint import CONVOLUTION, OTHER, Checkpoint, Layer
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.output import print_table, size
-from doconv_core.cli.recognised import TRANSPOSED
+from doconv_core.cli.recognised import TRANSPOSED, tells_order
 
 AFTER = 4  # lines that a listing goes on behind the first difference
 
@@ -45,12 +45,47 @@ def pair_by_order(
         if x is None or y is None or not _alike(x, y):
             _list(first, second, pairs, number)
             raise Failure(
-                f"layer {number + 1} of {len(pairs)} differs: {_told(x)} in {first.path}, "
-                f"{_told(y)} in {second.path}; layers can be paired by order only where kinds and "
-                "sizes agree throughout.",
+                f"{_differing(first, second, pairs, number)}; layers can be paired by order only "
+                "where kinds and sizes agree throughout.",
                 IMPOSSIBLE,
             )
     return Paired(pairs, [], [])
+
+
+def alike_by_order(
+    first: Checkpoint, a: Sequence[Layer], second: Checkpoint, b: Sequence[Layer]
+) -> tuple[Paired, list[str]]:
+    """Return the layers paired by order up to the first that differs, and what differs there.
+
+    From there on, which layer is which cannot be told.
+    """
+    pairs = list(zip_longest(a, b))
+    for number, (x, y) in enumerate(pairs):
+        if x is None or y is None or not _alike(x, y):
+            found = f"{_differing(first, second, pairs, number)}; no more layers were compared"
+            return Paired(pairs[:number], [], []), [found]
+    return Paired(pairs, [], []), []
+
+
+def require_order(*checkpoints: Checkpoint) -> None:
+    """Raise Failure for a file whose layers are not in the model's order."""
+    for file in checkpoints:
+        if not tells_order(file):
+            raise Failure(
+                f"{file.path} has its layers in the order of their names, not of the model; a "
+                ".pt, .params or .keras file tells that order. Or use --match name.",
+                IMPOSSIBLE,
+            )
+
+
+def _differing(
+    first: Checkpoint, second: Checkpoint, pairs: Sequence[tuple[Layer | None, ...]], number: int
+) -> str:
+    x, y = pairs[number]
+    return (
+        f"layer {number + 1} of {len(pairs)} differs: {_told(x)} in {first.path}, "
+        f"{_told(y)} in {second.path}"
+    )
 
 
 def _list(
@@ -84,4 +119,4 @@ def _told(layer: Layer | None) -> str:
         return "nothing"
     kind = layer.kind if layer.kind != OTHER else f"other ({', '.join(layer.entries)})"
     shape = f" {size(layer.kernel_shape)}" if layer.kernel_shape else ""
-    return f"{layer.name}, {kind}{shape}"
+    return f"{layer.name or '(the model itself)'}, {kind}{shape}"

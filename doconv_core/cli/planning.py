@@ -13,6 +13,7 @@ from doconv_core.checkpoint import Checkpoint, Layer, check_finite
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.compose import from_kernel
 from doconv_core.fold import NotFoldable
+from doconv_core.model import place
 from doconv_core.spec import ConvSpec
 
 Array = NDArray[Any]
@@ -120,7 +121,7 @@ def weights_of(checkpoint: Checkpoint, layer: Layer, fold: bool) -> Weights:
         spec = layer.spec
         if layer.kernel_shape is not None and not isinstance(spec, ConvSpec):
             raise Failure(
-                f"layer {layer.name!r} has a depth multiplier below its {prod(shape[2:])} taps, "
+                f"{place(layer.name)} has a depth multiplier below its {prod(shape[2:])} taps, "
                 "which no layer here may have; --fold carries its kernel over.",
                 IMPOSSIBLE,
             )

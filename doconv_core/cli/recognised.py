@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -67,6 +67,8 @@ def seems_channels_last(layer: Layer) -> bool:
     if layer.kind != CONVOLUTION or layer.over_parameterized or len(shape) < 4:
         return False
     first, *between, last = shape[1:]
+    if all(n == 1 for n in (first, *between)):
+        return False  # channels-last, it would be one tap, whose numbers lie in the same order
     return all(n == first for n in between) and last > 2 * first and last >= 8
 
 
@@ -108,24 +110,31 @@ def _keras(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     layers = [_of_keras(checkpoint, layer, classes) for layer in checkpoint.layers]
     order = {group: place for place, group in enumerate(classes)}
     last = len(order)
-    return tuple(sorted(layers, key=lambda layer: order.get(_group(layer), last)))
+    return tuple(sorted(layers, key=lambda layer: order.get(group_of(layer), last)))
 
 
-def _group(layer: Layer) -> str:
+def group_of(layer: Layer) -> str:
+    """Return the group of a Keras file in which a layer's arrays are."""
     return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
-def _classes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the class, in snake case, of each group that the config of a `.keras` file tells."""
+def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """Return the config of each group that the config of a `.keras` file tells."""
     if formats.recognise(checkpoint.path) != formats.KERAS:
         return {}
     with zipfile.ZipFile(checkpoint.path) as archive:  # which has been looked at, to be opened
         config = json.loads(archive.read("config.json"))
-    return {group: snake_case(node["class_name"]) for group, _, node in stored_nodes(config)}
+    return {group: node for group, _, node in stored_nodes(config)}
+
+
+def _classes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the class, in snake case, of each group that the config of a `.keras` file tells."""
+    nodes = nodes_of(checkpoint)
+    return {group: snake_case(node["class_name"]) for group, node in nodes.items()}
 
 
 def _of_keras(checkpoint: Checkpoint, layer: Layer, classes: dict[str, str]) -> Layer:
-    group = _group(layer)
+    group = group_of(layer)
     stem = classes.get(group, "")
     if not stem and group.split("/")[-2:-1] == ["layers"]:  # there, Keras names by the class
         stem = stem_of(group.rpartition("/")[2])[0]

@@ -22,7 +22,7 @@ from doconv_core.cli.compare import Compared, compare
 from doconv_core.cli.errors import DIFFERENT, one_line
 from doconv_core.cli.flattening import Sizes, flatten_option
 from doconv_core.cli.output import counted, print_json, print_table, progress, size
-from doconv_core.cli.pairing import pair_by_name, pair_by_order
+from doconv_core.cli.pairing import alike_by_order, pair_by_name, require_order
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
 
@@ -69,9 +69,15 @@ def verify(
     with ExitStack() as stack:
         a, b = _open(stack, first, second, kernel_sizes)
         x, y = recognised_layers(a), recognised_layers(b)
-        paired = pair_by_name(x, y) if match == "name" else pair_by_order(a, x, b, y)
         compared: list[Compared] = []
-        missing = [
+        missing: list[str] = []
+        if match == "name":
+            paired = pair_by_name(x, y)
+        else:
+            require_order(a, b)
+            paired, differs = alike_by_order(a, x, b, y)
+            missing += differs
+        missing += [
             f"{entry} is in {checkpoint.path} only"
             for checkpoint, layers in ((a, paired.first), (b, paired.second))
             for layer in layers

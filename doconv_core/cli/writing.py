@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from doconv_core.checkpoints.arrays import storage_dtype, to_storage
+from doconv_core.checkpoints.arrays import BFLOAT16, storage_dtype, to_storage
+from doconv_core.checkpoints.gluon import DTYPES as GLUON_DTYPES
 from doconv_core.checkpoints.gluon import write_params
 from doconv_core.checkpoints.hdf5_files import Written
 from doconv_core.checkpoints.safetensors import DTYPES
-from doconv_core.cli.errors import MISSING, Failure
+from doconv_core.cli.checkpoints import literal
+from doconv_core.cli.errors import IMPOSSIBLE, MISSING, Failure
 from doconv_core.cli.planning import Plan
+from doconv_core.forms import LayerForm
 from doconv_core.state import State, read_state, write_state
 
 # What writes a PyTorch file is found here, so that this package knows no framework.
@@ -25,8 +29,21 @@ WEIGHTS = "model.weights.h5"
 Step = Callable[[int, int], None]
 
 
+def _check_types(plan: Plan, types: Container[str], files: str) -> None:
+    """Raise Failure for an entry of a type that these files lack, or that is not written here."""
+    for entry in plan.entries:
+        if entry.dtype not in types:
+            name = entry.sources[0] if entry.sources else entry.name
+            raise Failure(
+                f"the entry {name!r} is {entry.dtype}, which is not written to {files} files; "
+                f"--drop '{literal(name)}' leaves it out.",
+                IMPOSSIBLE,
+            )
+
+
 def write_safetensors(path: Path, plan: Plan, step: Step) -> None:
     """Write a plain safetensors file, one array in memory at a time."""
+    _check_types(plan, DTYPES.values(), "safetensors")
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {}
     position = 0
@@ -47,9 +64,27 @@ def write_safetensors(path: Path, plan: Plan, step: Step) -> None:
             file.write(to_storage(arrays[entry.name], entry.dtype).tobytes())
 
 
+class _Cast(Mapping[str, Any]):
+    """A plan's arrays, each in the type in which it is to be stored."""
+
+    def __init__(self, plan: Plan, step: Step) -> None:
+        self._arrays = plan.arrays(step)
+        self._dtypes = {entry.name: entry.dtype for entry in plan.entries}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays[name].astype(self._dtypes[name], copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
 def write_gluon(path: Path, plan: Plan, step: Step) -> None:
     """Write Gluon parameters, as `save_parameters` does."""
-    write_params(path, plan.arrays(step))
+    _check_types(plan, set(GLUON_DTYPES) - {BFLOAT16}, "Gluon's")
+    write_params(path, _Cast(plan, step))
 
 
 def write_pytorch(path: Path, plan: Plan, step: Step) -> None:
@@ -64,10 +99,39 @@ def write_pytorch(path: Path, plan: Plan, step: Step) -> None:
     raise Failure(f"no installed package writes PyTorch files, in the group {GROUP}.", MISSING)
 
 
-def write_state_like(path: Path, plan: Plan, step: Step, template: Path) -> None:
-    """Write a canonical state with the layers of `template`'s."""
-    arrays = {name: array.copy() for name, array in plan.arrays(step).items()}
-    write_state(State(read_state(template).layers, arrays), path)
+def write_state_like(
+    path: Path,
+    plan: Plan,
+    step: Step,
+    template: Path,
+    source: Path | None,
+    paths: Mapping[str, str],
+) -> None:
+    """Write a canonical state with the layers of `template`'s.
+
+    source: the state that the arrays come from, if it is one; paths: of each of the template's
+    layers, that of the source's. What the source tells of them goes with the arrays.
+    """
+    dtypes = {entry.name: entry.dtype for entry in plan.entries}
+    arrays = {name: array.astype(dtypes[name]) for name, array in plan.arrays(step).items()}
+    layers = read_state(template).layers
+    if source is None:
+        write_state(State(layers, arrays), path)
+        return
+    known = read_state(source)
+    forms = {own: _with_told(form, known.layers[paths[own]]) for own, form in layers.items()}
+    write_state(State(forms, arrays, known.origin), path)
+
+
+def _with_told(form: LayerForm, known: LayerForm) -> LayerForm:
+    """Return a layer's form with what another tells beyond the shapes, which agree."""
+    norm = form.kind == known.kind == "batch_norm"
+    return replace(
+        form,
+        spec=known.spec if norm else form.spec,
+        geometry=form.geometry or known.geometry,
+        flattening=known.flattening,
+    )
 
 
 def write_keras_like(path: Path, plan: Plan, step: Step, template: Path) -> None:
@@ -75,6 +139,7 @@ def write_keras_like(path: Path, plan: Plan, step: Step, template: Path) -> None
 
     The template has been opened as a checkpoint, so that all of it has been checked.
     """
+    _check_types(plan, DTYPES.values(), "Keras'")
     if not zipfile.is_zipfile(template):
         shutil.copyfile(template, path)
         _fill(path, plan, step)

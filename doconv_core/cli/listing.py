@@ -1,0 +1,67 @@
+"""What `doconv convert` tells of what it has done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from doconv_core.checkpoint import Checkpoint
+from doconv_core.cli.errors import one_line
+from doconv_core.cli.output import counted, print_json, print_table, size
+from doconv_core.cli.planning import Plan
+from doconv_core.cli.told import OUT, Required
+
+
+def report(
+    source: Path,
+    target: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    required: Sequence[Required],
+    assumed: Mapping[str, int],
+    as_json: bool,
+) -> None:
+    """Print what was written, from what, and what else must hold for it to compute the same.
+
+    required: of the networks. assumed: linear layers taken to be behind no flattened image, with
+    the channels before them.
+    """
+    used = {name for entry in plan.entries for name in entry.sources}
+    left_out = [name for name in checkpoint.entries if name not in used]
+    left_out += checkpoint.others
+    if as_json:
+        names = ("name", "shape", "dtype", "sources", "how")
+        entries = [{name: getattr(entry, name) for name in names} for entry in plan.entries]
+        print_json(
+            {
+                "source": str(source),
+                "target": str(target),
+                "entries": entries,
+                "left_out": left_out,
+                "required": [each._asdict() for each in required],
+                "no_image_assumed": dict(assumed),
+            }
+        )
+        return
+    rows = []
+    for entry in plan.entries:
+        sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
+        origin = ": ".join(part for part in (sources, entry.how) if part)
+        rows.append([entry.name, origin, size(entry.shape), entry.dtype])
+    print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
+    click.echo()
+    if left_out:
+        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+    for network, what, layers in required:
+        file = target if network == OUT else source
+        click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
+    for name, channels in assumed.items():
+        click.echo(
+            one_line(
+                f"{name or '(the model itself)'}: no flattened image assumed, as the layer before "
+                f"it in the file has {channels} channels; --flatten tells of one"
+            )
+        )
+    click.echo(one_line(f"{target}: {counted(len(plan.entries), 'array')} written"))
