@@ -22,11 +22,37 @@ Where: TypeAlias = (
     "str | Iterable[str] | type | tuple[type, ...] | Callable[[str, Any], Any] | None"
 )
 
-# Why a convolution is left as it is, in the words that every backend uses.
+# Why a convolution is left as it is, in the words that every backend uses. What one framework alone
+# has is in that backend.
 ONE_TAP = "one tap, nothing to over-parameterize"
 NOT_SELECTED = "not selected by where"
 ALREADY = "over-parameterized already"
 SUBCLASS = "a subclass, which may compute something else"
+TRANSPOSED = "a transposed convolution"
+QUANTIZED = "quantized"
+REPLACED = "its forward pass was replaced, and may compute something else"
+COMPUTED = "its weight is computed, not a parameter of its own"
+NOT_PLAIN = "its weight is not a plain parameter"
+TIED = "it shares a weight with what is not over-parameterized alike"
+
+# Why a batch norm is not fused.
+NOT_DIRECT = "does not directly follow an ordinary convolution"
+OUTPUT = "its convolution's output is used elsewhere too"
+SEVERAL = "it or its convolution is used in several places"
+SHARED = "its parameters, or its convolution's, are used elsewhere too"
+HOOKED = "it or its convolution has hooks, which would see other values"
+AXIS = "normalizes another axis than the convolution's channels"
+NOT_FINITE = "the fused kernel would not be finite"
+
+
+def behind(reason: str) -> str:
+    """Return why a batch norm behind a convolution is left that is itself left for `reason`."""
+    return f"the convolution before it is left as it is: {reason}"
+
+
+def fused_into(kind: str) -> str:
+    """Return what a batch norm has become that is now a part of a convolution of this kind."""
+    return f"fused into {kind}"
 
 
 def place(path: str) -> str:
@@ -92,10 +118,10 @@ class Selection:
             close = get_close_matches(unmatched[0].strip("*"), self._asked, 3, 0.3)
             message = (
                 f"where matches no {kinds}: {_listed(unmatched)}; the model has {kinds}s such as "
-                f"{_listed(close or self._asked[:3])}."
+                f"{_places(close or self._asked[:3])}."
             )
         elif not self._any:
-            hint = _listed(self._asked[:3])
+            hint = _places(self._asked[:3])
             message = f"where selects none of the {len(self._asked)} {kinds}s, such as {hint}."
         else:
             return
@@ -116,6 +142,10 @@ def _no_selection(where: Any) -> TypeError:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _places(paths: Iterable[str]) -> str:
+    return ", ".join(repr(path) if path else place(path) for path in paths)
 
 
 class Change(NamedTuple):

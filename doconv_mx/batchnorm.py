@@ -12,28 +12,39 @@ from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 
 from doconv_core.fold import fuse_batchnorm
-from doconv_core.model import SUBCLASS, Change, Left
+from doconv_core.model import (
+    AXIS,
+    HOOKED,
+    NOT_DIRECT,
+    NOT_FINITE,
+    ONE_TAP,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SHARED,
+    SUBCLASS,
+    Change,
+    Left,
+    behind,
+    fused_into,
+)
 from doconv_core.numeric import Array
 from doconv_mx.blocks import overridden, owners, parameters, walk, within
-from doconv_mx.convert import DO_CONV, remove_parameter, set_parameter
+from doconv_mx.candidates import obstacle
+from doconv_mx.convert import remove_parameter, set_parameter
 from doconv_mx.graph import Calls, calls
 from doconv_mx.ordinary import has_values
 from doconv_mx.parameter import options_of, put
 from doconv_mx.symbols import norms
 
-# Why a batch norm is left.
-NOT_DIRECT = "does not directly follow an ordinary convolution of its own"
+# Why a batch norm is left, of what Gluon alone has.
 HIDDEN = "called by a forward that cannot be traced without data"
-HOOKED = "it or its convolution has hooks, which would see other values"
 IN_A_SYMBOL = "an operator of a symbol, where convolutions alone are replaced"
-SHARED = "shares its parameters, or its convolution does"
 SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
 NO_VALUES = "it or its convolution has no values yet"
-AXIS = "normalizes another axis than the convolution's channels"
-NOT_FINITE = "its statistics give a kernel that is not finite"
 
 
-def fuse_batch_norms(model: Block) -> tuple[list[Change], list[Left]]:
+def fuse_batchnorms(model: Block) -> tuple[list[Change], list[Left]]:
     """Fuse, in place, what can be fused into ordinary convolutions; return that, and what is left.
 
     A fused batch norm becomes an `nn.Dropout` of rate 0, which passes on its input. (The contrib
@@ -42,54 +53,69 @@ def fuse_batch_norms(model: Block) -> tuple[list[Change], list[Left]]:
     """
     seen, owned, blocks = calls(model), owners(model), list(walk(model))
     names: Counter[str | None] = Counter(p.name for p in parameters(model))
-    convolutions = {
-        block.weight.name: block
-        for _, block in blocks
-        if type(block) in DO_CONV and not overridden(block)
-    }
+    convolutions = {block.weight.name: block for _, block in blocks if isinstance(block, _Conv)}
     changed, left = [], []
     for path, norm in blocks:
         if isinstance(norm, SymbolBlock):
             left += [Left(within(path, name), op, IN_A_SYMBOL) for name, op in norms(norm)]
         if not isinstance(norm, _BatchNorm):
             continue
-        kind, conv = type(norm).__name__, convolutions.get(_before(norm, seen))
-        reason = _reason(norm, conv, seen, owned, names) or _fuse(conv, norm)
+        kind = type(norm).__name__
+        before = [convolutions.get(n) for n in seen.before.get(norm.gamma.name, ())]
+        reason = _own_obstacle(norm, before, seen, names)
+        reason = reason or _obstacle_in(seen, norm, before, owned)
         if reason is None:
-            changed.append(Change(path, kind, f"fused into {type(conv).__name__}"))
+            (conv,) = before
+            reason = _pair_obstacle(conv, norm, owned, names) or _fuse(conv, norm)
+        if reason is None:
+            changed.append(Change(path, kind, fused_into(type(conv).__name__)))
         else:
             left.append(Left(path, kind, reason))
     return changed, left
 
 
-def _before(norm: _BatchNorm, seen: Calls) -> str | None:
-    """Return the weight whose convolution alone the norm follows, and which it alone follows."""
-    before = seen.before.get(norm.gamma.name, set())
-    weight = next(iter(before)) if len(before) == 1 else None
-    return weight if seen.after.get(weight) == {norm.gamma.name} else None
-
-
-def _reason(
-    norm: _BatchNorm,
-    conv: _Conv | None,
-    seen: Calls,
-    owned: dict[int, list[Block]],
-    names: Counter[str | None],
+def _own_obstacle(
+    norm: _BatchNorm, before: list[_Conv | None], seen: Calls, names: Counter[str | None]
 ) -> str | None:
-    """Return why the batch norm cannot be fused into the convolution; None where it can.
+    """Return why it cannot be told what the batch norm computes, or what it follows.
 
     names: how many of the model's parameters have each name. The calls that were seen are known by
     names alone, so that those of two parameters of one name cannot be told apart.
     """
-    if type(norm) not in (nn.BatchNorm, SyncBatchNorm) or overridden(norm):
+    if type(norm) not in (nn.BatchNorm, SyncBatchNorm):
         return SUBCLASS
-    if not seen.hidden.isdisjoint((id(norm), id(conv))):
+    if overridden(norm):
+        return REPLACED
+    if not seen.hidden.isdisjoint(map(id, (norm, *before))):
         return HIDDEN
     near = {*seen.before.get(norm.gamma.name, ()), *(p.name for p in norm._reg_params.values())}
-    if any(names[name] > 1 for name in near):
-        return SAME_NAME
-    if conv is None:
+    return SAME_NAME if any(names[name] > 1 for name in near) else None
+
+
+def _obstacle_in(
+    seen: Calls, norm: _BatchNorm, before: list[_Conv | None], owned: dict[int, list[Block]]
+) -> str | None:
+    """Return why the batch norm cannot be fused where it stands in the model.
+
+    before: the convolutions whose output it is called with; None for anything else.
+    """
+    if not before or None in before:
         return NOT_DIRECT
+    if len(before) > 1:
+        return SEVERAL
+    (conv,) = before
+    if len(owned[id(conv.weight)]) > 1:  # and what is known of one is known of the others, too
+        return SHARED
+    return None if seen.after[conv.weight.name] == {norm.gamma.name} else OUTPUT
+
+
+def _pair_obstacle(
+    conv: _Conv, norm: _BatchNorm, owned: dict[int, list[Block]], names: Counter[str | None]
+) -> str | None:
+    """Return why this convolution and this batch norm cannot be fused."""
+    reason = obstacle(conv)
+    if reason not in (None, ONE_TAP):
+        return behind(reason)
     pair = (norm, conv)
     if any(block._forward_hooks or block._forward_pre_hooks for block in pair):
         return HOOKED
@@ -101,9 +127,7 @@ def _reason(
     if not all(map(has_values, own)) or len({tuple(p.list_ctx()) for p in own}) > 1:
         return NO_VALUES
     layout = conv._kwargs["layout"]
-    if norm._kwargs.get("axis", 1) % len(layout) != layout.find("C"):
-        return AXIS
-    return None
+    return None if norm._kwargs.get("axis", 1) % len(layout) == layout.find("C") else AXIS
 
 
 def _fuse(conv: _Conv, norm: _BatchNorm) -> str | None:

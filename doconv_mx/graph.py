@@ -23,6 +23,7 @@ from mxnet.util import is_np_array
 from doconv_mx.blocks import overridden, walk
 
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
+TRANSPOSED = {"Deconvolution", "_npx_deconvolution"}
 NORMS = {"BatchNorm", "_npx_batch_norm", "_contrib_SyncBatchNorm"}
 
 
@@ -95,6 +96,7 @@ def _name(block: Block | None, parameter: str) -> str | None:
 
 def _read(graph: Symbol, found: Calls) -> None:
     """Note the calls in a symbolic graph."""
+    convolutions = CONVOLUTIONS | TRANSPOSED
     described = json.loads(graph.tojson())
     nodes, heads = described["nodes"], described["heads"]
     users: list[list[tuple[int | None, int]]] = [[] for _ in nodes]
@@ -112,16 +114,16 @@ def _read(graph: Symbol, found: Calls) -> None:
         if node["op"] == "null":  # an input or a parameter
             for user, position in users[index]:
                 kind = None if user is None else nodes[user]["op"]
-                if not ((kind in CONVOLUTIONS or kind in NORMS) and position > 0):
+                if not ((kind in convolutions or kind in NORMS) and position > 0):
                     found.note(node["name"], None)
                     found.note(None, node["name"])
-        elif node["op"] in CONVOLUTIONS:
+        elif node["op"] in convolutions:
             for user, position in users[index]:
                 is_norm = user is not None and nodes[user]["op"] in NORMS and position == 0
                 found.note(variable(index, 1), variable(user, 1) if is_norm else None)
         elif node["op"] in NORMS:
             source = node["inputs"][0][0]
-            if nodes[source]["op"] not in CONVOLUTIONS:
+            if nodes[source]["op"] not in convolutions:
                 found.note(None, variable(index, 1))
 
 

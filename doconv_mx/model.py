@@ -19,7 +19,7 @@ from doconv_core.model import (
 )
 from doconv_core.numeric import Difference
 from doconv_core.spec import as_integer
-from doconv_mx.batchnorm import fuse_batch_norms
+from doconv_mx.batchnorm import fuse_batchnorms
 from doconv_mx.blocks import (
     copied,
     count,
@@ -96,7 +96,7 @@ def fold(model: Block, *, fuse_batchnorm: bool = False, inplace: bool = False) -
         fold_nodes(blocks[path])
     changed, left = plan.changed, []
     if fuse_batchnorm:
-        fused, left = fuse_batch_norms(target)
+        fused, left = fuse_batchnorms(target)
         order = places(target)
         changed = sorted([*changed, *fused], key=lambda change: order[change.path])
     forget_graphs(target)

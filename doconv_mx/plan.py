@@ -5,34 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mxnet.gluon import Block, Parameter, SymbolBlock, nn
-from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.gluon import Block, Parameter, SymbolBlock
 
 from doconv_core.fold import NotFoldable
 from doconv_core.model import (
-    ALREADY,
     NOT_SELECTED,
-    ONE_TAP,
-    SUBCLASS,
+    TIED,
     Change,
     Left,
     Selection,
     place,
 )
 from doconv_core.spec import ConvSpec
-from doconv_mx.blocks import all_paths, overridden, own_parameters, owners, walk, within
+from doconv_mx.blocks import all_paths, owners, walk, within
+from doconv_mx.candidates import is_convolution, obstacle
 from doconv_mx.convert import DO_CONV, outline
 from doconv_mx.do_conv import _DOConv
 from doconv_mx.ordinary import channels_per_group, contexts, has_values, is_pending
 from doconv_mx.symbols import DOSymbolBlock, nodes, refuse_composition
-
-TRANSPOSED = "a transposed convolution"
-OTHER = "another operation than an ordinary convolution"
-OWN_FORWARD = "has a forward of its own, which may compute something else"
-OWN_PARAMETER = "its weight is not an ordinary parameter"
-TIED = "its weight is also the weight of a layer that stays as it is"
-
-_TRANSPOSED = (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
 
 
 class Plan(NamedTuple):
@@ -138,9 +128,9 @@ def _candidates(model: Block) -> Iterator[_Candidate]:
                 yield _Candidate(
                     at[0], at, node.layer, node.reason, node.weight, path, node.name
                 )  # fmt: skip
-        elif _is_convolution(block):
+        elif is_convolution(block):
             weight = getattr(block, "weight", None)
-            yield _Candidate(path, paths, block, _reason(block), weight, path, None)
+            yield _Candidate(path, paths, block, obstacle(block), weight, path, None)
 
 
 def _sizes(candidate: _Candidate, depth_multiplier: int | None) -> ConvSpec:
@@ -156,28 +146,6 @@ def _sizes(candidate: _Candidate, depth_multiplier: int | None) -> ConvSpec:
     except ValueError as error:
         raise ValueError(f"{place(candidate.path)}: {error}") from None
     return spec
-
-
-def _is_convolution(block: Block) -> bool:
-    named = "conv" in type(block).__name__.lower() and bool(own_parameters(block))
-    return isinstance(block, _Conv) or named
-
-
-def _reason(block: Any) -> str | None:
-    """Return why a convolution has to be left, or None where it could be over-parameterized."""
-    if isinstance(block, _DOConv):
-        return ALREADY
-    if type(block) in DO_CONV:
-        if outline(block).taps == 1:
-            return ONE_TAP
-        if overridden(block):
-            return OWN_FORWARD
-        if type(block.weight) is not Parameter or block.weight._stype != "default":
-            return OWN_PARAMETER
-        return None
-    if type(block) in _TRANSPOSED:
-        return TRANSPOSED
-    return SUBCLASS if isinstance(block, _Conv) else OTHER
 
 
 def plan_folding(model: Block) -> FoldPlan:

@@ -19,7 +19,7 @@ from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 
 from doconv_core.fold import NotFoldable
-from doconv_core.model import ALREADY, ONE_TAP, SUBCLASS
+from doconv_core.model import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
 from doconv_core.spec import ConvSpec
 from doconv_mx.blocks import overridden
 from doconv_mx.compose import compose, tied
@@ -28,8 +28,6 @@ from doconv_mx.graph import CONVOLUTIONS, NORMS
 from doconv_mx.ordinary import channels_per_group, is_channels_last, no_name_scope
 
 _LAYERS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
-COMPUTED = "its weight is computed, not a parameter of its own"
-UNLIKE = "its weight is also used by another operator, or by an unlike convolution"
 
 
 @dataclass
@@ -66,9 +64,10 @@ def nodes(block: SymbolBlock) -> list[Node]:
         alike = len({_sizes(user) for user in users[source]}) == 1
         reason = (
             COMPUTED if parameter is None
-            else SUBCLASS if overridden(block) or type(block).forward is not SymbolBlock.forward
+            else REPLACED if overridden(block)
+            else SUBCLASS if type(block).forward is not SymbolBlock.forward
             else ONE_TAP if prod(layer._kwargs["kernel"]) == 1
-            else None if alike else UNLIKE
+            else None if alike else TIED
         )  # fmt: skip
         key = node["name"] if parameter is None else _key(block, parameter)
         name = key if parameter is None else key.removesuffix("weight").removesuffix("_")
@@ -197,7 +196,7 @@ def refuse_composition(path: str, block: SymbolBlock) -> None:
             users = {n["op"] for n in described if any(i[0] == index for i in n["inputs"])}
             if users & {"batch_dot", "broadcast_add", "_identity_with_attr_like_rhs"}:
                 raise NotFoldable(
-                    f"block {path!r} is a symbol that composes kernels, with {node['name']!r}, and "
+                    f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
                     "holds no layers: fold the network before it is exported or its features are "
                     "extracted."
                 )

@@ -15,22 +15,30 @@ from keras import ops
 
 from doconv_core.fold import fuse_batchnorm
 from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.model import ONE_TAP, SUBCLASS, Change, Left
-from doconv_tf.candidates import REPLACEMENTS, obstacle
-from doconv_tf.converting import become
+from doconv_core.model import (
+    AXIS,
+    NOT_DIRECT,
+    NOT_FINITE,
+    ONE_TAP,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SUBCLASS,
+    Change,
+    Left,
+    behind,
+    fused_into,
+)
+from doconv_tf.candidates import CONVOLUTIONS, obstacle
+from doconv_tf.convert import become
 from doconv_tf.ordinary import like, policy_of, put
 from doconv_tf.walk import children, first_occurrences, walk
 
-NOT_DIRECT = "does not directly follow an ordinary convolution of its own"
+# Why a batch norm is left, of what Keras alone has.
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
-SHARED = "it or its convolution is used in several places"
-OUTPUT = "its convolution's output is used elsewhere, too"
 ACTIVATION = "its convolution has an activation before it"
 REGULARIZED = "it or its convolution has an activity regularizer"
 TRAINING = "called with training=True, whatever the model does"
-AXIS = "normalizes another axis than the convolution's channels"
-NOT_FINITE = "its statistics give a kernel that is not finite"
-SPECIAL = "its convolution is quantized, or its kernel or call is not the plain one"
 
 
 class _Call(NamedTuple):
@@ -58,7 +66,7 @@ def fuse_batchnorms(model: keras.Layer) -> tuple[list[Change], list[Left]]:
             conv, reason = _partner(norm, calls)
             reason = reason or _fuse(conv, norm)
             if reason is None:
-                into = f"fused into {type(conv).__name__}"
+                into = fused_into(type(conv).__name__)
                 changed.append(Change(path, "BatchNormalization", into))
             else:
                 left.append(Left(path, type(norm).__name__, reason))
@@ -125,26 +133,29 @@ def _graph(layer: keras.Layer) -> Any:
 
 def _partner(norm: keras.Layer, calls: dict[int, list[_Call]]) -> tuple[Any, str | None]:
     """Return the convolution into which the norm can be fused, or why there is none."""
-    if type(norm) is not keras.layers.BatchNormalization or "call" in vars(norm):
+    if type(norm) is not keras.layers.BatchNormalization:
         return None, SUBCLASS
+    if "call" in vars(norm):
+        return None, REPLACED
     own = calls.get(id(norm), [])
     if not own:
         return None, UNKNOWN
-    conv = own[0].sources[0] if len(own[0].sources) == 1 else None
-    if type(conv) not in REPLACEMENTS:
+    sources = [source for call in own for source in call.sources]
+    if len(own[0].sources) > 1 or not all(isinstance(each, CONVOLUTIONS) for each in sources):
         return None, NOT_DIRECT
+    conv = sources[0]
+    if any(target is not norm for call in calls[id(conv)] for target in call.targets):
+        return None, OUTPUT
     if len(own) > 1 or len(calls[id(conv)]) > 1:
-        return None, SHARED
+        return None, SEVERAL
+    if obstacle(conv) not in (None, ONE_TAP):
+        return None, behind(obstacle(conv))
     if own[0].training:
         return None, TRAINING
-    if calls[id(conv)][0].targets != [norm]:
-        return None, OUTPUT
     if conv.activation not in (None, keras.activations.linear):
         return None, ACTIVATION
     if conv.activity_regularizer or norm.activity_regularizer:
         return None, REGULARIZED
-    if obstacle(conv) not in (None, ONE_TAP):
-        return None, SPECIAL
     ndim = conv.rank + 2
     axis = -1 if conv.data_format == "channels_last" else 1
     return conv, None if norm.axis % ndim == axis % ndim else AXIS

@@ -7,7 +7,7 @@ import math
 import keras
 from keras import layers
 
-from doconv_core.model import ALREADY, ONE_TAP, SUBCLASS
+from doconv_core.model import ALREADY, ONE_TAP, QUANTIZED, REPLACED, SUBCLASS, TRANSPOSED
 from doconv_tf.depthwise_conv import (
     DODepthwiseConv1D,
     DODepthwiseConv2D,
@@ -22,25 +22,25 @@ DO_CONVS = (
     DOSeparableConv2D,
 )  # fmt: skip
 REPLACEMENTS = {cls.ordinary: cls for cls in DO_CONVS}
-TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-RECURRENT = (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
-CONVOLUTIONS = (*REPLACEMENTS, *TRANSPOSED, *RECURRENT)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_RECURRENT = (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
+CONVOLUTIONS = (*REPLACEMENTS, *_TRANSPOSED, *_RECURRENT)
 
 
 def obstacle(layer: keras.Layer) -> str | None:
     """Return why a convolution cannot be over-parameterized; None where it can."""
     if isinstance(layer, OverParameterized):
         return ALREADY
-    if type(layer) in TRANSPOSED:
-        return "transposed"
-    if type(layer) in RECURRENT:
+    if type(layer) in _TRANSPOSED:
+        return TRANSPOSED
+    if type(layer) in _RECURRENT:
         return "recurrent"
     if type(layer) not in REPLACEMENTS:
         return SUBCLASS
     if layer.quantization_mode is not None:
-        return "quantized"
+        return QUANTIZED
     if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled"
     if not vars(layer).keys().isdisjoint(("call", "convolution_op")):
-        return "its call was replaced, and may compute something else"
+        return REPLACED
     return ONE_TAP if math.prod(layer.kernel_size) == 1 else None

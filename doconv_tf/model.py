@@ -14,22 +14,23 @@ import keras
 from doconv_core.fold import NotFoldable
 from doconv_core.model import (
     NOT_SELECTED,
+    REPLACED,
+    TIED,
     Change,
     Converted,
     Left,
     Report,
     Selection,
     Where,
+    place,
 )
 from doconv_tf.batchnorm import fuse_batchnorms
 from doconv_tf.candidates import CONVOLUTIONS, REPLACEMENTS, obstacle
 from doconv_tf.compiled import check_functions, uncompile
-from doconv_tf.converting import become
+from doconv_tf.convert import become
 from doconv_tf.copying import copied
 from doconv_tf.over_parameterized import OverParameterized
 from doconv_tf.walk import first_occurrences
-
-TIED = "a variable of it is another layer's, too"
 
 
 def over_parameterize(
@@ -62,7 +63,7 @@ def over_parameterize(
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
     matches nothing.
     """
-    _require_built("the model itself", model)
+    _require_built("", model)
     selection = Selection(where)
     chosen, left = _choose(model, selection)
     selection.warn()
@@ -88,7 +89,7 @@ def fold(model: keras.Layer, *, fuse_batchnorm: bool = False, inplace: bool = Fa
     Raises NotFoldable, with the layer's path, for a DO layer that no ordinary one computes exactly,
     and TypeError and ValueError as `over_parameterize` does; before anything is changed.
     """
-    _require_built("the model itself", model)
+    _require_built("", model)
     new = {
         id(layer): _folded(path, layer)
         for path, layer in first_occurrences(model)
@@ -124,23 +125,23 @@ def _choose(
 
 
 def _over_parameterized(path: str, layer: keras.Layer, depth_multiplier: int | None) -> keras.Layer:
-    _require_built(_place(path), layer)
+    _require_built(path, layer)
     cls = REPLACEMENTS[type(layer)]
     try:
         return cls.from_conv(layer, **{cls.multiplier_name: depth_multiplier})
     except (TypeError, ValueError) as error:
         message = str(error).replace("d_multiplier", "depth_multiplier")
-        raise type(error)(f"{_place(path)}: {message}") from None
+        raise type(error)(f"{place(path)}: {message}") from None
 
 
 def _folded(path: str, layer: OverParameterized) -> keras.Layer:
-    _require_built(_place(path), layer)
+    _require_built(path, layer)
     try:
         if not vars(layer).keys().isdisjoint(("call", "convolution_op")):
-            raise NotFoldable("its call was replaced, and may compute something else.")
+            raise NotFoldable(f"{REPLACED}.")
         return layer.fold()
     except NotFoldable as error:
-        raise NotFoldable(f"{_place(path)}: {error}") from None
+        raise NotFoldable(f"{place(path)}: {error}") from None
 
 
 def _converted(
@@ -176,18 +177,14 @@ def _converted(
     return Converted(target, Report(action, tuple(changed), tuple(left), before, _count(target)))
 
 
-def _require_built(place: str, layer: keras.Layer) -> None:
+def _require_built(path: str, layer: keras.Layer) -> None:
     if not isinstance(layer, keras.Layer):
         raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
     if not layer.built:
         raise ValueError(
-            f"{place} ({type(layer).__name__} {layer.name!r}) is not built, so that its layers or "
-            "their weights are not there yet; call the model on data, or its build(), first."
+            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its layers "
+            "or their weights are not there yet; call the model on data, or its build(), first."
         )
-
-
-def _place(path: str) -> str:
-    return f"layer {path!r}" if path else "the model itself"
 
 
 def _count(model: keras.Layer) -> int:

@@ -8,10 +8,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from doconv_core.model import SUBCLASS, Change, Left
+from doconv_core.model import (
+    HOOKED,
+    NOT_DIRECT,
+    NOT_FINITE,
+    ONE_TAP,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SHARED,
+    SUBCLASS,
+    Change,
+    Left,
+    behind,
+    fused_into,
+    place,
+)
 from doconv_torch.candidates import (
     HOOKS,
-    REPLACEMENTS,
     Owners,
     is_convolution,
     kind_of,
@@ -43,7 +57,7 @@ def fuse_batchnorms(model: nn.Module) -> tuple[list[Change], list[Left]]:
             conv = next(iter(found.sources[norm]))
             reason = _pair_obstacle(conv, norm, found, held) or _fuse(conv, norm)
         if reason is None:
-            changed.append(Change(path, kind, f"{kind_of(norm)}, fused"))
+            changed.append(Change(path, kind, fused_into(kind_of(conv))))
         else:
             left.append(Left(path, kind, reason))
     return changed, left
@@ -58,7 +72,7 @@ def _own_obstacle(norm: nn.Module) -> str | None:
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
     if "forward" in vars(norm):
-        return "its forward was replaced, and may compute something else"
+        return REPLACED
     if {"weight", "bias", "running_mean", "running_var"} & vars(norm).keys():
         return "its parameters are computed before each call"
     return None
@@ -70,12 +84,12 @@ def _obstacle_in(found: Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> s
     if not sources:
         return _why_unseen(found, norm, paths)
     if None in sources or not all(is_convolution(source) for source in sources):
-        return "it does not directly follow a convolution"
+        return NOT_DIRECT
     if len(sources) > 1:
-        return "it follows several convolutions"
+        return SEVERAL
     (conv,) = sources
     if found.users[conv] != {norm}:
-        return f"the output of {paths[conv]!r} is used elsewhere too"
+        return OUTPUT
     return None
 
 
@@ -89,29 +103,30 @@ def _why_unseen(found: Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> st
     if not above:
         return "the model's forward pass does not call it"
     nearest, reason = max(above, key=lambda entry: len(entry[0]))
-    return f"{nearest or 'the model'!r} cannot be traced ({reason})"
+    return f"{place(nearest)} cannot be traced ({reason})"
 
 
 def _pair_obstacle(conv: nn.Module, norm: nn.Module, found: Flow, held: Owners) -> str | None:
     """Return why this convolution and this batch norm cannot be fused."""
-    if type(conv) not in REPLACEMENTS or conv._parameters.get("weight") is None:
-        return f"the convolution before it is left as it is: {obstacle(conv)}"
-    if "forward" in vars(conv) or "_conv_forward" in vars(conv) or "bias" in vars(conv):
-        return "the forward or the bias of the convolution before it was replaced"
+    reason = obstacle(conv)
+    if reason not in (None, ONE_TAP):
+        return behind(reason)
+    if "bias" in vars(conv):
+        return "the bias of the convolution before it is computed before each call"
     hooks = (*HOOKS, "_state_dict_hooks", "_load_state_dict_pre_hooks")
     if any(getattr(module, name) for module in (conv, norm) for name in hooks):
-        return "it or the convolution before it has hooks, which would see something else"
+        return HOOKED
     if norm.num_features != conv.out_channels:
         return f"it has {norm.num_features} channels after a convolution of {conv.out_channels}"
     if conv in found.touched or norm in found.touched:
-        return "its parameters, or the convolution's, are used elsewhere too"
+        return SHARED
     if any(
         len(held[memory(p)]) > 1
         for module in (conv, norm)
         for p in module._parameters.values()
         if p is not None
     ):
-        return "its parameters, or the convolution's, are tied to others"
+        return SHARED
     return None
 
 
@@ -119,7 +134,7 @@ def _fuse(conv: _ConvNd, norm: nn.Module) -> str | None:
     """Fold a batch norm into a convolution, in place; or return why that cannot be."""
     weight, bias = _fused(conv, norm)
     if not (weight.is_meta or (weight.isfinite().all() and bias.isfinite().all())):
-        return f"the fused kernel would not be finite in {weight.dtype}"
+        return NOT_FINITE
     conv.weight.copy_(weight)
     if conv.bias is None:
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)

@@ -10,7 +10,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from doconv_core.model import ALREADY, ONE_TAP, SUBCLASS
+from doconv_core.model import (
+    ALREADY,
+    COMPUTED,
+    NOT_PLAIN,
+    ONE_TAP,
+    QUANTIZED,
+    REPLACED,
+    SUBCLASS,
+    TRANSPOSED,
+)
 from doconv_core.spec import ConvSpec
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d, _DOConv
 
@@ -69,22 +78,22 @@ def obstacle(layer: nn.Module) -> str | None:
     if parametrize.is_parametrized(layer):
         return "parametrized: its weight is computed from other parameters"
     if _is_quantized(layer):
-        return "quantized"
-    return "transposed" if isinstance(layer, _ConvTransposeNd) else SUBCLASS
+        return QUANTIZED
+    return TRANSPOSED if isinstance(layer, _ConvTransposeNd) else SUBCLASS
 
 
 def _own_obstacle(layer: _ConvNd) -> str | None:
     """Return what is special about an ordinary convolution, as `obstacle` does."""
     if not vars(layer).keys().isdisjoint(("forward", "_conv_forward")):
-        return "its forward was replaced, and may compute something else"
+        return REPLACED
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is no parameter, but computed before each call (weight norm, pruning)"
+        return COMPUTED  # by weight norm or pruning, before each call
     spec = spec_of(layer)
     if spec.taps == 1:
         return ONE_TAP
     if not is_plain(weight):
-        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+        return NOT_PLAIN
     if tuple(weight.shape) != spec.kernel_shape:
         return f"its weight has shape {tuple(weight.shape)}; expected {spec.kernel_shape}"
     if weight.dtype not in DTYPES:

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from doconv_core.fold import NotFoldable
 from doconv_core.model import (
     NOT_SELECTED,
+    TIED,
     Change,
     Converted,
     Left,
@@ -47,7 +48,6 @@ from doconv_torch.do_conv import _DOConv, check_foldable
 
 _DO_CONVS = tuple(cls.__name__ for cls in REPLACEMENTS.values())
 
-TIED = "its weight is tied to one that is not over-parameterized alike"
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
 
 
@@ -243,9 +243,8 @@ def _ordinary_tensors() -> Iterator[None]:
 
 def _warn_of_training(model: nn.Module) -> None:
     """Warn where a comparison with the folded model would tell of the mode and not of folding."""
-    varying = [
-        f"{path!r} ({kind_of(module)})" for path, module in model.named_modules() if _varies(module)
-    ]
+    modules = model.named_modules()
+    varying = [f"{place(path)} ({kind_of(m)})" for path, m in modules if _varies(m)]
     if varying:
         others = f" and {len(varying) - 1} others" if len(varying) > 1 else ""
         warnings.warn(

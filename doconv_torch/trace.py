@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from doconv_torch.candidates import HOOKS, is_plain
+from doconv_torch.candidates import HOOKS, is_convolution, is_plain
 
 
 @dataclass
@@ -171,7 +171,9 @@ class _Tracer(fx.Tracer):
         self._opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self._opaque or super().is_leaf_module(m, module_qualified_name)
+        # Of a convolution of one's own it is told what it is, not what it is made of.
+        known = m in self._opaque or is_convolution(m)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)

@@ -20,7 +20,7 @@ from doconv_core import (
     fuse_batchnorm,
     largest_difference,
 )
-from doconv_core.model import ONE_TAP
+from doconv_core.model import ONE_TAP, TRANSPOSED
 
 PATHS = ["", "conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
 
@@ -63,8 +63,9 @@ def test_what_is_no_selection_is_refused(where):
     [
         ("layr1*", PATHS, r"where matches no convolution: 'layr1\*'; the model has convolutions"),
         (["conv1", "layer3.*"], PATHS, r"where matches no convolution: 'layer3\.\*'"),
-        (str, PATHS, "where selects none of the 5 convolutions, such as '', 'conv1'"),
+        (str, PATHS, "where selects none of the 5 convolutions, such as the model itself, 'conv1'"),
         (lambda path, layer: False, PATHS[:2], "where selects none of the 2 convolutions"),
+        ("c*", [""], r"where matches no convolution: 'c\*'; .* such as the model itself\."),
         (None, [], "the model has no convolution that could be replaced"),
         ("*", [], "the model has no convolution that could be replaced"),
     ],
@@ -88,7 +89,7 @@ def test_a_selection_that_matches_does_not_warn(where):
 
 def test_a_report_can_be_read():
     changed = tuple(Change(f"layer{i}.conv", "Conv2d", "DOConv2d") for i in range(30))
-    left = (Left("", "Conv2d", ONE_TAP), Left("a.b", "ConvTranspose2d", "transposed"))
+    left = (Left("", "Conv2d", ONE_TAP), Left("a.b", "ConvTranspose2d", TRANSPOSED))
     text = str(Report("over-parameterized", changed, left, 1000, 1200))
     assert text.startswith(
         "over-parameterized 30 layers, left 2; parameters: 1,000 before, 1,200 after (+20.00%)\n"
@@ -97,7 +98,7 @@ def test_a_report_can_be_read():
     for path in (f"layer{i}.conv" for i in range(30)):
         assert path in text
     assert f"Conv2d: {ONE_TAP} (1)\n    (the model itself)" in text
-    assert "ConvTranspose2d: transposed (1)\n    a.b" in text
+    assert "ConvTranspose2d: a transposed convolution (1)\n    a.b" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

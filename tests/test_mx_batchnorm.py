@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -29,21 +30,25 @@ from gluon_models import (  # noqa: E402
     step,
     trained_statistics,
 )
-from mxnet.gluon import Block, HybridBlock, nn  # noqa: E402
+from mxnet.gluon import Block, HybridBlock, Parameter, nn  # noqa: E402
 from mxnet.gluon.contrib.nn import SyncBatchNorm  # noqa: E402
 
 from doconv_core import difference  # noqa: E402
-from doconv_core.model import SUBCLASS  # noqa: E402
-from doconv_mx.batchnorm import (  # noqa: E402
+from doconv_core.model import (  # noqa: E402
     AXIS,
-    HIDDEN,
     HOOKED,
-    NO_VALUES,
     NOT_DIRECT,
     NOT_FINITE,
-    SAME_NAME,
+    NOT_PLAIN,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
     SHARED,
+    SUBCLASS,
+    TRANSPOSED,
+    behind,
 )
+from doconv_mx.batchnorm import HIDDEN, NO_VALUES, SAME_NAME  # noqa: E402
 
 
 def fused(model, **options):
@@ -211,16 +216,20 @@ class Branching(HybridBlock):
 
 @HYBRIDIZED
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "reason"),
     [
-        "output used twice", "output returned", "two convolutions", "activation between",
-        "convolution used again", "sum between",
+        ("output used twice", OUTPUT),
+        ("output returned", OUTPUT),
+        ("two convolutions", SEVERAL),
+        ("activation between", NOT_DIRECT),
+        ("convolution used again", OUTPUT),
+        ("sum between", NOT_DIRECT),
     ],
-)  # fmt: skip
-def test_what_does_not_directly_follow_is_left(kind, hybridized):
+)
+def test_what_does_not_directly_follow_is_left(kind, reason, hybridized):
     model = built(Branching(kind), hybridized)
     target, report = fused(model)
-    assert report.left == (("norm", "BatchNorm", NOT_DIRECT),)
+    assert report.left == (("norm", "BatchNorm", reason),)
     assert not report.changed
     assert same(outputs(target), outputs(model))
 
@@ -249,6 +258,24 @@ def test_a_pair_that_is_called_again_is_fused():
 class Doubling(nn.BatchNorm):
     def hybrid_forward(self, F, x, *args, **kwargs):
         return 2 * super().hybrid_forward(F, x, *args, **kwargs)
+
+
+class Standardised(nn.Conv2D):
+    """A convolution that computes something else."""
+
+
+class Gamma(Parameter):
+    """A parameter of another kind."""
+
+
+def of_gammas(conv):
+    conv.weight.__class__ = Gamma
+    return conv
+
+
+def replaced(layer):
+    layer.hybrid_forward = functools.partial(type(layer).hybrid_forward, layer)
+    return layer
 
 
 def hooked(layer):
@@ -293,12 +320,16 @@ def without_values():
         (lambda: built(chain(square(), Doubling())), SUBCLASS),
         (lambda: built(chain(square(), nn.BatchNormReLU())), SUBCLASS),
         (lambda: built(chain(square(activation="relu"), nn.BatchNorm())), NOT_DIRECT),
-        (lambda: built(chain(nn.Conv2DTranspose(4, 3), nn.BatchNorm())), NOT_DIRECT),
+        (lambda: built(chain(nn.Conv2DTranspose(4, 3), nn.BatchNorm())), behind(TRANSPOSED)),
+        (lambda: built(chain(Standardised(4, 3), nn.BatchNorm())), behind(SUBCLASS)),
+        (lambda: built(chain(replaced(square()), nn.BatchNorm())), behind(REPLACED)),
+        (lambda: built(chain(of_gammas(square()), nn.BatchNorm())), behind(NOT_PLAIN)),
+        (lambda: built(chain(square(), replaced(nn.BatchNorm()))), REPLACED),
         (lambda: built(chain(nn.BatchNorm())), NOT_DIRECT),
         (lambda: built(chain(square(), hooked(nn.BatchNorm()))), HOOKED),
         (lambda: built(chain(hooked(square()), nn.BatchNorm())), HOOKED),
         (lambda: built(chain(square(), nn.BatchNorm(axis=2))), AXIS),
-        (two_norms_of_one_weight, NOT_DIRECT),
+        (two_norms_of_one_weight, SHARED),
         (lambda: built(Tied()), SHARED),
         (without_values, NO_VALUES),
         (constant_statistics, NOT_FINITE),

@@ -25,8 +25,17 @@ from mxnet import gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 from mxnet.gluon.contrib.cnn import DeformableConvolution  # noqa: E402
 
-from doconv_core.model import ALREADY, NOT_SELECTED, ONE_TAP, SUBCLASS  # noqa: E402
-from doconv_mx.plan import OTHER, OWN_FORWARD, OWN_PARAMETER, TIED, TRANSPOSED  # noqa: E402
+from doconv_core.model import (  # noqa: E402
+    ALREADY,
+    NOT_PLAIN,
+    NOT_SELECTED,
+    ONE_TAP,
+    REPLACED,
+    SUBCLASS,
+    TIED,
+    TRANSPOSED,
+)
+from doconv_mx.candidates import OTHER  # noqa: E402
 
 
 @pytest.mark.parametrize("where", ["0", "1.1", ["1.1"], lambda path, layer: path == "1.1"])
@@ -82,8 +91,8 @@ def with_own_parameter():
         (lambda: nn.Conv2DTranspose(4, 3), TRANSPOSED),
         (lambda: DeformableConvolution(4, 3, in_channels=4), OTHER),
         (lambda: DOConv2D(4, 4, 3), ALREADY),
-        (with_own_forward, OWN_FORWARD),
-        (with_own_parameter, OWN_PARAMETER),
+        (with_own_forward, REPLACED),
+        (with_own_parameter, NOT_PLAIN),
     ],
     ids=["one tap", "subclass", "transposed", "deformable", "DO-Conv", "forward", "parameter"],
 )

@@ -32,10 +32,15 @@ from gluon_models import (  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.model import ALREADY, NOT_SELECTED, ONE_TAP  # noqa: E402
+from doconv_core.model import (  # noqa: E402
+    ALREADY,
+    COMPUTED,
+    NOT_SELECTED,
+    ONE_TAP,
+    TIED,
+    TRANSPOSED,
+)
 from doconv_mx.batchnorm import IN_A_SYMBOL  # noqa: E402
-from doconv_mx.plan import TIED, TRANSPOSED  # noqa: E402
-from doconv_mx.symbols import COMPUTED, UNLIKE  # noqa: E402
 
 # MXNet says so of every block that is made from symbols.
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")
@@ -202,7 +207,7 @@ def test_a_symbol_that_composes_kernels_cannot_be_folded(tmp_path):
         model.export(str(tmp_path / "net"))
         files = str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params")
         block = SymbolBlock.imports(*files)
-        with pytest.raises(NotFoldable, match=r"block '0' is a symbol that composes kernels, with"):
+        with pytest.raises(NotFoldable, match=r"layer '0' is a symbol that composes kernels, with"):
             fold(chain(block))
         with pytest.warns(UserWarning, match="no convolution that could be replaced"):
             report = over_parameterize(block).report
@@ -240,7 +245,7 @@ def computed(F, x):
 def test_nodes_that_are_left():
     _, report = over_parameterize(block_of(twice))
     assert [c.path for c in report.changed] == [""]
-    for make, path, reason in ((unlike, "", UNLIKE), (computed, "here", COMPUTED)):
+    for make, path, reason in ((unlike, "", TIED), (computed, "here", COMPUTED)):
         block = block_of(make)
         with pytest.warns(UserWarning, match="no convolution that could be replaced"):
             target, report = over_parameterize(block)

@@ -57,7 +57,7 @@ def test_random_and_adapted_preprocessing():
     np.testing.assert_array_equal(*flipped)
     model = keras.Sequential([keras.Input((9, 9, 3)), spectral, layers.Conv2D(3, 3, name="conv")])
     new, report = over_parameterize(model)
-    reason = "a variable of it is another layer's, too"
+    reason = "it shares a weight with what is not over-parameterized alike"
     assert [(left.path, left.reason) for left in report.left] == [("spectral.own", reason)]
     assert verify(model, new, images()).absolute == 0
 

@@ -31,6 +31,17 @@ from keras_models import (  # noqa: E402
 )
 
 from doconv_core import NotFoldable  # noqa: E402
+from doconv_core.model import (  # noqa: E402
+    AXIS,
+    NOT_DIRECT,
+    NOT_FINITE,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SUBCLASS,
+    TRANSPOSED,
+    behind,
+)
 from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 from doconv_tf.walk import walk  # noqa: E402
 
@@ -122,7 +133,7 @@ def test_batch_norms_are_fused_into_convolutions(kind):
     for one, other in zip(*map(keras.tree.flatten, predicted), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
     expected = {
-        "functional": ({}, {"norm": "it or its convolution is used in several places"}),
+        "functional": ({}, {"norm": OUTPUT}),
         "sequential": ({"norm": "fused into Conv2D"}, {}),
         "subclassed": (
             {},
@@ -186,6 +197,10 @@ class OwnNorm(layers.BatchNormalization):
     """Computes something else."""
 
 
+class OwnConv(layers.Conv2D):
+    """Computes something else."""
+
+
 class OwnCall(keras.Sequential):
     """Calls its layers in another order."""
 
@@ -222,30 +237,38 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     x = bad(conv("bad")(x))
     lora = conv("lora")
     x = norm("lora")(lora(x))
+    patched = [conv("patched"), norm("patched")], [conv("patched_norm"), norm("patched_norm")]
+    for first, second in patched:
+        x = second(first(x))
+    x = norm("subclass")(OwnConv(3, 3, padding="same", name="c_subclass")(x))
     x = norm("good")(conv("good")(x))
     model = filled(keras.Model(inputs, [x, layers.BatchNormalization(name="end")(x)]))
     bad.moving_variance.assign(-2 * np.ones(3))
     lora.enable_lora(1)
+    for layer in (patched[0][0], patched[1][1]):
+        layer.call = type(layer).call.__get__(layer)
     fused, report = fold(model, fuse_batchnorm=True)
-    direct = "does not directly follow an ordinary convolution of its own"
     training = "called with training=True, whatever the model does"
     assert {left.path: left.reason for left in report.left} == {
-        "first": direct,
+        "first": NOT_DIRECT,
         "activation": "its convolution has an activation before it",
-        "axis": "normalizes another axis than the convolution's channels",
-        "own": "a subclass, which may compute something else",
+        "axis": AXIS,
+        "own": SUBCLASS,
         "training": training,
-        "elsewhere": "its convolution's output is used elsewhere, too",
-        "shared": "it or its convolution is used in several places",
-        "dense": direct,
-        "transposed": direct,
+        "elsewhere": OUTPUT,
+        "shared": SEVERAL,
+        "dense": NOT_DIRECT,
+        "transposed": behind(TRANSPOSED),
         "stack.inner": training,
         "regularized": "it or its convolution has an activity regularizer",
         "regularized_norm": "it or its convolution has an activity regularizer",
         "own_call.call": UNKNOWN,
-        "bad": "its statistics give a kernel that is not finite",
-        "lora": "its convolution is quantized, or its kernel or call is not the plain one",
-        "end": direct,
+        "bad": NOT_FINITE,
+        "patched": behind(REPLACED),
+        "patched_norm": REPLACED,
+        "subclass": behind(SUBCLASS),
+        "lora": behind("LoRA is enabled"),
+        "end": NOT_DIRECT,
     }
     assert [change.path for change in report.changed] == ["good"]
     bad.moving_variance.assign(np.ones(3))
@@ -305,7 +328,7 @@ def test_a_convolution_that_another_layer_holds_is_not_fused():
     model.other = layers.TimeDistributed(model.get_layer("conv"), name="other")
     _, report = fold(model, fuse_batchnorm=True)
     reasons = {left.path: left.reason for left in report.left}
-    assert reasons == {"norm": "it or its convolution is used in several places"}
+    assert reasons == {"norm": SEVERAL}
 
 
 @pytest.mark.parametrize("training", [None, True])
@@ -351,7 +374,7 @@ def test_what_is_not_foldable_is_named_before_anything_is_changed():
     assert type(model.get_layer("plain")) is DOConv2D
     model = keras.Model(inputs, DOConv2D(3, 3, name="patched")(inputs))
     model.get_layer("patched").call = ops.relu
-    with pytest.raises(NotFoldable, match="layer 'patched': its call was replaced"):
+    with pytest.raises(NotFoldable, match="layer 'patched': its forward pass was replaced"):
         fold(model)
     with pytest.raises(ValueError, match=r"the model itself .* is not built"):
         fold(DOConv2D(3, 3))

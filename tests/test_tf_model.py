@@ -239,11 +239,11 @@ def test_what_is_left_is_in_the_report_with_the_reason():
     assert [change.path for change in report.changed] == ["selected"]
     assert {left.path: left.reason for left in report.left} == {
         "subclass": "a subclass, which may compute something else",
-        "transposed": "transposed",
+        "transposed": "a transposed convolution",
         "pointwise": "one tap, nothing to over-parameterize",
         "already": "over-parameterized already",
         "lora": "LoRA is enabled",
-        "patched": "its call was replaced, and may compute something else",
+        "patched": "its forward pass was replaced, and may compute something else",
         "unselected": "not selected by where",
         "recurrent": "recurrent",
     }
@@ -280,7 +280,7 @@ def test_quantized_layers_and_tied_variables_are_left():
     holder = Holder(first=first, second=second, quantized=quantized, third=convolution("third"))
     new, report = over_parameterize(holder)
     assert [change.path for change in report.changed] == ["third"]
-    tied = "a variable of it is another layer's, too"
+    tied = "it shares a weight with what is not over-parameterized alike"
     expected = {"first": tied, "second": tied, "quantized": "quantized"}
     assert {left.path: left.reason for left in report.left} == expected
     assert new.first._kernel is new.second._kernel

@@ -18,6 +18,18 @@ from torch_models import images, network, output, trained  # noqa: E402
 
 from doconv_core import Change, Left  # noqa: E402
 from doconv_core import fuse_batchnorm as by_the_core  # noqa: E402
+from doconv_core.model import (  # noqa: E402
+    HOOKED,
+    NOT_DIRECT,
+    NOT_FINITE,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SHARED,
+    SUBCLASS,
+    TRANSPOSED,
+    behind,
+)
 from doconv_torch import DOConv2d, fold, over_parameterize, verify  # noqa: E402
 
 
@@ -51,7 +63,7 @@ def test_a_network_without_batch_norm(inplace, multiplier):
         "stem.0", "stem.1", "stages.0.conv1", "stages.0.bn1", "stages.0.conv2", "stages.0.bn2",
         "stages.1.conv1", "stages.1.bn1", "stages.1.conv2", "stages.1.bn2", "head.mix",
     ]  # fmt: skip
-    assert report.changed[1] == Change("stem.1", "BatchNorm2d", "Identity, fused")
+    assert report.changed[1] == Change("stem.1", "BatchNorm2d", "fused into Conv2d")
     assert not report.left
     assert type(folded.stem[1]) is nn.Identity
     assert vars(folded.stem[1]).keys() == vars(nn.Identity()).keys()
@@ -153,9 +165,6 @@ class OwnConv(nn.Conv2d):
     """A convolution that may compute something else."""
 
 
-HOOKED = "it or the convolution before it has hooks, which would see something else"
-USED = "its parameters, or the convolution's, are used elsewhere too"
-APART = "it does not directly follow a convolution"
 LEFT = {
     "training": (lambda: build(changed(1, lambda n: None)), "in training mode"),
     "no statistics": (
@@ -164,55 +173,55 @@ LEFT = {
     ),
     "subclass": (
         lambda: build([nn.Conv2d(3, 3, 3), OwnNorm(3)]),
-        "a subclass, which may compute something else",
+        SUBCLASS,
     ),
     "forward": (
         lambda: build(changed(1, set_forward)),
-        "its forward was replaced, and may compute something else",
+        REPLACED,
     ),
     "conv's forward": (
         lambda: build(changed(0, set_forward)),
-        "the forward or the bias of the convolution before it was replaced",
+        behind(REPLACED),
     ),
-    "conv's subclass": (lambda: build([OwnConv(3, 3, 3), nn.BatchNorm2d(3)]), APART),
-    "relu between": (lambda: build([nn.Conv2d(3, 3, 3), nn.ReLU(), nn.BatchNorm2d(3)]), APART),
+    "conv's subclass": (lambda: build([OwnConv(3, 3, 3), nn.BatchNorm2d(3)]), behind(SUBCLASS)),
+    "relu between": (lambda: build([nn.Conv2d(3, 3, 3), nn.ReLU(), nn.BatchNorm2d(3)]), NOT_DIRECT),
     "transposed": (
         lambda: build([nn.ConvTranspose2d(3, 3, 3), nn.BatchNorm2d(3)]),
-        "the convolution before it is left as it is: transposed",
+        behind(TRANSPOSED),
     ),
-    "first": (lambda: build([nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)]), APART),
+    "first": (lambda: build([nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)]), NOT_DIRECT),
     "output used twice": (
         lambda: build(pair(), lambda self, body, x: (y := body[0](x)) + body[1](y)),
-        "the output of 'body.0' is used elsewhere too",
+        OUTPUT,
     ),
-    "output kept": (lambda: build(pair(), keeps), "the output of 'body.0' is used elsewhere too"),
+    "output kept": (lambda: build(pair(), keeps), OUTPUT),
     "output listed": (
         lambda: build(pair(), appends),
-        "the output of 'body.0' is used elsewhere too",
+        OUTPUT,
     ),
     "changed in place": (
         lambda: build(pair(), lambda self, body, x: body[1](body[0](x).mul_(2))),
-        APART,
+        NOT_DIRECT,
     ),
     "conv called twice": (
         lambda: build(pair(), lambda self, body, x: body[0](body[1](body[0](x)))),
-        "the output of 'body.0' is used elsewhere too",
+        OUTPUT,
     ),
     "norm called twice": (
         lambda: build(pair(), lambda self, body, x: body[1](body[1](body[0](x)))),
-        APART,
+        NOT_DIRECT,
     ),
     "norm of two": (
         lambda: build(
             [*pair(), nn.Conv2d(3, 3, 3, padding=1)],
             lambda self, body, x: body[1](body[0](x)) + body[1](body[2](x)),
         ),
-        "it follows several convolutions",
+        SEVERAL,
     ),
-    "parameters read": (lambda: build(pair(), reads_parameters), USED),
+    "parameters read": (lambda: build(pair(), reads_parameters), SHARED),
     "tied": (
         lambda: build(tied_weights()),
-        "its parameters, or the convolution's, are tied to others",
+        SHARED,
     ),
     "hook on conv": (
         lambda: build(with_hook(0, "register_forward_hook", lambda m, x, y: 2 * y)),
@@ -232,12 +241,11 @@ LEFT = {
     ),
     "parametrized": (
         lambda: build([parametrizations.weight_norm(nn.Conv2d(3, 3, 3)), nn.BatchNorm2d(3)]),
-        "the convolution before it is left as it is: parametrized: its weight is computed from "
-        "other parameters",
+        behind("parametrized: its weight is computed from other parameters"),
     ),
     "not finite": (
         lambda: build(changed(1, lambda n: nn.init.constant_(n.weight, 1e38))),
-        "the fused kernel would not be finite in torch.float32",
+        NOT_FINITE,
     ),
 }
 
@@ -249,7 +257,7 @@ def test_what_cannot_be_fused_exactly_is_left_and_named(name):
     path = next(p for p, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
     if name == "training":
         model[1].train()
-        with pytest.warns(UserWarning, match="in training mode, where '1'"):
+        with pytest.warns(UserWarning, match="in training mode, where layer '1'"):
             _, report = fold(model, fuse_batchnorm=True)
         assert report.left == (Left(path, "BatchNorm2d", reason),)
         return
@@ -267,8 +275,8 @@ def test_what_cannot_be_traced_is_named_and_its_parts_are_fused():
     assert type(folded[2]) is nn.Identity
     alone = build(pair(), lambda self, body, x: loops(self, body, x) + body[1](body[0](x)))
     assert left(alone) == {
-        "body.1": "'the model' cannot be traced (TraceError: symbolically traced variables cannot "
-        "be used as inputs to control flow)"
+        "body.1": "the model itself cannot be traced (TraceError: symbolically traced variables "
+        "cannot be used as inputs to control flow)"
     }
 
 
@@ -293,7 +301,7 @@ def test_arguments_with_defaults_may_decide():
             return self.function(self, self.body, x, early)
 
     model = network(lambda: Optional(pair(), forward)).eval()
-    assert left(model) == {"body.1": APART}
+    assert left(model) == {"body.1": NOT_DIRECT}
 
     class Flagged(Callable):
         def forward(self, x, features=False):
@@ -334,7 +342,7 @@ def test_a_model_that_cannot_be_copied_is_folded_in_place_without_fusing():
         fold(model, fuse_batchnorm=True)
     _, report = fold(model, fuse_batchnorm=True, inplace=True)
     assert report.left[0].reason.startswith(
-        "'the model' cannot be traced (TypeError: cannot pickle"
+        "the model itself cannot be traced (TypeError: cannot pickle"
     )
 
 
@@ -346,7 +354,7 @@ def test_pruned_biases_and_frozen_layers():
     pruned = build(pair())
     prune.l1_unstructured(pruned[0], "bias", 0.5)
     _, report = fold(pruned, fuse_batchnorm=True, inplace=True)
-    reason = "the forward or the bias of the convolution before it was replaced"
+    reason = "the bias of the convolution before it is computed before each call"
     assert report.left == (Left("1", "BatchNorm2d", reason),)
 
 

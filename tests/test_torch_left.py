@@ -11,8 +11,19 @@ import torch  # noqa: E402
 import torch.ao.nn.qat  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
-from torch_models import REPLACED, images, kinds, network  # noqa: E402
+from torch_models import REPLACED as REPLACED_KINDS  # noqa: E402
+from torch_models import images, kinds, network  # noqa: E402
 
+from doconv_core.model import (  # noqa: E402
+    ALREADY,
+    COMPUTED,
+    ONE_TAP,
+    QUANTIZED,
+    REPLACED,
+    SUBCLASS,
+    TIED,
+    TRANSPOSED,
+)
 from doconv_torch import DOConv2d, fold, over_parameterize  # noqa: E402
 
 
@@ -40,23 +51,20 @@ def frozen_as_buffer():
     return conv
 
 
-CALCULATED = "its weight is no parameter, but computed before each call (weight norm, pruning)"
-
-
 LEFT = {
-    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), "transposed"),
-    "subclass": (lambda: Standardised(3, 4, 3), "a subclass, which may compute something else"),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), TRANSPOSED),
+    "subclass": (lambda: Standardised(3, 4, 3), SUBCLASS),
     "lazy": (lambda: nn.LazyConv2d(4, 3), "lazy: call the model once, so that it takes its shape"),
     "parametrized": (
         lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
         "parametrized: its weight is computed from other parameters",
     ),
-    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), CALCULATED),
-    "pruned": (lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), CALCULATED),
-    "buffer": (frozen_as_buffer, CALCULATED),
-    "over-parameterized": (lambda: DOConv2d(3, 4, 3), "over-parameterized already"),
-    "one tap": (lambda: nn.Conv2d(3, 4, 1), "one tap, nothing to over-parameterize"),
-    "forward": (replaced_forward, "its forward was replaced, and may compute something else"),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), COMPUTED),
+    "pruned": (lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), COMPUTED),
+    "buffer": (frozen_as_buffer, COMPUTED),
+    "over-parameterized": (lambda: DOConv2d(3, 4, 3), ALREADY),
+    "one tap": (lambda: nn.Conv2d(3, 4, 1), ONE_TAP),
+    "forward": (replaced_forward, REPLACED),
     "complex": (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "its weight is torch.complex64"),
     "resized": (
         lambda: with_weight(nn.Parameter(torch.zeros(4, 3, 2, 2))),
@@ -67,12 +75,12 @@ LEFT = {
         lambda: torch.jit.trace(nn.Conv2d(3, 4, 3), images()),
         "compiled to TorchScript",
     ),
-    "quantized": (lambda: torch.ao.nn.quantized.Conv2d(3, 4, 3), "quantized"),
+    "quantized": (lambda: torch.ao.nn.quantized.Conv2d(3, 4, 3), QUANTIZED),
     "in quantization-aware training": (
         lambda: torch.ao.nn.qat.Conv2d(
             3, 4, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig()
         ),
-        "quantized",
+        QUANTIZED,
     ),
 }
 
@@ -160,7 +168,7 @@ def test_a_tied_layer_is_left_whatever_the_multiplier():
     transposed.weight = model[0].weight
     _, report = over_parameterize(model, depth_multiplier=9)
     assert [change.path for change in report.changed] == ["2"]
-    assert "its weight is tied" in report.left[0].reason
+    assert report.left[0].reason == TIED
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -173,7 +181,7 @@ def test_models_with_the_old_weight_norm_are_copied(trained):
     expected, own = model(images()), normed.weight
     converted, report = over_parameterize(model)
     assert normed.weight is own
-    assert [(left.path, left.reason) for left in report.left] == [("1", CALCULATED)]
+    assert [(left.path, left.reason) for left in report.left] == [("1", COMPUTED)]
     assert torch.equal(converted(images()), expected)
     folded, _ = fold(converted)
     assert torch.equal(folded(images()), expected)
@@ -187,7 +195,7 @@ def test_models_with_the_old_weight_norm_are_copied(trained):
     ("where", "paths"),
     [
         ("*.conv1", ["stages.0.conv1", "stages.1.conv1"]),
-        (nn.Conv2d, REPLACED),
+        (nn.Conv2d, REPLACED_KINDS),
         (lambda path, layer: layer.groups > 1, ["stages.1.conv1"]),
         (("stem.*", "head.*"), ["stem.0", "head.mix"]),
     ],

@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from torch_models import REPLACED, Network, Residual, images, kinds, network, output, trained  # noqa: E402
 
 from doconv_core import Change, Converted, Left  # noqa: E402
+from doconv_core.model import TIED  # noqa: E402
 from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize  # noqa: E402
 
 
@@ -204,15 +205,14 @@ def test_tied_weights_stay_tied_through_training_and_folding(inplace, multiplier
 
 
 def test_what_is_tied_to_something_else_is_left():
-    reason = "its weight is tied to one that is not over-parameterized alike"
     transposed = nn.ConvTranspose2d(6, 3, 3, padding=1)
     autoencoder = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), transposed)
     transposed.weight = autoencoder[0].weight
     with_transposed, report = over_parameterize(autoencoder)
-    assert report.left[0] == Left("0", "Conv2d", reason)
+    assert report.left[0] == Left("0", "Conv2d", TIED)
     assert with_transposed[0].weight is with_transposed[1].weight
     _, report = over_parameterize(tied(), where=["0", "1"])
-    assert [left.path for left in report.left if left.reason == reason] == ["0"]
+    assert [left.path for left in report.left if left.reason == TIED] == ["0"]
     other_groups = tied(2)
     other_groups[2].weight = other_groups[0].weight
     _, report = over_parameterize(other_groups)
@@ -224,9 +224,7 @@ def test_weights_that_share_memory_alone_are_tied_too():
     model[1].weight = nn.Parameter(model[0].weight.detach())
     _, report = over_parameterize(model, inplace=True)
     assert [change.path for change in report.changed] == ["2"]
-    assert {left.reason for left in report.left} == {
-        "its weight is tied to one that is not over-parameterized alike"
-    }
+    assert {left.reason for left in report.left} == {TIED}
     over_parameterize(model[0], inplace=True)
     expected, weight = trained(model)(images()), model[1].weight.clone()
     fold(model, inplace=True)

@@ -51,7 +51,7 @@ def test_what_asks_for_tensors_is_left(forward):
     model = nn.Sequential(network(lambda: Block(forward))).eval()
     folded, report = fold(model, fuse_batchnorm=True)
     assert [(left.path, left.reason) for left in report.left] == [
-        ("0.norm", "'0' cannot be traced (its code asks whether a value is a tensor)")
+        ("0.norm", "layer '0' cannot be traced (its code asks whether a value is a tensor)")
     ]
     assert verify(model, folded, images()) == (0, 0)
 
@@ -59,7 +59,7 @@ def test_what_asks_for_tensors_is_left(forward):
 def test_an_argument_that_is_given_or_not():
     block = network(lambda: Block(asks_for_mask)).eval()
     _, report = fold(block, fuse_batchnorm=True)
-    reason = "'the model' cannot be traced (its code asks whether a value is a tensor)"
+    reason = "the model itself cannot be traced (its code asks whether a value is a tensor)"
     assert [(left.path, left.reason) for left in report.left] == [("norm", reason)]
     _, report = fold(nn.Sequential(block), fuse_batchnorm=True)  # which never gives it
     assert [change.path for change in report.changed] == ["0.norm"]
