@@ -182,8 +182,9 @@ def _require_built(path: str, layer: keras.Layer) -> None:
         raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
     if not layer.built:
         raise ValueError(
-            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its layers "
-            "or their weights are not there yet; call the model on data, or its build(), first."
+            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its "
+            "layers or their weights are not there yet; call the model on data, or its build(), "
+            "first."
         )
 
 

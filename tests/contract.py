@@ -246,6 +246,16 @@ class Results(NamedTuple):
 class Adapter(Protocol):
     """What a backend's adapter module offers; `layer` is whatever the framework calls a layer."""
 
+    # The backend itself, and its name for each kind of layer in `NETWORK` of test_contract_model.
+    package: Any
+    types: dict[str, str]
+
+    def network(self, kinds: dict[str, str]) -> Any:
+        """Return a model of layers of these kinds, by path, each called with the former's output.
+
+        Of four channels everywhere, without padding, in the mode of inference, and with values.
+        """
+
     def pads(self, case: Case) -> bool:
         """Whether the framework's layer can pad like the case; else its input comes padded."""
 

@@ -281,9 +281,7 @@ def test_hooks_stay_and_see_an_ordinary_layer():
 )
 def test_training_mode_is_warned_of_where_it_would_mislead(layer, name):
     model = nn.Sequential(DOConv2d(3, 3, 3), layer())
-    message = (
-        rf"the model is in training mode, where layer '1' \({name}\) depend on the batch or on"
-    )
+    message = rf"the model is in training mode, where layer '1' \({name}\) depend on the batch or"
     with pytest.warns(UserWarning, match=message) as caught:
         fold(model)
     assert caught[0].filename == __file__

@@ -115,6 +115,41 @@ def state(layer: HybridBlock) -> dict[str, np.ndarray]:
     return dict(doconv_mx.export_state(layer).arrays)
 
 
+package = doconv_mx
+types = {
+    "conv": "Conv2D", "do_conv": "DOConv2D", "norm": "BatchNorm", "own": "Own",
+    "transposed": "Conv2DTranspose",
+}  # fmt: skip
+
+
+class Own(nn.Conv2D):
+    """A convolution that may compute something else."""
+
+
+def network(kinds: dict[str, str]) -> HybridBlock:
+    made = {
+        "conv": lambda: nn.Conv2D(4, 3, in_channels=4),
+        "pointwise": lambda: nn.Conv2D(4, 1, in_channels=4),
+        "do_conv": lambda: doconv_mx.DOConv2D(4, 4, 3),
+        "own": lambda: Own(4, 3, in_channels=4),
+        "transposed": lambda: nn.Conv2DTranspose(4, 3, in_channels=4),
+        "patched": patched,
+        "norm": lambda: nn.BatchNorm(in_channels=4),
+        "relu": lambda: nn.Activation("relu"),
+    }
+    model = nn.HybridSequential()
+    for name, kind in kinds.items():
+        model.register_child(made[kind](), name)
+    model.initialize()
+    return model
+
+
+def patched() -> HybridBlock:
+    conv = nn.Conv2D(4, 3, in_channels=4)
+    conv.hybrid_forward = conv.hybrid_forward
+    return conv
+
+
 def array(values: np.ndarray) -> mx.nd.NDArray:
     # Not mx.nd.array, which uses names that SciPy has deprecated.
     return mx.nd.from_numpy(np.array(values, order="C"))

@@ -156,6 +156,39 @@ def state(layer: keras.Layer) -> dict[str, np.ndarray]:
     return dict(doconv_tf.export_state(layer).arrays)
 
 
+package = doconv_tf
+types = {
+    "conv": "Conv2D", "do_conv": "DOConv2D", "norm": "BatchNormalization", "own": "Own",
+    "transposed": "Conv2DTranspose",
+}  # fmt: skip
+
+
+class Own(keras.layers.Conv2D):
+    """A convolution that may compute something else."""
+
+
+def network(kinds: dict[str, str]) -> keras.Model:
+    layers = keras.layers
+    made = {
+        "conv": lambda **name: layers.Conv2D(4, 3, **name),
+        "pointwise": lambda **name: layers.Conv2D(4, 1, **name),
+        "do_conv": lambda **name: doconv_tf.DOConv2D(4, 3, **name),
+        "own": lambda **name: Own(4, 3, **name),
+        "transposed": lambda **name: layers.Conv2DTranspose(4, 3, **name),
+        "patched": lambda **name: _patched(layers.Conv2D(4, 3, **name)),
+        "norm": layers.BatchNormalization,
+        "relu": layers.ReLU,
+    }
+    return keras.Sequential(
+        [keras.Input((20, 20, 4)), *(made[kind](name=name) for name, kind in kinds.items())]
+    )
+
+
+def _patched(conv: keras.Layer) -> keras.Layer:
+    conv.call = conv.call
+    return conv
+
+
 def _layout(layer: keras.Layer) -> str:
     return "*CN" if isinstance(layer, keras.layers.DepthwiseConv2D) else "*IO"
 

@@ -106,6 +106,40 @@ def state(layer: nn.Module) -> dict[str, np.ndarray]:
     return dict(doconv_torch.export_state(layer).arrays)
 
 
+package = doconv_torch
+types = {
+    "conv": "Conv2d", "do_conv": "DOConv2d", "norm": "BatchNorm2d", "own": "Own",
+    "transposed": "ConvTranspose2d",
+}  # fmt: skip
+
+
+class Own(nn.Conv2d):
+    """A convolution that may compute something else."""
+
+
+def network(kinds: dict[str, str]) -> nn.Module:
+    made = {
+        "conv": lambda: nn.Conv2d(4, 4, 3),
+        "pointwise": lambda: nn.Conv2d(4, 4, 1),
+        "do_conv": lambda: doconv_torch.DOConv2d(4, 4, 3),
+        "own": lambda: Own(4, 4, 3),
+        "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+        "patched": patched,
+        "norm": lambda: nn.BatchNorm2d(4),
+        "relu": nn.ReLU,
+    }
+    model = nn.Sequential()
+    for name, kind in kinds.items():
+        model.add_module(name, made[kind]())
+    return model.eval()
+
+
+def patched() -> nn.Module:
+    conv = nn.Conv2d(4, 4, 3)
+    conv.forward = conv.forward
+    return conv
+
+
 def tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.copy())
 
