@@ -10,8 +10,9 @@ from doconv_mx.frameworks import import_gluoncv, import_mxnet  # noqa: E402
 import_mxnet()  # every later `import mxnet`, here and in the user's code, finds it imported
 
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_mx.model import fold, over_parameterize, verify  # noqa: E402
+from doconv_mx.model import fold, over_parameterize  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
+from doconv_mx.verify import verify  # noqa: E402
 
 __all__ = [
     "DOConv1D",

@@ -19,7 +19,9 @@ from doconv_core.forms import (
     TransposedConvSpec,
 )
 from doconv_core.geometry import Geometry, symmetric
+from doconv_core.model import REPLACED
 from doconv_core.state import entry
+from doconv_mx.blocks import overridden
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_mx.ordinary import is_channels_last, spec_of
 
@@ -29,11 +31,11 @@ _DO_CONVS = (DOConv1D, DOConv2D, DOConv3D)
 def form_of(path: str, block: Block) -> LayerForm:
     """Return what a block that owns parameters is in a state.
 
-    Raises TypeError, by the path, for a block without a counterpart, or with other parameters than
-    its kind has; ValueError for parameters that have no values yet.
+    Raises TypeError, by the path, for a block without a counterpart, with a forward of its own, or
+    with other parameters than its kind has; ValueError for parameters that have no values yet.
     """
     own = _own(block)
-    reason = REASONS.get(type(block))
+    reason = REPLACED if overridden(block) and type(block) in FORMS else REASONS.get(type(block))
     if type(block) is nn.LayerNorm and block._axis != -1:
         reason = (
             f"a layer norm over axis {block._axis} has no counterpart; if it is the last, say "

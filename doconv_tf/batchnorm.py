@@ -29,7 +29,7 @@ from doconv_core.model import (
     behind,
     fused_into,
 )
-from doconv_tf.candidates import CONVOLUTIONS, obstacle
+from doconv_tf.candidates import CONVOLUTIONS, is_replaced, obstacle
 from doconv_tf.convert import become
 from doconv_tf.ordinary import like, policy_of, put
 from doconv_tf.walk import children, first_occurrences, walk
@@ -135,7 +135,7 @@ def _partner(norm: keras.Layer, calls: dict[int, list[_Call]]) -> tuple[Any, str
     """Return the convolution into which the norm can be fused, or why there is none."""
     if type(norm) is not keras.layers.BatchNormalization:
         return None, SUBCLASS
-    if "call" in vars(norm):
+    if is_replaced(norm):
         return None, REPLACED
     own = calls.get(id(norm), [])
     if not own:

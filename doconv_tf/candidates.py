@@ -41,6 +41,11 @@ def obstacle(layer: keras.Layer) -> str | None:
         return QUANTIZED
     if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled"
-    if not vars(layer).keys().isdisjoint(("call", "convolution_op")):
+    if is_replaced(layer):
         return REPLACED
     return ONE_TAP if math.prod(layer.kernel_size) == 1 else None
+
+
+def is_replaced(layer: keras.Layer) -> bool:
+    """Return whether this one layer has a method of its own in the place of its class's call."""
+    return not vars(layer).keys().isdisjoint(("call", "convolution_op"))

@@ -22,7 +22,9 @@ from doconv_core.forms import (
     TransposedConvSpec,
 )
 from doconv_core.geometry import Geometry, Pad, causal, padded, same, symmetric
+from doconv_core.model import REPLACED
 from doconv_core.spec import ConvSpec
+from doconv_tf.candidates import is_replaced
 from doconv_tf.connections import Connections
 from doconv_tf.depthwise_conv import (
     DODepthwiseConv1D,
@@ -68,7 +70,8 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     """Return what a layer that owns weights is in a state, by the path below its own.
 
     All but separable convolutions are one part, whose path is empty. Raises TypeError, by the path,
-    for a layer without a counterpart, or with other weights than its kind has.
+    for a layer without a counterpart, with a call of its own, or with other weights than its kind
+    has.
     """
     own = own_weights(layer)
     names = [weight.name for weight in own]
@@ -76,6 +79,8 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     function = FORMS.get(type(layer))
     if function is None:
         raise unsupported_layer(path, layer, names)
+    if is_replaced(layer):
+        raise unsupported_layer(path, layer, names, REPLACED)
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         raise unsupported_layer(path, layer, names, "LoRA and quantized layers have no counterpart")
     try:

@@ -25,7 +25,7 @@ from doconv_core.model import (
     place,
 )
 from doconv_tf.batchnorm import fuse_batchnorms
-from doconv_tf.candidates import CONVOLUTIONS, REPLACEMENTS, obstacle
+from doconv_tf.candidates import CONVOLUTIONS, REPLACEMENTS, is_replaced, obstacle
 from doconv_tf.compiled import check_functions, uncompile
 from doconv_tf.convert import become
 from doconv_tf.copying import copied
@@ -137,7 +137,7 @@ def _over_parameterized(path: str, layer: keras.Layer, depth_multiplier: int | N
 def _folded(path: str, layer: OverParameterized) -> keras.Layer:
     _require_built(path, layer)
     try:
-        if not vars(layer).keys().isdisjoint(("call", "convolution_op")):
+        if is_replaced(layer):
             raise NotFoldable(f"{REPLACED}.")
         return layer.fold()
     except NotFoldable as error:

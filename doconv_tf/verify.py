@@ -17,11 +17,11 @@ def verify(a: Any, b: Any, inputs: Any) -> Difference:
     """Return the largest absolute and relative difference of b's outputs from a's.
 
     a, b: models or layers, which are called with `training=False`, or other functions, such as one
-    that runs an exported model. inputs: what they are called with: tensors or arrays, alone or
-    nested in lists, tuples and dicts. Outputs may be nested, too. Relative is to the largest entry
-    of a's output. Keras has no mode that were to be restored, and no variable is changed but by
-    layers that do so in inference, too: those that draw random numbers even then differ from call
-    to call, and their seed generators move on.
+    that runs an exported model. inputs: one argument, which may be nested: several inputs
+    are one tuple, list or dict of tensors or arrays, as a Keras model takes them. Outputs may be
+    nested, too. Relative is to the largest entry of a's output. Keras has no mode that were to be
+    restored, and no variable is changed but by layers that do so in inference, too: those that draw
+    random numbers even then differ from call to call, and their seed generators move on.
     Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
     another kind.
     """

@@ -28,6 +28,7 @@ from doconv_torch.candidates import (
     HOOKS,
     Owners,
     is_convolution,
+    is_replaced,
     kind_of,
     memory,
     obstacle,
@@ -71,7 +72,7 @@ def _own_obstacle(norm: nn.Module) -> str | None:
         return "in training mode"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    if "forward" in vars(norm):
+    if is_replaced(norm):
         return REPLACED
     if {"weight", "bias", "running_mean", "running_var"} & vars(norm).keys():
         return "its parameters are computed before each call"

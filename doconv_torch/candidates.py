@@ -84,7 +84,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 def _own_obstacle(layer: _ConvNd) -> str | None:
     """Return what is special about an ordinary convolution, as `obstacle` does."""
-    if not vars(layer).keys().isdisjoint(("forward", "_conv_forward")):
+    if is_replaced(layer):
         return REPLACED
     weight = layer._parameters.get("weight")
     if weight is None:
@@ -99,6 +99,11 @@ def _own_obstacle(layer: _ConvNd) -> str | None:
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
     return None
+
+
+def is_replaced(layer: nn.Module) -> bool:
+    """Return whether this one layer has a method of its own in the place of its class's forward."""
+    return not vars(layer).keys().isdisjoint(("forward", "_conv_forward"))
 
 
 def spec_of(layer: _ConvNd, depth_multiplier: int | None = None) -> ConvSpec:

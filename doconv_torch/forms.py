@@ -20,8 +20,10 @@ from doconv_core.forms import (
     TransposedConvSpec,
 )
 from doconv_core.geometry import Extra, Geometry, padded, same, symmetric
+from doconv_core.model import REPLACED
 from doconv_core.spec import ConvSpec
 from doconv_core.state import entry
+from doconv_torch.candidates import is_replaced
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d
 
 Uses: TypeAlias = "Set[Extra]"
@@ -47,10 +49,12 @@ def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm
     """Return what a module that owns something is in a state.
 
     uses: what `paddings` gives for it. Raises TypeError, by the path, for a module without a
-    counterpart, or with other parameters than its kind has; ValueError for parameters on the meta
-    device.
+    counterpart, with a forward pass of its own, or with other parameters than its kind has;
+    ValueError for parameters on the meta device.
     """
     own = owned(module)
+    if type(module) in FORMS and is_replaced(module):
+        raise unsupported_layer(path, module, own, REPLACED)
     if type(module) in FORMS:
         try:
             form = FORMS[type(module)](module, uses)

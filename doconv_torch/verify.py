@@ -21,8 +21,9 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     """Return the largest absolute and relative difference of b's outputs from a's.
 
     a, b: modules, or other callables, such as a session that runs an exported model. inputs: a
-    tuple of positional arguments, a dict of arguments by name, or one argument; tensors on the
-    models' device. Each model gets a copy of its own, and the same random numbers.
+    tuple of positional arguments, a dict of arguments by name, or one argument, which may be nested
+    in itself; tensors on the models' device. Each model gets a copy of its own, and the same random
+    numbers.
     Outputs may be nested in dicts, lists, tuples and dataclasses; numbers, NumPy arrays and None
     may stand in the place of tensors. Relative is to the largest entry of a's output.
     Runs both in evaluation mode, without gradients, and restores each module's mode afterwards.

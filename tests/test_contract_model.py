@@ -89,6 +89,16 @@ def test_what_is_folded_fused_and_left_is_told_alike(adapter):
     assert report == expected(adapter, "folded", changed, left, report)
 
 
+@pytest.mark.parametrize("action", ["export", "load"])
+def test_a_layer_whose_forward_was_replaced_has_no_state(adapter, action):
+    """It may compute something else, as a subclass may, which has none either."""
+    package, model = adapter.package, adapter.network({"patched": "patched"})
+    state = package.export_state(adapter.network({"patched": "conv"}))
+    kind = adapter.types["conv"]
+    with pytest.raises(TypeError, match=f"'patched' is a {kind} with .*; {REPLACED}"):
+        package.export_state(model) if action == "export" else package.load_state(model, state)
+
+
 def test_a_model_that_is_its_only_layer_is_named_so(adapter):
     message = "where matches no convolution: 'conv'; .* such as the model itself"
     layer = next(iter(layers(adapter.network({"conv": "conv"}))))

@@ -298,7 +298,7 @@ class Nested(gluon.Block):
 def test_verify_compares_every_array_of_nested_outputs():
     x, y = mx.nd.array([1.0, 2.0]), mx.nd.ones(2)
     assert verify(Nested(2), Nested(2), (x, y)) == (0.0, 0.0)
-    found = verify(Nested(2), Nested(2.5), [x, y])
+    found = verify(Nested(2), Nested(2.5), (x, y))
     np.testing.assert_allclose(found, (1.0, 0.25))
     with pytest.raises(ValueError, match="the outputs have different structures"):
         verify(Nested(2), nn.Activation("relu"), x)
@@ -318,6 +318,8 @@ def test_verify_takes_other_callables_and_numbers():
     x = mx.nd.array([1.0, 2.0])
     assert verify(Nested(2), lambda x: {"sum": 2 * x, "parts": ((2 * x,),)}, x) == (0.0, 0.0)
     assert verify(nn.Activation("relu"), lambda x: x.asnumpy(), x) == (0.0, 0.0)
+    pair = [x, mx.nd.ones(2)]  # one argument, unlike a tuple
+    assert verify(lambda pair: pair[0] + pair[1], sum, pair) == (0.0, 0.0)
     numbers = lambda x: (3, 2.5, True, np.float32(4))  # noqa: E731
     assert verify(numbers, numbers, x) == (0.0, 0.0)
     assert verify(lambda x: [4.0], lambda x: [mx.nd.array([5.0])[0].asscalar()], x) == (1.0, 0.25)

@@ -1,0 +1,83 @@
+"""How far two Gluon models differ on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from mxnet import autograd
+from mxnet.gluon import Block
+from mxnet.ndarray import NDArray
+
+from doconv_core.model import largest_difference
+from doconv_core.numeric import Difference
+from doconv_mx.blocks import parameters, within
+
+
+def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:
+    """Return the largest absolute and relative difference of b's outputs from a's, in inference.
+
+    a, b: blocks, or other callables, such as one that runs an exported network. inputs: a tuple of
+    positional arguments, or one argument, which may be nested; arrays on a context that
+    both models have their values on. Each model gets a copy of its own. Outputs may be nested
+    tuples, lists and dictionaries; numbers and NumPy's arrays may stand in the place of MXNet's,
+    and None counts as nothing.
+    MXNet's random numbers cannot be put back: what draws some in inference too draws others in each
+    run, and differs from itself.
+    Raises TypeError for what cannot be called and for an output of another kind; ValueError where
+    the outputs differ in structure or shape, or where a model got its values by this very run, so
+    that the outputs were those of random numbers.
+    """
+    for name, model in (("a", a), ("b", b)):
+        if not callable(model):
+            raise TypeError(
+                f"{name} must be a mxnet.gluon.Block or another callable; received "
+                f"{type(model).__module__}.{type(model).__qualname__}."
+            )
+    expected, found = _outputs("a", a, inputs), _outputs("b", b, inputs)
+    return largest_difference(found, expected)
+
+
+def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any]:
+    """Return the arrays of a model's outputs in inference; `name` is the model's in messages."""
+    owned = parameters(model) if isinstance(model, Block) else []
+    waiting = [p for p in owned if p._deferred_init]
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    with autograd.pause(train_mode=False):
+        output = model(*_own(arguments))
+    drawn = [p.name for p in waiting if p._data is not None]
+    if drawn:
+        raise ValueError(
+            f"{name} had no values for {drawn[0]!r} before this run, which has drawn them at "
+            "random: run a model once before it is over-parameterized, folded or compared."
+        )
+    return dict(_arrays("", output))
+
+
+def _own(inputs: Any) -> Any:
+    """Return the inputs with arrays of their own: a model may change its input in place."""
+    if isinstance(inputs, (NDArray, np.ndarray)):
+        return inputs.copy()
+    if isinstance(inputs, dict):
+        return {key: _own(value) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(map(_own, inputs))
+    return inputs
+
+
+def _arrays(at: str, output: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the arrays of a nested output by their place in it, such as `boxes.0`."""
+    if isinstance(output, NDArray):
+        yield at, output.asnumpy()
+    elif isinstance(output, (bool, int, float, np.generic, np.ndarray)):
+        yield at, np.asarray(output)
+    elif isinstance(output, (tuple, list, Mapping)):
+        parts = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for name, part in parts:
+            yield from _arrays(within(at, str(name)), part)
+    elif output is not None:
+        raise TypeError(
+            f"output {at!r} is a {type(output).__module__}.{type(output).__qualname__}; expected "
+            "arrays or numbers, or tuples, lists and dictionaries of them."
+        )
