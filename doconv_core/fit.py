@@ -13,6 +13,7 @@ import numpy as np
 
 from doconv_core.compose import from_kernel
 from doconv_core.forms import CHANNELS_FIRST, HELD, OWN, UNRECORDED, LayerForm
+from doconv_core.model import place
 from doconv_core.spec import ConvSpec
 from doconv_core.state import Array, State, StateError, entry
 
@@ -336,7 +337,7 @@ def check_owned(path: str, layer: object, found: Iterable[str], expected: Iterab
     found, expected = list(found), list(expected)
     if set(found) != set(expected):
         raise TypeError(
-            f"layer {path!r}, a {type(layer).__name__}, has {_listed(found)}; expected "
+            f"{place(path)}, a {type(layer).__name__}, has {_listed(found)}; expected "
             f"{_listed(expected)}. What computes one of them (weight norm, pruning) must be made "
             "permanent first."
         )
@@ -350,6 +351,6 @@ def unsupported_layer(
     names: of what it owns. reason: why, where its kind would have one.
     """
     return TypeError(
-        f"layer {path!r} is a {type(layer).__name__} with {_listed(names)}; "
+        f"{place(path)} is a {type(layer).__name__} with {_listed(names)}; "
         + (f"{reason}." if reason else f"a canonical state holds {HELD}.")
     )

@@ -19,7 +19,7 @@ from doconv_core.forms import (
     TransposedConvSpec,
 )
 from doconv_core.geometry import Geometry, symmetric
-from doconv_core.model import REPLACED
+from doconv_core.model import REPLACED, place
 from doconv_core.state import entry
 from doconv_mx.blocks import overridden
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D
@@ -101,7 +101,7 @@ def _require_values(path: str, block: Block) -> None:
             parameter.list_data()
         except RuntimeError:
             raise ValueError(
-                f"the state of layer {path!r} needs the values of {parameter.name!r}, which has "
+                f"the state of {place(path)} needs the values of {parameter.name!r}, which has "
                 "none yet: initialize the model, and where it infers in_channels, run it once."
             ) from None
 

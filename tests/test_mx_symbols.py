@@ -209,6 +209,8 @@ def test_a_symbol_that_composes_kernels_cannot_be_folded(tmp_path):
         block = SymbolBlock.imports(*files)
         with pytest.raises(NotFoldable, match=r"layer '0' is a symbol that composes kernels, with"):
             fold(chain(block))
+        with pytest.raises(NotFoldable, match="the model itself is a symbol that composes kernels"):
+            fold(block)
         with pytest.warns(UserWarning, match="no convolution that could be replaced"):
             report = over_parameterize(block).report
         assert {left.reason for left in report.left} == {COMPUTED, ONE_TAP}

@@ -285,6 +285,8 @@ def test_training_mode_is_warned_of_where_it_would_mislead(layer, name):
     with pytest.warns(UserWarning, match=message) as caught:
         fold(model)
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=rf"where the model itself \({name}\) depend on the batch"):
+        fold(layer())
     fold(model.eval())
     fold(nn.Sequential(DOConv2d(3, 3, 3), nn.Dropout(0.0), nn.ReLU()))
 
