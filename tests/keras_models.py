@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 from keras_layers import array
 
-from doconv_tf import verify
+from doconv_tf import over_parameterize, verify
 from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.walk import first_occurrences
+from doconv_tf.walk import first_occurrences, walk
 
 SHAPE = (2, 9, 9, 3)
 
@@ -151,8 +152,26 @@ KINDS = {
 }  # fmt: skip
 
 
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
 def inputs_of(kind):
     return [images(seed=1), images(seed=2)] if kind == "functional" else images()
+
+
+def over_parameterized(kind):
+    model, _ = over_parameterize(filled(KINDS[kind]()), depth_multiplier=10)
+    return as_trained(model)
+
+
+def traces(model):
+    """Return what of this package the attributes of the model's layers hold, by type or name."""
+    found = []
+    for _, layer in walk(model):
+        for name, value in vars(layer).items():
+            if "doconv" in repr(type(value)) + type(layer).__module__ + name:
+                found.append((layer, name))
+    return found
 
 
 def assert_equal_outputs(a, b, inputs):

@@ -1,4 +1,4 @@
-"""Folding whole Keras models, batch norms included, and comparing models.
+"""Folding whole Keras models.
 
 Nothing here names TensorFlow, so that it also runs on Keras' other backends.
 """
@@ -16,54 +16,22 @@ need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from keras_layers import BACKEND, array, assert_same  # noqa: E402
+from keras_layers import array, assert_same  # noqa: E402
 from keras_models import (  # noqa: E402
+    EACH_KIND,
     KINDS,
     SHAPE,
-    as_trained,
     assert_equal_outputs,
-    filled,
-    functional,
     images,
     inputs_of,
+    over_parameterized,
     sequential,
-    subclassed,
+    traces,
 )
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.model import (  # noqa: E402
-    AXIS,
-    NOT_DIRECT,
-    NOT_FINITE,
-    OUTPUT,
-    REPLACED,
-    SEVERAL,
-    SUBCLASS,
-    TRANSPOSED,
-    behind,
-)
-from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
+from doconv_tf import DOConv2D, fold, verify  # noqa: E402
 from doconv_tf.walk import walk  # noqa: E402
-
-# JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
-DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
-EACH_KIND = pytest.mark.parametrize("kind", KINDS)
-UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
-
-
-def over_parameterized(kind):
-    model, _ = over_parameterize(filled(KINDS[kind]()), depth_multiplier=10)
-    return as_trained(model)
-
-
-def traces(model):
-    """Return what of this package the attributes of the model's layers hold, by type or name."""
-    found = []
-    for _, layer in walk(model):
-        for name, value in vars(layer).items():
-            if "doconv" in repr(type(value)) + type(layer).__module__ + name:
-                found.append((layer, name))
-    return found
 
 
 @EACH_KIND
@@ -120,243 +88,6 @@ def test_no_trace_is_left_in_the_files(tmp_path):
     assert verify(keras.saving.load_model(tmp_path / "model.keras"), ordinary, images())[0] == 0
 
 
-@EACH_KIND
-def test_batch_norms_are_fused_into_convolutions(kind):
-    model = over_parameterized(kind)
-    inputs = inputs_of(kind)
-    before = [array(v).copy() for v in model.weights]
-    fused, report = fold(model, fuse_batchnorm=True)
-    for value, variable in zip(before, model.weights, strict=True):
-        assert_same(variable, value)
-    assert verify(model, fused, inputs).relative < 1e-5
-    predicted = [m.predict(inputs, verbose=0) for m in (model, fused)]
-    for one, other in zip(*map(keras.tree.flatten, predicted), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    expected = {
-        "functional": ({}, {"norm": OUTPUT}),
-        "sequential": ({"norm": "fused into Conv2D"}, {}),
-        "subclassed": (
-            {},
-            {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN, "features.bn": UNKNOWN},
-        ),
-        "nested": ({}, {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN}),
-    }[kind]
-    norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
-    assert (norms, {left.path: left.reason for left in report.left}) == expected
-    names = [path for path, _ in walk(fused)]
-    assert names == [path for path, _ in walk(model)]
-    assert not traces(fused)
-
-
-def test_a_fused_model_can_be_saved_and_cut(tmp_path):
-    fused, _ = fold(over_parameterized("sequential"), fuse_batchnorm=True)
-    assert type(fused.get_layer("norm")) is layers.Identity
-    assert fused.get_layer("first").use_bias
-    fused.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert verify(fused, loaded, images()).absolute == 0
-    cut = keras.Model(fused.inputs[0], fused.get_layer("norm").output)
-    assert cut(images()).shape == (2, 9, 9, 4)
-    again, report = fold(fused, fuse_batchnorm=True)
-    assert not report.changed
-    assert verify(fused, again, images()).absolute == 0
-
-
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", *DOUBLE])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **o: layers.Conv2D(6, 3, groups=3, **o),
-        lambda **o: layers.Conv2D(6, 1, **o),
-        lambda **o: layers.DepthwiseConv2D(3, depth_multiplier=2, **o),
-        lambda **o: layers.SeparableConv2D(6, 3, depth_multiplier=2, **o),
-    ],
-    ids=["grouped", "pointwise", "depthwise", "separable"],
-)
-def test_every_kind_of_convolution_is_fused(make, policy, data_format):
-    axis = -1 if data_format == "channels_last" else 1
-    options = {"data_format": data_format, "padding": "same", "dtype": policy, "name": "conv"}
-    conv = make(**options, use_bias=policy == "float64")
-    norm = layers.BatchNormalization(axis=axis, dtype=policy, center=policy != "float64")
-    inputs = keras.Input((3, 3, 3))
-    model = filled(keras.Model(inputs, norm(conv(inputs))))
-    if data_format == "channels_first" and BACKEND == "tensorflow":
-        fused, report = fold(model, fuse_batchnorm=True)  # TensorFlow has no such kernel on CPUs
-        assert len(report.changed) == 1
-        return
-    fused, report = fold(model, fuse_batchnorm=True)
-    assert [c.after for c in report.changed] == [f"fused into {type(conv).__name__}"]
-    bound = {"float32": 1e-5, "float64": 1e-12, "mixed_bfloat16": 3e-2}[policy]
-    assert verify(model, fused, images((2, 3, 3, 3))).relative < bound
-    assert fused.get_layer("conv").dtype_policy.name == policy
-    assert keras.backend.standardize_dtype(fused.output.dtype) == model.output.dtype
-
-
-class OwnNorm(layers.BatchNormalization):
-    """Computes something else."""
-
-
-class OwnConv(layers.Conv2D):
-    """Computes something else."""
-
-
-class OwnCall(keras.Sequential):
-    """Calls its layers in another order."""
-
-    def call(self, x, training=None):
-        return self.layers[0](self.layers[1](x, training=training))
-
-
-def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
-    inputs = keras.Input((9, 9, 3))
-
-    def conv(name, **options):
-        return layers.Conv2D(3, 3, padding="same", name=f"c_{name}", **options)
-
-    def norm(name, **options):
-        return layers.BatchNormalization(name=name, **options)
-
-    x = norm("first")(inputs)
-    x = norm("activation")(conv("activation", activation="relu")(x))
-    x = norm("axis", axis=1)(conv("axis")(x))
-    x = norm("regularized")(conv("regularized", activity_regularizer="l2")(x))
-    x = norm("regularized_norm", activity_regularizer="l2")(conv("regularized_norm")(x))
-    x = OwnNorm(name="own")(conv("own")(x))
-    x = norm("training")(conv("training")(x), training=True)
-    y = conv("elsewhere")(x)
-    x = norm("elsewhere")(y) + y
-    shared, after = conv("shared"), norm("shared")
-    x = after(shared(after(shared(x))))
-    x = norm("dense")(layers.Dense(3, name="d")(x))
-    x = norm("transposed")(layers.Conv2DTranspose(3, 3, padding="same", name="t")(x))
-    inner = keras.Sequential([conv("inner"), norm("inner")], name="stack")
-    x = inner(x, training=True)
-    x = OwnCall([conv("call"), norm("call")], name="own_call")(x)
-    bad = norm("bad")
-    x = bad(conv("bad")(x))
-    lora = conv("lora")
-    x = norm("lora")(lora(x))
-    patched = [conv("patched"), norm("patched")], [conv("patched_norm"), norm("patched_norm")]
-    for first, second in patched:
-        x = second(first(x))
-    x = norm("subclass")(OwnConv(3, 3, padding="same", name="c_subclass")(x))
-    x = norm("good")(conv("good")(x))
-    model = filled(keras.Model(inputs, [x, layers.BatchNormalization(name="end")(x)]))
-    bad.moving_variance.assign(-2 * np.ones(3))
-    lora.enable_lora(1)
-    for layer in (patched[0][0], patched[1][1]):
-        layer.call = type(layer).call.__get__(layer)
-    fused, report = fold(model, fuse_batchnorm=True)
-    training = "called with training=True, whatever the model does"
-    assert {left.path: left.reason for left in report.left} == {
-        "first": NOT_DIRECT,
-        "activation": "its convolution has an activation before it",
-        "axis": AXIS,
-        "own": SUBCLASS,
-        "training": training,
-        "elsewhere": OUTPUT,
-        "shared": SEVERAL,
-        "dense": NOT_DIRECT,
-        "transposed": behind(TRANSPOSED),
-        "stack.inner": training,
-        "regularized": "it or its convolution has an activity regularizer",
-        "regularized_norm": "it or its convolution has an activity regularizer",
-        "own_call.call": UNKNOWN,
-        "bad": NOT_FINITE,
-        "patched": behind(REPLACED),
-        "patched_norm": REPLACED,
-        "subclass": behind(SUBCLASS),
-        "lora": behind("LoRA is enabled"),
-        "end": NOT_DIRECT,
-    }
-    assert [change.path for change in report.changed] == ["good"]
-    bad.moving_variance.assign(np.ones(3))
-    fused.get_layer("bad").moving_variance.assign(np.ones(3))
-    assert verify(model, fused, images()).relative < 1e-5
-
-
-def conv_and_norm(name="inner"):
-    inputs = keras.Input(SHAPE[1:])
-    x = layers.Conv2D(3, 3, padding="same", name="conv")(inputs)
-    return keras.Model(inputs, layers.BatchNormalization(name="norm")(x), name=name)
-
-
-class Holder(keras.Model):
-    """Does something with a functional model inside another one."""
-
-    def __init__(self, run):
-        super().__init__()
-        inputs = keras.Input(SHAPE[1:])
-        self.inner = conv_and_norm()
-        self.outer = keras.Model(inputs, self.inner(inputs), name="outer")
-        self.run = run
-
-    def call(self, x):
-        return self.run(self, x)
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        lambda model, x: model.inner(x, training=True),
-        lambda model, x: model.outer(x, training=True),
-        lambda model, x: model.inner.get_layer("conv")(x) + model.outer(x),
-    ],
-    ids=["training", "training further in", "one of its layers"],
-)
-def test_what_a_call_in_no_structure_does_with_a_functional_model_is_not_guessed(run):
-    model = Holder(run)
-    model(images())
-    filled(model)
-    fused, report = fold(model, fuse_batchnorm=True)
-    assert {left.reason for left in report.left} == {UNKNOWN}
-    assert not report.changed
-    expected, found = (array(m(images())) for m in (model, fused))
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_a_functional_model_whose_call_was_replaced_is_not_fused():
-    model = filled(conv_and_norm())
-    model.call = lambda x, training=None, mask=None: model.get_layer("conv")(x)
-    _, report = fold(model, fuse_batchnorm=True)
-    assert [(left.path, left.reason) for left in report.left] == [("norm", UNKNOWN)]
-
-
-def test_a_convolution_that_another_layer_holds_is_not_fused():
-    model = conv_and_norm()
-    model.other = layers.TimeDistributed(model.get_layer("conv"), name="other")
-    _, report = fold(model, fuse_batchnorm=True)
-    reasons = {left.path: left.reason for left in report.left}
-    assert reasons == {"norm": SEVERAL}
-
-
-@pytest.mark.parametrize("training", [None, True])
-def test_what_a_time_distributed_layer_holds_is_fused(training):
-    inputs = keras.Input((2, *SHAPE[1:]))
-    each = layers.TimeDistributed(conv_and_norm(), name="each")
-    model = filled(keras.Model(inputs, each(inputs, training=training)))
-    fused, report = fold(model, fuse_batchnorm=True)
-    if training:
-        reason = "called with training=True, whatever the model does"
-        assert [(left.path, left.reason) for left in report.left] == [("each.inner.norm", reason)]
-    else:
-        assert [change.path for change in report.changed] == ["each.inner.norm"]
-        assert verify(model, fused, images((2, 2, *SHAPE[1:]))).relative < 1e-5
-
-
-def test_losses_of_activities_stay():
-    inputs = keras.Input(SHAPE[1:])
-    x = layers.Conv2D(3, 3, activity_regularizer="l2")(inputs)
-    model = filled(keras.Model(inputs, layers.BatchNormalization()(x)))
-    fused, _ = fold(over_parameterize(model)[0], fuse_batchnorm=True)
-    losses = []
-    for each in (model, fused):
-        each(images())
-        losses.append([float(array(loss)) for loss in each.losses])
-    assert losses[0] == losses[1] != []
-
-
 class Doubled(DOConv2D):
     """Computes something else."""
 
@@ -384,30 +115,3 @@ def test_what_is_not_foldable_is_named_before_anything_is_changed():
     assert folded is layer
     assert type(layer) is layers.Conv2D
     assert "folded 1 layer, left 0" in str(report)
-
-
-def test_verify_takes_nested_inputs_and_outputs():
-    model = filled(functional())
-    other, _ = fold(model)
-    a, b = images(seed=1), images(seed=2)
-    assert verify(model, other, {"a": a, "b": b}).absolute == 0
-    assert verify(model, other, [ops.convert_to_tensor(a), b]).absolute == 0
-    head = other.get_layer("head")
-    head.bias.assign(head.bias + 1)
-    found = verify(model, other, [a, b])
-    assert found.absolute == pytest.approx(1, abs=1e-4)
-    assert 0 < found.relative < found.absolute
-
-
-def test_verify_runs_in_inference_and_takes_functions():
-    model = filled(subclassed())
-    before = [array(v).copy() for v in model.weights]
-    assert verify(model, model, images()).absolute == 0  # no dropout
-    for variable, value in zip(model.weights, before, strict=True):
-        assert_same(variable, value)  # no statistics
-    assert verify(model, lambda x: array(model(x)), images()).absolute == 0
-    assert verify(lambda x: (1.0, None), lambda x: (3.0, None), images()) == (2, 2)
-    with pytest.raises(TypeError, match="output '1' is a str; expected tensors"):
-        verify(lambda x: (1.0, "text"), model, images())
-    with pytest.raises(ValueError, match="different structures"):
-        verify(model, lambda x: [array(model(x))], images())

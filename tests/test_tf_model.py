@@ -15,6 +15,7 @@ import keras  # noqa: E402
 from keras import layers  # noqa: E402
 from keras_layers import BACKEND, array, assert_same  # noqa: E402
 from keras_models import (  # noqa: E402
+    EACH_KIND,
     KINDS,
     SHAPE,
     as_trained,
@@ -33,7 +34,6 @@ from doconv_tf import DOConv2D, over_parameterize, verify  # noqa: E402
 from doconv_tf.walk import walk  # noqa: E402
 
 DOUBLE = [] if BACKEND == "jax" else ["float64"]  # which JAX has by a switch for all of a process
-EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 CONVERTED = {
     "functional": ["shared", "depthwise", "separable"],
     "sequential": ["first", "grouped"],

@@ -7,7 +7,9 @@ import re
 import pytest
 from test_tf_backends import BACKENDS, TESTS, need_backend, run
 
-FILES = ["test_tf_model.py", "test_tf_fold_model.py", "test_tf_separable.py"]
+FILES = [
+    "test_tf_model.py", "test_tf_fold_model.py", "test_tf_batchnorm.py", "test_tf_separable.py",
+]  # fmt: skip
 CHOSEN = (
     "(nothing_changes and None) or (inplace_gives and subclassed) or shared_layer or left "
     "or (batch_norms_are_fused and not functional) or (takes_over and None) or stored_loaded"
