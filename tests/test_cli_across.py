@@ -6,7 +6,7 @@ import importlib
 
 import numpy as np
 import pytest
-from command_line import IMPOSSIBLE, MISSING, TARGET, USAGE, doconv
+from command_line import DIFFERENT, IMPOSSIBLE, MISSING, TARGET, USAGE, doconv
 from frameworks import need
 
 from doconv_core import difference
@@ -149,15 +149,14 @@ def test_pytorch_to_keras_and_back(trained, image, tmp_path, fold):
         error = "layer 'conv' is over-parameterized in .*--fold folds it"
         doconv(*args, *FLAT, code=IMPOSSIBLE, error=error)
     options = ["--fold", *SIZE] if fold else []
-    error = "whether the 96 inputs of layer 'fc' are a flattened image.*--flatten 'fc=CxHxW'"
-    doconv(*args, *options, code=IMPOSSIBLE, error=error)
     doconv(*args, *options, "--flatten", "fc=5x4x4", code=USAGE, error="has 96 inputs; received")
-    doconv(*args, *options, *FLAT)
+    doconv(*args, *options)
     expected = torch_output(model, image)
     assert difference(keras_output(tmp_path / "net.keras", image), expected).relative < 1e-5
-    doconv("verify", path, tmp_path / "net.keras", *FLAT)
-    doconv("verify", path, tmp_path / "net.keras", code=1)  # the two orders of inputs
-    doconv("convert", tmp_path / "net.keras", tmp_path / "back.pt", *FLAT)
+    doconv("verify", path, tmp_path / "net.keras")
+    # The two orders of inputs.
+    doconv("verify", path, tmp_path / "net.keras", "--flatten", "fc=no", code=DIFFERENT)
+    doconv("convert", tmp_path / "net.keras", tmp_path / "back.pt")
     torch = importlib.import_module("torch")
     back = torch_network(not fold)
     back.load_state_dict(torch.load(tmp_path / "back.pt", weights_only=True))
@@ -215,7 +214,10 @@ def test_weights_alone_are_filled_too(trained, image, tmp_path):
     like = keras_network(True)
     like.save_weights(tmp_path / "like.weights.h5")
     out = tmp_path / "net.weights.h5"
-    doconv("convert", path, out, *FLAT, "--like", tmp_path / "like.weights.h5")
+    error = "whether the 96 inputs of layer 'fc' are a flattened image.*--flatten 'fc=CxHxW'"
+    args = ["convert", path, out, "--like", tmp_path / "like.weights.h5"]
+    doconv(*args, code=IMPOSSIBLE, error=error)
+    doconv(*args, *FLAT)
     like.load_weights(out)
     found = like.predict(image.transpose(0, 2, 3, 1), verbose=0)
     assert difference(found, torch_output(model, image)).relative < 1e-5
@@ -236,10 +238,8 @@ def test_keras_norms_embeddings_and_transposed_convolutions(tmp_path):
         for weight in layer.trainable_weights:
             weight.assign(rng.standard_normal(weight.shape))
     model.save(tmp_path / "net.keras")
-    error = "inputs of layer 'e' are a flattened image"
     out = tmp_path / "net.pt"
-    doconv("convert", tmp_path / "net.keras", out, code=IMPOSSIBLE, error=error)
-    doconv("convert", tmp_path / "net.keras", out, "--flatten", "e=no")
+    doconv("convert", tmp_path / "net.keras", out)
     nn = torch.nn
 
     class Net(nn.Module):

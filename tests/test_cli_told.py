@@ -130,38 +130,6 @@ def test_what_one_file_alone_tells_is_listed(tmp_path):
     assert text.count("must have") == 1
 
 
-def test_an_assumption_about_a_flattened_image_is_listed(tmp_path):
-    need("tf")
-    keras = importlib.import_module("keras")
-    layers = keras.layers
-    network = keras.Sequential(
-        [
-            keras.Input((4, 4, 3)), layers.Conv2D(4, 3, use_bias=False, name="a"),
-            layers.Conv2D(16, 1, use_bias=False, name="b"), layers.Dense(2, name="fc"),
-        ]
-    )  # fmt: skip
-    network.save(tmp_path / "like.keras")
-    arrays = {
-        "a.weight": np.zeros((4, 3, 3, 3)), "b.weight": np.zeros((16, 4, 1, 1)),
-        "fc.weight": np.arange(32.0).reshape(2, 16), "fc.bias": np.zeros(2),
-    }  # fmt: skip
-    arrays = {name: array.astype("float32") for name, array in arrays.items()}
-    write_params(tmp_path / "in.params", arrays)
-    args = ["convert", tmp_path / "in.params", tmp_path / "out.keras", "--force", "--like"]
-    done = doconv(*args, tmp_path / "like.keras")
-    assert (
-        "fc: no flattened image assumed, as the layer before it in the file has 16" in done.stdout
-    )
-    done = doconv(*args, tmp_path / "like.keras", "--json")
-    assert json.loads(done.stdout)["no_image_assumed"] == {"fc": 16}
-    done = doconv(*args, tmp_path / "like.keras", "--flatten", "fc=4x2x2", "--json")
-    assert json.loads(done.stdout)["no_image_assumed"] == {}
-    with open_checkpoint(tmp_path / "out.keras") as file:
-        found = file.read("layers/dense/vars/0")
-    expected = arrays["fc.weight"].reshape(2, 4, 2, 2).transpose(0, 2, 3, 1).reshape(2, 16).T
-    np.testing.assert_array_equal(found, expected)
-
-
 @pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn"])
 @pytest.mark.parametrize("suffix", ["safetensors", "params"])
 def test_types_that_a_format_lacks(tmp_path, dtype, suffix):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doconv_core.checkpoint import CONVOLUTION, LINEAR, Checkpoint, Layer
-from doconv_core.cli.flattening import Sizes, channels_first
+from doconv_core.cli.flattening import Sizes, channels_first, takes_image
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import KERAS, TRANSPOSED, framework_of, weight_of
 from doconv_core.numeric import difference
@@ -55,7 +56,7 @@ def compare(
 
     tolerance: the relative difference that is allowed for all; None for what the dtypes imply: none
     at all, unless a kernel is composed here. flattened: sizes, channels first, of the images that
-    linear layers take flattened, by pattern on names, where one of the files is Keras'. A role that
+    layers take flattened, by pattern on names, where one of the files is Keras'. A role that
     one layer alone has is yielded as text.
     """
     size = None if _last(first) == _last(second) else matching(a.name, flattened)
@@ -89,9 +90,15 @@ def _array(checkpoint: Checkpoint, layer: Layer, role: str, size: tuple[int, ...
     if role == "weight" and layer.kind == CONVOLUTION:
         return checkpoint.kernel(layer)
     if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
-        weight = weight_of(checkpoint, layer).reshape(layer.kernel_shape or ())
-        return channels_first(weight, size) if size and _last(checkpoint) else weight
-    return checkpoint.read(layer.entries[role])
+        values = weight_of(checkpoint, layer).reshape(layer.kernel_shape or ())
+    else:
+        values = checkpoint.read(layer.entries[role])
+    if not size or not _last(checkpoint) or not takes_image(layer, role):
+        return values
+    # A size by a pattern may be meant for other layers than this norm.
+    if layer.kind != LINEAR and values.shape != (prod(size),):
+        return values
+    return channels_first(values, size)
 
 
 def _roles(a: Layer, b: Layer) -> list[str]:

@@ -25,7 +25,7 @@ from doconv_core.cli.checkpoints import (
     writing_to,
 )
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.flattening import Flattenings, Sizes, flatten_option
+from doconv_core.cli.flattening import Flattenings, Sizes, Told, fed_by_config, flatten_option
 from doconv_core.cli.like import Template
 from doconv_core.cli.listing import report
 from doconv_core.cli.naming import Renaming, matches
@@ -85,8 +85,9 @@ SUFFIXES = {
 )  # fmt: skip
 @click.option("--drop", multiple=True, metavar="GLOB", help="Entries to leave out.")
 @click.option(
-    "--ignore", type=click.Choice(["geometry"]),
-    help="Strides, dilations and paddings need not agree where both files tell them.",
+    "--ignore", multiple=True, type=click.Choice(["geometry", "flattening"]),
+    help="geometry: strides, dilations and paddings need not agree where both files tell them. "
+    "flattening: --flatten holds where the config of a Keras file tells otherwise.",
 )  # fmt: skip
 @kernel_size_option
 @force_option
@@ -102,7 +103,7 @@ def convert(
     flattened: Sizes,
     keep: Sequence[str],
     drop: Sequence[str],
-    ignore: str | None,
+    ignore: Sequence[str],
     kernel_sizes: KernelSizes,
     force: bool,
     as_json: bool,
@@ -129,15 +130,13 @@ def convert(
         require_kernel_sizes(checkpoint, needed)
         if folded:
             check_understood(source, _unsettled(layers, [*keep, *drop]))
+        images = Told(flattened, ignored="flattening" in ignore)
         if like is None:
-            how = _by_names(
-                checkpoint, layers, _target(target, name), folded, keep, drop, flattened
-            )
+            how = _by_names(checkpoint, layers, _target(target, name), folded, keep, drop, images)
         else:
             template = stack.enter_context(opened(like, ()))
-            how = _like(
-                checkpoint, _unsettled(layers, drop), template, folded, match, ignore, flattened
-            )
+            layers = _unsettled(layers, drop)
+            how = _like(checkpoint, layers, template, folded, match, "geometry" in ignore, images)
         with progress("converting") as step, writing_to(target), replacing(target) as temporary:
             how.write(temporary, how.plan, step)
             check_target(target, force)  # it may have come into being meanwhile
@@ -160,11 +159,12 @@ def _by_names(
     folded: bool,
     keep: Sequence[str],
     drop: Sequence[str],
-    flattened: Sizes,
+    images: Told,
 ) -> _Conversion:
     """Return how a file becomes one by the names of the target's framework."""
     framework, write = target
-    flattenings = _flattenings(checkpoint, layers, framework, flattened)
+    pairs = [(layer, layer) for layer in layers]
+    flattenings = _flattenings(checkpoint, checkpoint, pairs, framework, images)
     renaming = Renaming(framework_of(checkpoint), framework, folded, keep, drop, flattenings)
     plan = renaming.plan(checkpoint, layers)
     required = required_without_template(checkpoint, layers)
@@ -177,15 +177,15 @@ def _like(
     template: Checkpoint,
     folded: bool,
     match: str,
-    ignore: str | None,
-    flattened: Sizes,
+    ignore_geometry: bool,
+    images: Told,
 ) -> _Conversion:
     """Return how a file becomes one like the template."""
     framework = framework_of(template)
-    flattenings = _flattenings(checkpoint, layers, framework, flattened)
     paired = _paired(checkpoint, layers, template, match)
+    flattenings = _flattenings(checkpoint, template, paired.both, framework, images)
     plan = Template(checkpoint, template, folded, flattenings, framework == KERAS).plan(paired)
-    required = compare_told(checkpoint, template, paired.both, ignore == "geometry")
+    required = compare_told(checkpoint, template, paired.both, ignore_geometry)
     write = _writer_like(checkpoint, template, framework, paired)
     return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
 
@@ -249,19 +249,33 @@ def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
 
 
 def _flattenings(
-    checkpoint: Checkpoint, layers: Sequence[Layer], framework: str, sizes: Sizes
+    checkpoint: Checkpoint,
+    template: Checkpoint,
+    pairs: Sequence[tuple[Layer, Layer]],
+    framework: str,
+    images: Told,
 ) -> Flattenings | None:
-    """Return what linear layers are behind, where IN and OUT order axes otherwise."""
-    source = framework_of(checkpoint)
-    if source == STATE and framework != KERAS:
-        _check_state(checkpoint, layers)
+    """Return what layers are behind, where IN and OUT order axes otherwise.
+
+    pairs: layers with those of the template, which is IN itself where there is none.
+    """
+    source, layers = framework_of(checkpoint), [layer for layer, _ in pairs]
+    if source == STATE:
+        images = images._replace(behind=_behind_images(checkpoint, layers))
     if (source == KERAS) == (framework == KERAS):
         return None
-    return Flattenings(checkpoint, layers, sizes, tells_order(checkpoint))
+    keras = checkpoint if source == KERAS else template
+    fed = fed_by_config(keras, [pair[keras is not checkpoint] for pair in pairs])
+    named = {layer.name: fed[number] for number, layer in enumerate(layers) if number in fed}
+    images = images._replace(fed=named, file=str(keras.path))
+    return Flattenings(checkpoint, layers, images, tells_order(checkpoint))
 
 
-def _check_state(checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
-    """Raise Failure for a linear layer whose inputs may be in Keras' order."""
+def _behind_images(checkpoint: Checkpoint, layers: Sequence[Layer]) -> set[str]:
+    """Return the layers of a state that are behind a flattened image, of a size it does not tell.
+
+    Raises Failure for a layer whose inputs may be in Keras' order.
+    """
     forms = read_state(checkpoint.path).layers
     for layer in layers:
         form = forms.get(layer.path)
@@ -271,6 +285,8 @@ def _check_state(checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
                 f"{place(layer.name)} are; load the state in Python, with load_state.",
                 IMPOSSIBLE,
             )
+    found = {path for path, form in forms.items() if form.flattening == CHANNELS_FIRST}
+    return {layer.name for layer in layers if layer.path in found}
 
 
 def _paired(

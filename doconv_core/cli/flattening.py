@@ -1,25 +1,28 @@
-"""Linear layers behind a flattened image: channels-last frameworks order its numbers otherwise."""
+"""Layers behind a flattened image, whose numbers channels-last frameworks order otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
-from doconv_core.checkpoints.shapes import canonical_shape
+from doconv_core.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
+from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.keras_graph import Fed, fed_layers
+from doconv_core.cli.order import Order
 from doconv_core.cli.parse import matching, parse_size
-from doconv_core.cli.recognised import NORM
+from doconv_core.cli.recognised import NORM, config_of, group_of
 from doconv_core.model import place
 
 Array = NDArray[Any]
-Sizes = Sequence[tuple[str, tuple[int, ...]]]
+Size = tuple[int, ...]
+Sizes = Sequence[tuple[str, Size]]
 
 
 def flatten_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,80 +51,204 @@ def _parse(
     return found
 
 
-class Flattenings:
-    """What each linear layer's inputs were, for a conversion between orders of axes.
+class Told(NamedTuple):
+    """What is told of flattened images. sizes: as `--flatten` gives them.
 
-    sizes: as `--flatten` gives them. ordered: whether layers are in the model's order; then a
-    linear layer that takes as many numbers as the layer before it gives channels is behind no
-    flattening, by assumption: `assumed` has the channels by the layer's name. Raises Failure for a
-    layer of which nothing tells.
+    fed: what the config of `file` tells of layers, by the names of IN's. behind: the layers that
+    are behind an image, of a size that is not told. ignored: whether `sizes` may disagree with the
+    config.
+    """
+
+    sizes: Sizes = ()
+    fed: Mapping[str, Fed] = {}
+    file: str = ""
+    behind: Container[str] = ()
+    ignored: bool = False
+
+
+class Flattenings:
+    """What the inputs of each layer were, for a conversion between orders of axes.
+
+    ordered: whether the file's layers are in the model's order; then, where nothing is told, a
+    linear layer may be taken to be behind no flattened image, as `Order` has it: `assumed` has the
+    channels before it by its name. Raises Failure for a layer of which nothing tells, and for what
+    cannot be reordered; UsageError where `--flatten` contradicts the layer, or the config.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: Sequence[Layer], sizes: Sizes, ordered: bool
+        self, checkpoint: Checkpoint, layers: Sequence[Layer], told: Told, ordered: bool
     ) -> None:
-        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._sizes: dict[str, Size] = {}
         self.assumed: dict[str, int] = {}
-        before = None
+        order = Order(checkpoint)
         for layer in layers:
-            if layer.kind == LINEAR:
-                self._sizes[layer.name] = _size(checkpoint, layer, sizes, before)
-                if before is not None and matching(layer.name, sizes) is None:
-                    self.assumed[layer.name] = before
-            before = _outputs(checkpoint, layer, before) if ordered else None
+            size = _told_size(checkpoint, layer, told)
+            if size is None and layer.kind == LINEAR:
+                self.assumed[layer.name] = _assumed(checkpoint, layer, told, order, ordered)
+            if size:
+                _check_norm_before(checkpoint, layer, size, order, self._sizes)
+            if size is not None:
+                self._sizes[layer.name] = size
+            order.add(layer)
 
-    def last(self, layer: Layer, weight: Array) -> Array:
-        """Return a linear layer's weight with its inputs in channels-last order."""
+    def last(self, layer: Layer, values: Array) -> Array:
+        """Return a layer's array with what was flattened, its last axis, channels last."""
         size = self._sizes.get(layer.name, ())
         if not size:
-            return weight
-        return np.moveaxis(weight.reshape(-1, *size), 1, -1).reshape(weight.shape)
+            return values
+        return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
 
-    def first(self, layer: Layer, weight: Array) -> Array:
-        """Return a linear layer's weight with its inputs in channels-first order."""
+    def first(self, layer: Layer, values: Array) -> Array:
+        """Return a layer's array with what was flattened, its last axis, channels first."""
         size = self._sizes.get(layer.name, ())
-        return channels_first(weight, size) if size else weight
+        return channels_first(values, size) if size else values
+
+    def how(self, layer: Layer) -> str:
+        """Return what is done to a layer's array, in words; "" where nothing is."""
+        size = self._sizes.get(layer.name, ())
+        return "" if is_same(size) else f"an image of {output.size(size)} reordered"
 
 
-def channels_first(weight: Array, size: tuple[int, ...]) -> Array:
-    """Return a linear layer's weight with its inputs, channels last so far, in PyTorch's order.
+def fed_by_config(file: Checkpoint, layers: Sequence[Layer]) -> dict[int, Fed]:
+    """Return what the config of a file, if it has one, tells of layers, by their places."""
+    config = config_of(file)
+    told = {} if config is None else fed_layers(config)
+    groups = [group_of(layer) for layer in layers] if told else []
+    return {number: told[group] for number, group in enumerate(groups) if group in told}
+
+
+def is_same(size: Size) -> bool:
+    """Return whether an image of this size, flattened, has its numbers in one order everywhere."""
+    return not size or size[0] == 1 or prod(size[1:]) == 1
+
+
+def takes_image(layer: Layer, role: str) -> bool:
+    """Return whether the last axis of a layer's array may be a flattened image."""
+    if layer.kind == LINEAR:
+        return role == "weight"
+    return layer.kind in (BATCH_NORM, NORM) and role != "num_batches_tracked"
+
+
+def channels_first(values: Array, size: Size) -> Array:
+    """Return an array with its last axis, an image with channels last so far, in PyTorch's order.
 
     size: channels and size of the image that was flattened. Raises UsageError where it is another
     number of inputs.
     """
-    if prod(size) != weight.shape[1]:
-        raise click.UsageError(f"--flatten: the layer has {weight.shape[1]} inputs; given {size}.")
-    return np.moveaxis(weight.reshape(-1, *size[1:], size[0]), -1, 1).reshape(weight.shape)
+    if prod(size) != values.shape[-1]:
+        raise click.UsageError(f"--flatten: the layer has {values.shape[-1]} inputs; given {size}.")
+    return np.moveaxis(values.reshape(-1, *size[1:], size[0]), -1, 1).reshape(values.shape)
 
 
-def _size(
-    checkpoint: Checkpoint, layer: Layer, sizes: Sizes, before: int | None
-) -> tuple[int, ...]:
-    assert layer.kernel_shape is not None  # as of every linear layer
-    inputs = layer.kernel_shape[1]
-    given = matching(layer.name, sizes)
-    if given:
-        if prod(given) != inputs:
-            raise click.UsageError(
-                f"--flatten: {place(layer.name)} has {inputs} inputs; received {given}."
+def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
+    """Return how many numbers a layer takes that a flattened image may have given; else None."""
+    if layer.kind == LINEAR:
+        assert layer.kernel_shape is not None  # as of every linear layer
+        return layer.kernel_shape[1]
+    role = {BATCH_NORM: "running_mean", NORM: "weight"}.get(layer.kind)
+    shape = checkpoint.entries[layer.entries[role]].shape if role else ()
+    return shape[0] if len(shape) == 1 else None
+
+
+def config_size(fed: Fed | None, features: int | None) -> Size | None:
+    """Return the size of what is flattened before a layer, by a config; None where it tells none.
+
+    () where nothing is flattened. A size that is not known but for the channels becomes one axis.
+    """
+    image = fed.image if fed is not None else None
+    if not image or features is None:
+        return None if image is None else ()
+    channels, *positions = image
+    if channels is None or features % channels:
+        return None
+    known = [n for n in positions if n is not None]
+    exact = len(known) == len(positions) and channels * prod(known) == features
+    return (channels, *known) if exact else (channels, features // channels)
+
+
+def _told_size(checkpoint: Checkpoint, layer: Layer, told: Told) -> Size | None:
+    """Return the size that is told of what a layer is behind; None where it is not."""
+    features, fed = features_of(checkpoint, layer), told.fed.get(layer.name)
+    by_config = config_size(fed, features)
+    if features is None:
+        if fed is not None and fed.image:
+            raise Failure(
+                f"{told.file}: {place(layer.name)} is behind a flattened image, and its numbers "
+                "cannot be reordered here; carry it over in Python, with export_state.",
+                IMPOSSIBLE,
             )
-        return given
-    if given is None and inputs != before:
+        return None
+    if fed is not None and fed.outward and not told.ignored:
         raise Failure(
-            f"{checkpoint.path}: nothing tells whether the {inputs} inputs of "
-            f"{place(layer.name)} are a flattened image, which the other framework orders "
-            f"otherwise; give its channels and size, --flatten '{literal(layer.name)}=CxHxW', or "
-            f"--flatten '{literal(layer.name)}=no'.",
+            f"{told.file}: what {place(layer.name)} gives becomes an image, which the other "
+            "framework orders otherwise, and is not reordered here; use --ignore flattening where "
+            "the other network makes the same image of it.",
             IMPOSSIBLE,
         )
-    return ()
+    size = matching(layer.name, told.sizes)
+    if layer.kind != LINEAR and size and prod(size) != features:
+        size = None  # which was meant for linear layers
+    if size is None:
+        return by_config
+    if size and prod(size) != features:
+        raise click.UsageError(
+            f"--flatten: {place(layer.name)} has {features} inputs; received {size}."
+        )
+    if by_config is not None and not told.ignored:
+        _check_agrees(layer, size, by_config, told.file)
+    return size
 
 
-def _outputs(checkpoint: Checkpoint, layer: Layer, before: int | None) -> int | None:
-    """Return how many channels come out of a layer; `before` where it changes none."""
-    if layer.kind in (CONVOLUTION, LINEAR):
-        weight = checkpoint.entries[layer.entries["weight"]]
-        return canonical_shape(weight.shape, layer.layout)[0]
-    if layer.kind == BATCH_NORM:
-        return checkpoint.entries[layer.entries["running_mean"]].size
-    return before if layer.kind == NORM else None
+def _check_agrees(layer: Layer, size: Size, by_config: Size, file: str) -> None:
+    if is_same(size) and is_same(by_config):
+        return
+    if not is_same(size) and not is_same(by_config) and size[0] == by_config[0]:
+        return
+    image = f"an image of {output.size(by_config)}" if by_config else "no image"
+    raise click.UsageError(
+        f"--flatten: by its config, {file} flattens {image} before {place(layer.name)}; received "
+        f"{output.size(size) or 'no'}. Leave it out, or, where the other network flattens another, "
+        "add --ignore flattening."
+    )
+
+
+def _assumed(checkpoint: Checkpoint, layer: Layer, told: Told, order: Order, ordered: bool) -> int:
+    """Return the channels before a linear layer that is taken to be behind no flattened image."""
+    features, name = features_of(checkpoint, layer), literal(layer.name)
+    before = order.before if ordered and layer.name not in told.behind else None
+    if before is None or before.outputs != features:
+        raise Failure(
+            f"{checkpoint.path}: nothing tells whether the {features} inputs of "
+            f"{place(layer.name)} are a flattened image, which the other framework orders "
+            f"otherwise; give its channels and size, --flatten '{name}=CxHxW', or "
+            f"--flatten '{name}=no'.",
+            IMPOSSIBLE,
+        )
+    image = order.image(features)
+    if image is not None:
+        raise Failure(
+            f"{checkpoint.path}: the {features} inputs of {place(layer.name)} may be the channels "
+            f"of {place(before.name)}, or an image that is flattened, such as "
+            f"{output.size(image.size)} of {place(image.name)}, which the other framework orders "
+            f"otherwise; give --flatten '{name}=no', or --flatten "
+            f"'{name}={output.size(image.size)}'.",
+            IMPOSSIBLE,
+        )
+    return features
+
+
+def _check_norm_before(
+    checkpoint: Checkpoint, layer: Layer, size: Size, order: Order, sizes: Mapping[str, Size]
+) -> None:
+    """Raise Failure where a norm before a linear layer may have the flattened image, too."""
+    before = order.last
+    if layer.kind != LINEAR or before is None or before.name in sizes or is_same(size):
+        return
+    if before.kind in (BATCH_NORM, NORM) and features_of(checkpoint, before) == prod(size):
+        name, text = literal(before.name), output.size(size)
+        raise Failure(
+            f"{checkpoint.path}: nothing tells whether {place(before.name)} is behind the image of "
+            f"{text} that is flattened before {place(layer.name)}; give --flatten "
+            f"'{name}={text}', or --flatten '{name}=no'.",
+            IMPOSSIBLE,
+        )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.flattening import Flattenings
+from doconv_core.cli.flattening import Flattenings, takes_image
 from doconv_core.cli.naming import COUNT, OF_W
 from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.planning import Plan, Planned, Weights, weights_of
@@ -102,20 +102,33 @@ class Template:
             return Planned(entry.name, entry.shape, entry.dtype, default, (), how)
         name = source.entries[role]
         if role == "weight" and source.kind in (LINEAR, TRANSPOSED, CONVOLUTION):
-            return self._planned(entry.name, (name,), self._linear(source, target, entry.shape))
+            values = self._linear(source, target, entry.shape)
+            return self._planned(entry.name, (name,), values, self._how(source, role))
         if self.source.entries[name].shape != entry.shape:
             raise self._differs(source, target)
-        return self._planned(entry.name, (name,), lambda: self.source.read(name))
+        read = self._ordered(source, role, lambda: self.source.read(name))
+        return self._planned(entry.name, (name,), read, self._how(source, role))
 
     def _linear(self, source: Layer, target: Layer, shape: tuple[int, ...]) -> Callable[[], Array]:
-        def values() -> Array:
-            weight = weight_of(self.source, source).reshape(source.kernel_shape or ())
-            if self.flattenings is not None and source.kind == LINEAR:
-                ordered = self.flattenings.last if self.last else self.flattenings.first
-                weight = ordered(source, weight)
-            return from_canonical(weight, target.layout).reshape(shape)
+        weight = self._ordered(
+            source,
+            "weight",
+            lambda: weight_of(self.source, source).reshape(source.kernel_shape or ()),
+        )
+        return lambda: from_canonical(weight(), target.layout).reshape(shape)
 
-        return values
+    def _ordered(
+        self, source: Layer, role: str, values: Callable[[], Array]
+    ) -> Callable[[], Array]:
+        """Return what gives the same values, those of a flattened image in the target's order."""
+        if self.flattenings is None or not takes_image(source, role):
+            return values
+        ordered = self.flattenings.last if self.last else self.flattenings.first
+        return lambda: ordered(source, values())
+
+    def _how(self, source: Layer, role: str) -> str:
+        images = self.flattenings if takes_image(source, role) else None
+        return "" if images is None else images.how(source)
 
     def _weights(self, source: Layer, target: Layer) -> Iterator[Planned]:
         if source.over_parameterized and not (target.over_parameterized or self.fold):

@@ -8,10 +8,12 @@ from pathlib import Path
 import click
 
 from doconv_core.checkpoint import Checkpoint
+from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import one_line
 from doconv_core.cli.output import counted, print_json, print_table, size
 from doconv_core.cli.planning import Plan
 from doconv_core.cli.told import OUT, Required
+from doconv_core.model import place
 
 
 def report(
@@ -28,6 +30,9 @@ def report(
     required: of the networks. assumed: linear layers taken to be behind no flattened image, with
     the channels before them.
     """
+    for name, channels in assumed.items():
+        # Where it is seen by whoever reads neither table nor JSON.
+        click.echo(one_line(_assumption(name, channels)), err=True)
     used = {name for entry in plan.entries for name in entry.sources}
     left_out = [name for name in checkpoint.entries if name not in used]
     left_out += checkpoint.others
@@ -57,11 +62,12 @@ def report(
     for network, what, layers in required:
         file = target if network == OUT else source
         click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
-    for name, channels in assumed.items():
-        click.echo(
-            one_line(
-                f"{name or '(the model itself)'}: no flattened image assumed, as the layer before "
-                f"it in the file has {channels} channels; --flatten tells of one"
-            )
-        )
     click.echo(one_line(f"{target}: {counted(len(plan.entries), 'array')} written"))
+
+
+def _assumption(name: str, channels: int) -> str:
+    return (
+        f"assumed: the {channels} inputs of {place(name)} are the channels of the layer before it "
+        "in the file, not a flattened image; if they are one, give its channels and size, "
+        f"--flatten '{literal(name)}=CxHxW'"
+    )

@@ -6,7 +6,7 @@ neither does it say by names which array is which, but its files tell of most la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.flattening import Flattenings
+from doconv_core.cli.flattening import Flattenings, takes_image
 from doconv_core.cli.planning import Plan, Planned, weights_of
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED, weight_of
 
@@ -119,23 +119,19 @@ class Renaming:
             if not matches(source, self.keep):
                 return None
             name = own_name(layer, role)
-        values: Callable[[], Array]
-        if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
+        matrix = role == "weight" and layer.kind in (LINEAR, TRANSPOSED)
+        if matrix:
             shape = layer.kernel_shape or shape
-            values = self._linear(checkpoint, layer, shape)
-        else:
-            values = lambda: checkpoint.read(source)  # noqa: E731  # as its twin above is made
-        dtype = self._dtype(checkpoint, source)
-        return Planned(self._full_name(layer, name), shape, dtype, values, (source,))
+        flattenings = self.flattenings if takes_image(layer, role) else None
 
-    def _linear(
-        self, checkpoint: Checkpoint, layer: Layer, shape: tuple[int, ...]
-    ) -> Callable[[], Array]:
         def values() -> Array:
-            weight = weight_of(checkpoint, layer).reshape(shape)
-            return weight if self.flattenings is None else self.flattenings.first(layer, weight)
+            found = weight_of(checkpoint, layer).reshape(shape) if matrix else None
+            found = checkpoint.read(source) if found is None else found
+            return found if flattenings is None else flattenings.first(layer, found)
 
-        return values
+        how = "" if flattenings is None else flattenings.how(layer)
+        dtype = self._dtype(checkpoint, source)
+        return Planned(self._full_name(layer, name), shape, dtype, values, (source,), how)
 
     def _constant(self, checkpoint: Checkpoint, layer: Layer, role: str, value: float) -> Planned:
         source = layer.entries["running_mean"]

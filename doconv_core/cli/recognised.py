@@ -75,13 +75,16 @@ def seems_channels_last(layer: Layer) -> bool:
 def tells_order(checkpoint: Checkpoint) -> bool:
     """Return whether the file's layers are in the model's order, not sorted by their names.
 
-    HDF5 sorts, and so do the libraries that write safetensors; the config of a `.keras` file and
-    the header of a canonical state tell.
+    HDF5 sorts, and so do the libraries that write safetensors; the header of a canonical state
+    tells, and so does the config of a `.keras` file, unless the model, or a part of it, is of a
+    class of one's own.
     """
+    found = formats.recognise(checkpoint.path)
+    if found == formats.KERAS:
+        nodes = nodes_of(checkpoint)
+        return all(group_of(layer) in nodes for layer in checkpoint.layers)
     sorting = (formats.HDF5, formats.SAFETENSORS)
-    return checkpoint.format.startswith("doconv state") or (
-        formats.recognise(checkpoint.path) not in sorting
-    )
+    return checkpoint.format.startswith("doconv state") or found not in sorting
 
 
 def _norm(checkpoint: Checkpoint, layer: Layer, framework: str) -> Layer:
@@ -118,13 +121,19 @@ def group_of(layer: Layer) -> str:
     return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
+def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """Return the config of a `.keras` file; None of another."""
+    if formats.recognise(checkpoint.path) != formats.KERAS:
+        return None
+    with zipfile.ZipFile(checkpoint.path) as archive:  # which has been looked at, to be opened
+        found: Mapping[str, Any] = json.loads(archive.read("config.json"))
+    return found
+
+
 def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return the config of each group that the config of a `.keras` file tells."""
-    if formats.recognise(checkpoint.path) != formats.KERAS:
-        return {}
-    with zipfile.ZipFile(checkpoint.path) as archive:  # which has been looked at, to be opened
-        config = json.loads(archive.read("config.json"))
-    return {group: node for group, _, node in stored_nodes(config)}
+    config = config_of(checkpoint)
+    return {} if config is None else {group: node for group, _, node in stored_nodes(config)}
 
 
 def _classes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +21,13 @@ from doconv_core.cli.checkpoints import (
 )
 from doconv_core.cli.compare import Compared, compare
 from doconv_core.cli.errors import DIFFERENT, one_line
-from doconv_core.cli.flattening import Sizes, flatten_option
+from doconv_core.cli.flattening import (
+    Sizes,
+    config_size,
+    features_of,
+    fed_by_config,
+    flatten_option,
+)
 from doconv_core.cli.output import counted, print_json, print_table, progress, size
 from doconv_core.cli.pairing import alike_by_order, pair_by_name, require_order
 from doconv_core.cli.parse import KernelSizes
@@ -83,10 +90,11 @@ def verify(
             for layer in layers
             for entry in layer.entries.values()
         ]
+        images = [*_told_images(a, b, paired.both), *flattened]
         with progress("comparing") as step:
             for number, (left, right) in enumerate(paired.both):
                 step(number, len(paired.both))
-                for found in compare(a, left, b, right, tolerance, flattened):
+                for found in compare(a, left, b, right, tolerance, images):
                     missing.append(found) if isinstance(found, str) else compared.append(found)
     equal = not missing and all(found.equal for found in compared)
     if as_json:
@@ -119,6 +127,18 @@ def _open(
         opened_both.append(stack.enter_context(opened(file, sizes)))
         require_kernel_sizes(opened_both[-1], opened_both[-1].layers)
     return opened_both[0], opened_both[1]
+
+
+def _told_images(a: Checkpoint, b: Checkpoint, pairs: Sequence[tuple[Layer, Layer]]) -> Sizes:
+    """Return what is flattened before layers, by their names in A, as Keras' configs tell."""
+    found = []
+    for file, place in ((a, 0), (b, 1)):
+        fed = fed_by_config(file, [pair[place] for pair in pairs])
+        for number, (left, _) in enumerate(pairs):
+            size = config_size(fed.get(number), features_of(a, left))
+            if size is not None:
+                found.append((literal(left.name), size))
+    return found
 
 
 def _asks(layer: Layer, pattern: str) -> bool:
