@@ -132,3 +132,19 @@ def padded(pads: Sequence[Pad], uses: Iterable[Extra], mode: str = "zeros") -> t
     if len(found) == 1:
         return found[0]
     return tuple(" or ".join(map(str, each)) for each in zip(*found, strict=True))
+
+
+def cropped(
+    padding: str, size: int, stride: int, dilation: int, output_padding: int | None
+) -> tuple[int, int]:
+    """Return what a transposed convolution of Keras' takes from each end of its full output.
+
+    In one dimension. padding: "valid" or "same". output_padding: None for as much as it takes.
+    """
+    extent = (size - 1) * dilation + 1
+    if padding == "valid":
+        return 0, -(max(stride - extent, 0) if output_padding is None else output_padding)
+    # Without it, n positions become n * stride.
+    total = extent - (stride if output_padding is None else extent % 2 + output_padding)
+    before = max(total, 0) // 2
+    return before, total - before

@@ -21,7 +21,7 @@ from doconv_core.forms import (
     PReLUSpec,
     TransposedConvSpec,
 )
-from doconv_core.geometry import Geometry, Pad, causal, padded, same, symmetric
+from doconv_core.geometry import Geometry, Pad, causal, cropped, padded, same, symmetric
 from doconv_core.model import REPLACED
 from doconv_core.spec import ConvSpec
 from doconv_tf.candidates import is_replaced
@@ -180,7 +180,7 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     spec = TransposedConvSpec(channels, outputs, layer.kernel_size)
     given = layer.output_padding or (None,) * len(layer.kernel_size)
     numbers = zip(layer.kernel_size, layer.strides, layer.dilation_rate, given, strict=True)
-    crops = tuple(_crop(layer.padding, *each) for each in numbers)
+    crops = tuple(cropped(layer.padding, *each) for each in numbers)
     # A zero before the input is as many positions of output as the stride.
     uses = {
         tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
@@ -190,19 +190,6 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     flattening, _ = _flattening(layer, channels, around)
     form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry, flattening=flattening)
     return {"": _part(form, "*OI", weight=layer.kernel, bias=layer.bias)}
-
-
-def _crop(
-    padding: str, size: int, stride: int, dilation: int, output_padding: int | None
-) -> tuple[int, int]:
-    """Return what a transposed convolution takes from each end of its full output."""
-    extent = (size - 1) * dilation + 1
-    if padding == "valid":
-        return 0, -(max(stride - extent, 0) if output_padding is None else output_padding)
-    # Without it, n positions become n * stride.
-    total = extent - (stride if output_padding is None else extent % 2 + output_padding)
-    before = max(total, 0) // 2
-    return before, total - before
 
 
 def _linear(layer: Any, around: Surroundings) -> dict[str, Part]:

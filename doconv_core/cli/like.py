@@ -181,12 +181,20 @@ class Template:
 
 
 def _same_shape(source: Layer, target: Layer) -> bool:
+    groups = _groups(source), _groups(target)
+    if None not in groups and groups[0] != groups[1]:
+        return False
     shapes = source.kernel_shape, target.kernel_shape
     return None in shapes or shapes[0] == shapes[1]
 
 
+def _groups(layer: Layer) -> int | None:
+    return layer.spec.groups if isinstance(layer.spec, ConvSpec) else None
+
+
 def _told(layer: Layer) -> str:
     shape = "" if layer.kernel_shape is None else f" {layer.kernel_shape}"
+    shape += f" in {groups} groups" if (groups := _groups(layer) or 1) > 1 else ""
     return f"{layer.kind}{shape} with {', '.join(layer.entries)}"
 
 

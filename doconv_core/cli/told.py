@@ -6,38 +6,21 @@ conversion tell, they must agree; where one does, the network of the other must 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, Checkpoint, Layer
+from doconv_core.checkpoint import Checkpoint, Layer
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.recognised import (
-    KERAS,
-    NORM,
-    STATE,
-    framework_of,
-    group_of,
-    nodes_of,
-)
-from doconv_core.geometry import Geometry, causal, same, symmetric
+from doconv_core.cli.keras_told import Told, told_by_config
+from doconv_core.cli.recognised import KERAS, STATE, TRANSPOSED, framework_of
+from doconv_core.forms import LayerForm
+from doconv_core.geometry import Geometry, Pad
 from doconv_core.model import place
-from doconv_core.spec import as_tuple
 from doconv_core.state import read_state
 
 OUT, IN = "OUT", "IN"
-
-
-class Told(NamedTuple):
-    """What is told of one layer; None where nothing is.
-
-    whole: whether the geometry's padding is all that its input gets, as no layer before it pads.
-    """
-
-    epsilon: float | None = None
-    geometry: Geometry | None = None
-    whole: bool = True
 
 
 class Required(NamedTuple):
@@ -70,6 +53,7 @@ def compare_told(
     for layer, other in pairs:
         left, right = theirs[layer.name], ours[other.name]
         _check_epsilon(source, layer, left, target, right)
+        _check_groups(source, layer, left, target, right)
         if not ignore_geometry:
             _check_geometry(source, layer, left, target, right)
         unseen = _open_padding(left, right)
@@ -91,6 +75,22 @@ def _check_epsilon(
             "save it again.",
             IMPOSSIBLE,
         )
+
+
+def _check_groups(
+    source: Checkpoint, layer: Layer, left: Told, target: Checkpoint, right: Told
+) -> None:
+    if left.groups is None or right.groups is None or left.groups == right.groups:
+        return
+    raise Failure(
+        f"{place(layer.name)} is {_norm(left.groups)} in {source.path}, {_norm(right.groups)} in "
+        f"{target.path}; build the layer there as it is here, and save it again.",
+        IMPOSSIBLE,
+    )
+
+
+def _norm(groups: int) -> str:
+    return f"a group norm of {groups} groups" if groups else "a layer norm"
 
 
 def _check_geometry(
@@ -122,20 +122,25 @@ def _open_padding(left: Told, right: Told) -> bool:
 
 
 def _without(told: Told, other: Told, keep_geometry: bool = False) -> Told:
-    """Return what is told here and not there."""
-    return Told(
-        None if other.epsilon is not None else told.epsilon,
-        told.geometry if other.geometry is None or keep_geometry else None,
-        told.whole,
+    """Return what is told here and not there; of activations, which may be layers, also others."""
+    return told._replace(
+        epsilon=None if other.epsilon is not None else told.epsilon,
+        geometry=told.geometry if other.geometry is None or keep_geometry else None,
+        activation=None if other.activation == told.activation else told.activation,
+        groups=None if other.groups is not None else told.groups,
     )
 
 
 def _texts(told: Told) -> list[str]:
     """Return what a layer must have, in words, without what layers have unless asked."""
     texts = [] if told.epsilon is None else [f"epsilon {told.epsilon:g}"]
-    geometry = told.geometry
-    if geometry is None:
-        return texts
+    texts += [f"{told.groups} groups"] * bool(told.groups)
+    texts += [f"activation {told.activation}"] * bool(told.activation)
+    moves = "" if told.geometry is None else _moves(told.geometry, told.transposed)
+    return texts + [moves] * bool(moves)
+
+
+def _moves(geometry: Geometry, transposed: bool) -> str:
     parts = [
         f"{name} {'x'.join(map(str, values))}"
         for name, values in (("stride", geometry.stride), ("dilation", geometry.dilation))
@@ -143,11 +148,22 @@ def _texts(told: Told) -> list[str]:
     ]
     if any(pad != (0, 0) for pad in geometry.padding):
         mode = "" if geometry.padding_mode == "zeros" else f" ({geometry.padding_mode})"
-        parts.append(f"padding {'x'.join(map(_pad, geometry.padding))}{mode}")
-    return texts + [", ".join(parts)] * bool(parts)
+        padding = _cropped(geometry.padding) if transposed else ""
+        parts.append(padding or f"padding {'x'.join(map(_pad, geometry.padding))}{mode}")
+    return ", ".join(parts)
 
 
-def _pad(pad: tuple[int, int] | str) -> str:
+def _cropped(padding: Sequence[Pad]) -> str:
+    """Return the padding of a transposed convolution, as PyTorch and Gluon call it, if they can."""
+    pairs = [pad for pad in padding if not isinstance(pad, str)]
+    if len(pairs) < len(padding) or not all(before >= max(after, 0) for before, after in pairs):
+        return ""
+    more = [before - after for before, after in pairs]
+    text = f"padding {'x'.join(str(before) for before, _ in pairs)}"
+    return f"{text}, output padding {'x'.join(map(str, more))}" if any(more) else text
+
+
+def _pad(pad: Pad) -> str:
     if isinstance(pad, str):
         return pad
     before, after = pad
@@ -166,50 +182,13 @@ def _told(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Told]:
     framework = framework_of(checkpoint)
     if framework == STATE:
         forms = read_state(checkpoint.path).layers
-        epsilons = {path: getattr(form.spec, "epsilon", None) for path, form in forms.items()}
-        return {
-            layer.name: Told(epsilons[layer.path], forms[layer.path].geometry) for layer in layers
-        }
-    nodes = nodes_of(checkpoint) if framework == KERAS else {}
-    whole = not any(map(_may_pad, nodes.values()))
-    return {layer.name: _of_keras(layer, nodes.get(group_of(layer)), whole) for layer in layers}
+        return {layer.name: _of_state(layer, forms[layer.path]) for layer in layers}
+    if framework == KERAS:
+        return told_by_config(checkpoint, layers)
+    return {layer.name: Told() for layer in layers}
 
 
-def _may_pad(node: Mapping[str, Any]) -> bool:
-    """Return whether a layer may add zeros for the one behind it."""
-    name, module = str(node["class_name"]), str(node.get("module") or "")
-    known = module.partition(".")[0] in ("keras", "doconv_tf")
-    return name.startswith("ZeroPadding") or name in ("Pad", "Lambda") or not known
-
-
-def _of_keras(layer: Layer, node: Mapping[str, Any] | None, whole: bool) -> Told:
-    if node is None:
-        return Told()
-    config = node["config"]
-    if layer.kind in (BATCH_NORM, NORM):
-        epsilon = config.get("epsilon")
-        return Told(float(epsilon) if isinstance(epsilon, (int, float)) else None)
-    if layer.kind != CONVOLUTION or layer.kernel_shape is None or "strides" not in config:
-        return Told()
-    return Told(geometry=_keras_geometry(layer, config), whole=whole)
-
-
-def _keras_geometry(layer: Layer, config: Mapping[str, Any]) -> Geometry | None:
-    size = (layer.kernel_shape or ())[2:]
-    ones, none = (1,) * len(size), symmetric((0,) * len(size))
-    if layer.path.endswith(".pointwise"):  # of a separable convolution, whose first half strides
-        return Geometry(ones, ones, none)
-    try:
-        stride = as_tuple("strides", config["strides"], len(size))
-        dilation = as_tuple("dilation_rate", config.get("dilation_rate", 1), len(size))
-        paddings = {
-            "valid": none,
-            "same": same(size, stride, dilation),
-            "causal": causal(size, dilation),
-        }
-        padding = paddings.get(config.get("padding", ""))
-        if padding is None:
-            return None
-        return Geometry(stride, dilation, padding).for_kernel(size)
-    except (TypeError, ValueError):  # of a class of one's own, whose config means something else
-        return None
+def _of_state(layer: Layer, form: LayerForm) -> Told:
+    groups = {"layer_norm": 0, "group_norm": getattr(form.spec, "groups", 0)}.get(form.kind)
+    epsilon = getattr(form.spec, "epsilon", None)
+    return Told(epsilon, form.geometry, groups=groups, transposed=layer.kind == TRANSPOSED)
