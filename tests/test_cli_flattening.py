@@ -16,7 +16,7 @@ from doconv_core.checkpoints.gluon import write_params
 from doconv_core.cli.errors import Failure
 from doconv_core.cli.flattening import Flattenings, Told
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.forms import LinearSpec
+from doconv_core.forms import BatchNormSpec, LinearSpec
 
 
 @pytest.fixture
@@ -321,6 +321,24 @@ def test_of_states_what_they_tell_of_images_is_used(keras, tmp_path):
             assert "assumed: the 64 inputs of layer 'fc'" in doconv(*args).stderr
         else:
             doconv(*args, code=IMPOSSIBLE, error=error)
+
+
+def test_a_norm_that_a_state_tells_to_be_behind_an_image(keras, tmp_path):
+    layers = keras.layers
+    norm = LayerForm(BatchNormSpec(8, 1e-3, 0.01), flattening="channels first")
+    arrays = {name: np.arange(8, dtype="float32") for name in norm.shapes}
+    arrays = {f"bn.{name}": array for name, array in arrays.items()}
+    write_state(State({"bn": norm}, arrays), tmp_path / "in.safetensors")
+    model = keras.Sequential([keras.Input((8,)), layers.BatchNormalization(name="bn")])
+    model.save_weights(tmp_path / "like.weights.h5")
+    args = ["convert", tmp_path / "in.safetensors", tmp_path / "out.weights.h5", "--like"]
+    args.append(tmp_path / "like.weights.h5")
+    error = "whether the 8 inputs of layer 'bn' are a flattened image.*--flatten 'bn=CxHxW'"
+    doconv(*args, code=IMPOSSIBLE, error=error)
+    doconv(*args, "--flatten", "bn=2x2x2")
+    model.load_weights(tmp_path / "out.weights.h5")
+    expected = np.arange(8).reshape(2, 2, 2).transpose(1, 2, 0).ravel()
+    np.testing.assert_array_equal(model.layers[0].gamma.numpy(), expected)
 
 
 NETWORKS = {"resnet18": 512, "resnet50": 2048, "densenet121": 1024, "mobilenet_w1": 1024,

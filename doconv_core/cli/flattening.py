@@ -83,6 +83,8 @@ class Flattenings:
         order = Order(checkpoint)
         for layer in layers:
             size = _told_size(checkpoint, layer, told)
+            if size is None and layer.kind != LINEAR and layer.name in told.behind:
+                raise _nothing_tells(checkpoint, layer, features_of(checkpoint, layer))
             if size is None and layer.kind == LINEAR:
                 self.assumed[layer.name] = _assumed(checkpoint, layer, told, order, ordered)
             if size:
@@ -217,13 +219,7 @@ def _assumed(checkpoint: Checkpoint, layer: Layer, told: Told, order: Order, ord
     features, name = features_of(checkpoint, layer), literal(layer.name)
     before = order.before if ordered and layer.name not in told.behind else None
     if before is None or before.outputs != features:
-        raise Failure(
-            f"{checkpoint.path}: nothing tells whether the {features} inputs of "
-            f"{place(layer.name)} are a flattened image, which the other framework orders "
-            f"otherwise; give its channels and size, --flatten '{name}=CxHxW', or "
-            f"--flatten '{name}=no'.",
-            IMPOSSIBLE,
-        )
+        raise _nothing_tells(checkpoint, layer, features)
     image = order.image(features)
     if image is not None:
         raise Failure(
@@ -235,6 +231,16 @@ def _assumed(checkpoint: Checkpoint, layer: Layer, told: Told, order: Order, ord
             IMPOSSIBLE,
         )
     return features
+
+
+def _nothing_tells(checkpoint: Checkpoint, layer: Layer, features: int | None) -> Failure:
+    name = literal(layer.name)
+    return Failure(
+        f"{checkpoint.path}: nothing tells whether the {features} inputs of {place(layer.name)} "
+        "are a flattened image, which the other framework orders otherwise; give its channels and "
+        f"size, --flatten '{name}=CxHxW', or --flatten '{name}=no'.",
+        IMPOSSIBLE,
+    )
 
 
 def _check_norm_before(
