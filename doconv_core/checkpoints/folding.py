@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -202,8 +202,3 @@ def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
         before = f"over-parameterized, S = {multiplier}{origin}"
     after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
     return before, after
-
-
-def layer_of_entry(layers: tuple[Layer, ...]) -> Mapping[str, Layer]:
-    """Return the layers by the name of each of their entries."""
-    return {name: layer for layer in layers for name in layer.entries.values()}
