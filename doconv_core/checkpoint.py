@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.files import replacing
+from doconv_core.files import check_absent, replacing
 from doconv_core.fold import NotFoldable
 from doconv_core.model import Report
 from doconv_core.spec import ConvSpec
@@ -207,7 +207,7 @@ def fold_checkpoint(
     """
     from doconv_core.checkpoints.folding import report_on
 
-    check_target(target, overwrite)
+    check_absent(target, overwrite)
     with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
         report = report_on(checkpoint)
         done, total = 0, len(report.changed)
@@ -220,16 +220,9 @@ def fold_checkpoint(
 
         if progress is not None:
             progress(0, total)
-        with replacing(target) as temporary:
+        with replacing(target, overwrite=overwrite) as temporary:
             checkpoint.write_folded(temporary, count)
-            check_target(target, overwrite)  # it may have come into being meanwhile
     return report
-
-
-def check_target(target: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise FileExistsError where `target` exists and must not be replaced."""
-    if not overwrite and os.path.lexists(target):
-        raise FileExistsError(f"{os.fspath(target)} exists; pass overwrite=True to replace it.")
 
 
 def check_finite(layer: Layer, kernel: Array) -> Array:

@@ -4,29 +4,84 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
     An error or an interruption leaves whatever stood at `path` as it was, and removes the
-    temporary file. Missing parent folders are created. Raises IsADirectoryError, before the block
-    runs, where `path` is a folder.
+    temporary file. Missing parent folders are created. The new file has the permissions of the one
+    that it replaces, and its owner and group as far as the system lets us.
+
+    overwrite: whether a file at `path` may be replaced; if not, one that comes into being while
+    the block runs is left as well. Raises IsADirectoryError, before the block runs, where `path`
+    is a folder; FileExistsError.
     """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; name a file to write.")
+    check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, not a file: whatever writes in it creates its file with the usual permissions.
+    # A folder, not a file: whatever writes in it creates its file with the usual permissions, and
+    # nobody else can look into it.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         temporary = Path(folder) / target.name
         yield temporary
+        if overwrite:
+            _keep_access(temporary, target)
+            os.replace(temporary, target)
+        else:
+            _rename_to_new(temporary, target)
+
+
+def check_absent(target: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise FileExistsError where `target` exists and must not be replaced."""
+    if not overwrite and os.path.lexists(target):
+        raise _exists(target)
+
+
+def _exists(target: str | os.PathLike[str]) -> FileExistsError:
+    return FileExistsError(f"{os.fspath(target)} exists; pass overwrite=True to replace it.")
+
+
+def _keep_access(new: Path, target: Path) -> None:
+    """Let nobody read or write `new` who could not do so with what is at `target`, if it exists."""
+    if not target.exists():
+        return
+    old, own = target.stat(), new.stat()
+    mode = stat.S_IMODE(old.st_mode)
+    if old.st_uid != own.st_uid:
+        with suppress(PermissionError):  # who is not root makes the file his
+            os.chown(new, old.st_uid, -1)
+    if old.st_gid != own.st_gid:
+        try:
+            os.chown(new, -1, old.st_gid)
+        except PermissionError:
+            mode &= ~stat.S_IRWXG  # what the old group might do, the new one might not
+    new.chmod(mode)
+
+
+def _rename_to_new(temporary: Path, target: Path) -> None:
+    """Rename a file to a name that is free; FileExistsError where it is not, at that very moment.
+
+    `os.rename` would replace a file that has come into being since it was looked for.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # the filesystem has no hard links: an empty file takes the name first
+        try:
+            target.open("xb").close()
+        except FileExistsError:
+            raise _exists(target) from None
         os.replace(temporary, target)
 
 

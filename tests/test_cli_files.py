@@ -134,9 +134,11 @@ def test_fold_refuses_what_is_not_finite(tmp_path):
 
 
 def test_fold_in_place(model):
+    model.chmod(0o600)
     doconv("fold", model, model, *KERNEL_SIZE, code=TARGET, error="exists; use --force")
     doconv("fold", model, model, *KERNEL_SIZE, "--force")
     assert load_file(model).keys() == folded(state_dict()).keys()
+    assert model.stat().st_mode & 0o777 == 0o600
     assert list(model.parent.iterdir()) == [model]
 
 

@@ -137,9 +137,9 @@ def convert(
             template = stack.enter_context(opened(like, ()))
             layers = _unsettled(layers, drop)
             how = _like(checkpoint, layers, template, folded, match, "geometry" in ignore, images)
-        with progress("converting") as step, writing_to(target), replacing(target) as temporary:
+        new = replacing(target, overwrite=force)
+        with progress("converting") as step, writing_to(target), new as temporary:
             how.write(temporary, how.plan, step)
-            check_target(target, force)  # it may have come into being meanwhile
         report(source, target, checkpoint, how.plan, how.required, how.assumed, as_json)
 
 
