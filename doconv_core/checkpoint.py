@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from doconv_core.files import check_absent, replacing
@@ -123,6 +122,16 @@ class Checkpoint(ABC):
 
         Raises KeyError for a name that is not in `entries`.
         """
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values as they are stored; bfloat16 as `checkpoints.arrays.BITS`.
+
+        A format that can do so without the values of `read`, which need twice the memory, does.
+        """
+        from doconv_core.checkpoints.arrays import BFLOAT16, to_storage
+
+        is_bfloat16 = self.entries[name].dtype == BFLOAT16
+        return to_storage(self.read(name), BFLOAT16) if is_bfloat16 else self.read(name)
 
     @abstractmethod
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
@@ -227,7 +236,9 @@ def fold_checkpoint(
 
 def check_finite(layer: Layer, kernel: Array) -> Array:
     """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
-    if not np.isfinite(kernel).all():
+    from doconv_core.checkpoints.arrays import all_finite
+
+    if not all_finite(kernel):
         raise NotFoldable(
             f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
             "overflowed."

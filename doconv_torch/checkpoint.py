@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from doconv_core.checkpoint import Checkpoint, CheckpointError, Entry, Layer
 from doconv_core.checkpoints.archive import open_archive
+from doconv_core.checkpoints.arrays import BITS
 from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
 from doconv_core.checkpoints.formats import PYTORCH, recognise
 from doconv_core.checkpoints.layers import find_layers
@@ -89,6 +90,19 @@ class PyTorchCheckpoint(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         """Return an entry's values, as `Checkpoint.read` says."""
+        tensor = self._readable(name)
+        if tensor.dtype.is_floating_point and tensor.element_size() < 4:
+            tensor = tensor if tensor.dtype == torch.float16 else tensor.float()
+        return tensor.numpy()
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
+        if self._tensors[name].dtype != torch.bfloat16:
+            return self.read(name)
+        return self._readable(name).view(torch.int16).numpy().astype("<i2", copy=False).view(BITS)
+
+    def _readable(self, name: str) -> Tensor:
+        """Return a tensor that NumPy can look into, but for its type."""
         tensor = self._tensors[name].detach()
         size = tensor.numel() * tensor.element_size()
         if tensor.is_meta or size > max(EXPANDED, tensor.untyped_storage().nbytes()):
@@ -96,9 +110,7 @@ class PyTorchCheckpoint(Checkpoint):
                 f"{self.path}: entry {name!r} has the shape {tuple(tensor.shape)}, and "
                 f"{tensor.untyped_storage().nbytes()} bytes."
             )
-        if tensor.dtype.is_floating_point and tensor.element_size() < 4:
-            tensor = tensor if tensor.dtype == torch.float16 else tensor.float()
-        return tensor.resolve_conj().resolve_neg().numpy()
+        return tensor.resolve_conj().resolve_neg()
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
@@ -154,9 +166,10 @@ class PyTorchCheckpoint(Checkpoint):
         if shared not in done:
             old = self._tensors[output.source]
             kernel = folded_kernel(self, output.layer, output.shape)
-            tensor = torch.from_numpy(np.ascontiguousarray(kernel)).to(old.dtype)
-            if tensor.ndim == 4 and old.ndim == 4 and _is_channels_last(old):
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            last = kernel.ndim == 4 and old.ndim == 4 and _is_channels_last(old)
+            tensor = _as_tensor(kernel).contiguous(
+                memory_format=torch.channels_last if last else torch.contiguous_format
+            )
             if isinstance(old, nn.Parameter):
                 tensor = nn.Parameter(tensor, old.requires_grad)
             done[shared] = tensor
@@ -166,6 +179,12 @@ class PyTorchCheckpoint(Checkpoint):
         """Release what was read."""
         self._content = self._states = None
         self._dicts, self._tensors = {}, {}
+
+
+def _as_tensor(stored: np.ndarray) -> Tensor:
+    if stored.dtype != BITS:
+        return torch.from_numpy(stored)
+    return torch.from_numpy(stored.view("<i2").astype(np.int16, copy=False)).view(torch.bfloat16)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doconv_core.checkpoints.arrays import (
+    BFLOAT16,
+    BITS,
+    COMPUTED_AT_ONCE,
+    computing_dtype,
+    from_storage,
+    to_storage,
+)
 from doconv_core.checkpoints.reference import PYTORCH
 from doconv_core.compose import compose, identity
 from doconv_core.fold import NotFoldable
@@ -24,19 +32,22 @@ from doconv_core.spec import ConvSpec
 
 Array = NDArray[Any]
 
-BLOCK = 1 << 18  # elements of W composed at once, so that a large layer needs little more memory
+BLOCK = COMPUTED_AT_ONCE  # of W, so that a large layer needs little more memory
 
 
-def compose_blocks(weight: Array, depthwise: Array) -> Array:
+def compose_blocks(weight: Array, depthwise: Array, *, as_stored: bool = False) -> Array:
     """Return the kernel of `(W, D)` as `compose` does, `(O, I/g, M)`, a block of W at a time.
 
     weight: `(O, I/g, S)`. depthwise: `(I, M, S)`. `S` may be less than `M`, where the identity is
-    zero. In weight's dtype; where D's is larger, computed in that.
+    zero. Both may be as they are stored, bfloat16 too. Where D's type is the larger one, computed
+    in that. as_stored: whether a kernel of bfloat16 is rounded to that, once; else it is float32.
+    In weight's dtype otherwise, and with its order of axes in memory.
     """
     (outputs, channels, multiplier), (inputs, taps, _) = weight.shape, depthwise.shape
     groups = inputs // channels
     each = outputs // groups
-    kernel = np.empty((outputs, channels, taps), weight.dtype)
+    dtype = weight.dtype if as_stored else computing_dtype(weight.dtype)
+    kernel = np.empty_like(weight, dtype, shape=(outputs, channels, taps))
     w = weight.reshape(groups, each, channels, multiplier)
     d = depthwise.reshape(groups, channels, taps, multiplier)
     k = kernel.reshape(groups, each, channels, taps)
@@ -46,7 +57,8 @@ def compose_blocks(weight: Array, depthwise: Array) -> Array:
     for q in range(0, groups, groups_at_once):
         for o in range(0, each, outputs_at_once):
             part = np.s_[q : q + groups_at_once, o : o + outputs_at_once]
-            k[part] = _compose_block(w[part], d[q : q + groups_at_once])
+            block = _compose_block(from_storage(w[part]), from_storage(d[q : q + groups_at_once]))
+            k[part] = to_storage(block, BFLOAT16) if dtype == BITS else block
     return kernel
 
 
@@ -66,13 +78,18 @@ def _compose_block(w: Array, d: Array) -> Array:
 
 
 def compose_upstream(
-    framework: str, weight: Array, depthwise: Array, stored: Array | None = None
+    framework: str,
+    weight: Array,
+    depthwise: Array,
+    stored: Array | None = None,
+    *,
+    as_stored: bool = False,
 ) -> Array:
     """Return the kernel that a reference layer convolves with, `(O, I/g, M)`, by its arithmetic.
 
     weight: `(O, I/g, S)` or, of Gluon, `(O, I/g, *kernel_size)`, in canonical order. depthwise: D
     as it is stored, `(I, M, S)` in PyTorch and `(M, S, I)` in the others. stored: the identity that
-    PyTorch stores, of D's shape.
+    PyTorch stores, of D's shape. as_stored: as in `compose_blocks`.
     """
     weight = weight.reshape(*weight.shape[:2], -1)
     outputs, channels, multiplier = weight.shape
@@ -81,10 +98,11 @@ def compose_upstream(
     groups = inputs // channels
     if framework == PYTORCH or groups == 1:
         rows = weight.reshape(-1, inputs, multiplier)  # (p, I, S)
-        return compose_blocks(rows, depthwise).reshape(outputs, channels, taps)
+        kernel = compose_blocks(rows, depthwise, as_stored=as_stored)
+        return kernel.reshape(outputs, channels, taps)
     # (O, I/g, S) -> (I/g, O, S) -> (I, p, S), and back
     rows = weight.swapaxes(0, 1).reshape(inputs, -1, multiplier).swapaxes(0, 1)
-    kernel = compose_blocks(rows, depthwise)
+    kernel = compose_blocks(rows, depthwise, as_stored=as_stored)
     return kernel.swapaxes(0, 1).reshape(channels, outputs, taps).swapaxes(0, 1)
 
 
@@ -129,11 +147,17 @@ def _residual(depthwise: Array, stored: Array | None) -> Array:
     """Return D around the identity that this package composes with, whatever is stored."""
     if stored is None:
         return depthwise
-    expected = _identity(*depthwise.shape[1:])
-    if (stored == expected).all():
+    inputs, taps, multiplier = depthwise.shape
+    expected = _identity(taps, multiplier)
+    at_once = max(1, BLOCK // (taps * multiplier))
+    parts = [np.s_[i : i + at_once] for i in range(0, inputs, at_once)]
+    if all((from_storage(stored[part]) == expected).all() for part in parts):
         return depthwise
-    dtype = depthwise.dtype
-    return (depthwise.astype(np.float64) + stored - expected).astype(dtype)
+    residual = np.empty(depthwise.shape, computing_dtype(depthwise.dtype))
+    for part in parts:
+        exact = from_storage(depthwise[part]).astype(np.float64)
+        residual[part] = exact + from_storage(stored[part]) - expected
+    return residual
 
 
 def _identity(taps: int, multiplier: int) -> Array:

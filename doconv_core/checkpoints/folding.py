@@ -18,6 +18,7 @@ from doconv_core.checkpoint import (
     Layer,
     check_finite,
 )
+from doconv_core.checkpoints.arrays import from_storage
 from doconv_core.checkpoints.composition import (
     canonical_upstream,
     compose_blocks,
@@ -57,7 +58,7 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
 
 def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
     """As `Checkpoint.pair`."""
-    weight = _weight(checkpoint, layer)
+    weight = to_canonical(checkpoint.read(layer.entries["weight"]), layer.layout)
     if not layer.over_parameterized:
         if layer.kernel_shape is not None:
             weight = weight.reshape(layer.kernel_shape)
@@ -65,7 +66,8 @@ def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
     depthwise = checkpoint.read(layer.entries["depthwise_weight"])
     if layer.origin.startswith(ORIGIN):
         framework = layer.origin.removeprefix(ORIGIN)
-        identity = _identity(checkpoint, layer)
+        name = layer.entries.get("identity")
+        identity = None if name is None else checkpoint.read(name)
         try:
             return canonical_upstream(framework, weight, depthwise, identity)
         except NotFoldable as error:
@@ -73,39 +75,35 @@ def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
     return weight.reshape(*weight.shape[:2], -1), depthwise
 
 
-def kernel(checkpoint: Checkpoint, layer: Layer) -> Array:
-    """As `Checkpoint.kernel`."""
+def kernel(checkpoint: Checkpoint, layer: Layer, *, as_stored: bool = False) -> Array:
+    """As `Checkpoint.kernel`. as_stored: whether a kernel of bfloat16 is rounded to that."""
     if layer.kernel_shape is None:
         problem = layer.note or f"its kind, {layer.kind}, has no kernel"
         raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {problem}.")
-    weight = _weight(checkpoint, layer)
+    weight = to_canonical(checkpoint.read_stored(layer.entries["weight"]), layer.layout)
     if layer.over_parameterized:
-        depthwise = checkpoint.read(layer.entries["depthwise_weight"])
         with np.errstate(all="ignore"):  # what overflows is in the result
-            weight = _composed(checkpoint, layer, weight, depthwise)
+            weight = _composed(checkpoint, layer, weight, as_stored)
+    elif not as_stored:
+        weight = from_storage(weight)
     return weight.reshape(layer.kernel_shape)
 
 
-def _composed(checkpoint: Checkpoint, layer: Layer, weight: Array, depthwise: Array) -> Array:
+def _composed(checkpoint: Checkpoint, layer: Layer, weight: Array, as_stored: bool) -> Array:
+    """Return the kernel of a canonical W, as it is stored, with the layer's D."""
+    depthwise = checkpoint.read_stored(layer.entries["depthwise_weight"])
     if not layer.origin.startswith(ORIGIN):
-        return compose_blocks(weight.reshape(*weight.shape[:2], -1), depthwise)
+        weight = weight.reshape(*weight.shape[:2], -1)
+        return compose_blocks(weight, depthwise, as_stored=as_stored)
     framework = layer.origin.removeprefix(ORIGIN)
-    return compose_upstream(framework, weight, depthwise, _identity(checkpoint, layer))
-
-
-def _weight(checkpoint: Checkpoint, layer: Layer) -> Array:
-    """Return W in canonical order, `(O, I/g, taps…)`."""
-    return to_canonical(checkpoint.read(layer.entries["weight"]), layer.layout)
-
-
-def _identity(checkpoint: Checkpoint, layer: Layer) -> Array | None:
     name = layer.entries.get("identity")
-    return None if name is None else checkpoint.read(name)
+    identity = None if name is None else checkpoint.read_stored(name)
+    return compose_upstream(framework, weight, depthwise, identity, as_stored=as_stored)
 
 
 def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
-    """Return the layer's kernel as the folded file keeps it; NotFoldable if it is not finite."""
-    composed = check_finite(layer, kernel(checkpoint, layer))
+    """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
+    composed = check_finite(layer, kernel(checkpoint, layer, as_stored=True))
     return from_canonical(composed, layer.layout, _groups(layer)).reshape(shape)
 
 

@@ -18,7 +18,15 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from doconv_core.checkpoint import Checkpoint, CheckpointError, Entry
-from doconv_core.checkpoints.arrays import copy_bytes, read_array, storage_dtype, to_storage
+from doconv_core.checkpoints.arrays import (
+    BFLOAT16,
+    BITS,
+    copy_bytes,
+    from_storage,
+    read_array,
+    storage_dtype,
+    to_storage,
+)
 from doconv_core.checkpoints.folding import folded_kernel, outputs
 from doconv_core.checkpoints.layers import find_layers
 from doconv_core.checkpoints.names import check_names
@@ -121,6 +129,10 @@ class GluonCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
+        return from_storage(self.read_stored(name))
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
         record = self._records[name]
         if record.sparse:
             raise CheckpointError(f"{self.path}: entry {name!r} is sparse, which is not read here.")
@@ -153,18 +165,22 @@ class GluonCheckpoint(Checkpoint):
 
 
 def write_params(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write named arrays as MXNet's `nd.save` does. Raises TypeError for a type that it lacks."""
+    """Write named arrays as MXNet's `nd.save` does. Raises TypeError for a type that it lacks.
+
+    Those of bfloat16 are given as they are stored.
+    """
     with path.open("wb") as file:
         file.write(struct.pack("<QQQ", MAGIC, 0, len(arrays)))
         for name, array in arrays.items():
-            if array.dtype.name not in DTYPES:
+            dtype = BFLOAT16 if array.dtype == BITS else array.dtype.name
+            if dtype not in DTYPES:
                 raise TypeError(f"entry {name!r} is {array.dtype}, which Gluon's files lack.")
             if not array.ndim:
                 raise TypeError(f"entry {name!r} has no dimension, which Gluon's files lack.")
-            tail = struct.pack("<iii", 1, 0, DTYPES.index(array.dtype.name))
-            record = Record(V2, array.shape, array.dtype.name, tail, 0, 0, 0, False)
+            tail = struct.pack("<iii", 1, 0, DTYPES.index(dtype))
+            record = Record(V2, array.shape, dtype, tail, 0, 0, 0, False)
             file.write(_head(record, array.shape))
-            file.write(to_storage(array, array.dtype.name).data)
+            file.write(to_storage(array, dtype).data)
         file.write(struct.pack("<Q", len(arrays)))
         for name in arrays:
             file.write(struct.pack("<Q", len(name.encode())) + name.encode())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doconv_core.checkpoint import CheckpointError
-from doconv_core.checkpoints.arrays import BFLOAT16, storage_dtype
+from doconv_core.checkpoints.arrays import BFLOAT16, BITS, storage_dtype
 from doconv_core.checkpoints.hdf5_files import Written
 from doconv_core.checkpoints.hdf5_raw import check_heaps, creation_order
 from doconv_core.checkpoints.names import check_names, shown
@@ -117,7 +117,7 @@ class Hdf5:
             return creation_order(file, address, list(group))
 
     def read(self, path: str) -> Array:
-        """Return the values of an array, as stored: those of bfloat16 as integers."""
+        """Return the values of an array as they are stored."""
         try:
             values = np.empty(self.arrays[path].shape, self.arrays[path].dtype)
             if values.size:
@@ -125,7 +125,7 @@ class Hdf5:
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
         if values.dtype.kind == "V":
-            return values.view("<u2")
+            return values.view(BITS)
         return values.astype(storage_dtype(str(values.dtype.newbyteorder("="))), copy=False)
 
     def attribute(self, path: str, name: str) -> str:

@@ -93,7 +93,11 @@ class KerasWeightsCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
-        return from_storage(self._file.read(name), self.entries[name].dtype)
+        return from_storage(self.read_stored(name))
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
+        return self._file.read(name)
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from doconv_core.checkpoint import CONVOLUTION, OTHER, Checkpoint, CheckpointError, Entry, Layer
-from doconv_core.checkpoints.arrays import copy_bytes, read_array, storage_dtype, to_storage
+from doconv_core.checkpoints.arrays import (
+    copy_bytes,
+    from_storage,
+    read_array,
+    storage_dtype,
+    to_storage,
+)
 from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
 from doconv_core.checkpoints.layers import find_layers
 from doconv_core.checkpoints.names import check_names, once, without_wrappers
@@ -77,6 +83,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
+        return from_storage(self.read_stored(name))
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
         found = self.entries[name]
         if found.dtype not in DTYPES.values():
             raise CheckpointError(f"{self.path}: entry {name!r} is {found.dtype}, not read here.")
