@@ -44,7 +44,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """An array in a file, unread. name: unique in the file. dtype: NumPy's word, or "bfloat16"."""
+    """An array in a file, unread. name: unique in the file.
+
+    dtype: NumPy's word, "bfloat16", or the format's for a type that NumPy lacks. It is of two words
+    for what is no plain array, such as "quantized qint8": that is not read, and is carried over.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,6 +58,11 @@ class Entry:
     def size(self) -> int:
         """The number of the array's elements."""
         return prod(self.shape)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a plain array, which can be read."""
+        return " " not in self.dtype
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,8 @@ class Checkpoint(ABC):
 
     format: what kind of file, in words. entries: by name, in the file's order. layers: in the order
     of their first entries. others: what else the file holds and a fold carries over as it is, such
-    as "optimizer". parts: the copies of the model in it, the main one first; one is named "".
+    as "optimizer". unfolded: what of it may be a copy of the model nonetheless, and why that is not
+    folded. parts: the copies of the model in it, the main one first; one is named "".
     """
 
     path: Path
@@ -110,6 +120,7 @@ class Checkpoint(ABC):
     entries: Mapping[str, Entry] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
     others: tuple[str, ...] = ()
+    unfolded: tuple[tuple[str, str], ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -20,18 +20,24 @@ from doconv_core.checkpoints.arrays import BITS
 from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
 from doconv_core.checkpoints.formats import PYTORCH, recognise
 from doconv_core.checkpoints.layers import find_layers
-from doconv_core.checkpoints.names import check_names, without_wrappers
+from doconv_core.checkpoints.names import AVERAGED, check_names, without_wrappers
 from doconv_core.checkpoints.sizes import Sizes
+from doconv_torch.state_dicts import (
+    MAX_DEPTH,
+    StateDicts,
+    dtype_of,
+    is_container,
+    items_of,
+    joined,
+    tensors_of,
+)
 from doconv_torch.writing import save
 
-MAX_DEPTH = 8  # of dicts in dicts, among which state dicts are looked for
-NO_MODEL = re.compile("optim|sched|scaler")
-AVERAGED = re.compile("(^|[^a-z])(ema|swa|averaged?|shadow)([^a-z]|$)")
 EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
 
 
 class PyTorchCheckpoint(Checkpoint):
-    """An open PyTorch file. Its state dicts may lie in dicts; what else is there, is carried over.
+    """An open PyTorch file. What is there beside its state dicts, is carried over.
 
     Raises CheckpointError where the file is damaged or hostile, or holds anything but tensors and
     plain containers, or no state dict.
@@ -45,29 +51,31 @@ class PyTorchCheckpoint(Checkpoint):
         if self._zipped:
             stored, mapped = _stored_bytes(path)
         self._content = _load(path, mapped)
-        self._states = _StateDicts(self._content)
+        self._states = StateDicts(self._content)
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
                 f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep."
             )
         named = [
-            (_joined(part, key), value)
+            (joined(part, key), value)
             for part, state in self._dicts.items()
-            for key, value in _tensors_of(state).items()
+            for key, value in tensors_of(state).items()
         ]
         check_names(path, (name for name, _ in named))
         self._tensors: dict[str, Tensor] = dict(named)
         self._check_storages(stored)
         self.entries = {
-            name: Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            name: Entry(name, tuple(tensor.shape), dtype_of(tensor))
             for name, tensor in self._tensors.items()
         }
         self.layers = self._find_layers(Sizes(kernel_sizes))
+        self.unfolded = self._find_unfolded()
 
     def _check_storages(self, stored: int) -> None:
         """Raise CheckpointError where tensors have more bytes than the file; PyTorch does not."""
-        storages = (t.untyped_storage() for t in self._tensors.values() if not t.is_meta)
+        tensors = [t for t in self._tensors.values() if t.layout == torch.strided and not t.is_meta]
+        storages = (tensor.untyped_storage() for tensor in tensors)
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         if sum(sizes.values()) > stored:
             raise CheckpointError(
@@ -81,12 +89,23 @@ class PyTorchCheckpoint(Checkpoint):
         layers: list[Layer] = []
         for part in sorted(self._dicts, key=lambda part: part not in models):
             state = self._dicts[part]
-            names = without_wrappers(list(_tensors_of(state)))
-            keys = {key: _joined(part, name) for key, name in names.items()}
+            names = without_wrappers(list(tensors_of(state)))
+            keys = {key: joined(part, name) for key, name in names.items()}
             label = "" if part == only else part
             layers += find_layers(self.entries, keys, sizes, part=label, framework="PyTorch")
         sizes.check_used()
         return tuple(layers)
+
+    def _find_unfolded(self) -> tuple[tuple[str, str], ...]:
+        """Return where else a copy of the model may lie, and what to do about it."""
+        layers = [layer for layer in self.layers if layer.over_parameterized]
+        shapes = {self.entries[layer.entries["depthwise_weight"]].shape for layer in layers}
+        reason = (
+            "{} in no state dict, as in an average that is kept as a list; a copy of the model "
+            "among them stays over-parameterized: load it into the model, and fold that"
+        )
+        found = self._states.nameless(shapes)
+        return tuple((path, reason.format(count)) for path, count in found.items())
 
     def read(self, name: str) -> np.ndarray:
         """Return an entry's values, as `Checkpoint.read` says."""
@@ -103,7 +122,9 @@ class PyTorchCheckpoint(Checkpoint):
 
     def _readable(self, name: str) -> Tensor:
         """Return a tensor that NumPy can look into, but for its type."""
-        tensor = self._tensors[name].detach()
+        tensor, entry = self._tensors[name].detach(), self.entries[name]
+        if not entry.is_plain:
+            raise CheckpointError(f"{self.path}: entry {name!r} is {entry.dtype}, not read here.")
         size = tensor.numel() * tensor.element_size()
         if tensor.is_meta or size > max(EXPANDED, tensor.untyped_storage().nbytes()):
             raise CheckpointError(
@@ -122,13 +143,16 @@ class PyTorchCheckpoint(Checkpoint):
         def rebuilt(value: Any) -> Any:
             if not self._states.holds(value) or id(value) in copies:
                 return copies.get(id(value), value)
+            if isinstance(value, tuple):
+                copies[id(value)] = new = tuple(map(rebuilt, value))
+                return new
             if id(value) in parts:
                 new = self._folded_state(parts[id(value)], planned, done, report)
             else:
                 new = copy.copy(value)
-            copies[id(value)] = new
-            for key, inner in list(new.items()):
-                if isinstance(inner, dict):
+            copies[id(value)] = new  # before what is in it, which may lead back here
+            for key, inner in items_of(new):
+                if is_container(inner):
                     new[key] = rebuilt(inner)
             return new
 
@@ -145,14 +169,14 @@ class PyTorchCheckpoint(Checkpoint):
         folded = copy.copy(state)  # with what PyTorch keeps beside the entries of a state dict
         folded.clear()
         for key, value in state.items():
-            name = _joined(part, str(key))
+            name = joined(part, str(key))
             output = planned.get(name)
             if not (isinstance(key, str) and name in self._tensors) or (
                 output is not None and output.layer is None
             ):
                 folded[key] = value
             elif output is not None:
-                new_key = output.name.removeprefix(_joined(part, "")) if part else output.name
+                new_key = output.name.removeprefix(joined(part, "")) if part else output.name
                 folded[new_key] = self._folded_tensor(output, done)
                 report()
         return folded
@@ -192,18 +216,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return last and not tensor.is_contiguous()
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-
-
-def _tensors_of(state: dict[Any, Any]) -> dict[str, Tensor]:
-    return {k: value for k, value in state.items() if isinstance(k, str) and _is_dense(value)}
-
-
-def _joined(part: str, key: str) -> str:
-    return f"{part}/{key}" if part else key
-
-
 def _stored_bytes(path: Path) -> tuple[int, bool]:
     """Return how many bytes of tensors an archive has, and whether they lie in it as they are.
 
@@ -226,6 +238,9 @@ def _load(path: Path, mapped: bool) -> Any:
         with warnings.catch_warnings():
             # What PyTorch cannot read of another pickle protocol is an error all the same.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            # What it tells of quantized tensors, which a file may have all the same.
+            told = "torch.quantize_per_tensor|TypedStorage is deprecated"
+            warnings.filterwarnings("ignore", told, UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
         raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error
@@ -247,44 +262,3 @@ def _problem(error: Exception) -> str:
         )
     said = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
     return f"is no whole PyTorch file: {said.strip().rstrip('.') or type(error).__name__}"
-
-
-class _StateDicts:
-    """The state dicts in what a file holds, by the keys that lead to them, and what is above them.
-
-    A dict that is reached twice counts once.
-    """
-
-    def __init__(self, content: Any) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
-        self.others: list[str] = []
-        self._above: set[int] = set()
-        self._seen: set[int] = set()
-        self._visit(content, "", 0)
-
-    def holds(self, value: Any) -> bool:
-        """Return whether `value` is one of them, or a dict above one."""
-        return id(value) in self._above
-
-    def _visit(self, content: Any, path: str, depth: int) -> bool:
-        if not isinstance(content, dict) or id(content) in self._seen or depth > MAX_DEPTH:
-            return self.holds(content)
-        self._seen.add(id(content))
-        tensors = [v for key, v in content.items() if isinstance(key, str) and _is_dense(v)]
-        is_state = any(tensor.ndim > 1 for tensor in tensors)
-        if is_state:
-            self.found[path] = content
-        others = []
-        below = False
-        for key, value in content.items():
-            name = _joined(path, str(key))
-            is_text = isinstance(key, str)
-            followed = is_text and not NO_MODEL.search(key.lower())
-            if followed and self._visit(value, name, depth + 1):
-                below = True
-            elif not (is_state and is_text and _is_dense(value)):
-                others.append(name)
-        if is_state or below:
-            self._above.add(id(content))
-            self.others += others
-        return is_state or below

@@ -219,19 +219,6 @@ def test_an_archive_that_was_packed_again_is_read_right(file, tmp_path):
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
 
 
-def test_other_kinds_of_tensors_are_carried_over(file, tmp_path):
-    arrays = tensors(state_dict()[0])
-    sparse = torch.eye(3).to_sparse()
-    save({**arrays, "graph": sparse, "note": "text", "empty": torch.zeros(0)}, file)
-    with open_checkpoint(file) as checkpoint:
-        assert checkpoint.others == ("graph", "note")
-        assert "graph" not in checkpoint.entries
-    fold_checkpoint(file, tmp_path / "out")
-    found = load(tmp_path / "out")
-    assert found["graph"].is_sparse
-    assert found["note"] == "text"
-
-
 class Evil:
     """What unpickles into a call that leaves a trace."""
 

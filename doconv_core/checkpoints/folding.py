@@ -181,6 +181,7 @@ def report_on(checkpoint: Checkpoint) -> Report:
             left.append(Left(layer.name, layer.kind, layer.note))
         if layer.part == first:
             before, after = before + count, after + folded
+    left += [Left(path, "tensors", reason) for path, reason in checkpoint.unfolded]
     return Report("folded", tuple(changed), tuple(left), before, after)
 
 

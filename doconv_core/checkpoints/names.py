@@ -11,6 +11,9 @@ from doconv_core.checkpoint import CheckpointError
 
 WRAPPERS = ("module.", "_orig_mod.")
 OUTSIDE = r"(?:[A-Za-z]:)?/|(?:.*/)?\.\.(?:/|$)"
+# What keys tell of dicts in a training checkpoint: that it is no model, or an average of one.
+NO_MODEL = re.compile("optim|sched|scaler")
+AVERAGED = re.compile("(^|[^a-z])(ema|swa|averaged?|shadow)([^a-z]|$)")
 OF_WRAPPERS = ("n_averaged",)  # what a wrapper keeps beside the model
 
 

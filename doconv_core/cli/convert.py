@@ -18,6 +18,7 @@ from doconv_core.cli.checkpoints import (
     force_option,
     json_option,
     kernel_size_option,
+    literal,
     opened,
     require_kernel_sizes,
     source_argument,
@@ -131,6 +132,7 @@ def convert(
         if folded:
             check_understood(source, _unsettled(layers, [*keep, *drop]))
         images = Told(flattened, ignored="flattening" in ignore)
+        _check_plain(checkpoint, layers, drop)
         if like is None:
             how = _by_names(checkpoint, layers, _target(target, name), folded, keep, drop, images)
         else:
@@ -246,6 +248,18 @@ def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
         for layer in layers
         if not all(matches(entry, patterns) for entry in layer.entries.values())
     ]
+
+
+def _check_plain(checkpoint: Checkpoint, layers: Sequence[Layer], drop: Sequence[str]) -> None:
+    """Raise Failure for an entry that is no plain array and is not to be left out."""
+    for name in (name for layer in layers for name in layer.entries.values()):
+        entry = checkpoint.entries[name]
+        if not entry.is_plain and not matches(name, drop):
+            raise Failure(
+                f"{checkpoint.path}: the entry {name!r} is {entry.dtype}, no plain array, and is "
+                f"not converted; --drop '{literal(name)}' leaves it out.",
+                IMPOSSIBLE,
+            )
 
 
 def _flattenings(
