@@ -7,27 +7,22 @@ in a table.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doconv_core.checkpoint import (
     Checkpoint,
     CheckpointError,
-    Entry,
     KernelSizes,
     Layer,
     open_checkpoint,
 )
 from doconv_core.checkpoints.composition import canonical_upstream, compose_upstream
-from doconv_core.checkpoints.layers import find_layers
-from doconv_core.checkpoints.names import without_wrappers
+from doconv_core.checkpoints.in_memory import InMemory
 from doconv_core.checkpoints.reference import FRAMEWORKS, ORIGIN
-from doconv_core.checkpoints.sizes import Sizes
 from doconv_core.compose import from_kernel
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec
@@ -55,32 +50,6 @@ class Upstream(NamedTuple):
     folded: Mapping[str, str]
 
 
-class _InMemory(Checkpoint):
-    """Arrays by name, as a checkpoint that is only read."""
-
-    def __init__(
-        self, arrays: Mapping[str, ArrayLike], framework: str, kernel_sizes: KernelSizes
-    ) -> None:
-        self.path, self.format = Path("(in memory)"), "arrays"
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        self.entries = {
-            name: Entry(name, array.shape, array.dtype.name) for name, array in self._arrays.items()
-        }
-        sizes = Sizes(kernel_sizes)
-        keys = without_wrappers([*self.entries])
-        self.layers = find_layers(self.entries, keys, sizes, separators="._/", framework=framework)
-        sizes.check_used()
-
-    def read(self, name: str) -> Array:
-        return self._arrays[name]
-
-    def write_folded(self, target: Path, report: Callable[[], None]) -> None:
-        raise NotImplementedError("arrays in memory are only read")
-
-    def close(self) -> None:
-        pass
-
-
 def read_upstream(
     source: str | os.PathLike[str] | Mapping[str, ArrayLike],
     framework: str | None = None,
@@ -90,7 +59,8 @@ def read_upstream(
     """Return what a checkpoint of the reference implementation holds.
 
     source: a file of any format that `open_checkpoint` reads, of which the main copy of the model
-    is read, or arrays by name. framework: "PyTorch", "TensorFlow" or "Gluon", or None for what the
+    is read, or arrays by name: a state dict, also one in dicts as training writes them; tensors of
+    any framework will do. framework: "PyTorch", "TensorFlow" or "Gluon", or None for what the
     names, shapes and format tell. kernel_sizes: as in `open_checkpoint`; a square number of taps is
     taken to be a square kernel.
     Raises CheckpointError where there is no layer of the reference implementation or a kernel size
@@ -119,7 +89,7 @@ def _opened(
 ) -> Iterator[Checkpoint]:
     sizes = kernel_sizes or {}
     if isinstance(source, Mapping):
-        yield _InMemory(source, framework or "", sizes)
+        yield InMemory(source, framework or "", sizes)
         return
     if framework is None:
         with open_checkpoint(source, kernel_sizes=sizes) as checkpoint:
@@ -133,7 +103,7 @@ def _opened(
             if layer.part == part
             for key, name in _own_names(layer).items()
         }
-    yield _InMemory(arrays, framework, sizes)
+    yield InMemory(arrays, framework, sizes)
 
 
 def _own_names(layer: Layer) -> dict[str, str]:

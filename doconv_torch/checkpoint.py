@@ -22,14 +22,12 @@ from doconv_core.checkpoints.formats import PYTORCH, recognise
 from doconv_core.checkpoints.layers import find_layers
 from doconv_core.checkpoints.names import AVERAGED, check_names, without_wrappers
 from doconv_core.checkpoints.sizes import Sizes
-from doconv_torch.state_dicts import (
+from doconv_core.checkpoints.state_dicts import (
     MAX_DEPTH,
     StateDicts,
-    dtype_of,
     is_container,
     items_of,
     joined,
-    tensors_of,
 )
 from doconv_torch.writing import save
 
@@ -51,7 +49,7 @@ class PyTorchCheckpoint(Checkpoint):
         if self._zipped:
             stored, mapped = _stored_bytes(path)
         self._content = _load(path, mapped)
-        self._states = StateDicts(self._content)
+        self._states = StateDicts(self._content, lambda value: isinstance(value, Tensor))
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
@@ -60,13 +58,13 @@ class PyTorchCheckpoint(Checkpoint):
         named = [
             (joined(part, key), value)
             for part, state in self._dicts.items()
-            for key, value in tensors_of(state).items()
+            for key, value in self._states.tensors_of(state).items()
         ]
         check_names(path, (name for name, _ in named))
         self._tensors: dict[str, Tensor] = dict(named)
         self._check_storages(stored)
         self.entries = {
-            name: Entry(name, tuple(tensor.shape), dtype_of(tensor))
+            name: Entry(name, tuple(tensor.shape), _dtype_of(tensor))
             for name, tensor in self._tensors.items()
         }
         self.layers = self._find_layers(Sizes(kernel_sizes))
@@ -89,7 +87,7 @@ class PyTorchCheckpoint(Checkpoint):
         layers: list[Layer] = []
         for part in sorted(self._dicts, key=lambda part: part not in models):
             state = self._dicts[part]
-            names = without_wrappers(list(tensors_of(state)))
+            names = without_wrappers(list(self._states.tensors_of(state)))
             keys = {key: joined(part, name) for key, name in names.items()}
             label = "" if part == only else part
             layers += find_layers(self.entries, keys, sizes, part=label, framework="PyTorch")
@@ -214,6 +212,16 @@ def _as_tensor(stored: np.ndarray) -> Tensor:
 def _is_channels_last(tensor: Tensor) -> bool:
     last = tensor.is_contiguous(memory_format=torch.channels_last)
     return last and not tensor.is_contiguous()
+
+
+def _dtype_of(tensor: Tensor) -> str:
+    """Return a tensor's type as `Entry` has it: two words where it is no plain array."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_quantized:
+        return f"quantized {name}"
+    if tensor.layout != torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')} {name}"
+    return name
 
 
 def _stored_bytes(path: Path) -> tuple[int, bool]:

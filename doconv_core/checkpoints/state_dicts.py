@@ -1,12 +1,9 @@
-"""The state dicts among what a PyTorch file holds, and tensors beside them that bear no names."""
+"""The state dicts in what training writes, and tensors beside them that bear no names."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from doconv_core.checkpoints.names import NO_MODEL
 
@@ -16,14 +13,15 @@ MAX_DEPTH = 8  # of dicts and lists in each other, among which state dicts are l
 class StateDicts:
     """The state dicts in what a file holds, by the keys that lead to them, and what is above them.
 
-    found: dicts of tensors by name, of which one has two axes or more; they lie in dicts, lists and
-    tuples. What is reached twice counts once. others: the keys of what else there is beside them.
+    is_tensor: tells a tensor, of whatever framework; it has a `shape`. found: dicts of tensors by
+    name, of which one has two axes or more; they lie in dicts, lists and tuples. What is reached
+    twice counts once. others: the keys of what else there is beside them.
     """
 
-    def __init__(self, content: Any) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
+    def __init__(self, content: Any, is_tensor: Callable[[Any], bool]) -> None:
+        self.found: dict[str, Any] = {}
         self.others: list[str] = []
-        self._content = content
+        self._content, self._is_tensor = content, is_tensor
         self._above: set[int] = set()
         self._seen: set[int] = set()
         self._visit(content, "", 0)
@@ -32,11 +30,18 @@ class StateDicts:
         """Return whether `value` is one of them, or above one."""
         return id(value) in self._above
 
+    def tensors_of(self, content: Any) -> dict[str, Any]:
+        """Return the tensors by name of a dict; none of anything else."""
+        if not isinstance(content, Mapping):
+            return {}
+        return {k: v for k, v in content.items() if isinstance(k, str) and self._is_tensor(v)}
+
     def _visit(self, content: Any, path: str, depth: int) -> bool:
         if not is_container(content) or id(content) in self._seen or depth > MAX_DEPTH:
             return self.holds(content)
         self._seen.add(id(content))
-        is_state = any(tensor.ndim > 1 for tensor in tensors_of(content).values())
+        own = self.tensors_of(content)
+        is_state = any(len(tensor.shape) > 1 for tensor in own.values())
         if is_state:
             self.found[path] = content
         others = []
@@ -45,7 +50,7 @@ class StateDicts:
             name = joined(path, str(key))
             if _is_followed(content, key) and self._visit(value, name, depth + 1):
                 below = True
-            elif not (is_state and isinstance(key, str) and isinstance(value, Tensor)):
+            elif not (is_state and key in own):
                 others.append(name)
         if is_state or below:
             self._above.add(id(content))
@@ -64,7 +69,7 @@ class StateDicts:
             if any(tuple(tensor.shape) in shapes for tensor in tensors)
         }
 
-    def _outside(self) -> Iterator[tuple[str, list[Tensor]]]:
+    def _outside(self) -> Iterator[tuple[str, list[Any]]]:
         states = {id(state) for state in self.found.values()}
         waiting, seen = [("", self._content)], set()
         while waiting:
@@ -73,29 +78,19 @@ class StateDicts:
                 continue
             seen.add(id(content))
             items = [(k, v) for k, v in items_of(content) if not _is_no_model(content, k)]
-            named = id(content) in states
-            yield (
-                path,
-                [v for k, v in items if isinstance(v, Tensor) and not (named and type(k) is str)],
-            )
+            named = self.tensors_of(content) if id(content) in states else {}
+            yield path, [v for key, v in items if key not in named and self._is_tensor(v)]
             waiting += [(joined(path, str(key)), value) for key, value in reversed(items)]
-
-
-def tensors_of(content: Any) -> dict[str, Tensor]:
-    """Return the tensors by name of a dict; none of anything else."""
-    if not isinstance(content, dict):
-        return {}
-    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def is_container(value: Any) -> bool:
     """Return whether `value` may hold state dicts."""
-    return isinstance(value, (dict, list, tuple))
+    return isinstance(value, (Mapping, list, tuple))
 
 
 def items_of(container: Any) -> list[tuple[Any, Any]]:
     """Return what a dict, list or tuple holds, with its keys or numbers."""
-    return list(container.items() if isinstance(container, dict) else enumerate(container))
+    return list(container.items() if isinstance(container, Mapping) else enumerate(container))
 
 
 def joined(part: str, key: str) -> str:
@@ -103,18 +98,8 @@ def joined(part: str, key: str) -> str:
     return f"{part}/{key}" if part else key
 
 
-def dtype_of(tensor: Tensor) -> str:
-    """Return a tensor's type as `Entry` has it: two words where it is no plain array."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_quantized:
-        return f"quantized {name}"
-    if tensor.layout != torch.strided:
-        return f"{str(tensor.layout).removeprefix('torch.')} {name}"
-    return name
-
-
 def _is_followed(container: Any, key: Any) -> bool:
-    is_named = isinstance(key, str) or not isinstance(container, dict)
+    is_named = isinstance(key, str) or not isinstance(container, Mapping)
     return is_named and not _is_no_model(container, key)
 
 
