@@ -31,6 +31,7 @@ from doconv_core.checkpoints.state_dicts import (
 )
 from doconv_torch.writing import save
 
+MAX_NDIM = 32  # of NumPy's arrays
 EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
 
 
@@ -49,7 +50,7 @@ class PyTorchCheckpoint(Checkpoint):
         if self._zipped:
             stored, mapped = _stored_bytes(path)
         self._content = _load(path, mapped)
-        self._states = StateDicts(self._content, lambda value: isinstance(value, Tensor))
+        self._states = StateDicts(self._content, _is_tensor)
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
@@ -124,7 +125,9 @@ class PyTorchCheckpoint(Checkpoint):
         if not entry.is_plain:
             raise CheckpointError(f"{self.path}: entry {name!r} is {entry.dtype}, not read here.")
         size = tensor.numel() * tensor.element_size()
-        if tensor.is_meta or size > max(EXPANDED, tensor.untyped_storage().nbytes()):
+        if tensor.is_meta:
+            raise CheckpointError(f"{self.path}: entry {name!r} is a meta tensor: no values.")
+        if tensor.dim() > MAX_NDIM or size > max(EXPANDED, tensor.untyped_storage().nbytes()):
             raise CheckpointError(
                 f"{self.path}: entry {name!r} has the shape {tuple(tensor.shape)}, and "
                 f"{tensor.untyped_storage().nbytes()} bytes."
@@ -212,6 +215,10 @@ def _as_tensor(stored: np.ndarray) -> Tensor:
 def _is_channels_last(tensor: Tensor) -> bool:
     last = tensor.is_contiguous(memory_format=torch.channels_last)
     return last and not tensor.is_contiguous()
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested  # which would have no one shape
 
 
 def _dtype_of(tensor: Tensor) -> str:

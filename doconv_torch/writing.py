@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 # What PyTorch's writer says, in RuntimeErrors, where the system has refused to take more bytes.
-_REFUSED = re.compile("iostream error|inline_container|PytorchStreamWriter")
+_REFUSED = re.compile(
+    r"iostream error|inline_container|PytorchStreamWriter|write\(\): fd \d+ failed"
+)
 
 
 def write_state_dict(path: Path, arrays: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:

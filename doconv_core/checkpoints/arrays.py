@@ -73,7 +73,11 @@ def read_array(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: str) -
     stored = np.fromfile(file, storage_dtype(dtype), prod(shape))
     if stored.size != prod(shape):
         raise CheckpointError(f"{path} was truncated while it was read.")
-    return stored.reshape(shape)
+    try:
+        return stored.reshape(shape)
+    except ValueError as error:  # of too many axes, or of none times too many
+        problem = str(error).rstrip(".")
+        raise CheckpointError(f"{path}: no array here can be {shape}: {problem}.") from error
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> None:

@@ -32,7 +32,7 @@ def without_wrappers(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError for a name twice, or that could lead out of where it is written.
+    """Raise CheckpointError for a name twice, no text, or that leads out of where it is written.
 
     Nothing here writes files by such names, but what unpacks or converts the file might.
     """
@@ -41,10 +41,17 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         if name in seen:
             raise CheckpointError(f"{path} has the name {shown(name)} twice.")
         seen.add(name)
+        if not _is_text(name):
+            raise CheckpointError(f"{path} has an entry named {shown(name)}, which is no text.")
         if "\0" in name or re.match(OUTSIDE, name.replace("\\", "/")):
             raise CheckpointError(
                 f"{path} has an entry named {shown(name)}, a path out of the file; it is not read."
             )
+
+
+def _is_text(name: str) -> bool:
+    """Return whether files can hold the name: a string may have halves of characters."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

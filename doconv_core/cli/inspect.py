@@ -75,7 +75,7 @@ def _as_object(
 def _layer_object(
     checkpoint: Checkpoint, layer: Layer, measures: dict[str, Measures]
 ) -> dict[str, Any]:
-    found = measures.get(layer.name)
+    found = measures.get(layer.name) if layer.over_parameterized else None
     entries = {}
     for role, name in layer.entries.items():
         entry = checkpoint.entries[name]
@@ -126,7 +126,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
         print_table(
             ["over-parameterized", "D", "|D|/|E|", "max |D|", "rank", "condition", "worst"],
             [_measures_row(checkpoint, layer, measures) for layer in layers
-             if layer.name in measures],
+             if layer.over_parameterized and layer.name in measures],
         )  # fmt: skip
     notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
     if checkpoint.others:
