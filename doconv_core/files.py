@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,15 +31,21 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
     check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder, not a file: whatever writes in it creates its file with the usual permissions, and
-    # nobody else can look into it.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        temporary = Path(folder) / target.name
+    # nobody else can look into it. It has its name before it exists, so that it is removed however
+    # soon after that a signal comes.
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        folder.mkdir(mode=0o700)
+        temporary = folder / target.name
         yield temporary
         if overwrite:
             _keep_access(temporary, target)
             os.replace(temporary, target)
         else:
             _rename_to_new(temporary, target)
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def check_absent(target: str | os.PathLike[str], overwrite: bool) -> None:
