@@ -188,6 +188,17 @@ def test_verify_says_where_and_how_far_apart(model, tmp_path):
     assert "3 differ, 2 in one file only" in text
 
 
+def test_verify_of_a_layer_at_the_root_beside_loose_entries(tmp_path):
+    layer = {"weight": (4, 2, 3, 3), "depthwise_weight": (2, 9, 9), "scale": (3,)}
+    arrays = {name: np.ones(shape, "float32") for name, shape in layer.items()}
+    file = save(tmp_path / "model.safetensors", arrays)
+    assert "2 arrays compared: equal" in doconv("verify", file, file).stdout
+    for name in ("weight", "scale"):
+        other = save(tmp_path / "other.safetensors", {**arrays, name: 2 * arrays[name]})
+        text = doconv("verify", file, other, code=DIFFERENT).stdout
+        assert "1 differ, 0 in one file only" in text
+
+
 def test_verify_keeps_to_the_tolerance(model, tmp_path):
     arrays = state_dict()
     arrays["fc.weight"] *= np.float32(1 + 1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
@@ -24,13 +25,21 @@ class Paired(NamedTuple):
 
 def pair_by_name(first: Sequence[Layer], second: Sequence[Layer]) -> Paired:
     """Return the layers paired where their names are the same, in the order of the first."""
-    there = {layer.name: layer for layer in second}
-    names = {layer.name for layer in first}
+    ours, theirs = _by_name(first), _by_name(second)
     return Paired(
-        both=[(layer, there[layer.name]) for layer in first if layer.name in there],
-        first=[layer for layer in first if layer.name not in there],
-        second=[layer for layer in second if layer.name not in names],
+        both=[(layer, theirs[name]) for name, layer in ours.items() if name in theirs],
+        first=[layer for name, layer in ours.items() if name not in theirs],
+        second=[layer for name, layer in theirs.items() if name not in ours],
     )
+
+
+def _by_name(layers: Sequence[Layer]) -> dict[tuple[str, str], Layer]:
+    """Return layers by their names; several at the root of a file have the same, but other kinds.
+
+    A name that one layer alone has tells which it is, whatever its kind.
+    """
+    count = Counter(layer.name for layer in layers)
+    return {(x.name, x.kind if count[x.name] > 1 else ""): x for x in layers}
 
 
 def pair_by_order(
