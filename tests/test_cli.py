@@ -344,8 +344,11 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_interrupted_it_leaves_nothing(number, tmp_path):
     model, out = large(tmp_path / "model.safetensors"), tmp_path / "out.safetensors"
+    # Before it gives the new file its name it waits, so that it cannot be done too early.
+    waiting = "import time, doconv_core.files as f; f._rename_to_new = lambda *_: time.sleep(60)"
+    program = [sys.executable, "-c", f"{waiting}; {PROGRAM[-1]}"]
     process = subprocess.Popen(
-        [*PROGRAM, "fold", str(model), str(out)], stderr=subprocess.PIPE, text=True
+        [*program, "fold", str(model), str(out)], stderr=subprocess.PIPE, text=True
     )
     while not any(path.name.startswith(".out") for path in tmp_path.iterdir()):
         assert process.poll() is None  # it is still at work when it is interrupted
