@@ -94,7 +94,7 @@ def _close_quietly() -> None:
 @click.group(cls=Doconv, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="doconv", prog_name="doconv", message="%(prog)s %(version)s")
 def doconv() -> None:
-    r"""Look into, fold, convert and compare the checkpoints of over-parameterized networks.
+    """Look into, fold, convert and compare the checkpoints of over-parameterized networks.
 
     Files may be PyTorch's (.pt, .pth, .bin), safetensors, Keras' (.keras, .weights.h5) or Gluon's
     (.params); what a file is, is told by its content. No code of the model is needed, and no code
@@ -114,7 +114,7 @@ def doconv() -> None:
       1  verify: they differ     5  OUT exists already, or cannot be written
       2  wrong usage             6  what reads this format is not installed
       3  a file that is damaged, or of no format that is known
-    """
+    """  # noqa: D301
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

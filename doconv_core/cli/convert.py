@@ -109,7 +109,7 @@ def convert(
     force: bool,
     as_json: bool,
 ) -> None:
-    r"""Write to OUT, as a file of another framework, the arrays in IN.
+    """Write to OUT, as a file of another framework, the arrays in IN.
 
     Over-parameterized layers stay so, and those of the reference implementation become this
     package's; --fold makes ordinary ones of all. PyTorch and Gluon files differ in a few names;
@@ -122,7 +122,7 @@ def convert(
       doconv convert model.params model.safetensors --fold
       doconv convert model.pt model.keras --like fresh.keras --match order
       doconv convert reference.pt model.pt
-    """
+    """  # noqa: D301
     check_target(target, force)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(source, kernel_sizes))

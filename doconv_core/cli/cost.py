@@ -39,7 +39,7 @@ FORMS = {
     A multiply-accumulate is one multiplication with its addition; biases and what is no convolution
     or linear layer count none. The kernel is composed once for the whole batch.
 
-    \\b
+    \b
     Examples:
       doconv cost 64,64,3x3 --input 56x56 --batch 32
       doconv cost 256,256,3x3,groups=256,S=12,stride=2 --input 28x28

@@ -35,7 +35,7 @@ def fold(
     force: bool,
     as_json: bool,
 ) -> None:
-    r"""Write to OUT what is in IN, with every over-parameterized layer folded.
+    """Write to OUT what is in IN, with every over-parameterized layer folded.
 
     Names, order and everything else in the file stay. OUT has the format of IN, and may be IN, with
     --force. A kernel that is not finite is refused.
@@ -45,7 +45,7 @@ def fold(
       doconv fold model.pt folded.pt
       doconv fold model.pt model.pt --force
       doconv fold reference.pt folded.pt --kernel-size 'conv1*=1x3'
-    """
+    """  # noqa: D301
     check_target(target, force)
     before = source.stat().st_size  # IN may be OUT
     with opened(source, kernel_sizes) as checkpoint:

@@ -31,7 +31,7 @@ from doconv_core.cli.recognised import recognised_layers
 @kernel_size_option
 @json_option
 def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
-    r"""Show the layers of FILE: sizes, parameters, and what training has made of each D.
+    """Show the layers of FILE: sizes, parameters, and what training has made of each D.
 
     |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
     input channels, condition the ratio of its largest singular value to its smallest, of the median
@@ -41,7 +41,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
     Examples:
       doconv inspect model.pt
       doconv inspect model.safetensors --json
-    """
+    """  # noqa: D301
     with opened(file, kernel_sizes) as checkpoint:
         layers = recognised_layers(checkpoint)
         over_parameterized = [layer for layer in layers if layer.over_parameterized]

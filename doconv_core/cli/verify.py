@@ -63,7 +63,7 @@ def verify(
     kernel_sizes: KernelSizes,
     as_json: bool,
 ) -> None:
-    r"""Compare A and B: the kernels, folded on the way where they are not, and all other arrays.
+    """Compare A and B: the kernels, folded on the way where they are not, and all other arrays.
 
     Exits with 0 where they are equal, with 1 where they are not. Files of different frameworks are
     compared in one order of axes.
@@ -72,7 +72,7 @@ def verify(
     Examples:
       doconv verify model.pt folded.pt
       doconv verify model.pt other.params --match order --tolerance 1e-6
-    """
+    """  # noqa: D301
     with ExitStack() as stack:
         a, b = _open(stack, first, second, kernel_sizes)
         x, y = recognised_layers(a), recognised_layers(b)
