@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,17 +10,78 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.spec import ConvSpec
+from doconv_torch import products
 
 
 def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
-    """Return `W·(E + D)ᵀ`: one matrix product for each input channel, added to W as it is.
+    """Return `W·(E + D)ᵀ`: matrix products of a few input channels each, added to W as it is.
 
     weight: W, `(O, I/g, S)`, or in the kernel's shape where `S == M`. depthwise: D, `(I, M, S)`.
-    Returns `(O, I/g, *kernel_size)`, with W's memory format. It is computed in the weights' dtype,
-    under autocast too.
+    Returns `(O, I/g, *kernel_size)`, with W's memory format, in the weights' dtype, under autocast
+    too. Types of half precision are composed in float32, and the kernel rounded once.
     """
     with without_autocast(weight.device):
-        return _compose(weight, depthwise, spec)
+        n = products.channels(weight, depthwise, spec)
+        if n:
+            return _Products.apply(weight, depthwise, spec, n)
+        return plain(weight, depthwise, spec)
+
+
+def gradients(
+    weight: Tensor, depthwise: Tensor, spec: ConvSpec, gradient: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of W and D, from that of the kernel; None for what is not needed.
+
+    They are differentiable where autograd records, for a second derivative.
+    """
+    with without_autocast(weight.device):
+        n = products.channels(weight, depthwise, spec)
+        if n == 0 or torch.is_grad_enabled():
+            return _gradients(weight, depthwise, spec, gradient, needed)
+        by_weight, by_depthwise = needed
+        return (
+            products.times(gradient, depthwise, n) if by_weight else None,
+            products.transposed_times(gradient, weight, n) if by_depthwise else None,
+        )
+
+
+class _Products(torch.autograd.Function):
+    """`products.times_transposed`, with its derivatives.
+
+    Second derivatives, `torch.func.vmap` and forward mode are those of the plain formula.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, depthwise: Tensor, spec: ConvSpec, n: int) -> Tensor:
+        return products.times_transposed(weight, depthwise, n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, depthwise, ctx.spec, _ = inputs
+        ctx.save_for_backward(weight, depthwise)
+        ctx.save_for_forward(weight, depthwise)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        found = gradients(*ctx.saved_tensors, ctx.spec, gradient, ctx.needs_input_grad[:2])
+        return *found, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight_tangent: Any, depthwise_tangent: Any, *_: Any) -> Tensor:
+        weight, depthwise = ctx.saved_tensors
+        tangent = torch.zeros_like(weight)
+        if weight_tangent is not None:
+            tangent = tangent + plain(weight_tangent, depthwise, ctx.spec)
+        if depthwise_tangent is not None:
+            product = _product(weight, depthwise_tangent, ctx.spec)
+            tangent = tangent + product.reshape(weight.shape)
+        return tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        weight, depthwise, spec, _ = inputs
+        each = torch.vmap(lambda w, d: plain(w, d, spec), in_dims[:2])
+        return each(weight, depthwise), 0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -29,10 +91,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
+def plain(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
+    """Return what `compose` does, in PyTorch's differentiable operations alone."""
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return plain(weight.float(), depthwise.float(), spec).to(weight.dtype)
     taps, multiplier = spec.taps, spec.depth_multiplier
-    product = torch.bmm(as_matrices(weight, spec), depthwise.transpose(1, 2))
-    product = from_matrices(product, spec).unflatten(-1, spec.kernel_size)
+    product = _product(weight, depthwise, spec)
     if multiplier != taps:
         w = weight.unflatten(0, _split(spec)[:2])
         tiles = multiplier // taps
@@ -43,6 +107,30 @@ def _compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
         return _with_strides_of(weight, weight + product.squeeze(0), spec)
     w = weight.unflatten(0, _split(spec)[:2])
     return _with_strides_of(weight, (w + product).flatten(0, 1), spec)
+
+
+def _product(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
+    """Return `W·Dᵀ`, `(g, O/g, I/g, *kernel_size)`."""
+    product = torch.bmm(as_matrices(weight, spec), depthwise.transpose(1, 2))
+    return from_matrices(product, spec).unflatten(-1, spec.kernel_size)
+
+
+def _gradients(
+    weight: Tensor, depthwise: Tensor, spec: ConvSpec, gradient: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    by_weight = by_depthwise = None
+    matrices = as_matrices(gradient, spec)  # (I, O/g, M)
+    if needed[1]:
+        by_depthwise = torch.bmm(as_matrices(weight, spec).transpose(1, 2), matrices)
+        by_depthwise = by_depthwise.transpose(1, 2)
+    if needed[0]:
+        by_weight = from_matrices(torch.bmm(matrices, depthwise), spec).reshape(spec.weight_shape)
+        # E is the unit matrix, tiled: every whole tile of W has the kernel's gradient.
+        tiles = spec.depth_multiplier // spec.taps
+        tiled = gradient.flatten(2).repeat(1, 1, tiles)
+        tiled = nn.functional.pad(tiled, (0, spec.depth_multiplier - tiles * spec.taps))
+        by_weight = (tiled + by_weight).reshape(weight.shape)
+    return by_weight, by_depthwise
 
 
 def as_matrices(weight: Tensor, spec: ConvSpec) -> Tensor:

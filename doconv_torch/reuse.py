@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doconv_core.spec import ConvSpec
-from doconv_torch.compose import as_matrices, compose, from_matrices, without_autocast
+from doconv_torch.compose import compose, gradients
 
 
 @contextmanager
@@ -166,23 +166,5 @@ class _Composition(torch.autograd.Function):
                 "forward pass and this backward pass, whose gradient needs the former values; call "
                 "backward() first."
             )
-        with without_autocast(gradient.device):
-            return *_gradients(ctx, gradient), None
-
-
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of W and D; `compose`'s, in operations that are differentiable."""
-    weight, depthwise, spec = ctx.weight, ctx.depthwise, ctx.spec
-    by_weight = by_depthwise = None
-    matrices = as_matrices(gradient, spec)  # (I, O/g, M)
-    if ctx.needs_input_grad[1]:
-        by_depthwise = torch.bmm(as_matrices(weight, spec).transpose(1, 2), matrices)
-        by_depthwise = by_depthwise.transpose(1, 2)
-    if ctx.needs_input_grad[0]:
-        by_weight = from_matrices(torch.bmm(matrices, depthwise), spec).reshape(spec.weight_shape)
-        # E is the unit matrix, tiled: every whole tile of W has the kernel's gradient.
-        tiles = spec.depth_multiplier // spec.taps
-        tiled = gradient.flatten(2).repeat(1, 1, tiles)
-        tiled = nn.functional.pad(tiled, (0, spec.depth_multiplier - tiles * spec.taps))
-        by_weight = (tiled + by_weight).reshape(weight.shape)
-    return by_weight, by_depthwise
+        found = gradients(ctx.weight, ctx.depthwise, ctx.spec, gradient, ctx.needs_input_grad[:2])
+        return *found, None

@@ -1,0 +1,101 @@
+"""The table, the plot and the document of `training_step.py`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from step_measure import Row
+
+from doconv_core.files import replacing, write_text
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- begin: measured -->", "<!-- end: measured -->"
+
+
+def machine(threads: int, versions: Sequence[str]) -> str:
+    """Return what the figures were measured on."""
+    names = ["", platform.processor()]
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        names = re.findall(r"model name\s*: (.*)", cpu.read_text(encoding="utf-8")) or names
+    return f"{names[-1] or platform.machine()}, {os.cpu_count()} cores, {threads} threads; " + (
+        f"Python {platform.python_version()}, {', '.join(versions)}"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return all rows as a Markdown table: the first way in units, the others as ratios to it."""
+    lines = ["| | what | case | first | others, of the first |", "|-|-|-|-|-|"]
+    for row in rows:
+        (first, value), *others = row.seconds.items()
+        ratios = [f"{n} {_ratio(row, n)}" for n, _ in others]
+        lines.append(
+            f"| {row.backend} | {row.what} | {row.case} | {first} {_amount(row, value)} | "
+            f"{'; '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(row: Row, name: str) -> str:
+    spread = f" ± {row.spread[name]:.3f}" if row.rounds > 1 else ""
+    return f"**{row.ratios[name]:.3f}**{spread}" if name != "floor" else f"{row.ratios[name]:.3f}"
+
+
+def _amount(row: Row, value: float) -> str:
+    if "seconds" in row.what:
+        return f"{value:.2f} s"
+    if row.rounds > 1:
+        return f"{1000 * value:.3g} ms"
+    return f"{value / 2**20:.1f} MiB"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the ratios of layers and training steps, by framework."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    kinds = ("layer", "training step")
+    figure, axes = pyplot.subplots(
+        len(kinds), len(backends), figsize=(5 * len(backends) + 1, 8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for line, what in zip(axes, kinds, strict=True):
+        for axis, backend in zip(line, backends, strict=True):
+            shown = [row for row in rows if (row.backend, row.what) == (backend, what)]
+            places = range(len(shown))
+            for way, marker, color in (("formula", "x", "0.55"), ("ours", "o", "tab:blue")):
+                ratios = [row.ratios[way] for row in shown]
+                axis.plot(ratios, places, marker, color=color, label=way)
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            ticks = [tick for tick in (0.9, 1, 1.2, 1.5, 2, 3, 5, 10, 20)]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
+            axis.set_yticks(places, [row.case for row in shown], fontsize=8)
+            axis.invert_yaxis()
+            axis.grid(axis="x", alpha=0.3)
+            axis.set_title(f"{backend}: {what}, of the plain one's time", fontsize=10)
+            axis.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def write_docs(rows: Sequence[Row], described: str, quick: bool) -> None:
+    """Put the table and the plot into `docs/performance.md`, between its two marks."""
+    if quick:
+        raise SystemExit("--docs is for a whole run, without --quick.")
+    page = DOCS / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    measured = f"{described}.\n\n{table(rows)}\n\n![Ratios](performance.png)"
+    write_text(page, f"{before}{BEGIN}\n{measured}\n{END}{after}")
+    draw(rows, DOCS / "performance.png")
