@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from doconv_core.spec import ConvSpec
 from doconv_torch import products
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
-    """Return `W·(E + D)ᵀ`: matrix products of a few input channels each, added to W as it is.
+    """Return `W·(E + D)ᵀ`: the product with D, added to W as it is.
 
     weight: W, `(O, I/g, S)`, or in the kernel's shape where `S == M`. depthwise: D, `(I, M, S)`.
     Returns `(O, I/g, *kernel_size)`, with W's memory format, in the weights' dtype, under autocast
     too. Types of half precision are composed in float32, and the kernel rounded once.
     """
     with without_autocast(weight.device):
-        n = products.channels(weight, depthwise, spec)
-        if n:
-            return _Products.apply(weight, depthwise, spec, n)
-        return plain(weight, depthwise, spec)
+        form = products.form(weight, depthwise, spec)
+        if form is None:
+            return plain(weight, depthwise, spec)
+        return _Composition.apply(weight, depthwise, spec, form)
 
 
 def gradients(
@@ -35,25 +37,21 @@ def gradients(
     They are differentiable where autograd records, for a second derivative.
     """
     with without_autocast(weight.device):
-        n = products.channels(weight, depthwise, spec)
-        if n == 0 or torch.is_grad_enabled():
+        form = products.form(weight, depthwise, spec)
+        if form is None or torch.is_grad_enabled() or type(gradient) is not Tensor:
             return _gradients(weight, depthwise, spec, gradient, needed)
-        by_weight, by_depthwise = needed
-        return (
-            products.times(gradient, depthwise, n) if by_weight else None,
-            products.transposed_times(gradient, weight, n) if by_depthwise else None,
-        )
+        return form.gradients(gradient, weight, depthwise, needed)
 
 
-class _Products(torch.autograd.Function):
-    """`products.times_transposed`, with its derivatives.
+class _Composition(torch.autograd.Function):
+    """A fast form of the composition, with its derivatives.
 
     Second derivatives, `torch.func.vmap` and forward mode are those of the plain formula.
     """
 
     @staticmethod
-    def forward(weight: Tensor, depthwise: Tensor, spec: ConvSpec, n: int) -> Tensor:
-        return products.times_transposed(weight, depthwise, n)
+    def forward(weight: Tensor, depthwise: Tensor, spec: ConvSpec, form: products.Form) -> Tensor:
+        return form.kernel(weight, depthwise)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +91,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def plain(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     """Return what `compose` does, in PyTorch's differentiable operations alone."""
-    if weight.dtype in (torch.float16, torch.bfloat16):
+    if weight.dtype in _HALVES:
         return plain(weight.float(), depthwise.float(), spec).to(weight.dtype)
     taps, multiplier = spec.taps, spec.depth_multiplier
     product = _product(weight, depthwise, spec)
@@ -118,6 +116,13 @@ def _product(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
 def _gradients(
     weight: Tensor, depthwise: Tensor, spec: ConvSpec, gradient: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    if gradient.dtype in _HALVES:
+        wide = weight.float(), depthwise.float(), spec, gradient.float(), needed
+        by_weight, by_depthwise = _gradients(*wide)
+        return (
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None if by_depthwise is None else by_depthwise.to(depthwise.dtype),
+        )
     by_weight = by_depthwise = None
     matrices = as_matrices(gradient, spec)  # (I, O/g, M)
     if needed[1]:

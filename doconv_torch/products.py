@@ -1,88 +1,143 @@
-"""Composition without transposed copies: a few input channels in each matrix product.
+"""Fast forms of the composition on the CPU, and the rule which of them a layer takes.
 
-For one input channel the product is `(O, S)·(S, M)`, too narrow for a processor to be fast at. For
-`n` of them, with their D as the blocks of a diagonal, it is `(O, n·S)·(n·S, n·M)`: `n` times the
-arithmetic, and several times as fast. What is read and written are strided views of W, of the
-kernel and of their gradients, as they lie in memory.
+Two forms compute `W + W·Dᵀ` and its gradients, the same up to rounding, and write nothing between.
+One is compiled, where the package was installed with a C compiler. The other uses PyTorch's matrix
+products: for one input channel they are `(O, S)·(S, M)`, too narrow for a processor to be fast at,
+but `n` channels with their D as the blocks of a diagonal, `(O, n·S)·(n·S, n·M)`, take less time for
+`n` times the arithmetic, on strided views of W as it lies in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from doconv_core.spec import ConvSpec
 
-# What benchmarks/training_step.py finds fastest: about so many columns in a product of few rows.
+try:
+    from doconv_torch import _composition
+except ImportError:  # installed without a compiler
+    _composition = None
+
+# As benchmarks/training_step.py finds: beyond so many taps W no longer streams past a D that lies
+# in the cache; and a product is to have about so many columns.
+COMPILED_TAPS = 27
 COLUMNS = 18
 
 
-def channels(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> int:
-    """Return how many input channels to multiply at once; 0 where the plain formula is better.
+class Form(Protocol):
+    """A way to compute the composition of contiguous float arrays on the CPU."""
 
-    That is so on other devices than the CPU, in types of half precision, with groups, where
-    `S > M`, for a W whose input channels are last in memory, and where the operations are recorded:
-    compilers find their own way.
+    def kernel(self, weight: Tensor, depthwise: Tensor) -> Tensor:
+        """Return `W + W·Dᵀ`, in W's shape."""
+
+    def gradients(
+        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return W's and D's gradients from the kernel's; None for what is not needed."""
+
+
+def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
+    """Return the form to take; None where PyTorch's differentiable operations are better.
+
+    That is so on other devices than the CPU, in half precision, where `S > M`, for a W whose input
+    channels are last in memory, and where operations are recorded: compilers find their own way.
     """
-    plain = (
-        spec.groups > 1
-        or spec.depth_multiplier != spec.taps
+    other = (
+        spec.depth_multiplier != spec.taps
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
         or type(weight) not in (Tensor, nn.Parameter)
         or type(depthwise) not in (Tensor, nn.Parameter)
         or not weight.is_contiguous()
+        or not depthwise.is_contiguous()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
     )
-    return 0 if plain else _channels(spec.in_channels, spec.taps)
+    return None if other else _form(spec, weight.dtype)
 
 
-@lru_cache
-def _channels(in_channels: int, taps: int) -> int:
-    most = max(1, COLUMNS // taps)
-    return max(n for n in range(1, most + 1) if in_channels % n == 0)
+@lru_cache(maxsize=1024)
+def _form(spec: ConvSpec, dtype: torch.dtype) -> Form | None:
+    if _composition is not None and dtype == torch.float32 and spec.taps <= COMPILED_TAPS:
+        return Compiled(spec)
+    if spec.groups > 1:
+        return None
+    most = max(1, COLUMNS // spec.taps)
+    return Blocks(max(n for n in range(1, most + 1) if spec.in_channels % n == 0))
 
 
-def times_transposed(weight: Tensor, depthwise: Tensor, n: int) -> Tensor:
-    """Return `W + W·Dᵀ`, in W's shape. depthwise: D, `(I, M, M)`."""
-    return _plus_product(weight, _diagonal(depthwise, n).transpose(1, 2), n)
+class Compiled(NamedTuple):
+    """The compiled form; see `_composition.c`."""
+
+    spec: ConvSpec
+
+    def kernel(self, weight: Tensor, depthwise: Tensor) -> Tensor:
+        """Return `W + W·Dᵀ`, in W's shape."""
+        kernel = torch.empty_like(weight)
+        self._call(None, weight, depthwise, kernel, None)
+        return kernel
+
+    def gradients(
+        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return W's and D's gradients from the kernel's; None for what is not needed."""
+        by_weight = torch.empty_like(weight) if needed[0] else None
+        by_depthwise = torch.empty_like(depthwise) if needed[1] else None
+        self._call(gradient.contiguous(), weight, depthwise, by_weight, by_depthwise)
+        return by_weight, by_depthwise
+
+    def _call(self, *arrays: Tensor | None) -> None:
+        addresses = (0 if array is None else array.data_ptr() for array in arrays)
+        spec = self.spec
+        sizes = spec.out_channels_per_group, spec.in_channels_per_group, spec.taps, spec.groups
+        _composition.compose(*addresses, *sizes, torch.get_num_threads())
 
 
-def times(gradient: Tensor, depthwise: Tensor, n: int) -> Tensor:
-    """Return `G + G·D`, W's gradient where the kernel's is G; in G's shape."""
-    return _plus_product(gradient.contiguous(), _diagonal(depthwise, n), n)
+class Blocks(NamedTuple):
+    """PyTorch's matrix products of `channels` input channels each, without groups."""
 
+    channels: int
 
-def transposed_times(gradient: Tensor, weight: Tensor, n: int) -> Tensor:
-    """Return `Gᵀ·W`, D's gradient where the kernel's is G, `(I, M, M)`."""
-    rows = _matrices(gradient.contiguous(), n).transpose(1, 2)
-    blocks = torch.bmm(rows, _matrices(weight, n))  # of which the diagonal is meant
-    taps = blocks.shape[-1] // n
-    blocks = blocks.view(-1, n, taps, n, taps).diagonal(dim1=1, dim2=3)
-    return blocks.permute(0, 3, 1, 2).reshape(-1, taps, taps)
+    def kernel(self, weight: Tensor, depthwise: Tensor) -> Tensor:
+        """Return `W + W·Dᵀ`, in W's shape."""
+        return self._plus_product(weight, self._diagonal(depthwise).transpose(1, 2))
 
+    def gradients(
+        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return W's and D's gradients from the kernel's; None for what is not needed."""
+        by_weight = by_depthwise = None
+        gradient = gradient.contiguous()
+        if needed[0]:
+            by_weight = self._plus_product(gradient, self._diagonal(depthwise))
+        if needed[1]:
+            rows = self._matrices(gradient).transpose(1, 2)
+            blocks = torch.bmm(rows, self._matrices(weight))  # of which the diagonal is meant
+            blocks = blocks.unflatten(2, (self.channels, -1)).unflatten(1, (self.channels, -1))
+            diagonal = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+            by_depthwise = diagonal.reshape(depthwise.shape)
+        return by_weight, by_depthwise
 
-def _plus_product(array: Tensor, diagonal: Tensor, n: int) -> Tensor:
-    matrices = _matrices(array, n)
-    product = torch.bmm(matrices, diagonal)
-    result = torch.empty_like(array)
-    torch.add(matrices, product, out=_matrices(result, n))
-    return result
+    def _plus_product(self, array: Tensor, diagonal: Tensor) -> Tensor:
+        matrices, result = self._matrices(array), torch.empty_like(array)
+        torch.add(matrices, torch.bmm(matrices, diagonal), out=self._matrices(result))
+        return result
 
+    def _matrices(self, array: Tensor) -> Tensor:
+        """Return `(O, I, …)` as `I/n` matrices `(O, n·M)`, a view."""
+        return array.view(len(array), array.shape[1] // self.channels, -1).transpose(0, 1)
 
-def _matrices(array: Tensor, n: int) -> Tensor:
-    """Return `(O, I, …)` as `I/n` matrices `(O, n·M)`, a view."""
-    return array.view(array.shape[0], array.shape[1] // n, -1).transpose(0, 1)
-
-
-def _diagonal(depthwise: Tensor, n: int) -> Tensor:
-    """Return D, `(I, M, M)`, with each `n` channels as the blocks of a diagonal."""
-    if n == 1:
-        return depthwise
-    taps = depthwise.shape[-1]
-    blocks = depthwise.new_zeros(depthwise.shape[0] // n, n, taps, n, taps)
-    blocks.diagonal(dim1=1, dim2=3).copy_(depthwise.view(-1, n, taps, taps).permute(0, 2, 3, 1))
-    return blocks.view(-1, n * taps, n * taps)
+    def _diagonal(self, depthwise: Tensor) -> Tensor:
+        """Return D, `(I, M, M)`, with each `n` channels as the blocks of a diagonal."""
+        n, taps = self.channels, depthwise.shape[1]
+        if n == 1:
+            return depthwise
+        blocks = depthwise.new_zeros(len(depthwise) // n, n, taps, n, taps)
+        each: Any = depthwise.view(-1, n, taps, taps)
+        blocks.diagonal(dim1=1, dim2=3).copy_(each.permute(0, 2, 3, 1))
+        return blocks.view(-1, n * taps, n * taps)
