@@ -13,6 +13,7 @@ need("torch")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from doconv_core import ConvSpec, compose_gradient, difference  # noqa: E402
 from doconv_core import compose as core_compose  # noqa: E402
@@ -231,6 +232,14 @@ def test_what_is_no_plain_tensor_takes_the_plain_formula(form):
     assert products.form(weight.to("meta"), depthwise.to("meta"), spec) is None
     assert products.form(weight, nn.Parameter(depthwise), spec) is not None
     assert products.form(nn.UninitializedParameter(), depthwise, spec) is None
+
+
+def test_operations_that_are_recorded_take_the_plain_formula(form):
+    weight, depthwise = parameters(ConvSpec(4, 4, (3, 3)))
+    graph = make_fx(lambda w, d: compose(w, d, ConvSpec(4, 4, (3, 3))))(weight, depthwise)
+    twice = (2 * weight, 2 * depthwise)
+    found = graph(*twice)  # of these arrays, not of those that were recorded
+    assert torch.allclose(found, compose(*twice, ConvSpec(4, 4, (3, 3))), atol=1e-5)
 
 
 def test_a_layer_in_every_mode(form):
