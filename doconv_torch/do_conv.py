@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
 from doconv_torch.compose import as_weight
-from doconv_torch.reuse import composed, composed_anew
+from doconv_torch.convolve import convolve, is_cheap
+from doconv_torch.reuse import composed, composed_anew, may_reuse
 
 
 class _DOConv(_ConvNd):
@@ -70,6 +71,14 @@ class _DOConv(_ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
+        if self.depthwise_weight is not None and not may_reuse(self) and is_cheap(self, x):
+            cls, own = type(self), vars(self)
+            if (
+                cls._conv_forward is self.ordinary._conv_forward
+                and cls.composed_kernel is _DOConv.composed_kernel
+                and own.keys().isdisjoint(("_conv_forward", "composed_kernel"))
+            ):
+                return convolve(self, x)
         return self._conv_forward(x, self.composed_kernel(), self.bias)
 
     def composed_kernel(self) -> Tensor:

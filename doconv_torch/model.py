@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,7 +129,7 @@ def fold(model: nn.Module, *, fuse_batchnorm: bool = False, inplace: bool = Fals
     before = count_parameters(model)
     changed, left = [], []
     with _ordinary_tensors():
-        target = model if inplace else _copied(model)
+        target = model if inplace else _copied(model, _given_up(model))
         layers = dict(target.named_modules())
         held, weights = owners(target), {}
         for path in paths:
@@ -212,7 +212,22 @@ def _foldable(model: nn.Module) -> list[str]:
     return paths
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _given_up(model: nn.Module) -> list[Tensor]:
+    """Return every D that no layer of the folded model has."""
+    return [
+        parameter
+        for users in owners(model).values()
+        for _, _, parameter in users
+        if is_plain(parameter)
+        and all(isinstance(m, _DOConv) and name == "depthwise_weight" for m, name, _ in users)
+    ]
+
+
+def _copied(model: nn.Module, uncopied: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a deep copy of the model. uncopied: parameters that it is to have in common with it.
+
+    Raises TypeError where it cannot be copied.
+    """
     # A weight that a hook computed in the last call belongs to its graph; PyTorch copies no such
     # tensor, and of parameters only the values.
     memo: dict[int, Any] = {
@@ -221,11 +236,12 @@ def _copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    memo.update((id(parameter), parameter) for parameter in uncopied)
     try:
         copied = copy.deepcopy(model, memo)
         parameters = dict(copied.named_parameters(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in parameters and is_plain(parameter):
+            if parameters.get(name, parameter) is not parameter and is_plain(parameter):
                 vars(parameters[name]).update(copy.deepcopy(vars(parameter), memo))
         return copied
     except Exception as error:  # whatever the model's own parts raise

@@ -58,6 +58,14 @@ def composed_anew() -> Iterator[None]:
         _blocks.reset(token)
 
 
+def may_reuse(layer: Any) -> bool:
+    """Return whether a block is open in which the layer's kernel may be reused."""
+    # Asked first, so that no compiler follows what comes after.
+    if torch.compiler.is_compiling():
+        return False
+    return any(layer in block.layers for block in _blocks.get())
+
+
 def composed(layer: Any) -> Tensor:
     """Return the kernel of a DO layer that has a D: composed now, or earlier in an open block."""
     weight, depthwise, spec = layer.weight, layer.depthwise_weight, layer.spec

@@ -1,0 +1,94 @@
+"""A convolution that keeps no composed kernel from its forward to its backward pass.
+
+Autograd would keep every layer's kernel beside its W, as much memory again as the weights take.
+Where composing it once more is cheap beside the convolution, that is done instead. Values and
+gradients are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from doconv_core.spec import ConvSpec
+from doconv_torch import products
+from doconv_torch.compose import compose, gradients
+
+_CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+# Composing costs as much as the convolution at `taps` positions of its output. So it is cheap from
+# about this many times as many on: benchmarks/training_step.py.
+POSITIONS = 64
+
+
+def is_cheap(layer: Any, x: Tensor) -> bool:
+    """Return whether `convolve` does what the layer does, and composing twice costs little.
+
+    layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
+    it is False, and the ordinary convolution raises its error.
+    """
+    weight, depthwise = layer.weight, layer.depthwise_weight
+    return (
+        # First, so that what records operations does not come upon the rest.
+        isinstance(products.form(weight, depthwise, layer.spec), products.Compiled)
+        and torch.is_grad_enabled()
+        and (weight.requires_grad or depthwise.requires_grad)
+        and type(x) is Tensor
+        and x.dim() == weight.dim()
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and _positions(layer, x) >= POSITIONS * layer.spec.taps
+        and not torch.is_autocast_enabled("cpu")
+        # There is no public way to ask for these; autograd.Function itself asks for the first.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _positions(layer: Any, x: Tensor) -> int:
+    return x.numel() // (x.shape[1] * prod(layer.stride)) if x.shape[1] else 0
+
+
+def convolve(layer: Any, x: Tensor) -> Tensor:
+    """Return the convolution of `x` with the layer's composed kernel."""
+    geometry = layer.stride, layer.padding, layer.dilation
+    parameters = layer.weight, layer.depthwise_weight, layer.bias
+    return _Convolution.apply(x, *parameters, layer.spec, *geometry)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        depthwise: Tensor,
+        bias: Tensor | None,
+        spec: ConvSpec,
+        *geometry: Sequence[int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, depthwise)
+        ctx.spec, ctx.geometry = spec, geometry
+        kernel = compose(weight, depthwise, spec)
+        return _CONVOLUTIONS[spec.rank](x, kernel, bias, *geometry, spec.groups)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, depthwise = ctx.saved_tensors
+        spec, needed = ctx.spec, ctx.needs_input_grad
+        kernel = compose(weight, depthwise, spec)
+        by_x, by_kernel, by_bias = torch.ops.aten.convolution_backward(
+            gradient, x, kernel, [spec.out_channels], *ctx.geometry, False, [0] * spec.rank,
+            spec.groups, [needed[0], needed[1] or needed[2], needed[3]],
+        )  # fmt: skip
+        del kernel  # before the gradients of W and D need memory
+        by_weight = by_depthwise = None
+        if by_kernel is not None:
+            by_weight, by_depthwise = gradients(weight, depthwise, spec, by_kernel, needed[1:3])
+        return by_x, by_weight, by_depthwise, by_bias, None, None, None, None
