@@ -14,7 +14,7 @@ from mxnet.util import is_np_array
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_integer, as_tuple
 from doconv_mx.blocks import overridden
-from doconv_mx.compose import as_w, compose, native, tied
+from doconv_mx.compose import as_w, compose, grouped, native, tied
 from doconv_mx.ordinary import channels_per_group, contexts, filled, is_channels_last, spec_of
 from doconv_mx.parameter import Weight
 
@@ -236,8 +236,9 @@ class _DOConv(_Conv):
         return self.params.get("weight", shape=shape, init=init)
 
     def _compose(self, F: Any, weight: Any, depthwise: Any) -> Any:
-        last, dtype = is_channels_last(self), self.weight.dtype
-        return compose(F, weight, depthwise, self._outline, last, dtype)
+        spec, last, dtype = self._outline, is_channels_last(self), self.weight.dtype
+        channels = grouped(self.weight, spec, self._inferred_in_channels())
+        return compose(F, weight, depthwise, spec, last, dtype, channels)
 
 
 class DOConv1D(_DOConv, nn.Conv1D):

@@ -22,12 +22,14 @@ from doconv_core.fold import NotFoldable
 from doconv_core.model import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
 from doconv_core.spec import ConvSpec
 from doconv_mx.blocks import overridden
-from doconv_mx.compose import compose, tied
+from doconv_mx.compose import compose, grouped, tied
 from doconv_mx.convert import fold_layers, over_parameterize_layers, set_parameter
 from doconv_mx.graph import CONVOLUTIONS, NORMS
 from doconv_mx.ordinary import channels_per_group, is_channels_last, no_name_scope
 
 _LAYERS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
+# What takes a D in the graphs of DO-Conv layers; an ordinary graph may have a weight of that name.
+_COMPOSING = {"batch_dot", "broadcast_add", "elemwise_add", "_identity_with_attr_like_rhs"}
 
 
 @dataclass
@@ -153,7 +155,8 @@ def _kernel(layer: Any) -> Symbol:
     with mx.name.Prefix(f"{weight.name}_"):
         if not channels_per_group(layer):  # only where S == M
             w, d = tied(mx.sym, None, w, d, spec, layer._kwargs["layout"].find("C"))
-        return compose(mx.sym, w, d, spec, last, weight.dtype)
+        channels = grouped(weight, spec, channels_per_group(layer) * spec.groups)
+        return compose(mx.sym, w, d, spec, last, weight.dtype, channels)
 
 
 def over_parameterize_nodes(block: SymbolBlock, chosen: list[tuple[str, ConvSpec]]) -> None:
@@ -194,7 +197,7 @@ def refuse_composition(path: str, block: SymbolBlock) -> None:
     for index, node in enumerate(described):
         if node["op"] == "null" and node["name"].endswith("depthwise_weight"):
             users = {n["op"] for n in described if any(i[0] == index for i in n["inputs"])}
-            if users & {"batch_dot", "broadcast_add", "_identity_with_attr_like_rhs"}:
+            if users & _COMPOSING:
                 raise NotFoldable(
                     f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
                     "holds no layers: fold the network before it is exported or its features are "
