@@ -16,6 +16,7 @@ from keras import ops
 from doconv_core.fold import NotFoldable
 from doconv_core.layout import from_canonical
 from doconv_core.spec import ConvSpec
+from doconv_tf.compose import as_weight, compose
 from doconv_tf.ordinary import like, policy_of, put
 
 D_ENTRY = "depthwise_kernel"  # D's name in a store, where the ordinary variables have numbers
@@ -91,14 +92,15 @@ class OverParameterized:
     def composed_kernel(self) -> Any:
         """Return the kernel that the layer convolves with, in Keras' layout.
 
-        It is composed in the variables' dtype, with mixed precision too, and differentiable. A
-        kernel of one tap is W itself. Raises ValueError if the layer is not built.
+        It is composed in the variables' dtype, with mixed precision too, and differentiable. From
+        variables of half precision it is composed in float32 and rounded once. A kernel of one tap
+        is W itself. Raises ValueError if the layer is not built.
         """
         self._require_built()
         depthwise = getattr(self, self.d_name)
         if depthwise is None:
             return ops.convert_to_tensor(self._kernel)
-        kernel = _compose(self._kernel, depthwise, self.spec)
+        kernel = compose(self._kernel, depthwise, self.spec)
         return ops.reshape(kernel, self._shape(self.spec.kernel_shape))
 
     def fold(self) -> keras.Layer:
@@ -147,7 +149,7 @@ class OverParameterized:
             )
         layer = like(conv, cls, {cls.multiplier_name: multiplier})
         kernel = getattr(conv, cls.kernel_name)
-        put(layer._kernel, _as_w(kernel, layer.spec))
+        put(layer._kernel, as_weight(kernel, layer.spec))
         for variable in layer._composed_variables():
             variable.trainable = kernel.trainable
         return layer
@@ -191,7 +193,7 @@ class OverParameterized:
         variables = self._stored_variables()
         ordinary = self._shape(self.spec.kernel_shape)
         if variables.keys() - values.keys() == {D_ENTRY} and values["0"].shape == ordinary:
-            values["0"] = _as_w(values["0"], self.spec)
+            values["0"] = as_weight(values["0"], self.spec)
             values[D_ENTRY] = ops.zeros(self.spec.depthwise_shape)
         self._check_entries(values, variables)
         for name, variable in variables.items():
@@ -266,29 +268,3 @@ class OverParameterized:
             f"as it is, then fold() it to a keras.layers.{self.ordinary.__name__}, and go on with "
             "that."
         )
-
-
-def _compose(weight: Any, depthwise: Any, spec: ConvSpec) -> Any:
-    """Return `W·(E + D)ᵀ`, `(M, I/g, g, O/g)`: a product for each input channel, added to W.
-
-    weight: in the layout of a convolution or a depthwise one; split by groups they are the same.
-    """
-    g, taps, multiplier = spec.groups, spec.taps, spec.depth_multiplier
-    i, o = spec.in_channels_per_group, spec.out_channels_per_group
-    w = ops.reshape(weight, (multiplier, i, g, o))
-    base, tiles = w, multiplier // taps
-    if multiplier != taps:
-        base = ops.sum(ops.reshape(w[: tiles * taps], (tiles, taps, i, g, o)), axis=0)
-    d = ops.reshape(depthwise, (g, i, taps, multiplier))
-    # (g, i, M, S) by (g, i, S, o); the operator, because ops.matmul turns float64 into float32
-    # where Keras runs on PyTorch.
-    kernel = d @ ops.transpose(w, (2, 1, 0, 3))
-    return base + ops.transpose(kernel, (2, 1, 0, 3))
-
-
-def _as_w(kernel: Any, spec: ConvSpec) -> Any:
-    """Return the W that an ordinary kernel becomes, in the shape in which a layer keeps it."""
-    if spec.parameter_shape == spec.kernel_shape:
-        return kernel
-    flat = ops.reshape(kernel, (spec.taps, *kernel.shape[-2:]))
-    return ops.pad(flat, [(0, spec.depth_multiplier - spec.taps), (0, 0), (0, 0)])
