@@ -1,4 +1,7 @@
-"""Print what composing a kernel takes in MXNet where S = 2M, by W's tiles or by adding E to D.
+"""Print what composing a kernel takes in MXNet, by each of its forms.
+
+By batches of matrices or by a grouped convolution, and where S = 2M also by W's tiles, which are
+summed, and not by adding E to D.
 
 Run: python benchmarks/gluon_composition.py
 """
@@ -16,7 +19,7 @@ from doconv_mx.compose import compose as compose_mx
 # isort: split
 import mxnet as mx
 
-CHANNELS = (64, 256, 512)
+CHANNELS = (16, 32, 64, 128, 256, 512)
 
 
 def by_tiles(weight: mx.nd.NDArray, depthwise: mx.nd.NDArray, spec: ConvSpec) -> mx.nd.NDArray:
@@ -40,25 +43,37 @@ def milliseconds(function: Callable[[], mx.nd.NDArray], repeats: int = 15) -> fl
     return 1000 * best
 
 
+def measured(channels: int, tiles: int) -> list[float]:
+    """Check each way against the core, and return the time of each; for the tiles if there are two.
+
+    tiles: S in kernel taps.
+    """
+    spec = ConvSpec(channels, channels, (3, 3), 1, 9 * tiles)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s) for s in (spec.weight_shape, spec.depthwise_shape)]
+    weight, depthwise = (mx.nd.from_numpy(a.astype(np.float32)) for a in arrays)
+    weight = weight.reshape(spec.parameter_shape)
+    for array in (weight, depthwise):
+        array.attach_grad()
+    ways = [
+        lambda n=n: compose_mx(mx.nd, weight, depthwise, spec, False, weight.dtype, n)
+        for n in (0, channels)
+    ]
+    if tiles == 2:
+        ways.append(lambda: by_tiles(weight, depthwise, spec))
+    for way in ways:
+        if difference(way().asnumpy(), compose(*arrays, spec)).relative > 1e-5:
+            raise SystemExit("the ways do not agree with the core")
+    return [milliseconds(way) for way in ways]
+
+
 def main() -> None:
-    """Check both ways against the core, and print a line for each number of channels."""
-    print(f"{'channels':>8} {'tiles, ms':>10} {'E + D, ms':>10}")
+    """Print a line for each number of channels and each S."""
+    print(f"{'channels':>8} {'S':>3} {'batches, ms':>12} {'convolution':>12} {'tiles':>8}")
     for channels in CHANNELS:
-        spec = ConvSpec(channels, channels, (3, 3), 1, 18)
-        rng = np.random.default_rng(0)
-        arrays = [rng.standard_normal(s) for s in (spec.weight_shape, spec.depthwise_shape)]
-        weight, depthwise = (mx.nd.from_numpy(a.astype(np.float32)) for a in arrays)
-        for array in (weight, depthwise):
-            array.attach_grad()
-        ways = (
-            lambda w=weight, d=depthwise, s=spec: by_tiles(w, d, s),
-            lambda w=weight, d=depthwise, s=spec: compose_mx(mx.nd, w, d, s, False, w.dtype),
-        )
-        for way in ways:
-            if difference(way().asnumpy(), compose(*arrays, spec)).relative > 1e-5:
-                raise SystemExit("the two ways do not agree with the core")
-        times = [milliseconds(way) for way in ways]
-        print(f"{channels:8d} {times[0]:10.1f} {times[1]:10.1f}", flush=True)
+        for tiles in (1, 2):
+            times = " ".join(f"{t:12.2f}" for t in measured(channels, tiles))
+            print(f"{channels:8d} {9 * tiles:3d} {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ def version() -> str:
     return f"MXNet {mx.__version__}, GluonCV {gluoncv.__version__}"
 
 
-def formula(
-    F: Any, weight: Any, depthwise: Any, spec: ConvSpec, last: bool = False, dtype: Any = None
-) -> Any:
-    """Return the kernel by the plain formula: the identity added to D, W expanded, and a sum."""
+def formula(F: Any, weight: Any, depthwise: Any, spec: ConvSpec, *_: Any) -> Any:
+    """Return the kernel by the plain formula: the identity added to D, W expanded, and a sum.
+
+    It takes the arguments of `doconv_mx.compose.compose`; layouts and types are those measured.
+    """
     g, o, taps = spec.groups, spec.out_channels_per_group, spec.taps
     unit = F.reshape(F.one_hot(F.arange(taps), taps), shape=(1, taps, taps))
     d = F.reshape(F.broadcast_add(depthwise, unit), shape=(g, 1, -1, taps, taps))
