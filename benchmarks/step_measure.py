@@ -28,13 +28,13 @@ class Row(NamedTuple):
 
 
 def measure(backend: str, what: str, case: str, ways: Mapping[str, Way], patience: float) -> Row:
-    """Run each way once a round, in turning order, for `patience` seconds; at least five rounds."""
+    """Run each way once a round, in turning order, for `patience` seconds; at least three rounds."""
     for way in ways.values():
         way()
     begin = time.perf_counter()
     for way in ways.values():
         way()
-    rounds = max(5, min(101, int(patience / (time.perf_counter() - begin))))
+    rounds = max(3, min(101, int(patience / (time.perf_counter() - begin))))
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
