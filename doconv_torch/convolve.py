@@ -20,8 +20,8 @@ from doconv_torch import products
 from doconv_torch.compose import compose, gradients
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
-# Composing costs as much as the convolution at `taps` positions of its output. So it is cheap from
-# about this many times as many on: benchmarks/training_step.py.
+# Composing costs as many operations as the convolution at `taps` positions of its output, of which
+# there are three passes: at this many times as many positions, half a hundredth of them.
 POSITIONS = 64
 
 

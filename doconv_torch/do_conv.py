@@ -72,11 +72,11 @@ class _DOConv(_ConvNd):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
         if self.depthwise_weight is not None and not may_reuse(self) and is_cheap(self, x):
-            cls, own = type(self), vars(self)
+            cls = type(self)
             if (
                 cls._conv_forward is self.ordinary._conv_forward
                 and cls.composed_kernel is _DOConv.composed_kernel
-                and own.keys().isdisjoint(("_conv_forward", "composed_kernel"))
+                and vars(self).keys().isdisjoint(("_conv_forward", "composed_kernel"))
             ):
                 return convolve(self, x)
         return self._conv_forward(x, self.composed_kernel(), self.bias)
