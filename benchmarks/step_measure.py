@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def measure(backend: str, what: str, case: str, ways: Mapping[str, Way], patience: float) -> Row:
-    """Run each way once a round, in turning order, for `patience` seconds; at least three rounds."""
+    """Run each way once a round, by turns, for `patience` seconds; at least three rounds."""
     for way in ways.values():
         way()
     begin = time.perf_counter()

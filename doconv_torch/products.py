@@ -23,8 +23,8 @@ try:
 except ImportError:  # installed without a compiler
     _composition = None
 
-# Beyond so many taps, D of 16 channels does not fit in a core's first cache any more, and W no longer
-# streams past it. A product of PyTorch's is to have about so many columns.
+# Beyond so many taps, D of 16 channels no longer fits in a core's first cache, for W to stream past.
+# A product of PyTorch's is to have about so many columns.
 COMPILED_TAPS = 27
 COLUMNS = 18
 
