@@ -23,7 +23,7 @@ try:
 except ImportError:  # installed without a compiler
     _composition = None
 
-# Beyond so many taps, D of 16 channels no longer fits in a core's first cache, for W to stream past.
+# Beyond so many taps, D of 16 channels no longer fits in a core's first cache, for W to stream by.
 # A product of PyTorch's is to have about so many columns.
 COMPILED_TAPS = 27
 COLUMNS = 18
