@@ -1,0 +1,1 @@
+"""Networks described once, as data, for every framework to build."""
