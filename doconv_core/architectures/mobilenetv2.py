@@ -67,7 +67,7 @@ def features(
             )
             units[-1].append(unit)
             before = sizes[-1]
-    final = conv_bn(int(max(width, 1) * LAST), 1, "relu6")
+    final = conv_bn(int(max(width, Fraction(1)) * LAST), 1, "relu6")
     return [("stem", stem), *numbered_stages(units), ("final", final)]
 
 

@@ -63,7 +63,7 @@ def mobilenetv3(size: str, width: Fraction, classes: int, kind: Kind, *, cifar: 
     kind: for BSConv-S, which this network is already, the linear convolutions are to be kept
     orthonormal in training.
     """
-    last = int(max(width, 1) * LAST[size])
+    last = int(max(width, Fraction(1)) * LAST[size])
     return sequence(
         ("input_bn", BatchNorm()),
         *features(size, width, cifar=cifar, orthonormal=kind.name == "bsconvs"),
@@ -105,5 +105,5 @@ def features(
             )
             units[-1].append(unit)
             before = sizes[-1]
-    final = conv_bn(int(max(width, 1) * LAST[size]), 1, "hard_swish")
+    final = conv_bn(int(max(width, Fraction(1)) * LAST[size]), 1, "hard_swish")
     return [("stem", stem), *numbered_stages(units), ("final", final)]
