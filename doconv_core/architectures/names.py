@@ -7,7 +7,6 @@ one whose convolutions of more than one tap are over-parameterized.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -41,12 +40,7 @@ def describe(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string; received {name!r}.")
-    try:
-        family, build, kind = _parsed(name.removesuffix(DOCONV))
-        if name.endswith(DOCONV) and kind.name != "conv" and family.variants != "s_p1d6":
-            raise ValueError("the convolutions within a BSConv are not over-parameterized")
-    except ValueError as error:
-        raise ValueError(f"{name!r} is no network: {error}; {_nearest(name)}.") from None
+    family, build, kind = _parsed(name)
     classes, (channels, *size) = family.dataset
     if num_classes is not None:
         classes = as_integer("num_classes", num_classes)
@@ -78,14 +72,22 @@ def over_parameterized(body: Sequence) -> Sequence:
 
 def _parsed(name: str) -> tuple[Family, Build, Kind]:
     """Return a name's family, what builds the network, and of which kind of convolutions."""
-    suffix = BSCONV.fullmatch(name)
-    base = suffix[1] if suffix else name
+    plain = name.removesuffix(DOCONV)
+    suffix = BSCONV.fullmatch(plain)
+    base = suffix[1] if suffix else plain
     for family in FAMILIES:
         found = re.fullmatch(family.pattern, base)
-        if found:
+        if found is None:
+            continue
+        try:
             build = family.resolve(*found.groups())
-            return family, build, _kind(family, suffix) if suffix else ORDINARY
-    raise ValueError("no family has such names")
+            kind = _kind(family, suffix) if suffix else ORDINARY
+            if kind.name != "conv" and name != plain and family.variants != "s_p1d6":
+                raise ValueError("the convolutions within a BSConv are not over-parameterized")
+        except ValueError as error:
+            raise _refused(name, str(error), _names_of(family)) from None
+        return family, build, kind
+    raise _refused(name, "no family has such names", _all_names())
 
 
 def _kind(family: Family, suffix: re.Match[str]) -> Kind:
@@ -103,18 +105,16 @@ def _kind(family: Family, suffix: re.Match[str]) -> Kind:
     return Kind("bsconvs", p=int(suffix[3]) / int(suffix[4]), with_bn=True)
 
 
-def _nearest(name: str) -> str:
-    return (
-        f"the nearest are {listed(map(repr, get_close_matches(name, _all_names(), 3, 0)), 'and')}"
-    )
+def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:
+    nearest = listed(map(repr, get_close_matches(name, names, 3, 0)), "and")
+    return ValueError(f"{name!r} is no network: {reason}; the nearest are {nearest}.")
+
+
+def _names_of(family: Family) -> tuple[str, ...]:
+    suffixes = ("", *LISTED[family.variants], DOCONV)
+    return tuple(name + suffix for suffix in suffixes for name in family.usual)
 
 
 @cache
 def _all_names() -> tuple[str, ...]:
-    def names() -> Iterator[str]:
-        for family in FAMILIES:
-            for suffix in ("", *LISTED[family.variants], DOCONV):
-                for name in family.usual:
-                    yield name + suffix
-
-    return tuple(names())
+    return tuple(name for family in FAMILIES for name in _names_of(family))
