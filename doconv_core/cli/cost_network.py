@@ -29,6 +29,11 @@ def cost_of_network(
     input_size: with or without its channels; None for that of the images it is for.
     """
     shape = input_size
+    if input_size is not None and len(input_size) not in (2, 3):
+        raise ValueError(
+            "--input of a network is rows and columns, such as 224x224, or channels before them, "
+            f"such as 3x224x224; received {size(input_size)}."
+        )
     if input_size is not None and len(input_size) == 2:
         shape = (describe(name).input_shape[0], *input_size)
     return count(name, shape, classes)
