@@ -92,6 +92,7 @@ NETWORKS = {
     "conv_grouped": alone("grouped", Conv(4, (3, 2), padding=1, groups=2, bias=True)),
     "conv_grouped_doconv": alone("grouped_do", Conv(4, (3, 2), groups=2, kind=KINDS["doconv"])),
     "conv_depthwise": alone("depthwise", Conv(12, (5, 5), groups=0)),
+    "conv_depthwise_doconv": alone("depth_do", Conv(6, (3, 3), groups=0, kind=KINDS["doconv"])),
     "conv_one_tap": alone("one_tap", Conv(4, kind=KINDS["bsconvs"]), Conv(4, kind=KINDS["doconv"])),
     "batch_norm": alone("batch_norm", BatchNorm()),
     "batch_norm_bare": alone("batch_norm_bare", BatchNorm(1e-2, affine=False)),

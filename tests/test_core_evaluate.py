@@ -5,7 +5,7 @@ from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 from doconv_core import State, StateError, compose, difference
 from doconv_core.architectures.evaluate import evaluate, gradients
 from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.nodes import Activation, Conv, Dropout, Pool
+from doconv_core.architectures.nodes import Activation, BatchNorm, Conv, Dropout, Pool
 from doconv_core.architectures.shapes import infer
 from doconv_core.forms import LayerForm
 
@@ -134,6 +134,17 @@ def test_a_state_of_another_network_is_refused_by_name():
         gradients(network, state_of(whole(KINDS["doconv"])), x, np.zeros((3, 5)))
     with pytest.raises(StateError, match=r"stride is \(2, 2\) in the state, \(1, 1\) in"):
         evaluate(alone("a", Conv(4, (3, 3))), state_of(alone("b", Conv(4, (3, 3), 2))), x)
+
+
+@pytest.mark.parametrize(
+    "call", [evaluate, lambda *args: gradients(*args, np.zeros((3, 6, 7, 6)))], ids=["out", "back"]
+)
+def test_another_momentum_is_warned_of_where_the_call_is(call):
+    network, other = (alone("net", BatchNorm(momentum=m)) for m in (0.1, 0.2))
+    state, x = state_of(other), input_of(network)
+    with pytest.warns(UserWarning, match=r"'2' \(0\.2, here 0\.1\)") as warned:
+        call(network, state, x)
+    assert [each.filename for each in warned] == [__file__]
 
 
 @pytest.mark.parametrize(
