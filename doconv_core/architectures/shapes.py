@@ -64,6 +64,8 @@ def children(node: Node) -> tuple[tuple[str, Node], ...]:
 
 
 def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape:
+    if path in placed:
+        raise ValueError(f"the name {path!r} must be of one node alone; received two of it.")
     placed[path] = None  # so that a node comes before its children
     if isinstance(node, Sequence):
         after = _through(path, node, shape, placed)
@@ -87,6 +89,11 @@ def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape
     elif isinstance(node, Concat):
         branches = node.branches.children
         shapes = [_place(_joined(path, name), child, shape, placed) for name, child in branches]
+        if len({each[1:] for each in shapes}) != 1:
+            raise ValueError(
+                f"{path!r} cannot join {', '.join(map(str, shapes)) or 'no branches'}: the sizes "
+                "after the channels must be equal."
+            )
         after = (sum(each[0] for each in shapes), *shapes[0][1:])
     else:
         after = _after(path, node, shape)

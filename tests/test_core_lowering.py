@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+from described import KINDS, NETWORKS, alone, input_of, state_of, whole
+
+from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
+from doconv_core.architectures.evaluate import evaluate
+from doconv_core.architectures.layers import layers
+from doconv_core.architectures.lowering import lowered
+from doconv_core.architectures.nodes import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    Kind,
+    Linear,
+    Network,
+    numbered,
+    sequence,
+)
+from doconv_core.architectures.shapes import infer
+from doconv_core.bsconv import mid_channels
+
+
+def bsconv(kind, **options):
+    return Conv(8, (3, 3), 2, 0, bias=True, kind=kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (Kind("bsconvu"), {"pointwise": Conv(8)}),
+        (Kind("bsconvu", with_bn=True), {"pointwise": Conv(8), "batch_norm": BatchNorm()}),
+        (
+            Kind("bsconvs", p=0.5, min_mid_channels=1),
+            {"pointwise1": Conv(3), "pointwise2": Conv(8)},
+        ),
+        (
+            Kind("bsconvs", with_bn=True),
+            {
+                "pointwise1": Conv(4),
+                "batch_norm1": BatchNorm(),
+                "pointwise2": Conv(8),
+                "batch_norm2": BatchNorm(),
+            },
+        ),
+    ],
+)
+def test_a_bsconv_becomes_its_parts(kind, parts):
+    body = lowered(Network("net", sequence(("conv", bsconv(kind))), (6, 9, 9))).body
+    depthwise = Conv(8, (3, 3), 2, 0, groups=0, bias=True)
+    assert body == sequence(("conv", sequence(*parts.items(), ("depthwise", depthwise))))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_lowering_keeps_shapes_and_function(name):
+    network = NETWORKS[name]
+    low = lowered(network)
+    assert lowered(low) == low
+    assert {p: e[2:] for p, e in infer(network).items()}.items() <= {
+        p: e[2:] for p, e in infer(low).items()
+    }.items()
+    state, x = state_of(network), input_of(network)
+    assert np.array_equal(evaluate(low, state, x), evaluate(network, state, x))
+
+
+def test_the_middle_follows_from_the_channels_that_come():
+    network = Network("net", sequence(("conv", bsconv(Kind("bsconvs", 0.5, 1)))), (6, 9, 9))
+    low = lowered(network, (20, 9, 9))
+    assert low.input_shape == (20, 9, 9)
+    assert infer(low)["conv.pointwise1"].after == (10, 9, 9)
+    assert layers(network, (20, 9, 9)) == layers(low)
+
+
+@pytest.mark.parametrize(
+    ("conv", "told"),
+    [
+        (bsconv(Kind("bsconv")), "'1' must be of one of the kinds conv, .*received 'bsconv'"),
+        (bsconv(Kind("bsconvu"), groups=2), "'1' cannot be a BSConv.*received groups=2"),
+        (bsconv(Kind("bsconvs"), groups=0), "'1' cannot be a BSConv.*received groups=0"),
+        (bsconv(Kind("bsconvs", p=0.0)), r"p must be above 0 and at most 1; received p=0\.0"),
+    ],
+)
+def test_what_cannot_be_taken_apart_is_refused(conv, told):
+    with pytest.raises(ValueError, match=told):
+        lowered(Network("net", numbered([conv]), (6, 9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((64, 0.25, 4), 16),
+        ((10, 0.25, 1), 3),
+        ((10, 0.25, 4), 4),
+        ((3, 0.25, 4), 3),
+        ((7, 1, 4), 7),
+    ],
+)
+def test_mid_channels(sizes, expected):
+    assert mid_channels(*sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "told"),
+    [
+        ((0, 0.25, 4), ValueError, "in_channels must be at least 1; received in_channels=0"),
+        ((8, 0.25, 0), ValueError, "min_mid_channels must be at least 1"),
+        ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
+        ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
+        ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
+        ((8, float("nan"), 4), ValueError, "at most 1; received p=nan"),
+        ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
+        ((8, True, 4), TypeError, "p must be a number; received p=True"),
+    ],
+)
+def test_mid_channels_refuses(sizes, error, told):
+    with pytest.raises(error, match=told):
+        mid_channels(*sizes)
+
+
+def test_layers_are_the_forms_of_all_that_has_arrays():
+    body = sequence(
+        ("stem", Conv(8, (5, 3), 2, bias=True, kind=Kind("doconv"))),
+        ("bn", BatchNorm(1e-3, 0.2)),
+        ("conv", Conv(8, (3, 3), padding=0, kind=Kind("bsconvu", with_bn=True))),
+        ("bare", BatchNorm(affine=False)),
+        ("flatten", Flatten()),
+        ("fc", Linear(2)),
+    )
+    one, none = (1, 1), ((0, 0), (0, 0))
+    assert layers(Network("net", body, (3, 8, 8))) == {
+        "stem": LayerForm(
+            ConvSpec(3, 8, (5, 3)),
+            over_parameterized=True,
+            geometry=Geometry((2, 2), one, ((2, 2), (1, 1))),
+        ),
+        "bn": LayerForm(BatchNormSpec(8, 1e-3, 0.2)),
+        "conv.pointwise": LayerForm(
+            ConvSpec(8, 8, one), bias=False, geometry=Geometry(one, one, none)
+        ),
+        "conv.batch_norm": LayerForm(BatchNormSpec(8, 1e-5, 0.1)),
+        "conv.depthwise": LayerForm(
+            ConvSpec(8, 8, (3, 3), 8), bias=False, geometry=Geometry(one, one, none)
+        ),
+        "bare": LayerForm(BatchNormSpec(8, 1e-5, 0.1), bias=False, scale=False),
+        "fc": LayerForm(LinearSpec(32, 2)),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_come_in_the_order_of_the_network_and_take_its_states(kind):
+    network = whole(KINDS[kind])
+    forms = layers(network)
+    assert list(forms) == [path for path in infer(lowered(network)) if path in forms]
+    state = state_of(network)
+    taken = fit_state(state, forms)
+    assert {f"{p}.{n}" for p, arrays in taken.items() for n in arrays} == state.arrays.keys()
+
+
+def test_sizes_that_give_no_layer_are_refused_by_path():
+    with pytest.raises(ValueError, match="'2': in_channels must be divisible by groups"):
+        layers(alone("net", Conv(4, (3, 3), groups=4)))
+
+
+def test_names_and_branches_that_do_not_fit_are_refused_by_path():
+    twice = Network("net", sequence(("a", Conv(4)), ("a", Conv(4))), (3, 4, 4))
+    with pytest.raises(ValueError, match="the name 'a' must be of one node alone"):
+        infer(twice)
+    branches = numbered([Conv(4), Conv(4, stride=2)])
+    with pytest.raises(ValueError, match=r"'2' cannot join \(4, 7, 6\), \(4, 4, 3\): the sizes"):
+        infer(alone("net", Concat(branches)))
+    with pytest.raises(ValueError, match="'2' cannot join no branches"):
+        infer(alone("net", Concat(numbered([]))))
