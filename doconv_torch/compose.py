@@ -30,17 +30,23 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def gradients(
-    weight: Tensor, depthwise: Tensor, spec: ConvSpec, gradient: Tensor, needed: Sequence[bool]
+    weight: Tensor,
+    depthwise: Tensor,
+    spec: ConvSpec,
+    gradient: Tensor,
+    needed: Sequence[bool],
+    owned: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of W and D, from that of the kernel; None for what is not needed.
 
-    They are differentiable where autograd records, for a second derivative.
+    They are differentiable where autograd records, for a second derivative. owned: whether nobody
+    else has the kernel's gradient, so that W's may take its memory.
     """
     with without_autocast(weight.device):
         form = products.form(weight, depthwise, spec)
         if form is None or torch.is_grad_enabled() or type(gradient) is not Tensor:
             return _gradients(weight, depthwise, spec, gradient, needed)
-        return form.gradients(gradient, weight, depthwise, needed)
+        return form.gradients(gradient, weight, depthwise, needed, owned)
 
 
 class _Composition(torch.autograd.Function):

@@ -1,8 +1,9 @@
-"""A convolution that keeps no composed kernel from its forward to its backward pass.
+"""A convolution with a composed kernel that takes no more memory than it must.
 
-Autograd would keep every layer's kernel beside its W, as much memory again as the weights take.
-Where composing it once more is cheap beside the convolution, that is done instead. Values and
-gradients are the same, bit for bit.
+Autograd would keep every layer's kernel beside its W until the backward pass, as much memory again
+as the weights take. Where composing it once more is cheap beside the convolution, that is done
+instead. The kernel's gradient becomes that of W in its place. Values and gradients are the same,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functio
 POSITIONS = 64
 
 
-def is_cheap(layer: Any, x: Tensor) -> bool:
-    """Return whether `convolve` does what the layer does, and composing twice costs little.
+def applies(layer: Any, x: Tensor) -> bool:
+    """Return whether `convolve` does what the layer does, in less memory.
 
     layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
     it is False, and the ordinary convolution raises its error.
@@ -41,18 +42,14 @@ def is_cheap(layer: Any, x: Tensor) -> bool:
         and x.dim() == weight.dim()
         and x.dtype == weight.dtype
         and x.device == weight.device
+        and x.shape[1] > 0
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and _positions(layer, x) >= POSITIONS * layer.spec.taps
         and not torch.is_autocast_enabled("cpu")
         # There is no public way to ask for these; autograd.Function itself asks for the first.
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
-
-
-def _positions(layer: Any, x: Tensor) -> int:
-    return x.numel() // (x.shape[1] * prod(layer.stride)) if x.shape[1] else 0
 
 
 def convolve(layer: Any, x: Tensor) -> Tensor:
@@ -73,22 +70,27 @@ class _Convolution(torch.autograd.Function):
         spec: ConvSpec,
         *geometry: Sequence[int],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, depthwise)
-        ctx.spec, ctx.geometry = spec, geometry
         kernel = compose(weight, depthwise, spec)
+        positions = x.numel() // (x.shape[1] * prod(geometry[0]))
+        kept = () if positions >= POSITIONS * spec.taps else (kernel,)
+        ctx.save_for_backward(x, weight, depthwise, *kept)
+        ctx.spec, ctx.geometry = spec, geometry
         return _CONVOLUTIONS[spec.rank](x, kernel, bias, *geometry, spec.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, depthwise = ctx.saved_tensors
-        spec, needed = ctx.spec, ctx.needs_input_grad
-        kernel = compose(weight, depthwise, spec)
+        x, weight, depthwise, *kept = ctx.saved_tensors
+        spec, needed, again = ctx.spec, ctx.needs_input_grad, torch.is_grad_enabled()
+        # For a second derivative, the kernel must be known to come of W and D.
+        kernel = kept[0] if kept and not again else compose(weight, depthwise, spec)
         by_x, by_kernel, by_bias = torch.ops.aten.convolution_backward(
             gradient, x, kernel, [spec.out_channels], *ctx.geometry, False, [0] * spec.rank,
             spec.groups, [needed[0], needed[1] or needed[2], needed[3]],
         )  # fmt: skip
-        del kernel  # before the gradients of W and D need memory
+        del kernel, kept  # before the gradients of W and D need memory
         by_weight = by_depthwise = None
         if by_kernel is not None:
-            by_weight, by_depthwise = gradients(weight, depthwise, spec, by_kernel, needed[1:3])
+            by_weight, by_depthwise = gradients(
+                weight, depthwise, spec, by_kernel, needed[1:3], owned=True
+            )
         return by_x, by_weight, by_depthwise, by_bias, None, None, None, None

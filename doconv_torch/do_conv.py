@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
 from doconv_torch.compose import as_weight
-from doconv_torch.convolve import convolve, is_cheap
+from doconv_torch.convolve import applies, convolve
 from doconv_torch.reuse import composed, composed_anew, may_reuse
 
 
@@ -71,7 +71,7 @@ class _DOConv(_ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
-        if self.depthwise_weight is not None and not may_reuse(self) and is_cheap(self, x):
+        if self.depthwise_weight is not None and not may_reuse(self) and applies(self, x):
             cls = type(self)
             if (
                 cls._conv_forward is self.ordinary._conv_forward
