@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from doconv_core.spec import ConvSpec
 from doconv_torch import products
-from doconv_torch.compose import compose, gradients
+from doconv_torch.compose import compose, gradients, is_transformed
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 # Composing costs as many operations as the convolution at `taps` positions of its output, of which
@@ -26,18 +24,21 @@ _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functio
 POSITIONS = 64
 
 
-def applies(layer: Any, x: Tensor) -> bool:
-    """Return whether `convolve` does what the layer does, in less memory.
+def form_for(layer: Any, x: Tensor) -> products.Compiled | None:
+    """Return the form for `convolve`, where it does what the layer does in less memory; or None.
 
     layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
-    it is False, and the ordinary convolution raises its error.
+    there is none, and the ordinary convolution raises its error.
     """
+    if not torch.is_grad_enabled():
+        return None
     weight, depthwise = layer.weight, layer.depthwise_weight
-    return (
-        # First, so that what records operations does not come upon the rest.
-        isinstance(products.form(weight, depthwise, layer.spec), products.Compiled)
-        and torch.is_grad_enabled()
-        and (weight.requires_grad or depthwise.requires_grad)
+    # First, so that what records operations does not come upon the rest.
+    form = products.form(weight, depthwise, layer.spec)
+    if not isinstance(form, products.Compiled):
+        return None
+    taken = (
+        (weight.requires_grad or depthwise.requires_grad)
         and type(x) is Tensor
         and x.dim() == weight.dim()
         and x.dtype == weight.dtype
@@ -46,17 +47,16 @@ def applies(layer: Any, x: Tensor) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and not torch.is_autocast_enabled("cpu")
-        # There is no public way to ask for these; autograd.Function itself asks for the first.
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
+    return form if taken else None
 
 
-def convolve(layer: Any, x: Tensor) -> Tensor:
-    """Return the convolution of `x` with the layer's composed kernel."""
+def convolve(layer: Any, x: Tensor, form: products.Compiled) -> Tensor:
+    """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
     geometry = layer.stride, layer.padding, layer.dilation
     parameters = layer.weight, layer.depthwise_weight, layer.bias
-    return _Convolution.apply(x, *parameters, layer.spec, *geometry)
+    return _Convolution.apply(x, *parameters, form, *geometry)
 
 
 class _Convolution(torch.autograd.Function):
@@ -67,30 +67,36 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         depthwise: Tensor,
         bias: Tensor | None,
-        spec: ConvSpec,
+        form: products.Compiled,
         *geometry: Sequence[int],
     ) -> Tensor:
-        kernel = compose(weight, depthwise, spec)
+        spec, kernel = form.spec, form.kernel(weight, depthwise)
         positions = x.numel() // (x.shape[1] * prod(geometry[0]))
         kept = () if positions >= POSITIONS * spec.taps else (kernel,)
         ctx.save_for_backward(x, weight, depthwise, *kept)
-        ctx.spec, ctx.geometry = spec, geometry
+        ctx.form, ctx.geometry = form, geometry
         return _CONVOLUTIONS[spec.rank](x, kernel, bias, *geometry, spec.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, depthwise, *kept = ctx.saved_tensors
-        spec, needed, again = ctx.spec, ctx.needs_input_grad, torch.is_grad_enabled()
-        # For a second derivative, the kernel must be known to come of W and D.
-        kernel = kept[0] if kept and not again else compose(weight, depthwise, spec)
+        form, spec, needed = ctx.form, ctx.form.spec, ctx.needs_input_grad
+        # Recorded for a second derivative, or by a compiler: then the kernel must come of W and D.
+        recorded = torch.is_grad_enabled() or type(gradient) is not Tensor
+        if recorded:
+            kernel = compose(weight, depthwise, spec)
+        else:
+            kernel = kept.pop() if kept else form.kernel(weight, depthwise)
         by_x, by_kernel, by_bias = torch.ops.aten.convolution_backward(
             gradient, x, kernel, [spec.out_channels], *ctx.geometry, False, [0] * spec.rank,
             spec.groups, [needed[0], needed[1] or needed[2], needed[3]],
         )  # fmt: skip
         del kernel, kept  # before the gradients of W and D need memory
         by_weight = by_depthwise = None
-        if by_kernel is not None:
-            by_weight, by_depthwise = gradients(
-                weight, depthwise, spec, by_kernel, needed[1:3], owned=True
+        if by_kernel is not None and recorded:
+            by_weight, by_depthwise = gradients(weight, depthwise, spec, by_kernel, needed[1:3])
+        elif by_kernel is not None:
+            by_weight, by_depthwise = form.gradients(
+                by_kernel, weight, depthwise, needed[1:3], owned=True
             )
         return by_x, by_weight, by_depthwise, by_bias, None, None, None, None
