@@ -31,6 +31,7 @@ class _DOConv(_Conv):
 
     ordinary: type[_Conv]
     rank: int
+    _in_batches = False  # whether a graph was made that composes so
 
     def __init__(
         self,
@@ -126,6 +127,11 @@ class _DOConv(_Conv):
                 )
             weight = self._compose(F, weight, depthwise_weight)
         return super().hybrid_forward(F, x, weight, bias)
+
+    def hybridize(self, *args: Any, **kwargs: Any) -> None:
+        """Do as any block does: a graph that is made anew may compose in another form."""
+        self._in_batches = False
+        super().hybridize(*args, **kwargs)
 
     def composed_kernel(self, ctx: mx.Context | None = None) -> NDArray:
         """Return the kernel that the layer convolves with: `(O, I/g, *kernel_size)`, or
@@ -237,7 +243,12 @@ class _DOConv(_Conv):
 
     def _compose(self, F: Any, weight: Any, depthwise: Any) -> Any:
         spec, last, dtype = self._outline, is_channels_last(self), self.weight.dtype
-        channels = grouped(self.weight, spec, self._inferred_in_channels())
+        channels = 0
+        if not self._in_batches:
+            channels = grouped(self.weight, spec, self._inferred_in_channels())
+        if F is mx.sym and not channels:
+            # From now on everywhere, so that graph, folded kernel and eager calls round alike.
+            self._in_batches = True
         return compose(F, weight, depthwise, spec, last, dtype, channels)
 
 

@@ -22,10 +22,10 @@ from doconv_core.fold import NotFoldable
 from doconv_core.model import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
 from doconv_core.spec import ConvSpec
 from doconv_mx.blocks import overridden
-from doconv_mx.compose import compose, grouped, tied
+from doconv_mx.compose import tied
 from doconv_mx.convert import fold_layers, over_parameterize_layers, set_parameter
 from doconv_mx.graph import CONVOLUTIONS, NORMS
-from doconv_mx.ordinary import channels_per_group, is_channels_last, no_name_scope
+from doconv_mx.ordinary import channels_per_group, no_name_scope
 
 _LAYERS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
 # What takes a D in the graphs of DO-Conv layers; an ordinary graph may have a weight of that name.
@@ -149,14 +149,11 @@ class DOSymbolBlock(SymbolBlock):
 
 def _kernel(layer: Any) -> Symbol:
     """Return the composed kernel as a symbol."""
-    weight, depthwise = layer.weight, layer.depthwise_weight
-    w, d = weight.var(), depthwise.var()
-    spec, last = layer._outline, is_channels_last(layer)
-    with mx.name.Prefix(f"{weight.name}_"):
+    w, d = layer.weight.var(), layer.depthwise_weight.var()
+    with mx.name.Prefix(f"{layer.weight.name}_"):
         if not channels_per_group(layer):  # only where S == M
-            w, d = tied(mx.sym, None, w, d, spec, layer._kwargs["layout"].find("C"))
-        channels = grouped(weight, spec, channels_per_group(layer) * spec.groups)
-        return compose(mx.sym, w, d, spec, last, weight.dtype, channels)
+            w, d = tied(mx.sym, None, w, d, layer._outline, layer._kwargs["layout"].find("C"))
+        return layer._compose(mx.sym, w, d)
 
 
 def over_parameterize_nodes(block: SymbolBlock, chosen: list[tuple[str, ConvSpec]]) -> None:
@@ -194,15 +191,22 @@ def fold_nodes(block: DOSymbolBlock) -> None:
 def refuse_composition(path: str, block: SymbolBlock) -> None:
     """Raise NotFoldable for a graph that was made of DO-Conv layers, as of an exported network."""
     described = json.loads(block._cached_graph[1].tojson())["nodes"]
+
+    def users(index: int) -> set[str]:
+        found = set()
+        for other, node in enumerate(described):
+            if any(source == index for source, *_ in node["inputs"]):
+                found |= users(other) if node["op"] == "Cast" else {node["op"]}
+        return found
+
     for index, node in enumerate(described):
-        if node["op"] == "null" and node["name"].endswith("depthwise_weight"):
-            users = {n["op"] for n in described if any(i[0] == index for i in n["inputs"])}
-            if users & _COMPOSING:
-                raise NotFoldable(
-                    f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
-                    "holds no layers: fold the network before it is exported or its features are "
-                    "extracted."
-                )
+        is_d = node["op"] == "null" and node["name"].endswith("depthwise_weight")
+        if is_d and users(index) & _COMPOSING:
+            raise NotFoldable(
+                f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
+                "holds no layers: fold the network before it is exported or its features are "
+                "extracted."
+            )
 
 
 def _key(block: SymbolBlock, parameter: Parameter) -> str:

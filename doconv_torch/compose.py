@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from doconv_core.spec import ConvSpec
 from doconv_torch import products
@@ -22,11 +23,20 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     Returns `(O, I/g, *kernel_size)`, with W's memory format, in the weights' dtype, under autocast
     too. Types of half precision are composed in float32, and the kernel rounded once.
     """
+    form = products.form(weight, depthwise, spec)
     with without_autocast(weight.device):
-        form = products.form(weight, depthwise, spec)
         if form is None:
             return plain(weight, depthwise, spec)
-        return _Composition.apply(weight, depthwise, spec, form)
+        recorded = torch.is_grad_enabled() and (weight.requires_grad or depthwise.requires_grad)
+        if recorded or is_transformed():
+            return _Composition.apply(weight, depthwise, spec, form)
+        return form.kernel(weight, depthwise)
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func`, or forward mode, may see the operations."""
+    # There is no public way to ask for these; autograd.Function itself asks for the first.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def gradients(

@@ -1,8 +1,9 @@
-"""A convolution that keeps no composed kernel from its forward to its backward pass.
+"""A convolution with a composed kernel that takes no more memory than it must.
 
-Autograd would keep every layer's kernel beside its W, as much memory again as the weights take.
-Where composing it once more is cheap beside the convolution, that is done instead. Values and
-gradients are the same, bit for bit.
+Autograd would keep every layer's kernel beside its W until the backward pass, as much memory again
+as the weights take. Where composing it once more is cheap beside the convolution, that is done
+instead. The kernel's gradient becomes that of W in its place. Values and gradients are the same,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from doconv_core.spec import ConvSpec
 from doconv_torch import products
-from doconv_torch.compose import compose, gradients
+from doconv_torch.compose import compose, gradients, is_transformed
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 # Composing costs as many operations as the convolution at `taps` positions of its output, of which
@@ -25,41 +24,39 @@ _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functio
 POSITIONS = 64
 
 
-def is_cheap(layer: Any, x: Tensor) -> bool:
-    """Return whether `convolve` does what the layer does, and composing twice costs little.
+def form_for(layer: Any, x: Tensor) -> products.Compiled | None:
+    """Return the form for `convolve`, where it does what the layer does in less memory; or None.
 
     layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
-    it is False, and the ordinary convolution raises its error.
+    there is none, and the ordinary convolution raises its error.
     """
+    if not torch.is_grad_enabled():
+        return None
     weight, depthwise = layer.weight, layer.depthwise_weight
-    return (
-        # First, so that what records operations does not come upon the rest.
-        isinstance(products.form(weight, depthwise, layer.spec), products.Compiled)
-        and torch.is_grad_enabled()
-        and (weight.requires_grad or depthwise.requires_grad)
+    # First, so that what records operations does not come upon the rest.
+    form = products.form(weight, depthwise, layer.spec)
+    if not isinstance(form, products.Compiled):
+        return None
+    taken = (
+        (weight.requires_grad or depthwise.requires_grad)
         and type(x) is Tensor
         and x.dim() == weight.dim()
         and x.dtype == weight.dtype
         and x.device == weight.device
+        and x.shape[1] > 0
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and _positions(layer, x) >= POSITIONS * layer.spec.taps
         and not torch.is_autocast_enabled("cpu")
-        # There is no public way to ask for these; autograd.Function itself asks for the first.
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
+    return form if taken else None
 
 
-def _positions(layer: Any, x: Tensor) -> int:
-    return x.numel() // (x.shape[1] * prod(layer.stride)) if x.shape[1] else 0
-
-
-def convolve(layer: Any, x: Tensor) -> Tensor:
-    """Return the convolution of `x` with the layer's composed kernel."""
+def convolve(layer: Any, x: Tensor, form: products.Compiled) -> Tensor:
+    """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
     geometry = layer.stride, layer.padding, layer.dilation
     parameters = layer.weight, layer.depthwise_weight, layer.bias
-    return _Convolution.apply(x, *parameters, layer.spec, *geometry)
+    return _Convolution.apply(x, *parameters, form, *geometry)
 
 
 class _Convolution(torch.autograd.Function):
@@ -70,25 +67,36 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         depthwise: Tensor,
         bias: Tensor | None,
-        spec: ConvSpec,
+        form: products.Compiled,
         *geometry: Sequence[int],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, depthwise)
-        ctx.spec, ctx.geometry = spec, geometry
-        kernel = compose(weight, depthwise, spec)
+        spec, kernel = form.spec, form.kernel(weight, depthwise)
+        positions = x.numel() // (x.shape[1] * prod(geometry[0]))
+        kept = () if positions >= POSITIONS * spec.taps else (kernel,)
+        ctx.save_for_backward(x, weight, depthwise, *kept)
+        ctx.form, ctx.geometry = form, geometry
         return _CONVOLUTIONS[spec.rank](x, kernel, bias, *geometry, spec.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, depthwise = ctx.saved_tensors
-        spec, needed = ctx.spec, ctx.needs_input_grad
-        kernel = compose(weight, depthwise, spec)
+        x, weight, depthwise, *kept = ctx.saved_tensors
+        form, spec, needed = ctx.form, ctx.form.spec, ctx.needs_input_grad
+        # Recorded for a second derivative, or by a compiler: then the kernel must come of W and D.
+        recorded = torch.is_grad_enabled() or type(gradient) is not Tensor
+        if recorded:
+            kernel = compose(weight, depthwise, spec)
+        else:
+            kernel = kept.pop() if kept else form.kernel(weight, depthwise)
         by_x, by_kernel, by_bias = torch.ops.aten.convolution_backward(
             gradient, x, kernel, [spec.out_channels], *ctx.geometry, False, [0] * spec.rank,
             spec.groups, [needed[0], needed[1] or needed[2], needed[3]],
         )  # fmt: skip
-        del kernel  # before the gradients of W and D need memory
+        del kernel, kept  # before the gradients of W and D need memory
         by_weight = by_depthwise = None
-        if by_kernel is not None:
+        if by_kernel is not None and recorded:
             by_weight, by_depthwise = gradients(weight, depthwise, spec, by_kernel, needed[1:3])
+        elif by_kernel is not None:
+            by_weight, by_depthwise = form.gradients(
+                by_kernel, weight, depthwise, needed[1:3], owned=True
+            )
         return by_x, by_weight, by_depthwise, by_bias, None, None, None, None

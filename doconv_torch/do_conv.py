@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_tuple
 from doconv_torch.compose import as_weight
-from doconv_torch.convolve import convolve, is_cheap
+from doconv_torch.convolve import convolve, form_for
 from doconv_torch.reuse import composed, composed_anew, may_reuse
 
 
@@ -71,14 +71,15 @@ class _DOConv(_ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
-        if self.depthwise_weight is not None and not may_reuse(self) and is_cheap(self, x):
-            cls = type(self)
+        if self.depthwise_weight is not None and not may_reuse(self):
+            cls, form = type(self), form_for(self, x)
             if (
-                cls._conv_forward is self.ordinary._conv_forward
+                form is not None
+                and cls._conv_forward is self.ordinary._conv_forward
                 and cls.composed_kernel is _DOConv.composed_kernel
                 and vars(self).keys().isdisjoint(("_conv_forward", "composed_kernel"))
             ):
-                return convolve(self, x)
+                return convolve(self, x, form)
         return self._conv_forward(x, self.composed_kernel(), self.bias)
 
     def composed_kernel(self) -> Tensor:
@@ -100,10 +101,13 @@ class _DOConv(_ConvNd):
         hook computes (weight norm of the old kind, pruning).
         """
         check_foldable(self)
+        cls = type(self)
         with _in_evaluation(self), composed_anew(), torch.enable_grad():
             composed = [p for p in (self.weight, self.depthwise_weight) if p is not None]
             trainable = any(p.requires_grad for p in composed)
             kernel = self.composed_kernel().detach()
+            if self.depthwise_weight is None or cls.composed_kernel is not _DOConv.composed_kernel:
+                kernel = kernel.clone()  # else it is a new tensor, of nobody's
             folded = _filled(self.ordinary, self, {}, weight=(kernel, trainable))
         return folded.train(self.training)
 
@@ -133,7 +137,7 @@ class _DOConv(_ConvNd):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, depth_multiplier
         )
         weight, trainable = conv.weight.detach(), conv.weight.requires_grad
-        parameters = {"weight": (as_weight(weight, spec), trainable)}
+        parameters = {"weight": (as_weight(weight.clone(), spec), trainable)}
         if spec.depthwise_shape is not None:
             zeros = weight.new_zeros(spec.depthwise_shape)
             parameters["depthwise_weight"] = (zeros, trainable)
@@ -237,8 +241,8 @@ def _filled(
 ) -> Any:
     """Return a new `cls` with the arguments, bias and mode of `like`, and the given parameters.
 
-    It is created on the meta device: nothing is initialised only to be overwritten, and no random
-    number is drawn.
+    The tensors become its own; the bias is copied. It is created on the meta device: nothing is
+    initialised only to be overwritten, and no random number is drawn.
     """
     layer = cls(
         like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding,
@@ -246,7 +250,7 @@ def _filled(
         like.weight.dtype, **options,
     )  # fmt: skip
     if like.bias is not None:
-        parameters["bias"] = (like.bias.detach(), like.bias.requires_grad)
+        parameters["bias"] = (like.bias.detach().clone(), like.bias.requires_grad)
     for name, (value, trainable) in parameters.items():
-        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=trainable))
+        setattr(layer, name, nn.Parameter(value, requires_grad=trainable))
     return layer.train(like.training)

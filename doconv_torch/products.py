@@ -23,7 +23,7 @@ try:
 except ImportError:  # installed without a compiler
     _composition = None
 
-# Beyond so many taps, D of 16 channels no longer fits in a core's first cache, for W to stream by.
+# Beyond so many taps, D of 32 channels no longer fits in a core's second cache, for W to stream by.
 # A product of PyTorch's is to have about so many columns.
 COMPILED_TAPS = 27
 COLUMNS = 18
@@ -36,9 +36,17 @@ class Form(Protocol):
         """Return `W + W·Dᵀ`, in W's shape."""
 
     def gradients(
-        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        depthwise: Tensor,
+        needed: Sequence[bool],
+        owned: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return W's and D's gradients from the kernel's; None for what is not needed."""
+        """Return W's and D's gradients from the kernel's; None for what is not needed.
+
+        owned: whether W's gradient may take the memory of the kernel's.
+        """
 
 
 def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
@@ -85,18 +93,30 @@ class Compiled(NamedTuple):
         return kernel
 
     def gradients(
-        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        depthwise: Tensor,
+        needed: Sequence[bool],
+        owned: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return W's and D's gradients from the kernel's; None for what is not needed."""
-        by_weight = torch.empty_like(weight) if needed[0] else None
-        by_depthwise = torch.empty_like(depthwise) if needed[1] else None
-        self._call(gradient.contiguous(), weight, depthwise, by_weight, by_depthwise)
+        gradient = gradient.contiguous()
+        by_weight = by_depthwise = None
+        if needed[0]:
+            by_weight = gradient if owned else torch.empty_like(weight)
+        if needed[1]:
+            by_depthwise = torch.empty_like(depthwise)
+        self._call(gradient, weight, depthwise, by_weight, by_depthwise)
         return by_weight, by_depthwise
 
     def _call(self, *arrays: Tensor | None) -> None:
         addresses = (0 if array is None else array.data_ptr() for array in arrays)
         spec = self.spec
         sizes = spec.out_channels_per_group, spec.in_channels_per_group, spec.taps, spec.groups
+        if spec.in_channels_per_group == spec.out_channels_per_group == 1:
+            # In memory the same as one group of one row, whose channels are treated side by side.
+            sizes = 1, spec.in_channels, spec.taps, 1
         _composition.compose(*addresses, *sizes, torch.get_num_threads())
 
 
@@ -110,7 +130,12 @@ class Blocks(NamedTuple):
         return self._plus_product(weight, self._diagonal(depthwise).transpose(1, 2))
 
     def gradients(
-        self, gradient: Tensor, weight: Tensor, depthwise: Tensor, needed: Sequence[bool]
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        depthwise: Tensor,
+        needed: Sequence[bool],
+        owned: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return W's and D's gradients from the kernel's; None for what is not needed."""
         by_weight = by_depthwise = None

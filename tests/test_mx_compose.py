@@ -124,6 +124,21 @@ def test_on_other_devices_a_large_w_is_composed_by_batches(monkeypatch):
     assert grouped(layer.weight, layer._outline, 61) == 0
 
 
+@pytest.mark.parametrize("multiplier", [None, 11])
+def test_a_layer_hybridized_before_its_channels_are_known_folds_exactly(multiplier):
+    net, x = chain(DOConv2D(0, 67, 3, depth_multiplier=multiplier)), image(2, 61, 5, 5)
+    net.initialize(mx.init.Normal(0.1))
+    net.hybridize()
+    outputs(net, x)
+    layer = moved(net)[0]
+    for in_batches in (True, False):
+        assert ("batch_dot" in net._cached_graph[1].tojson()) is in_batches
+        assert same(outputs(fold(net).model, x), outputs(net, x))
+        assert equal(layer.fold().weight.data(), layer.composed_kernel())
+        net.hybridize()  # when the graph is made anew, the channels are known
+        outputs(net, x)
+
+
 @pytest.mark.parametrize("multiplier", [None, 16, 18])
 def test_sizes_that_a_grouped_convolution_of_mxnet_fails_at(multiplier):
     """It converts no filters of 4·a channels in groups of 4·b; as batches they train."""

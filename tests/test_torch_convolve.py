@@ -1,4 +1,4 @@
-"""The convolution that keeps no kernel for its backward pass: it is exact, and when it is taken."""
+"""The convolution that takes less memory: it is exact, and when it is taken."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ CASES = {
     "groups": (DOConv2d, (4, 6, 24, 24), {"padding": 1, "groups": 3, "bias": False}),
     "dilation": (DOConv2d, (4, 6, 24, 24), {"dilation": 2}),
     "depthwise": (DOConv2d, (4, 9, 24, 24), {"padding": 1, "groups": 9}),
+    "few": (DOConv2d, (1, 6, 8, 8), {}),  # so few positions that the kernel is kept
     "1d": (DOConv1d, (8, 6, 400), {"padding": 1}),
     "3d": (DOConv3d, (4, 6, 12, 12, 12), {"padding": 1}),
 }
@@ -69,7 +70,7 @@ def test_values_and_gradients_are_the_same_bit_for_bit(case, frozen):
 
 
 @EVERY_CASE
-def test_no_kernel_is_kept(case):
+def test_no_kernel_is_kept_where_composing_again_is_cheap(case):
     kept = []
     layer, other, x = built(case)
     for module in (layer, other):
@@ -81,7 +82,7 @@ def test_no_kernel_is_kept(case):
         ):
             module(x).sum().backward()
         kept.append(sum(found))
-    assert kept == [0, 1]
+    assert kept == [int(case is CASES["few"]), 1]
 
 
 @EVERY_CASE
@@ -122,7 +123,6 @@ def test_the_ordinary_way_is_taken_where_it_is_needed():
     layer, _, x = built(CASES["strides"])
     assert kind(layer(x)) == TAKEN
     assert kind(layer(x[0])) != TAKEN  # no batch
-    assert kind(layer(x[:1, :, :8, :8])) != TAKEN  # composing twice would cost too much
     with composed_once(layer):
         assert kind(layer(x)) != TAKEN
     with torch.autocast("cpu"):

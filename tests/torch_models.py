@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
+import doconv_torch.do_conv
 import doconv_torch.reuse
 from doconv_torch import DOConv2d
 
@@ -108,15 +110,16 @@ def gradients(model):
 
 @contextmanager
 def compositions():
-    """Count how often a kernel is composed."""
-    calls, original = [], doconv_torch.reuse.compose
+    """Count how often a layer composes its kernel for a forward pass."""
+    calls = []
+    places = (doconv_torch.reuse, "compose"), (doconv_torch.do_conv, "convolve")
+    with ExitStack() as stack:
+        for module, name in places:
+            original = getattr(module, name)
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
+            def counted(*arguments, original=original):
+                calls.append(arguments)
+                return original(*arguments)
 
-    doconv_torch.reuse.compose = counted
-    try:
+            stack.enter_context(patch.object(module, name, counted))
         yield calls
-    finally:
-        doconv_torch.reuse.compose = original
