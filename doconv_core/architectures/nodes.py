@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid")
+POOLS = ("max", "average")
+KINDS = ("conv", "doconv", "bsconvu", "bsconvs")
+SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
+
+
+def _one_of(known: tuple[str, ...], name: str) -> None:
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,10 @@ class Kind:
     p: float = 0.25
     min_mid_channels: int = 4
     with_bn: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        _one_of(KINDS, self.name)
 
 
 ORDINARY = Kind()
@@ -63,6 +75,10 @@ class Activation:
 
     name: str
 
+    def __post_init__(self) -> None:
+        """Check the name."""
+        _one_of(ACTIVATIONS, self.name)
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -72,6 +88,15 @@ class Pool:
     size: int
     stride: int
     padding: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the name, and that every window meets the image."""
+        _one_of(POOLS, self.name)
+        if not 0 <= 2 * self.padding <= self.size:
+            raise ValueError(
+                "padding must be at most half of a pool's size; received "
+                f"padding={self.padding}, size={self.size}."
+            )
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,14 @@ class Sequence:
 
     children: tuple[tuple[str, Node], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check the names, of which paths are made."""
+        for name, _ in self.children:
+            if not isinstance(name, str) or not name or not set(name).isdisjoint("./"):
+                raise ValueError(
+                    f"a child's name must be a text without dots and slashes; received {name!r}."
+                )
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -112,6 +145,11 @@ class Residual:
 
     body: Sequence
     shortcut: Sequence = field(default_factory=Sequence)
+
+    def __post_init__(self) -> None:
+        """Check that no child of the body has the shortcut's name."""
+        if SHORTCUT in dict(self.body.children):
+            raise ValueError(f"a residual's body cannot have a child named {SHORTCUT!r}.")
 
 
 @dataclass(frozen=True)
