@@ -7,7 +7,12 @@ from typing import Any
 from mxnet.gluon import HybridBlock
 
 
-class ReLU6(HybridBlock):
+class _Activation(HybridBlock):
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+class ReLU6(_Activation):
     """`min(max(x, 0), 6)`, element by element; the gradient at 0 is 0, as of other frameworks."""
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
@@ -15,7 +20,7 @@ class ReLU6(HybridBlock):
         return F.clip(F.relu(x), 0, 6)
 
 
-class HardSigmoid(HybridBlock):
+class HardSigmoid(_Activation):
     """`min(max(x + 3, 0), 6) / 6`, element by element."""
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
@@ -23,7 +28,7 @@ class HardSigmoid(HybridBlock):
         return F.clip(x + 3, 0, 6) / 6
 
 
-class HardSwish(HybridBlock):
+class HardSwish(_Activation):
     """`x · min(max(x + 3, 0), 6) / 6`, element by element."""
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:

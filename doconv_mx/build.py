@@ -57,9 +57,9 @@ def get_model(
 
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that `get_model` knows, of those that a glob pattern matches."""
-    from doconv_core.architectures import names
+    from doconv_core.architectures.names import list_models as known
 
-    return names.list_models(pattern)
+    return known(pattern)
 
 
 class Network(nn.HybridSequential):
