@@ -47,6 +47,7 @@ def test_hybridized(model, flags):
     np.testing.assert_allclose(outputs(model), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")  # MXNet's, always
 def test_exported(model, tmp_path):
     model.hybridize()
     expected = outputs(model)
