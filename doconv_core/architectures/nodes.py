@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TypeAlias
 
-ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid")
+ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
 POOLS = ("max", "average")
 KINDS = ("conv", "doconv", "bsconvu", "bsconvs")
 SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
@@ -40,6 +41,10 @@ class Kind:
         """Check the name."""
         _one_of(KINDS, self.name)
 
+    def mid_channels(self, in_channels: int) -> int:
+        """Return the channels between the pointwise convolutions of a BSConv-S."""
+        return min(in_channels, max(self.min_mid_channels, ceil(self.p * in_channels)))
+
 
 ORDINARY = Kind()
 
@@ -48,7 +53,9 @@ ORDINARY = Kind()
 class Conv:
     """A convolution. padding: on every side; None for half the kernel, rounded down.
 
-    groups: 0 for a depthwise convolution, as many as there are input channels.
+    groups: 0 for a depthwise convolution, as many as there are input channels. orthonormal: of a
+    convolution of one tap, whether training is to keep its weight's rows orthonormal, as it does
+    those of BSConv-S's first pointwise convolution.
     """
 
     channels: int
@@ -58,6 +65,7 @@ class Conv:
     groups: int = 1
     bias: bool = False
     kind: Kind = ORDINARY
+    orthonormal: bool = False
 
 
 @dataclass(frozen=True)

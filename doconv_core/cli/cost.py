@@ -1,4 +1,4 @@
-"""`doconv cost`: parameters and multiply-accumulates of a layer or a file, in each form."""
+"""`doconv cost`: parameters and operations of a layer, a file or a network by its name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import Any
 
 import click
 
-from doconv_core.cli.checkpoints import json_option, kernel_size_option, opened
+from doconv_core.architectures.names import describe
+from doconv_core.cli.checkpoints import (
+    force_option,
+    json_option,
+    kernel_size_option,
+    opened,
+    target_argument,
+)
 from doconv_core.cli.cost_file import FileCost, cost_of_file
+from doconv_core.cli.cost_network import (
+    check_plot,
+    cost_of_network,
+    draw_network,
+    network_json,
+    print_network,
+)
 from doconv_core.cli.described import GRAMMAR, DescribedLayer, described, is_described
 from doconv_core.cli.errors import one_line
 from doconv_core.cli.output import counted, number, print_json, print_table, size
@@ -27,7 +41,7 @@ FORMS = {
 
 @click.command(
     short_help="Count parameters and multiply-accumulates.",
-    help=f"""Count what a layer or a file costs: ordinary, in training, and folded.
+    help=f"""Count what a layer, a file or a network costs: ordinary, in training, and folded.
 
     A LAYER is {GRAMMAR}, with S as the depth multiplier. Its padding is `same` unless given, which
     keeps the input's size at stride 1. --input is the size of its input.
@@ -35,6 +49,11 @@ FORMS = {
     A FILE tells no strides, so --at tells where its layers work: the size of their output, or /N
     for the Nth part of --input. Of convolutions that no --at matches, the cost of one output
     position is shown; linear layers work at one position.
+
+    A NETWORK is a name such as resnet50_v1b or cifar_resnet20_bsconvu, with _doconv behind it for
+    over-parameterized layers. --input and --classes are those of the data set it is for unless
+    given. Its operations are counted as in BSConv's tables: multiply-accumulates, biases, two for
+    each input of a batch norm, and one for each output of a ReLU and each input of a pooling.
 
     A multiply-accumulate is one multiplication with its addition; biases and what is no convolution
     or linear layer count none. The kernel is composed once for the whole batch.
@@ -45,9 +64,10 @@ FORMS = {
       doconv cost 256,256,3x3,groups=256,S=12,stride=2 --input 28x28
       doconv cost model.pt
       doconv cost model.pt --input 224x224 --at 'conv1=/2' --at 'layer1.*=/4'
+      doconv cost cifar_resnet20_bsconvu --input 3x32x32 --classes 100 --plot cost.png
     """,
 )
-@click.argument("subject", metavar="LAYER|FILE")
+@click.argument("subject", metavar="LAYER|FILE|NETWORK")
 @click.option(
     "--input", "input_size", metavar="SIZE", callback=size_option,
     help="Size of the input, such as 224x224.",
@@ -60,6 +80,14 @@ FORMS = {
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of images."
 )
+@click.option(
+    "--classes", type=click.IntRange(min=1), help="Number of classes of a NETWORK's output."
+)
+@click.option(
+    "--plot", type=target_argument, metavar="OUT",
+    help="Draw the cost of each layer of a NETWORK to OUT, such as cost.png or cost.svg.",
+)  # fmt: skip
+@force_option
 @kernel_size_option
 @json_option
 def cost(
@@ -67,18 +95,26 @@ def cost(
     input_size: tuple[int, ...] | None,
     places: Sequence[tuple[str, Place]],
     batch: int,
+    classes: int | None,
+    plot: Path | None,
+    force: bool,
     kernel_sizes: KernelSizes,
     as_json: bool,
 ) -> None:
     """As the help text above has it."""
+    if not is_described(subject) and not Path(subject).is_file():
+        if places or kernel_sizes:
+            raise click.UsageError(f"{subject!r} is no file, as --at and --kernel-size need one.")
+        _network(subject, input_size, classes, batch, plot, force, as_json)
+        return
+    if classes is not None or plot is not None or force:
+        raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
     if is_described(subject):
         if places or kernel_sizes:
             raise click.UsageError("--at and --kernel-size are for files; a LAYER says it all.")
         _layer(subject, input_size, batch, as_json)
         return
     file = Path(subject)
-    if not file.is_file():
-        raise click.UsageError(f"{subject!r} is no file, and no layer such as 64,64,3x3.")
     if input_size is not None and not any(place.divisor for _, place in places):
         raise click.UsageError(
             "a file does not tell at which positions its layers work; with --input, give such as "
@@ -93,6 +129,36 @@ def cost(
         print_json(_file_object(subject, batch, found))
     else:
         _print_file(subject, batch, found)
+
+
+def _network(
+    name: str,
+    input_size: tuple[int, ...] | None,
+    classes: int | None,
+    batch: int,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    if plot is not None:
+        check_plot(plot, force)
+    try:
+        describe(name)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{name!r} is no network: ")
+        raise click.UsageError(
+            f"{name!r} is no file, and no layer such as 64,64,3x3, and no network: {reason}"
+        ) from None
+    try:
+        found = cost_of_network(name, input_size, classes)
+    except ValueError as error:
+        raise click.UsageError(f"{name}: {error}") from None
+    if plot is not None:
+        draw_network(found, batch, plot, force)
+    if as_json:
+        network_json(found, batch)
+    else:
+        print_network(found, batch)
 
 
 def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json: bool) -> None:

@@ -1,0 +1,212 @@
+"""What a network costs, counted from its description, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from doconv_core.architectures.names import describe
+from doconv_core.architectures.nodes import (
+    Activation,
+    BatchNorm,
+    Conv,
+    Dropout,
+    Flatten,
+    GlobalPool,
+    Linear,
+    Network,
+    Node,
+    Pool,
+)
+from doconv_core.architectures.shapes import Placed, Shape, infer
+from doconv_core.cost.layer import layer_cost
+from doconv_core.spec import ConvSpec, as_integer, is_sequence
+
+# Kinds of layers that compute something, or stand in a network for all to see.
+LEAVES = (Conv, BatchNorm, Activation, Pool, GlobalPool, Flatten, Dropout, Linear)
+
+
+@dataclass(frozen=True)
+class CountedLayer:
+    """One layer of a network, and what it costs for one image.
+
+    path: in the network; the layers that a BSConv is made of have its path and their names. kind:
+    "conv", "doconv", "bsconvu", "bsconvs", "linear", "batch_norm", "max_pool", "average_pool",
+    "global_pool", "flatten", "dropout", or the activation's name. before, after: shapes of one
+    image. kernel_size: of what has a kernel. parameters: what is trained; of a DO-Conv layer,
+    once it is folded. flops: by BSConv's rule. macs: multiply-accumulates of convolutions and
+    linear layers, without biases. training_parameters: with the D of a DO-Conv layer and its W.
+    composition_macs: of composing its kernel once, for a whole batch.
+    """
+
+    path: str
+    kind: str
+    before: Shape
+    after: Shape
+    kernel_size: tuple[int, ...] | None = None
+    parameters: int = 0
+    flops: int = 0
+    macs: int = 0
+    training_parameters: int = 0
+    composition_macs: int = 0
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """A network's layers in order, and their costs together, as `CountedLayer` has them."""
+
+    name: str
+    input_shape: Shape
+    output_shape: Shape
+    layers: tuple[CountedLayer, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that are trained; of a network of DO-Conv layers, once it is folded."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        """Operations for one image, by BSConv's rule; see `count`."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of convolutions and linear layers for one image."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def training_parameters(self) -> int:
+        """Parameters that are trained, D and W of DO-Conv layers among them."""
+        return sum(layer.training_parameters for layer in self.layers)
+
+    @property
+    def composition_macs(self) -> int:
+        """Multiply-accumulates of composing all kernels once, for a whole batch."""
+        return sum(layer.composition_macs for layer in self.layers)
+
+
+def count(
+    name_or_description: str | Network,
+    input_shape: Sequence[int] | None = (3, 32, 32),
+    num_classes: int | None = 100,
+) -> NetworkCost:
+    """Return what a network costs for one image, with no framework.
+
+    input_shape: `(C, H, W)`. num_classes: of a network given by name; a description has its own.
+    None stands for what the network is for. Operations are counted by the rule of BSConv's tables:
+    a convolution takes its weight's entries at every output position, and with a bias one more for
+    each output; a linear layer inputs times outputs, and outputs for a bias; a batch norm twice
+    its inputs; a ReLU its outputs; pooling its inputs; and all else nothing: other activations,
+    the products of squeeze and excite, the sums of residuals.
+    Raises ValueError for a name that gives no network and an input that does not fit, TypeError
+    for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository.
+    """
+    shape = None if input_shape is None else _checked(input_shape)
+    if isinstance(name_or_description, Network):
+        network = name_or_description
+    else:
+        channels = None if shape is None else shape[0]
+        network = describe(name_or_description, num_classes=num_classes, in_channels=channels)
+    placed = infer(network, shape)
+    leaves = [at for at in placed.values() if isinstance(at.node, LEAVES)]
+    layers = tuple(layer for at in leaves for layer in _counted(at))
+    return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
+
+
+def _checked(input_shape: Sequence[int]) -> Shape:
+    if not is_sequence(input_shape) or len(input_shape) != 3:
+        raise ValueError(
+            "input_shape must be channels, rows and columns, such as (3, 32, 32); received "
+            f"input_shape={input_shape!r}."
+        )
+    return tuple(as_integer(f"input_shape[{d}]", n) for d, n in enumerate(input_shape))
+
+
+def _counted(at: Placed) -> Iterator[CountedLayer]:
+    node = at.node
+    if isinstance(node, Conv) and node.kind.name.startswith("bsconv"):
+        yield from _bsconv(at, node)
+    elif isinstance(node, Conv):
+        groups = node.groups or at.before[0]
+        yield _convolution(at.path, node.kind.name, node, at.before, at.after, groups)
+    elif isinstance(node, BatchNorm):
+        yield _batch_norm(at.path, at.before, affine=node.affine)
+    elif isinstance(node, Linear):
+        yield _linear(at, node)
+    else:
+        yield CountedLayer(
+            at.path, _kind(node), at.before, at.after, _window(node), flops=_operations(at)
+        )
+
+
+def _convolution(
+    path: str, kind: str, conv: Conv, before: Shape, after: Shape, groups: int
+) -> CountedLayer:
+    """Return a convolution's costs. A DO-Conv layer's are those of the folded one."""
+    spec = ConvSpec(before[0], after[0], conv.kernel_size, groups)
+    cost = layer_cost(spec, prod(after[1:]), bias=conv.bias)
+    trained = cost.kernel_composed if kind == "doconv" else cost.ordinary
+    return CountedLayer(
+        path, kind, before, after, conv.kernel_size,
+        parameters=cost.folded.parameters,
+        flops=cost.folded.macs + (prod(after) if conv.bias else 0),
+        macs=cost.folded.macs,
+        training_parameters=trained.parameters,
+        composition_macs=trained.macs - cost.ordinary.macs,
+    )  # fmt: skip
+
+
+def _bsconv(at: Placed, conv: Conv) -> Iterator[CountedLayer]:
+    """Yield the pointwise convolutions of a BSConv, their batch norms, and its depthwise one."""
+    kind = conv.kind
+    widths = [at.after[0]]
+    if kind.name == "bsconvs":
+        widths.insert(0, kind.mid_channels(at.before[0]))
+    before = at.before
+    for number, width in enumerate(widths, 1):
+        mark = str(number) if len(widths) > 1 else ""
+        after = (width, *before[1:])
+        path = f"{at.path}.pointwise{mark}"
+        yield _convolution(path, kind.name, Conv(width), before, after, 1)
+        if kind.with_bn:
+            yield _batch_norm(f"{at.path}.batch_norm{mark}", after, affine=True)
+        before = after
+    yield _convolution(f"{at.path}.depthwise", kind.name, conv, before, at.after, before[0])
+
+
+def _batch_norm(path: str, shape: Shape, *, affine: bool) -> CountedLayer:
+    trained = 2 * shape[0] if affine else 0
+    return CountedLayer(
+        path, "batch_norm", shape, shape,
+        parameters=trained, flops=2 * prod(shape), training_parameters=trained,
+    )  # fmt: skip
+
+
+def _linear(at: Placed, linear: Linear) -> CountedLayer:
+    macs = at.before[0] * linear.features
+    biases = linear.features if linear.bias else 0
+    return CountedLayer(
+        at.path, "linear", at.before, at.after,
+        parameters=macs + biases, flops=macs + biases, macs=macs, training_parameters=macs + biases,
+    )  # fmt: skip
+
+
+def _operations(at: Placed) -> int:
+    """Return the operations of a layer without parameters."""
+    if isinstance(at.node, (Pool, GlobalPool)):
+        return prod(at.before)
+    return prod(at.after) if at.node == Activation("relu") else 0
+
+
+def _kind(node: Node) -> str:
+    if isinstance(node, Activation):
+        return node.name
+    if isinstance(node, Pool):
+        return f"{node.name}_pool"
+    return "global_pool" if isinstance(node, GlobalPool) else type(node).__name__.lower()
+
+
+def _window(node: Node) -> tuple[int, ...] | None:
+    return (node.size, node.size) if isinstance(node, Pool) else None
