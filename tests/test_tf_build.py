@@ -17,6 +17,7 @@ from networks.described import NETWORKS, SHAPE  # noqa: E402
 from doconv_core.architectures.initialize import initialize  # noqa: E402
 from doconv_core.architectures.layers import layers as described_layers  # noqa: E402
 from doconv_core.architectures.nodes import Conv, Network, Sequence, numbered, sequence  # noqa: E402
+from doconv_core.forms import OWN  # noqa: E402
 from doconv_tf import build, export_state, load_state  # noqa: E402
 from doconv_tf.pooling import PaddedAveragePooling2D, PaddedMaxPooling2D  # noqa: E402
 
@@ -129,3 +130,13 @@ def test_padded_pooling_is_a_layer_like_others(cls):
     with pytest.raises(ValueError, match="around must be at least 0; received around=-1"):
         cls(3, 2, around=-1)
     assert isinstance(layer, (layers.MaxPooling2D, layers.AveragePooling2D))
+
+
+@pytest.mark.parametrize(
+    ("dims", "flattening"), [((3, 1, 2), None), ((3, 2, 1), OWN), ((1, 2, 3), OWN)]
+)
+def test_only_channels_put_first_are_flattened_in_canonical_order(dims, flattening):
+    x = keras.Input((H, W, C))
+    y = layers.Flatten()(layers.Permute(dims)(layers.Conv2D(2, 3, name="conv")(x)))
+    model = keras.Model(x, layers.Dense(2, name="dense")(y))
+    assert export_state(model).layers["dense"].flattening == flattening
