@@ -15,6 +15,7 @@ from doconv_core import State, StateError, difference
 from doconv_core.architectures.evaluate import evaluate
 from doconv_core.architectures.initialize import initialize
 from doconv_core.architectures.layers import layers
+from doconv_core.architectures.names import describe
 from doconv_core.architectures.nodes import (
     ACTIVATIONS,
     Activation,
@@ -244,3 +245,25 @@ def test_wrong_arguments_are_refused(backend, named, options, error, message):
 def test_nodes_that_give_no_network_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "in_channels"),
+    [
+        ("cifar_resnet20_bsconvs_p1d4", 3),
+        ("cifar_mobilenetv3_small_w1d2", 3),
+        ("tutorial_tf_doconv", 1),
+    ],
+)
+def test_a_model_by_name_computes_what_the_core_does(backend, name, in_channels):
+    model = backend.package.get_model(name, num_classes=5, in_channels=in_channels, seed=2)
+    network = describe(name, num_classes=5, in_channels=in_channels)
+    x = images(network, batch=2)
+    expected = evaluate(network, initialize(network, 2), x.astype(np.float64))
+    assert difference(backend.inference(model, x), expected).relative < OUTPUTS
+    assert name in backend.package.list_models(f"{name[:9]}*")
+
+
+def test_a_wrong_name_gets_the_nearest_ones(backend):
+    with pytest.raises(ValueError, match=r"'cifar_resnet21' is no network: .*cifar_resnet20"):
+        backend.package.get_model("cifar_resnet21")
