@@ -76,9 +76,9 @@ class Network(nn.HybridSequential):
 class _Block(HybridBlock):
     """Blocks by name, put together by the forward of each kind of block."""
 
-    def _body(self, x: Any) -> Any:
+    def _through(self, x: Any, but: str | None = None) -> Any:
         for name, block in self._children.items():
-            if name != nodes.SHORTCUT:
+            if name != but:
                 x = block(x)
         return x
 
@@ -89,7 +89,7 @@ class Residual(_Block):
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the sum, of the shape of the body's output."""
         shortcut = self._children.get(nodes.SHORTCUT)
-        return self._body(x) + (x if shortcut is None else shortcut(x))
+        return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
 
 
 class Scale(_Block):
@@ -97,7 +97,7 @@ class Scale(_Block):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the product, of the input's shape `(B, C, H, W)`."""
-        return F.broadcast_mul(x, self._body(x))
+        return F.broadcast_mul(x, self._through(x))
 
 
 class Concat(_Block):

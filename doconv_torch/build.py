@@ -80,9 +80,9 @@ class _Block(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def _body(self, x: Tensor) -> Tensor:
+    def _through(self, x: Tensor, but: str | None = None) -> Tensor:
         for name, module in self._modules.items():
-            if name != nodes.SHORTCUT:
+            if name != but:
                 x = module(x)
         return x
 
@@ -93,7 +93,7 @@ class Residual(_Block):
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum, of the shape of the body's output."""
         shortcut = self._modules.get(nodes.SHORTCUT)
-        return self._body(x) + (x if shortcut is None else shortcut(x))
+        return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
 
 
 class Scale(_Block):
@@ -101,7 +101,7 @@ class Scale(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, of the input's shape `(B, C, H, W)`."""
-        return x * self._body(x)
+        return x * self._through(x)
 
 
 class Concat(_Block):

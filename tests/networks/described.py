@@ -59,7 +59,7 @@ def _scales():
         ("pool", GlobalPool()),
         ("reduce", Conv(2, bias=True)),
         ("relu", Activation("relu")),
-        ("expand", Conv(8, bias=True)),
+        ("shortcut", Conv(8, bias=True)),  # a name of no meaning but in a residual
         ("sigmoid", Activation("hard_sigmoid")),
     )
     return sequence(
