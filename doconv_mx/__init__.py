@@ -9,6 +9,7 @@ from doconv_mx.frameworks import import_gluoncv, import_mxnet  # noqa: E402
 
 import_mxnet()  # every later `import mxnet`, here and in the user's code, finds it imported
 
+from doconv_mx.build import build, get_model, list_models  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import fold, over_parameterize  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
@@ -18,9 +19,12 @@ __all__ = [
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
+    "build",
     "export_state",
     "fold",
+    "get_model",
     "import_gluoncv",
+    "list_models",
     "load_state",
     "over_parameterize",
     "verify",

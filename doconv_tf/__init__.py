@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
         "Keras is chosen by the environment variable KERAS_BACKEND, and installed by itself.)"
     ) from error
 
+from doconv_tf.build import build, get_model, list_models  # noqa: E402
 from doconv_tf.depthwise_conv import (  # noqa: E402
     DODepthwiseConv1D,
     DODepthwiseConv2D,
@@ -32,8 +33,11 @@ __all__ = [
     "DODepthwiseConv2D",
     "DOSeparableConv1D",
     "DOSeparableConv2D",
+    "build",
     "export_state",
     "fold",
+    "get_model",
+    "list_models",
     "load_state",
     "over_parameterize",
     "verify",

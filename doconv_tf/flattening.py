@@ -162,6 +162,8 @@ class Flattenings:
         if sum(n != 1 for n in shape) < 2:
             return None
         format_, first = self.format_of(tensor), getattr(operation, "_channels_first", False)
+        if self._is_turned(tensor) and not first:
+            return None
         if format_ in (None, OWN):
             return format_ if not first else OWN
         if format_ == "channels_first" and not first:
@@ -170,6 +172,19 @@ class Flattenings:
             return OWN
         positions = shape[1:] if first else shape[:-1]
         return positions if prod(positions) > 1 and prod(positions) < prod(shape) else None
+
+    def _is_turned(self, tensor: Any) -> bool:
+        """Return whether a `Permute` has put an image's last axis, its channels, first."""
+
+        def turned(maker: Any) -> bool:
+            operation, given = maker.operation, maker.input_tensors
+            if type(operation) is not _layers.Permute:
+                return False
+            rank = len(operation.dims)
+            to_first = tuple(operation.dims) == (rank, *range(1, rank))
+            return to_first and self.format_of(given[0]) == "channels_last"
+
+        return all(map(turned, self._connections.makers(tensor)))
 
     def format_of(self, tensor: Any) -> str | None:
         """Return a tensor's image format; None for what is no image, `OWN` where it is unknown."""

@@ -4,6 +4,7 @@ from doconv_core.backends import require_framework
 
 require_framework("torch", "torch")
 
+from doconv_torch.build import build, get_model, list_models  # noqa: E402
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.model import fold, over_parameterize  # noqa: E402
 from doconv_torch.reuse import composed_once  # noqa: E402
@@ -14,9 +15,12 @@ __all__ = [
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
+    "build",
     "composed_once",
     "export_state",
     "fold",
+    "get_model",
+    "list_models",
     "load_state",
     "over_parameterize",
     "verify",

@@ -12,6 +12,14 @@ from math import ceil
 from typing import TypeAlias
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
+POOLS = ("max", "average")
+KINDS = ("conv", "doconv", "bsconvu", "bsconvs")
+SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
+
+
+def _one_of(known: tuple[str, ...], name: str) -> None:
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,10 @@ class Kind:
     p: float = 0.25
     min_mid_channels: int = 4
     with_bn: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        _one_of(KINDS, self.name)
 
     def mid_channels(self, in_channels: int) -> int:
         """Return the channels between the pointwise convolutions of a BSConv-S."""
@@ -71,6 +83,10 @@ class Activation:
 
     name: str
 
+    def __post_init__(self) -> None:
+        """Check the name."""
+        _one_of(ACTIVATIONS, self.name)
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -80,6 +96,15 @@ class Pool:
     size: int
     stride: int
     padding: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the name, and that every window meets the image."""
+        _one_of(POOLS, self.name)
+        if not 0 <= 2 * self.padding <= self.size:
+            raise ValueError(
+                "padding must be at most half of a pool's size; received "
+                f"padding={self.padding}, size={self.size}."
+            )
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,14 @@ class Sequence:
 
     children: tuple[tuple[str, Node], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check the names, of which paths are made."""
+        for name, _ in self.children:
+            if not isinstance(name, str) or not name or not set(name).isdisjoint("./"):
+                raise ValueError(
+                    f"a child's name must be a text without dots and slashes; received {name!r}."
+                )
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -120,6 +153,11 @@ class Residual:
 
     body: Sequence
     shortcut: Sequence = field(default_factory=Sequence)
+
+    def __post_init__(self) -> None:
+        """Check that no child of the body has the shortcut's name."""
+        if SHORTCUT in dict(self.body.children):
+            raise ValueError(f"a residual's body cannot have a child named {SHORTCUT!r}.")
 
 
 @dataclass(frozen=True)

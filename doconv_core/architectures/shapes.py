@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
 from doconv_core.architectures.nodes import (
+    SHORTCUT,
     Concat,
     Conv,
     Flatten,
@@ -18,6 +20,7 @@ from doconv_core.architectures.nodes import (
     Scale,
     Sequence,
 )
+from doconv_core.spec import as_tuple, is_sequence
 
 Shape = tuple[int, ...]
 
@@ -45,6 +48,27 @@ def infer(network: Network, input_shape: Shape | None = None) -> dict[str, Place
     return placed
 
 
+def for_input(network: Network, input_shape: Shape | None = None) -> Network:
+    """Return the network for images of another size, `(C, H, W)`; None for its own.
+
+    Raises TypeError or ValueError for what is no such size, has another number of channels than the
+    network's, or is too small.
+    """
+    if input_shape is None:
+        return network
+    if not is_sequence(input_shape):
+        raise TypeError(f"input_shape must be (C, H, W); received input_shape={input_shape!r}.")
+    channels, height, width = as_tuple("input_shape", input_shape, 3)
+    if channels != network.input_shape[0]:
+        raise ValueError(
+            f"input_shape must have the {network.input_shape[0]} channels of the network; received "
+            f"input_shape={(channels, height, width)}. in_channels gives it others."
+        )
+    sized = replace(network, input_shape=(channels, height, width))
+    infer(sized)
+    return sized
+
+
 def children(node: Node) -> tuple[tuple[str, Node], ...]:
     """Return a node's children, by the names that they have in paths.
 
@@ -54,7 +78,7 @@ def children(node: Node) -> tuple[tuple[str, Node], ...]:
     if isinstance(node, Sequence):
         return node.children
     if isinstance(node, Residual):
-        shortcut = (("shortcut", node.shortcut),) if node.shortcut.children else ()
+        shortcut = ((SHORTCUT, node.shortcut),) if node.shortcut.children else ()
         return (*node.body.children, *shortcut)
     if isinstance(node, Scale):
         return node.body.children
@@ -73,7 +97,7 @@ def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape
         after = _through(path, node.body, shape, placed)
         other = shape
         if node.shortcut.children:
-            other = _place(_joined(path, "shortcut"), node.shortcut, shape, placed)
+            other = _place(_joined(path, SHORTCUT), node.shortcut, shape, placed)
         if after != other:
             raise ValueError(
                 f"{path!r} cannot add its body's {after} to its shortcut's {other}: the shapes "

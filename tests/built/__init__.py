@@ -1,0 +1,1 @@
+"""How each backend is asked about a network: arrays channels first, gradients by their entries."""

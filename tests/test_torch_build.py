@@ -1,0 +1,74 @@
+"""Networks from descriptions, in PyTorch: copied, stored, compiled and exported."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from frameworks import need
+
+need("torch")
+
+import torch  # noqa: E402
+from networks.described import NETWORKS, SHAPE  # noqa: E402
+from torch import nn  # noqa: E402
+
+from doconv_core.architectures.nodes import Conv, Network, sequence  # noqa: E402
+from doconv_torch import DOConv2d, build  # noqa: E402
+
+X = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(X)
+
+
+@pytest.fixture(params=NETWORKS)
+def model(request):
+    torch.manual_seed(1)
+    return build(NETWORKS[request.param]).eval()
+
+
+def test_copied_and_pickled(model):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert repr(other) == repr(model)
+        assert torch.equal(outputs(other), outputs(model))
+
+
+def test_a_state_dict_goes_into_another(model):
+    (name,) = [name for name in NETWORKS if name == model.network_name]
+    other = build(NETWORKS[name]).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other), outputs(model))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_as_one_graph(model, training):
+    torch._dynamo.reset()
+    expected = copy.deepcopy(model).train(training)(X)
+    compiled = torch.compile(model.train(training), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), expected)
+
+
+def test_exported(model):
+    program = torch.export.export(model, (X,))
+    torch.testing.assert_close(program.module()(X), outputs(model))
+
+
+def test_it_reads_as_described():
+    model = build(NETWORKS["residuals"])
+    lines = repr(model).splitlines()
+    assert lines[:2] == ["Network(", "  residuals"]
+    assert "    (1): Residual(" in lines
+    assert "      (shortcut): Sequential(" in lines
+    assert model.training
+    assert isinstance(model[:1], type(model))
+    types = {type(module) for module in build(NETWORKS["kinds"]).modules()}
+    assert {DOConv2d, nn.Conv2d, nn.BatchNorm2d} <= types
+
+
+def test_a_name_that_modules_have_themselves_is_refused():
+    with pytest.raises(KeyError, match="attribute 'forward' already exists"):
+        build(Network("one", sequence(("forward", Conv(1))), SHAPE))
