@@ -174,8 +174,9 @@ def compose_bsconv(pointwise: ArrayLike, depthwise: ArrayLike, spec: BSConvSpec)
     Source: BSConv, arXiv 2003.13549, unconstrained BSConv.
     """
     pw, dw = _checked(pointwise, depthwise, spec)
-    kernel = widened(pw)[:, :, None] * widened(dw)[:, None, :]
-    return kernel.reshape(spec.dense.kernel_shape).astype(pw.dtype)
+    kernel: Array = widened(pw)[:, :, None] * widened(dw)[:, None, :]
+    kernel = kernel.reshape(spec.dense.kernel_shape)
+    return kernel.astype(pw.dtype)
 
 
 def compose_bsconv_gradient(

@@ -6,11 +6,11 @@ What every backend's `to_bsconv`, and its `fold` of BSConv layers, have in commo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from doconv_core.bsconv import FORMS, BSConvCost, BSConvSpec, as_choice, bsconv_cost
-from doconv_core.model import Report, _grouped
+from doconv_core.model import Report, grouped
 from doconv_core.spec import MAX_RANK, as_integer, is_sequence
 
 KERNEL_SIZES = ((3, 3), (5, 5))
@@ -123,7 +123,7 @@ class FoldReport(Report):
     """
 
     bsconv: str = "keep"
-    choices: tuple[Choice, ...] = field(default=())
+    choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         """Return the report to read: that of every tool, and the cost of every form."""
@@ -134,7 +134,7 @@ class FoldReport(Report):
                 f"with bsconv={self.bsconv!r}; each form's parameters and "
                 "multiply-accumulates of one output position:"
             )
-            lines += _grouped((str(each), each.path) for each in self.choices)
+            lines += grouped((str(each), each.path) for each in self.choices)
         return "\n".join(lines)
 
 
