@@ -68,13 +68,12 @@ def fold_bsconvs(layers: Mapping[str, nn.Module], plan: Plan) -> list[Change]:
 
 
 def _folded(path: str, layer: _BSConv, form: str) -> nn.Module | None:
-    if form == "keep":
+    if form == "keep" or (form == "merge" and is_own(layer) and not is_changed(layer)):
         return None
     try:
-        new = folded(layer, form)
+        return folded(layer, form)
     except NotFoldable as error:
         raise NotFoldable(f"{place(path)}: {error}") from None
-    return new if form == "dense" or is_changed(layer) else None
 
 
 def _choice(path: str, layer: Any) -> Choice:
