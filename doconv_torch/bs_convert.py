@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.bsconv_model import Choice, choice
 from doconv_core.fold import NotFoldable
 from doconv_core.model import REPLACED, SUBCLASS, Change, Left, place
-from doconv_torch.bs_conv import _BSConv, is_own
+from doconv_torch.bs_conv import LAYERS, is_own
 from doconv_torch.bs_fold import folded, is_changed
+from doconv_torch.bs_layer import _BSConv
 from doconv_torch.candidates import kind_of
 from doconv_torch.convert import become
+
+_KINDS = {cls.__name__ for cls in LAYERS.values()}
 
 
 class Plan(NamedTuple):
@@ -40,6 +44,7 @@ def plan_bsconvs(model: nn.Module, form: str) -> Plan:
     choices, left = [], []
     for path, layer in model.named_modules():
         if not isinstance(layer, _BSConv):
+            _check_script(path, layer, form)
             continue
         if form == "keep" and not is_own(layer):
             reason = REPLACED if "forward" in vars(layer) else SUBCLASS
@@ -65,6 +70,14 @@ def fold_bsconvs(layers: Mapping[str, nn.Module], plan: Plan) -> list[Change]:
         become(layer, new)
         changed.append(Change(path, kind, kind_of(new)))
     return changed
+
+
+def _check_script(path: str, layer: nn.Module, form: str) -> None:
+    if isinstance(layer, torch.jit.ScriptModule) and form != "keep" and kind_of(layer) in _KINDS:
+        raise NotFoldable(
+            f"{place(path)} is a {kind_of(layer)} that was compiled to TorchScript; fold the model "
+            "first, and compile it afterwards."
+        )
 
 
 def _folded(path: str, layer: _BSConv, form: str) -> nn.Module | None:

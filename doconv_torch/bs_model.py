@@ -34,7 +34,8 @@ from doconv_core.model import (
     Where,
     place,
 )
-from doconv_torch.bs_conv import BN_OPTIONS, LAYERS, _BSConv
+from doconv_torch.bs_conv import LAYERS
+from doconv_torch.bs_layer import BN_OPTIONS, _BSConv
 from doconv_torch.candidates import (
     check_model,
     count_parameters,
