@@ -15,8 +15,6 @@ from doconv_core.bsconv import (
     merge_pointwise,
     merge_pointwise_gradient,
     mid_channels,
-    orthonormality,
-    orthonormality_gradient,
 )
 from doconv_core.bsconv_fold import (
     Folded,
@@ -53,6 +51,7 @@ from doconv_core.geometry import Geometry
 from doconv_core.layout import from_canonical, to_canonical
 from doconv_core.model import Change, Converted, Left, Report, Selection, largest_difference
 from doconv_core.numeric import Difference, difference
+from doconv_core.orthonormal import orthonormality, orthonormality_gradient
 from doconv_core.spec import ConvSpec
 from doconv_core.state import State, StateError, read_state, write_state
 from doconv_core.upstream import Upstream, read_upstream

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 VARIANTS = ("u", "s")
 FORMS = ("keep", "merge", "dense")
-P, MIN_MID_CHANNELS, ALPHA = 0.25, 4, 0.1  # the defaults of every backend
+P, MIN_MID_CHANNELS = 0.25, 4  # the defaults of every backend
 
 
 def mid_channels(in_channels: int, p: float = P, min_mid_channels: int = MIN_MID_CHANNELS) -> int:
@@ -196,30 +196,6 @@ def compose_bsconv_gradient(
     )
 
 
-def orthonormality(weight: ArrayLike) -> float:
-    """Return how far the rows of a pointwise weight are from orthonormal.
-
-    The Frobenius norm of `W·Wᵀ - I`. weight: `W1` of BSConv-S, `(mid, I)`, or another pointwise
-    weight, such as the linear one of a MobileNetV2 block.
-    Raises ValueError for another number of axes.
-    Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
-    """
-    return float(np.linalg.norm(_excess(widened(_matrix("weight", weight)))))
-
-
-def orthonormality_gradient(weight: ArrayLike) -> Array:
-    """Return the gradient of `orthonormality`, `(mid, I)`: `2·G·W / |G|`, `G` being `W·Wᵀ - I`.
-
-    Zero where the rows are orthonormal: the norm has a kink there, at its least value.
-    """
-    original = _matrix("weight", weight)
-    w = widened(original)
-    excess = _excess(w)
-    norm = np.linalg.norm(excess)
-    gradient: Array = 2 * excess @ w / norm if norm else np.zeros_like(w)
-    return gradient.astype(original.dtype)
-
-
 class BSConvCost(NamedTuple):
     """What a BSConv layer costs in each form that it can be folded to.
 
@@ -256,12 +232,8 @@ def bsconv_cost(
     )
 
 
-def _excess(weight: Array) -> Array:
-    excess: Array = weight @ weight.T - np.eye(len(weight), dtype=weight.dtype)
-    return excess
-
-
-def _matrix(name: str, array: ArrayLike) -> Array:
+def as_matrix(name: str, array: ArrayLike) -> Array:
+    """Return a pointwise weight as floats; ValueError names it where it has other axes than two."""
     matrix = as_floats(name, array)
     if matrix.ndim != 2:
         raise ValueError(
@@ -271,7 +243,7 @@ def _matrix(name: str, array: ArrayLike) -> Array:
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
-    w1, w2 = _matrix("first", first), _matrix("second", second)
+    w1, w2 = as_matrix("first", first), as_matrix("second", second)
     if w2.shape[1] != len(w1):
         raise ValueError(
             f"second must have {len(w1)} input channels, as many as first has output channels; "

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from doconv_core.bsconv import ALPHA, as_number
+from doconv_core.bsconv import as_number
+from doconv_core.orthonormal import ALPHA
 from doconv_torch.bs_conv import _BSConvS
 
 
