@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from doconv_core.bsconv_model import Choice, choice
 from doconv_core.fold import NotFoldable
@@ -51,7 +52,9 @@ def plan_bsconvs(model: nn.Module, form: str) -> Plan:
             left.append(Left(path, kind_of(layer), reason))
             continue
         layers[path] = _folded(path, layer, form)
-        choices.append(_choice(path, layer))
+        # Parts may have been exchanged, for quantized ones perhaps; keeping them is exact.
+        if isinstance(layer._modules.get("depthwise"), _ConvNd):
+            choices.append(_choice(path, layer))
     return Plan(layers, tuple(choices), tuple(left))
 
 

@@ -291,6 +291,27 @@ def test_over_parameterized_depthwise_parts_fold(form, multiplier):
     assert found == expected
 
 
+def test_exchanged_parts_are_kept_and_not_folded():
+    model = nn.Sequential(BSConvU2d(4, 4, 3))
+    model[0].depthwise = nn.AvgPool2d(3)
+    expected = model(torch.ones(1, 4, 5, 5))
+    kept, report = fold(model)
+    assert torch.equal(kept(torch.ones(1, 4, 5, 5)), expected)
+    assert [change.after for change in report.changed] == ["Sequential"]
+    with pytest.raises(NotFoldable, match="its depthwise cannot be folded: it is a AvgPool2d"):
+        fold(model, bsconv="dense")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tied_pointwise_weights_fold(form):
+    model = nn.Sequential(BSConvS2d(4, 4, 3), BSConvS2d(4, 4, 3)).double()
+    model[1].pointwise1.weight = model[0].pointwise1.weight
+    folded = fold(model, bsconv=form).model
+    assert verify(folded, model, torch.ones(1, 4, 6, 6).double()).relative <= 1e-12
+    if form == "keep":
+        assert folded[0].pointwise1.weight is folded[1].pointwise1.weight
+
+
 def test_states_go_between_models():
     model = converted("s", with_bn=True)
     state = export_state(model)
