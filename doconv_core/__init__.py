@@ -5,6 +5,24 @@ Letters as in the paper and throughout this project: `I` input and `O` output ch
 """
 
 from doconv_core.backends import available_backends, require_framework
+from doconv_core.blueprints import Blueprints, blueprints
+from doconv_core.bsconv import (
+    BSConvSpec,
+    compose_bsconv,
+    compose_bsconv_gradient,
+    merge_pointwise,
+    merge_pointwise_gradient,
+    mid_channels,
+)
+from doconv_core.bsconv_fold import (
+    Folded,
+    Normalization,
+    Pointwise,
+    check_dense,
+    fold_dense,
+    fold_pointwise,
+)
+from doconv_core.bsconv_model import BSConvReport, Explained, FoldReport
 from doconv_core.checkpoint import Checkpoint, CheckpointError, fold_checkpoint, open_checkpoint
 from doconv_core.compose import compose, compose_gradient, feature_compose, from_kernel, identity
 from doconv_core.convolve import (
@@ -15,6 +33,7 @@ from doconv_core.convolve import (
     pad_gradient,
 )
 from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.cost.bsconv import BSConvCost, bsconv_cost
 from doconv_core.fit import fit_state
 from doconv_core.fold import NotFoldable, fuse_batchnorm
 from doconv_core.forms import (
@@ -31,12 +50,17 @@ from doconv_core.geometry import Geometry
 from doconv_core.layout import from_canonical, to_canonical
 from doconv_core.model import Change, Converted, Left, Report, Selection, largest_difference
 from doconv_core.numeric import Difference, difference
+from doconv_core.orthonormal import orthonormality, orthonormality_gradient
 from doconv_core.spec import ConvSpec
 from doconv_core.state import State, StateError, read_state, write_state
 from doconv_core.upstream import Upstream, read_upstream
 
 __all__ = [
+    "BSConvCost",
+    "BSConvReport",
+    "BSConvSpec",
     "BatchNormSpec",
+    "Blueprints",
     "Change",
     "Checkpoint",
     "CheckpointError",
@@ -46,6 +70,9 @@ __all__ = [
     "Cost",
     "Difference",
     "EmbeddingSpec",
+    "Explained",
+    "FoldReport",
+    "Folded",
     "Geometry",
     "GroupNormSpec",
     "LayerCost",
@@ -53,8 +80,10 @@ __all__ = [
     "LayerNormSpec",
     "Left",
     "LinearSpec",
+    "Normalization",
     "NotFoldable",
     "PReLUSpec",
+    "Pointwise",
     "Report",
     "Selection",
     "State",
@@ -62,7 +91,12 @@ __all__ = [
     "TransposedConvSpec",
     "Upstream",
     "available_backends",
+    "blueprints",
+    "bsconv_cost",
+    "check_dense",
     "compose",
+    "compose_bsconv",
+    "compose_bsconv_gradient",
     "compose_gradient",
     "convolve",
     "convolve_gradient",
@@ -70,13 +104,20 @@ __all__ = [
     "feature_compose",
     "fit_state",
     "fold_checkpoint",
+    "fold_dense",
+    "fold_pointwise",
     "from_canonical",
     "from_kernel",
     "fuse_batchnorm",
     "identity",
     "largest_difference",
     "layer_cost",
+    "merge_pointwise",
+    "merge_pointwise_gradient",
+    "mid_channels",
     "open_checkpoint",
+    "orthonormality",
+    "orthonormality_gradient",
     "pad",
     "pad_gradient",
     "read_state",

@@ -187,10 +187,10 @@ class Report:
             f"{self.action} {_counted(len(self.changed))}, left {len(self.left)}; parameters: "
             f"{before:,} before, {after:,} after{share}"
         ]
-        lines += _grouped((f"{c.before} -> {c.after}", c.path) for c in self.changed)
+        lines += grouped((f"{c.before} -> {c.after}", c.path) for c in self.changed)
         if self.left:
             lines.append("left as they were:")
-            lines += _grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
+            lines += grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
         return "\n".join(lines)
 
 
@@ -198,7 +198,8 @@ def _counted(count: int) -> str:
     return "1 layer" if count == 1 else f"{count} layers"
 
 
-def _grouped(entries: Iterable[tuple[str, str]]) -> list[str]:
+def grouped(entries: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a report's lines for (heading, path): each heading once, with its paths below it."""
     groups: dict[str, list[str]] = {}
     for heading, path in entries:
         groups.setdefault(heading, []).append(path or "(the model itself)")

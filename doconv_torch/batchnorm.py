@@ -48,12 +48,12 @@ def fuse_batchnorms(model: nn.Module) -> tuple[list[Change], list[Left]]:
     """
     changed, left = [], []
     candidates = {m: path for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    found = flow(model) if any(_own_obstacle(m) is None for m in candidates) else Flow()
+    found = flow(model) if any(norm_obstacle(m) is None for m in candidates) else Flow()
     held = owners(model)
     paths = {module: path for path, module in model.named_modules()}
     for norm, path in candidates.items():
         kind = kind_of(norm)
-        reason = _own_obstacle(norm) or _obstacle_in(found, norm, paths)
+        reason = norm_obstacle(norm) or _obstacle_in(found, norm, paths)
         if reason is None:
             conv = next(iter(found.sources[norm]))
             reason = _pair_obstacle(conv, norm, found, held) or _fuse(conv, norm)
@@ -64,7 +64,7 @@ def fuse_batchnorms(model: nn.Module) -> tuple[list[Change], list[Left]]:
     return changed, left
 
 
-def _own_obstacle(norm: nn.Module) -> str | None:
+def norm_obstacle(norm: nn.Module) -> str | None:
     """Return why a batch norm cannot be fused, wherever it stands; None where it can."""
     if type(norm) not in BATCHNORMS:
         return SUBCLASS

@@ -146,3 +146,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(
         parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
     )
+
+
+def is_bound(weight: Tensor) -> bool:
+    """Return whether something about a parameter is lost if another takes its place."""
+    return bool(
+        type(weight) is not nn.Parameter
+        or weight._backward_hooks
+        or weight._post_accumulate_grad_hooks
+    )

@@ -12,6 +12,10 @@ from doconv_torch.candidates import REPLACEMENTS, Owners, is_plain, memory
 from doconv_torch.compose import as_weight
 from doconv_torch.do_conv import _DOConv
 
+# What every module has, and what the layers that `become` is for have beyond it.
+_BASE = frozenset(vars(nn.Module()))
+_MADE = frozenset(vars(nn.Conv1d(1, 1, 1, device="meta"))) - _BASE | {"spec", "explained"}
+
 
 def over_parameterize_layer(
     layer: nn.Module, spec: ConvSpec, parameters: dict[int, tuple[Tensor, ...]]
@@ -88,3 +92,17 @@ def _into_w(layer: Any, folded: nn.Parameter, held: Owners) -> nn.Parameter:
     weight.copy_(folded)
     weight.grad = None  # it was W's
     return weight.requires_grad_(folded.requires_grad)
+
+
+def become(layer: nn.Module, other: nn.Module) -> None:
+    """Make a module what another one is, parts and all, and keep its hooks, mode and identity.
+
+    Attributes that are not of its type's making stay.
+    """
+    own, theirs = vars(layer), vars(other)
+    for name in _MADE & own.keys():
+        del own[name]
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        own[name] = theirs[name]
+    own.update({name: value for name, value in theirs.items() if name not in _BASE})
+    layer.__class__ = type(other)

@@ -118,21 +118,7 @@ class _DOConv(_ConvNd):
         conv: an `ordinary` layer of PyTorch's own, exactly; its parameters are copied. D is zero.
         Raises TypeError for any other layer: a subclass may compute something else.
         """
-        if type(conv) is not cls.ordinary:
-            raise TypeError(
-                f"{cls.__name__}.from_conv takes over a torch.nn.{cls.ordinary.__name__}, exactly; "
-                f"received {type(conv).__module__}.{type(conv).__qualname__}."
-            )
-        if "forward" in vars(conv):
-            raise TypeError(
-                f"{cls.__name__}.from_conv needs a layer with the forward of its type; this one's "
-                "was replaced, and may compute something else."
-            )
-        if conv._parameters.get("weight") is None:
-            raise TypeError(
-                f"{cls.__name__}.from_conv needs a layer whose weight is a parameter; this "
-                "one's is computed (weight norm, pruning). Make it permanent first."
-            )
+        check_ordinary(cls, conv)
         spec = ConvSpec(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, depth_multiplier
         )
@@ -199,6 +185,25 @@ class DOConv3d(_DOConv, nn.Conv3d):
     """
 
     ordinary, rank = nn.Conv3d, 3
+
+
+def check_ordinary(cls: Any, conv: Any) -> None:
+    """Raise TypeError where `cls.from_conv` cannot know what `conv` computes."""
+    if type(conv) is not cls.ordinary:
+        raise TypeError(
+            f"{cls.__name__}.from_conv takes over a torch.nn.{cls.ordinary.__name__}, exactly; "
+            f"received {type(conv).__module__}.{type(conv).__qualname__}."
+        )
+    if "forward" in vars(conv):
+        raise TypeError(
+            f"{cls.__name__}.from_conv needs a layer with the forward of its type; this one's "
+            "was replaced, and may compute something else."
+        )
+    if conv._parameters.get("weight") is None:
+        raise TypeError(
+            f"{cls.__name__}.from_conv needs a layer whose weight is a parameter; this "
+            "one's is computed (weight norm, pruning). Make it permanent first."
+        )
 
 
 def check_foldable(layer: _DOConv) -> None:

@@ -7,16 +7,13 @@ kept, that holds on.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_core.bsconv_model import FoldReport, as_form
 from doconv_core.fold import NotFoldable
 from doconv_core.model import (
     NOT_SELECTED,
@@ -31,10 +28,12 @@ from doconv_core.model import (
 )
 from doconv_core.spec import ConvSpec, as_integer
 from doconv_torch.batchnorm import fuse_batchnorms
+from doconv_torch.bs_convert import fold_bsconvs, plan_bsconvs
 from doconv_torch.candidates import (
     REPLACEMENTS,
     check_model,
     count_parameters,
+    is_bound,
     is_convolution,
     is_plain,
     kind_of,
@@ -44,6 +43,7 @@ from doconv_torch.candidates import (
     spec_of,
 )
 from doconv_torch.convert import fold_layer, over_parameterize_layer
+from doconv_torch.copying import copied, ordinary_tensors
 from doconv_torch.do_conv import _DOConv, check_foldable
 
 _DO_CONVS = tuple(cls.__name__ for cls in REPLACEMENTS.values())
@@ -92,8 +92,8 @@ def over_parameterize(
         if layer in chosen
     ]
     specs = {path: chosen[layer] for path, layer in model.named_modules() if layer in chosen}
-    with _ordinary_tensors():
-        target = model if inplace else _copied(model)
+    with ordinary_tensors():
+        target = model if inplace else copied(model)
         layers = dict(target.named_modules())
         parameters: dict[int, tuple[Tensor, ...]] = {}
         for path, spec in specs.items():
@@ -104,12 +104,20 @@ def over_parameterize(
     return Converted(target, report)
 
 
-def fold(model: nn.Module, *, fuse_batchnorm: bool = False, inplace: bool = False) -> Converted:
-    """Return the model with ordinary convolutions for its DO layers, and a report.
+def fold(
+    model: nn.Module, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+) -> Converted:
+    """Return the model with ordinary convolutions for its DO and BSConv layers, and a report.
 
     Every DO layer becomes a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, exactly, with the composed
     kernel; nothing of this package is left in the model, in its state dict or in its file. There
     may be none: folding twice is the same as once.
+
+    bsconv: what BSConv layers become. "keep": a `torch.nn.Sequential` of the same parts. "merge":
+    one of a pointwise and a depthwise convolution, with batch norms in the former. "dense": one
+    convolution. Each is exact, but none is always fastest: the report, a `FoldReport`, has the cost
+    of all three. Merging makes two pointwise convolutions one with more operations where the
+    channels between are few; dense has about as many times more as the kernel has taps.
 
     fuse_batchnorm: also fold each batch norm in evaluation mode into the convolution before it,
     where that convolution's output goes nowhere else; `torch.nn.Identity` takes its place. Where it
@@ -119,29 +127,39 @@ def fold(model: nn.Module, *, fuse_batchnorm: bool = False, inplace: bool = Fals
 
     In place, layers stay the same objects, with their hooks, and where `S == M` so do their
     weights. A copy, and a weight of another shape than W, has no hooks of its own.
-    Raises NotFoldable, with the layer's path, for a DO layer that no ordinary one computes exactly,
-    and TypeError as `over_parameterize` does, before anything is changed. Warns of a model in
-    training mode whose layers, such as dropout, then vary from call to call.
+    Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
+    computes exactly, ValueError for another form of BSConv, and TypeError as `over_parameterize`
+    does, before anything is changed. Warns of a model in training mode whose layers, such as
+    dropout, then vary from call to call.
     """
     check_model(model)
+    form = as_form(bsconv)
     paths = _foldable(model)
+    with ordinary_tensors():
+        plan = plan_bsconvs(model, form)
     _warn_of_training(model)
     before = count_parameters(model)
     changed, left = [], []
-    with _ordinary_tensors():
-        target = model if inplace else _copied(model, _given_up(model))
+    with ordinary_tensors():
+        target = model if inplace else copied(model, _given_up(model))
         layers = dict(target.named_modules())
         held, weights = owners(target), {}
         for path in paths:
             kind = kind_of(layers[path])
             fold_layer(layers[path], held, weights)
             changed.append(Change(path, kind, kind_of(layers[path])))
+        changed += fold_bsconvs(layers, plan)
+        left += plan.left
         if fuse_batchnorm:
-            fused, left = fuse_batchnorms(target)
-            order = {path: n for n, path in enumerate(layers)}
-            changed = sorted([*changed, *fused], key=lambda change: order[change.path])
-    report = Report("folded", tuple(changed), tuple(left), before, count_parameters(target))
-    return Converted(target, report)
+            fused, kept = fuse_batchnorms(target)
+            changed, left = [*changed, *fused], [*left, *kept]
+    order = {path: n for n, path in enumerate(layers)}
+    there = dict(target.named_modules())  # parts of a BSConv that is dense now are not
+    changed = sorted((c for c in changed if c.path in there), key=lambda c: order[c.path])
+    parts = tuple(changed), tuple(left), before, count_parameters(target)
+    if plan.choices:
+        return Converted(target, FoldReport("folded", *parts, form, plan.choices))
+    return Converted(target, Report("folded", *parts))
 
 
 def _choose(
@@ -170,7 +188,7 @@ def _choose(
             reasons[layer] = TIED
     for layer in [layer for layer in chosen if layer not in reasons]:
         chosen[layer] = spec = _spec(paths[layer][0], layer, depth_multiplier)
-        if spec.depth_multiplier != spec.taps and _is_bound(layer.weight):
+        if spec.depth_multiplier != spec.taps and is_bound(layer.weight):
             reasons[layer] = BOUND
     left = [
         Left(paths[layer][0], kind_of(layer), reasons[layer]) for layer in paths if layer in reasons
@@ -183,15 +201,6 @@ def _spec(path: str, layer: nn.Module, depth_multiplier: int | None) -> ConvSpec
         return spec_of(layer, depth_multiplier)
     except ValueError as error:
         raise ValueError(f"{place(path)}: {error}") from None
-
-
-def _is_bound(weight: Tensor) -> bool:
-    """Return whether something about a parameter is lost if another takes its place."""
-    return bool(
-        type(weight) is not nn.Parameter
-        or weight._backward_hooks
-        or weight._post_accumulate_grad_hooks
-    )
 
 
 def _foldable(model: nn.Module) -> list[str]:
@@ -221,40 +230,6 @@ def _given_up(model: nn.Module) -> list[Tensor]:
         if is_plain(parameter)
         and all(isinstance(m, _DOConv) and name == "depthwise_weight" for m, name, _ in users)
     ]
-
-
-def _copied(model: nn.Module, uncopied: Iterable[Tensor] = ()) -> nn.Module:
-    """Return a deep copy of the model. uncopied: parameters that it is to have in common with it.
-
-    Raises TypeError where it cannot be copied.
-    """
-    # A weight that a hook computed in the last call belongs to its graph; PyTorch copies no such
-    # tensor, and of parameters only the values.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    memo.update((id(parameter), parameter) for parameter in uncopied)
-    try:
-        copied = copy.deepcopy(model, memo)
-        parameters = dict(copied.named_parameters(remove_duplicate=False))
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameters.get(name, parameter) is not parameter and is_plain(parameter):
-                vars(parameters[name]).update(copy.deepcopy(vars(parameter), memo))
-        return copied
-    except Exception as error:  # whatever the model's own parts raise
-        raise TypeError(
-            f"the model cannot be copied ({error}); with inplace=True it is converted itself."
-        ) from error
-
-
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Make tensors that can be trained, whatever mode the caller is in, and no graph."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _warn_of_training(model: nn.Module) -> None:

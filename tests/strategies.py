@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from doconv_core import (
+    BSConvSpec,
     ConvSpec,
     Geometry,
     GroupNormSpec,
@@ -39,6 +40,26 @@ def layers(draw, **kinds):
     spec = draw(specs(**kinds))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return spec, *weights(spec, rng), rng
+
+
+@st.composite
+def bsconv_specs(draw, variants="us", **fixed):
+    """A BSConv of any rank, small enough to try hundreds of."""
+    spec = draw(specs())
+    sizes = (draw(st.integers(1, 6)), draw(st.integers(1, 6)), spec.kernel_size)
+    options = {
+        "variant": draw(st.sampled_from(variants)),
+        "p": draw(st.floats(0.05, 1)),
+        "min_mid_channels": draw(st.integers(1, 4)),
+        "with_bn": draw(st.booleans()),
+    }
+    return BSConvSpec(*sizes, **(options | fixed))
+
+
+def bsconv_weights(spec, rng):
+    """Return random pointwise weights, in the order of their use, and a depthwise one."""
+    pointwise = [rng.standard_normal(shape) for shape in spec.pointwise_shapes]
+    return pointwise, rng.standard_normal(spec.depthwise_shape)
 
 
 def weights(spec, rng):

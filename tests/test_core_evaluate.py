@@ -5,7 +5,7 @@ from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 from doconv_core import State, StateError, compose, difference
 from doconv_core.architectures.evaluate import evaluate, gradients
 from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.nodes import Activation, BatchNorm, Conv, Dropout, Pool
+from doconv_core.architectures.nodes import BatchNorm, Conv, Dropout, Pool
 from doconv_core.architectures.shapes import infer
 from doconv_core.forms import LayerForm
 
@@ -168,17 +168,3 @@ def test_an_output_gradient_of_another_shape_is_refused():
     x = input_of(network)
     with pytest.raises(ValueError, match=r"must have shape \(3, 6, 7, 6\); received \(3, 6\)"):
         gradients(network, initialize(network), x, np.zeros((3, 6)))
-
-
-@pytest.mark.parametrize(
-    ("node", "told"),
-    [
-        (Activation("swish"), "activation must be one of relu, relu6, .*received 'swish'"),
-        (Pool("min", 2, 2), "pooling must be 'max' or 'average', .*received Pool.*'min'"),
-        (Pool("max", 2, 2, 2), "padding of at most half its size; received Pool"),
-    ],
-)
-def test_nodes_that_compute_nothing_are_refused(node, told):
-    network = alone("net", node)
-    with pytest.raises(ValueError, match=told):
-        evaluate(network, initialize(network), input_of(network))

@@ -7,6 +7,7 @@ from doconv_core.architectures.evaluate import evaluate
 from doconv_core.architectures.layers import layers
 from doconv_core.architectures.lowering import lowered
 from doconv_core.architectures.nodes import (
+    Activation,
     BatchNorm,
     Concat,
     Conv,
@@ -14,6 +15,7 @@ from doconv_core.architectures.nodes import (
     Kind,
     Linear,
     Network,
+    Pool,
     numbered,
     sequence,
 )
@@ -74,7 +76,6 @@ def test_the_middle_follows_from_the_channels_that_come():
 @pytest.mark.parametrize(
     ("conv", "told"),
     [
-        (bsconv(Kind("bsconv")), "'1' must be of one of the kinds conv, .*received 'bsconv'"),
         (bsconv(Kind("bsconvu"), groups=2), "'1' cannot be a BSConv.*received groups=2"),
         (bsconv(Kind("bsconvs"), groups=0), "'1' cannot be a BSConv.*received groups=0"),
         (bsconv(Kind("bsconvs", p=0.0)), r"p must be above 0 and at most 1; received p=0\.0"),
@@ -170,3 +171,17 @@ def test_names_and_branches_that_do_not_fit_are_refused_by_path():
         infer(alone("net", Concat(branches)))
     with pytest.raises(ValueError, match="'2' cannot join no branches"):
         infer(alone("net", Concat(numbered([]))))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Kind("bsconv"), "name must be one of conv, doconv, bsconvu, bsconvs; received"),
+        (lambda: Activation("swish"), "name must be one of relu, relu6, .*received 'swish'"),
+        (lambda: Pool("min", 2, 2), "name must be one of max, average; received 'min'"),
+        (lambda: Pool("max", 2, 2, 2), "padding must be at most half"),
+    ],
+)
+def test_nodes_that_compute_nothing_are_refused(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()

@@ -16,10 +16,8 @@ from doconv_core.architectures.nodes import (
     sequence,
 )
 from doconv_core.architectures.shapes import Shape, infer
-from doconv_core.bsconv import mid_channels
 
 ORDINARY_KINDS = ("conv", "doconv")
-BSCONV_KINDS = ("bsconvu", "bsconvs")
 
 
 def lowered(network: Network, input_shape: Shape | None = None) -> Network:
@@ -27,7 +25,7 @@ def lowered(network: Network, input_shape: Shape | None = None) -> Network:
 
     A BSConv becomes the sequence of its parts, with their own names below its path. A kernel of one
     tap has nothing to separate and stays an ordinary convolution. input_shape: `(C, H, W)`; None
-    for the network's own. Raises ValueError for an unknown kind, or a BSConv with groups.
+    for the network's own. Raises ValueError for a BSConv with groups.
     """
     placed = infer(network, input_shape).values()
     at = ((each.path, each.before) for each in placed if isinstance(each.node, Conv))
@@ -48,11 +46,6 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
     path: the convolution's, for messages. before: the shape of its input, channels first.
     """
     kind = conv.kind
-    if kind.name not in (*ORDINARY_KINDS, *BSCONV_KINDS):
-        raise ValueError(
-            f"{path!r} must be of one of the kinds {', '.join((*ORDINARY_KINDS, *BSCONV_KINDS))}; "
-            f"received {kind.name!r}."
-        )
     if kind.name in ORDINARY_KINDS or prod(conv.kernel_size) == 1:
         return conv
     if conv.groups != 1:
@@ -66,7 +59,7 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
         return sequence(
             ("pointwise", Conv(conv.channels)), ("batch_norm", norm), ("depthwise", depthwise)
         )
-    mid = mid_channels(before[0], kind.p, kind.min_mid_channels)
+    mid = kind.mid_channels(before[0])
     return sequence(
         ("pointwise1", Conv(mid)),
         ("batch_norm1", norm),

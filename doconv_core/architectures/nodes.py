@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import ceil
 from typing import TypeAlias
+
+from doconv_core.bsconv import mid_channels
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
 POOLS = ("max", "average")
@@ -43,7 +44,7 @@ class Kind:
 
     def mid_channels(self, in_channels: int) -> int:
         """Return the channels between the pointwise convolutions of a BSConv-S."""
-        return min(in_channels, max(self.min_mid_channels, ceil(self.p * in_channels)))
+        return mid_channels(in_channels, self.p, self.min_mid_channels)
 
 
 ORDINARY = Kind()

@@ -15,7 +15,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from doconv_core.architectures.nodes import (
-    ACTIVATIONS,
     Activation,
     BatchNorm,
     Conv,
@@ -96,10 +95,11 @@ def _along_channels(vector: Array, x: Array) -> Array:
 
 
 def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> Step:
-    """ReLU, ReLU6 = min(ReLU, 6), hard sigmoid = ReLU6(x + 3) / 6, hard swish = x times that."""
+    """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x times it."""
     name, zero, six = node.name, x.dtype.type(0), x.dtype.type(6)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; received {name!r}.")
+    if name == "tanh":
+        y = np.tanh(x)
+        return Step(y, lambda dy: (dy * (1 - y * y), {}))
     if name == "relu":
         return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
     if name == "relu6":
@@ -113,11 +113,6 @@ def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> St
 
 def pool(node: Pool, arrays: Arrays, x: Array, training: bool) -> Step:
     """The largest entry of each window, the first of equals; or the mean of those not padded."""
-    if node.name not in ("max", "average") or 2 * node.padding > node.size:
-        raise ValueError(
-            "pooling must be 'max' or 'average', with padding of at most half its size; received "
-            f"{node!r}."
-        )
     shares, windows = _shares(node, x)  # of each entry in its window: (B, C, *out, taps)
     output = (shares * np.where(shares > 0, windows, 0)).sum(-1)
 

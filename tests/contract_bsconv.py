@@ -1,0 +1,240 @@
+"""What every backend's BSConv layers must do, as `contract.py` says it of DO layers.
+
+A backend joins through a module `adapters/<its name>_bsconv.py`, as `BSConvAdapter` describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from doconv_core import BSConvSpec, convolve, convolve_gradient
+
+BATCH = 3
+EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class BSConvCase:
+    """One layer and one input size. padding: a pair (before, after) for each dimension."""
+
+    spec: BSConvSpec
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    padding_mode: str = "zeros"
+    bias: bool = True
+
+    def __str__(self) -> str:
+        s = self.spec
+        return "-".join(
+            [
+                f"{s.variant}{s.in_channels}to{s.out_channels}",
+                "x".join(map(str, s.kernel_size)),
+                f"s{'x'.join(map(str, self.stride))}",
+                f"d{'x'.join(map(str, self.dilation))}",
+                f"p{'x'.join('+'.join(map(str, pair)) for pair in self.padding)}",
+                self.padding_mode,
+                *(["bn"] if s.with_bn else []),
+                *([] if self.bias else ["nobias"]),
+                *([f"mid{s.mid_channels}"] if s.variant == "s" else []),
+            ]
+        )
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The arguments of the core's depthwise or dense convolution, without groups."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer folds to one dense convolution."""
+        padded = any(map(any, self.padding)) and self.padding_mode == "zeros"
+        return not (self.spec.with_bn and padded)
+
+
+def bsconv_case(
+    in_channels: int,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    padding_mode: str = "zeros",
+    bias: bool = True,
+    **sizes: Any,
+) -> BSConvCase:
+    rank = len(kernel)
+    return BSConvCase(
+        BSConvSpec(in_channels, out_channels, kernel, **sizes),
+        size, (stride,) * rank, ((padding, padding),) * rank, (dilation,) * rank, padding_mode,
+        bias,
+    )  # fmt: skip
+
+
+def _with_variants(case: BSConvCase) -> list[BSConvCase]:
+    return [
+        replace(case, spec=replace(case.spec, variant=variant, p=0.5, with_bn=with_bn))
+        for variant in "us"
+        for with_bn in (False, True)
+    ]
+
+
+CASES = [
+    variant
+    for case in (
+        bsconv_case(6, 5, (3,), (9,), padding=1),
+        bsconv_case(5, 8, (4,), (10,), stride=2, bias=False),
+        bsconv_case(6, 5, (3, 3), (7, 8), padding=1),
+        bsconv_case(10, 7, (3, 3), (8, 9), stride=2, padding=1, bias=False),
+        bsconv_case(6, 8, (5, 3), (9, 8), padding=2, dilation=2),
+        bsconv_case(6, 8, (2, 2), (6, 7)),
+        bsconv_case(6, 6, (1, 1), (5, 5)),
+        bsconv_case(6, 5, (3, 3), (6, 7), padding=2, padding_mode="reflect"),
+        bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="circular", bias=False),
+        bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="replicate", stride=2),
+        bsconv_case(6, 4, (3, 3, 3), (5, 6, 5), padding=1),
+        bsconv_case(5, 4, (2, 3, 2), (5, 6, 5), stride=2, bias=False),
+    )
+    for variant in _with_variants(case)
+] + [
+    bsconv_case(3, 8, (3, 3), (7, 7), padding=1, variant="s"),  # all 3 channels are kept
+    bsconv_case(16, 3, (3, 3), (6, 6), padding=1, variant="s", p=1 / 6, min_mid_channels=1),
+    bsconv_case(1, 4, (3, 3), (6, 6), padding=1),
+]
+
+
+class Problem(NamedTuple):
+    """A state, an input and a gradient of the output, in float32.
+
+    arrays: by the names and in the shapes of a canonical state: `pointwise.weight` `(O, I, 1)`,
+    `depthwise.weight` `(O, 1, M)`. x: (B, I, *spatial). dy: (B, O, *out).
+    """
+
+    arrays: dict[str, np.ndarray]
+    x: np.ndarray
+    dy: np.ndarray
+
+
+class Results(NamedTuple):
+    """A layer's output in inference mode, and gradients of `sum(output · dy)`, by state names."""
+
+    output: np.ndarray
+    x: np.ndarray
+    arrays: dict[str, np.ndarray]
+
+
+class BSConvAdapter(Protocol):
+    """What a backend's adapter module offers; `layer` is whatever the framework calls a layer."""
+
+    package: Any
+
+    def pads(self, case: BSConvCase) -> bool:
+        """Whether the framework's layer can pad like the case; else the case is not for it."""
+
+    def build(self, case: BSConvCase) -> Any:
+        """Return the layer with any weights, built, whose batch norms have EPSILON."""
+
+    def forward(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        """Return the output, in inference mode, of a layer or of what it was folded to."""
+
+    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> Results:
+        """Return the output and gradients in inference mode."""
+
+    def is_ordinary(self, layer: Any, form: str) -> bool:
+        """Whether a folded layer is of the framework's own types, and of this form."""
+
+
+def make_problem(case: BSConvCase) -> Problem:
+    """Return the case's problem, the same in every process."""
+    rng = np.random.default_rng(list(str(case).encode()))
+    spec, arrays, shapes = case.spec, {}, iter(case.spec.pointwise_shapes)
+    for name in spec.names:
+        if name == "depthwise":
+            arrays[f"{name}.weight"] = rng.standard_normal((spec.out_channels, 1, spec.taps))
+            if case.bias:
+                arrays[f"{name}.bias"] = rng.standard_normal(spec.out_channels)
+        elif name.startswith("pointwise"):
+            channels, before = next(shapes)
+            weight = rng.standard_normal((channels, before, 1)) * before**-0.5
+            arrays[f"{name}.weight"] = weight
+        else:
+            for entry in ("gamma", "beta", "running_mean"):
+                arrays[f"{name}.{entry}"] = rng.standard_normal(channels)
+            arrays[f"{name}.running_var"] = rng.uniform(0.5, 2, channels)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    x = rng.standard_normal((BATCH, spec.in_channels, *case.size)).astype(np.float32)
+    kernel = np.zeros(spec.dense.kernel_shape, np.float32)
+    shape = convolve(x, kernel, **case.geometry).shape
+    return Problem(arrays, x, rng.standard_normal(shape).astype(np.float32))
+
+
+def solve(case: BSConvCase, problem: Problem) -> Results:
+    """Return the core's answer, computed in float64."""
+    arrays = {name: array.astype(np.float64) for name, array in problem.arrays.items()}
+    inputs, x = {}, problem.x.astype(np.float64)
+    for name in case.spec.names:
+        inputs[name] = x
+        x = _forward(case, name, arrays, x)
+    output, dy, found = x, problem.dy.astype(np.float64), {}
+    for name in reversed(case.spec.names):
+        dy, gradients = _backward(case, name, arrays, inputs[name], dy)
+        found |= {f"{name}.{entry}": gradient for entry, gradient in gradients.items()}
+    return Results(output, dy, found)
+
+
+def _convolution(
+    case: BSConvCase, name: str, arrays: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    weight, spec = arrays[f"{name}.weight"], case.spec
+    if name == "depthwise":
+        kernel = weight.reshape(*weight.shape[:2], *spec.kernel_size)
+        return kernel, case.geometry | {"groups": spec.out_channels}
+    return weight.reshape(*weight.shape[:2], *(1,) * spec.rank), {}
+
+
+def _normalized(
+    name: str, arrays: dict[str, np.ndarray], x: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    entries = {
+        entry: arrays[f"{name}.{entry}"].reshape(-1, *(1,) * (x.ndim - 2))
+        for entry in ("gamma", "beta", "running_mean", "running_var")
+    }
+    root = np.sqrt(entries["running_var"] + EPSILON)
+    return (x - entries["running_mean"]) / root, entries | {"root": root}
+
+
+def _forward(
+    case: BSConvCase, name: str, arrays: dict[str, np.ndarray], x: np.ndarray
+) -> np.ndarray:
+    if name.startswith("batch_norm"):
+        normalized, entries = _normalized(name, arrays, x)
+        return normalized * entries["gamma"] + entries["beta"]
+    kernel, geometry = _convolution(case, name, arrays)
+    return convolve(x, kernel, arrays.get(f"{name}.bias"), **geometry)
+
+
+def _backward(
+    case: BSConvCase, name: str, arrays: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    if name.startswith("batch_norm"):
+        normalized, entries = _normalized(name, arrays, x)
+        axes = (0, *range(2, x.ndim))
+        sums = {"gamma": (dy * normalized).sum(axes), "beta": dy.sum(axes)}
+        return dy * entries["gamma"] / entries["root"], sums
+    kernel, geometry = _convolution(case, name, arrays)
+    found = convolve_gradient(x, kernel, dy, **geometry)
+    gradients = {"weight": found.kernel.reshape(arrays[f"{name}.weight"].shape)}
+    if f"{name}.bias" in arrays:
+        gradients["bias"] = found.bias
+    return found.x, gradients
