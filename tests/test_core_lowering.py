@@ -108,7 +108,7 @@ def test_mid_channels(sizes, expected):
         ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
         ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
         ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
-        ((8, float("nan"), 4), ValueError, "at most 1; received p=nan"),
+        ((8, float("nan"), 4), ValueError, "p must be finite; received p=nan"),
         ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
         ((8, True, 4), TypeError, "p must be a number; received p=True"),
     ],
