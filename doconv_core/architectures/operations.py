@@ -96,7 +96,7 @@ def _along_channels(vector: Array, x: Array) -> Array:
 
 
 def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> Step:
-    """ReLU, ReLU6 = min(ReLU, 6), hard sigmoid = ReLU6(x + 3) / 6, hard swish = x times that."""
+    """ReLU, ReLU6 = min(ReLU, 6), hard sigmoid = ReLU6(x + 3) / 6, hard swish = x times that, tanh."""
     name, zero, six = node.name, x.dtype.type(0), x.dtype.type(6)
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; received {name!r}.")
@@ -104,6 +104,9 @@ def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> St
         return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
     if name == "relu6":
         return Step(np.clip(x, zero, six), lambda dy: (dy * ((x > 0) & (x < 6)), {}))
+    if name == "tanh":
+        output = np.tanh(x)
+        return Step(output, lambda dy: (dy * (1 - output**2), {}))
     sigmoid = np.clip(x + six / 2, zero, six) / six
     slope = ((x > -3) & (x < 3)) / six
     if name == "hard_sigmoid":
