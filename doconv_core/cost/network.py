@@ -126,11 +126,8 @@ def _checked(input_shape: Sequence[int]) -> Shape:
 
 def _counted(at: Placed) -> Iterator[CountedLayer]:
     node = at.node
-    if isinstance(node, Conv) and node.kind.name.startswith("bsconv"):
-        yield from _bsconv(at, node)
-    elif isinstance(node, Conv):
-        groups = node.groups or at.before[0]
-        yield _convolution(at.path, node.kind.name, node, at.before, at.after, groups)
+    if isinstance(node, Conv):
+        yield from _conv(at, node)
     elif isinstance(node, BatchNorm):
         yield _batch_norm(at.path, at.before, affine=node.affine)
     elif isinstance(node, Linear):
@@ -139,6 +136,16 @@ def _counted(at: Placed) -> Iterator[CountedLayer]:
         yield CountedLayer(
             at.path, _kind(node), at.before, at.after, _window(node), flops=_operations(at)
         )
+
+
+def _conv(at: Placed, conv: Conv) -> Iterator[CountedLayer]:
+    kind, groups = conv.kind.name, conv.groups or at.before[0]
+    if kind.startswith("bsconv"):
+        if prod(conv.kernel_size) > 1:
+            yield from _bsconv(at, conv)
+            return
+        kind = "conv"  # one tap has nothing to separate
+    yield _convolution(at.path, kind, conv, at.before, at.after, groups)
 
 
 def _convolution(
