@@ -96,7 +96,7 @@ def _along_channels(vector: Array, x: Array) -> Array:
 
 
 def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> Step:
-    """Tanh, ReLU, ReLU6 = min(ReLU, 6), hard sigmoid = ReLU6(x + 3) / 6, hard swish = x times it."""
+    """Tanh, ReLU, ReLU6 = min(ReLU, 6), hard sigmoid = ReLU6(x + 3) / 6, hard swish = x by that."""
     name, zero, six = node.name, x.dtype.type(0), x.dtype.type(6)
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; received {name!r}.")
