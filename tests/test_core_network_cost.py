@@ -15,7 +15,7 @@ from doconv_core.architectures.nodes import Conv, Kind, Network, sequence
 from doconv_core.architectures.shapes import infer
 from doconv_core.cost import Cost, LayerCost, count, layer_cost
 
-TABLES = Path(__file__).parent / "data" / "bsconv_tables.csv"
+TABLES = Path(__file__).parents[1] / "docs" / "data" / "bsconv_cifar100.csv"
 with TABLES.open(encoding="utf-8") as file:
     ROWS = list(csv.DictReader(file))
 
