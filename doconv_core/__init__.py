@@ -1,9 +1,13 @@
 """DO-Conv's mathematics and rules in NumPy: composition, folding, cost, layouts and state.
 
+Also networks by name, as data, and what they cost before they are built.
+
 Letters as in the paper and throughout this project: `I` input and `O` output channels, `g` groups,
 `M` kernel taps, `S` the depth multiplier. Source: DO-Conv, arXiv 2006.12030.
 """
 
+from doconv_core.architectures.names import describe, list_models
+from doconv_core.architectures.nodes import Network
 from doconv_core.backends import available_backends, require_framework
 from doconv_core.checkpoint import Checkpoint, CheckpointError, fold_checkpoint, open_checkpoint
 from doconv_core.compose import compose, compose_gradient, feature_compose, from_kernel, identity
@@ -14,7 +18,7 @@ from doconv_core.convolve import (
     pad,
     pad_gradient,
 )
-from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.cost import Cost, CountedLayer, LayerCost, NetworkCost, count, layer_cost
 from doconv_core.fit import fit_state
 from doconv_core.fold import NotFoldable, fuse_batchnorm
 from doconv_core.forms import (
@@ -44,6 +48,7 @@ __all__ = [
     "Converted",
     "ConvolutionGradients",
     "Cost",
+    "CountedLayer",
     "Difference",
     "EmbeddingSpec",
     "Geometry",
@@ -53,6 +58,8 @@ __all__ = [
     "LayerNormSpec",
     "Left",
     "LinearSpec",
+    "Network",
+    "NetworkCost",
     "NotFoldable",
     "PReLUSpec",
     "Report",
@@ -66,6 +73,8 @@ __all__ = [
     "compose_gradient",
     "convolve",
     "convolve_gradient",
+    "count",
+    "describe",
     "difference",
     "feature_compose",
     "fit_state",
@@ -76,6 +85,7 @@ __all__ = [
     "identity",
     "largest_difference",
     "layer_cost",
+    "list_models",
     "open_checkpoint",
     "pad",
     "pad_gradient",
