@@ -1,9 +1,13 @@
 """DO-Conv's mathematics and rules in NumPy: composition, folding, cost, layouts and state.
 
+Also networks by name, as data, and what they cost before they are built.
+
 Letters as in the paper and throughout this project: `I` input and `O` output channels, `g` groups,
 `M` kernel taps, `S` the depth multiplier. Source: DO-Conv, arXiv 2006.12030.
 """
 
+from doconv_core.architectures.names import describe, list_models
+from doconv_core.architectures.nodes import Network
 from doconv_core.backends import available_backends, require_framework
 from doconv_core.blueprints import Blueprints, blueprints
 from doconv_core.bsconv import (
@@ -32,7 +36,7 @@ from doconv_core.convolve import (
     pad,
     pad_gradient,
 )
-from doconv_core.cost import Cost, LayerCost, layer_cost
+from doconv_core.cost import Cost, CountedLayer, LayerCost, NetworkCost, count, layer_cost
 from doconv_core.cost.bsconv import BSConvCost, bsconv_cost
 from doconv_core.fit import fit_state
 from doconv_core.fold import NotFoldable, fuse_batchnorm
@@ -68,6 +72,7 @@ __all__ = [
     "Converted",
     "ConvolutionGradients",
     "Cost",
+    "CountedLayer",
     "Difference",
     "EmbeddingSpec",
     "Explained",
@@ -80,6 +85,8 @@ __all__ = [
     "LayerNormSpec",
     "Left",
     "LinearSpec",
+    "Network",
+    "NetworkCost",
     "Normalization",
     "NotFoldable",
     "PReLUSpec",
@@ -100,6 +107,8 @@ __all__ = [
     "compose_gradient",
     "convolve",
     "convolve_gradient",
+    "count",
+    "describe",
     "difference",
     "feature_compose",
     "fit_state",
@@ -112,6 +121,7 @@ __all__ = [
     "identity",
     "largest_difference",
     "layer_cost",
+    "list_models",
     "merge_pointwise",
     "merge_pointwise_gradient",
     "mid_channels",

@@ -28,6 +28,15 @@ def commands(block):
         yield shlex.split(line), shown
 
 
+def until_tail(args):
+    """Return the arguments before "| tail -n N", and N; or all, and 0, which is for all lines."""
+    if "|" not in args:
+        return args, 0
+    *args, pipe, program, option, lines = args
+    assert (pipe, program, option) == ("|", "tail", "-n")
+    return args, int(lines)
+
+
 def same(found, shown):
     """Whether two texts are the same, numbers up to 1 %, as their last digits are a machine's."""
     if NUMBER.sub("#", found).split() != NUMBER.sub("#", shown).split():
@@ -50,8 +59,9 @@ def run_sessions(text, folder, monkeypatch):
             continue
         for (name, *args), shown in commands(block):
             assert name == "doconv"
-            done = doconv(*args)
-            assert same(done.stdout, shown), done.stdout
+            args, lines = until_tail(args)
+            printed = "\n".join(doconv(*args).stdout.splitlines()[-lines:])
+            assert same(printed, shown), printed
             ran.append(args[0])
     return ran
 
@@ -93,6 +103,7 @@ def all_keys(value):
         ("`fold`", ["fold", "model", "folded", *KERNEL_SIZE]),
         ("`convert`", ["convert", "model", "model.params"]),
         ("`cost` of a file", ["cost", "model", *KERNEL_SIZE]),
+        ("`cost` of a network", ["cost", "tutorial_pt"]),
         ("`verify`", ["verify", "model", "model", *KERNEL_SIZE]),
     ],
 )
@@ -105,6 +116,11 @@ def test_the_keys_of_json_are_told(row, args, tmp_path, monkeypatch):
     told = keys_of(row) | (keys_of("`cost` of a layer") if "cost" in row else set())
     assert found <= told
     assert keys_of(row) - found <= {"kind", "reason", "network", "what", "layers"}
+
+
+def test_the_readme_shows_networks_by_name(tmp_path, monkeypatch):
+    section = re.search(r"^## Networks by name\n.*?^## ", README, re.DOTALL | re.MULTILINE)[0]
+    assert "cost" in run_sessions(section, tmp_path, monkeypatch)
 
 
 def test_the_exit_codes_are_told():

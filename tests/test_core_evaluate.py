@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
@@ -5,7 +7,16 @@ from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 from doconv_core import State, StateError, compose, difference
 from doconv_core.architectures.evaluate import evaluate, gradients
 from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.nodes import BatchNorm, Conv, Dropout, Pool
+from doconv_core.architectures.nodes import (
+    ACTIVATIONS,
+    Activation,
+    BatchNorm,
+    Conv,
+    Dropout,
+    Network,
+    Pool,
+    sequence,
+)
 from doconv_core.architectures.shapes import infer
 from doconv_core.forms import LayerForm
 
@@ -93,6 +104,24 @@ def test_a_doconv_network_computes_with_the_composed_kernel():
             layers[path] = LayerForm(form.spec, bias=form.bias, geometry=form.geometry)
     expected = evaluate(folded, State(layers, arrays), x)
     assert difference(evaluate(over, state, x), expected).relative < 1e-12
+
+
+FORMULAS = {
+    "relu": lambda x: x * (x > 0),
+    "relu6": lambda x: x * (0 < x <= 6) + 6 * (x > 6),
+    "hard_sigmoid": lambda x: (x + 3) / 6 * (-3 < x <= 3) + (x > 3),
+    "hard_swish": lambda x: x * ((x + 3) / 6 * (-3 < x <= 3) + (x > 3)),
+    "tanh": lambda x: 1 - 2 / (math.exp(2 * x) + 1),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_its_formula(name):
+    network = Network("net", sequence(("act", Activation(name))), (1, 1, 161))
+    x = np.linspace(-8, 8, 161).reshape(1, 1, 1, 161)
+    expected = [FORMULAS[name](value) for value in x.ravel()]
+    found = evaluate(network, initialize(network), x)
+    assert difference(found.ravel(), expected).relative < 1e-12
 
 
 def test_the_first_of_equal_entries_has_a_max_pools_gradient():

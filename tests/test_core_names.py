@@ -192,6 +192,12 @@ def test_wrong_numbers(options, error, message):
         describe("plain18", **options)
 
 
+@pytest.mark.parametrize("pattern", [None, 3, b"*"])
+def test_what_is_no_pattern(pattern):
+    with pytest.raises(TypeError, match="pattern must be a string; received"):
+        list_models(pattern)
+
+
 def test_paths_can_be_read():
     paths = infer(describe("cifar_resnet20"))
     for path in (

@@ -11,11 +11,11 @@ import pytest
 import tally
 
 from doconv_core.architectures.names import describe, list_models
-from doconv_core.architectures.nodes import Conv, Network, sequence
+from doconv_core.architectures.nodes import Conv, Kind, Network, sequence
 from doconv_core.architectures.shapes import infer
 from doconv_core.cost import Cost, LayerCost, count, layer_cost
 
-TABLES = Path(__file__).parent / "data" / "bsconv_tables.csv"
+TABLES = Path(__file__).parents[1] / "docs" / "data" / "bsconv_cifar100.csv"
 with TABLES.open(encoding="utf-8") as file:
     ROWS = list(csv.DictReader(file))
 
@@ -189,6 +189,14 @@ def test_the_rows_of_bsconv():
     assert rows["stem.conv.pointwise"] == 3 * 16
     assert rows["stem.conv.depthwise"] == 9 * 16
     assert "stem.conv.batch_norm" not in rows
+
+
+@pytest.mark.parametrize("kind", ["bsconvu", "bsconvs"])
+def test_a_bsconv_of_one_tap_is_an_ordinary_convolution(kind):
+    network = Network("net", sequence(("conv", Conv(6, bias=True, kind=Kind(kind)))), (4, 5, 5))
+    (row,) = count(network, None).layers
+    assert (row.path, row.kind) == ("conv", "conv")
+    assert (row.parameters, row.macs, row.flops) == (4 * 6 + 6, 4 * 6 * 25, 4 * 6 * 25 + 6 * 25)
 
 
 def test_a_description_has_its_own_classes():

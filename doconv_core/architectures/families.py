@@ -43,8 +43,9 @@ class Family(NamedTuple):
 
     pattern: a regular expression that a name matches as a whole. resolve: what builds the network,
     of what the pattern's groups match; its ValueError tells which numbers there are. usual: the
-    names that are listed. suffixes: those of its BSConv networks that are listed; what is told of
-    them otherwise is `variants`: "any", "u", "s_p1d6" or "none".
+    names that are listed. dataset: what its networks are for, unless told otherwise. variants:
+    which of BSConv's it has: "any", "u" (BSConv-U alone), "s_p1d6" (BSConv-S with p = 1/6 alone)
+    or "none".
     """
 
     pattern: str

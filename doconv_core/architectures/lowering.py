@@ -46,8 +46,10 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
     path: the convolution's, for messages. before: the shape of its input, channels first.
     """
     kind = conv.kind
-    if kind.name in ORDINARY_KINDS or prod(conv.kernel_size) == 1:
+    if kind.name in ORDINARY_KINDS:
         return conv
+    if prod(conv.kernel_size) == 1:
+        return replace(conv, kind=ORDINARY)
     if conv.groups != 1:
         raise ValueError(
             f"{path!r} cannot be a BSConv, which has a depthwise part already, with groups: "

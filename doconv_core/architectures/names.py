@@ -57,7 +57,10 @@ def list_models(pattern: str = "*") -> list[str]:
 
     pattern: as in a shell, such as "cifar_*_bsconvu". Of families with free numbers the usual
     are listed: `describe` knows other widths of MobileNets and wide ResNets, and other shares p.
+    Raises TypeError for what is no string.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a string; received {pattern!r}.")
     return [name for name in _all_names() if fnmatchcase(name, pattern)]
 
 

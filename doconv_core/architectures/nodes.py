@@ -206,7 +206,7 @@ def replaced(node: Node, change: Callable[[Conv], Node]) -> Node:
     if isinstance(node, Conv):
         return change(node)
     if isinstance(node, Sequence):
-        return Sequence(tuple((name, replaced(child, change)) for name, child in node.children))
+        return _within(node, change)
     if isinstance(node, Residual):
         return Residual(_within(node.body, change), _within(node.shortcut, change))
     if isinstance(node, Scale):

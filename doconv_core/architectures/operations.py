@@ -97,13 +97,13 @@ def _along_channels(vector: Array, x: Array) -> Array:
 def activation(node: Activation, arrays: Arrays, x: Array, training: bool) -> Step:
     """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x times it."""
     name, zero, six = node.name, x.dtype.type(0), x.dtype.type(6)
-    if name == "tanh":
-        y = np.tanh(x)
-        return Step(y, lambda dy: (dy * (1 - y * y), {}))
     if name == "relu":
         return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
     if name == "relu6":
         return Step(np.clip(x, zero, six), lambda dy: (dy * ((x > 0) & (x < 6)), {}))
+    if name == "tanh":
+        output = np.tanh(x)
+        return Step(output, lambda dy: (dy * (1 - output**2), {}))
     sigmoid = np.clip(x + six / 2, zero, six) / six
     slope = ((x > -3) & (x < 3)) / six
     if name == "hard_sigmoid":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from doconv_core.architectures.lowering import lowered
 from doconv_core.architectures.names import describe
 from doconv_core.architectures.nodes import (
     Activation,
@@ -19,7 +20,7 @@ from doconv_core.architectures.nodes import (
     Node,
     Pool,
 )
-from doconv_core.architectures.shapes import Placed, Shape, infer
+from doconv_core.architectures.shapes import Placed, Shape, for_input, infer
 from doconv_core.cost.layer import layer_cost
 from doconv_core.spec import ConvSpec, as_integer, is_sequence
 
@@ -109,9 +110,11 @@ def count(
     else:
         channels = None if shape is None else shape[0]
         network = describe(name_or_description, num_classes=num_classes, in_channels=channels)
-    placed = infer(network, shape)
+    network = for_input(network, shape)
+    # A BSConv is counted as its parts, which bear its kind.
+    described, placed = infer(network), infer(lowered(network))
     leaves = [at for at in placed.values() if isinstance(at.node, LEAVES)]
-    layers = tuple(layer for at in leaves for layer in _counted(at))
+    layers = tuple(_counted(at, described) for at in leaves)
     return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
 
 
@@ -124,63 +127,42 @@ def _checked(input_shape: Sequence[int]) -> Shape:
     return tuple(as_integer(f"input_shape[{d}]", n) for d, n in enumerate(input_shape))
 
 
-def _counted(at: Placed) -> Iterator[CountedLayer]:
+def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
+    """Return the costs of a layer. described: the network as it was before it was lowered."""
     node = at.node
-    if isinstance(node, Conv) and node.kind.name.startswith("bsconv"):
-        yield from _bsconv(at, node)
-    elif isinstance(node, Conv):
-        groups = node.groups or at.before[0]
-        yield _convolution(at.path, node.kind.name, node, at.before, at.after, groups)
-    elif isinstance(node, BatchNorm):
-        yield _batch_norm(at.path, at.before, affine=node.affine)
-    elif isinstance(node, Linear):
-        yield _linear(at, node)
-    else:
-        yield CountedLayer(
-            at.path, _kind(node), at.before, at.after, _window(node), flops=_operations(at)
-        )
+    if isinstance(node, Conv):
+        whole = at if at.path in described else described[at.path.rpartition(".")[0]]
+        assert isinstance(whole.node, Conv)
+        return _convolution(at, node, whole.node.kind.name)
+    if isinstance(node, BatchNorm):
+        return _batch_norm(at, node)
+    if isinstance(node, Linear):
+        return _linear(at, node)
+    return CountedLayer(
+        at.path, _kind(node), at.before, at.after, _window(node), flops=_operations(at)
+    )
 
 
-def _convolution(
-    path: str, kind: str, conv: Conv, before: Shape, after: Shape, groups: int
-) -> CountedLayer:
+def _convolution(at: Placed, conv: Conv, kind: str) -> CountedLayer:
     """Return a convolution's costs. A DO-Conv layer's are those of the folded one."""
-    spec = ConvSpec(before[0], after[0], conv.kernel_size, groups)
-    cost = layer_cost(spec, prod(after[1:]), bias=conv.bias)
+    spec = ConvSpec(at.before[0], at.after[0], conv.kernel_size, conv.groups or at.before[0])
+    cost = layer_cost(spec, prod(at.after[1:]), bias=conv.bias)
     trained = cost.kernel_composed if kind == "doconv" else cost.ordinary
     return CountedLayer(
-        path, kind, before, after, conv.kernel_size,
+        at.path, kind, at.before, at.after, conv.kernel_size,
         parameters=cost.folded.parameters,
-        flops=cost.folded.macs + (prod(after) if conv.bias else 0),
+        flops=cost.folded.macs + (prod(at.after) if conv.bias else 0),
         macs=cost.folded.macs,
         training_parameters=trained.parameters,
         composition_macs=trained.macs - cost.ordinary.macs,
     )  # fmt: skip
 
 
-def _bsconv(at: Placed, conv: Conv) -> Iterator[CountedLayer]:
-    """Yield the pointwise convolutions of a BSConv, their batch norms, and its depthwise one."""
-    kind = conv.kind
-    widths = [at.after[0]]
-    if kind.name == "bsconvs":
-        widths.insert(0, kind.mid_channels(at.before[0]))
-    before = at.before
-    for number, width in enumerate(widths, 1):
-        mark = str(number) if len(widths) > 1 else ""
-        after = (width, *before[1:])
-        path = f"{at.path}.pointwise{mark}"
-        yield _convolution(path, kind.name, Conv(width), before, after, 1)
-        if kind.with_bn:
-            yield _batch_norm(f"{at.path}.batch_norm{mark}", after, affine=True)
-        before = after
-    yield _convolution(f"{at.path}.depthwise", kind.name, conv, before, at.after, before[0])
-
-
-def _batch_norm(path: str, shape: Shape, *, affine: bool) -> CountedLayer:
-    trained = 2 * shape[0] if affine else 0
+def _batch_norm(at: Placed, norm: BatchNorm) -> CountedLayer:
+    trained = 2 * at.before[0] if norm.affine else 0
     return CountedLayer(
-        path, "batch_norm", shape, shape,
-        parameters=trained, flops=2 * prod(shape), training_parameters=trained,
+        at.path, "batch_norm", at.before, at.after,
+        parameters=trained, flops=2 * prod(at.before), training_parameters=trained,
     )  # fmt: skip
 
 
