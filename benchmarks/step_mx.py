@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from step_cases import COMPOSITIONS, LayerCase, ModelCase
+from step_cases import LayerCase, ModelCase
 from step_measure import Row, figure, measure
 
 from doconv_core import ConvSpec
@@ -22,6 +22,7 @@ from gluoncv.model_zoo import get_model  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
 NAME = "Gluon"
+QUICK = "MobileNetV2"
 CONVS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
 NETWORKS = {
     "ResNet-18": "resnet18_v1",
@@ -134,9 +135,9 @@ def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
         yield measure(NAME, "training step", case.name, _ways(plain, step), patience)
 
 
-def compositions(patience: float) -> Iterable[Row]:
+def compositions(kernels: Iterable[tuple[int, int]], patience: float) -> Iterable[Row]:
     """Yield a row for each kernel: composing it, forward and backward."""
-    for channels_in, channels_out in COMPOSITIONS:
+    for channels_in, channels_out in kernels:
         layer = DOConv2D(channels_in, channels_out, 3, use_bias=False)
         layer.initialize()
         moved(layer)

@@ -19,7 +19,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from step_cases import LAYERS, MODELS, QUICK_LAYERS, QUICK_MODELS
+from step_cases import (
+    COMPOSITIONS,
+    LAYERS,
+    MODELS,
+    QUICK_COMPOSITIONS,
+    QUICK_LAYERS,
+    quick_models,
+)
 from step_measure import Row, emit
 from step_report import draw, machine, table, write_docs
 from tqdm import tqdm
@@ -87,9 +94,9 @@ def _measured(backend: str, options: argparse.Namespace) -> Iterator[Row | str]:
 def _work(backend: str, quick: bool, patience: float) -> None:
     driver = importlib.import_module(f"step_{backend}")
     print(json.dumps({"version": driver.version()}), flush=True)
-    models = QUICK_MODELS if quick else MODELS
+    models = quick_models(driver.QUICK) if quick else MODELS
     patience = min(patience, 2) if quick else patience
-    for row in driver.compositions(patience):
+    for row in driver.compositions(QUICK_COMPOSITIONS if quick else COMPOSITIONS, patience):
         emit(row)
     for row in driver.layers(QUICK_LAYERS if quick else LAYERS, patience):
         emit(row)

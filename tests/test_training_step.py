@@ -21,7 +21,7 @@ def test_a_quick_run(backend, tmp_path):
     need(backend)
     command = [sys.executable, training_step.__file__, "--backend", backend, "--quick"]
     done = subprocess.run(
-        [*command, "--patience", "0.01", "--out", str(tmp_path)],
+        [*command, "--patience", "0.01", "--threads", "1", "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
