@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -111,28 +111,45 @@ def layers(cases: Iterable[LayerCase], patience: float) -> Iterable[Row]:
 def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
     """Yield a row for each network, hybridized: a training step with SGD and momentum."""
     for case in cases:
-        x = mx.nd.random.normal(shape=(case.batch, 3, case.size, case.size))
-        labels = mx.nd.random.randint(0, 1000, shape=case.batch)
-        plain = get_model(NETWORKS[case.network], pretrained=False)
-        plain.initialize()
-        plain(x).wait_to_read()
+        ways = _ways(_network(case), lambda network, case=case: _model_step(network, case))
+        yield measure(NAME, "training step", case.name, ways, patience)
 
-        def step(network: Any, x: Any = x, labels: Any = labels) -> Callable[[], None]:
-            loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
-            trainer = mx.gluon.Trainer(
-                network.collect_params(), "sgd", {"learning_rate": 1e-4, "momentum": 0.9}
-            )
 
-            def call() -> None:
-                with mx.autograd.record():
-                    error = loss(network(x), labels)
-                error.backward()
-                trainer.step(len(x))
-                mx.nd.waitall()
+def step(way: str, case: ModelCase) -> Callable[[], None]:
+    """Return one way's training step, and nothing else in memory."""
+    model = _network(case)
+    if way != "plain":
+        model = moved(over_parameterize(model)[0])
+    model.hybridize(static_alloc=True)
+    call = _model_step(model, case)
+    with by_formula() if way == "formula" else nullcontext():
+        call()
+    return call
 
-            return call
 
-        yield measure(NAME, "training step", case.name, _ways(plain, step), patience)
+def _network(case: ModelCase) -> Any:
+    plain = get_model(NETWORKS[case.network], pretrained=False)
+    plain.initialize()
+    plain(mx.nd.zeros((1, 3, case.size, case.size))).wait_to_read()
+    return plain
+
+
+def _model_step(network: Any, case: ModelCase) -> Callable[[], None]:
+    x = mx.nd.random.normal(shape=(case.batch, 3, case.size, case.size))
+    labels = mx.nd.random.randint(0, 1000, shape=case.batch)
+    loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    trainer = mx.gluon.Trainer(
+        network.collect_params(), "sgd", {"learning_rate": 1e-4, "momentum": 0.9}
+    )
+
+    def call() -> None:
+        with mx.autograd.record():
+            error = loss(network(x), labels)
+        error.backward()
+        trainer.step(len(x))
+        mx.nd.waitall()
+
+    return call
 
 
 def compositions(kernels: Iterable[tuple[int, int]], patience: float) -> Iterable[Row]:

@@ -138,6 +138,14 @@ def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
         yield measure(NAME, "training step", case.name, ways, patience)
 
 
+def step(way: str, case: ModelCase) -> Callable[[], Any]:
+    """Return one way's training step, and nothing else in memory."""
+    model = network(case.network, case.size)
+    if way != "plain":
+        model = moved(over_parameterize(model)[0])
+    return _model_step(by_formula(model) if way == "formula" else model, case)
+
+
 def _model_step(model: Any, case: ModelCase) -> Callable[[], Any]:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1e-4, momentum=0.9), loss)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from step_cases import (
     COMPOSITIONS,
@@ -25,9 +26,10 @@ from step_cases import (
     MODELS,
     QUICK_COMPOSITIONS,
     QUICK_LAYERS,
+    ModelCase,
     quick_models,
 )
-from step_measure import Row, emit
+from step_measure import Row, emit, figure
 from step_report import draw, machine, table, write_docs
 from tqdm import tqdm
 
@@ -40,6 +42,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 def main() -> None:
     """Measure, print, write and draw."""
     options = _options()
+    if options.worker and options.memory:
+        print(_peak_of(options.worker, options.memory, options.quick))
+        return
     if options.worker:
         _work(options.worker, options.quick, options.patience)
         return
@@ -70,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", default="results", help="folder for JSON and plot")
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -94,7 +100,7 @@ def _measured(backend: str, options: argparse.Namespace) -> Iterator[Row | str]:
 def _work(backend: str, quick: bool, patience: float) -> None:
     driver = importlib.import_module(f"step_{backend}")
     print(json.dumps({"version": driver.version()}), flush=True)
-    models = quick_models(driver.QUICK) if quick else MODELS
+    models = _models(driver, quick)
     patience = min(patience, 2) if quick else patience
     for row in driver.compositions(QUICK_COMPOSITIONS if quick else COMPOSITIONS, patience):
         emit(row)
@@ -104,11 +110,43 @@ def _work(backend: str, quick: bool, patience: float) -> None:
         emit(row)
     for row in driver.inference(models[0], 2 * patience):
         emit(row)
-    if hasattr(driver, "memory"):
-        emit(driver.memory(models[0]))
+    emit(driver.memory(models[0]) if hasattr(driver, "memory") else _memory(backend, driver, quick))
     if not quick:
         for row in driver.tools():
             emit(row)
+
+
+def _models(driver: Any, quick: bool) -> tuple[ModelCase, ...]:
+    return quick_models(driver.QUICK) if quick else MODELS
+
+
+def _memory(backend: str, driver: Any, quick: bool) -> Row:
+    """Return the memory that a process takes for training steps, each way in one of its own."""
+    bytes_of = {}
+    for way in ("plain", "formula", "ours"):
+        command = [sys.executable, __file__, "--worker", backend, "--memory", way]
+        command += ["--quick"] * quick
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        bytes_of[way] = int(done.stdout.split()[-1])
+    case = _models(driver, quick)[0].name
+    return figure(driver.NAME, "peak memory of a process", case, **bytes_of)
+
+
+def _peak_of(backend: str, way: str, quick: bool) -> int:
+    """Return by how many bytes this process grows at most while it makes three training steps."""
+    driver = importlib.import_module(f"step_{backend}")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak from now on
+    before = _status("VmRSS")
+    step = driver.step(way, _models(driver, quick)[0])
+    for _ in range(3):
+        step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Return what Linux says of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
