@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import step_measure
 from step_cases import (
     COMPOSITIONS,
     LAYERS,
@@ -31,6 +32,7 @@ from step_cases import (
 )
 from step_measure import Row, emit, figure
 from step_report import draw, machine, table, write_docs
+from step_targets import targets
 from tqdm import tqdm
 
 from doconv_core.files import write_json
@@ -48,6 +50,13 @@ def main() -> None:
     if options.worker:
         _work(options.worker, options.quick, options.patience)
         return
+    if options.read:
+        earlier = json.loads(options.read.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in earlier["rows"]]
+        print(targets(rows), table(rows), sep="\n\n")
+        if options.docs:
+            write_docs(rows, earlier["machine"], options.quick)
+        return
     rows, versions = [], []
     for backend in options.backend or BACKENDS:
         for found in _measured(backend, options):
@@ -56,7 +65,7 @@ def main() -> None:
             else:
                 versions.append(found)
     described = machine(options.threads, versions)
-    print(table(rows))
+    print(targets(rows), table(rows), sep="\n\n")
     out = Path(options.out)
     value = {"machine": described, "rows": [row._asdict() for row in rows]}
     write_json(out / "training_step.json", value)
@@ -74,6 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=15, help="seconds for each row")
     parser.add_argument("--out", default="results", help="folder for JSON and plot")
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
+    parser.add_argument("--read", type=Path, help="JSON of an earlier run, instead of measuring")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -101,7 +111,8 @@ def _work(backend: str, quick: bool, patience: float) -> None:
     driver = importlib.import_module(f"step_{backend}")
     print(json.dumps({"version": driver.version()}), flush=True)
     models = _models(driver, quick)
-    patience = min(patience, 2) if quick else patience
+    if quick:
+        patience, step_measure.least_rounds = min(patience, 2), 3
     for row in driver.compositions(QUICK_COMPOSITIONS if quick else COMPOSITIONS, patience):
         emit(row)
     for row in driver.layers(QUICK_LAYERS if quick else LAYERS, patience):
