@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 Way = Callable[[], Any]
 
+# Rounds that are measured at least, however long they take; a quick run sets it to fewer.
+least_rounds = 7
+
 
 class Row(NamedTuple):
     """What was measured of one case.
@@ -28,13 +31,13 @@ class Row(NamedTuple):
 
 
 def measure(backend: str, what: str, case: str, ways: Mapping[str, Way], patience: float) -> Row:
-    """Run each way once a round, by turns, for `patience` seconds; at least three rounds."""
+    """Run each way once a round, by turns, for `patience` seconds or `least_rounds`."""
     for way in ways.values():
         way()
     begin = time.perf_counter()
     for way in ways.values():
         way()
-    rounds = max(3, min(101, int(patience / (time.perf_counter() - begin))))
+    rounds = max(least_rounds, min(101, int(patience / (time.perf_counter() - begin))))
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-from step_cases import COMPOSITIONS, LayerCase, ModelCase
+from step_cases import LayerCase, ModelCase
 from step_measure import Row, figure, measure
 
 from doconv_core import ConvSpec
@@ -22,6 +22,7 @@ from gluoncv.model_zoo import get_model  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
 NAME = "Gluon"
+QUICK = "MobileNetV2"
 CONVS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
 NETWORKS = {
     "ResNet-18": "resnet18_v1",
@@ -110,33 +111,50 @@ def layers(cases: Iterable[LayerCase], patience: float) -> Iterable[Row]:
 def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
     """Yield a row for each network, hybridized: a training step with SGD and momentum."""
     for case in cases:
-        x = mx.nd.random.normal(shape=(case.batch, 3, case.size, case.size))
-        labels = mx.nd.random.randint(0, 1000, shape=case.batch)
-        plain = get_model(NETWORKS[case.network], pretrained=False)
-        plain.initialize()
-        plain(x).wait_to_read()
-
-        def step(network: Any, x: Any = x, labels: Any = labels) -> Callable[[], None]:
-            loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
-            trainer = mx.gluon.Trainer(
-                network.collect_params(), "sgd", {"learning_rate": 1e-4, "momentum": 0.9}
-            )
-
-            def call() -> None:
-                with mx.autograd.record():
-                    error = loss(network(x), labels)
-                error.backward()
-                trainer.step(len(x))
-                mx.nd.waitall()
-
-            return call
-
-        yield measure(NAME, "training step", case.name, _ways(plain, step), patience)
+        ways = _ways(_network(case), lambda network, case=case: _model_step(network, case))
+        yield measure(NAME, "training step", case.name, ways, patience)
 
 
-def compositions(patience: float) -> Iterable[Row]:
+def step(way: str, case: ModelCase) -> Callable[[], None]:
+    """Return one way's training step, and nothing else in memory."""
+    model = _network(case)
+    if way != "plain":
+        model = moved(over_parameterize(model)[0])
+    model.hybridize(static_alloc=True)
+    call = _model_step(model, case)
+    with by_formula() if way == "formula" else nullcontext():
+        call()
+    return call
+
+
+def _network(case: ModelCase) -> Any:
+    plain = get_model(NETWORKS[case.network], pretrained=False)
+    plain.initialize()
+    plain(mx.nd.zeros((1, 3, case.size, case.size))).wait_to_read()
+    return plain
+
+
+def _model_step(network: Any, case: ModelCase) -> Callable[[], None]:
+    x = mx.nd.random.normal(shape=(case.batch, 3, case.size, case.size))
+    labels = mx.nd.random.randint(0, 1000, shape=case.batch)
+    loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    trainer = mx.gluon.Trainer(
+        network.collect_params(), "sgd", {"learning_rate": 1e-4, "momentum": 0.9}
+    )
+
+    def call() -> None:
+        with mx.autograd.record():
+            error = loss(network(x), labels)
+        error.backward()
+        trainer.step(len(x))
+        mx.nd.waitall()
+
+    return call
+
+
+def compositions(kernels: Iterable[tuple[int, int]], patience: float) -> Iterable[Row]:
     """Yield a row for each kernel: composing it, forward and backward."""
-    for channels_in, channels_out in COMPOSITIONS:
+    for channels_in, channels_out in kernels:
         layer = DOConv2D(channels_in, channels_out, 3, use_bias=False)
         layer.initialize()
         moved(layer)

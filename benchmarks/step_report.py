@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from step_measure import Row
+from step_targets import targets
 
 from doconv_core.files import replacing, write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
+TICKS, WIDE_TICKS = (0.9, 1, 1.1, 1.2, 1.5, 2, 3), (1, 2, 3, 5, 10, 20, 50)
 BEGIN, END = "<!-- begin: measured -->", "<!-- end: measured -->"
 
 
@@ -72,10 +74,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             places = range(len(shown))
             for way, marker, color in (("formula", "x", "0.55"), ("ours", "o", "tab:blue")):
                 ratios = [row.ratios[way] for row in shown]
-                axis.plot(ratios, places, marker, color=color, label=way)
+                spread = [row.spread[way] for row in shown]
+                axis.errorbar(
+                    ratios, places, xerr=spread, fmt=marker, color=color, label=way, elinewidth=1
+                )
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xscale("log")
-            ticks = [tick for tick in (0.9, 1, 1.2, 1.5, 2, 3, 5, 10, 20)]
+            least, most = (f(f(row.ratios.values()) for row in shown) for f in (min, max))
+            axis.set_xlim(0.95 * min(least, 0.9), 1.1 * max(most, 1.5))
+            ticks = TICKS if most < 3 else WIDE_TICKS
+            ticks = [tick for tick in ticks if tick < axis.get_xlim()[1]]
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
             axis.set_yticks(places, [row.case for row in shown], fontsize=8)
@@ -96,6 +104,7 @@ def write_docs(rows: Sequence[Row], described: str, quick: bool) -> None:
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    measured = f"{described}.\n\n{table(rows)}\n\n![Ratios](performance.png)"
+    measured = f"{described}.\n\n{targets(rows)}\n\nThe whole run:\n\n{table(rows)}\n\n"
+    measured += "![Ratios](performance.png)"
     write_text(page, f"{before}{BEGIN}\n{measured}\n{END}{after}")
     draw(rows, DOCS / "performance.png")

@@ -11,13 +11,14 @@ import numpy as np
 import tensorflow as tf
 from keras import layers as kl
 from keras import ops
-from step_cases import COMPOSITIONS, LayerCase, ModelCase
+from step_cases import LayerCase, ModelCase
 from step_measure import Row, figure, measure
 
 from doconv_tf import DOConv2D, fold, over_parameterize, verify
 from doconv_tf.over_parameterized import OverParameterized
 
 NAME = "Keras"
+QUICK = "ResNet-18"
 CONVS = {1: kl.Conv1D, 2: kl.Conv2D, 3: kl.Conv3D}
 LARGEST = "ResNet152"
 
@@ -137,6 +138,14 @@ def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
         yield measure(NAME, "training step", case.name, ways, patience)
 
 
+def step(way: str, case: ModelCase) -> Callable[[], Any]:
+    """Return one way's training step, and nothing else in memory."""
+    model = network(case.network, case.size)
+    if way != "plain":
+        model = moved(over_parameterize(model)[0])
+    return _model_step(by_formula(model) if way == "formula" else model, case)
+
+
 def _model_step(model: Any, case: ModelCase) -> Callable[[], Any]:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1e-4, momentum=0.9), loss)
@@ -145,9 +154,9 @@ def _model_step(model: Any, case: ModelCase) -> Callable[[], Any]:
     return lambda: model.train_on_batch(x, labels)
 
 
-def compositions(patience: float) -> Iterable[Row]:
+def compositions(kernels: Iterable[tuple[int, int]], patience: float) -> Iterable[Row]:
     """Yield a row for each kernel: composing it in a `tf.function`, forward and backward."""
-    for channels_in, channels_out in COMPOSITIONS:
+    for channels_in, channels_out in kernels:
         named = {}
         for name in ("formula", "ours"):
             model = keras.Sequential(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pytorchcv.model_provider import get_model
-from step_cases import COMPOSITIONS, LayerCase, ModelCase
+from step_cases import LayerCase, ModelCase
 from step_measure import Row, figure, measure
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from doconv_torch import (
 )
 
 NAME = "PyTorch"
+QUICK = "MobileNetV2"
 CONVS = {1: (nn.Conv1d, DOConv1d), 2: (nn.Conv2d, DOConv2d), 3: (nn.Conv3d, DOConv3d)}
 NETWORKS = {
     "ResNet-18": "resnet18",
@@ -129,13 +130,13 @@ def _model_step(model: nn.Module, case: ModelCase) -> Callable[[], None]:
     return step
 
 
-def compositions(patience: float) -> Iterable[Row]:
+def compositions(kernels: Iterable[tuple[int, int]], patience: float) -> Iterable[Row]:
     """Yield a row for each kernel: composing it, forward and backward, and its floor.
 
     The floor is the time to stream W, the kernel and their gradients once each: to read two of
     them and write the two others.
     """
-    for channels_in, channels_out in COMPOSITIONS:
+    for channels_in, channels_out in kernels:
         ours = moved(DOConv2d(channels_in, channels_out, 3, bias=False))
         yardstick = by_formula(copy.deepcopy(ours))
         gradient = torch.randn_like(ours.weight)

@@ -18,10 +18,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from step_cases import LAYERS, MODELS, QUICK_LAYERS, QUICK_MODELS
-from step_measure import Row, emit
+import step_measure
+from step_cases import (
+    COMPOSITIONS,
+    LAYERS,
+    MODELS,
+    QUICK_COMPOSITIONS,
+    QUICK_LAYERS,
+    ModelCase,
+    quick_models,
+)
+from step_measure import Row, emit, figure
 from step_report import draw, machine, table, write_docs
+from step_targets import targets
 from tqdm import tqdm
 
 from doconv_core.files import write_json
@@ -33,8 +44,18 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 def main() -> None:
     """Measure, print, write and draw."""
     options = _options()
+    if options.worker and options.memory:
+        print(_peak_of(options.worker, options.memory, options.quick))
+        return
     if options.worker:
         _work(options.worker, options.quick, options.patience)
+        return
+    if options.read:
+        earlier = json.loads(options.read.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in earlier["rows"]]
+        print(targets(rows), table(rows), sep="\n\n")
+        if options.docs:
+            write_docs(rows, earlier["machine"], options.quick)
         return
     rows, versions = [], []
     for backend in options.backend or BACKENDS:
@@ -44,7 +65,7 @@ def main() -> None:
             else:
                 versions.append(found)
     described = machine(options.threads, versions)
-    print(table(rows))
+    print(targets(rows), table(rows), sep="\n\n")
     out = Path(options.out)
     value = {"machine": described, "rows": [row._asdict() for row in rows]}
     write_json(out / "training_step.json", value)
@@ -62,7 +83,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=15, help="seconds for each row")
     parser.add_argument("--out", default="results", help="folder for JSON and plot")
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
+    parser.add_argument("--read", type=Path, help="JSON of an earlier run, instead of measuring")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -87,9 +110,10 @@ def _measured(backend: str, options: argparse.Namespace) -> Iterator[Row | str]:
 def _work(backend: str, quick: bool, patience: float) -> None:
     driver = importlib.import_module(f"step_{backend}")
     print(json.dumps({"version": driver.version()}), flush=True)
-    models = QUICK_MODELS if quick else MODELS
-    patience = min(patience, 2) if quick else patience
-    for row in driver.compositions(patience):
+    models = _models(driver, quick)
+    if quick:
+        patience, step_measure.least_rounds = min(patience, 2), 3
+    for row in driver.compositions(QUICK_COMPOSITIONS if quick else COMPOSITIONS, patience):
         emit(row)
     for row in driver.layers(QUICK_LAYERS if quick else LAYERS, patience):
         emit(row)
@@ -97,11 +121,43 @@ def _work(backend: str, quick: bool, patience: float) -> None:
         emit(row)
     for row in driver.inference(models[0], 2 * patience):
         emit(row)
-    if hasattr(driver, "memory"):
-        emit(driver.memory(models[0]))
+    emit(driver.memory(models[0]) if hasattr(driver, "memory") else _memory(backend, driver, quick))
     if not quick:
         for row in driver.tools():
             emit(row)
+
+
+def _models(driver: Any, quick: bool) -> tuple[ModelCase, ...]:
+    return quick_models(driver.QUICK) if quick else MODELS
+
+
+def _memory(backend: str, driver: Any, quick: bool) -> Row:
+    """Return the memory that a process takes for training steps, each way in one of its own."""
+    bytes_of = {}
+    for way in ("plain", "formula", "ours"):
+        command = [sys.executable, __file__, "--worker", backend, "--memory", way]
+        command += ["--quick"] * quick
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        bytes_of[way] = int(done.stdout.split()[-1])
+    case = _models(driver, quick)[0].name
+    return figure(driver.NAME, "peak memory of a process", case, **bytes_of)
+
+
+def _peak_of(backend: str, way: str, quick: bool) -> int:
+    """Return by how many bytes this process grows at most while it makes three training steps."""
+    driver = importlib.import_module(f"step_{backend}")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak from now on
+    before = _status("VmRSS")
+    step = driver.step(way, _models(driver, quick)[0])
+    for _ in range(3):
+        step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Return what Linux says of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ SPECS = [
     ConvSpec(33, 4, (1, 5)),
     ConvSpec(18, 4, (5, 5)),
     ConvSpec(5, 3, (3, 3, 3)),
+    ConvSpec(9, 5, (3, 3, 3)),
+    ConvSpec(71, 9, (3, 3)),  # several parts for the threads, and a rest
     ConvSpec(3, 2, (6, 5)),
     ConvSpec(6, 9, (3, 3), 3),
     ConvSpec(40, 4, (3, 3), 2),
