@@ -15,7 +15,7 @@ from doconv_core.fold import NotFoldable
 from doconv_core.model import REPLACED, SUBCLASS, Change, Left, place
 from doconv_mx.blocks import overridden, walk
 from doconv_mx.bs_conv import is_own
-from doconv_mx.bs_fold import as_sequence, folded, is_changed
+from doconv_mx.bs_fold import as_sequence, is_changed
 from doconv_mx.bs_layer import _BSConv
 from doconv_mx.convert import become
 
@@ -78,7 +78,7 @@ def _folded(path: str, layer: _BSConv, form: str) -> HybridBlock | None:
     if form == "keep" or (form == "merge" and is_own(layer) and not is_changed(layer)):
         return None
     try:
-        return folded(layer, form)
+        return layer.fold(bsconv=form)
     except (NotFoldable, ValueError) as error:
         raise type(error)(f"{place(path)}: {error}") from None
 

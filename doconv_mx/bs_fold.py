@@ -36,7 +36,6 @@ from doconv_mx.parameter import put
 def folded(layer: Any, bsconv: str) -> HybridBlock:
     """Return the new layers that a BSConv layer folds to, as its `fold` says."""
     form = as_form(bsconv)
-    check_forward(layer, form)
     if form == "keep":
         return _kept(layer)
     check_parts(layer)
@@ -53,10 +52,10 @@ def folded(layer: Any, bsconv: str) -> HybridBlock:
     return _as_hybridized(new, layer)
 
 
-def check_forward(layer: Any, form: str) -> None:
-    """Raise NotFoldable where a BSConv layer may compute something else than its type does."""
+def check_forward(layer: Any, kind: type, form: str) -> None:
+    """Raise NotFoldable where a BSConv layer may compute something else than `kind`, its type."""
     cls, methods = type(layer), ("__call__", "forward", "hybrid_forward")
-    own = [m for m in methods if getattr(cls, m) is not getattr(nn.HybridSequential, m)]
+    own = [m for m in methods if getattr(cls, m) is not getattr(kind, m)]
     if own or overridden(layer):
         hint = "" if form == "keep" else "; bsconv='keep' leaves it in a model"
         raise NotFoldable(

@@ -9,6 +9,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import HybridBlock, Parameter, ParameterDict, nn
+from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
@@ -16,7 +17,7 @@ from doconv_core.bsconv import BSConvSpec, as_choice
 from doconv_core.bsconv_model import STARTS, batch_norm_options
 from doconv_core.fold import NotFoldable
 from doconv_core.spec import as_integer, as_tuple
-from doconv_mx.bs_fold import folded
+from doconv_mx.bs_fold import check_forward, folded
 from doconv_mx.bs_start import start_like
 from doconv_mx.compose import native
 from doconv_mx.do_conv import _DOConv, as_layout
@@ -136,6 +137,13 @@ class _BSConv(nn.HybridSequential):
         """The bias of the depthwise convolution, or None."""
         return self.depthwise.bias
 
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return what the parts make of `x`, one after the other."""
+        for part in self._children.values():
+            guarded = self.rank != 2 and isinstance(part, _BatchNorm)
+            x = _reordered(F, part(_reordered(F, x))) if guarded else part(x)
+        return x
+
     def __getitem__(self, key: Any) -> Any:
         """Return a part by its position; of a slice, an `nn.HybridSequential` of them."""
         if not isinstance(key, slice):
@@ -186,6 +194,7 @@ class _BSConv(nn.HybridSequential):
         Raises NotFoldable, with the reason, for what would not be exact, ValueError for another
         form, and for a layer without values that are to be computed with.
         """
+        check_forward(self, _BSConv, bsconv)
         return folded(self, bsconv)
 
     @classmethod
@@ -235,3 +244,12 @@ def _kernel(part: _Conv, ctx: mx.Context | None) -> NDArray:
     """Return what a part convolves with, in one context."""
     kernel = part.composed_kernel(ctx) if isinstance(part, _DOConv) else part.weight.data(ctx)
     return kernel.as_nd_ndarray()
+
+
+def _reordered(F: Any, x: Any) -> Any:
+    """Return `x` as it is, in the usual memory layout, and so its gradient.
+
+    On the CPU, MXNet 1.9 cannot read the gradients of a convolution of one or three dimensions and
+    8, 16, ... channels where oneDNN's batch norm is before or behind it.
+    """
+    return native(F.slice_axis(x.as_nd_ndarray(), axis=0, begin=0, end=None))

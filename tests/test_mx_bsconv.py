@@ -475,8 +475,8 @@ def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
         array(rng.standard_normal(shape).astype("float32")) for shape in ((16, 8, 9), (16, 4, 5))
     )
     trainer = Trainer(model.collect_params(), "sgd", {"learning_rate": 0.2})
-    for step in range(300):
-        trainer.set_learning_rate(0.1 * (1 + np.cos(np.pi * step / 300)))
+    for step in range(150):
+        trainer.set_learning_rate(0.1 * (1 + np.cos(np.pi * step / 150)))
         with autograd.record():
             loss = ((model(inputs) - target) ** 2).mean() + orthonormality_loss(model, alpha)
         loss.backward()
@@ -485,6 +485,19 @@ def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
         w = matrix(trained.pointwise1.weight)
         off = np.abs(w @ w.T - np.eye(len(w))).max()
         assert off <= 1e-5 if alpha else off > 0.5
+
+
+@pytest.mark.parametrize("cls", [BSConvS1D, BSConvU3D])
+@pytest.mark.parametrize("hybridized", [False, True])
+def test_batch_norms_of_other_ranks_train(cls, hybridized):
+    """As ordinary ones behind convolutions of 8 channels do not, on the CPU."""
+    model = initialized(cls(8, 8, 3, padding=1, with_bn=True))
+    model.hybridize(hybridized)
+    with autograd.record():
+        loss = (model(mx.nd.random.normal(shape=(2, 8, *[5] * cls.rank))) ** 2).sum()
+    loss.backward()
+    for parameter in model.collect_params(".*(weight|gamma)").values():
+        assert parameter.grad().asnumpy().any()
 
 
 def test_a_network_by_name_has_the_loss_of_its_linear_convolutions():
