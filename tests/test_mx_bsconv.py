@@ -475,8 +475,8 @@ def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
         array(rng.standard_normal(shape).astype("float32")) for shape in ((16, 8, 9), (16, 4, 5))
     )
     trainer = Trainer(model.collect_params(), "sgd", {"learning_rate": 0.2})
-    for step in range(150):
-        trainer.set_learning_rate(0.1 * (1 + np.cos(np.pi * step / 150)))
+    for step in range(240):
+        trainer.set_learning_rate(0.1 * (1 + np.cos(np.pi * step / 240)))
         with autograd.record():
             loss = ((model(inputs) - target) ** 2).mean() + orthonormality_loss(model, alpha)
         loss.backward()

@@ -423,7 +423,7 @@ def test_the_loss_of_a_converted_model_is_zero_at_first():
 @pytest.mark.parametrize("variant", ["u", "s"])
 def test_a_residual_network_of_a_zoo(variant):
     zoo = mx.gluon.model_zoo.vision
-    widths = [16, 16, 16, 32, 64]
+    widths = [16, 16, 24, 32, 64]
     model = zoo.ResNetV1(zoo.BasicBlockV1, [2, 2, 2, 2], widths, classes=10, thumbnail=True)
     model = built(model, run=False)
     x = mx.nd.random.normal(shape=(2, 3, 32, 32))
