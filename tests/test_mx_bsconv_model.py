@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import numpy as np
 import pytest
 from frameworks import need
@@ -401,6 +403,21 @@ def test_the_model_itself_may_be_the_layer():
         assert verify(fold(model, bsconv=form).model, model, images()).relative <= 1e-12
     conv = network(model=nn.Conv2D(4, 3, in_channels=4))
     assert type(to_bsconv(conv, inplace=True).model) is type(conv) is BSConvU2D
+
+
+def test_a_layer_folds_apart_from_the_network_that_it_was_made_in():
+    class Locked(nn.HybridSequential):
+        lock = None
+
+    model = Locked()
+    model.lock = Lock()  # which cannot be copied
+    with model.name_scope():
+        model.add(BSConvU2D(4, 4, 3))
+    network(model=model)
+    folded = model[0].fold()
+    assert folded._scope._old_scope is None
+    assert verify(folded, model[0], images()).absolute == 0
+    assert model[0]._scope._old_scope._block is model
 
 
 def test_states_go_between_models():
