@@ -60,7 +60,7 @@ class _BSConv(nn.HybridSequential):
         prefix: str | None,
         params: ParameterDict | None,
     ) -> None:
-        """Validate the arguments, and create the parts in the order of their use.
+        """Validate the arguments, and create the parts.
 
         ending: what is the depthwise convolution's alone, its activation and bias.
         """
@@ -82,26 +82,34 @@ class _BSConv(nn.HybridSequential):
         both = {"layout": layout, "weight_initializer": weight_initializer}
         nn.HybridSequential.__init__(self, prefix=prefix, params=params)
         self._outline, self._deferred, self._layout = outline, not in_channels, layout
-        shapes, channels = iter(outline.pointwise_shapes), outline.out_channels
-        before = in_channels
         with self.name_scope():
-            for name in outline.names:
-                own = {"prefix": f"{name}_"}
-                if name == "depthwise":
-                    part = self.ordinary(
-                        channels, outline.kernel_size, groups=channels, in_channels=channels,
-                        **both, **options, **own,
-                    )  # fmt: skip
-                elif name.startswith("pointwise"):
-                    after = next(shapes)[0]
-                    part = self.ordinary(
-                        after, (1,) * self.rank, in_channels=before, use_bias=False, **both, **own
-                    )
-                    before = after
-                else:
-                    axis = layout.find("C")
-                    part = nn.BatchNorm(axis, in_channels=before, **norms, **own)
-                setattr(self, name, part)
+            self._add_parts(in_channels, norms, both, options)
+
+    def _add_parts(
+        self, in_channels: int, norms: dict[str, Any], both: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Create the parts in the order of their use.
+
+        in_channels: 0 where they are unknown. norms: arguments of the batch norms. both: of every
+        convolution. options: of the depthwise one alone.
+        """
+        outline, before = self._outline, in_channels
+        shapes, channels = iter(outline.pointwise_shapes), outline.out_channels
+        for name in outline.names:
+            own = {"prefix": f"{name}_"}
+            if name == "depthwise":
+                part = self.ordinary(
+                    channels, outline.kernel_size, groups=channels, in_channels=channels,
+                    **both, **options, **own,
+                )  # fmt: skip
+            elif name.startswith("pointwise"):
+                after, ones = next(shapes)[0], (1,) * self.rank
+                part = self.ordinary(after, ones, in_channels=before, use_bias=False, **both, **own)
+                before = after
+            else:
+                axis = self._layout.find("C")
+                part = nn.BatchNorm(axis, in_channels=before, **norms, **own)
+            setattr(self, name, part)
 
     def _validated(self, sizes: dict[str, Any]) -> tuple[BSConvSpec, int]:
         """Return the layer's sizes, with 1 for input channels to be inferred, and the number of
