@@ -108,7 +108,7 @@ def _basis(weights: Array, mid: int) -> Array:
 
 
 def _projected(filters: Array, basis: Array) -> Array:
-    projected: Array = np.einsum("ki,oim->okm", basis, filters)
+    projected: Array = basis @ filters  # (mid, I) and each (I, M)
     return projected
 
 

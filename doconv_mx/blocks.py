@@ -102,6 +102,7 @@ def copied(model: Block) -> Block:
     for _, block in walk(model):
         if isinstance(block, HybridBlock) and block._cached_op is not None:
             apart[id(block._cached_op)] = None
+    apart |= dict.fromkeys(_outer_scopes(model))
     with autograd.pause():
         for parameter in parameters(model):
             if parameter._trainer is not None:
@@ -120,6 +121,16 @@ def copied(model: Block) -> Block:
             autograd.mark_variables(parameter._data, parameter._grad, parameter.grad_req)
     forget_graphs(new)
     return new
+
+
+def _outer_scopes(model: Block) -> set[int]:
+    """Return the ids of the name scopes around the model in which its blocks were made.
+
+    A block remembers the scope, and by it the block around it, with everything in that one.
+    """
+    own = [block._scope for _, block in walk(model)]
+    outer = {id(scope._old_scope) for scope in own if scope._old_scope is not None}
+    return outer - set(map(id, own))
 
 
 def forget_graphs(model: Block) -> None:

@@ -12,7 +12,9 @@ from doconv_core.architectures.lowering import parts
 from doconv_core.architectures.shapes import Placed, children, for_input, infer, padding
 from doconv_core.state import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
+from doconv_mx.bs_conv import BSConvS2D, BSConvU2D
 from doconv_mx.do_conv import DOConv2D
+from doconv_mx.orthonormal import mark_orthonormal
 from doconv_mx.state import load_state
 
 
@@ -131,24 +133,29 @@ def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     return CONVOLUTIONS[kind](placed, prefix)
 
 
-def _ordinary(placed: Placed, prefix: str, cls: Any = nn.Conv2D) -> HybridBlock:
+def _ordinary(placed: Placed, prefix: str, cls: Any = nn.Conv2D, **options: Any) -> HybridBlock:
     conv, channels = placed.node, placed.before[0]
-    return cls(
+    layer = cls(
         in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
         strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,
-        use_bias=conv.bias, prefix=prefix,
+        use_bias=conv.bias, prefix=prefix, **options,
     )  # fmt: skip
+    return mark_orthonormal(layer) if conv.orthonormal else layer
 
 
 def _do_conv(placed: Placed, prefix: str) -> HybridBlock:
     return _ordinary(placed, prefix, DOConv2D)
 
 
-def _separated(placed: Placed, prefix: str) -> HybridBlock:
-    """Return a BSConv as the sequence of its parts."""
-    sequence = parts(placed.path, placed.node, placed.before)
-    below = infer(nodes.Network(placed.path, sequence, placed.before))
-    return _filled(nn.HybridSequential(prefix=prefix), below, "")
+def _bsconv(placed: Placed, prefix: str) -> HybridBlock:
+    parts(placed.path, placed.node, placed.before)  # refuses groups, by path
+    kind = placed.node.kind
+    if kind.name == "bsconvu":
+        return _ordinary(placed, prefix, BSConvU2D, with_bn=kind.with_bn)
+    return _ordinary(
+        placed, prefix, BSConvS2D, p=kind.p, min_mid_channels=kind.min_mid_channels,
+        with_bn=kind.with_bn,
+    )  # fmt: skip
 
 
 def _batch_norm(placed: Placed, prefix: str) -> HybridBlock:
@@ -179,8 +186,8 @@ def _linear(placed: Placed, prefix: str) -> HybridBlock:
 CONVOLUTIONS = {
     "conv": _ordinary,
     "doconv": _do_conv,
-    "bsconvu": _separated,
-    "bsconvs": _separated,
+    "bsconvu": _bsconv,
+    "bsconvs": _bsconv,
 }
 ACTIVATIONS = {
     "relu": lambda prefix: nn.Activation("relu", prefix=prefix),

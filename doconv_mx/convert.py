@@ -20,6 +20,17 @@ from doconv_mx.parameter import Weight, fill, options_of
 
 DO_CONV = {nn.Conv1D: DOConv1D, nn.Conv2D: DOConv2D, nn.Conv3D: DOConv3D}
 
+# What the layers of Gluon and of this package make, and layers of another type may lack.
+_MADE = (
+    "_channels", "_in_channels", "_op_name", "_kwargs", "act", "weight", "bias", "_outline",
+    "depthwise_weight", "_in_batches", "_layout", "_deferred", "explained",
+)  # fmt: skip
+# What a block is besides a layer of its type.
+_KEPT = (
+    "_empty_prefix", "_prefix", "_name", "_scope", "_forward_hooks", "_forward_pre_hooks",
+    "_active", "_flags", "_callback", "_monitor_all", "_backend", "_backend_opts",
+)  # fmt: skip
+
 
 def outline(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:
     """Return an ordinary layer's sizes; where it infers its input channels, as many as groups.
@@ -117,3 +128,15 @@ def remove_parameter(block: HybridBlock, name: str) -> None:
     for key in [key for key, value in named.items() if value is old]:
         del named[key]
     vars(block).pop(name)
+
+
+def become(block: HybridBlock, other: HybridBlock) -> None:
+    """Make a block what another one is, parts and all, and keep its hooks, names and identity.
+
+    Attributes that are not of its type's making stay.
+    """
+    kept = {name: vars(block)[name] for name in _KEPT}
+    for name in (*_MADE, *block._children):
+        vars(block).pop(name, None)
+    vars(block).update({**vars(other), **kept})
+    block.__class__ = type(other)

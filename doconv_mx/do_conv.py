@@ -15,10 +15,30 @@ from doconv_core.fold import NotFoldable
 from doconv_core.spec import ConvSpec, as_integer, as_tuple
 from doconv_mx.blocks import overridden
 from doconv_mx.compose import as_w, compose, grouped, native, tied
-from doconv_mx.ordinary import channels_per_group, contexts, filled, is_channels_last, spec_of
+from doconv_mx.ordinary import (
+    channels_per_group,
+    contexts,
+    filled,
+    is_channels_last,
+    require_ordinary,
+    spec_of,
+)
 from doconv_mx.parameter import Weight
 
 _LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
+
+
+def as_layout(layout: str | None, rank: int) -> str:
+    """Return the layout of a layer of `rank` spatial dimensions, channels-first where not given.
+
+    Raises ValueError for one that a layer cannot have.
+    """
+    layout = _LAYOUTS[rank][0] if layout is None else layout
+    if layout not in _LAYOUTS[rank]:
+        raise ValueError(
+            f"layout must be {' or '.join(map(repr, _LAYOUTS[rank]))}; received layout={layout!r}."
+        )
+    return layout
 
 
 class _DOConv(_Conv):
@@ -63,12 +83,7 @@ class _DOConv(_Conv):
             outline = ConvSpec(*sizes)
         except ValueError as error:  # Gluon's name for what the core calls out_channels
             raise ValueError(str(error).replace("out_channels", "channels")) from None
-        layout = _LAYOUTS[rank][0] if layout is None else layout
-        if layout not in _LAYOUTS[rank]:
-            raise ValueError(
-                f"layout must be {' or '.join(map(repr, _LAYOUTS[rank]))}; received "
-                f"layout={layout!r}."
-            )
+        layout = as_layout(layout, rank)
         options = {
             "kernel": kernel_size,
             "stride": as_tuple("strides", strides, rank),
@@ -180,11 +195,7 @@ class _DOConv(_Conv):
         Raises TypeError for any other layer: a subclass may compute something else. Raises
         ValueError for a layer that has no values yet.
         """
-        if type(conv) is not cls.ordinary:
-            raise TypeError(
-                f"{cls.__name__}.from_conv takes over a mxnet.gluon.nn.{cls.ordinary.__name__}, "
-                f"exactly; received {type(conv).__module__}.{type(conv).__qualname__}."
-            )
+        require_ordinary(cls, conv)
         ctx = contexts(conv, f"{cls.__name__}.from_conv")
         spec = spec_of(conv, depth_multiplier)
         last, request, dtype = is_channels_last(conv), conv.weight.grad_req, conv.weight.dtype

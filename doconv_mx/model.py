@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from mxnet.gluon import Block
 
+from doconv_core.bsconv_model import FoldReport, as_form
 from doconv_core.model import Converted, Report, Selection, Where
 from doconv_core.spec import as_integer
 from doconv_mx.batchnorm import fuse_batchnorms
 from doconv_mx.blocks import copied, count, forget_graphs, require_block, walk
+from doconv_mx.bs_convert import fold_bsconvs, plan_bsconvs
 from doconv_mx.convert import fold_layers, over_parameterize_layers
 from doconv_mx.plan import places, plan_folding, plan_over_parameterization
 from doconv_mx.symbols import fold_nodes, over_parameterize_nodes
@@ -51,9 +53,17 @@ def over_parameterize(
     return Converted(target, Report("over-parameterized", changed, left, before, count(target)))
 
 
-def fold(model: Block, *, fuse_batchnorm: bool = False, inplace: bool = False) -> Converted:
-    """Make the model's DO-Conv layers ordinary ones that compute the same; return it and a report.
+def fold(
+    model: Block, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+) -> Converted:
+    """Make the model's DO-Conv and BSConv layers ordinary ones that compute the same; return it and
+    a report.
 
+    bsconv: what BSConv layers become. "keep": an `nn.HybridSequential` of the same parts. "merge":
+    one of a pointwise and a depthwise convolution, with batch norms in the former, for inference.
+    "dense": one convolution. Each is exact, but none is always fastest: the report, a `FoldReport`,
+    has the cost of all three. Merging makes two pointwise convolutions one with more operations
+    where the channels between are few; dense has about as many times more as the kernel has taps.
     fuse_batchnorm: also make batch norms that directly follow a convolution part of it, for
     inference: in training a batch norm computes something else. inplace: change the model itself,
     not a copy.
@@ -62,22 +72,28 @@ def fold(model: Block, *, fuse_batchnorm: bool = False, inplace: bool = False) -
     order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization are kept. A batch norm
     that cannot be fused is left as it is, and the report says why.
     Raises, before anything is changed, TypeError for what is not a block or cannot be copied;
-    NotFoldable, by path, for a layer that no ordinary one computes; ValueError, by path, for one
-    that has no values for all of its parameters.
+    NotFoldable, by path, for a layer that no ordinary one computes exactly; ValueError for another
+    form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
+    BSConv that is kept need not have.
     """
     require_block(model)
-    plan = plan_folding(model)
+    form = as_form(bsconv)
+    plan, bsconvs = plan_folding(model), plan_bsconvs(model, form)
     target = model if inplace else copied(model)
     blocks, before = dict(walk(target)), count(target)
     for paths in plan.groups:
         fold_layers([blocks[path] for path in paths])
     for path in plan.symbols:
         fold_nodes(blocks[path])
-    changed, left = plan.changed, []
+    changed, left = [*plan.changed, *fold_bsconvs(blocks, bsconvs)], [*bsconvs.left]
     if fuse_batchnorm:
-        fused, left = fuse_batchnorms(target)
-        order = places(target)
-        changed = sorted([*changed, *fused], key=lambda change: order[change.path])
+        fused, kept = fuse_batchnorms(target)
+        changed, left = [*changed, *fused], [*left, *kept]
+    if fuse_batchnorm or bsconvs.layers:
+        order = places(target)  # in which a part of a BSConv that is dense now is no more
+        changed = sorted((c for c in changed if c.path in order), key=lambda c: order[c.path])
     forget_graphs(target)
-    report = Report("folded", tuple(changed), tuple(left), before, count(target))
-    return Converted(target, report)
+    parts = tuple(changed), tuple(left), before, count(target)
+    if bsconvs.choices:
+        return Converted(target, FoldReport("folded", *parts, form, bsconvs.choices))
+    return Converted(target, Report("folded", *parts))

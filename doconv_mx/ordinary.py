@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,13 @@ def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
 
     Raises ValueError, by name, for a parameter that has no values yet.
     """
-    for parameter in block._reg_params.values():
+    require_values(block._reg_params.values(), purpose)
+    return list(block.weight.list_ctx())
+
+
+def require_values(parameters: Iterable[Parameter], purpose: str) -> None:
+    """Raise ValueError, by name, for a parameter that has no values yet."""
+    for parameter in parameters:
         try:
             parameter.list_data()
         except RuntimeError:
@@ -58,7 +64,15 @@ def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
                 f"{purpose} needs the values of {parameter.name!r}, which has none yet: initialize "
                 "the model, and where it infers in_channels, run it once."
             ) from None
-    return list(block.weight.list_ctx())
+
+
+def require_ordinary(cls: Any, conv: Any) -> None:
+    """Raise TypeError for what is not exactly the ordinary layer that `cls` stands in for."""
+    if type(conv) is not cls.ordinary:
+        raise TypeError(
+            f"{cls.__name__}.from_conv takes over a mxnet.gluon.nn.{cls.ordinary.__name__}, "
+            f"exactly; received {type(conv).__module__}.{type(conv).__qualname__}."
+        )
 
 
 def filled(

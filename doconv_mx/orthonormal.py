@@ -1,0 +1,111 @@
+"""The loss that keeps the rows of pointwise weights orthonormal, as BSConv-S is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Block, Parameter
+from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.ndarray import NDArray
+
+from doconv_core.bsconv import as_number
+from doconv_core.orthonormal import ALPHA
+from doconv_mx.blocks import require_block, walk
+from doconv_mx.bs_conv import _BSConvS
+from doconv_mx.compose import native
+from doconv_mx.ordinary import require_values
+
+
+def orthonormality_loss(
+    model: Block, alpha: float = ALPHA, *, ctx: mx.Context | None = None
+) -> NDArray:
+    """Return how far the model's pointwise weights are from orthonormal rows, to add to the loss.
+
+    `alpha` times the sum of the Frobenius norms of `W·Wᵀ - I`, over the first pointwise weight of
+    every BSConv-S layer, and the weight of every convolution given to `mark_orthonormal`; of each
+    layer once. A scalar, computed in float32 or wider. Where the rows are orthonormal its gradient
+    is zero.
+
+    Call it within `autograd.record()`, once a step, beside the loss of the outputs, be the model
+    hybridized or not, and add it to that: two calls of `backward` would write one gradient over the
+    other. A loss of Gluon's has one entry for each sample, and `Trainer.step(batch_size)` divides
+    by their number; so it does with this one, where it is added to each entry.
+    ctx: which context's copies of the weights, and where the loss is; None for the first one that
+    the first weight has. Of a model on several contexts, each context's loss gets that of its own
+    copies: together they count once, as the batch does.
+    Raises ValueError for a model that has no such weight, as a sum of nothing would hide it, and
+    for weights without values or not on `ctx`; TypeError for what is not a block and for an alpha
+    that is no number.
+    Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+    """
+    require_block(model)
+    alpha = as_number("alpha", alpha)
+    weights = list(_weights(model))
+    if not weights:
+        raise ValueError(
+            f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1D, "
+            "BSConvS2D or BSConvS3D, nor a convolution that was given to mark_orthonormal."
+        )
+    require_values(weights, "orthonormality_loss")
+    arrays = [_on(weight, ctx) for weight in weights]
+    wide = any(np.dtype(weight.dtype).itemsize > 4 for weight in weights)
+    norms = [_norm(array, "float64" if wide else "float32") for array in arrays]
+    total = norms[0]
+    for norm in norms[1:]:
+        total = total + norm.as_in_context(total.context)
+    return native(alpha * total)
+
+
+def mark_orthonormal(conv: _Conv) -> _Conv:
+    """Let `orthonormality_loss` count this convolution's weight; return the convolution.
+
+    For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is the attribute
+    `orthonormal`; copies of the block have it too.
+    Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
+    Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+    """
+    if not isinstance(conv, _Conv) or conv._op_name.lower() == "deconvolution":
+        raise TypeError(
+            f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
+        )
+    size, groups = tuple(conv._kwargs["kernel"]), conv._kwargs["num_group"]
+    if set(size) != {1} or groups != 1:
+        raise ValueError(
+            "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
+            f"received kernel_size={size}, groups={groups}."
+        )
+    conv.orthonormal = True
+    return conv
+
+
+def _weights(model: Block) -> Iterator[Parameter]:
+    seen: set[int] = set()
+    for _, block in walk(model):
+        layer = block.pointwise1 if isinstance(block, _BSConvS) else block
+        marked = isinstance(block, _Conv) and getattr(block, "orthonormal", False) is True
+        if (layer is not block or marked) and id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer.weight
+
+
+def _on(weight: Parameter, ctx: mx.Context | None) -> NDArray:
+    """Return the weight's copy on a context, by default its first."""
+    held = weight.list_ctx()
+    if ctx is not None and ctx not in held:
+        raise ValueError(
+            f"ctx must be a context that has the values of {weight.name!r}, {held}; received "
+            f"ctx={ctx!r}."
+        )
+    return weight.data(held[0] if ctx is None else ctx).as_nd_ndarray()
+
+
+def _norm(weight: NDArray, dtype: str) -> NDArray:
+    rows = weight.shape[0]
+    w = weight.reshape((rows, -1)).astype(dtype, copy=False)
+    excess = mx.nd.dot(w, w, transpose_b=True) - mx.nd.eye(rows, ctx=w.context, dtype=dtype)
+    squares = (excess * excess).sum()
+    # A root has no gradient at 0, where the norm has a kink, at its least value.
+    apart = squares > 0
+    return mx.nd.sqrt(mx.nd.where(apart, squares, mx.nd.ones_like(squares))) * apart
