@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 # Before MXNet, which it makes importable.
 import doconv_mx as package
 
@@ -9,7 +11,7 @@ import doconv_mx as package
 import mxnet as mx
 from mxnet import autograd
 
-__all__ = ["inference", "made", "package", "training"]
+__all__ = ["empty", "gradients", "inference", "made", "package", "trainable", "training"]
 
 
 def made(network, **options):
@@ -18,15 +20,30 @@ def made(network, **options):
     return model
 
 
+def empty(network):
+    """Return the network without values."""
+    return package.build(network)
+
+
+def trainable(model):
+    """Return the number of what is trained."""
+    parameters = model.collect_params().values()
+    return sum(prod(p.shape) for p in parameters if p.grad_req != "null")
+
+
 def inference(model, x):
     return model(mx.nd.from_numpy(x.copy())).asnumpy()
 
 
 def training(model, x, dy):
-    """Return the output in training, and the gradients of `sum(output · dy)`, as a state's."""
-    with autograd.record():
+    return gradients(model, x, dy, training=True)
+
+
+def gradients(model, x, dy, *, training):
+    """Return the output, and the gradients of `sum(output · dy)`, as a state's."""
+    with autograd.record(train_mode=training):
         output = model(mx.nd.from_numpy(x.copy()))
-    output.backward(mx.nd.from_numpy(dy.copy()))
+    output.backward(mx.nd.from_numpy(dy.copy()), train_mode=training)
     for parameter in model.collect_params().values():
         if parameter.grad_req != "null":
             parameter.set_data(parameter.grad())
