@@ -10,6 +10,7 @@ import doconv_mx as package
 # isort: split
 import mxnet as mx
 from mxnet import autograd
+from mxnet.gluon import nn
 
 __all__ = ["empty", "gradients", "inference", "made", "package", "trainable", "training"]
 
@@ -41,10 +42,25 @@ def training(model, x, dy):
 
 def gradients(model, x, dy, *, training):
     """Return the output, and the gradients of `sum(output · dy)`, as a state's."""
-    with autograd.record(train_mode=training):
+    _use_statistics(model, not training)
+    with autograd.record():
         output = model(mx.nd.from_numpy(x.copy()))
-    output.backward(mx.nd.from_numpy(dy.copy()), train_mode=training)
+    output.backward(mx.nd.from_numpy(dy.copy()))
+    _use_statistics(model, False)
     for parameter in model.collect_params().values():
         if parameter.grad_req != "null":
             parameter.set_data(parameter.grad())
     return output.asnumpy(), package.export_state(model).arrays
+
+
+def _use_statistics(model, use):
+    """Let batch norms compute as in inference, or not, also where gradients are recorded.
+
+    Instead of `record(train_mode=False)`, in which MXNet's max pooling has no right gradient.
+    """
+
+    def tell(block):
+        if isinstance(block, nn.BatchNorm):
+            block._kwargs["use_global_stats"] = use
+
+    model.apply(tell)
