@@ -1,4 +1,4 @@
-"""The table, the plot and the document of `training_step.py`."""
+"""The table, the plot and the document of `training_step.py`, and what other benchmarks share."""
 
 from __future__ import annotations
 
@@ -100,11 +100,14 @@ def write_docs(rows: Sequence[Row], described: str, quick: bool) -> None:
     """Put the table and the plot into `docs/performance.md`, between its two marks."""
     if quick:
         raise SystemExit("--docs is for a whole run, without --quick.")
-    page = DOCS / "performance.md"
+    measured = f"{described}.\n\n{targets(rows)}\n\nThe whole run:\n\n{table(rows)}\n\n"
+    put(DOCS / "performance.md", f"{measured}![Ratios](performance.png)")
+    draw(rows, DOCS / "performance.png")
+
+
+def put(page: Path, measured: str) -> None:
+    """Put what was measured into a page, between its two marks."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    measured = f"{described}.\n\n{targets(rows)}\n\nThe whole run:\n\n{table(rows)}\n\n"
-    measured += "![Ratios](performance.png)"
     write_text(page, f"{before}{BEGIN}\n{measured}\n{END}{after}")
-    draw(rows, DOCS / "performance.png")

@@ -1,4 +1,4 @@
-"""Over-parameterize, train, fold and compare every network of three model zoos.
+"""Over-parameterize, train, fold and compare every network of three model zoos, and our own.
 
 Writes a table, and beside it the same as JSON. What was not asked for this time keeps the rows it
 had there. The exit status is 1 if there is a failure in the table that is not explained.

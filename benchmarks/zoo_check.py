@@ -1,9 +1,9 @@
 """What is asked of every network of the zoos: the same questions, whatever its framework.
 
 A network is built with random weights, and its batch norms get the statistics of a batch, which are
-then disturbed. It is over-parameterized, compared, trained by one step, folded, compared, counted,
-and folded once more with its batch norms fused. A driver, a module for each framework, does what
-only that framework can.
+then disturbed. It is over-parameterized, unless it was built so; compared, trained by one step,
+folded, compared, counted, and folded once more with its batch norms fused. A driver, a module for
+each framework, does what only that framework can.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Driver(Protocol):
     def ordinary(self, model: Any) -> int:
         """Return how many ordinary convolutions of more than one tap it has, each once."""
 
+    def bsconvs(self, model: Any) -> int:
+        """Return how many BSConv layers it has, each once."""
+
     def parameters(self, model: Any) -> int:
         """Return the number of its trainable numbers."""
 
@@ -77,7 +80,7 @@ class Driver(Protocol):
         """Return the shapes of what its checkpoint keeps, by names."""
 
     def traces(self, model: Any) -> list[str]:
-        """Return the types of this package's layers in it."""
+        """Return the types of this package's layers in it that folding is to remove."""
 
     def over_parameterize(self, model: Any) -> Converted:
         """Over-parameterize it."""
@@ -109,10 +112,12 @@ def _try(driver: Driver, network: Network, row: Row) -> None:
     rng = np.random.default_rng(SEED)
     inputs = make_inputs(network, rng)
     model = driver.build(network, SEED)
+    is_folded = network.folded() == network
+    ordinary = model if is_folded else driver.build(network.folded(), SEED)
     settle(driver, model, inputs, rng)
     before = driver.outputs(model, inputs, False)
 
-    trained, targets = _over_parameterize(driver, model, inputs, before, row, rng)
+    trained, targets = _over_parameterize(driver, (model, ordinary), inputs, before, row, rng)
     row.loss = driver.step(trained, inputs, targets)
     depthwise = driver.depthwise(trained)
     row.moved = sum(bool(driver.read(d).any()) for d in depthwise)
@@ -131,7 +136,7 @@ def _try(driver: Driver, network: Network, row: Row) -> None:
     _require(row, _finite(after), "the trained network's outputs are not finite")
     _require(row, 0 < row.change < np.inf, f"training changed the outputs by {row.change}")
 
-    _fold(driver, model, trained, inputs, after, row)
+    _fold(driver, ordinary, trained, inputs, after, row)
     _fuse(driver, trained, inputs, after, row, rng)
 
 
@@ -170,15 +175,25 @@ def _set(driver: Driver, variable: Any, change: Callable[[np.ndarray], np.ndarra
 
 
 def _over_parameterize(
-    driver: Driver, model: Any, inputs: Any, before: Outputs, row: Row, rng: np.random.Generator
+    driver: Driver,
+    models: tuple[Any, Any],
+    inputs: Any,
+    before: Outputs,
+    row: Row,
+    rng: np.random.Generator,
 ) -> tuple[Any, Outputs]:
-    """Over-parameterize, compare in both modes, and return the new model and targets for it."""
+    """Over-parameterize, compare in both modes, and return the new model and targets for it.
+
+    models: the network, and the one that it folds to: the same, or one without its DO-Conv layers.
+    """
+    model, ordinary = models
     _require(row, _finite(before), "the network's outputs are not finite")
-    candidates = driver.ordinary(model)
+    candidates = driver.ordinary(ordinary)
+    built_so = len(driver.depthwise(model))
     new, report = driver.over_parameterize(model)
-    row.replaced = len(report.changed)
+    row.replaced = built_so + len(report.changed)
     row.left = dict(Counter(f"{kind}: {reason}" for _, kind, reason in report.left))
-    row.parameters = (driver.parameters(model), driver.parameters(new))
+    row.parameters = (driver.parameters(ordinary), driver.parameters(new))
     row.over = largest_difference(driver.outputs(new, inputs, False), before).absolute
     training = driver.outputs(model, inputs, True)
     row.over_training = largest_difference(driver.outputs(new, inputs, True), training).absolute
@@ -187,7 +202,8 @@ def _over_parameterize(
     statistics = largest_difference(driver.outputs(new, inputs, False), second).absolute
 
     counted = (report.parameters_before, report.parameters_after)
-    _require(row, counted == row.parameters, f"the report counts {counted}, not {row.parameters}")
+    expected = (driver.parameters(model), row.parameters[1])
+    _require(row, counted == expected, f"the report counts {counted}, not {expected}")
     _require(row, row.replaced > 0, "no layer was replaced")
     _require(
         row,
@@ -205,16 +221,19 @@ def _over_parameterize(
     return new, targets
 
 
-def _fold(driver: Driver, model: Any, trained: Any, inputs: Any, after: Outputs, row: Row) -> None:
+def _fold(
+    driver: Driver, ordinary: Any, trained: Any, inputs: Any, after: Outputs, row: Row
+) -> None:
     folded, report = driver.fold(trained, False)
     row.folded = largest_difference(driver.outputs(folded, inputs, False), after).relative
     row.parameters = (*row.parameters, driver.parameters(folded))
     traces = driver.traces(folded)
     _require(row, row.folded == 0, f"folding changed the output by {row.folded:.1e} relative")
     _require(row, not traces, f"folding left {', '.join(traces)}")
-    same = driver.entries(folded) == driver.entries(model)
+    same = driver.entries(folded) == driver.entries(ordinary)
     _require(row, same, "the folded network's checkpoint has other names or shapes")
-    _require(row, len(report.changed) == row.replaced, f"{len(report.changed)} layers were folded")
+    layers = row.replaced + driver.bsconvs(trained)
+    _require(row, len(report.changed) == layers, f"{len(report.changed)} layers were folded")
     _require(
         row,
         row.parameters[2] == row.parameters[0] == report.parameters_after,

@@ -1,4 +1,4 @@
-"""The networks of gluoncv.model_zoo, which are MXNet Gluon's."""
+"""The networks of MXNet Gluon: gluoncv.model_zoo's, and this package's own."""
 
 from __future__ import annotations
 
@@ -27,29 +27,41 @@ doconv_mx.import_gluoncv()
 from gluoncv.model_zoo import get_model  # noqa: E402
 
 ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
+# The modules of the blocks that this package's own networks have, which stay.
+BLOCKS = ("doconv_mx.build", "doconv_mx.activations")
 
 
-def versions() -> str:
+def versions(network: Network) -> str:
     """Return what the table says about versions."""
-    return f"MXNet {mx.__version__}, GluonCV {metadata.version('gluoncv')}"
+    zoo = "" if network.own else f", GluonCV {metadata.version('gluoncv')}"
+    return f"MXNet {mx.__version__}{zoo}"
 
 
 def build(network: Network, seed: int) -> gluon.Block:
     """Return the network with random weights, biases included."""
     _seed(seed)
+    model = _own(network) if network.own else _of_gluoncv(network)
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.collect_params().items():
+        shape = parameter.shape
+        if name.endswith("bias"):
+            write(parameter, rng.normal(0, 0.1, shape))
+        elif name.endswith("weight") and len(shape) > 1 and not network.own:
+            write(parameter, rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape))
+    return model
+
+
+def _own(network: Network) -> gluon.Block:
+    return doconv_mx.get_model(network.name, input_shape=network.shape, **network.options)
+
+
+def _of_gluoncv(network: Network) -> gluon.Block:
     model = get_model(network.name, pretrained=False, **network.options)
     with warnings.catch_warnings():
         # GluonCV initialises parts of some networks itself.
         warnings.filterwarnings("ignore", "Parameter .* is already initialized", UserWarning)
         model.initialize()
     outputs(model, [np.zeros((2, *network.shape), np.float32)], False)  # infers the shapes
-    rng = np.random.default_rng(seed)
-    for name, parameter in model.collect_params().items():
-        shape = parameter.shape
-        if name.endswith("bias"):
-            write(parameter, rng.normal(0, 0.1, shape))
-        elif name.endswith("weight") and len(shape) > 1:
-            write(parameter, rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape))
     return model
 
 
@@ -123,7 +135,9 @@ def step(model: gluon.Block, inputs: Sequence[np.ndarray], targets: Outputs) -> 
 
 def depthwise(model: gluon.Block) -> list[gluon.Parameter]:
     """Return every D of the model, each once."""
-    return [p for name, p in model.collect_params().items() if name.endswith("depthwise_weight")]
+    named = model.collect_params().items()
+    # D has three axes; the weight of a BSConv's part named "depthwise" has four.
+    return [p for name, p in named if name.endswith("depthwise_weight") and len(p.shape) == 3]
 
 
 def ordinary(model: gluon.Block) -> int:
@@ -138,6 +152,11 @@ def ordinary(model: gluon.Block) -> int:
     return sum(np.prod(kernel) > 1 for kernel in kernels)
 
 
+def bsconvs(model: gluon.Block) -> int:
+    """Return how many BSConv layers it has, each once."""
+    return sum(name.startswith("BSConv") for name in map(_our_type, _blocks(model)))
+
+
 def parameters(model: gluon.Block) -> int:
     """Return the number of its numbers, as Gluon keeps them: statistics of batch norms too."""
     return sum(int(np.prod(p.shape)) for p in model.collect_params().values())
@@ -149,9 +168,8 @@ def entries(model: gluon.Block) -> dict[str, tuple[int, ...]]:
 
 
 def traces(model: gluon.Block) -> list[str]:
-    """Return the types of this package's layers in it."""
-    types = {type(m) for m in _blocks(model)}
-    return sorted(t.__qualname__ for t in types if t.__module__.startswith("doconv"))
+    """Return the types of this package's layers in it that folding is to remove."""
+    return sorted({*map(_our_type, _blocks(model))} - {""})
 
 
 def over_parameterize(model: gluon.Block) -> Converted:
@@ -182,6 +200,12 @@ def _blocks(model: gluon.Block) -> Iterator[gluon.Block]:
 
     visit(model)
     return iter(found.values())
+
+
+def _our_type(block: gluon.Block) -> str:
+    """Return the type's name of one of this package's layers, and nothing of another block."""
+    module, name = type(block).__module__, type(block).__qualname__
+    return name if module.startswith("doconv") and module not in BLOCKS else ""
 
 
 def _arrays(inputs: Sequence[np.ndarray]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The networks of keras.applications."""
+"""The networks of Keras: keras.applications', and this package's own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ ORDINARY = (
     *(layers.DepthwiseConv1D, layers.DepthwiseConv2D),
     *(layers.SeparableConv1D, layers.SeparableConv2D),
 )
+BLOCKS = "doconv_tf.pooling"  # of this package's own networks, which stay
 
 
-def versions() -> str:
+def versions(network: Network) -> str:
     """Return what the table says about versions."""
     return f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
 
@@ -30,15 +31,25 @@ def versions() -> str:
 def build(network: Network, seed: int) -> keras.Model:
     """Return the network with random weights, biases included."""
     keras.utils.set_random_seed(seed)
-    constructor = getattr(keras.applications, network.name)
-    # Without the softmax, which would hide differences where it is saturated.
-    head = {"classes": 10, "classifier_activation": None}
-    model = constructor(weights=None, input_shape=network.shape, **head, **network.options)
+    model = _own(network) if network.own else _of_applications(network)
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
         if variable.name == "bias":
             write(variable, rng.normal(0, 0.1, variable.shape))
     return model
+
+
+def _own(network: Network) -> keras.Model:
+    height, width, channels = network.shape
+    shape = (channels, height, width)
+    return doconv_tf.get_model(network.name, input_shape=shape, **network.options)
+
+
+def _of_applications(network: Network) -> keras.Model:
+    constructor = getattr(keras.applications, network.name)
+    # Without the softmax, which would hide differences where it is saturated.
+    head = {"classes": 10, "classifier_activation": None}
+    return constructor(weights=None, input_shape=network.shape, **head, **network.options)
 
 
 def settle(model: keras.Model, inputs: Sequence[np.ndarray]) -> None:
@@ -92,12 +103,18 @@ def step(model: keras.Model, inputs: Sequence[np.ndarray], targets: Outputs) -> 
 
 def depthwise(model: keras.Model) -> list[keras.Variable]:
     """Return every D of the model, each once."""
-    return [getattr(m, m.d_name) for m in _layers(model) if _is_ours(m)]
+    names = ((m, getattr(m, "d_name", None)) for m in _layers(model) if _is_ours(m))
+    return [getattr(m, name) for m, name in names if name is not None]
 
 
 def ordinary(model: keras.Model) -> int:
     """Return how many ordinary convolutions of more than one tap it has, each once."""
     return sum(type(m) in ORDINARY and np.prod(m.kernel_size) > 1 for m in _layers(model))
+
+
+def bsconvs(model: keras.Model) -> int:
+    """Return how many BSConv layers it has, each once."""
+    return sum(_is_ours(m) and type(m).__name__.startswith("BSConv") for m in _layers(model))
 
 
 def parameters(model: keras.Model) -> int:
@@ -111,7 +128,7 @@ def entries(model: keras.Model) -> dict[str, tuple[int, ...]]:
 
 
 def traces(model: keras.Model) -> list[str]:
-    """Return the types of this package's layers in it."""
+    """Return the types of this package's layers in it that folding is to remove."""
     return sorted({type(m).__qualname__ for m in _layers(model) if _is_ours(m)})
 
 
@@ -138,7 +155,8 @@ def _layers(model: keras.Model) -> list[keras.Layer]:
 
 
 def _is_ours(layer: keras.Layer) -> bool:
-    return type(layer).__module__.startswith("doconv")
+    module = type(layer).__module__
+    return module.startswith("doconv") and module != BLOCKS
 
 
 def _seed(model: keras.Model) -> None:

@@ -1,5 +1,7 @@
 """The networks of the sweep: which there are in each zoo, and at what size they are tried.
 
+There are three zoos of others, and this package's own networks by name in each framework.
+
 Sizes are the smallest that a network takes, or that leaves its last layers more than a point.
 """
 
@@ -17,7 +19,7 @@ class Network(NamedTuple):
     lengths of sequences. distribution: mean and standard deviation of the input's normal numbers.
     quick: whether it is part of the quick selection. environment: variables that it needs.
     note: what else is to be known of it. failure: the beginning of the problem that is expected
-    of it, and the explanation of that.
+    of it, and the explanation of that. own: whether it is one of this package's, by name.
     """
 
     name: str
@@ -29,6 +31,11 @@ class Network(NamedTuple):
     environment: Mapping[str, str] = {}
     note: str = ""
     failure: tuple[str, str] | None = None
+    own: bool = False
+
+    def folded(self) -> Network:
+        """Return the network that it folds to: another one where it is built of DO-Conv layers."""
+        return self._replace(name=self.name.removesuffix("_doconv")) if self.own else self
 
 
 _RGB = (3, 224, 224)
@@ -226,5 +233,54 @@ GLUONCV = (
     Network("p3d_resnet50_kinetics400", (3, 16, 64, 64), _BASE, **_NO_ONEDNN),
 )
 
-ZOOS = {"torch": PYTORCHCV, "keras": KERAS, "gluon": GLUONCV}
-TITLES = {"torch": "pytorchcv", "keras": "keras.applications", "gluon": "gluoncv.model_zoo"}
+# Every family, with ordinary, DO-Conv and BSConv layers, by channels and size.
+_OWN = {
+    (3, 64): "resnet10 resnet10_bsconvu resnet10_bsconvs_p1d4 preresnet10_doconv "
+    "mobilenetv1_w1d4_bsconvu mobilenetv2_w1d4_bsconvs_p1d6 mobilenetv3_small_w7d20 "
+    "mobilenetv3_large_w7d20_doconv plain18 plain18_doconv resnet18_v1 resnet50_v1b_doconv "
+    "resnet18_v2 resnext50_32x4d mobilenet0.25 mobilenetv2_0.25_doconv mobilenetv3_small",
+    (3, 32): "cifar_resnet20 cifar_resnet20_doconv cifar_resnet20_bsconvu "
+    "cifar_resnet20_bsconvs_p1d4 cifar_preresnet20 cifar_preresnet20_bsconvu cifar_wrn16_1_doconv "
+    "cifar_wrn16_1_bsconvs_p1d4 cifar_mobilenetv1_w1d4 cifar_mobilenetv1_w1d4_bsconvu "
+    "cifar_mobilenetv2_w1d4_doconv cifar_mobilenetv2_w1d4_bsconvs_p1d6 "
+    "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6 cifar_mobilenetv3_large_w7d20",
+    (1, 28): "tutorial_pt tutorial_pt_doconv tutorial_tf tutorial_gluon_doconv",
+}
+_OWN_QUICK = ("cifar_wrn16_1_doconv", "cifar_wrn16_1_bsconvs_p1d4")
+
+
+def _own(*, channels_last: bool = False) -> tuple[Network, ...]:
+    """Return this package's own networks, with shapes as a framework has them."""
+    networks = []
+    for (channels, size), names in _OWN.items():
+        shape = (size, size, channels) if channels_last else (channels, size, size)
+        networks += [
+            Network(name, shape, {"num_classes": 10}, quick=name in _OWN_QUICK, own=True)
+            for name in names.split()
+        ]
+    return tuple(networks)
+
+
+ZOOS = {
+    "torch": PYTORCHCV,
+    "keras": KERAS,
+    "gluon": GLUONCV,
+    "doconv_torch": _own(),
+    "doconv_tf": _own(channels_last=True),
+    "doconv_mx": _own(),
+}
+TITLES = {
+    "torch": "pytorchcv",
+    "keras": "keras.applications",
+    "gluon": "gluoncv.model_zoo",
+    "doconv_torch": "doconv_torch.get_model",
+    "doconv_tf": "doconv_tf.get_model",
+    "doconv_mx": "doconv_mx.get_model",
+}
+# The module that can do what only the framework of a zoo can.
+DRIVERS = {
+    **{zoo: f"zoo_{zoo}" for zoo in ("torch", "keras", "gluon")},
+    "doconv_torch": "zoo_torch",
+    "doconv_tf": "zoo_keras",
+    "doconv_mx": "zoo_gluon",
+}

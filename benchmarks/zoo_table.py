@@ -19,6 +19,9 @@ This table was written by
 python benchmarks/zoo.py
 ```
 
+The zoos are those of pytorchcv, keras.applications and GluonCV, and this package's own networks by
+name in each framework, with ordinary, DO-Conv and BSConv layers: a selection, of every family.
+
 (`--zoo torch` tries one zoo again, `--only "resnet*"` some networks of each, and the others keep
 their rows; `--resume` goes on where a sweep was interrupted.)
 
@@ -29,16 +32,17 @@ statistics of a batch, disturbed. Then it is
    mode, and again after both have gathered statistics: they must be equal bit for bit;
 2. trained by one step: the loss must be finite, and every D must have moved. Every D then gets
    normal noise of standard deviation {DISTURBANCE}, so that folding has something to do everywhere;
-3. folded: the output must be equal bit for bit, the parameters as many as at first, and nothing of
-   this package be left;
+3. folded: the output must be equal bit for bit, the parameters as many as at first, and no layer of
+   this package be left; BSConv layers are folded to their parts;
 4. folded with its batch norms fused into the convolutions before them. That rounds every kernel
    once more, and the difference may be {ROUNDINGS} times that of another rounding, which stands
    beside it: every number of the batch norms moved to one of its neighbours in float32.
 
-"Replaced" must be the number of ordinary convolutions of more than one tap. "Over-parameterized"
-is the largest difference of 1, in both modes; "folded" and "fused" are relative to the largest
-entry of the trained network's output. "Norms" are the batch norms that were fused, of all there
-are. Times are those of one run.
+"Replaced" must be the number of ordinary convolutions of more than one tap. Networks whose names
+end in `_doconv` are built of DO-Conv layers: "replaced" counts those, and they are held against the
+ordinary networks, whose parameters stand first. "Over-parameterized" is the largest difference of
+1, in both modes; "folded" and "fused" are relative to the largest entry of the trained network's
+output. "Norms" are the batch norms that were fused, of all there are. Times are those of one run.
 """
 
 _HEAD = (

@@ -1,4 +1,4 @@
-"""The networks of pytorchcv, which are PyTorch's."""
+"""The networks of PyTorch: pytorchcv's, and this package's own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ from doconv_core import Converted
 
 ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DO = (doconv_torch.DOConv1d, doconv_torch.DOConv2d, doconv_torch.DOConv3d)
+BSCONVS = (doconv_torch.BSConvU2d, doconv_torch.BSConvS2d)
+BLOCKS = "doconv_torch.build"  # the module of the networks' own blocks, which stay
 
 
-def versions() -> str:
+def versions(network: Network) -> str:
     """Return what the table says about versions."""
-    return f"PyTorch {torch.__version__}, pytorchcv {metadata.version('pytorchcv')}"
+    zoo = "" if network.own else f", pytorchcv {metadata.version('pytorchcv')}"
+    return f"PyTorch {torch.__version__}{zoo}"
 
 
 def build(network: Network, seed: int) -> nn.Module:
     """Return the network with random weights, biases included."""
     _seed(seed)
-    model = get_model(network.name, pretrained=False, **network.options)
+    if network.own:
+        model = doconv_torch.get_model(network.name, input_shape=network.shape, **network.options)
+    else:
+        model = get_model(network.name, pretrained=False, **network.options)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
@@ -107,6 +113,11 @@ def ordinary(model: nn.Module) -> int:
     return sum(type(m) in ORDINARY and np.prod(m.kernel_size) > 1 for m in model.modules())
 
 
+def bsconvs(model: nn.Module) -> int:
+    """Return how many BSConv layers it has, each once."""
+    return sum(isinstance(m, BSCONVS) for m in model.modules())
+
+
 def parameters(model: nn.Module) -> int:
     """Return the number of its trainable numbers."""
     return sum(p.numel() for p in model.parameters())
@@ -118,9 +129,10 @@ def entries(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def traces(model: nn.Module) -> list[str]:
-    """Return the types of this package's layers in it."""
+    """Return the types of this package's layers in it that folding is to remove."""
     types = {type(m) for m in model.modules()}
-    return sorted(t.__qualname__ for t in types if t.__module__.startswith("doconv"))
+    ours = (t for t in types if t.__module__.startswith("doconv") and t.__module__ != BLOCKS)
+    return sorted(t.__qualname__ for t in ours)
 
 
 def over_parameterize(model: nn.Module) -> Converted:

@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import IO
 
 from zoo_check import check
-from zoo_networks import ZOOS, Network
+from zoo_networks import DRIVERS, ZOOS, Network
 from zoo_row import Row
 
 LIMIT = 900  # seconds for one network, after which it counts as hanging
@@ -69,10 +69,10 @@ def _rows(zoo: str, networks: Sequence[Network], errors: IO[str]) -> Iterator[Ro
 
 def main(zoo: str, *names: str) -> None:
     """Try the networks of one zoo in this process, and print a line for each."""
-    driver = importlib.import_module(f"zoo_{zoo}")
+    driver = importlib.import_module(DRIVERS[zoo])
     networks = {network.name: network for network in ZOOS[zoo]}
     for name in names:
-        row = check(zoo, driver, networks[name], driver.versions())
+        row = check(zoo, driver, networks[name], driver.versions(networks[name]))
         print(f"\n{_ROW}{json.dumps(row.record())}", flush=True)
 
 

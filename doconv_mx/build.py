@@ -34,15 +34,16 @@ def get_model(
     name: str,
     *,
     num_classes: int | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> Network:
     """Return a network by name, on the CPU, with the weights that it starts to train from.
 
     name: one of `list_models()`. num_classes: None for as many as the network was designed for.
-    input_shape: `(C, H, W)`; None for the network's own. seed: of the weights, which are the same
-    in every framework. `collect_params().reset_ctx()` puts it elsewhere.
+    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
+    None for the network's own. seed: of the weights, which are the same in every framework.
+    `collect_params().reset_ctx()` puts it elsewhere.
     Raises ValueError for a name, or a size, of which there is no network.
     """
     from doconv_core.architectures.initialize import initialize

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.architectures import nodes
-from doconv_core.architectures.lowering import parts
+from doconv_core.architectures.lowering import check_separable
 from doconv_core.architectures.shapes import Placed, children, for_input, infer, padding
 from doconv_core.state import entry
+from doconv_torch.bs_conv import BSConvS2d, BSConvU2d
 from doconv_torch.do_conv import DOConv2d
+from doconv_torch.orthonormal import mark_orthonormal
 from doconv_torch.state import load_state
 
 
@@ -32,15 +34,16 @@ def get_model(
     name: str,
     *,
     num_classes: int | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> Network:
     """Return a network by name, in training mode, with the weights that it starts to train from.
 
     name: one of `list_models()`. num_classes: None for as many as the network was designed for.
-    input_shape: `(C, H, W)`; None for the network's own. seed: of the weights, which are the same
-    in every framework. Raises ValueError for a name, or a size, of which there is no network.
+    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
+    None for the network's own. seed: of the weights, which are the same in every framework.
+    Raises ValueError for a name, or a size, of which there is no network.
     """
     from doconv_core.architectures.initialize import initialize
     from doconv_core.architectures.names import describe
@@ -127,7 +130,8 @@ def _module(placed: dict[str, Placed], path: str) -> nn.Module:
 def _convolution(placed: Placed) -> nn.Module:
     conv = placed.node
     kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
-    return CONVOLUTIONS[kind](placed)
+    layer = CONVOLUTIONS[kind](placed)
+    return mark_orthonormal(layer) if conv.orthonormal else layer
 
 
 def _ordinary(placed: Placed, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Module:
@@ -142,10 +146,22 @@ def _do_conv(placed: Placed) -> nn.Module:
     return _ordinary(placed, DOConv2d)
 
 
-def _separated(placed: Placed) -> nn.Module:
-    """Return a BSConv as the sequence of its parts."""
-    sequence = parts(placed.path, placed.node, placed.before)
-    return nn.Sequential(_children(infer(nodes.Network(placed.path, sequence, placed.before)), ""))
+def _bsconv_u(placed: Placed) -> nn.Module:
+    return _separated(placed, BSConvU2d)
+
+
+def _bsconv_s(placed: Placed) -> nn.Module:
+    kind = placed.node.kind
+    return _separated(placed, BSConvS2d, p=kind.p, min_mid_channels=kind.min_mid_channels)
+
+
+def _separated(placed: Placed, cls: Any, **options: Any) -> nn.Module:
+    conv = placed.node
+    check_separable(placed.path, conv)
+    return cls(
+        placed.before[0], conv.channels, conv.kernel_size, conv.stride, padding(conv),
+        bias=conv.bias, with_bn=conv.kind.with_bn, **options,
+    )  # fmt: skip
 
 
 def _batch_norm(placed: Placed) -> nn.Module:
@@ -168,8 +184,8 @@ def _linear(placed: Placed) -> nn.Module:
 CONVOLUTIONS = {
     "conv": _ordinary,
     "doconv": _do_conv,
-    "bsconvu": _separated,
-    "bsconvs": _separated,
+    "bsconvu": _bsconv_u,
+    "bsconvs": _bsconv_s,
 }
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -253,11 +253,13 @@ def test_nodes_that_give_no_network_are_refused(make, message):
         ("cifar_resnet20_bsconvs_p1d4", 3),
         ("cifar_mobilenetv3_small_w1d2", 3),
         ("tutorial_tf_doconv", 1),
+        ("tutorial_pt", None),
     ],
 )
 def test_a_model_by_name_computes_what_the_core_does(backend, name, in_channels):
     model = backend.package.get_model(name, num_classes=5, in_channels=in_channels, seed=2)
     network = describe(name, num_classes=5, in_channels=in_channels)
+    assert network.input_shape[0] == (in_channels or 1)
     x = images(network, batch=2)
     expected = evaluate(network, initialize(network, 2), x.astype(np.float64))
     assert difference(backend.inference(model, x), expected).relative < OUTPUTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -14,21 +15,22 @@ import zoo_networks
 import zoo_table
 import zoo_worker
 from frameworks import need
-from zoo_networks import ZOOS, Network
+from zoo_networks import DRIVERS, ZOOS, Network
 from zoo_row import Row
 
 from doconv_core import Converted
+from doconv_core.architectures.families import FAMILIES
 from doconv_core.model import Change, Report
 
-BACKENDS = {"torch": "torch", "keras": "tf", "gluon": "mx"}
+BACKENDS = {"zoo_torch": "torch", "zoo_keras": "tf", "zoo_gluon": "mx"}
 QUICK = [(name, network) for name in ZOOS for network in ZOOS[name] if network.quick]
 
 
 @pytest.mark.parametrize(("name", "network"), QUICK, ids=lambda value: getattr(value, "name", None))
 def test_network(name, network):
-    need(BACKENDS[name])
-    driver = importlib.import_module(f"zoo_{name}")
-    row = zoo_check.check(name, driver, network, driver.versions())
+    need(BACKENDS[DRIVERS[name]])
+    driver = importlib.import_module(DRIVERS[name])
+    row = zoo_check.check(name, driver, network, driver.versions(network))
     assert row.problems == []
     original, training, folded = row.parameters
     assert original == folded < training
@@ -72,6 +74,16 @@ class TestNetworks:
         resnets = {f"resnet{depth}_{version}" for depth in depths for version in versions}
         mobile = {"mobilenet1.0", "mobilenetv2_1.0", "mobilenetv3_large"}
         assert names >= resnets | mobile | {"resnext50_32x4d"}
+
+    def test_this_packages_own_are_of_every_family_and_kind(self):
+        names = [network.name for network in ZOOS["doconv_torch"]]
+        for other in ("doconv_tf", "doconv_mx"):
+            assert [network.name for network in ZOOS[other]] == names
+        bases = [re.sub("_(doconv|bsconvu|bsconvs_p1d[46])$", "", name) for name in names]
+        for family in FAMILIES:
+            assert any(re.fullmatch(family.pattern, base) for base in bases), family.pattern
+        kinds = ("_doconv", "_bsconvu", "_bsconvs_p1d4", "_bsconvs_p1d6")
+        assert all(any(name.endswith(kind) for name in names) for kind in kinds)
 
     def test_pytorchcv_has_thirty_families(self):
         need("torch")
@@ -119,6 +131,9 @@ class Driver:
 
     def ordinary(self, model):
         return self.faults.get("ordinary", 1)
+
+    def bsconvs(self, model):
+        return 0
 
     def parameters(self, model):
         return sum(value.size for value in model.values())

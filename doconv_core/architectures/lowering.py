@@ -50,11 +50,7 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
         return conv
     if prod(conv.kernel_size) == 1:
         return replace(conv, kind=ORDINARY)
-    if conv.groups != 1:
-        raise ValueError(
-            f"{path!r} cannot be a BSConv, which has a depthwise part already, with groups: "
-            f"received groups={conv.groups}; expected 1."
-        )
+    check_separable(path, conv)
     norm = BatchNorm() if kind.with_bn else None
     depthwise = replace(conv, groups=0, kind=ORDINARY)
     if kind.name == "bsconvu":
@@ -69,3 +65,12 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
         ("batch_norm2", norm),
         ("depthwise", depthwise),
     )
+
+
+def check_separable(path: str, conv: Conv) -> None:
+    """Raise ValueError where a convolution of several taps has groups and cannot be a BSConv."""
+    if conv.groups != 1:
+        raise ValueError(
+            f"{path!r} cannot be a BSConv, which has a depthwise part already, with groups: "
+            f"received groups={conv.groups}; expected 1."
+        )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
 import doconv_tf as package
 
-__all__ = ["inference", "made", "package", "training"]
+__all__ = ["gradients", "inference", "made", "package", "trainable", "training"]
 
 
 def made(network, **options):
     return package.build(network, **options)
+
+
+def trainable(model):
+    """Return the number of what is trained."""
+    return sum(prod(variable.shape) for variable in model.trainable_variables)
 
 
 def inference(model, x):
@@ -20,12 +27,16 @@ def inference(model, x):
 
 
 def training(model, x, dy):
-    """Return the output in training, and the gradients of `sum(output · dy)`, as a state's."""
+    return gradients(model, x, dy, training=True)
+
+
+def gradients(model, x, dy, *, training):
+    """Return the output, and the gradients of `sum(output · dy)`, as a state's."""
     with tf.GradientTape() as tape:
-        output = model(_last(x), training=True)
+        output = model(_last(x), training=training)
         total = tf.reduce_sum(output * _last(dy))
-    gradients = tape.gradient(total, [each.value for each in model.trainable_variables])
-    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+    found = tape.gradient(total, [each.value for each in model.trainable_variables])
+    for variable, gradient in zip(model.trainable_variables, found, strict=True):
         variable.assign(gradient)
     return _first(ops.convert_to_numpy(output)), package.export_state(model).arrays
 
