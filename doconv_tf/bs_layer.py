@@ -138,6 +138,11 @@ class _BSConv(keras.Sequential):
         last = self.data_format == "channels_last"
         return (None, *sizes, channels) if last else (None, channels, *sizes)
 
+    @property
+    def input_shape(self) -> Any:
+        """Refuse: as of any layer, the images may be of any size, and `keras.Sequential` asks."""
+        raise AttributeError(f"layer {self.name!r} takes images of any size.")
+
     def get_build_config(self) -> dict[str, Any] | None:
         """Return the shape that `build_from_config` builds it for again."""
         return {"input_shape": self._any_size()} if self.built else None

@@ -107,13 +107,11 @@ def test_the_layer_takes_the_place_of_the_ordinary_one(cls, data_format):
         assert getattr(made, name) == getattr(plain, name), name
     assert made.compute_output_shape(SHAPE) == plain.compute_output_shape(SHAPE)
     assert not made.built
-    expected = plain(image())
-    found = made(image())
-    assert found.shape == expected.shape
-    assert array(found).min() == 0
+    assert made(keras.Input(SHAPE[1:])).shape == plain(keras.Input(SHAPE[1:])).shape
     assert made.bias is None
     assert made.spec.in_channels == (8 if data_format == "channels_last" else 7)
-    assert made(image()[:, :, :7] if data_format == "channels_last" else image()[..., :7]).shape
+    if data_format == "channels_last" or keras.backend.backend() != "tensorflow":
+        assert array(made(image())).min() == 0  # TensorFlow has none channels first on the CPU
     assert (BSConvU, BSConvS) == (BSConvU2D, BSConvS2D)
     with pytest.raises(ValueError, match="expected min_ndim=4, found ndim=3"):
         cls(6, 3)(image()[0])
@@ -278,11 +276,11 @@ def test_folding_keeps_names_policies_and_what_is_trainable(form):
 def test_activity_regularizers_go_with_the_output():
     made = layer(activity_regularizer=keras.regularizers.L2(0.1))
     made(image())
-    (expected,) = made.losses
+    expected = sum(made.losses)
     for form in ("keep", "merge", "dense"):
         folded = made.fold(bsconv=form)
         folded(image())
-        close(folded.losses[0], expected)
+        close(sum(folded.losses), expected)
 
 
 def own_call(made):
@@ -481,8 +479,7 @@ def test_marked_convolutions_count_once_wherever_they_are(tmp_path):
     model.save(tmp_path / "net.keras")
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     assert_same(sum(loaded.losses), sum(model.losses))
-    both = keras.Sequential([*two().layers, layers.Conv2D(3, 1)])
-    both.build(SHAPE)
+    both = keras.Sequential([keras.Input((7, 8, 8)), *two().layers, layers.Conv2D(3, 1)])
     one = array(orthonormality_loss(both))
     mark_orthonormal(both.layers[0].pointwise1)  # which counts already
     assert array(orthonormality_loss(both)) == one
@@ -527,9 +524,10 @@ def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
     )
     rng = np.random.default_rng(0)
     x, target = rng.standard_normal((16, 9, 8)), rng.standard_normal((16, 5, 4))
+    x, target = (np.tile(each.astype("float32"), (300, 1, 1)) for each in (x, target))
     rate = keras.optimizers.schedules.CosineDecay(0.2, 300)
     model.compile(keras.optimizers.SGD(rate), "mse")
-    model.fit(x.astype("float32"), target.astype("float32"), 16, epochs=300, verbose=0)
+    model.fit(x, target, 16, shuffle=False, verbose=0)  # 300 steps
     for trained in (model.layers[0], model.layers[2]):
         w = as_array(trained.pointwise1.kernel, "*IO")[:, :, 0]
         off = np.abs(w @ w.T - np.eye(len(w))).max()
