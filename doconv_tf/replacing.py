@@ -37,9 +37,18 @@ def replaced(
             keep_parts(layer, forgotten)
         else:
             become(layer, replacement, forgotten)
+            _forget_arguments(layer)
         changed.append(Change(path, kind, type(layer).__name__))
     there = {path for path, _ in first_occurrences(target)}  # parts of what is dense now are not
     return target, [change for change in changed if change.path in there]
+
+
+def _forget_arguments(layer: keras.Layer) -> None:
+    """Let graphs pass the layer only what it takes: a sequence was given a mask as well."""
+    for node in layer._inbound_nodes:
+        given, known = node.arguments, layer.call_signature_parameters
+        kept = {name: value for name, value in given.kwargs.items() if name in known}
+        node.arguments = type(given)(*given.args, **kept)
 
 
 def _own_names(layer: keras.Layer | None) -> frozenset[str]:
