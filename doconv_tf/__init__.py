@@ -1,4 +1,4 @@
-"""DO-Conv for Keras 3: over-parameterized drop-ins for its convolution layers."""
+"""DO-Conv and BSConv for Keras 3: drop-ins for its convolution layers."""
 
 from doconv_core.backends import require_framework
 
@@ -13,6 +13,17 @@ except ModuleNotFoundError as error:
         "Keras is chosen by the environment variable KERAS_BACKEND, and installed by itself.)"
     ) from error
 
+from doconv_tf.bs_conv import (  # noqa: E402
+    BSConvS,
+    BSConvS1D,
+    BSConvS2D,
+    BSConvS3D,
+    BSConvU,
+    BSConvU1D,
+    BSConvU2D,
+    BSConvU3D,
+)
+from doconv_tf.bs_model import to_bsconv  # noqa: E402
 from doconv_tf.build import build, get_model, list_models  # noqa: E402
 from doconv_tf.depthwise_conv import (  # noqa: E402
     DODepthwiseConv1D,
@@ -22,10 +33,23 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
 )
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_tf.model import fold, over_parameterize  # noqa: E402
+from doconv_tf.orthonormal import (  # noqa: E402
+    add_orthonormality,
+    mark_orthonormal,
+    orthonormality_loss,
+)
 from doconv_tf.state import export_state, load_state  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 
 __all__ = [
+    "BSConvS",
+    "BSConvS1D",
+    "BSConvS2D",
+    "BSConvS3D",
+    "BSConvU",
+    "BSConvU1D",
+    "BSConvU2D",
+    "BSConvU3D",
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
@@ -33,12 +57,16 @@ __all__ = [
     "DODepthwiseConv2D",
     "DOSeparableConv1D",
     "DOSeparableConv2D",
+    "add_orthonormality",
     "build",
     "export_state",
     "fold",
     "get_model",
     "list_models",
     "load_state",
+    "mark_orthonormal",
+    "orthonormality_loss",
     "over_parameterize",
+    "to_bsconv",
     "verify",
 ]

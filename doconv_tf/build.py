@@ -12,8 +12,10 @@ from doconv_core.architectures import nodes
 from doconv_core.architectures.lowering import parts
 from doconv_core.architectures.shapes import Placed, children, for_input, infer, padding
 from doconv_core.state import entry
+from doconv_tf.bs_conv import BSConvS2D, BSConvU2D
 from doconv_tf.depthwise_conv import DODepthwiseConv2D
 from doconv_tf.do_conv import DOConv2D
+from doconv_tf.orthonormal import mark_orthonormal
 from doconv_tf.pooling import PaddedAveragePooling2D, PaddedMaxPooling2D
 from doconv_tf.state import load_state
 
@@ -165,37 +167,57 @@ def _ordinary(
         layer = depthwise(conv.kernel_size, depth_multiplier=conv.channels // channels, **options)
     else:
         layer = dense(conv.channels, conv.kernel_size, groups=groups, **options)
+    if conv.orthonormal:
+        mark_orthonormal(layer)
     return layer(x)
 
 
 def _padded(conv: nodes.Conv, name: str, x: Any, names: _Names) -> tuple[str, Any]:
     """Return Keras' word for a convolution's padding, and its input, padded where need be."""
+    word, pads = _padding(conv)
+    if any(pads):
+        x = _layers.ZeroPadding2D(pads, name=names.free(f"{name}_pad"))(x)
+    return word, x
+
+
+def _padding(conv: nodes.Conv) -> tuple[str, tuple[int, ...]]:
+    """Return Keras' word for a convolution's padding, and the zeros to add beside."""
     pads = padding(conv)
-    if not any(pads):
-        return "valid", x
     halves = tuple(k // 2 for k in conv.kernel_size if k % 2)
-    if conv.stride == 1 and pads == halves:
-        return "same", x
+    if any(pads) and conv.stride == 1 and pads == halves:
+        return "same", (0, 0)
     # With a stride, or an even kernel, "same" adds less before the image than behind it.
-    return "valid", _layers.ZeroPadding2D(pads, name=names.free(f"{name}_pad"))(x)
+    return "valid", pads
 
 
 def _do_conv(placed: Placed, name: str, x: Any, names: _Names) -> Any:
     return _ordinary(placed, name, x, names, DOConv2D, DODepthwiseConv2D)
 
 
-def _separated(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    """Return what a BSConv makes of `x`, as the sequence of its parts."""
-    sequence = parts(placed.path, placed.node, placed.before)
-    return _model(infer(nodes.Network(name, sequence, placed.before)), "", name)(x)
+def _bsconv(placed: Placed, name: str, x: Any, names: _Names) -> Any:
+    conv, kind = placed.node, placed.node.kind
+    described = dict(parts(placed.path, conv, placed.before).children)
+    norm = described.get("batch_norm", described.get("batch_norm1"))
+    word, pads = _padding(conv)
+    options = {"padding": word, "around": pads, "use_bias": conv.bias, "name": name}
+    if norm is not None:
+        options |= {"with_bn": True, "bn_options": _norm_options(norm)}
+    if kind.name == "bsconvu":
+        return BSConvU2D(conv.channels, conv.kernel_size, conv.stride, **options)(x)
+    options |= {"p": kind.p, "min_mid_channels": kind.min_mid_channels}
+    return BSConvS2D(conv.channels, conv.kernel_size, conv.stride, **options)(x)
 
 
 def _batch_norm(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    norm = placed.node
-    return _layers.BatchNormalization(
-        axis=_axis(placed.before), momentum=1 - norm.momentum, epsilon=norm.epsilon,
-        center=norm.affine, scale=norm.affine, name=name,
-    )(x)  # fmt: skip
+    options = _norm_options(placed.node)
+    return _layers.BatchNormalization(_axis(placed.before), **options, name=name)(x)
+
+
+def _norm_options(norm: nodes.BatchNorm) -> dict[str, Any]:
+    return {
+        "momentum": 1 - norm.momentum, "epsilon": norm.epsilon, "center": norm.affine,
+        "scale": norm.affine,
+    }  # fmt: skip
 
 
 def _pool(placed: Placed, name: str, x: Any, names: _Names) -> Any:
@@ -224,8 +246,8 @@ def _layer(make: Callable[[Any, str], keras.Layer]) -> Callable[..., Any]:
 CONVOLUTIONS = {
     "conv": _ordinary,
     "doconv": _do_conv,
-    "bsconvu": _separated,
-    "bsconvs": _separated,
+    "bsconvu": _bsconv,
+    "bsconvs": _bsconv,
 }
 BLOCKS = {
     nodes.Sequence: _through,

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from doconv_tf.walk import children
+
 # What a layer keeps when it becomes another: its place in functional models, and what it was told.
 _KEPT = (
     "_inbound_nodes", "_outbound_nodes", "_called", "_supports_masking", "_remat_mode",
@@ -37,11 +39,14 @@ def become(layer: keras.Layer, new: keras.Layer, forgotten: frozenset[str]) -> N
 def _take_activation(layer: keras.Layer, new: keras.Layer) -> None:
     """Give `new` the very activation of `layer`, where it has a clone of that: it may be shared."""
     old, clone = getattr(layer, "activation", None), getattr(new, "activation", None)
-    if isinstance(old, keras.Layer) and isinstance(clone, keras.Layer) and old is not clone:
-        new._tracker.unlock()
-        new._tracker.untrack(clone)
-        new.activation = old
-        new._tracker.lock()
+    if not (isinstance(old, keras.Layer) and isinstance(clone, keras.Layer)) or old is clone:
+        return
+    for each in (new, *children(new)):  # a part of it has the activation, perhaps
+        if getattr(each, "activation", None) is clone:
+            each._tracker.unlock()
+            each._tracker.untrack(clone)
+            each.activation = old
+            each._tracker.lock()
 
 
 def _rebound(function: Any, old: Any, new: Any) -> Any:
@@ -60,3 +65,21 @@ def _rebound(function: Any, old: Any, new: Any) -> Any:
     )
     rebound.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(rebound, function)
+
+
+def keep_parts(layer: keras.Sequential, forgotten: frozenset[str]) -> None:
+    """Make a layer that is a kind of `keras.Sequential` just that, of the same layers.
+
+    It loses the attributes in `forgotten`, but those that every `Sequential` has.
+    """
+    if layer.activity_regularizer is not None:
+        layer.layers[-1].activity_regularizer = layer.activity_regularizer
+        layer.activity_regularizer = None
+    layer.input_spec = None
+    plain = keras.Sequential(name=layer.name)
+    for name in vars(layer).keys() & forgotten - vars(plain).keys():
+        delattr(layer, name)
+    layer.__class__ = keras.Sequential
+    for name, value in vars(plain).items():
+        if isinstance(value, types.FunctionType):
+            vars(layer)[name] = _rebound(value, plain, layer)

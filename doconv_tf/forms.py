@@ -115,7 +115,8 @@ def _part(form: LayerForm, layout: str = "", positions: Any = None, **variables:
     return Part(form, variables, layout, positions)
 
 
-def _pads(layer: Any) -> tuple[Pad, ...]:
+def pads(layer: Any) -> tuple[Pad, ...]:
+    """Return the padding of a convolution, which Keras says in words."""
     size, dilation = layer.kernel_size, layer.dilation_rate
     if layer.padding == "same":
         return same(size, layer.strides, dilation)
@@ -125,8 +126,8 @@ def _pads(layer: Any) -> tuple[Pad, ...]:
 
 
 def _geometry(layer: Any, around: Surroundings) -> Geometry:
-    pads = padded(_pads(layer), around.connections.zeros_before(layer))
-    return Geometry(layer.strides, layer.dilation_rate, pads)
+    padding = padded(pads(layer), around.connections.zeros_before(layer))
+    return Geometry(layer.strides, layer.dilation_rate, padding)
 
 
 def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:

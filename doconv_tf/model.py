@@ -6,17 +6,16 @@ functional model's graph, in lists and attributes, in wrappers or by several mod
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import keras
 
+from doconv_core.bsconv_model import FoldReport, as_form
 from doconv_core.fold import NotFoldable
 from doconv_core.model import (
     NOT_SELECTED,
     REPLACED,
     TIED,
-    Change,
     Converted,
     Left,
     Report,
@@ -25,11 +24,11 @@ from doconv_core.model import (
     place,
 )
 from doconv_tf.batchnorm import fuse_batchnorms
+from doconv_tf.bs_convert import plan_bsconvs
 from doconv_tf.candidates import CONVOLUTIONS, REPLACEMENTS, is_replaced, obstacle
-from doconv_tf.compiled import check_functions, uncompile
-from doconv_tf.convert import become
-from doconv_tf.copying import copied
+from doconv_tf.orthonormal import is_marked, unmark
 from doconv_tf.over_parameterized import OverParameterized
+from doconv_tf.replacing import count_parameters, finish, replaced, require_built
 from doconv_tf.walk import first_occurrences
 
 
@@ -63,20 +62,34 @@ def over_parameterize(
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
     matches nothing.
     """
-    _require_built("", model)
+    require_built("", model)
     selection = Selection(where)
     chosen, left = _choose(model, selection)
     selection.warn()
     new = {id(layer): _over_parameterized(path, layer, depth_multiplier) for path, layer in chosen}
-    return _converted("over-parameterized", model, new, left, inplace)
+    before = count_parameters(model)
+    target, changed = replaced(model, new, inplace)
+    if changed:
+        finish(target)
+    parts = tuple(changed), tuple(left), before, count_parameters(target)
+    return Converted(target, Report("over-parameterized", *parts))
 
 
-def fold(model: keras.Layer, *, fuse_batchnorm: bool = False, inplace: bool = False) -> Converted:
-    """Return the model with ordinary layers for its DO layers, and a report of what was done.
+def fold(
+    model: keras.Layer, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+) -> Converted:
+    """Return the model with ordinary layers for its DO and BSConv layers, and a report.
 
     Every DO layer becomes exactly the Keras layer that it stands in for, with the composed kernel;
-    nothing of this package is left in the model, in its configuration or in its files. A model
-    without DO layers is returned as it is.
+    nothing of this package is left in the model, in its configuration or in its files, no
+    orthonormality loss either. A model without such layers is returned as it is.
+
+    bsconv: what BSConv layers become. "keep": a `keras.Sequential` of the same parts. "merge": one
+    of a pointwise and a depthwise convolution, with batch norms in the former. "dense": one
+    convolution; where it has zeros `around`, a `keras.Sequential` of zero padding and that. Each is
+    exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
+    Merging makes two pointwise convolutions one with more operations where the channels between are
+    few; dense has about as many times more as the kernel has taps.
 
     fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
     of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
@@ -86,16 +99,35 @@ def fold(model: keras.Layer, *, fuse_batchnorm: bool = False, inplace: bool = Fa
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.
 
-    Raises NotFoldable, with the layer's path, for a DO layer that no ordinary one computes exactly,
-    and TypeError and ValueError as `over_parameterize` does; before anything is changed.
+    Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
+    computes exactly, ValueError for another form of BSConv, and TypeError and ValueError as
+    `over_parameterize` does; before anything is changed.
     """
-    _require_built("", model)
-    new = {
+    require_built("", model)
+    form = as_form(bsconv)
+    new: dict[int, keras.Layer | None] = {
         id(layer): _folded(path, layer)
         for path, layer in first_occurrences(model)
         if isinstance(layer, OverParameterized)
     }
-    return _converted("folded", model, new, [], inplace, fuse=fuse_batchnorm)
+    plan = plan_bsconvs(model, form)
+    before = count_parameters(model)
+    order = {path: n for n, (path, _) in reversed(list(enumerate(first_occurrences(model))))}
+    target, changed = replaced(model, new | plan.layers, inplace)
+    left = list(plan.left)
+    marked = [layer for _, layer in first_occurrences(target) if is_marked(layer)]
+    for layer in marked:
+        unmark(layer)
+    if fuse_batchnorm:
+        fused, kept = fuse_batchnorms(target)
+        changed, left = [*changed, *fused], [*left, *kept]
+        changed = sorted(changed, key=lambda change: order.get(change.path, len(order)))
+    if changed or marked:
+        finish(target)
+    parts = tuple(changed), tuple(left), before, count_parameters(target)
+    if plan.choices:
+        return Converted(target, FoldReport("folded", *parts, form, plan.choices))
+    return Converted(target, Report("folded", *parts))
 
 
 def _choose(
@@ -125,7 +157,7 @@ def _choose(
 
 
 def _over_parameterized(path: str, layer: keras.Layer, depth_multiplier: int | None) -> keras.Layer:
-    _require_built(path, layer)
+    require_built(path, layer)
     cls = REPLACEMENTS[type(layer)]
     try:
         return cls.from_conv(layer, **{cls.multiplier_name: depth_multiplier})
@@ -135,58 +167,10 @@ def _over_parameterized(path: str, layer: keras.Layer, depth_multiplier: int | N
 
 
 def _folded(path: str, layer: OverParameterized) -> keras.Layer:
-    _require_built(path, layer)
+    require_built(path, layer)
     try:
         if is_replaced(layer):
             raise NotFoldable(f"{REPLACED}.")
         return layer.fold()
     except NotFoldable as error:
         raise NotFoldable(f"{place(path)}: {error}") from None
-
-
-def _converted(
-    action: str,
-    model: keras.Layer,
-    new: dict[int, keras.Layer],
-    left: list[Left],
-    inplace: bool,
-    *,
-    fuse: bool = False,
-) -> Converted:
-    """Return the model with the layers in `new`, by the former's id, and what was done to it."""
-    before = _count(model)
-    check_functions(model, inplace)
-    target = model if inplace else copied(model)
-    layers = first_occurrences(model)
-    order = {path: n for n, (path, _) in reversed(list(enumerate(layers)))}
-    changed = []
-    for (path, old), (_, layer) in zip(layers, first_occurrences(target), strict=True):
-        replacement = new.get(id(old))
-        if replacement is not None:
-            changed.append(Change(path, type(old).__name__, type(replacement).__name__))
-            do_conv = layer if isinstance(layer, OverParameterized) else replacement
-            become(layer, replacement, do_conv.own_names())
-    if fuse:
-        fused, left = fuse_batchnorms(target)
-        changed = sorted([*changed, *fused], key=lambda change: order[change.path])
-    if changed:
-        uncompile(target)
-        for _, layer in reversed(first_occurrences(target)):
-            if layer.built:
-                layer._post_build()  # where Keras runs on PyTorch, it lists the parameters
-    return Converted(target, Report(action, tuple(changed), tuple(left), before, _count(target)))
-
-
-def _require_built(path: str, layer: keras.Layer) -> None:
-    if not isinstance(layer, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
-    if not layer.built:
-        raise ValueError(
-            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its "
-            "layers or their weights are not there yet; call the model on data, or its build(), "
-            "first."
-        )
-
-
-def _count(model: keras.Layer) -> int:
-    return sum(math.prod(variable.shape) for variable in model.weights)

@@ -39,7 +39,7 @@ def like(
         **arguments, name=old.name, dtype=policy_of(old), trainable=old.trainable,
         autocast=old.autocast,
     )  # fmt: skip
-    with _name_scopes(old):
+    with name_scopes(old):
         layer.build_from_config(old.get_build_config())
     for name, initializer in initializers.items():
         setattr(layer, name, initializer)
@@ -61,7 +61,7 @@ def put(variable: Any, value: Any) -> None:
 
 
 @contextmanager
-def _name_scopes(layer: keras.Layer) -> Iterator[None]:
+def name_scopes(layer: keras.Layer) -> Iterator[None]:
     """Open the name scopes in which a layer was built: they are in the paths of its variables."""
     with ExitStack() as stack:
         for name in (layer.path or "").split("/")[:-1]:

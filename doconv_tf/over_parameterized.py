@@ -132,21 +132,7 @@ class OverParameterized:
 
     @classmethod
     def _from_conv(cls, conv: keras.Layer, multiplier: int | None) -> Any:
-        if type(conv) is not cls.ordinary:
-            raise TypeError(
-                f"{cls.__name__}.from_conv takes over a keras.layers.{cls.ordinary.__name__}, "
-                f"exactly; received {type(conv).__module__}.{type(conv).__qualname__}."
-            )
-        if getattr(conv, "lora_enabled", False) or conv.quantization_mode is not None:
-            raise TypeError(
-                f"{cls.__name__}.from_conv needs a layer whose kernel is a plain variable; layer "
-                f"{conv.name!r} is quantized or has LoRA enabled."
-            )
-        if not conv.built:
-            raise ValueError(
-                f"layer {conv.name!r} is not built, so it has no kernel to take over. Build it, or "
-                f"create a {cls.__name__} in its place."
-            )
+        check_ordinary(cls, conv)
         layer = like(conv, cls, {cls.multiplier_name: multiplier})
         kernel = getattr(conv, cls.kernel_name)
         put(layer._kernel, as_weight(kernel, layer.spec))
@@ -267,4 +253,23 @@ class OverParameterized:
             f"{type(self).__name__} {problem}: its kernel is composed of two variables. Train it "
             f"as it is, then fold() it to a keras.layers.{self.ordinary.__name__}, and go on with "
             "that."
+        )
+
+
+def check_ordinary(cls: type[Any], conv: keras.Layer) -> None:
+    """Raise TypeError or ValueError where `cls.from_conv` cannot take over this layer."""
+    if type(conv) is not cls.ordinary:
+        raise TypeError(
+            f"{cls.__name__}.from_conv takes over a keras.layers.{cls.ordinary.__name__}, "
+            f"exactly; received {type(conv).__module__}.{type(conv).__qualname__}."
+        )
+    if getattr(conv, "lora_enabled", False) or conv.quantization_mode is not None:
+        raise TypeError(
+            f"{cls.__name__}.from_conv needs a layer whose kernel is a plain variable; layer "
+            f"{conv.name!r} is quantized or has LoRA enabled."
+        )
+    if not conv.built:
+        raise ValueError(
+            f"layer {conv.name!r} is not built, so it has no kernel to take over. Build it, or "
+            f"create a {cls.__name__} in its place."
         )

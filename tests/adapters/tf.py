@@ -18,6 +18,7 @@ from doconv_core import LayerForm, State, from_canonical, to_canonical
 
 LAYERS = (doconv_tf.DOConv1D, doconv_tf.DOConv2D, doconv_tf.DOConv3D)
 ORDINARY = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+LAYOUTS = ("*IO", "*CN")  # of an ordinary and of a depthwise layer
 
 
 def pads(case: Case) -> bool:
@@ -97,20 +98,21 @@ def forward(layer: keras.Layer, x: np.ndarray) -> np.ndarray:
     return _out(layer(_in(x, layer)))
 
 
-def gradients(layer: keras.Layer, x: np.ndarray, dy: np.ndarray) -> Results:
+def pulled_back(layer: keras.Layer, x: np.ndarray, dy: np.ndarray) -> Any:
+    """Return the output, and the gradients of the input and of each trainable variable."""
     backend = keras.backend.backend()
     compute = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[backend]
     output, dx, values = compute(layer, _in(x, layer), _in(dy, layer))
+    return _out(output), _out(dx), list(map(_array, values))
+
+
+def gradients(layer: keras.Layer, x: np.ndarray, dy: np.ndarray) -> Results:
+    output, dx, values = pulled_back(layer, x, dy)
     found = {v.name: g for v, g in zip(layer.trainable_variables, values, strict=True)}
-    weight = to_canonical(_array(found["kernel"]), layer.layout)
+    weight = to_canonical(found["kernel"], layer.layout)
+    weight = weight.reshape(layer.spec.weight_shape)
     depthwise, bias = found.get("depthwise_kernel"), found.get("bias")
-    return Results(
-        _out(output),
-        _out(dx),
-        weight.reshape(layer.spec.weight_shape),
-        None if depthwise is None else _array(depthwise),
-        None if bias is None else _array(bias),
-    )
+    return Results(output, dx, weight, depthwise, bias)
 
 
 def _tensorflow(layer, x, dy):
@@ -127,8 +129,10 @@ def _tensorflow(layer, x, dy):
 def _jax(layer, x, dy):
     import jax
 
+    fixed = [v.value for v in layer.non_trainable_variables]
+
     def call(x, values):
-        return layer.stateless_call(values, [], x)[0]
+        return layer.stateless_call(values, fixed, x)[0]
 
     output, pull_back = jax.vjp(call, x, [v.value for v in layer.trainable_variables])
     return output, *pull_back(dy)
@@ -190,7 +194,7 @@ def _patched(conv: keras.Layer) -> keras.Layer:
 
 
 def _layout(layer: keras.Layer) -> str:
-    return "*CN" if isinstance(layer, keras.layers.DepthwiseConv2D) else "*IO"
+    return LAYOUTS[isinstance(layer, keras.layers.DepthwiseConv2D)]
 
 
 def _in(values: np.ndarray, layer: keras.Layer) -> Any:
