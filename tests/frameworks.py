@@ -10,6 +10,10 @@ import pytest
 
 from doconv_core import require_framework
 
+# TensorFlow computes dilated transposed convolutions with oneDNN alone, which it leaves off on
+# processors without AVX-512, unless asked for. Asked before it is imported.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
 BACKENDS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
 
 
