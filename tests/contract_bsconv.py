@@ -54,6 +54,17 @@ class BSConvCase:
             "padding_mode": self.padding_mode,
         }
 
+    def padded_outside(self) -> BSConvCase:
+        """Return the case of the same layer without padding, on the input padded beforehand.
+
+        That is the same where it is not padded with zeros: what is before the depthwise convolution
+        treats each position alike.
+        """
+        assert self.padding_mode != "zeros"
+        size = tuple(n + sum(pair) for n, pair in zip(self.size, self.padding, strict=True))
+        none = ((0, 0),) * self.spec.rank
+        return replace(self, size=size, padding=none, padding_mode="zeros")
+
     @property
     def dense(self) -> bool:
         """Whether the layer folds to one dense convolution."""
@@ -140,7 +151,7 @@ class BSConvAdapter(Protocol):
     package: Any
 
     def pads(self, case: BSConvCase) -> bool:
-        """Whether the framework's layer can pad like the case; else the case is not for it."""
+        """Whether the framework's layer can pad like the case; else its input is padded before."""
 
     def build(self, case: BSConvCase) -> Any:
         """Return the layer with any weights, built, whose batch norms have EPSILON."""
