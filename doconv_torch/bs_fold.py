@@ -31,11 +31,12 @@ from doconv_torch.do_conv import _DOConv
 def folded(layer: Any, bsconv: str) -> nn.Module:
     """Return the new layers that a BSConv layer folds to, as its `fold` says."""
     form = as_form(bsconv)
+    _check_forward(layer)
     with torch.inference_mode(False), torch.no_grad():
         if form == "keep":
             parts = [(name, _ordinary(part)) for name, part in layer.named_children()]
             return nn.Sequential(OrderedDict(parts)).train(layer.training)
-        check_layer(layer)
+        _check_names(layer)
         pointwise = fold_pointwise(_steps(layer))
         depthwise = _ordinary(_depthwise(layer))
         if form == "merge":
@@ -46,14 +47,18 @@ def folded(layer: Any, bsconv: str) -> nn.Module:
         return _dense(layer, pointwise, depthwise).train(layer.training)
 
 
-def check_layer(layer: Any) -> None:
+def _check_forward(layer: Any) -> None:
     """Raise NotFoldable where a BSConv layer may compute something else than its type does."""
     cls = type(layer)
     if cls.forward is not nn.Sequential.forward or "forward" in vars(layer):
         raise NotFoldable(
             f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution it "
-            "would be folded to might compute something else; bsconv='keep' leaves it."
+            "would be folded to might compute something else; bsconv='keep' leaves it in a model."
         )
+
+
+def _check_names(layer: Any) -> None:
+    """Raise NotFoldable where a BSConv layer has not its own parts."""
     found = tuple(name for name, _ in layer.named_children())
     if found != layer.spec.names:
         raise NotFoldable(

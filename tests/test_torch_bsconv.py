@@ -205,6 +205,14 @@ def test_what_may_compute_something_else_is_not_folded(change, message):
         made.fold(bsconv="dense")
 
 
+def test_a_layer_with_a_forward_of_its_own_is_not_folded_in_any_form():
+    made = layer().eval()
+    own_forward(made)
+    for form in ("keep", "merge", "dense"):
+        with pytest.raises(NotFoldable, match="has a forward of its own"):
+            made.fold(bsconv=form)
+
+
 def test_folding_says_which_forms_there_are():
     with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
         layer().fold(bsconv="deploy")
