@@ -80,7 +80,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 )
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xscale("log")
-            least, most = (f(f(row.ratios.values()) for row in shown) for f in (min, max))
+            found = [1, *(ratio for row in shown for ratio in row.ratios.values())]
+            least, most = min(found), max(found)
             axis.set_xlim(0.95 * min(least, 0.9), 1.1 * max(most, 1.5))
             ticks = TICKS if most < 3 else WIDE_TICKS
             ticks = [tick for tick in ticks if tick < axis.get_xlim()[1]]

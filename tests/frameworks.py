@@ -14,6 +14,10 @@ from doconv_core import require_framework
 # processors without AVX-512, unless asked for. Asked before it is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+# Where there is a process of tests for each core, none is to take more of them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 BACKENDS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
 
 
