@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from doconv_core.bsconv import FORMS, BSConvSpec, as_choice
+from doconv_core.bsconv import FORMS, VARIANTS, BSConvSpec, as_choice
 from doconv_core.cost.bsconv import BSConvCost, bsconv_cost
 from doconv_core.model import Report, grouped
 from doconv_core.spec import MAX_RANK, as_integer, is_sequence
@@ -54,6 +54,33 @@ def as_kernel_sizes(kernel_sizes: Any) -> frozenset[tuple[int, ...]]:
                 f"{name} must have 1 to {MAX_RANK} entries; received {tuple(entry)!r}."
             )
     return frozenset(sizes)
+
+
+def replacement(
+    variant: str,
+    kernel_sizes: Any,
+    *,
+    p: float,
+    min_mid_channels: int,
+    with_bn: bool,
+    bn_options: Mapping[str, Any] | None,
+    allowed: Iterable[str],
+    start: str,
+) -> tuple[frozenset[tuple[int, ...]], dict[str, Any]]:
+    """Return the kernel sizes to replace, and the options that a layer's `from_conv` takes.
+
+    The arguments of `to_bsconv`; allowed: the options that the framework's batch norm takes.
+    Raises TypeError or ValueError for arguments that give no layer.
+    """
+    as_choice("variant", variant, VARIANTS)
+    as_choice("start", start, STARTS)
+    sizes = as_kernel_sizes(kernel_sizes)
+    BSConvSpec(1, 1, (1,), variant, p, min_mid_channels, with_bn)
+    batch_norm_options(with_bn, bn_options, allowed)
+    options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
+    if variant == "s":
+        options |= {"p": p, "min_mid_channels": min_mid_channels}
+    return sizes, options
 
 
 class Explained(NamedTuple):

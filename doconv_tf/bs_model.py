@@ -8,19 +8,17 @@ from typing import Any
 
 import keras
 
-from doconv_core.bsconv import MIN_MID_CHANNELS, VARIANTS, BSConvSpec, P, as_choice
+from doconv_core.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.bsconv_model import (
     GROUPED,
     KERNEL_SIZES,
     OVER_PARAMETERIZED,
     PART,
     SHARES,
-    STARTS,
     BSConvReport,
     Explained,
-    as_kernel_sizes,
-    batch_norm_options,
     other_size,
+    replacement,
 )
 from doconv_core.model import (
     ALREADY,
@@ -73,17 +71,19 @@ def to_bsconv(
     Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
     """
     require_built("", model)
-    as_choice("variant", variant, VARIANTS)
-    as_choice("start", start, STARTS)
-    sizes = as_kernel_sizes(kernel_sizes)
-    BSConvSpec(1, 1, (1,), variant, p, min_mid_channels, with_bn)
-    batch_norm_options(with_bn, bn_options, BN_OPTIONS)
+    sizes, options = replacement(
+        variant,
+        kernel_sizes,
+        p=p,
+        min_mid_channels=min_mid_channels,
+        with_bn=with_bn,
+        bn_options=bn_options,
+        allowed=BN_OPTIONS,
+        start=start,
+    )
     selection = Selection(where)
     chosen, left = _choose(model, selection, sizes)
     selection.warn()
-    options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
-    if variant == "s":
-        options |= {"p": p, "min_mid_channels": min_mid_channels}
     before = count_parameters(model)
     made = [(path, layer, _made(path, layer, variant, options)) for path, layer in chosen]
     found = [(path, new.explained) for path, _, new in made]

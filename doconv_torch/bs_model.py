@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from doconv_core.bsconv import MIN_MID_CHANNELS, VARIANTS, BSConvSpec, P, as_choice
+from doconv_core.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.bsconv_model import (
     BIAS_COMPUTED,
     GROUPED,
@@ -15,13 +15,11 @@ from doconv_core.bsconv_model import (
     OVER_PARAMETERIZED,
     PART,
     SHARES,
-    STARTS,
     WEIGHT_BOUND,
     BSConvReport,
     Explained,
-    as_kernel_sizes,
-    batch_norm_options,
     other_size,
+    replacement,
 )
 from doconv_core.model import (
     ALREADY,
@@ -82,17 +80,19 @@ def to_bsconv(
     Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
     """
     check_model(model)
-    as_choice("variant", variant, VARIANTS)
-    as_choice("start", start, STARTS)
-    sizes = as_kernel_sizes(kernel_sizes)
-    BSConvSpec(1, 1, (1,), variant, p, min_mid_channels, with_bn)
-    batch_norm_options(with_bn, bn_options, BN_OPTIONS)
+    sizes, options = replacement(
+        variant,
+        kernel_sizes,
+        p=p,
+        min_mid_channels=min_mid_channels,
+        with_bn=with_bn,
+        bn_options=bn_options,
+        allowed=BN_OPTIONS,
+        start=start,
+    )
     selection = Selection(where)
     chosen, left = _choose(model, selection, sizes)
     selection.warn()
-    options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
-    if variant == "s":
-        options |= {"p": p, "min_mid_channels": min_mid_channels}
     before = count_parameters(model)
     with ordinary_tensors():
         made = {path: _made(path, layer, variant, options) for path, layer in chosen.items()}

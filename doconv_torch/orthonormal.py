@@ -68,8 +68,8 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     seen: list[nn.Module] = []
     for module in model.modules():
         layer = module.pointwise1 if isinstance(module, _BSConvS) else module
-        marked = layer is not module or getattr(module, "orthonormal", False) is True
-        if marked and not any(layer is other for other in seen):
+        marked = isinstance(module, _ConvNd) and getattr(module, "orthonormal", False) is True
+        if (layer is not module or marked) and not any(layer is other for other in seen):
             seen.append(layer)
             yield layer.weight
 

@@ -28,6 +28,7 @@ from doconv_torch import (  # noqa: E402
     mark_orthonormal,
     orthonormality_loss,
     over_parameterize,
+    to_bsconv,
 )
 
 
@@ -331,6 +332,13 @@ def test_marked_convolutions_count_once_wherever_they_are():
     mark_orthonormal(both[0][0].pointwise1)  # which counts already
     sum_of_parts = orthonormality_loss(both[0]) + orthonormality_loss(linear)
     torch.testing.assert_close(orthonormality_loss(both), sum_of_parts)
+
+
+def test_a_marked_convolution_that_becomes_a_bsconv_u_counts_no_more():
+    model = nn.Sequential(mark_orthonormal(nn.Conv2d(6, 4, 1)), two())
+    replaced = to_bsconv(model, kernel_sizes=(1,)).model
+    assert isinstance(replaced[0], BSConvU2d)
+    assert torch.equal(orthonormality_loss(replaced), orthonormality_loss(model[1]))
 
 
 @pytest.mark.parametrize(
