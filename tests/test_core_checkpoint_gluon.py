@@ -10,13 +10,13 @@ from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
 from frameworks import need
 
 from doconv_core import ConvSpec, NotFoldable, difference
-from doconv_core.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
+from doconv_core.checkpoint import CONVOLUTION, CheckpointError, fold_checkpoint, open_checkpoint
 from doconv_core.checkpoints.gluon import V1, V2, V3, write_params
 
 need("mx")
 
 # Before MXNet, which it makes importable.
-from doconv_mx import DOConv2D  # noqa: E402
+from doconv_mx import BSConvS2D, BSConvU1D, DOConv2D  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
@@ -171,6 +171,28 @@ def test_an_ordinary_depthwise_layer_by_that_name_is_none_of_ours(file, tmp_path
         assert [layer.path for layer in checkpoint.layers] == ["block_depthwise", "block"]
     assert fold_checkpoint(file, tmp_path / "out").changed == ()
     assert (tmp_path / "out").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("cls", [BSConvU1D, BSConvS2D])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_depthwise_part_of_a_bsconv_by_its_flat_name(file, tmp_path, cls, bias):
+    layer = cls(4, 8, 3, use_bias=bias, prefix="bs_")
+    layer.initialize()
+    layer.collect_params().save(str(file))
+    with open_checkpoint(file) as checkpoint:
+        *pointwise, depthwise = checkpoint.layers
+        assert {found.kind for found in checkpoint.layers} == {CONVOLUTION}
+        assert (depthwise.path, depthwise.note) == ("bs_depthwise", "")
+        assert depthwise.kernel_shape == (8, 1, *layer.depthwise.weight.shape[2:])
+        assert [found.path for found in pointwise] == [f"bs_{n}" for n in layer.spec.names[:-1]]
+    assert fold_checkpoint(file, tmp_path / "out").changed == ()
+    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+
+
+def test_a_d_without_its_w_is_no_convolution(file, tmp_path):
+    write_params(file, {"conv_depthwise_weight": numbers(4, 9, 9), "conv_bias": numbers(6)})
+    with pytest.raises(NotFoldable, match="named like an over-parameterized layer, but its entri"):
+        fold_checkpoint(file, tmp_path / "out")
 
 
 TYPES = ["float32", "float64", "float16", "uint8", "int32", "int8", "int64", "bool"]

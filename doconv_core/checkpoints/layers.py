@@ -116,7 +116,7 @@ def _ordinary(
     path = _path(prefix)
     weight = shapes[roles["weight"]].shape if "weight" in roles else ()
     named = next((key for key in roles.values() if key.endswith("depthwise_weight")), None)
-    if named is not None:
+    if named is not None and not _is_depthwise(named, roles, shapes, layout):
         return _named_alike(prefix, part, roles, shapes, named)
     if "running_mean" in roles:
         return Layer(path, BATCH_NORM, roles, part=part)
@@ -126,6 +126,21 @@ def _ordinary(
     if len(weight) == 2:
         return Layer(path, LINEAR, roles, part=part, kernel_shape=weight)
     return Layer(path, OTHER, roles, part=part)
+
+
+def _is_depthwise(
+    named: str, roles: Mapping[str, str], shapes: Mapping[str, Entry], layout: str
+) -> bool:
+    """Return whether an entry named as a D is the weight of a convolution named `…_depthwise`.
+
+    So it is in the flat names of Gluon, where a convolution of one channel a group is named so, and
+    no layer by the name before it has a weight.
+    """
+    shape = shapes[named].shape
+    beside = f"{named[: -len('depthwise_weight')]}weight"
+    if roles.get("weight") != named or beside in shapes or len(shape) < 3:
+        return False
+    return shape[-1 if layout == "O*I" else 1] == 1
 
 
 def _named_alike(
