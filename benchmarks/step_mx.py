@@ -8,21 +8,20 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-from step_cases import LayerCase, ModelCase
+from step_cases import TUTORIAL, LayerCase, ModelCase
 from step_measure import Row, figure, measure
 
 from doconv_core import ConvSpec
-from doconv_mx import DOConv2D, fold, import_gluoncv, over_parameterize, verify
+from doconv_mx import DOConv2D, fold, get_model, import_gluoncv, over_parameterize, verify
 
 import_gluoncv()
 
 import gluoncv  # noqa: E402
 import mxnet as mx  # noqa: E402
-from gluoncv.model_zoo import get_model  # noqa: E402
+from gluoncv import model_zoo  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
 NAME = "Gluon"
-QUICK = "MobileNetV2"
 CONVS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
 NETWORKS = {
     "ResNet-18": "resnet18_v1",
@@ -128,7 +127,10 @@ def step(way: str, case: ModelCase) -> Callable[[], None]:
 
 
 def _network(case: ModelCase) -> Any:
-    plain = get_model(NETWORKS[case.network], pretrained=False)
+    if case.network == TUTORIAL:
+        shape = (3, case.size, case.size)
+        return get_model(TUTORIAL, num_classes=1000, in_channels=3, input_shape=shape)
+    plain = model_zoo.get_model(NETWORKS[case.network], pretrained=False)
     plain.initialize()
     plain(mx.nd.zeros((1, 3, case.size, case.size))).wait_to_read()
     return plain
@@ -191,9 +193,7 @@ def _composition(compose: Callable[[], Any], gradient: Any) -> Callable[[], None
 def inference(case: ModelCase, patience: float) -> Iterable[Row]:
     """Yield a row for the folded network, and for the unfolded one, hybridized."""
     x = mx.nd.random.normal(shape=(case.batch, 3, case.size, case.size))
-    plain = get_model(NETWORKS[case.network], pretrained=False)
-    plain.initialize()
-    plain(x).wait_to_read()
+    plain = _network(case)
     ours = moved(over_parameterize(plain)[0])
     named = {"plain": plain, "folded": fold(ours)[0], "unfolded": ours}
     ways = {}
@@ -205,7 +205,7 @@ def inference(case: ModelCase, patience: float) -> Iterable[Row]:
 
 def tools() -> Iterable[Row]:
     """Yield the seconds that the whole-model tools take on the largest network."""
-    plain = get_model(LARGEST, pretrained=False)
+    plain = model_zoo.get_model(LARGEST, pretrained=False)
     plain.initialize()
     x = mx.nd.random.uniform(shape=(1, 3, 64, 64))
     plain(x).wait_to_read()

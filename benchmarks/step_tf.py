@@ -11,14 +11,13 @@ import numpy as np
 import tensorflow as tf
 from keras import layers as kl
 from keras import ops
-from step_cases import LayerCase, ModelCase
+from step_cases import TUTORIAL, LayerCase, ModelCase
 from step_measure import Row, figure, measure
 
-from doconv_tf import DOConv2D, fold, over_parameterize, verify
+from doconv_tf import DOConv2D, fold, get_model, over_parameterize, verify
 from doconv_tf.over_parameterized import OverParameterized
 
 NAME = "Keras"
-QUICK = "ResNet-18"
 CONVS = {1: kl.Conv1D, 2: kl.Conv2D, 3: kl.Conv3D}
 LARGEST = "ResNet152"
 
@@ -79,6 +78,9 @@ def resnet18(size: int) -> Any:
 
 def network(name: str, size: int) -> Any:
     """Return an ordinary network for images of this size."""
+    if name == TUTORIAL:
+        shape = (3, size, size)
+        return get_model(name, num_classes=1000, in_channels=3, input_shape=shape)
     if name == "ResNet-18":
         return resnet18(size)
     make = {"ResNet-50": keras.applications.ResNet50, "MobileNetV2": keras.applications.MobileNetV2}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pytorchcv.model_provider import get_model
-from step_cases import LayerCase, ModelCase
+from pytorchcv import model_provider
+from step_cases import TUTORIAL, LayerCase, ModelCase
 from step_measure import Row, figure, measure
 from torch import Tensor, nn
 
@@ -20,12 +20,12 @@ from doconv_torch import (
     DOConv3d,
     composed_once,
     fold,
+    get_model,
     over_parameterize,
     verify,
 )
 
 NAME = "PyTorch"
-QUICK = "MobileNetV2"
 CONVS = {1: (nn.Conv1d, DOConv1d), 2: (nn.Conv2d, DOConv2d), 3: (nn.Conv3d, DOConv3d)}
 NETWORKS = {
     "ResNet-18": "resnet18",
@@ -41,9 +41,12 @@ def version() -> str:
     return f"PyTorch {torch.__version__}"
 
 
-def network(name: str) -> nn.Module:
-    """Return an ordinary network, for images of any size."""
-    model = get_model(NETWORKS[name])
+def network(name: str, size: int) -> nn.Module:
+    """Return an ordinary network for images of this size."""
+    if name == TUTORIAL:
+        shape = (3, size, size)
+        return get_model(name, num_classes=1000, in_channels=3, input_shape=shape)
+    model = model_provider.get_model(NETWORKS[name])
     model.features.final_pool = nn.AdaptiveAvgPool2d(1)
     return model
 
@@ -110,7 +113,7 @@ def _layer_step(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], N
 def models(cases: Iterable[ModelCase], patience: float) -> Iterable[Row]:
     """Yield a row for each network: a training step with SGD and momentum."""
     for case in cases:
-        plain = network(case.network)
+        plain = network(case.network, case.size)
         ours = moved(over_parameterize(plain)[0])
         named = {"plain": plain, "formula": by_formula(copy.deepcopy(ours)), "ours": ours}
         ways = {name: _model_step(model, case) for name, model in named.items()}
@@ -166,7 +169,7 @@ def _composition(layer: Any, gradient: Tensor) -> Callable[[], None]:
 
 def inference(case: ModelCase, patience: float) -> Iterable[Row]:
     """Yield rows for the folded network, and for the unfolded one evaluated."""
-    plain = network(case.network).eval()
+    plain = network(case.network, case.size).eval()
     ours = moved(over_parameterize(plain)[0])
     folded, _ = fold(ours)
     x = torch.randn(case.batch, 3, case.size, case.size)
@@ -186,7 +189,7 @@ def inference(case: ModelCase, patience: float) -> Iterable[Row]:
 
 def memory(case: ModelCase) -> Row:
     """Return the largest number of bytes that tensors hold in a training step."""
-    plain = network(case.network)
+    plain = network(case.network, case.size)
     bytes_of = {}
     named = {"plain": lambda: plain, "formula": lambda: by_formula(over_parameterize(plain)[0]),
              "ours": lambda: over_parameterize(plain)[0]}  # fmt: skip
@@ -212,7 +215,7 @@ def peak(function: Callable[[], Any]) -> int:
 
 def tools() -> Iterable[Row]:
     """Yield what the whole-model tools take on the largest network: seconds, and bytes."""
-    plain = network(LARGEST)
+    plain = network(LARGEST, 224)
     size = sum(value.nbytes for value in plain.state_dict().values())
     model, _ = over_parameterize(plain)
     begin = time.perf_counter()

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import step_measure
 from step_cases import (
@@ -27,8 +26,7 @@ from step_cases import (
     MODELS,
     QUICK_COMPOSITIONS,
     QUICK_LAYERS,
-    ModelCase,
-    quick_models,
+    QUICK_MODELS,
 )
 from step_measure import Row, emit, figure
 from step_report import draw, machine, table, write_docs
@@ -110,7 +108,7 @@ def _measured(backend: str, options: argparse.Namespace) -> Iterator[Row | str]:
 def _work(backend: str, quick: bool, patience: float) -> None:
     driver = importlib.import_module(f"step_{backend}")
     print(json.dumps({"version": driver.version()}), flush=True)
-    models = _models(driver, quick)
+    models = QUICK_MODELS if quick else MODELS
     if quick:
         patience, step_measure.least_rounds = min(patience, 2), 3
     for row in driver.compositions(QUICK_COMPOSITIONS if quick else COMPOSITIONS, patience):
@@ -121,17 +119,14 @@ def _work(backend: str, quick: bool, patience: float) -> None:
         emit(row)
     for row in driver.inference(models[0], 2 * patience):
         emit(row)
-    emit(driver.memory(models[0]) if hasattr(driver, "memory") else _memory(backend, driver, quick))
+    own = hasattr(driver, "memory")
+    emit(driver.memory(models[0]) if own else _memory(backend, driver.NAME, quick))
     if not quick:
         for row in driver.tools():
             emit(row)
 
 
-def _models(driver: Any, quick: bool) -> tuple[ModelCase, ...]:
-    return quick_models(driver.QUICK) if quick else MODELS
-
-
-def _memory(backend: str, driver: Any, quick: bool) -> Row:
+def _memory(backend: str, name: str, quick: bool) -> Row:
     """Return the memory that a process takes for training steps, each way in one of its own."""
     bytes_of = {}
     for way in ("plain", "formula", "ours"):
@@ -139,8 +134,8 @@ def _memory(backend: str, driver: Any, quick: bool) -> Row:
         command += ["--quick"] * quick
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         bytes_of[way] = int(done.stdout.split()[-1])
-    case = _models(driver, quick)[0].name
-    return figure(driver.NAME, "peak memory of a process", case, **bytes_of)
+    case = (QUICK_MODELS if quick else MODELS)[0].name
+    return figure(name, "peak memory of a process", case, **bytes_of)
 
 
 def _peak_of(backend: str, way: str, quick: bool) -> int:
@@ -148,7 +143,7 @@ def _peak_of(backend: str, way: str, quick: bool) -> int:
     driver = importlib.import_module(f"step_{backend}")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak from now on
     before = _status("VmRSS")
-    step = driver.step(way, _models(driver, quick)[0])
+    step = driver.step(way, (QUICK_MODELS if quick else MODELS)[0])
     for _ in range(3):
         step()
     return _status("VmHWM") - before

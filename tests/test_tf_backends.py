@@ -52,7 +52,7 @@ def test_contract_and_layer_tests_pass(backend):
     need_backend(backend)
     files = [str(TESTS / name) for name in FILES]
     chosen = ["-k", "tf and not saved_model"]
-    done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *files)
+    done = run(backend, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert int(passed[1]) > 400
