@@ -34,9 +34,16 @@ SPECS = [
     ConvSpec(5, 7, (2, 2, 3)),
     ConvSpec(7, 3, (3, 3), depth_multiplier=12),
     ConvSpec(10, 6, (2, 2), 2, 9),
+    ConvSpec(5, 12, (3, 3)),
+    ConvSpec(6, 8, (2, 2), 2, 9),
 ]
 EACH = pytest.mark.parametrize("spec", SPECS, ids=str)
-ENTRIES = pytest.mark.parametrize("entries", [module.ENTRIES, 100, 1], ids=["whole", "some", "all"])
+RULES = pytest.mark.parametrize(
+    "rule",
+    [module.ONEDNN, module.Rule(100, 2**62), module.Rule(1, 2**62), module.Rule(2**20, 250, 1),
+     module.Rule(100, 120, 1)],
+    ids=["whole", "pieces", "channels", "blocks", "both"],
+)  # fmt: skip
 
 
 def problem(spec, dtype="float64"):
@@ -58,9 +65,9 @@ def composed(weight, depthwise, spec):
 
 
 @EACH
-@ENTRIES
-def test_kernel_and_gradients_are_the_cores(monkeypatch, spec, entries):
-    monkeypatch.setattr(module, "ENTRIES", entries)
+@RULES
+def test_kernel_and_gradients_are_the_cores(monkeypatch, spec, rule):
+    monkeypatch.setattr(module, "rule", lambda: rule)
     weight, depthwise, gradient = problem(spec)
     w, d = keras_weight(weight, spec), tf.constant(depthwise)
     flat = gradient.reshape(*gradient.shape[:2], spec.taps)
@@ -76,10 +83,10 @@ def test_kernel_and_gradients_are_the_cores(monkeypatch, spec, entries):
 
 
 @EACH
-@ENTRIES
-def test_second_derivatives(monkeypatch, spec, entries):
+@RULES
+def test_second_derivatives(monkeypatch, spec, rule):
     """K is bilinear: the derivative of `<G, K>` by W along U, by D, is that of `<G, U·Dᵀ>` by D."""
-    monkeypatch.setattr(module, "ENTRIES", entries)
+    monkeypatch.setattr(module, "rule", lambda: rule)
     weight, depthwise, gradient = problem(spec)
     w, d = keras_weight(weight, spec), tf.constant(depthwise)
     g = keras_weight(gradient.reshape(*gradient.shape[:2], spec.taps), spec)
@@ -95,9 +102,9 @@ def test_second_derivatives(monkeypatch, spec, entries):
 
 
 @EACH
-@ENTRIES
-def test_without_d_the_kernel_is_w_bit_for_bit(monkeypatch, spec, entries):
-    monkeypatch.setattr(module, "ENTRIES", entries)
+@RULES
+def test_without_d_the_kernel_is_w_bit_for_bit(monkeypatch, spec, rule):
+    monkeypatch.setattr(module, "rule", lambda: rule)
     weight, depthwise, _ = problem(spec, "float32")
     depthwise = np.zeros_like(depthwise)
     kernel = composed(keras_weight(weight, spec), tf.constant(depthwise), spec)
@@ -106,10 +113,10 @@ def test_without_d_the_kernel_is_w_bit_for_bit(monkeypatch, spec, entries):
     np.testing.assert_array_equal(to_canonical(array(kernel), "*IO"), expected)
 
 
-@ENTRIES
+@RULES
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_composed_in_float32_and_rounded_once(monkeypatch, dtype, entries):
-    monkeypatch.setattr(module, "ENTRIES", entries)
+def test_half_precision_is_composed_in_float32_and_rounded_once(monkeypatch, dtype, rule):
+    monkeypatch.setattr(module, "rule", lambda: rule)
     layer, wide = DOConv2D(6, 3, groups=2, dtype=dtype), DOConv2D(6, 3, groups=2, dtype="float32")
     rng = np.random.default_rng(0)
     for each in (layer, wide):
@@ -123,20 +130,43 @@ def test_half_precision_is_composed_in_float32_and_rounded_once(monkeypatch, dty
     np.testing.assert_array_equal(*(array(ops.cast(k, "float32")) for k in (kernel, rounded)))
 
 
-@pytest.mark.parametrize(("entries", "products"), [(module.ENTRIES, 1), (30, 7), (150, 3)])
-def test_each_piece_is_one_product(monkeypatch, entries, products):
-    monkeypatch.setattr(module, "ENTRIES", entries)
+@pytest.mark.parametrize(
+    ("rule", "products"),
+    [(module.EIGEN, [(7, 5)]), (module.Rule(30, 2**62), [(1, 5)] * 7),
+     (module.Rule(150, 2**62), [(2, 5), (2, 5), (3, 5)]), (module.Rule(2**20, 81, 1), [(7, 5, 1)]),
+     (module.Rule(2**20, 80, 1), [(7, 5)])],
+)  # fmt: skip
+def test_each_piece_is_one_product_of_its_blocks(monkeypatch, rule, products):
+    monkeypatch.setattr(module, "rule", lambda: rule)
     spec = ConvSpec(7, 5, (3, 3))
     _, d, _ = problem(spec)
     signature = tf.TensorSpec((9, 7, 5), "float64"), tf.TensorSpec(d.shape, "float64")
     graph = tf.function(lambda w, d: composed(w, d, spec)).get_concrete_function(*signature).graph
-    assert [n.type for n in graph.get_operations()].count("BatchMatMulV2") == products
+    nodes = [node for node in graph.get_operations() if node.type == "BatchMatMulV2"]
+    # Of (g, i, M, O/g), or of (g, i, blocks, M, O/g/blocks).
+    shapes = [tuple(node.outputs[0].shape) for node in nodes]
+    assert [(shape[1], *shape[2:-2], shape[-1]) for shape in shapes] == products
 
 
 def test_w_is_cut_where_it_is_larger_than_a_cache(monkeypatch):
-    pieces = {c: module.pieces(ConvSpec(c, c, (3, 3))) for c in (1, 64, 256, 512, 4096)}
-    assert pieces == {1: 1, 64: 1, 256: 1, 512: 4, 4096: module.MOST}
-    assert module.pieces(ConvSpec(1, 2**20, (3, 3))) == 1  # one input channel is not cut
-    assert module.pieces(ConvSpec(512, 512, (3, 3), 512)) == 1
+    def cuts(rule, *channels):
+        monkeypatch.setattr(module, "rule", lambda: rule)
+        return {c: tuple(module.cut(ConvSpec(c, c, (3, 3)))) for c in channels}
+
+    large = cuts(module.ONEDNN, 1, 64, 256, 512, 4096)
+    assert large == {1: (1, 1), 64: (1, 1), 256: (1, 1), 512: (4, 1), 4096: (8, 1)}
+    large = cuts(module.EIGEN, 1, 128, 256, 512, 509, 4096)
+    assert large == {1: (1, 1), 128: (1, 1), 256: (2, 2), 512: (8, 4), 509: (8, 1), 4096: (8, 32)}
+    assert module.cut(ConvSpec(1, 2**20, (3, 3))).pieces == 1  # one input channel is not cut
+    assert module.cut(ConvSpec(64, 64, (7, 7))) == (1, 1)  # for products of too few columns
+    assert module.cut(ConvSpec(512, 512, (3, 3), 512)) == (1, 1)
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    assert module.pieces(ConvSpec(512, 512, (3, 3))) == 1
+    assert module.cut(ConvSpec(512, 512, (3, 3))) == (1, 1)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_the_rule_is_that_of_the_process(monkeypatch, onednn):
+    from tensorflow.python.util import _pywrap_util_port
+
+    monkeypatch.setattr(_pywrap_util_port, "IsMklEnabled", lambda: onednn)
+    assert module.rule.__wrapped__() == (module.ONEDNN if onednn else module.EIGEN)
