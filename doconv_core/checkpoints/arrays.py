@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -70,8 +71,9 @@ def all_finite(stored: Array) -> bool:
 
 def read_array(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: str) -> Array:
     """Return an array, as stored, that lies in `file`, the file at `path`, from where it stands."""
-    stored = np.fromfile(file, storage_dtype(dtype), prod(shape))
-    if stored.size != prod(shape):
+    # np.fromfile would turn a signal's SystemExit into a TypeError.
+    stored = np.empty(prod(shape), storage_dtype(dtype))
+    if cast(BufferedReader, file).readinto(stored.view(np.uint8).data) != stored.nbytes:
         raise CheckpointError(f"{path} was truncated while it was read.")
     try:
         return stored.reshape(shape)
