@@ -27,35 +27,29 @@ CLASSES, BATCH = 5, 4
 # Every family, at sizes that leave the last layers more than a point: with one alone, batch norms
 # would amplify every rounding. And a seed of an input of which no activation comes near a kink,
 # such as that of ReLU at 0, and no two entries of a pool near each other: there a gradient jumps.
+# With these seeds all gradients stay within the tolerance when every entry of the state and of the
+# input changes by 5e-7 of itself, at random, and not by the at most 6e-8 of rounding to float32.
 LARGE, SMALL, DIGITS = (3, 64, 64), (3, 16, 16), (1, 28, 28)
 CASES = {
-    "resnet10_bsconvs_p1d4": (LARGE, 35),
-    "cifar_resnet20": (SMALL, 37),
-    "cifar_preresnet20_bsconvu": (SMALL, 16),
-    "cifar_wrn16_1_doconv": (SMALL, 13),
-    "cifar_wrn16_1_bsconvs_p1d4": (SMALL, 28),
-    "cifar_mobilenetv1_w1d4_bsconvu": (SMALL, 49),
-    "cifar_mobilenetv2_w1d4_bsconvs_p1d6": (SMALL, 17),
-    "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6": (SMALL, 0),
-    "cifar_mobilenetv3_large_w7d20_doconv": (SMALL, 0),
-    "plain18": (LARGE, 12),
-    "resnet18_v1b": (LARGE, 23),
-    "resnet18_v2": (LARGE, 14),
-    "mobilenet0.25_doconv": (LARGE, 0),
-    "mobilenetv2_0.25": (LARGE, 11),
-    "mobilenetv3_small": (LARGE, 3),
-    "tutorial_pt_doconv": (DIGITS, 19),
-    "tutorial_tf": (DIGITS, 37),
-    "tutorial_gluon_doconv": (DIGITS, 14),
+    "resnet10_bsconvs_p1d4": (LARGE, 18),
+    "cifar_resnet20": (SMALL, 1),
+    "cifar_preresnet20_bsconvu": (SMALL, 0),
+    "cifar_wrn16_1_doconv": (SMALL, 0),
+    "cifar_wrn16_1_bsconvs_p1d4": (SMALL, 0),
+    "cifar_mobilenetv1_w1d4_bsconvu": (SMALL, 4),
+    "cifar_mobilenetv2_w1d4_bsconvs_p1d6": (SMALL, 32),
+    "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6": (SMALL, 4),
+    "cifar_mobilenetv3_large_w7d20_doconv": (SMALL, 4),
+    "plain18": (LARGE, 2),
+    "resnet18_v1b": (LARGE, 5),
+    "resnet18_v2": (LARGE, 8),
+    "mobilenet0.25_doconv": (LARGE, 1),
+    "mobilenetv2_0.25": (LARGE, 27),
+    "mobilenetv3_small": (LARGE, 0),
+    "tutorial_pt_doconv": (DIGITS, 0),
+    "tutorial_tf": (DIGITS, 0),
+    "tutorial_gluon_doconv": (DIGITS, 0),
 }
-# Their gradients in training are not compared: rounding, which batch norm upon batch norm of few
-# points amplifies, takes some of their many activations across a kink, whatever the input.
-JUMPING = (
-    "cifar_mobilenetv2_w1d4_bsconvs_p1d6",
-    "cifar_mobilenetv3_large_w7d20_doconv",
-    "mobilenet0.25_doconv",
-    "mobilenetv2_0.25",
-)
 # Built without values, which takes no time: every family in every kind, and more of the blocks.
 EMPTY = [
     family.usual[0] + kind
@@ -87,13 +81,22 @@ def described(name):
 
 
 def trained(network):
-    """Return a state with values as after training: nothing in it is zero, or one, for all."""
+    """Return a state with values as after training: nothing in it is zero, or one, for all.
+
+    Batch norms shift by about one of their standard deviations, which leaves ReLU most of its
+    input: with half of it, each layer would amplify the rounding of the ones before, by thousands
+    in all. A convolution's outputs have about twice the variance of its inputs, by Kaiming's rule.
+    """
     state, rng = initialize(network), np.random.default_rng(3)
     arrays = {}
     for name, array in state.arrays.items():
         spread = np.abs(array).mean() if name.endswith(".weight") else 1
         values = array + 0.1 * spread * rng.standard_normal(array.shape)
-        arrays[name] = (np.abs(values) + 0.1 if "running_var" in name else values).astype("f4")
+        if name.endswith(".beta"):
+            values += 1
+        if name.endswith(".running_var"):
+            values = 2 * np.abs(values) + 0.2
+        arrays[name] = values.astype("f4")
     return State(state.layers, arrays)
 
 
@@ -134,8 +137,6 @@ def test_outputs_and_gradients_are_the_cores(problem, backend):
         output, found = backend.gradients(model, x, dy, training=training)
         assert expected.std() > 1e-3
         assert difference(output, expected).relative < TOLERANCE
-        if training and network.name in JUMPING:
-            continue
         largest = max(np.abs(gradient).max() for gradient in exact.values())
         for entry, gradient in exact.items():
             # What a batch norm takes out again has no gradient but roundoff.
