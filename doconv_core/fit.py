@@ -34,6 +34,7 @@ def fit_state(
     match: Match = "path",
     ignore: str | Iterable[str] = (),
     framework: str | None = None,
+    network: str | None = None,
     stacklevel: int = 3,
 ) -> dict[str, dict[str, Array]]:
     """Return the arrays that each of a model's `layers` is to receive, by path and then name.
@@ -41,7 +42,8 @@ def fit_state(
     match: "path" pairs layers of the same path; "order" the first with the first, the second with
     the second and so on; a mapping says for each path of the state the model's path. ignore: what
     need not agree, of "geometry", a convolution's stride, dilation and padding, and "flattening",
-    the order of a flattened image's features. framework: the model's, as in `State.origin`.
+    the order of a flattened image's features. framework, network: the model's, as in
+    `State.origin`; an error says of which networks the two are.
 
     An ordinary convolution's entry fits an over-parameterized layer: its kernel is taken over and
     `depthwise_weight` is zero, so that the layer computes what was stored. A norm's `gamma` of ones
@@ -54,6 +56,32 @@ def fit_state(
         raise TypeError(f"state must be a State; received {type(state).__name__}.")
     ignored = _as_ignored(ignore)
     same_framework = framework is not None and state.origin.get("framework") == framework
+    try:
+        fitted, momenta = _fit(state, layers, match, ignored, same_framework)
+    except StateError as error:
+        raise StateError(f"{_whose(state.origin.get('network'), network)}{error}") from error
+    if momenta:
+        warnings.warn(_of_momenta(momenta), UserWarning, stacklevel=stacklevel)
+    return {path: fitted[path] for path in layers}
+
+
+def _whose(theirs: str | None, ours: str | None) -> str:
+    """Return how an error begins, by the names of the state's network and of the model's."""
+    if theirs == ours:
+        return ""
+    if ours is None:
+        return f"the state is one of {theirs!r}: "
+    return f"the state is not one of {ours!r}{f', but of {theirs!r}' if theirs else ''}: "
+
+
+def _fit(
+    state: State,
+    layers: Mapping[str, LayerForm],
+    match: Match,
+    ignored: set[str],
+    same_framework: bool,
+) -> tuple[dict[str, dict[str, Array]], list[str]]:
+    """Return the arrays by the model's paths, and which batch norms' momenta differ."""
     momenta: list[str] = []
     fitted = {}
     ordered = match == "order"
@@ -76,9 +104,7 @@ def fit_state(
             found.spec.momentum, wanted.spec.momentum, abs_tol=1e-6
         ):
             momenta.append(f"{own_path!r} ({found.spec.momentum:g}, here {wanted.spec.momentum:g})")
-    if momenta:
-        warnings.warn(_of_momenta(momenta), UserWarning, stacklevel=stacklevel)
-    return {path: fitted[path] for path in layers}
+    return fitted, momenta
 
 
 def _as_ignored(ignore: str | Iterable[str]) -> set[str]:

@@ -61,8 +61,8 @@ class State:
     """The layers of a model and their arrays, checked against each other.
 
     layers: the form of each, by path, in the model's order. arrays: float16, float32 or float64, by
-    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`; empty
-    where that is not known.
+    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and of
+    which of `list_models()`, as `"network"`; empty where that is not known.
     Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
     """
 
@@ -94,6 +94,11 @@ class State:
         for name in self.arrays:
             if name not in expected:
                 raise StateError(f"entry {name!r} belongs to no layer of the state.")
+
+
+def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
+    """Return a state's origin. network: the name among `list_models()`; None for another model."""
+    return {"framework": framework, "version": version, **({"network": network} if network else {})}
 
 
 def write_state(state: State, path: str | os.PathLike[str]) -> None:

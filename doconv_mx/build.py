@@ -69,6 +69,7 @@ class Network(nn.HybridSequential):
     """A network that was built from a description: its parts, one after the other."""
 
     def __init__(self, name: str = "network", prefix: str | None = None, params: Any = None):
+        self.network_name = name
         self._name_hint = name.replace(".", "_")  # a dot in a file is what divides paths
         super().__init__(prefix=prefix, params=params)
 

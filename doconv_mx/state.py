@@ -12,7 +12,7 @@ from mxnet.gluon import Block, Parameter
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
 from doconv_core.forms import LayerForm, suspect_flattening
 from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.state import State, entry
+from doconv_core.state import State, entry, origin_of
 from doconv_mx.compose import native
 from doconv_mx.forms import check_axes, form_of, layout_of
 
@@ -36,7 +36,7 @@ def export_state(model: Block) -> State:
             if name == "weight":
                 array = to_canonical(array, layout_of(block))
             arrays[entry(path, name)] = array.reshape(shape)
-    return State(layers, arrays, {"framework": FRAMEWORK, "version": mx.__version__})
+    return State(layers, arrays, origin_of(FRAMEWORK, mx.__version__, _network(model)))
 
 
 def load_state(
@@ -51,7 +51,8 @@ def load_state(
     a batch norm's momentum differs.
     """
     blocks = _layers(model)
-    fitted = fit_state(state, _forms(blocks), match=match, ignore=ignore, framework=FRAMEWORK)
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
+    fitted = fit_state(state, _forms(blocks), network=_network(model), **options)
     assignments = []
     for path, arrays in fitted.items():
         for name, array in arrays.items():
@@ -86,6 +87,12 @@ def _layers(model: Block) -> dict[str, Block]:
     visit("", model)
     check_axes(model)
     return found
+
+
+def _network(model: Block) -> str | None:
+    """Return the name of the network that `build` made, if it did."""
+    name = getattr(model, "network_name", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _forms(blocks: dict[str, Block]) -> dict[str, LayerForm]:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from doconv_core.architectures.names import is_name
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
 from doconv_core.forms import suspect_flattening
 from doconv_core.layout import (
@@ -17,7 +18,7 @@ from doconv_core.layout import (
     to_canonical,
     to_channels_first,
 )
-from doconv_core.state import State, entry
+from doconv_core.state import State, entry, origin_of
 from doconv_tf.connections import ordered_children
 from doconv_tf.forms import FORMS, Part, own_weights, parts_of, surroundings
 
@@ -40,7 +41,7 @@ def export_state(model: keras.Layer) -> State:
         for name, variable in part.variables.items()
     }
     forms = {path: part.form for path, part in parts.items()}
-    return State(forms, arrays, {"framework": FRAMEWORK, "version": keras.__version__})
+    return State(forms, arrays, origin_of(FRAMEWORK, keras.__version__, _network(model)))
 
 
 def load_state(
@@ -56,7 +57,8 @@ def load_state(
     """
     parts = _parts(model)
     forms = {path: part.form for path, part in parts.items()}
-    fitted = fit_state(state, forms, match=match, ignore=ignore, framework=FRAMEWORK)
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
+    fitted = fit_state(state, forms, network=_network(model), **options)
     assignments = []
     for path, part in parts.items():
         for name, variable in part.variables.items():
@@ -103,6 +105,11 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
             )
         found[path] = layer
     return found
+
+
+def _network(model: keras.Layer) -> str | None:
+    """Return the model's name, if it is one that `get_model` knows."""
+    return model.name if is_name(model.name) else None
 
 
 def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
-from doconv_core.state import State, entry
+from doconv_core.state import State, entry, origin_of
 from doconv_torch.forms import attribute, form_of, owned, paddings
 
 FRAMEWORK = "torch"
@@ -30,7 +30,7 @@ def export_state(model: nn.Module) -> State:
         for path, form in layers.items()
         for name, shape in form.shapes.items()
     }
-    return State(layers, arrays, {"framework": FRAMEWORK, "version": torch.__version__})
+    return State(layers, arrays, origin_of(FRAMEWORK, torch.__version__, _network(model)))
 
 
 def load_state(
@@ -46,7 +46,7 @@ def load_state(
     """
     modules = _layers(model)
     options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
-    fitted = fit_state(state, _forms(model, modules), **options)
+    fitted = fit_state(state, _forms(model, modules), network=_network(model), **options)
     assignments = []
     for path, arrays in fitted.items():
         for name, array in arrays.items():
@@ -65,6 +65,12 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     return {path: module for path, module in model.named_modules() if owned(module)}
+
+
+def _network(model: nn.Module) -> str | None:
+    """Return the name of the network that `build` made, if it did."""
+    name = getattr(model, "network_name", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _forms(model: nn.Module, modules: dict[str, nn.Module]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from frameworks import BACKENDS, need
 from networks.described import NETWORKS, SHAPE
 
-from doconv_core import State, StateError, difference
+from doconv_core import State, StateError, difference, read_state, write_state
 from doconv_core.architectures.evaluate import evaluate
 from doconv_core.architectures.initialize import initialize
 from doconv_core.architectures.layers import layers
@@ -146,6 +146,26 @@ def test_the_state_of_another_network_is_refused_by_name_before_anything_changes
     after = backend.package.export_state(model).arrays
     for entry, array in before.items():
         np.testing.assert_array_equal(after[entry], array)
+
+
+def test_a_state_says_whose_it_is(backend, tmp_path):
+    model = backend.package.get_model("tutorial_tf")
+    state = backend.package.export_state(model)
+    assert state.origin["network"] == "tutorial_tf"
+    write_state(state, tmp_path / "stored.safetensors")
+    stored = read_state(tmp_path / "stored.safetensors")
+    other = backend.package.get_model("tutorial_gluon")
+    before = backend.package.export_state(other).arrays
+    refused = r"^the state is not one of 'tutorial_gluon', but of 'tutorial_tf': entry 'conv1\.w"
+    for options in ({}, {"match": "order"}, {"ignore": "geometry"}):
+        with pytest.raises(StateError, match=refused):
+            backend.package.load_state(other, stored, **options)
+    for entry, array in backend.package.export_state(other).arrays.items():
+        np.testing.assert_array_equal(before[entry], array)
+    # Two of one name, for other numbers of classes.
+    with pytest.raises(StateError, match=r"^entry '\w+\.weight' is of LinearSpec"):
+        backend.package.load_state(backend.package.get_model("tutorial_tf", num_classes=3), stored)
+    backend.package.load_state(model, stored)
 
 
 def test_every_activation_is_that_of_its_formula(backend):

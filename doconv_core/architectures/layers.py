@@ -9,7 +9,7 @@ from doconv_core.fit import fit_state
 from doconv_core.forms import BatchNormSpec, LayerForm, LinearSpec
 from doconv_core.geometry import Geometry, symmetric
 from doconv_core.spec import ConvSpec
-from doconv_core.state import Array, State, StateError
+from doconv_core.state import Array, State
 
 
 def layers(network: Network, input_shape: Shape | None = None) -> dict[str, LayerForm]:
@@ -33,10 +33,7 @@ def fitted(
     Raises StateError, with the network's name and the layer's, for another network's state.
     """
     forms = layers(network, input_shape)
-    try:
-        return fit_state(state, forms, stacklevel=stacklevel + 1)
-    except StateError as error:
-        raise StateError(f"the state is not one of {network.name!r}: {error}") from error
+    return fit_state(state, forms, network=network.name, stacklevel=stacklevel + 1)
 
 
 def _form(placed: Placed) -> LayerForm | None:

@@ -52,6 +52,14 @@ def describe(
     return Network(name, body, (channels, size[0], size[1]))
 
 
+def is_name(name: object) -> bool:
+    """Return whether there is a network of this name."""
+    try:
+        return isinstance(name, str) and _parsed(name) is not None
+    except ValueError:
+        return False
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that match, family by family.
 
