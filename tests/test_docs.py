@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -29,28 +30,39 @@ def packages(example):
     return set(re.findall(r"(?:from|import) doconv_(\w+)", example))
 
 
+# Runs the documents' examples that it is given, one after the other, as programs of their own but
+# for what they import, which takes the longest: each with its own names, in a folder of its own.
+RUN = """
+import json, os, sys, tempfile
+for name, example in json.load(sys.stdin).items():
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
+        os.chdir(folder)
+        print("running", name, file=sys.stderr, flush=True)
+        exec(compile(example, name, "exec"), {"__name__": "__main__"})
+        os.chdir(sys.argv[1])
+"""
+
+
 @pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(example, id=f"{document.stem}-{number}")
-        for document in DOCUMENTS
-        for number, example in enumerate(examples(document))
-    ],
+    "document", [d for d in DOCUMENTS if examples(d)], ids=lambda document: document.stem
 )
-def test_examples_run(example, tmp_path):
-    assert packages(example)
-    for backend in packages(example) & set(BACKENDS):
-        need(backend)
-    assert "assert" in example  # it shows what it claims
+def test_examples_run(document, tmp_path):
+    programs = {f"{document.stem}-{n}": program for n, program in enumerate(examples(document))}
+    for program in programs.values():
+        assert packages(program)
+        for backend in packages(program) & set(BACKENDS):
+            need(backend)
+        assert "assert" in program  # it shows what it claims
     done = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=tmp_path,
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        input=json.dumps(programs),
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert re.findall("^running (.+)$", done.stderr, re.MULTILINE) == list(programs)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
