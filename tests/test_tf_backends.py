@@ -86,7 +86,7 @@ def test_a_model_stored_on_one_backend_loads_on_the_others(tmp_path):
         need_backend(backend)
     stored = run("tensorflow", "-c", STORE, str(tmp_path))
     assert stored.returncode == 0, stored.stderr
-    for backend in BACKENDS:
+    for backend in BACKENDS[1:]:
         loaded = run(backend, "-c", LOAD, str(tmp_path))
         assert loaded.returncode == 0, loaded.stderr
         assert loaded.stdout.split() == [backend]

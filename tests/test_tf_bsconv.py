@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from frameworks import need
@@ -449,15 +452,40 @@ def test_fit_includes_the_loss_with_mixed_precision():
     assert found == pytest.approx(plain + 0.5 * expected_loss(model), rel=1e-2)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
-def test_fit_includes_the_loss_once_under_a_distribution_strategy():
-    import tensorflow as tf
+# Devices must be told before TensorFlow starts, so that it takes a process of its own.
+TWO_DEVICES = """
+import contextlib, keras, numpy as np, tensorflow as tf
+from doconv_tf import BSConvS2D, add_orthonormality
 
-    expected, _ = fitted(two(), 0.5)
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        model = two()
-        found, _ = fitted(model, 0.5)
-    assert found == pytest.approx(expected, rel=1e-5)
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+rng = np.random.default_rng(0)
+x, y = (rng.standard_normal(shape).astype("float32") for shape in ((4, 7, 8, 8), (4, 5, 6, 4)))
+results = []
+for scope in (contextlib.nullcontext(), strategy.scope()):
+    with scope:
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input(x.shape[1:]), BSConvS2D(8, 3, padding="same")])
+        model.add(BSConvS2D(4, 3))
+        before = model.get_weights()
+        add_orthonormality(model, 0.5)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        loss = model.fit(x, y, batch_size=4, verbose=0).history["loss"]
+    results.append([loss, *(b - a for a, b in zip(before, model.get_weights()))])
+assert all(np.abs(step).max() > 1e-4 for step in results[0])
+for found, expected in zip(*results):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
+def test_fit_on_two_devices_trains_as_on_one():
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_marked_convolutions_count_once_wherever_they_are(tmp_path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,21 +285,40 @@ def test_the_loss_sees_through_wrappers(wrap):
     assert model[0].pointwise1.weight.grad is not None
 
 
-def test_the_loss_trains_under_distributed_data_parallel(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = two()
-        alone = copy.deepcopy(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for each, called in ((model, wrapped), (alone, alone)):
-            loss = called(x()).square().mean() + orthonormality_loss(called)
-            loss.backward()
-            assert each[0].pointwise1.weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
-    for found, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
+# One of two processes, which trains on its half of the batch.
+PROCESS = """
+import sys, torch
+from torch import distributed, nn
+from doconv_torch import BSConvS2d, orthonormality_loss
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+store = distributed.FileStore(f"{folder}/store", 2)
+distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+model = nn.Sequential(BSConvS2d(8, 8, 3, padding=1), nn.ReLU(), BSConvS2d(8, 4, 3))
+x, values = torch.load(f"{folder}/given.pt")
+model.load_state_dict(values)
+wrapped = nn.parallel.DistributedDataParallel(model)
+loss = wrapped(x[rank : rank + 1]).square().mean() + orthonormality_loss(wrapped)
+loss.backward()
+torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    model, inputs = two(), x()
+    torch.save((inputs, model.state_dict()), tmp_path / "given.pt")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    (model(inputs).square().mean() + orthonormality_loss(model)).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for gradient, parameter in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_the_loss_is_computed_in_float32_at_least():

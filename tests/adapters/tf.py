@@ -44,6 +44,7 @@ def arguments(case: Case) -> dict[str, Any]:
     sizes = {"filters": spec.out_channels, "groups": spec.groups}
     if case.depthwise_layer:
         sizes = {"depth_multiplier": spec.out_channels_per_group}
+    kernel = "depthwise_initializer" if case.depthwise_layer else "kernel_initializer"
     return {
         **sizes,
         "kernel_size": spec.kernel_size,
@@ -52,6 +53,7 @@ def arguments(case: Case) -> dict[str, Any]:
         "data_format": "channels_last",
         "dilation_rate": case.dilation,
         "use_bias": case.bias,
+        kernel: "zeros",  # which each test replaces; to draw values, JAX compiles for each shape
     }
 
 
