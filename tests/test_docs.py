@@ -30,8 +30,8 @@ def packages(example):
     return set(re.findall(r"(?:from|import) doconv_(\w+)", example))
 
 
-# Runs the documents' examples that it is given, one after the other, as programs of their own but
-# for what they import, which takes the longest: each with its own names, in a folder of its own.
+# Runs the examples that it is given, one after the other, as programs of their own but for what
+# they import, which takes the longest: each with its own names, in a folder of its own.
 RUN = """
 import json, os, sys, tempfile
 for name, example in json.load(sys.stdin).items():
@@ -43,26 +43,34 @@ for name, example in json.load(sys.stdin).items():
 """
 
 
-@pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if examples(d)], ids=lambda document: document.stem
-)
-def test_examples_run(document, tmp_path):
-    programs = {f"{document.stem}-{n}": program for n, program in enumerate(examples(document))}
-    for program in programs.values():
-        assert packages(program)
-        for backend in packages(program) & set(BACKENDS):
-            need(backend)
-        assert "assert" in program  # it shows what it claims
+def programs():
+    """Return the documents' examples, by name, for each set of backends that they need."""
+    found = {}
+    for document in DOCUMENTS:
+        for number, example in enumerate(examples(document)):
+            needed = tuple(name for name in BACKENDS if name in packages(example))
+            found.setdefault(needed, {})[f"{document.stem}-{number}"] = example
+    return found
+
+
+@pytest.mark.parametrize("needed", programs(), ids=lambda names: "-".join(names) or "core")
+def test_examples_run(needed, tmp_path):
+    chosen = programs()[needed]
+    for backend in needed:
+        need(backend)
+    for example in chosen.values():
+        assert packages(example)
+        assert "assert" in example  # it shows what it claims
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path)],
-        input=json.dumps(programs),
+        input=json.dumps(chosen),
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.findall("^running (.+)$", done.stderr, re.MULTILINE) == list(programs)
+    assert re.findall("^running (.+)$", done.stderr, re.MULTILINE) == list(chosen)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
