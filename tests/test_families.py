@@ -146,7 +146,6 @@ def test_outputs_and_gradients_are_the_cores(problem, backend):
 
 
 @pytest.mark.parametrize("name", EMPTY)
-@pytest.mark.parametrize("backend_name", ["torch", "mx"])  # Keras gives values at once
-def test_models_have_exactly_the_parameters_that_the_core_counts(backend_name, name):
-    backend, network = backend_of(backend_name), describe(name)
+def test_models_have_exactly_the_parameters_that_the_core_counts(backend, name):
+    network = describe(name)
     assert backend.trainable(backend.empty(network)) == count(network, None).training_parameters

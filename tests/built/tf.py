@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from math import prod
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
 import doconv_tf as package
 
-__all__ = ["gradients", "inference", "made", "package", "trainable", "training"]
+__all__ = ["empty", "gradients", "inference", "made", "package", "trainable", "training"]
 
 
 def made(network, **options):
     return package.build(network, **options)
+
+
+def empty(network):
+    """Return the network without values: Keras leaves them until the scope is left, or for good."""
+    with keras.StatelessScope(initialize_variables=False):
+        return package.build(network)
 
 
 def trainable(model):
