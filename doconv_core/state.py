@@ -61,8 +61,8 @@ class State:
     """The layers of a model and their arrays, checked against each other.
 
     layers: the form of each, by path, in the model's order. arrays: float16, float32 or float64, by
-    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and of
-    which of `list_models()`, as `"network"`; empty where that is not known.
+    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and
+    as `"network"` the name of one that `describe` knows; empty where that is not known.
     Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
     """
 
@@ -97,7 +97,7 @@ class State:
 
 
 def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
-    """Return a state's origin. network: the name among `list_models()`; None for another model."""
+    """Return a state's origin. network: a name that `describe` knows; None for another model."""
     return {"framework": framework, "version": version, **({"network": network} if network else {})}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block, Parameter
 
+from doconv_core.architectures.names import known_name
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
 from doconv_core.forms import LayerForm, suspect_flattening
 from doconv_core.layout import from_canonical, to_canonical
@@ -36,7 +37,8 @@ def export_state(model: Block) -> State:
             if name == "weight":
                 array = to_canonical(array, layout_of(block))
             arrays[entry(path, name)] = array.reshape(shape)
-    return State(layers, arrays, origin_of(FRAMEWORK, mx.__version__, _network(model)))
+    network = known_name(getattr(model, "network_name", None))
+    return State(layers, arrays, origin_of(FRAMEWORK, mx.__version__, network))
 
 
 def load_state(
@@ -51,8 +53,9 @@ def load_state(
     a batch norm's momentum differs.
     """
     blocks = _layers(model)
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
-    fitted = fit_state(state, _forms(blocks), network=_network(model), **options)
+    network = known_name(getattr(model, "network_name", None))
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
+    fitted = fit_state(state, _forms(blocks), **options)
     assignments = []
     for path, arrays in fitted.items():
         for name, array in arrays.items():
@@ -87,12 +90,6 @@ def _layers(model: Block) -> dict[str, Block]:
     visit("", model)
     check_axes(model)
     return found
-
-
-def _network(model: Block) -> str | None:
-    """Return the name of the network that `build` made, if it did."""
-    name = getattr(model, "network_name", None)
-    return name if isinstance(name, str) and name else None
 
 
 def _forms(blocks: dict[str, Block]) -> dict[str, LayerForm]:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.architectures.names import is_name
+from doconv_core.architectures.names import known_name
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
 from doconv_core.forms import suspect_flattening
 from doconv_core.layout import (
@@ -41,7 +41,8 @@ def export_state(model: keras.Layer) -> State:
         for name, variable in part.variables.items()
     }
     forms = {path: part.form for path, part in parts.items()}
-    return State(forms, arrays, origin_of(FRAMEWORK, keras.__version__, _network(model)))
+    network = known_name(model.name)
+    return State(forms, arrays, origin_of(FRAMEWORK, keras.__version__, network))
 
 
 def load_state(
@@ -57,8 +58,9 @@ def load_state(
     """
     parts = _parts(model)
     forms = {path: part.form for path, part in parts.items()}
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
-    fitted = fit_state(state, forms, network=_network(model), **options)
+    network = known_name(model.name)
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
+    fitted = fit_state(state, forms, **options)
     assignments = []
     for path, part in parts.items():
         for name, variable in part.variables.items():
@@ -105,11 +107,6 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
             )
         found[path] = layer
     return found
-
-
-def _network(model: keras.Layer) -> str | None:
-    """Return the model's name, if it is one that `get_model` knows."""
-    return model.name if is_name(model.name) else None
 
 
 def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from doconv_core.architectures.names import known_name
 from doconv_core.fit import Assignment, Match, check_assignments, fit_state
 from doconv_core.state import State, entry, origin_of
 from doconv_torch.forms import attribute, form_of, owned, paddings
@@ -30,7 +31,8 @@ def export_state(model: nn.Module) -> State:
         for path, form in layers.items()
         for name, shape in form.shapes.items()
     }
-    return State(layers, arrays, origin_of(FRAMEWORK, torch.__version__, _network(model)))
+    network = known_name(getattr(model, "network_name", None))
+    return State(layers, arrays, origin_of(FRAMEWORK, torch.__version__, network))
 
 
 def load_state(
@@ -45,8 +47,9 @@ def load_state(
     a batch norm's momentum differs.
     """
     modules = _layers(model)
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK}
-    fitted = fit_state(state, _forms(model, modules), network=_network(model), **options)
+    network = known_name(getattr(model, "network_name", None))
+    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
+    fitted = fit_state(state, _forms(model, modules), **options)
     assignments = []
     for path, arrays in fitted.items():
         for name, array in arrays.items():
@@ -65,12 +68,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     return {path: module for path, module in model.named_modules() if owned(module)}
-
-
-def _network(model: nn.Module) -> str | None:
-    """Return the name of the network that `build` made, if it did."""
-    name = getattr(model, "network_name", None)
-    return name if isinstance(name, str) and name else None
 
 
 def _forms(model: nn.Module, modules: dict[str, nn.Module]) -> Any:

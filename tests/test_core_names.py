@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doconv_core.architectures import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
-from doconv_core.architectures.names import describe, list_models
+from doconv_core.architectures.names import describe, known_name, list_models
 from doconv_core.architectures.nodes import BatchNorm, Conv, Kind
 from doconv_core.architectures.shapes import infer
 from doconv_core.cost import count
@@ -196,6 +196,13 @@ def test_wrong_numbers(options, error, message):
 def test_what_is_no_pattern(pattern):
     with pytest.raises(TypeError, match="pattern must be a string; received"):
         list_models(pattern)
+
+
+def test_names_are_told_from_others():
+    for name in ("resnet18_v1", "cifar_resnet20_bsconvu", "cifar_mobilenetv2_w3d7"):
+        assert known_name(name) == describe(name).name == name
+    for other in ("functional_1", "cifar_resnet21", "mobilenetv2_w0", "", None, 3):
+        assert known_name(other) is None
 
 
 def test_paths_can_be_read():

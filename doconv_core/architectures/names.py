@@ -52,12 +52,15 @@ def describe(
     return Network(name, body, (channels, size[0], size[1]))
 
 
-def is_name(name: object) -> bool:
-    """Return whether there is a network of this name."""
+def known_name(name: object) -> str | None:
+    """Return the name if there is a network of this name, or None."""
+    if not isinstance(name, str):
+        return None
     try:
-        return isinstance(name, str) and _parsed(name) is not None
+        _parsed(name)
     except ValueError:
-        return False
+        return None
+    return name
 
 
 def list_models(pattern: str = "*") -> list[str]:
