@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from doconv_core import NotFoldable
-from doconv_core.architectures.names import describe
-from doconv_core.architectures.nodes import Conv, Network, replaced
-from doconv_core.bsconv import FORMS
-from doconv_core.files import write_json
+from doconv_core.atomic import write_json
+from doconv_core.kinds.bsconv import FORMS
+from doconv_core.networks.names import describe
+from doconv_core.networks.nodes import Conv, Network, replaced
 from doconv_torch import BSConvS2d, BSConvU2d, build, fold, verify
 
 # Channels, and rows and columns, of layers with as many operations each; networks and their inputs.

@@ -11,7 +11,7 @@ from pathlib import Path
 from step_measure import Row
 from step_targets import targets
 
-from doconv_core.files import replacing, write_text
+from doconv_core.atomic import replacing, write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 TICKS, WIDE_TICKS = (0.9, 1, 1.1, 1.2, 1.5, 2, 3), (1, 2, 3, 5, 10, 20, 50)

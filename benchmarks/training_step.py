@@ -33,7 +33,7 @@ from step_report import draw, machine, table, write_docs
 from step_targets import targets
 from tqdm import tqdm
 
-from doconv_core.files import write_json
+from doconv_core.atomic import write_json
 
 BACKENDS = ("torch", "tf", "mx")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")

@@ -21,7 +21,7 @@ from zoo_row import Row
 from zoo_table import document
 from zoo_worker import tried
 
-from doconv_core.files import write_json, write_text
+from doconv_core.atomic import write_json, write_text
 
 OUT = Path(__file__).parents[1] / "docs" / "zoo.md"
 

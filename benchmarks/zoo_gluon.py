@@ -28,7 +28,7 @@ from gluoncv.model_zoo import get_model  # noqa: E402
 
 ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
 # The modules of the blocks that this package's own networks have, which stay.
-BLOCKS = ("doconv_mx.build", "doconv_mx.activations")
+BLOCKS = ("doconv_mx.realize", "doconv_mx.activations")
 
 
 def versions(network: Network) -> str:

@@ -21,7 +21,7 @@ from doconv_core import Converted
 ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DO = (doconv_torch.DOConv1d, doconv_torch.DOConv2d, doconv_torch.DOConv3d)
 BSCONVS = (doconv_torch.BSConvU2d, doconv_torch.BSConvS2d)
-BLOCKS = "doconv_torch.build"  # the module of the networks' own blocks, which stay
+BLOCKS = "doconv_torch.realize"  # the module of the networks' own blocks, which stay
 
 
 def versions(network: Network) -> str:

@@ -6,11 +6,15 @@ Letters as in the paper and throughout this project: `I` input and `O` output ch
 `M` kernel taps, `S` the depth multiplier. Source: DO-Conv, arXiv 2006.12030.
 """
 
-from doconv_core.architectures.names import describe, list_models
-from doconv_core.architectures.nodes import Network
 from doconv_core.backends import available_backends, require_framework
-from doconv_core.blueprints import Blueprints, blueprints
-from doconv_core.bsconv import (
+from doconv_core.files.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fold_checkpoint,
+    open_checkpoint,
+)
+from doconv_core.files.upstream import Upstream, read_upstream
+from doconv_core.kinds.bsconv import (
     BSConvSpec,
     compose_bsconv,
     compose_bsconv_gradient,
@@ -18,7 +22,8 @@ from doconv_core.bsconv import (
     merge_pointwise_gradient,
     mid_channels,
 )
-from doconv_core.bsconv_fold import (
+from doconv_core.kinds.bsconv_cost import BSConvCost, bsconv_cost
+from doconv_core.kinds.bsconv_fold import (
     Folded,
     Normalization,
     Pointwise,
@@ -26,21 +31,35 @@ from doconv_core.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.bsconv_model import BSConvReport, Explained, FoldReport
-from doconv_core.checkpoint import Checkpoint, CheckpointError, fold_checkpoint, open_checkpoint
-from doconv_core.compose import compose, compose_gradient, feature_compose, from_kernel, identity
-from doconv_core.convolve import (
+from doconv_core.kinds.bsconv_init import Blueprints, blueprints
+from doconv_core.kinds.bsconv_model import BSConvReport, Explained, FoldReport
+from doconv_core.kinds.do_conv import (
+    compose,
+    compose_gradient,
+    feature_compose,
+    from_kernel,
+    identity,
+)
+from doconv_core.kinds.do_conv_cost import Cost, LayerCost, layer_cost
+from doconv_core.kinds.orthonormal import orthonormality, orthonormality_gradient
+from doconv_core.maths.batchnorm import NotFoldable, fuse_batchnorm
+from doconv_core.maths.convolve import (
     ConvolutionGradients,
     convolve,
     convolve_gradient,
     pad,
     pad_gradient,
 )
-from doconv_core.cost import Cost, CountedLayer, LayerCost, NetworkCost, count, layer_cost
-from doconv_core.cost.bsconv import BSConvCost, bsconv_cost
-from doconv_core.fit import fit_state
-from doconv_core.fold import NotFoldable, fuse_batchnorm
-from doconv_core.forms import (
+from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.numeric import Difference, difference
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import Change, Converted, Left, Report, Selection, largest_difference
+from doconv_core.networks.cost import CountedLayer, NetworkCost, count
+from doconv_core.networks.names import describe, list_models
+from doconv_core.networks.nodes import Network
+from doconv_core.state.file import State, StateError, read_state, write_state
+from doconv_core.state.layers import (
     BatchNormSpec,
     EmbeddingSpec,
     GroupNormSpec,
@@ -50,14 +69,7 @@ from doconv_core.forms import (
     PReLUSpec,
     TransposedConvSpec,
 )
-from doconv_core.geometry import Geometry
-from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.model import Change, Converted, Left, Report, Selection, largest_difference
-from doconv_core.numeric import Difference, difference
-from doconv_core.orthonormal import orthonormality, orthonormality_gradient
-from doconv_core.spec import ConvSpec
-from doconv_core.state import State, StateError, read_state, write_state
-from doconv_core.upstream import Upstream, read_upstream
+from doconv_core.state.match import fit_state
 
 __all__ = [
     "BSConvCost",

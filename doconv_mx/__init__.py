@@ -9,7 +9,7 @@ from doconv_mx.frameworks import import_gluoncv, import_mxnet  # noqa: E402
 
 import_mxnet()  # every later `import mxnet`, here and in the user's code, finds it imported
 
-from doconv_mx.bs_conv import (  # noqa: E402
+from doconv_mx.bsconv import (  # noqa: E402
     BSConvS,
     BSConvS1D,
     BSConvS2D,
@@ -19,11 +19,11 @@ from doconv_mx.bs_conv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
-from doconv_mx.bs_model import to_bsconv  # noqa: E402
-from doconv_mx.build import build, get_model, list_models  # noqa: E402
+from doconv_mx.bsconv_model import to_bsconv  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import fold, over_parameterize  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
+from doconv_mx.realize import build, get_model, list_models  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
 from doconv_mx.verify import verify  # noqa: E402
 

@@ -11,8 +11,9 @@ from mxnet.gluon.contrib.nn import SyncBatchNorm
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 
-from doconv_core.fold import fuse_batchnorm
-from doconv_core.model import (
+from doconv_core.maths.batchnorm import fuse_batchnorm
+from doconv_core.maths.numeric import Array
+from doconv_core.models.report import (
     AXIS,
     HOOKED,
     NOT_DIRECT,
@@ -28,14 +29,13 @@ from doconv_core.model import (
     behind,
     fused_into,
 )
-from doconv_core.numeric import Array
-from doconv_mx.blocks import overridden, owners, parameters, walk, within
-from doconv_mx.candidates import obstacle
-from doconv_mx.convert import remove_parameter, set_parameter
+from doconv_mx.convolutions import obstacle
 from doconv_mx.graph import Calls, calls
 from doconv_mx.ordinary import has_values
 from doconv_mx.parameter import options_of, put
+from doconv_mx.surgery import remove_parameter, set_parameter
 from doconv_mx.symbols import norms
+from doconv_mx.view import overridden, owners, parameters, walk, within
 
 # Why a batch norm is left, of what Gluon alone has.
 HIDDEN = "called by a forward that cannot be traced without data"

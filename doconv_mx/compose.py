@@ -14,7 +14,7 @@ from mxnet.gluon import Parameter
 from mxnet.ndarray import NDArray
 from mxnet.util import is_np_array
 
-from doconv_core.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec
 
 # From so many entries of W a convolution is the faster: benchmarks/gluon_composition.py
 LARGE = 2**15

@@ -11,9 +11,8 @@ from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 from mxnet.util import is_np_array
 
-from doconv_core.fold import NotFoldable
-from doconv_core.spec import ConvSpec, as_integer, as_tuple
-from doconv_mx.blocks import overridden
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
 from doconv_mx.compose import as_w, compose, grouped, native, tied
 from doconv_mx.ordinary import (
     channels_per_group,
@@ -24,6 +23,7 @@ from doconv_mx.ordinary import (
     spec_of,
 )
 from doconv_mx.parameter import Weight
+from doconv_mx.view import overridden
 
 _LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
 

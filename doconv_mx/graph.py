@@ -20,7 +20,7 @@ from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 from mxnet.symbol import Symbol
 from mxnet.util import is_np_array
 
-from doconv_mx.blocks import overridden, walk
+from doconv_mx.view import overridden, walk
 
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
 TRANSPOSED = {"Deconvolution", "_npx_deconvolution"}

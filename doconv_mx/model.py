@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from mxnet.gluon import Block
 
-from doconv_core.bsconv_model import FoldReport, as_form
-from doconv_core.model import Converted, Report, Selection, Where
-from doconv_core.spec import as_integer
+from doconv_core.kinds.bsconv_model import FoldReport, as_form
+from doconv_core.maths.spec import as_integer
+from doconv_core.models.report import Converted, Report, Selection, Where
 from doconv_mx.batchnorm import fuse_batchnorms
-from doconv_mx.blocks import copied, count, forget_graphs, require_block, walk
-from doconv_mx.bs_convert import fold_bsconvs, plan_bsconvs
-from doconv_mx.convert import fold_layers, over_parameterize_layers
+from doconv_mx.bsconv_convert import fold_bsconvs, plan_bsconvs
 from doconv_mx.plan import places, plan_folding, plan_over_parameterization
+from doconv_mx.surgery import fold_layers, over_parameterize_layers
 from doconv_mx.symbols import fold_nodes, over_parameterize_nodes
+from doconv_mx.view import copied, count, forget_graphs, require_block, walk
 
 
 def over_parameterize(

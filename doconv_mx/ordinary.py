@@ -13,7 +13,7 @@ from mxnet.gluon.block import _BlockScope
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
-from doconv_core.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec
 
 
 def spec_of(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:

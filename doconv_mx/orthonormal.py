@@ -10,12 +10,12 @@ from mxnet.gluon import Block, Parameter
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
-from doconv_core.bsconv import as_number
-from doconv_core.orthonormal import ALPHA
-from doconv_mx.blocks import require_block, walk
-from doconv_mx.bs_conv import _BSConvS
+from doconv_core.kinds.bsconv import as_number
+from doconv_core.kinds.orthonormal import ALPHA
+from doconv_mx.bsconv import _BSConvS
 from doconv_mx.compose import native
 from doconv_mx.ordinary import require_values
+from doconv_mx.view import require_block, walk
 
 
 def orthonormality_loss(

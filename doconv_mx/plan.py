@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from mxnet.gluon import Block, Parameter, SymbolBlock
 
-from doconv_core.fold import NotFoldable
-from doconv_core.model import (
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import (
     NOT_SELECTED,
     TIED,
     Change,
@@ -16,13 +17,12 @@ from doconv_core.model import (
     Selection,
     place,
 )
-from doconv_core.spec import ConvSpec
-from doconv_mx.blocks import all_paths, owners, walk, within
-from doconv_mx.candidates import is_convolution, obstacle
-from doconv_mx.convert import DO_CONV, outline
+from doconv_mx.convolutions import is_convolution, obstacle
 from doconv_mx.do_conv import _DOConv
 from doconv_mx.ordinary import channels_per_group, contexts, has_values, is_pending
+from doconv_mx.surgery import DO_CONV, outline
 from doconv_mx.symbols import DOSymbolBlock, nodes, refuse_composition
+from doconv_mx.view import all_paths, owners, walk, within
 
 
 class Plan(NamedTuple):

@@ -9,13 +9,13 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block, Parameter
 
-from doconv_core.architectures.names import known_name
-from doconv_core.fit import Assignment, Match, check_assignments, fit_state
-from doconv_core.forms import LayerForm, suspect_flattening
-from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.state import State, entry, origin_of
+from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.networks.names import known_name
+from doconv_core.state.file import State, entry, origin_of
+from doconv_core.state.layers import LayerForm, suspect_flattening
+from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
 from doconv_mx.compose import native
-from doconv_mx.forms import check_axes, form_of, layout_of
+from doconv_mx.layers import check_axes, form_of, layout_of
 
 FRAMEWORK = "mxnet"
 

@@ -18,14 +18,14 @@ from mxnet.gluon import Parameter, SymbolBlock, nn
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 
-from doconv_core.fold import NotFoldable
-from doconv_core.model import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
-from doconv_core.spec import ConvSpec
-from doconv_mx.blocks import overridden
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
 from doconv_mx.compose import tied
-from doconv_mx.convert import fold_layers, over_parameterize_layers, set_parameter
 from doconv_mx.graph import CONVOLUTIONS, NORMS
 from doconv_mx.ordinary import channels_per_group, no_name_scope
+from doconv_mx.surgery import fold_layers, over_parameterize_layers, set_parameter
+from doconv_mx.view import overridden
 
 _LAYERS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
 # What takes a D in the graphs of DO-Conv layers; an ordinary graph may have a weight of that name.

@@ -10,9 +10,9 @@ from mxnet import autograd
 from mxnet.gluon import Block
 from mxnet.ndarray import NDArray
 
-from doconv_core.model import largest_difference
-from doconv_core.numeric import Difference
-from doconv_mx.blocks import parameters, within
+from doconv_core.maths.numeric import Difference
+from doconv_core.models.report import largest_difference
+from doconv_mx.view import parameters, within
 
 
 def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:

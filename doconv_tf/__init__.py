@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         "Keras is chosen by the environment variable KERAS_BACKEND, and installed by itself.)"
     ) from error
 
-from doconv_tf.bs_conv import (  # noqa: E402
+from doconv_tf.bsconv import (  # noqa: E402
     BSConvS,
     BSConvS1D,
     BSConvS2D,
@@ -23,8 +23,7 @@ from doconv_tf.bs_conv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
-from doconv_tf.bs_model import to_bsconv  # noqa: E402
-from doconv_tf.build import build, get_model, list_models  # noqa: E402
+from doconv_tf.bsconv_model import to_bsconv  # noqa: E402
 from doconv_tf.depthwise_conv import (  # noqa: E402
     DODepthwiseConv1D,
     DODepthwiseConv2D,
@@ -38,6 +37,7 @@ from doconv_tf.orthonormal import (  # noqa: E402
     mark_orthonormal,
     orthonormality_loss,
 )
+from doconv_tf.realize import build, get_model, list_models  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 

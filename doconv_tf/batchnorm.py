@@ -13,9 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.fold import fuse_batchnorm
-from doconv_core.layout import from_canonical, to_canonical
-from doconv_core.model import (
+from doconv_core.maths.batchnorm import fuse_batchnorm
+from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.models.report import (
     AXIS,
     NOT_DIRECT,
     NOT_FINITE,
@@ -29,10 +29,10 @@ from doconv_core.model import (
     behind,
     fused_into,
 )
-from doconv_tf.candidates import CONVOLUTIONS, is_replaced, obstacle
-from doconv_tf.convert import become
+from doconv_tf.become import become
+from doconv_tf.convolutions import CONVOLUTIONS, is_replaced, obstacle
 from doconv_tf.ordinary import like, policy_of, put
-from doconv_tf.walk import children, first_occurrences, walk
+from doconv_tf.view import children, first_occurrences, walk
 
 # Why a batch norm is left, of what Keras alone has.
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from doconv_tf.walk import first_occurrences
+from doconv_tf.view import first_occurrences
 
 # A model that is not compiled. What compiling adds belongs to the variables of then.
 UNCOMPILED = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from doconv_core.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec
 
 
 class Rule(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from doconv_core.spec import ConvSpec, as_integer, as_tuple
+from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
 from doconv_tf.over_parameterized import OverParameterized
 
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import keras
 
-from doconv_core.forms import OWN
-from doconv_tf.connections import Connections
+from doconv_core.state.layers import OWN
+from doconv_tf.graph import Connections
 from doconv_tf.over_parameterized import OverParameterized
 
 _layers = keras.layers

@@ -10,9 +10,9 @@ from collections import Counter
 
 import keras
 
-from doconv_core.bsconv_model import FoldReport, as_form
-from doconv_core.fold import NotFoldable
-from doconv_core.model import (
+from doconv_core.kinds.bsconv_model import FoldReport, as_form
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.report import (
     NOT_SELECTED,
     REPLACED,
     TIED,
@@ -24,12 +24,12 @@ from doconv_core.model import (
     place,
 )
 from doconv_tf.batchnorm import fuse_batchnorms
-from doconv_tf.bs_convert import plan_bsconvs
-from doconv_tf.candidates import CONVOLUTIONS, REPLACEMENTS, is_replaced, obstacle
+from doconv_tf.bsconv_convert import plan_bsconvs
+from doconv_tf.convolutions import CONVOLUTIONS, REPLACEMENTS, is_replaced, obstacle
 from doconv_tf.orthonormal import is_marked, unmark
 from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.replacing import count_parameters, finish, replaced, require_built
-from doconv_tf.walk import first_occurrences
+from doconv_tf.surgery import count_parameters, finish, replaced, require_built
+from doconv_tf.view import first_occurrences
 
 
 def over_parameterize(

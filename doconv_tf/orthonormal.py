@@ -12,9 +12,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from doconv_core.bsconv import as_number
-from doconv_core.orthonormal import ALPHA
-from doconv_tf.walk import first_occurrences
+from doconv_core.kinds.bsconv import as_number
+from doconv_core.kinds.orthonormal import ALPHA
+from doconv_tf.view import first_occurrences
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 

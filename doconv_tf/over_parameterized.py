@@ -13,9 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.fold import NotFoldable
-from doconv_core.layout import from_canonical
-from doconv_core.spec import ConvSpec
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.layout import from_canonical
+from doconv_core.maths.spec import ConvSpec
 from doconv_tf.compose import as_weight, compose
 from doconv_tf.ordinary import like, policy_of, put
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from doconv_core.spec import as_integer
+from doconv_core.maths.spec import as_integer
 
 _PACKAGE = "doconv"
 

@@ -9,18 +9,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.architectures.names import known_name
-from doconv_core.fit import Assignment, Match, check_assignments, fit_state
-from doconv_core.forms import suspect_flattening
-from doconv_core.layout import (
+from doconv_core.maths.layout import (
     from_canonical,
     from_channels_first,
     to_canonical,
     to_channels_first,
 )
-from doconv_core.state import State, entry, origin_of
-from doconv_tf.connections import ordered_children
-from doconv_tf.forms import FORMS, Part, own_weights, parts_of, surroundings
+from doconv_core.networks.names import known_name
+from doconv_core.state.file import State, entry, origin_of
+from doconv_core.state.layers import suspect_flattening
+from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
+from doconv_tf.graph import ordered_children
+from doconv_tf.layers import FORMS, Part, own_weights, parts_of, surroundings
 
 FRAMEWORK = "keras"
 

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from doconv_core.model import largest_difference
-from doconv_core.numeric import Difference
+from doconv_core.maths.numeric import Difference
+from doconv_core.models.report import largest_difference
 
 
 def verify(a: Any, b: Any, inputs: Any) -> Difference:

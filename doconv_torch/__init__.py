@@ -4,7 +4,7 @@ from doconv_core.backends import require_framework
 
 require_framework("torch", "torch")
 
-from doconv_torch.bs_conv import (  # noqa: E402
+from doconv_torch.bsconv import (  # noqa: E402
     BSConvS,
     BSConvS1d,
     BSConvS2d,
@@ -14,12 +14,12 @@ from doconv_torch.bs_conv import (  # noqa: E402
     BSConvU2d,
     BSConvU3d,
 )
-from doconv_torch.bs_model import to_bsconv  # noqa: E402
-from doconv_torch.build import build, get_model, list_models  # noqa: E402
+from doconv_torch.bsconv_model import to_bsconv  # noqa: E402
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
+from doconv_torch.kernel_cache import composed_once  # noqa: E402
 from doconv_torch.model import fold, over_parameterize  # noqa: E402
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
-from doconv_torch.reuse import composed_once  # noqa: E402
+from doconv_torch.realize import build, get_model, list_models  # noqa: E402
 from doconv_torch.state import export_state, load_state  # noqa: E402
 from doconv_torch.verify import verify  # noqa: E402
 

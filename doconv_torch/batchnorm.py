@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from doconv_core.model import (
+from doconv_core.models.report import (
     HOOKED,
     NOT_DIRECT,
     NOT_FINITE,
@@ -24,7 +24,8 @@ from doconv_core.model import (
     fused_into,
     place,
 )
-from doconv_torch.candidates import (
+from doconv_torch.graph import Flow, flow
+from doconv_torch.view import (
     HOOKS,
     Owners,
     is_convolution,
@@ -34,7 +35,6 @@ from doconv_torch.candidates import (
     obstacle,
     owners,
 )
-from doconv_torch.trace import Flow, flow
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What batch norm's own constructor sets, and an identity lacks.

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from doconv_core.checkpoint import Checkpoint, CheckpointError, Entry, Layer
-from doconv_core.checkpoints.archive import open_archive
-from doconv_core.checkpoints.arrays import BITS
-from doconv_core.checkpoints.folding import Output, folded_kernel, outputs
-from doconv_core.checkpoints.formats import PYTORCH, recognise
-from doconv_core.checkpoints.layers import find_layers
-from doconv_core.checkpoints.names import AVERAGED, check_names, without_wrappers
-from doconv_core.checkpoints.sizes import Sizes
-from doconv_core.checkpoints.state_dicts import (
+from doconv_core.files.archive import open_archive
+from doconv_core.files.arrays import BITS
+from doconv_core.files.checkpoint import Checkpoint, CheckpointError, Entry, Layer
+from doconv_core.files.folding import Output, folded_kernel, outputs
+from doconv_core.files.formats import PYTORCH, recognise
+from doconv_core.files.layers import find_layers
+from doconv_core.files.names import AVERAGED, check_names, without_wrappers
+from doconv_core.files.sizes import Sizes
+from doconv_core.files.state_dicts import (
     MAX_DEPTH,
     StateDicts,
     is_container,

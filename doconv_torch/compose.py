@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from doconv_core.spec import ConvSpec
-from doconv_torch import products
+from doconv_core.maths.spec import ConvSpec
+from doconv_torch import matrix_products
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -23,7 +23,7 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     Returns `(O, I/g, *kernel_size)`, with W's memory format, in the weights' dtype, under autocast
     too. Types of half precision are composed in float32, and the kernel rounded once.
     """
-    form = products.form(weight, depthwise, spec)
+    form = matrix_products.form(weight, depthwise, spec)
     with without_autocast(weight.device):
         if form is None:
             return plain(weight, depthwise, spec)
@@ -47,7 +47,7 @@ def gradients(
     They are differentiable where autograd records, for a second derivative.
     """
     with without_autocast(weight.device):
-        form = products.form(weight, depthwise, spec)
+        form = matrix_products.form(weight, depthwise, spec)
         if form is None or torch.is_grad_enabled() or type(gradient) is not Tensor:
             return _gradients(weight, depthwise, spec, gradient, needed)
         return form.gradients(gradient, weight, depthwise, needed)
@@ -60,7 +60,9 @@ class _Composition(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, depthwise: Tensor, spec: ConvSpec, form: products.Form) -> Tensor:
+    def forward(
+        weight: Tensor, depthwise: Tensor, spec: ConvSpec, form: matrix_products.Form
+    ) -> Tensor:
         return form.kernel(weight, depthwise)
 
     @staticmethod

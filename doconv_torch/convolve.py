@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doconv_torch import products
+from doconv_torch import matrix_products
 from doconv_torch.compose import compose, gradients, is_transformed
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -24,7 +24,7 @@ _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functio
 POSITIONS = 64
 
 
-def form_for(layer: Any, x: Tensor) -> products.Compiled | None:
+def form_for(layer: Any, x: Tensor) -> matrix_products.Compiled | None:
     """Return the form for `convolve`, where it does what the layer does in less memory; or None.
 
     layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
@@ -34,8 +34,8 @@ def form_for(layer: Any, x: Tensor) -> products.Compiled | None:
         return None
     weight, depthwise = layer.weight, layer.depthwise_weight
     # First, so that what records operations does not come upon the rest.
-    form = products.form(weight, depthwise, layer.spec)
-    if not isinstance(form, products.Compiled):
+    form = matrix_products.form(weight, depthwise, layer.spec)
+    if not isinstance(form, matrix_products.Compiled):
         return None
     taken = (
         (weight.requires_grad or depthwise.requires_grad)
@@ -52,7 +52,7 @@ def form_for(layer: Any, x: Tensor) -> products.Compiled | None:
     return form if taken else None
 
 
-def convolve(layer: Any, x: Tensor, form: products.Compiled) -> Tensor:
+def convolve(layer: Any, x: Tensor, form: matrix_products.Compiled) -> Tensor:
     """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
     geometry = layer.stride, layer.padding, layer.dilation
     parameters = layer.weight, layer.depthwise_weight, layer.bias
@@ -67,7 +67,7 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         depthwise: Tensor,
         bias: Tensor | None,
-        form: products.Compiled,
+        form: matrix_products.Compiled,
         *geometry: Sequence[int],
     ) -> Tensor:
         spec, kernel = form.spec, form.kernel(weight, depthwise)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doconv_torch.candidates import is_plain
+from doconv_torch.view import is_plain
 
 
 def copied(model: nn.Module, uncopied: Iterable[Tensor] = ()) -> nn.Module:

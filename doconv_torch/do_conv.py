@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from doconv_core.fold import NotFoldable
-from doconv_core.spec import ConvSpec, as_tuple
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec, as_tuple
 from doconv_torch.compose import as_weight
 from doconv_torch.convolve import convolve, form_for
-from doconv_torch.reuse import composed, composed_anew, may_reuse
+from doconv_torch.kernel_cache import composed, composed_anew, may_reuse
 
 
 class _DOConv(_ConvNd):

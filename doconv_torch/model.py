@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from doconv_core.bsconv_model import FoldReport, as_form
-from doconv_core.fold import NotFoldable
-from doconv_core.model import (
+from doconv_core.kinds.bsconv_model import FoldReport, as_form
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec, as_integer
+from doconv_core.models.report import (
     NOT_SELECTED,
     TIED,
     Change,
@@ -26,10 +27,12 @@ from doconv_core.model import (
     Where,
     place,
 )
-from doconv_core.spec import ConvSpec, as_integer
 from doconv_torch.batchnorm import fuse_batchnorms
-from doconv_torch.bs_convert import fold_bsconvs, plan_bsconvs
-from doconv_torch.candidates import (
+from doconv_torch.bsconv_convert import fold_bsconvs, plan_bsconvs
+from doconv_torch.copying import copied, ordinary_tensors
+from doconv_torch.do_conv import _DOConv, check_foldable
+from doconv_torch.surgery import fold_layer, over_parameterize_layer
+from doconv_torch.view import (
     REPLACEMENTS,
     check_model,
     count_parameters,
@@ -42,9 +45,6 @@ from doconv_torch.candidates import (
     owners,
     spec_of,
 )
-from doconv_torch.convert import fold_layer, over_parameterize_layer
-from doconv_torch.copying import copied, ordinary_tensors
-from doconv_torch.do_conv import _DOConv, check_foldable
 
 _DO_CONVS = tuple(cls.__name__ for cls in REPLACEMENTS.values())
 

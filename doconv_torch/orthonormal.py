@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from doconv_core.bsconv import as_number
-from doconv_core.orthonormal import ALPHA
-from doconv_torch.bs_conv import _BSConvS
+from doconv_core.kinds.bsconv import as_number
+from doconv_core.kinds.orthonormal import ALPHA
+from doconv_torch.bsconv import _BSConvS
 
 
 def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:

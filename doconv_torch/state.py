@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doconv_core.architectures.names import known_name
-from doconv_core.fit import Assignment, Match, check_assignments, fit_state
-from doconv_core.state import State, entry, origin_of
-from doconv_torch.forms import attribute, form_of, owned, paddings
+from doconv_core.networks.names import known_name
+from doconv_core.state.file import State, entry, origin_of
+from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
+from doconv_torch.layers import attribute, form_of, owned, paddings
 
 FRAMEWORK = "torch"
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from doconv_core.model import largest_difference
-from doconv_core.numeric import Difference
+from doconv_core.maths.numeric import Difference
+from doconv_core.models.report import largest_difference
 
 NUMBERS = (bool, int, float, np.ndarray, np.number, np.bool_)
 

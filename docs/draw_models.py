@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 
-from doconv_core.files import replacing
+from doconv_core.atomic import replacing
 
 Row = dict[str, str]
 

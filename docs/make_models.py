@@ -15,10 +15,10 @@ from typing import NamedTuple
 import draw_models
 from model_texts import INTRODUCTION, PLOTS, SECTIONS
 
-from doconv_core.architectures.families import FAMILIES, Family, listed
-from doconv_core.architectures.names import DOCONV, LISTED, list_models
-from doconv_core.cost import count
-from doconv_core.files import write_text
+from doconv_core import count
+from doconv_core.atomic import write_text
+from doconv_core.networks.families import FAMILIES, Family, listed
+from doconv_core.networks.names import DOCONV, LISTED, list_models
 
 DOCS = Path(__file__).parent
 HEAD = ("network", "parameters", "FLOPs", "MACs")

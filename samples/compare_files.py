@@ -13,7 +13,7 @@ from compare_problem import Answer, Problem, answer_shapes
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doconv_core.files import replacing
+from doconv_core.atomic import replacing
 
 FORMAT = "doconv-comparison"
 

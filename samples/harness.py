@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from doconv_core import difference, write_state
-from doconv_core.files import replacing, write_json
+from doconv_core.atomic import replacing, write_json
 
 TITLES = {"conv": "Baseline", "doconv": "DO-Conv"}
 EVALUATED_AT_ONCE = 500  # images; MNIST's test set in one piece would need a gigabyte

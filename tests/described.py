@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from doconv_core import State
-from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.nodes import (
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.nodes import (
     ACTIVATIONS,
     Activation,
     BatchNorm,

@@ -16,7 +16,7 @@ from doconv_core import (
     State,
     TransposedConvSpec,
 )
-from doconv_core.forms import CHANNELS_FIRST, KINDS, OWN, UNRECORDED
+from doconv_core.state.layers import CHANNELS_FIRST, KINDS, OWN, UNRECORDED
 
 
 @st.composite

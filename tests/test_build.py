@@ -12,11 +12,11 @@ from frameworks import BACKENDS, need
 from networks.described import NETWORKS, SHAPE
 
 from doconv_core import State, StateError, difference, read_state, write_state
-from doconv_core.architectures.evaluate import evaluate
-from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.layers import layers
-from doconv_core.architectures.names import describe
-from doconv_core.architectures.nodes import (
+from doconv_core.networks.evaluate import evaluate
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.layers import layers
+from doconv_core.networks.names import describe
+from doconv_core.networks.nodes import (
     ACTIVATIONS,
     Activation,
     Conv,
@@ -26,7 +26,7 @@ from doconv_core.architectures.nodes import (
     Residual,
     sequence,
 )
-from doconv_core.architectures.shapes import for_input, infer
+from doconv_core.networks.shapes import for_input, infer
 
 # Relative to the largest entry of the float64 result.
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
@@ -213,7 +213,7 @@ def named(monkeypatch):
         return NETWORKS["vectors1.0"]
 
     module = SimpleNamespace(describe=describe, list_models=lambda pattern: [pattern, "b"])
-    monkeypatch.setitem(sys.modules, "doconv_core.architectures.names", module)
+    monkeypatch.setitem(sys.modules, "doconv_core.networks.names", module)
     return asked
 
 

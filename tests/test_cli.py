@@ -249,7 +249,7 @@ def test_an_unwritable_folder(model, tmp_path, monkeypatch):
 
 
 def test_a_target_that_appears_meanwhile_is_kept(model, tmp_path, monkeypatch):
-    from doconv_core.checkpoints import safetensors
+    from doconv_core.files import safetensors
 
     out, write = tmp_path / "out.safetensors", safetensors.SafetensorsCheckpoint.write_folded
 
@@ -346,7 +346,7 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new(tmp_path):
 def test_interrupted_it_leaves_nothing(number, tmp_path):
     model, out = large(tmp_path / "model.safetensors"), tmp_path / "out.safetensors"
     # Before it gives the new file its name it waits, so that it cannot be done too early.
-    waiting = "import time, doconv_core.files as f; f._rename_to_new = lambda *_: time.sleep(60)"
+    waiting = "import time, doconv_core.atomic as f; f._rename_to_new = lambda *_: time.sleep(60)"
     program = [sys.executable, "-c", f"{waiting}; {PROGRAM[-1]}"]
     process = subprocess.Popen(
         [*program, "fold", str(model), str(out)], stderr=subprocess.PIPE, text=True

@@ -269,7 +269,7 @@ def test_copies_of_a_model_and_bfloat16(tmp_path):
     doconv("convert", tmp_path / "m.pt", tmp_path / "ema.params", "--part", "ema")
     doconv("convert", tmp_path / "m.safetensors", tmp_path / "again.pt")
     assert torch.equal(torch.load(tmp_path / "again.pt", weights_only=True)["c.weight"], weight)
-    found = importlib.import_module("doconv_core.checkpoint").open_checkpoint
+    found = importlib.import_module("doconv_core.files.checkpoint").open_checkpoint
     with found(tmp_path / "ema.params") as checkpoint:
         assert checkpoint.entries["c.weight"].dtype == "float32"  # which holds every bfloat16
         np.testing.assert_array_equal(checkpoint.read("c.weight"), 2 * weight.float().numpy())

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 from command_line import MISSING, TARGET, USAGE, doconv, save, state_dict
 
-from doconv_core.cost import count
+from doconv_core import count
 
 PNG, SVG, PDF = b"\x89PNG\r\n", b"<?xml", b"%PDF-"
 

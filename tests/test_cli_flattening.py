@@ -11,12 +11,12 @@ from command_line import DIFFERENT, IMPOSSIBLE, USAGE, doconv
 from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, write_state
-from doconv_core.checkpoint import open_checkpoint
-from doconv_core.checkpoints.gluon import write_params
 from doconv_core.cli.errors import Failure
 from doconv_core.cli.flattening import Flattenings, Told
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.forms import BatchNormSpec, LinearSpec
+from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.files.gluon import write_params
+from doconv_core.state.layers import BatchNormSpec, LinearSpec
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from command_line import DIFFERENT, IMPOSSIBLE, doconv, save, state_dict
 from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, read_state, write_state
-from doconv_core.checkpoint import open_checkpoint
-from doconv_core.checkpoints.gluon import write_params
-from doconv_core.forms import BatchNormSpec, LinearSpec
-from doconv_core.geometry import Geometry, symmetric
+from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.files.gluon import write_params
+from doconv_core.maths.geometry import Geometry, symmetric
+from doconv_core.state.layers import BatchNormSpec, LinearSpec
 
 ORIGIN = {"framework": "torch", "version": "2.6"}
 

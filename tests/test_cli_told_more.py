@@ -13,8 +13,8 @@ from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, read_state, write_state
 from doconv_core.cli.told import _moves
-from doconv_core.forms import GroupNormSpec, LayerNormSpec, TransposedConvSpec
-from doconv_core.geometry import Geometry
+from doconv_core.maths.geometry import Geometry
+from doconv_core.state.layers import GroupNormSpec, LayerNormSpec, TransposedConvSpec
 
 
 @pytest.fixture

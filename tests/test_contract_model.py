@@ -6,7 +6,7 @@ import pytest
 from frameworks import BACKENDS, adapter_of
 
 from doconv_core import Change, Left, Report
-from doconv_core.model import (
+from doconv_core.models.report import (
     ALREADY,
     NOT_DIRECT,
     NOT_SELECTED,

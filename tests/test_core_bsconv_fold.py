@@ -24,7 +24,7 @@ from doconv_core import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.bsconv_model import as_form, as_kernel_sizes, batch_norm_options, choice
+from doconv_core.kinds.bsconv_model import as_form, as_kernel_sizes, batch_norm_options, choice
 
 properties = settings(max_examples=200, deadline=None)
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, LayerForm, NotFoldable, State, compose, read_state, write_state
-from doconv_core.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
-from doconv_core.checkpoints.composition import BLOCK, compose_blocks
-from doconv_core.state import LinearSpec, entry
+from doconv_core.files.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
+from doconv_core.files.composition import BLOCK, compose_blocks
+from doconv_core.state.file import LinearSpec, entry
 
 
 @pytest.fixture

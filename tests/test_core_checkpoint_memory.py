@@ -11,10 +11,10 @@ import pytest
 from frameworks import need
 
 from doconv_core import ConvSpec
-from doconv_core.checkpoint import open_checkpoint
-from doconv_core.checkpoints.arrays import to_storage
-from doconv_core.checkpoints.gluon import write_params
-from doconv_core.checkpoints.safetensors import DTYPES
+from doconv_core.files.arrays import to_storage
+from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.files.gluon import write_params
+from doconv_core.files.safetensors import DTYPES
 
 # A single layer takes more than many of the same size, as W, D and the kernel are there at once.
 WIDE = 1 << 17
@@ -30,7 +30,7 @@ NETWORKS = {
 MEASURE = """
 import re, resource, sys
 from pathlib import Path
-from doconv_core.checkpoint import fold_checkpoint
+from doconv_core.files.checkpoint import fold_checkpoint
 
 def peak():
     status = Path("/proc/self/status")

@@ -9,9 +9,9 @@ from checkpoint_files import numbers, only_line
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, NotFoldable
-from doconv_core.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
-from doconv_core.checkpoints.arrays import BITS, all_finite, from_storage, to_storage
-from doconv_core.checkpoints.composition import BLOCK, compose_blocks, compose_upstream
+from doconv_core.files.arrays import BITS, all_finite, from_storage, to_storage
+from doconv_core.files.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
+from doconv_core.files.composition import BLOCK, compose_blocks, compose_upstream
 
 SPECS = {
     "plain": ConvSpec(40, 70, (3, 3)),
@@ -125,8 +125,8 @@ def test_nan_elsewhere_is_kept_bit_for_bit(tmp_path):
 
 def test_a_format_need_not_know_how_values_are_stored(tmp_path, monkeypatch):
     """`read` is enough; what it gives for bfloat16 is rounded back."""
-    from doconv_core.checkpoint import Checkpoint
-    from doconv_core.checkpoints.safetensors import SafetensorsCheckpoint
+    from doconv_core.files.checkpoint import Checkpoint
+    from doconv_core.files.safetensors import SafetensorsCheckpoint
 
     bfloat16_file(tmp_path / "a", np.full((1, 1, 2, 2), 1.5))
     with open_checkpoint(tmp_path / "a") as checkpoint:

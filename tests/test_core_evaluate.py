@@ -5,9 +5,9 @@ import pytest
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import State, StateError, compose, difference
-from doconv_core.architectures.evaluate import evaluate, gradients
-from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.nodes import (
+from doconv_core.networks.evaluate import evaluate, gradients
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.nodes import (
     ACTIVATIONS,
     Activation,
     BatchNorm,
@@ -17,8 +17,8 @@ from doconv_core.architectures.nodes import (
     Pool,
     sequence,
 )
-from doconv_core.architectures.shapes import infer
-from doconv_core.forms import LayerForm
+from doconv_core.networks.shapes import infer
+from doconv_core.state.layers import LayerForm
 
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 every_network = pytest.mark.parametrize("name", NETWORKS)

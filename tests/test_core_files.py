@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from doconv_core.files import replacing, write_text
+from doconv_core.atomic import replacing, write_text
 
 
 def mode(path):

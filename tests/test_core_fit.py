@@ -24,8 +24,8 @@ from doconv_core import (
     StateError,
     fit_state,
 )
-from doconv_core.fit import Assignment, check_assignments, check_owned, unsupported_layer
-from doconv_core.forms import CHANNELS_FIRST, OWN, UNRECORDED, suspect_flattening
+from doconv_core.state.layers import CHANNELS_FIRST, OWN, UNRECORDED, suspect_flattening
+from doconv_core.state.match import Assignment, check_assignments, check_owned, unsupported_layer
 
 SPEC = ConvSpec(4, 6, (3, 3), 2, 12)
 ORDINARY = ConvSpec(4, 6, (3, 3), 2)

@@ -21,8 +21,8 @@ from doconv_core import (
     from_canonical,
     to_canonical,
 )
-from doconv_core.geometry import causal, padded, same
-from doconv_core.layout import LAYOUTS, from_channels_first, to_channels_first
+from doconv_core.maths.geometry import causal, padded, same
+from doconv_core.maths.layout import LAYOUTS, from_channels_first, to_channels_first
 
 ORDINARY = ConvSpec(4, 6, (3, 3), 2)
 

@@ -3,9 +3,9 @@ import pytest
 from described import KINDS, whole
 
 from doconv_core import ConvSpec, compose
-from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.layers import layers
-from doconv_core.architectures.nodes import Conv, Flatten, Kind, Linear, Network, sequence
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.layers import layers
+from doconv_core.networks.nodes import Conv, Flatten, Kind, Linear, Network, sequence
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -3,10 +3,11 @@ import pytest
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
-from doconv_core.architectures.evaluate import evaluate
-from doconv_core.architectures.layers import layers
-from doconv_core.architectures.lowering import lowered
-from doconv_core.architectures.nodes import (
+from doconv_core.kinds.bsconv import mid_channels
+from doconv_core.networks.evaluate import evaluate
+from doconv_core.networks.layers import layers
+from doconv_core.networks.lowering import lowered
+from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
     Concat,
@@ -19,8 +20,7 @@ from doconv_core.architectures.nodes import (
     numbered,
     sequence,
 )
-from doconv_core.architectures.shapes import infer
-from doconv_core.bsconv import mid_channels
+from doconv_core.networks.shapes import infer
 
 
 def bsconv(kind, **options):

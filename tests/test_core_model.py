@@ -20,7 +20,7 @@ from doconv_core import (
     fuse_batchnorm,
     largest_difference,
 )
-from doconv_core.model import ONE_TAP, TRANSPOSED
+from doconv_core.models.report import ONE_TAP, TRANSPOSED
 
 PATHS = ["", "conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doconv_core.architectures import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
-from doconv_core.architectures.names import describe, known_name, list_models
-from doconv_core.architectures.nodes import BatchNorm, Conv, Kind
-from doconv_core.architectures.shapes import infer
-from doconv_core.cost import count
+from doconv_core import count
+from doconv_core.networks import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
+from doconv_core.networks.names import describe, known_name, list_models
+from doconv_core.networks.nodes import BatchNorm, Conv, Kind
+from doconv_core.networks.shapes import infer
 
 NAMES = list_models()
 INNER = ("conv1", "conv2")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import tally
 
-from doconv_core.architectures.names import describe, list_models
-from doconv_core.architectures.nodes import Conv, Kind, Network, sequence
-from doconv_core.architectures.shapes import infer
-from doconv_core.cost import Cost, LayerCost, count, layer_cost
+from doconv_core import Cost, LayerCost, count, layer_cost
+from doconv_core.networks.names import describe, list_models
+from doconv_core.networks.nodes import Conv, Kind, Network, sequence
+from doconv_core.networks.shapes import infer
 
 TABLES = Path(__file__).parents[1] / "docs" / "data" / "bsconv_cifar100.csv"
 with TABLES.open(encoding="utf-8") as file:

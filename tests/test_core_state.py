@@ -28,7 +28,7 @@ from doconv_core import (
     require_framework,
     write_state,
 )
-from doconv_core.files import replacing, write_json
+from doconv_core.atomic import replacing, write_json
 
 SPEC = ConvSpec(4, 6, (3, 3), 2, 12)
 GEOMETRY = Geometry((2, 2), (1, 1), ((1, 1), "same"))

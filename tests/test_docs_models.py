@@ -12,8 +12,8 @@ import make_models
 import pytest
 from model_texts import SECTIONS
 
-from doconv_core.architectures.names import list_models
-from doconv_core.cost import count
+from doconv_core import count
+from doconv_core.networks.names import list_models
 
 DOCS = Path(make_models.__file__).parent
 PLOTS = sorted(f"models_{amount}.svg" for amount in draw_models.AMOUNTS)

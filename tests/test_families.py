@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from frameworks import BACKENDS, need
 
-from doconv_core import State, difference
-from doconv_core.architectures.evaluate import evaluate, gradients
-from doconv_core.architectures.families import FAMILIES
-from doconv_core.architectures.initialize import initialize
-from doconv_core.architectures.names import LISTED, describe
-from doconv_core.architectures.nodes import Dropout, Sequence
-from doconv_core.cost import count
+from doconv_core import State, count, difference
+from doconv_core.networks.evaluate import evaluate, gradients
+from doconv_core.networks.families import FAMILIES
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.names import LISTED, describe
+from doconv_core.networks.nodes import Dropout, Sequence
 
 # Relative to the largest entry of the float64 result.
 TOLERANCE = 1e-4

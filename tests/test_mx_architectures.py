@@ -16,9 +16,10 @@ from doconv_mx import import_gluoncv  # noqa: E402
 # isort: split
 import mxnet as mx  # noqa: E402
 
-from doconv_core.architectures.families import FAMILIES  # noqa: E402
-from doconv_core.architectures.names import describe  # noqa: E402
-from doconv_core.architectures.nodes import (  # noqa: E402
+from doconv_core import count  # noqa: E402
+from doconv_core.networks.families import FAMILIES  # noqa: E402
+from doconv_core.networks.names import describe  # noqa: E402
+from doconv_core.networks.nodes import (  # noqa: E402
     BatchNorm,
     Conv,
     GlobalPool,
@@ -26,8 +27,7 @@ from doconv_core.architectures.nodes import (  # noqa: E402
     Pool,
     Residual,
 )
-from doconv_core.architectures.shapes import infer, padding  # noqa: E402
-from doconv_core.cost import count  # noqa: E402
+from doconv_core.networks.shapes import infer, padding  # noqa: E402
 
 NAMES = [
     name

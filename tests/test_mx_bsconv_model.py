@@ -34,10 +34,10 @@ from mxnet.gluon import HybridBlock, Trainer, nn  # noqa: E402
 from mxnet.gluon.nn.basic_layers import _BatchNorm  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
-from doconv_core.model import NOT_SELECTED, SUBCLASS  # noqa: E402
-from doconv_mx.blocks import count, walk  # noqa: E402
-from doconv_mx.bs_model import IN_A_SYMBOL  # noqa: E402
+from doconv_core.kinds.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
+from doconv_core.models.report import NOT_SELECTED, SUBCLASS  # noqa: E402
+from doconv_mx.bsconv_model import IN_A_SYMBOL  # noqa: E402
+from doconv_mx.view import count, walk  # noqa: E402
 
 FORMS = ["keep", "merge", "dense"]
 # What `Net` has that becomes a BSConv.

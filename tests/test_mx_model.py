@@ -34,7 +34,7 @@ from mxnet import autograd, gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
 from doconv_core import Change  # noqa: E402
-from doconv_core.model import ONE_TAP  # noqa: E402
+from doconv_core.models.report import ONE_TAP  # noqa: E402
 
 
 def ordinary_names(model):

@@ -25,7 +25,7 @@ from mxnet import gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 from mxnet.gluon.contrib.cnn import DeformableConvolution  # noqa: E402
 
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     ALREADY,
     NOT_PLAIN,
     NOT_SELECTED,
@@ -35,7 +35,7 @@ from doconv_core.model import (  # noqa: E402
     TIED,
     TRANSPOSED,
 )
-from doconv_mx.candidates import OTHER  # noqa: E402
+from doconv_mx.convolutions import OTHER  # noqa: E402
 
 
 @pytest.mark.parametrize("where", ["0", "1.1", ["1.1"], lambda path, layer: path == "1.1"])

@@ -32,7 +32,7 @@ from gluon_models import (  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     ALREADY,
     COMPUTED,
     NOT_SELECTED,

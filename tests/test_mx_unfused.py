@@ -29,7 +29,7 @@ from gluon_models import (  # noqa: E402
 )
 from mxnet.gluon import Block, HybridBlock, Parameter, nn  # noqa: E402
 
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     AXIS,
     HOOKED,
     NOT_DIRECT,

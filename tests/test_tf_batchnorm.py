@@ -24,7 +24,7 @@ from keras_models import (  # noqa: E402
     traces,
 )
 
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     AXIS,
     NOT_DIRECT,
     NOT_FINITE,
@@ -36,7 +36,7 @@ from doconv_core.model import (  # noqa: E402
     behind,
 )
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
-from doconv_tf.walk import walk  # noqa: E402
+from doconv_tf.view import walk  # noqa: E402
 
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []

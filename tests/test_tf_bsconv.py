@@ -31,7 +31,7 @@ from doconv_tf import (  # noqa: E402
     orthonormality_loss,
     over_parameterize,
 )
-from doconv_tf.bs_fold import as_array, put_kernel  # noqa: E402
+from doconv_tf.bsconv_fold import as_array, put_kernel  # noqa: E402
 from doconv_tf.over_parameterized import OverParameterized  # noqa: E402
 
 SHAPE = (2, 7, 8, 8)

@@ -14,8 +14,8 @@ from keras_layers import array, assert_same  # noqa: E402
 from keras_models import filled, functional, images, nested, subclassed, traces  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
-from doconv_core.model import NOT_SELECTED, SUBCLASS, TRANSPOSED  # noqa: E402
+from doconv_core.kinds.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
+from doconv_core.models.report import NOT_SELECTED, SUBCLASS, TRANSPOSED  # noqa: E402
 from doconv_tf import (  # noqa: E402
     BSConvS2D,
     BSConvU1D,
@@ -31,8 +31,8 @@ from doconv_tf import (  # noqa: E402
     to_bsconv,
     verify,
 )
-from doconv_tf.bs_model import SEPARABLE  # noqa: E402
-from doconv_tf.walk import walk  # noqa: E402
+from doconv_tf.bsconv_model import SEPARABLE  # noqa: E402
+from doconv_tf.view import walk  # noqa: E402
 
 FORMS = ["keep", "merge", "dense"]
 REPLACED = ["first", "block.conv", "last"]

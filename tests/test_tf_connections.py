@@ -16,8 +16,8 @@ from keras import layers, ops  # noqa: E402
 from keras_layers import assert_same, random_values  # noqa: E402
 
 from doconv_core import Geometry, State, StateError  # noqa: E402
-from doconv_core.forms import CHANNELS_FIRST, OWN  # noqa: E402
-from doconv_core.layout import to_channels_first  # noqa: E402
+from doconv_core.maths.layout import to_channels_first  # noqa: E402
+from doconv_core.state.layers import CHANNELS_FIRST, OWN  # noqa: E402
 from doconv_tf import DOConv2D, export_state, load_state  # noqa: E402
 
 SHAPE = (6, 5, 3)

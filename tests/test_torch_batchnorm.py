@@ -18,7 +18,7 @@ from torch_models import images, network, output, trained  # noqa: E402
 
 from doconv_core import Change, Left  # noqa: E402
 from doconv_core import fuse_batchnorm as by_the_core  # noqa: E402
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     HOOKED,
     NOT_DIRECT,
     NOT_FINITE,

@@ -16,14 +16,14 @@ from torch import nn  # noqa: E402
 from torch_models import images, kinds, network, output  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.bsconv_model import (  # noqa: E402
+from doconv_core.kinds.bsconv_model import (  # noqa: E402
     GROUPED,
     OVER_PARAMETERIZED,
     PART,
     SHARES,
     WEIGHT_BOUND,
 )
-from doconv_core.model import NOT_SELECTED, SUBCLASS  # noqa: E402
+from doconv_core.models.report import NOT_SELECTED, SUBCLASS  # noqa: E402
 from doconv_torch import (  # noqa: E402
     BSConvS2d,
     BSConvU1d,

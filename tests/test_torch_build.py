@@ -15,7 +15,7 @@ from networks.described import NETWORKS, SHAPE  # noqa: E402
 from torch import nn  # noqa: E402
 
 from doconv_core import orthonormality  # noqa: E402
-from doconv_core.architectures.nodes import Conv, Kind, Network, sequence  # noqa: E402
+from doconv_core.networks.nodes import Conv, Kind, Network, sequence  # noqa: E402
 from doconv_torch import (  # noqa: E402
     BSConvS2d,
     BSConvU2d,

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from doconv_core import ConvSpec, compose_gradient, difference  # noqa: E402
 from doconv_core import compose as core_compose  # noqa: E402
-from doconv_torch import DOConv2d, composed_once, products  # noqa: E402
+from doconv_torch import DOConv2d, composed_once, matrix_products  # noqa: E402
 from doconv_torch.compose import compose, plain  # noqa: E402
 
 SPECS = [
@@ -49,16 +49,16 @@ def form(request, monkeypatch):
     if request.param == "compiled":
         need_compiled()
     else:
-        monkeypatch.setattr(products, "_composition", None)
-    products._form.cache_clear()
+        monkeypatch.setattr(matrix_products, "_composition", None)
+    matrix_products._form.cache_clear()
     yield request.param
-    products._form.cache_clear()
+    matrix_products._form.cache_clear()
 
 
 def need_compiled():
-    if products._composition is None and not (os.environ.get("CI") or shutil.which("cc")):
+    if matrix_products._composition is None and not (os.environ.get("CI") or shutil.which("cc")):
         pytest.skip("there is no C compiler")
-    assert products._composition is not None
+    assert matrix_products._composition is not None
 
 
 def parameters(spec, dtype="float32", seed=0):
@@ -75,26 +75,26 @@ def core_arrays(spec, *tensors):
 
 def taken(spec, dtype=torch.float32):
     weight, depthwise = parameters(spec)
-    return products.form(weight.to(dtype), depthwise.to(dtype), spec)
+    return matrix_products.form(weight.to(dtype), depthwise.to(dtype), spec)
 
 
 def test_the_compiled_form_is_installed_where_there_is_a_compiler():
     need_compiled()
-    assert products._composition.MOST_TAPS >= products.COMPILED_TAPS
+    assert matrix_products._composition.MOST_TAPS >= matrix_products.COMPILED_TAPS
 
 
 def test_which_form_is_taken(form):
     fast = form == "compiled"
     for spec in SPECS:
-        few = spec.taps <= products.COMPILED_TAPS
+        few = spec.taps <= matrix_products.COMPILED_TAPS
         equal = spec.depth_multiplier == spec.taps
         expected = None
         if equal and fast and few:
-            expected = products.Compiled
+            expected = matrix_products.Compiled
         elif equal and spec.groups == 1:
-            expected = products.Blocks
+            expected = matrix_products.Blocks
         assert type(taken(spec)) is (expected or type(None)), spec
-        assert type(taken(spec, torch.float64)) is not products.Compiled
+        assert type(taken(spec, torch.float64)) is not matrix_products.Compiled
         assert taken(spec, torch.bfloat16) is None
     in_pairs = [taken(spec, torch.float64).channels for spec in (SPECS[0], SPECS[2], SPECS[3])]
     assert in_pairs == [1, 2, 1]
@@ -194,7 +194,9 @@ def test_the_same_bits_twice_and_with_any_number_of_threads(form, spec):
             found.append((kernel, *gradients))
     finally:
         torch.set_num_threads(threads)
-    repeated = found if form == "compiled" and type(taken(spec)) is products.Compiled else found[:2]
+    repeated = (
+        found if form == "compiled" and type(taken(spec)) is matrix_products.Compiled else found[:2]
+    )
     for again in repeated[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
@@ -229,11 +231,11 @@ def test_what_is_no_plain_tensor_takes_the_plain_formula(form):
     spec = ConvSpec(4, 4, (3, 3))
     weight, depthwise = parameters(spec)
     last = weight.to(memory_format=torch.channels_last)
-    assert products.form(last, depthwise, spec) is None
-    assert products.form(weight, depthwise.transpose(1, 2), spec) is None
-    assert products.form(weight.to("meta"), depthwise.to("meta"), spec) is None
-    assert products.form(weight, nn.Parameter(depthwise), spec) is not None
-    assert products.form(nn.UninitializedParameter(), depthwise, spec) is None
+    assert matrix_products.form(last, depthwise, spec) is None
+    assert matrix_products.form(weight, depthwise.transpose(1, 2), spec) is None
+    assert matrix_products.form(weight.to("meta"), depthwise.to("meta"), spec) is None
+    assert matrix_products.form(weight, nn.Parameter(depthwise), spec) is not None
+    assert matrix_products.form(nn.UninitializedParameter(), depthwise, spec) is None
 
 
 def test_operations_that_are_recorded_take_the_plain_formula(form):
@@ -264,6 +266,6 @@ def test_a_layer_in_every_mode(form):
 def test_the_compiled_function_refuses_sizes_it_cannot_have():
     need_compiled()
     with pytest.raises(ValueError, match="received 65 taps, 1 and 1 channels, 1 groups and 1"):
-        products._composition.compose(0, 0, 0, 0, 0, 1, 1, 65, 1, 1)
+        matrix_products._composition.compose(0, 0, 0, 0, 0, 1, 1, 65, 1, 1)
     with pytest.raises(ValueError, match="0 threads"):
-        products._composition.compose(0, 0, 0, 0, 0, 1, 1, 9, 1, 0)
+        matrix_products._composition.compose(0, 0, 0, 0, 0, 1, 1, 9, 1, 0)

@@ -13,9 +13,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from doconv_core import difference  # noqa: E402
-from doconv_core.architectures.evaluate import evaluate, gradients  # noqa: E402
-from doconv_core.architectures.initialize import initialize  # noqa: E402
-from doconv_core.architectures.layers import layers  # noqa: E402
+from doconv_core.networks.evaluate import evaluate, gradients  # noqa: E402
+from doconv_core.networks.initialize import initialize  # noqa: E402
+from doconv_core.networks.layers import layers  # noqa: E402
 from doconv_torch import DOConv2d, export_state, load_state  # noqa: E402
 
 kinds = pytest.mark.parametrize("kind", KINDS)

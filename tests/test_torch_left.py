@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import REPLACED as REPLACED_KINDS  # noqa: E402
 from torch_models import images, kinds, network  # noqa: E402
 
-from doconv_core.model import (  # noqa: E402
+from doconv_core.models.report import (  # noqa: E402
     ALREADY,
     COMPUTED,
     ONE_TAP,

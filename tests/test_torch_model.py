@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch_models import REPLACED, Network, Residual, images, kinds, network, output, trained  # noqa: E402
 
 from doconv_core import Change, Converted, Left  # noqa: E402
-from doconv_core.model import TIED  # noqa: E402
+from doconv_core.models.report import TIED  # noqa: E402
 from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize  # noqa: E402
 
 

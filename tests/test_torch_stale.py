@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch_models import batch, compositions, layer  # noqa: E402
 
-import doconv_torch.reuse as blocks  # noqa: E402
+import doconv_torch.kernel_cache as blocks  # noqa: E402
 from doconv_torch import composed_once, fold  # noqa: E402
 from doconv_torch.compose import compose  # noqa: E402
 

@@ -13,9 +13,9 @@ from frameworks import need
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, NotFoldable, compose, convolve, feature_compose, identity
-from doconv_core.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
-from doconv_core.checkpoints.gluon import write_params
-from doconv_core.upstream import FRAMEWORKS, read_upstream
+from doconv_core.files.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint
+from doconv_core.files.gluon import write_params
+from doconv_core.files.upstream import FRAMEWORKS, read_upstream
 
 #        I  O  kernel  g   S
 SIZES = {

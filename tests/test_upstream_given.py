@@ -11,8 +11,8 @@ import pytest
 from checkpoint_files import numbers, only_line
 from frameworks import need
 
-from doconv_core.checkpoint import CheckpointError
-from doconv_core.upstream import read_upstream
+from doconv_core.files.checkpoint import CheckpointError
+from doconv_core.files.upstream import read_upstream
 
 
 def entries(dtype=np.float32):

@@ -19,8 +19,8 @@ from zoo_networks import DRIVERS, ZOOS, Network
 from zoo_row import Row
 
 from doconv_core import Converted
-from doconv_core.architectures.families import FAMILIES
-from doconv_core.model import Change, Report
+from doconv_core.models.report import Change, Report
+from doconv_core.networks.families import FAMILIES
 
 BACKENDS = {"zoo_torch": "torch", "zoo_keras": "tf", "zoo_gluon": "mx"}
 QUICK = [(name, network) for name in ZOOS for network in ZOOS[name] if network.quick]

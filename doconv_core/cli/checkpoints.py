@@ -13,11 +13,11 @@ from typing import Any
 import click
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import Checkpoint, CheckpointError, Layer, open_checkpoint
 from doconv_core.cli.errors import IMPOSSIBLE, TARGET, Failure
 from doconv_core.cli.parse import KernelSizes, sizes_option
-from doconv_core.fold import NotFoldable
-from doconv_core.model import place
+from doconv_core.files.checkpoint import Checkpoint, CheckpointError, Layer, open_checkpoint
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.report import place
 
 Array = NDArray[Any]
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import click
 
-from doconv_core.checkpoint import Checkpoint, Layer
-from doconv_core.checkpoints.folding import check_understood
+from doconv_core.atomic import replacing
 from doconv_core.cli import writing
 from doconv_core.cli.checkpoints import (
     check_target,
@@ -45,10 +44,11 @@ from doconv_core.cli.recognised import (
     tells_order,
 )
 from doconv_core.cli.told import Required, compare_told, required_without_template
-from doconv_core.files import replacing
-from doconv_core.forms import CHANNELS_FIRST
-from doconv_core.model import place
-from doconv_core.state import read_state
+from doconv_core.files.checkpoint import Checkpoint, Layer
+from doconv_core.files.folding import check_understood
+from doconv_core.models.report import place
+from doconv_core.state.file import read_state
+from doconv_core.state.layers import CHANNELS_FIRST
 
 Write = Callable[[Path, Plan, writing.Step], None]
 # Of each name that `--to` takes: the framework whose names the file has, and what writes it.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from doconv_core.checkpoint import CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.checkpoints import (
     folded_parameters_of,
     parameters_of,
@@ -14,9 +13,10 @@ from doconv_core.cli.checkpoints import (
 )
 from doconv_core.cli.parse import Place, matching
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.cost import Cost, LayerCost, layer_cost
-from doconv_core.model import place as named
-from doconv_core.spec import ConvSpec
+from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.kinds.do_conv_cost import Cost, LayerCost, layer_cost
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place as named
 
 
 class LayerAt(NamedTuple):

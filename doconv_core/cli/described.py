@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from doconv_core.cli.parse import parse_size
-from doconv_core.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec
 
 GRAMMAR = "IN,OUT,KERNEL[,groups=N][,S=N][,stride=SIZE][,dilation=SIZE][,padding=SIZE][,bias=no]"
 _LAYER = re.compile(r"\s*\d+\s*,\s*\d+\s*,\s*\d+(x\d+)*\s*(,.*)?", re.IGNORECASE)

@@ -6,9 +6,9 @@ from typing import Final
 
 import click
 
-from doconv_core.checkpoint import CheckpointError
-from doconv_core.fold import NotFoldable
-from doconv_core.state import StateError
+from doconv_core.files.checkpoint import CheckpointError
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.state.file import StateError
 
 DIFFERENT: Final = 1
 USAGE: Final = 2

@@ -10,7 +10,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
 from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
@@ -18,7 +17,8 @@ from doconv_core.cli.keras_graph import Fed, fed_layers
 from doconv_core.cli.order import Order
 from doconv_core.cli.parse import matching, parse_size
 from doconv_core.cli.recognised import NORM, config_of, group_of
-from doconv_core.model import place
+from doconv_core.files.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
+from doconv_core.models.report import place
 
 Array = NDArray[Any]
 Size = tuple[int, ...]

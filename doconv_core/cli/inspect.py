@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from doconv_core.checkpoint import OTHER, Checkpoint, Layer
 from doconv_core.cli.checkpoints import (
     depthwise_of,
     folded_parameters_of,
@@ -24,6 +23,7 @@ from doconv_core.cli.measures import Measures, measure
 from doconv_core.cli.output import counted, number, print_json, print_table, progress, size
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
+from doconv_core.files.checkpoint import OTHER, Checkpoint, Layer
 
 
 @click.command(short_help="Show what is in a checkpoint.")

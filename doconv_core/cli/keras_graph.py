@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from doconv_core.checkpoints.keras_names import is_node, stored_nodes
 from doconv_core.cli.keras_axes import (
     FLAT,
     OPEN,
@@ -21,6 +20,7 @@ from doconv_core.cli.keras_axes import (
     result,
     shape_of,
 )
+from doconv_core.files.keras_names import is_node, stored_nodes
 
 Node: TypeAlias = Mapping[str, Any]
 Call: TypeAlias = "tuple[str, int]"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.recognised import NORM, TRANSPOSED, group_of, nodes_of
-from doconv_core.geometry import Geometry, causal, cropped, same, symmetric
-from doconv_core.spec import as_tuple
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
+from doconv_core.maths.spec import as_tuple
 
 
 class Told(NamedTuple):

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.flattening import Flattenings, takes_image
 from doconv_core.cli.naming import COUNT, OF_W
 from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.planning import Plan, Planned, Weights, weights_of
 from doconv_core.cli.recognised import TRANSPOSED, weight_of
-from doconv_core.compose import from_kernel
-from doconv_core.layout import from_canonical
-from doconv_core.model import place
-from doconv_core.spec import ConvSpec
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.kinds.do_conv import from_kernel
+from doconv_core.maths.layout import from_canonical
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place
 
 Array = NDArray[Any]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from doconv_core.checkpoint import Checkpoint
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import one_line
 from doconv_core.cli.output import counted, print_json, print_table, size
 from doconv_core.cli.planning import Plan
 from doconv_core.cli.told import OUT, Required
-from doconv_core.model import place
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.models.report import place
 
 
 def report(

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.compose import identity
-from doconv_core.numeric import widened
-from doconv_core.spec import ConvSpec
+from doconv_core.kinds.do_conv import identity
+from doconv_core.maths.numeric import widened
+from doconv_core.maths.spec import ConvSpec
 
 Array = NDArray[Any]
 _CHUNK = 1 << 22  # entries of which the singular values are computed at once: 32 MiB

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.flattening import Flattenings, takes_image
 from doconv_core.cli.planning import Plan, Planned, weights_of
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED, weight_of
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 
 Array = NDArray[Any]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from doconv_core.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
-from doconv_core.checkpoints.shapes import canonical_shape
 from doconv_core.cli.recognised import NORM
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.shapes import canonical_shape
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from doconv_core.cli.errors import one_line
-from doconv_core.model import Report
+from doconv_core.models.report import Report
 
 GAP = 2  # spaces between columns
 NARROWEST = 16  # to which a column of text is folded

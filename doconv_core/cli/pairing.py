@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from doconv_core.checkpoint import CONVOLUTION, OTHER, Checkpoint, Layer
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.output import print_table, size
 from doconv_core.cli.recognised import TRANSPOSED, tells_order
+from doconv_core.files.checkpoint import CONVOLUTION, OTHER, Checkpoint, Layer
 
 AFTER = 4  # lines that a listing goes on behind the first difference
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import Checkpoint, Layer, check_finite
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.compose import from_kernel
-from doconv_core.fold import NotFoldable
-from doconv_core.model import place
-from doconv_core.spec import ConvSpec
+from doconv_core.files.checkpoint import Checkpoint, Layer, check_finite
+from doconv_core.kinds.do_conv import from_kernel
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place
 
 Array = NDArray[Any]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from doconv_core.checkpoint import CONVOLUTION, LINEAR, OTHER, Checkpoint, Layer
-from doconv_core.checkpoints import formats
-from doconv_core.checkpoints.keras_names import snake_case, stem_of, stored_nodes
-from doconv_core.checkpoints.shapes import canonical_shape
-from doconv_core.forms import LayerForm
-from doconv_core.layout import to_canonical
-from doconv_core.state import read_state
+from doconv_core.files import formats
+from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, OTHER, Checkpoint, Layer
+from doconv_core.files.keras_names import snake_case, stem_of, stored_nodes
+from doconv_core.files.shapes import canonical_shape
+from doconv_core.maths.layout import to_canonical
+from doconv_core.state.file import read_state
+from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
 

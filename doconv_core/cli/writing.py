@@ -12,16 +12,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from doconv_core.checkpoints.arrays import BFLOAT16, storage_dtype, to_storage
-from doconv_core.checkpoints.gluon import DTYPES as GLUON_DTYPES
-from doconv_core.checkpoints.gluon import write_params
-from doconv_core.checkpoints.hdf5_files import Written
-from doconv_core.checkpoints.safetensors import DTYPES
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, MISSING, Failure
 from doconv_core.cli.planning import Plan
-from doconv_core.forms import LayerForm
-from doconv_core.state import State, read_state, write_state
+from doconv_core.files.arrays import BFLOAT16, storage_dtype, to_storage
+from doconv_core.files.gluon import DTYPES as GLUON_DTYPES
+from doconv_core.files.gluon import write_params
+from doconv_core.files.hdf5_files import Written
+from doconv_core.files.safetensors import DTYPES
+from doconv_core.state.file import State, read_state, write_state
+from doconv_core.state.layers import LayerForm
 
 # What writes a PyTorch file is found here, so that this package knows no framework.
 GROUP = "doconv.writers"

@@ -13,7 +13,7 @@ from mxnet import autograd
 from mxnet.gluon import HybridBlock, nn
 
 from adapters.mx import ORDINARY, array
-from doconv_mx.bs_conv import LAYERS
+from doconv_mx.bsconv import LAYERS
 
 __all__ = ["build", "forward", "gradients", "is_ordinary", "package", "pads"]
 

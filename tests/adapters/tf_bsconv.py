@@ -10,7 +10,7 @@ from contract_bsconv import EPSILON, BSConvCase, Results
 
 import doconv_tf as package
 from adapters.tf import LAYOUTS, ORDINARY, forward, pulled_back, to_canonical
-from doconv_tf.bs_conv import LAYERS
+from doconv_tf.bsconv import LAYERS
 
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 ZEROS = (keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D)

@@ -11,8 +11,8 @@ from torch import nn
 
 import doconv_torch as package
 from adapters.torch import array, tensor
-from doconv_torch.bs_conv import LAYERS
-from doconv_torch.forms import ATTRIBUTES
+from doconv_torch.bsconv import LAYERS
+from doconv_torch.layers import ATTRIBUTES
 
 ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STATE_NAMES = {attribute: name for name, attribute in ATTRIBUTES.items() if name != "alpha"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doconv_core.architectures.nodes import (
+from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
     Concat,

@@ -1,1 +1,0 @@
-"""The formats of checkpoint files that need no framework, and what all formats share."""

@@ -1,0 +1,1 @@
+"""Files: one module for each format, and what all of them share."""

@@ -1,0 +1,206 @@
+"""HDF5 files from strangers: every object looked at before any is read, and copied with changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doconv_core.files.arrays import BFLOAT16, BITS, storage_dtype
+from doconv_core.files.checkpoint import CheckpointError
+from doconv_core.files.hdf5_files import Written
+from doconv_core.files.hdf5_raw import check_heaps, creation_order
+from doconv_core.files.names import check_names, shown
+
+Array = NDArray[Any]
+
+MAX_DEPTH, MAX_OBJECTS = 64, 1 << 20
+SMALL = 1 << 20  # bytes that an array may have however few of them are stored
+MAX_RATIO = 1000
+
+
+class Hdf5:
+    """An open HDF5 file whose groups and arrays have been checked.
+
+    groups, arrays: by path, without a leading slash, in the order of their names. Raises
+    CheckpointError for a damaged file, links that lead elsewhere, arrays of anything but numbers or
+    kept elsewhere, and arrays far larger than what is stored of them.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
+        h5py = _h5py(path)
+        self.path, self._stream = path, file
+        self.groups: dict[str, Any] = {}
+        self.arrays: dict[str, Any] = {}
+        self._seen: set[Any] = set()
+        with self._raw() as raw:
+            if not check_heaps(raw):
+                raise CheckpointError(f"{path} is not a whole HDF5 file: a heap is damaged.")
+        try:
+            self.file = h5py.File(path if file is None else file, "r")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is not a whole HDF5 file: {error}.") from error
+        try:
+            self._visit(self.file, "")
+        except BaseException as error:
+            self.file.close()
+            if isinstance(error, (OSError, RuntimeError, KeyError, ValueError, TypeError)):
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"{path} is damaged: {error}.") from error
+            raise
+        check_names(path, self.arrays)
+
+    def _visit(self, group: Any, path: str) -> None:
+        h5py = _h5py(self.path)
+        self.groups[path] = group
+        self._once(group, path)
+        for name in group:
+            inner = f"{path}/{name}" if path else name
+            link = group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise self._refused(inner, f"is a link to elsewhere ({type(link).__name__})")
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                if path.count("/") > MAX_DEPTH:
+                    raise self._refused(inner, f"is more than {MAX_DEPTH} groups deep")
+                self._visit(item, inner)
+            elif isinstance(item, h5py.Dataset):
+                self._check(item, inner)
+                self.arrays[inner] = item
+            else:
+                raise self._refused(inner, "is neither a group nor an array")
+
+    def _once(self, item: Any, path: str) -> None:
+        address = _h5py(self.path).h5o.get_info(item.id).addr
+        if address in self._seen:
+            raise self._refused(path, "is in the file under two names")
+        if len(self._seen) >= MAX_OBJECTS:
+            raise CheckpointError(f"{self.path} has more than {MAX_OBJECTS} objects.")
+        self._seen.add(address)
+
+    def _check(self, array: Any, path: str) -> None:
+        self._once(array, path)
+        if array.external or array.is_virtual:
+            raise self._refused(path, "is kept in another file")
+        if array.dtype.kind not in "biuf" and array.dtype.str not in ("|V2", "<V2"):
+            raise self._refused(path, f"is of {array.dtype}, not of numbers")
+        if array.shape is None:
+            raise self._refused(path, "has no shape")
+        size = prod(array.shape) * array.dtype.itemsize
+        stored = array.id.get_storage_size()
+        if size > max(SMALL, MAX_RATIO * stored):
+            raise self._refused(path, f"is to become {size} bytes of {stored} that are stored")
+
+    def _refused(self, path: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {shown(path)} {problem}; it is not read.")
+
+    def dtype(self, path: str) -> str:
+        """Return the element type of an array: NumPy's word, or "bfloat16"."""
+        dtype = self.arrays[path].dtype
+        return BFLOAT16 if dtype.kind == "V" else str(dtype.newbyteorder("="))
+
+    def _raw(self) -> AbstractContextManager[Any]:
+        return nullcontext(self._stream) if self._stream is not None else self.path.open("rb")
+
+    def made(self, path: str) -> list[str] | None:
+        """Return a group's members in the order of their making, None where that is lost."""
+        group = self.groups[path]
+        address = _h5py(self.path).h5o.get_info(group.id).addr
+        with self._raw() as file:
+            return creation_order(file, address, list(group))
+
+    def read(self, path: str) -> Array:
+        """Return the values of an array as they are stored."""
+        try:
+            values = np.empty(self.arrays[path].shape, self.arrays[path].dtype)
+            if values.size:
+                self.arrays[path].read_direct(values)
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
+        if values.dtype.kind == "V":
+            return values.view(BITS)
+        return values.astype(storage_dtype(str(values.dtype.newbyteorder("="))), copy=False)
+
+    def attribute(self, path: str, name: str) -> str:
+        """Return a text attribute of a group, "" where it has none."""
+        try:
+            value = self.groups[path].attrs.get(name, "")
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        return value if isinstance(value, str) else ""
+
+    def copy(
+        self,
+        target: Path,
+        names: Mapping[str, str],
+        replaced: Mapping[str, Callable[[], Array]],
+        dropped: set[str],
+    ) -> None:
+        """Write the file to `target` with changes.
+
+        names: the new name, within its group, of a group. replaced: what gives an array's new
+        values, as stored. dropped: the arrays that go; an attribute `weight_names`, of older
+        files, that lists them, is changed with them. Raises OSError where `target` cannot be
+        written, CheckpointError where the file is damaged.
+        """
+
+        def visit(path: str, new: Any, check: Callable[[], None]) -> None:
+            group = self.groups[path]
+            gone = {name.removeprefix(f"{path}/") for name in dropped}
+            self._copy_attributes(path, group, new, gone)
+            for name in self.made(path) or group:
+                check()
+                inner = f"{path}/{name}" if path else name
+                if inner in self.groups:
+                    visit(inner, new.create_group(names.get(inner, name)), check)
+                elif inner in replaced:
+                    values = replaced[inner]()
+                    if self.arrays[inner].dtype.kind == "V":
+                        values = values.view(self.arrays[inner].dtype)
+                    copied = new.create_dataset(name, data=values)
+                    self._copy_attributes(inner, self.arrays[inner], copied, set())
+                elif inner not in dropped:
+                    group.copy(name, new)
+
+        with Written(target, "w+b") as written:
+            try:
+                with _h5py(self.path).File(written, "w") as file:
+                    visit("", file, written.check)
+            except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+                written.check()
+                raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
+
+    def _copy_attributes(self, path: str, old: Any, new: Any, gone: set[str]) -> None:
+        try:
+            for name, value in old.attrs.items():
+                if name == "weight_names":
+                    value = [text for text in value if _text(text) not in gone]
+                new.attrs.create(name, value, dtype=old.attrs.get_id(name).dtype)
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _h5py(path: Path) -> Any:
+    """Return h5py, which only those have who read such files."""
+    try:
+        return import_module("h5py")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} needs h5py to be read; install it with: python -m pip install h5py"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

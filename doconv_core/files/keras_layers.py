@@ -1,0 +1,235 @@
+"""Which layers a Keras file holds, by the names of its groups, its config and its shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+from doconv_core.files.arrays import FLOATS
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, OTHER, Entry, Layer
+from doconv_core.files.hdf5 import Hdf5
+from doconv_core.files.keras_names import STEMS, own_class, snake_case, stem_of
+from doconv_core.files.shapes import canonical_shape, over_parameterized, unlike
+from doconv_core.files.sizes import Sizes
+from doconv_core.maths.spec import ConvSpec
+
+D_ENTRY = "depthwise_kernel"
+NOT_A_MODEL = ("optimizer",)
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
+SEPARABLE = ("separable_conv1d", "separable_conv2d")
+NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
+
+
+class KerasLayers:
+    """The layers of a Keras 3 file. nodes: the config of each, by its group, where there is one."""
+
+    def __init__(
+        self, file: Hdf5, nodes: Mapping[str, Mapping[str, Any]], entries: Mapping[str, Entry]
+    ) -> None:
+        self._file, self._nodes, self._entries = file, nodes, entries
+
+    def find(self, sizes: Sizes) -> tuple[Layer, ...]:
+        """Return the layers that own arrays, in the order of their groups."""
+        return tuple(self._layers(sizes))
+
+    def _layers(self, sizes: Sizes) -> Iterator[Layer]:
+        used: set[str] = set()
+        for group in self.owners():
+            roles = {name.rpartition("/")[2]: name for name in self._arrays_of(group)}
+            if roles and group.partition("/")[0] not in NOT_A_MODEL:
+                found = self._parts(group, self._path(group), roles, sizes)
+                if any(layer.path in used for layer in found):
+                    found = self._parts(group, group.replace("/", "."), roles, sizes)
+                used.update(layer.path for layer in found)
+                yield from found
+
+    def owners(self) -> Iterator[str]:
+        """Yield the group of each layer, also of those that own nothing."""
+        for group in self._file.groups:
+            if group.rpartition("/")[2] == "vars":
+                yield group.rpartition("/")[0]
+
+    def is_owner(self, group: str) -> bool:
+        """Return whether a group is a layer's, and not a list's."""
+        return _in(group, "vars") in self._file.groups
+
+    def _arrays_of(self, group: str) -> list[str]:
+        prefix = _in(group, "vars") + "/"
+        found = [n for n in self._entries if n.startswith(prefix) and "/" not in n[len(prefix) :]]
+        return sorted(found, key=lambda name: (not name[len(prefix) :].isdigit(), len(name), name))
+
+    def _path(self, group: str) -> str:
+        """Return the names of the layers from the model's own down, joined by dots."""
+        names, at = [], ""
+        for step in group.split("/") if group else []:
+            at = _in(at, step)
+            if self.is_owner(at):
+                names.append(self._file.attribute(_in(at, "vars"), "name") or step)
+        return ".".join(names)
+
+    def _class(self, group: str) -> str:
+        """Return a layer's class in snake case, as far as anything tells it."""
+        node = self._nodes.get(group)
+        if node is not None:
+            return snake_case(node["class_name"])
+        parent, _, name = group.rpartition("/")
+        if self.is_owner(parent):  # an attribute's name; the layer's own may be its class's
+            name = self._file.attribute(_in(group, "vars"), "name")
+        return stem_of(name)[0]
+
+    def _foreign(self, group: str) -> str:
+        """Return the class of a layer that is known not to be one of this package's, else ""."""
+        node = self._nodes.get(group)
+        if node is not None:
+            return "" if own_class(node) else str(node["class_name"])
+        parent, _, name = group.rpartition("/")
+        told = bool(group) and not self.is_owner(parent)  # in a list, whose names are by class
+        return "" if not told or stem_of(name)[0] in STEMS else stem_of(name)[0]
+
+    def _parts(self, group: str, path: str, roles: dict[str, str], sizes: Sizes) -> list[Layer]:
+        """Return the layer whose group this is, or the two convolutions that it consists of."""
+        stem, node = self._class(group), self._nodes.get(group)
+        config = node["config"] if node is not None else {}
+        shapes = {role: self._entries[name].shape for role, name in roles.items()}
+        if not _is_separable(stem, shapes):
+            return [self._layer(group, path, stem, roles, config, sizes)]
+        below = f"{path}." if path else ""
+        own = "do_" if D_ENTRY in roles or stem in STEMS else ""
+        rank = len(shapes["1"]) - 2
+        first = {role: roles[role] for role in ("0", D_ENTRY) if role in roles}
+        second = {str(int(role) - 1): roles[role] for role in ("1", "2") if role in roles}
+        return [
+            self._layer(group, path_, stem_, roles_, config_, sizes)
+            for path_, stem_, roles_, config_ in (
+                (f"{below}depthwise", f"{own}depthwise_conv{rank}d", first, config),
+                (f"{below}pointwise", f"conv{rank}d", second, {"groups": 1}),
+            )
+        ]
+
+    def _layer(
+        self, group: str, path: str, stem: str, roles: dict[str, str],
+        config: Mapping[str, Any], sizes: Sizes,
+    ) -> Layer:  # fmt: skip
+        shapes = {name: self._entries[name] for name in roles.values()}
+        if D_ENTRY in roles and "0" in roles:
+            found = _over_parameterized(path, stem, roles, shapes, config, sizes)
+            if found is not None:
+                foreign = self._foreign(group)
+                return _not_ours(found, foreign) if foreign else found
+        own = stem in STEMS
+        layer = self._ordinary(path, STEMS.get(stem, stem), roles, config)
+        if D_ENTRY in roles or (own and layer.kind != CONVOLUTION):
+            note = unlike({role: self._entries[name] for role, name in roles.items()})
+            # Four axes are those of a depthwise kernel, which is no D.
+            is_kernel = D_ENTRY in roles and len(self._entries[roles[D_ENTRY]].shape) > 3
+            return Layer(path, OTHER, roles, "" if is_kernel and not own else "doconv", note=note)
+        return dataclasses.replace(layer, origin="doconv") if own else layer
+
+    def _ordinary(
+        self, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
+    ) -> Layer:
+        first = self._entries[roles["0"]] if "0" in roles else None
+        if first is None or first.dtype not in FLOATS:
+            return Layer(path, OTHER, roles)
+        if stem == "batch_normalization":
+            return _norm(path, roles, config)
+        kind, layout = _guess(stem, first.shape)
+        if kind is None or len(roles) > 2 or {*roles} - {"0", "1"}:
+            return Layer(path, OTHER, roles)
+        named = {"weight": roles["0"]} | ({"bias": roles["1"]} if "1" in roles else {})
+        kernel = canonical_shape(first.shape, layout)
+        return _with_spec(
+            Layer(path, kind, named, kernel_shape=kernel, layout=layout), first.shape, config
+        )
+
+
+def _in(group: str, name: str) -> str:
+    return f"{group}/{name}" if group else name
+
+
+def _is_separable(stem: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether these are a separable convolution's: depthwise and pointwise kernel, bias."""
+    depthwise, pointwise = shapes.get("0", ()), shapes.get("1", ())
+    rank = len(pointwise) - 2
+    if not {*shapes} <= {"0", "1", "2", D_ENTRY} or rank not in (1, 2):
+        return False
+    named = STEMS.get(stem, stem)
+    if named in SEPARABLE and rank != SEPARABLE.index(named) + 1:
+        return False
+    if D_ENTRY in shapes:  # which is enough to tell: no other of this package's has two kernels
+        fits = len(depthwise) in (3, rank + 2)
+    else:
+        fits = named in SEPARABLE and len(depthwise) == rank + 2
+    matrix = (prod(depthwise[-2:]), pointwise[-1])
+    bias = shapes.get("2", pointwise[-1:])
+    return fits and pointwise == (*(1,) * rank, *matrix) and bias == pointwise[-1:]
+
+
+def _over_parameterized(
+    path: str, stem: str, roles: dict[str, str], shapes: Mapping[str, Entry],
+    config: Mapping[str, Any], sizes: Sizes,
+) -> Layer | None:  # fmt: skip
+    names = {"weight": roles["0"], "depthwise_weight": roles[D_ENTRY]}
+    if "1" in roles:
+        names["bias"] = roles["1"]
+    weight, depthwise = (shapes[name].shape for name in names.values() if name != names.get("bias"))
+    if len(weight) < 3 or len(depthwise) != 3 or {*roles} - {"0", "1", D_ENTRY}:
+        return None
+    ordinary = STEMS.get(stem, "")
+    size = config.get("kernel_size")
+    told = tuple(size) if isinstance(size, list) and all(type(k) is int for k in size) else None
+    if told is None and ordinary.endswith("1d"):
+        told = depthwise[1:2]
+    # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
+    # depthwise one compose alike.
+    layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
+    for layout in layouts:
+        found = over_parameterized(path, "", names, shapes, layout, sizes, told)
+        if found is not None and _is_of_rank(found, ordinary):
+            return found
+    return None
+
+
+def _is_of_rank(layer: Layer, stem: str) -> bool:
+    """Return whether a kernel has as many dimensions as the class is named for, if it is."""
+    shape = layer.kernel_shape
+    return shape is None or not stem or stem.endswith(f"conv{len(shape) - 2}d")
+
+
+def _not_ours(layer: Layer, name: str) -> Layer:
+    note = f"it is a {name}, which may compute something else than a layer of this package"
+    return dataclasses.replace(layer, note=note, kernel_shape=None, spec=None)
+
+
+def _norm(path: str, roles: dict[str, str], config: Mapping[str, Any]) -> Layer:
+    """Return a batch norm: which of its entries is which, four or a config must tell."""
+    absent = {
+        r for r, key in (("weight", "scale"), ("bias", "center")) if not config.get(key, True)
+    }
+    expected = [role for role in NORM_ROLES if role not in absent]
+    if len(expected) != len(roles):
+        return Layer(path, OTHER, roles, note="a batch norm; which of its entries is which is open")
+    return Layer(path, BATCH_NORM, dict(zip(expected, roles.values(), strict=True)))
+
+
+def _guess(stem: str, shape: tuple[int, ...]) -> tuple[str | None, str]:
+    if stem in CONVOLUTIONS and len(shape) == CONVOLUTIONS.index(stem) + 3:
+        return CONVOLUTION, "*IO"
+    if stem in DEPTHWISE and len(shape) == DEPTHWISE.index(stem) + 3:
+        return CONVOLUTION, "*CN"
+    return (LINEAR if stem == "dense" and len(shape) == 2 else None), "*IO"
+
+
+def _with_spec(layer: Layer, shape: tuple[int, ...], config: Mapping[str, Any]) -> Layer:
+    groups = shape[-2] if layer.layout == "*CN" else config.get("groups")
+    if layer.kind != CONVOLUTION or type(groups) is not int or layer.kernel_shape is None:
+        return layer
+    outputs, per_group, *kernel_size = layer.kernel_shape
+    try:
+        spec = ConvSpec(per_group * groups, outputs, tuple(kernel_size), groups)
+    except ValueError:  # the config is of another layer; the shapes alone count then
+        return layer
+    return dataclasses.replace(layer, spec=spec)

@@ -1,0 +1,191 @@
+"""safetensors files: a plain state dict, or this package's canonical state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from doconv_core.files.arrays import (
+    copy_bytes,
+    from_storage,
+    read_array,
+    storage_dtype,
+    to_storage,
+)
+from doconv_core.files.checkpoint import (
+    CONVOLUTION,
+    OTHER,
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    Layer,
+)
+from doconv_core.files.folding import Output, folded_kernel, outputs
+from doconv_core.files.layers import find_layers
+from doconv_core.files.names import check_names, once, without_wrappers
+from doconv_core.files.sizes import Sizes
+from doconv_core.state.file import FORMAT, StateError, entry, read_header
+from doconv_core.state.layers import LayerForm
+
+Array = NDArray[Any]
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """An open safetensors file. Raises CheckpointError where it is damaged or hostile."""
+
+    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = path
+        self._stored, self._start = _read_file_header(path)
+        self._metadata: dict[str, str] = self._stored.pop("__metadata__", {})
+        check_names(path, self._stored)
+        # The order of the data, which writers give, not that of the header, which some sort.
+        names = sorted(self._stored, key=lambda name: self._stored[name]["data_offsets"])
+        self.entries = {name: self._entry(name) for name in names}
+        self._is_state = self._metadata.get("format") == FORMAT
+        sizes = Sizes(kernel_sizes)
+        if self._is_state:
+            self.format = "doconv state (safetensors)"
+            self.layers = self._state_layers(sizes)
+        else:
+            self.format = "safetensors"
+            keys = without_wrappers(list(self.entries))
+            self.layers = find_layers(self.entries, keys, sizes)
+        sizes.check_used()
+        self._file = path.open("rb")
+
+    def _entry(self, name: str) -> Entry:
+        stored = self._stored[name]
+        dtype = DTYPES.get(stored["dtype"], stored["dtype"].lower())
+        return Entry(name, tuple(stored["shape"]), dtype)
+
+    def _state_layers(self, sizes: Sizes) -> tuple[Layer, ...]:
+        try:
+            forms = read_header(str(self.path), self._metadata)[0]
+        except StateError as error:
+            raise CheckpointError(str(error)) from error
+        layers = []
+        for path, form in forms.items():
+            roles = {name: entry(path, name) for name in form.shapes}
+            for name, shape in form.shapes.items():
+                found = self.entries.get(roles[name])
+                if found is None or found.shape != shape:
+                    what = "is missing" if found is None else f"has shape {found.shape}"
+                    raise CheckpointError(
+                        f"{self.path}: entry {roles[name]!r} {what}; its header describes {shape}."
+                    )
+            layers.append(_state_layer(path, form, roles, sizes))
+        return tuple(layers)
+
+    def read(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read` says."""
+        return from_storage(self.read_stored(name))
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
+        found = self.entries[name]
+        if found.dtype not in DTYPES.values():
+            raise CheckpointError(f"{self.path}: entry {name!r} is {found.dtype}, not read here.")
+        self._file.seek(self._start + self._stored[name]["data_offsets"][0])
+        return read_array(self._file, self.path, found.shape, found.dtype)
+
+    def write_folded(self, target: Path, report: Callable[[], None]) -> None:
+        """Write the file, folded, as `Checkpoint.write_folded` says."""
+        planned = outputs(self)
+        if self._is_state:
+            planned = [
+                Output(o.name, o.source, (*o.shape[:2], prod(o.shape[2:])), o.layer)
+                if o.layer else o
+                for o in planned
+            ]  # fmt: skip
+        header: dict[str, Any] = {}
+        if self._metadata:
+            header["__metadata__"] = self._folded_metadata()
+        position = 0
+        for output in planned:
+            code = self._stored[output.source]["dtype"]
+            begin, end = self._stored[output.source]["data_offsets"]
+            size = end - begin
+            if output.layer is not None:
+                dtype = self.entries[output.source].dtype
+                size = prod(output.shape) * storage_dtype(dtype).itemsize
+            offsets = [position, position + size]
+            header[output.name] = {
+                "dtype": code, "shape": list(output.shape), "data_offsets": offsets
+            }  # fmt: skip
+            position += size
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with target.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for output in planned:
+                if output.layer is None:
+                    self._copy(output.source, file)
+                    continue
+                kernel = folded_kernel(self, output.layer, output.shape)
+                file.write(to_storage(kernel, self.entries[output.source].dtype).data)
+                report()
+
+    def _copy(self, name: str, file: BinaryIO) -> None:
+        begin, end = self._stored[name]["data_offsets"]
+        self._file.seek(self._start + begin)
+        copy_bytes(self._file, file, end - begin, self.path)
+
+    def _folded_metadata(self) -> dict[str, str]:
+        if not self._is_state:
+            return self._metadata
+        layers = json.loads(self._metadata["layers"])
+        for described in layers.values():
+            if described["over_parameterized"]:
+                described["over_parameterized"] = False
+                described["spec"]["depth_multiplier"] = prod(described["spec"]["kernel_size"])
+        return {**self._metadata, "layers": json.dumps(layers)}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a file's header, as its library has accepted it, and where the data begins."""
+    try:
+        with safe_open(path, framework="np") as stored:  # which checks offsets, shapes and lengths
+            stored.keys()
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}.") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    try:
+        return json.loads(text, object_pairs_hook=once), 8 + length
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: in the header, {error}") from error
+
+
+def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes) -> Layer:
+    kind = form.kind.replace("_", " ")
+    spec: Any = form.spec
+    if form.kind != "convolution":
+        roles = {
+            {"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()
+        }
+        known = kind if kind in ("linear", "batch norm") else OTHER
+        shape = (spec.out_features, spec.in_features) if kind == "linear" else None
+        return Layer(path, known, roles, "doconv", kernel_shape=shape, spec=spec if shape else None)
+    if form.over_parameterized:
+        sizes.given((path,), spec.taps)
+    return Layer(
+        path, CONVOLUTION, roles, "doconv", over_parameterized=form.over_parameterized, spec=spec,
+        kernel_shape=spec.kernel_shape,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Kinds of layers, one file each, and the register of them."""

@@ -1,0 +1,176 @@
+"""Composition: from the trained pair `(W, D)` to the kernel of one ordinary convolution, and back.
+
+`W`, weight: `(O, I/g, S)`. `D`, depthwise weight: `(I, M, S)`, a residual around the identity `E`.
+Axis letters as everywhere in this project: g group, o output channel in its group, i input channel
+in its group, m kernel tap, s depth-multiplier index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from doconv_core.maths.convolve import convolve
+from doconv_core.maths.numeric import as_floats, widened
+from doconv_core.maths.spec import ConvSpec
+
+Array = NDArray[Any]
+
+
+def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
+    """Return `E`, the depthwise weight that leaves the kernel as it is, `(M, S)`.
+
+    `E[m, s]` is 1 where `s % M == m` and `s` lies in a whole tile of `M`, else 0: the unit matrix
+    where `S == M`, as many of them side by side as fit where `S > M`.
+    """
+    taps, multiplier = spec.taps, spec.depth_multiplier
+    tiled = np.arange(multiplier) < taps * (multiplier // taps)
+    one: Array = (np.arange(multiplier) % taps == np.arange(taps)[:, None]) & tiled
+    return one.astype(dtype)
+
+
+def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> Array:
+    """Return the kernel of the ordinary convolution that equals applying D, then W.
+
+    weight: `(O, I/g, S)`. depthwise: `(I, M, S)`, a residual around the identity, or None for a
+    kernel of one tap. Both of one floating dtype; half types are composed in float32 and rounded
+    once. Returns `(O, I/g, *kernel_size)`, in weight's dtype.
+    Raises ValueError where a shape disagrees with `spec`, TypeError for dtypes that are not float.
+    Source: DO-Conv, arXiv 2006.12030, kernel composition.
+    """
+    weight, depthwise = _checked(weight, depthwise, spec)
+    if depthwise is None:
+        return weight.reshape(spec.kernel_shape).copy()
+    w, d = _grouped(widened(weight), widened(depthwise), spec)
+    kernel: Array = _sum_tiles(w, spec) + np.einsum("gois,gims->goim", w, d)
+    return kernel.reshape(spec.kernel_shape).astype(weight.dtype)
+
+
+def compose_gradient(
+    weight: ArrayLike, depthwise: ArrayLike | None, kernel_gradient: ArrayLike, spec: ConvSpec
+) -> tuple[Array, Array | None]:
+    """Return the gradients of a loss with respect to `W` and `D`, from that of the kernel.
+
+    kernel_gradient: `(O, I/g, *kernel_size)`. Returns arrays of `weight`'s and `depthwise`'s shapes
+    and dtypes; None in place of the second for a kernel of one tap.
+    Raises ValueError where a shape disagrees with `spec`.
+    """
+    weight, depthwise = _checked(weight, depthwise, spec)
+    gradient = _of_shape("kernel_gradient", kernel_gradient, spec.kernel_shape)
+    if depthwise is None:
+        return gradient.reshape(spec.weight_shape).astype(weight.dtype), None
+    w, d = _grouped(widened(weight), widened(depthwise), spec)
+    k = widened(gradient).reshape(*w.shape[:3], spec.taps)
+    weight_gradient = _repeat_tiles(k, spec) + np.einsum("goim,gims->gois", k, d)
+    depthwise_gradient = np.einsum("goim,gois->gims", k, w)
+    return (
+        weight_gradient.reshape(weight.shape).astype(weight.dtype),
+        depthwise_gradient.reshape(depthwise.shape).astype(depthwise.dtype),
+    )
+
+
+def from_kernel(kernel: ArrayLike, spec: ConvSpec) -> tuple[Array, Array | None]:
+    """Return the pair `(W, D)`, `D = 0`, that composes to a trained convolution's kernel exactly.
+
+    kernel: `(O, I/g, *kernel_size)`. Its taps become the first `M` entries of `W`, the rest is
+    zero. Returns `(O, I/g, S)` and `(I, M, S)`, in kernel's dtype; None in place of the second for
+    a kernel of one tap. Raises ValueError where the shape disagrees with `spec`.
+    """
+    kernel = _of_shape("kernel", kernel, spec.kernel_shape)
+    weight = np.zeros(spec.weight_shape, kernel.dtype)
+    weight[..., : spec.taps] = kernel.reshape(*kernel.shape[:2], spec.taps)
+    if spec.depthwise_shape is None:
+        return weight, None
+    return weight, np.zeros(spec.depthwise_shape, kernel.dtype)
+
+
+def feature_compose(
+    x: ArrayLike,
+    weight: ArrayLike,
+    depthwise: ArrayLike | None,
+    spec: ConvSpec,
+    bias: ArrayLike | None = None,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Return the layer's output by way of the features: a depthwise convolution, then a 1×1 one.
+
+    The depthwise convolution gives each input channel `c` the `S` maps of `(E + D)[c]`; `W` then
+    combines them as a 1×1 convolution with the layer's groups. Equal to convolving with
+    `compose(weight, depthwise, spec)`, up to rounding, for every `groups`.
+
+    x: `(B, I, *spatial)`. bias: `(O,)`. Stride, padding, dilation and padding mode as in
+    `convolve`; they belong to the depthwise convolution. Returns `(B, O, *out)`, in x's dtype.
+    Source: DO-Conv, arXiv 2006.12030, feature composition.
+    """
+    weight, depthwise = _checked(weight, depthwise, spec)
+    multiplier = spec.depth_multiplier
+    filters = np.broadcast_to(
+        identity(spec, weight.dtype), (spec.in_channels, spec.taps, multiplier)
+    )
+    if depthwise is not None:
+        filters = filters + depthwise
+    filters = filters.transpose(0, 2, 1).reshape(-1, 1, *spec.kernel_size)  # (I·S, 1, *kernel)
+    features = convolve(
+        x, filters, stride=stride, padding=padding, dilation=dilation,
+        groups=spec.in_channels, padding_mode=padding_mode,
+    )  # fmt: skip
+    pointwise = weight.reshape(spec.out_channels, -1, *(1,) * spec.rank)
+    return convolve(features, pointwise, bias, groups=spec.groups)
+
+
+def _grouped(weight: Array, depthwise: Array, spec: ConvSpec) -> tuple[Array, Array]:
+    """Split the channel axes into group and channel within it: `gois` and `gims`."""
+    g = spec.groups
+    return (
+        weight.reshape(g, spec.out_channels_per_group, *weight.shape[1:]),
+        depthwise.reshape(g, spec.in_channels_per_group, *depthwise.shape[1:]),
+    )
+
+
+def _sum_tiles(w: Array, spec: ConvSpec) -> Array:
+    """Return `W·Eᵀ` without multiplying: the sum of `W`'s whole tiles of `M`, or `W` itself."""
+    taps, tiles = spec.taps, spec.depth_multiplier // spec.taps
+    summed: Array = w[..., : tiles * taps].reshape(*w.shape[:-1], tiles, taps).sum(axis=-2)
+    return summed
+
+
+def _repeat_tiles(k: Array, spec: ConvSpec) -> Array:
+    """Return `K·E`, the transpose of `_sum_tiles`: `K` repeated, and zero beyond the last tile."""
+    tiles, rest = divmod(spec.depth_multiplier, spec.taps)
+    repeated = np.tile(k, tiles)
+    return np.concatenate([repeated, np.zeros_like(k[..., :rest])], axis=-1)
+
+
+def _checked(
+    weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec
+) -> tuple[Array, Array | None]:
+    weight = _of_shape("weight", weight, spec.weight_shape)
+    if spec.depthwise_shape is None:
+        if depthwise is not None:
+            raise ValueError(
+                "A kernel of one tap has no depthwise weight: pass None; received an array of "
+                f"shape {np.shape(depthwise)}."
+            )
+        return weight, None
+    if depthwise is None:
+        raise ValueError(f"depthwise must have shape {spec.depthwise_shape}; received None.")
+    depthwise = _of_shape("depthwise", depthwise, spec.depthwise_shape)
+    if weight.dtype != depthwise.dtype:
+        raise TypeError(
+            "weight and depthwise must have the same dtype; received "
+            f"{weight.dtype} and {depthwise.dtype}."
+        )
+    return weight, depthwise
+
+
+def _of_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = as_floats(name, array)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
+    return array

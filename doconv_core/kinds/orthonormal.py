@@ -1,0 +1,44 @@
+"""How far a pointwise weight is from orthonormal rows: the loss that BSConv-S is trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from doconv_core.kinds.bsconv import as_matrix
+from doconv_core.maths.numeric import widened
+
+Array = NDArray[Any]
+
+ALPHA = 0.1  # the weight of the loss, in every backend
+
+
+def orthonormality(weight: ArrayLike) -> float:
+    """Return how far the rows of a pointwise weight are from orthonormal.
+
+    The Frobenius norm of `W·Wᵀ - I`. weight: `W1` of BSConv-S, `(mid, I)`, or another pointwise
+    weight, such as the linear one of a MobileNetV2 block.
+    Raises ValueError for another number of axes.
+    Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+    """
+    return float(np.linalg.norm(_excess(widened(as_matrix("weight", weight)))))
+
+
+def orthonormality_gradient(weight: ArrayLike) -> Array:
+    """Return the gradient of `orthonormality`, `(mid, I)`: `2·G·W / |G|`, `G` being `W·Wᵀ - I`.
+
+    Zero where the rows are orthonormal: the norm has a kink there, at its least value.
+    """
+    original = as_matrix("weight", weight)
+    w = widened(original)
+    excess = _excess(w)
+    norm = np.linalg.norm(excess)
+    gradient: Array = 2 * excess @ w / norm if norm else np.zeros_like(w)
+    return gradient.astype(original.dtype)
+
+
+def _excess(weight: Array) -> Array:
+    excess: Array = weight @ weight.T - np.eye(len(weight), dtype=weight.dtype)
+    return excess

@@ -1,0 +1,56 @@
+"""Folding: the error for what has no ordinary layer of the same function, and batch norm's rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from doconv_core.maths.numeric import as_floats
+
+Array = NDArray[Any]
+
+
+class NotFoldable(TypeError):
+    """A layer or model that no ordinary one computes exactly: which, and why not."""
+
+
+def fuse_batchnorm(
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    *,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    epsilon: float,
+    scale: ArrayLike | None = None,
+    offset: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """Return the kernel and bias of a convolution that includes the batch norm that follows it.
+
+    kernel: `(O, I/g, *kernel_size)`. bias: `(O,)`, or None for zero. mean, variance: the batch
+    norm's running statistics, `(O,)`; epsilon: what it adds to the variance; scale, offset: its
+    gamma and beta, `(O,)`, or None for ones and zeros. That is the batch norm of inference:
+    `(y - mean) / sqrt(variance + epsilon) * scale + offset`, for each output channel.
+    Computed in float64 and rounded once, to kernel's dtype.
+    Raises ValueError where a shape disagrees with the kernel's output channels.
+    """
+    kernel = as_floats("kernel", kernel)
+    channels = kernel.shape[0] if kernel.ndim else 0
+
+    def vector(name: str, value: ArrayLike | None, default: float) -> Array:
+        if value is None:
+            return np.full(channels, default)
+        array = as_floats(name, value)
+        if array.shape != (channels,):
+            raise ValueError(
+                f"{name} must have shape ({channels},), one entry for each output channel of the "
+                f"kernel; received {array.shape}."
+            )
+        return array.astype(np.float64)
+
+    factor = vector("scale", scale, 1.0) / np.sqrt(vector("variance", variance, 1.0) + epsilon)
+    shift = vector("bias", bias, 0.0) - vector("mean", mean, 0.0)
+    fused = kernel.astype(np.float64) * factor.reshape(-1, *(1,) * (kernel.ndim - 1))
+    fused_bias = shift * factor + vector("offset", offset, 0.0)
+    return fused.astype(kernel.dtype), fused_bias.astype(kernel.dtype)

@@ -1,0 +1,117 @@
+"""What several families are built of: a convolution with what follows it, stages, and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from doconv_core.networks.nodes import (
+    ORDINARY,
+    Activation,
+    BatchNorm,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Kind,
+    Linear,
+    Node,
+    Pool,
+    Scale,
+    sequence,
+)
+from doconv_core.networks.nodes import Sequence as Nodes
+
+Named = tuple[str, Node]
+RELU = Activation("relu")
+DEPTHWISE = 0  # groups: as many as there are channels
+
+
+def conv_bn(
+    channels: int,
+    kernel: int = 1,
+    activation: str | None = "relu",
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    kind: Kind = ORDINARY,
+    orthonormal: bool = False,
+) -> Nodes:
+    """Return a convolution without bias, its batch norm and, unless None, an activation."""
+    size = (kernel, kernel)
+    return sequence(
+        ("conv", Conv(channels, size, stride, None, groups, False, kind, orthonormal)),
+        ("bn", BatchNorm()),
+        None if activation is None else (activation, Activation(activation)),
+    )
+
+
+def large_stem(channels: int = 64) -> Nodes:
+    """Return the ResNets' stem for images of 224x224: of its rows and columns, a quarter is left.
+
+    Source: Deep residual learning, arXiv 1512.03385, table 1.
+    """
+    return sequence(*conv_bn(channels, 7, stride=2).children, ("pool", Pool("max", 3, 2, 1)))
+
+
+def squeeze_excite(channels: int, squeezed: int) -> Scale:
+    """Return the factors from the means of all channels, as MobileNetV3 has them.
+
+    Source: Searching for MobileNetV3, arXiv 1905.02244, section 5.3.
+    """
+    return Scale(
+        sequence(
+            ("pool", GlobalPool()),
+            ("conv1", Conv(squeezed, bias=True)),
+            ("relu", RELU),
+            ("conv2", Conv(channels, bias=True)),
+            ("hard_sigmoid", Activation("hard_sigmoid")),
+        )
+    )
+
+
+def stages(
+    unit: Callable[[int, int, int], Node],
+    counts: Iterable[int],
+    widths: Iterable[int],
+    before: int,
+    *,
+    activation: Activation | None = None,
+) -> list[Named]:
+    """Return the stages of a ResNet, named "stage1", …, of units "unit1", …
+
+    unit: of the channels before it, its own, and the stride. counts, widths: of the units of each
+    stage. before: channels before the first stage, whose stride is 1; the others' first units halve
+    the size. activation: after each unit, named "relu1", …
+    """
+    found: list[Named] = []
+    for number, (count, width) in enumerate(zip(counts, widths, strict=True), 1):
+        stage: list[Named] = []
+        for place in range(1, count + 1):
+            stride = 2 if number > 1 and place == 1 else 1
+            stage.append((f"unit{place}", unit(before, width, stride)))
+            if activation is not None:
+                stage.append((f"{activation.name}{place}", activation))
+            before = width
+        found.append((f"stage{number}", sequence(*stage)))
+    return found
+
+
+def numbered_stages(stages: Sequence[Sequence[Node]]) -> list[Named]:
+    """Return the stages, named "stage1", …, of the units given, named "unit1", …"""
+    return [
+        (f"stage{n}", sequence(*((f"unit{m}", unit) for m, unit in enumerate(units, 1))))
+        for n, units in enumerate(stages, 1)
+    ]
+
+
+def convolution_head(classes: int, *, bias: bool = True) -> list[Named]:
+    """Return the mean over all positions and the classifier, as a convolution of one tap."""
+    return [
+        ("pool", GlobalPool()),
+        ("classifier", Conv(classes, bias=bias)),
+        ("flatten", Flatten()),
+    ]
+
+
+def dense_head(classes: int) -> list[Named]:
+    """Return the mean over all positions and the classifier, as a linear layer."""
+    return [("pool", GlobalPool()), ("flatten", Flatten()), ("classifier", Linear(classes))]

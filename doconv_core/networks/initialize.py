@@ -1,0 +1,87 @@
+"""The arrays that a network starts from: the same in every framework, from one seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from doconv_core.kinds.do_conv import from_kernel
+from doconv_core.maths.spec import ConvSpec, as_integer
+from doconv_core.networks.layers import layers
+from doconv_core.networks.nodes import Network
+from doconv_core.networks.shapes import Shape
+from doconv_core.state.file import Array, State, entry
+from doconv_core.state.layers import LayerForm
+
+CLASSIFIER = "classifier"
+_CONSTANTS = {"gamma": 1, "beta": 0, "running_mean": 0, "running_var": 1, "bias": 0}
+
+
+def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None) -> State:
+    """Return the state that the network starts to train from, in float32.
+
+    Convolutions are Kaiming uniform for ReLU: between -b and b, `b = sqrt(6 / fan_in)`, where
+    `fan_in = I/g · M`. DO-Conv's `W` is the kernel so drawn and `D` is zero, so that the network
+    starts as the ordinary one. Linear layers, and a convolution whose own name is "classifier", are
+    Xavier normal: of mean 0 and variance `2 / (fan_in + fan_out)`, `fan_out = O/g · M`. Biases are
+    zero, batch norms have gamma and running variance 1, beta and running mean 0.
+
+    seed: an integer of at least 0. Each array has random numbers of its own, from the seed and the
+    array's name: another layer changes none of the others. input_shape: `(C, H, W)`; None for the
+    network's own. Raises TypeError or ValueError for another seed.
+    Source: the networks of BSConv, arXiv 2003.13549; Kaiming, arXiv 1502.01852; Xavier, Glorot and
+    Bengio 2010.
+    """
+    seed = as_integer("seed", seed, least=0)
+    forms = layers(network, input_shape)
+    arrays = {
+        entry(path, name): array
+        for path, form in forms.items()
+        for name, array in _arrays(path, form, seed).items()
+    }
+    return State(forms, arrays)
+
+
+def _arrays(path: str, form: LayerForm, seed: int) -> dict[str, Array]:
+    arrays = {
+        name: np.full(shape, _CONSTANTS[name], np.float32)
+        for name, shape in form.shapes.items()
+        if name in _CONSTANTS
+    }
+    if "weight" not in form.shapes:
+        return arrays
+    weight = _drawn(path, form, seed).astype(np.float32)
+    if not form.over_parameterized:
+        return {"weight": weight.reshape(form.shapes["weight"]), **arrays}
+    weight, depthwise = from_kernel(weight, form.spec)
+    assert depthwise is not None  # as the layer is over-parameterized
+    return {"weight": weight, "depthwise_weight": depthwise, **arrays}
+
+
+def _drawn(path: str, form: LayerForm, seed: int) -> Array:
+    """Return the kernel of a convolution, or the weight of a linear layer, in float64."""
+    spec, numbers = form.spec, _numbers(entry(path, "weight"), seed)
+    if not isinstance(spec, ConvSpec):
+        return _xavier(numbers, spec.in_features, spec.out_features, form.shapes["weight"])
+    fan_in = spec.in_channels_per_group * spec.taps
+    if path.split(".")[-1] == CLASSIFIER:
+        fan_out = spec.out_channels_per_group * spec.taps
+        return _xavier(numbers, fan_in, fan_out, spec.kernel_shape)
+    bound = math.sqrt(6 / fan_in)
+    return numbers.uniform(-bound, bound, spec.kernel_shape)
+
+
+def _xavier(
+    numbers: np.random.RandomState, fan_in: int, fan_out: int, shape: tuple[int, ...]
+) -> Array:
+    return numbers.normal(0, math.sqrt(2 / (fan_in + fan_out)), shape)
+
+
+def _numbers(name: str, seed: int) -> np.random.RandomState:
+    """Return a source of random numbers of the seed and the name alone."""
+    digest = hashlib.sha256(name.encode()).digest()
+    words = [int.from_bytes(digest[n : n + 4], "little") for n in range(0, len(digest), 4)]
+    # RandomState, as NumPy promises that its numbers stay the same in every version.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, *words])))

@@ -1,0 +1,134 @@
+"""Networks by name: what `describe` and `list_models` of every package know.
+
+A name is a family's own, then `_bsconvu` or `_bsconvs_pXdY` for a BSConv network, or `_doconv` for
+one whose convolutions of more than one tap are over-parameterized.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from math import prod
+
+from doconv_core.maths.spec import as_integer
+from doconv_core.networks.families import FAMILIES, INTEGER, Build, Family, listed
+from doconv_core.networks.nodes import ORDINARY, Conv, Kind, Network, Sequence, replaced
+
+DOCONV = "_doconv"
+# What follows a family's own name, and what each family has of it; the first listed are the usual.
+BSCONV = re.compile(f"(.+)_bsconv(?:(u)|s_p{INTEGER}d{INTEGER})")
+LISTED = {
+    "any": ("_bsconvu", "_bsconvs_p1d4"),
+    "u": ("_bsconvu",),
+    "s_p1d6": ("_bsconvs_p1d6",),
+    "none": (),
+}
+
+
+def describe(
+    name: str, *, num_classes: int | None = None, in_channels: int | None = None
+) -> Network:
+    """Return the network of this name, as data.
+
+    num_classes: how many logits it gives; None for as many as the data set has that it is for,
+    1000 of ImageNet, 100 of CIFAR, or 10 digits. in_channels: of its input; None for the data
+    set's. Raises ValueError for a name that gives no network, with what is allowed and the nearest
+    names, and for a number below 1; TypeError for what is no name or no integer.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string; received {name!r}.")
+    family, build, kind = _parsed(name)
+    classes, (channels, *size) = family.dataset
+    if num_classes is not None:
+        classes = as_integer("num_classes", num_classes)
+    if in_channels is not None:
+        channels = as_integer("in_channels", in_channels)
+    body = build(classes, kind)
+    if name.endswith(DOCONV):
+        body = over_parameterized(body)
+    return Network(name, body, (channels, size[0], size[1]))
+
+
+def known_name(name: object) -> str | None:
+    """Return the name if there is a network of this name, or None."""
+    if not isinstance(name, str):
+        return None
+    try:
+        _parsed(name)
+    except ValueError:
+        return None
+    return name
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that match, family by family.
+
+    pattern: as in a shell, such as "cifar_*_bsconvu". Of families with free numbers the usual
+    are listed: `describe` knows other widths of MobileNets and wide ResNets, and other shares p.
+    Raises TypeError for what is no string.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a string; received {pattern!r}.")
+    return [name for name in _all_names() if fnmatchcase(name, pattern)]
+
+
+def over_parameterized(body: Sequence) -> Sequence:
+    """Return the nodes with every convolution of more than one tap a DO-Conv layer."""
+
+    def change(conv: Conv) -> Conv:
+        return replace(conv, kind=Kind("doconv")) if prod(conv.kernel_size) > 1 else conv
+
+    return Sequence(tuple((name, replaced(node, change)) for name, node in body.children))
+
+
+def _parsed(name: str) -> tuple[Family, Build, Kind]:
+    """Return a name's family, what builds the network, and of which kind of convolutions."""
+    plain = name.removesuffix(DOCONV)
+    suffix = BSCONV.fullmatch(plain)
+    base = suffix[1] if suffix else plain
+    for family in FAMILIES:
+        found = re.fullmatch(family.pattern, base)
+        if found is None:
+            continue
+        try:
+            build = family.resolve(*found.groups())
+            kind = _kind(family, suffix) if suffix else ORDINARY
+            if kind.name != "conv" and name != plain and family.variants != "s_p1d6":
+                raise ValueError("the convolutions within a BSConv are not over-parameterized")
+        except ValueError as error:
+            raise _refused(name, str(error), _names_of(family)) from None
+        return family, build, kind
+    raise _refused(name, "no family has such names", _all_names())
+
+
+def _kind(family: Family, suffix: re.Match[str]) -> Kind:
+    """Return the kind that a suffix stands for, where the family has it."""
+    is_u = suffix[2] is not None
+    if not is_u and not 0 < int(suffix[3]) <= int(suffix[4]):
+        raise ValueError("the share p of BSConv-S is X/Y in pXdY, above 0 and at most 1")
+    allowed = family.variants
+    told = suffix[0].removeprefix(suffix[1])
+    if allowed != "any" and told not in LISTED[allowed]:
+        but = f" but {listed(LISTED[allowed])}" if LISTED[allowed] else ""
+        raise ValueError(f"{suffix[1]} has no BSConv variant{but}")
+    if is_u:
+        return Kind("bsconvu")
+    return Kind("bsconvs", p=int(suffix[3]) / int(suffix[4]), with_bn=True)
+
+
+def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:
+    nearest = listed(map(repr, get_close_matches(name, names, 3, 0)), "and")
+    return ValueError(f"{name!r} is no network: {reason}; the nearest are {nearest}.")
+
+
+def _names_of(family: Family) -> tuple[str, ...]:
+    suffixes = ("", *LISTED[family.variants], DOCONV)
+    return tuple(name + suffix for suffix in suffixes for name in family.usual)
+
+
+@cache
+def _all_names() -> tuple[str, ...]:
+    return tuple(name for family in FAMILIES for name in _names_of(family))

@@ -1,0 +1,1 @@
+"""Canonical states: what layers are, their arrays, and fitting them to a model."""

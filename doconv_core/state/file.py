@@ -1,0 +1,219 @@
+"""Canonical state: a model's arrays in the order of the mathematics, in memory and on disk.
+
+A layer at path `conv1` has the entries `conv1.weight`, `(O, I/g, S)`; `conv1.depthwise_weight`,
+`(I, M, S)`, where it is over-parameterized; and `conv1.bias`, `(O,)`, where it has one. The other
+kinds and their entries are in `doconv_core.state.layers`. A layer whose features are a flattened
+image has them in the order channels first, then positions, whatever the framework.
+On disk a state is one safetensors file, its header in readable JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from doconv_core.atomic import replacing
+from doconv_core.maths.geometry import Geometry
+from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "LayerForm",
+    "LinearSpec",
+    "State",
+    "StateError",
+    "entry",
+    "read_header",
+    "read_state",
+    "write_state",
+]
+
+Array = NDArray[Any]
+
+FORMAT, VERSION = "doconv", 2
+_DTYPES = (np.float16, np.float32, np.float64)
+_FIELDS_1 = ("kind", "spec", "over_parameterized", "bias")
+_FIELDS_2 = (*_FIELDS_1, "scale", "geometry", "flattening")
+_FIELDS = {"1": _FIELDS_1, "2": _FIELDS_2}
+
+
+class StateError(ValueError):
+    """A state that is damaged, foreign or not this model's: the entry, found and expected."""
+
+
+def entry(path: str, name: str) -> str:
+    """Return the name of a layer's array in a state; the root layer's path is empty."""
+    return f"{path}.{name}" if path else name
+
+
+@dataclass(frozen=True)
+class State:
+    """The layers of a model and their arrays, checked against each other.
+
+    layers: the form of each, by path, in the model's order. arrays: float16, float32 or float64, by
+    `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and
+    as `"network"` the name of one that `describe` knows; empty where that is not known.
+    Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
+    """
+
+    layers: Mapping[str, LayerForm]
+    arrays: Mapping[str, Array]
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that each layer has its entries, and that there are no others."""
+        if not all(isinstance(text, str) for item in self.origin.items() for text in item):
+            raise StateError(f"origin must be of texts; found {dict(self.origin)!r}.")
+        expected = {
+            entry(path, name): shape
+            for path, form in self.layers.items()
+            for name, shape in form.shapes.items()
+        }
+        for name, shape in expected.items():
+            if name not in self.arrays:
+                raise StateError(f"entry {name!r} is missing; expected shape {shape}.")
+            array = self.arrays[name]
+            if not isinstance(array, np.ndarray):
+                raise StateError(f"entry {name!r} must be an array; found {type(array).__name__}.")
+            if array.dtype not in _DTYPES:
+                raise StateError(
+                    f"entry {name!r} must be float16, float32 or float64; found {array.dtype}."
+                )
+            if array.shape != shape:
+                raise StateError(f"entry {name!r} has shape {array.shape}; expected {shape}.")
+        for name in self.arrays:
+            if name not in expected:
+                raise StateError(f"entry {name!r} belongs to no layer of the state.")
+
+
+def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
+    """Return a state's origin. network: a name that `describe` knows; None for another model."""
+    return {"framework": framework, "version": version, **({"network": network} if network else {})}
+
+
+def write_state(state: State, path: str | os.PathLike[str]) -> None:
+    """Write `state` to `path` as one safetensors file, atomically."""
+    layers = {name: _as_json(form) for name, form in state.layers.items()}
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "origin": json.dumps(dict(state.origin)),
+        "layers": json.dumps(layers),
+    }
+    # safetensors writes an array's memory as it lies, so a transposed view must be copied first.
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
+    with replacing(path) as temporary:
+        # Not save_file, which leaves a file that only its owner can read.
+        temporary.write_bytes(save(arrays, metadata=header))
+
+
+def read_state(path: str | os.PathLike[str]) -> State:
+    """Return the state stored at `path`, in this format version or an older one.
+
+    Raises StateError for a file that is truncated, not a safetensors file, not one of this package,
+    of a newer version, or inconsistent in itself; FileNotFoundError where there is none.
+    """
+    file = os.fspath(path)
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"{file} is a folder; name a state file.")
+    try:
+        with safe_open(file, framework="np") as stored:
+            layers, origin = read_header(file, stored.metadata() or {})
+            names = list(stored.keys())
+            for name in names:  # a type that NumPy lacks cannot even be asked for
+                dtype = stored.get_slice(name).get_dtype()
+                if dtype not in ("F16", "F32", "F64"):
+                    raise StateError(
+                        f"{file}: entry {name!r} is {dtype}; expected F16, F32 or F64."
+                    )
+            order = [entry(path, name) for path, form in layers.items() for name in form.shapes]
+            place = {name: n for n, name in enumerate(order)}
+            names.sort(key=lambda name: place.get(name, len(place)))
+            arrays = {name: stored.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise StateError(f"{file} is not a whole safetensors file: {error}.") from error
+    try:
+        return State(layers, arrays, origin)
+    except StateError as error:
+        raise StateError(f"{file}: {error}") from error
+
+
+def read_header(
+    file: str, header: Mapping[str, str]
+) -> tuple[dict[str, LayerForm], dict[str, str]]:
+    """Return the layers and the origin that the header of a state's file describes.
+
+    file: its name, for messages. header: the file's metadata, as safetensors gives it. Raises
+    StateError, which says what is wrong, for one of another format, or inconsistent in itself.
+    """
+    if header.get("format") != FORMAT:
+        raise StateError(
+            f"{file} is a safetensors file, but no doconv state: its header's format is "
+            f"{header.get('format')!r}; expected {FORMAT!r}."
+        )
+    version = header.get("version")
+    if version not in _FIELDS:
+        raise StateError(
+            f"{file} has format version {version}; this doconv reads {' and '.join(_FIELDS)}."
+        )
+    layers = _read_object(file, "layers", header.get("layers", ""))
+    origin = {} if version == "1" else _read_object(file, "origin", header.get("origin", ""))
+    forms = {}
+    for path, described in layers.items():
+        try:
+            forms[path] = _from_json(described, _FIELDS[version])
+        except (TypeError, ValueError) as error:
+            raise StateError(f"{file}: the header's layer {path!r}: {error}") from error
+    return forms, origin
+
+
+def _read_object(file: str, name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{file}: the header's {name} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise StateError(f"{file}: the header's {name} must be a JSON object; found {value!r}.")
+    return value
+
+
+def _as_json(form: LayerForm) -> dict[str, Any]:
+    described = {name: getattr(form, name) for name in _FIELDS_2}
+    geometry = form.geometry and dataclasses.asdict(form.geometry)
+    return {**described, "spec": dataclasses.asdict(form.spec), "geometry": geometry}
+
+
+def _from_json(described: Any, fields: tuple[str, ...]) -> LayerForm:
+    described = dict(_fields_of("it", described, fields))
+    name = described.pop("kind")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; found {name!r}.")
+    names = tuple(f.name for f in dataclasses.fields(kind.spec))
+    spec = kind.spec(**_fields_of("spec", described.pop("spec"), names))
+    if fields is _FIELDS_1:
+        flattening = UNRECORDED if kind.spec is LinearSpec else None
+        return LayerForm(spec, flattening=flattening, **described)
+    geometry = described.pop("geometry")
+    if geometry is not None:
+        names = tuple(f.name for f in dataclasses.fields(Geometry))
+        geometry = Geometry(**_fields_of("geometry", geometry, names))
+    return LayerForm(spec, geometry=geometry, **described)
+
+
+def _fields_of(name: str, value: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != set(fields):
+        raise TypeError(
+            f"{name} must be an object of {', '.join(sorted(fields))}; found {value!r}."
+        )
+    return value

@@ -1,0 +1,382 @@
+"""Fitting a state to a model: which layer takes whose arrays, or why they cannot be taken."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from doconv_core.kinds.do_conv import from_kernel
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place
+from doconv_core.state.file import Array, State, StateError, entry
+from doconv_core.state.layers import CHANNELS_FIRST, HELD, OWN, UNRECORDED, LayerForm
+
+Match: TypeAlias = "str | Mapping[str, str]"
+IGNORABLE = ("geometry", "flattening")
+
+# What a norm without the entry computes with.
+_NEUTRAL = {"gamma": 1.0, "beta": 0.0}
+_LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
+_LARGEST["bfloat16"] = (2 - 2**-7) * 2.0**127
+_SHOWN_BEFORE, _SHOWN_AFTER = 5, 10
+
+
+def fit_state(
+    state: State,
+    layers: Mapping[str, LayerForm],
+    *,
+    match: Match = "path",
+    ignore: str | Iterable[str] = (),
+    framework: str | None = None,
+    network: str | None = None,
+    stacklevel: int = 3,
+) -> dict[str, dict[str, Array]]:
+    """Return the arrays that each of a model's `layers` is to receive, by path and then name.
+
+    match: "path" pairs layers of the same path; "order" the first with the first, the second with
+    the second and so on; a mapping says for each path of the state the model's path. ignore: what
+    need not agree, of "geometry", a convolution's stride, dilation and padding, and "flattening",
+    the order of a flattened image's features. framework, network: the model's, as in
+    `State.origin`; an error says of which networks the two are.
+
+    An ordinary convolution's entry fits an over-parameterized layer: its kernel is taken over and
+    `depthwise_weight` is zero, so that the layer computes what was stored. A norm's `gamma` of ones
+    and `beta` of zeros come and go as needed. Everything is checked before anything is returned:
+    raises StateError for a layer that one side lacks, or that differs, and with "order" shows both
+    sides; TypeError and ValueError for other arguments. Warns where a batch norm's momentum
+    differs, as that concerns training only.
+    """
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a State; received {type(state).__name__}.")
+    ignored = _as_ignored(ignore)
+    same_framework = framework is not None and state.origin.get("framework") == framework
+    try:
+        fitted, momenta = _fit(state, layers, match, ignored, same_framework)
+    except StateError as error:
+        raise StateError(f"{_whose(state.origin.get('network'), network)}{error}") from error
+    if momenta:
+        warnings.warn(_of_momenta(momenta), UserWarning, stacklevel=stacklevel)
+    return {path: fitted[path] for path in layers}
+
+
+def _whose(theirs: str | None, ours: str | None) -> str:
+    """Return how an error begins, by the names of the state's network and of the model's."""
+    if theirs == ours:
+        return ""
+    if ours is None:
+        return f"the state is one of {theirs!r}: "
+    return f"the state is not one of {ours!r}{f', but of {theirs!r}' if theirs else ''}: "
+
+
+def _fit(
+    state: State,
+    layers: Mapping[str, LayerForm],
+    match: Match,
+    ignored: set[str],
+    same_framework: bool,
+) -> tuple[dict[str, dict[str, Array]], list[str]]:
+    """Return the arrays by the model's paths, and which batch norms' momenta differ."""
+    momenta: list[str] = []
+    fitted = {}
+    ordered = match == "order"
+    for row, (path, own_path) in enumerate(_pairs(state.layers, layers, match)):
+        try:
+            if path is None or own_path is None:
+                raise StateError(_one_side_ends(path, own_path))
+            found, wanted = state.layers[path], layers[own_path]
+            label = repr(path) if path == own_path else f"{path!r}, the model's {own_path!r},"
+            fitted[own_path] = _fit_layer(path, label, state, wanted)
+            if "geometry" not in ignored:
+                _check_geometry(label, found, wanted)
+            if "flattening" not in ignored:
+                _check_flattening(label, found, wanted, same_framework)
+        except StateError as error:
+            if not ordered:
+                raise
+            raise StateError(f"{error}\n{_side_by_side(state.layers, layers, row)}") from None
+        if found.kind == "batch_norm" and not math.isclose(
+            found.spec.momentum, wanted.spec.momentum, abs_tol=1e-6
+        ):
+            momenta.append(f"{own_path!r} ({found.spec.momentum:g}, here {wanted.spec.momentum:g})")
+    return fitted, momenta
+
+
+def _as_ignored(ignore: str | Iterable[str]) -> set[str]:
+    ignored: set[Any] = set()
+    if isinstance(ignore, str):
+        ignored = {ignore}
+    elif isinstance(ignore, Iterable):
+        ignored = set(ignore)
+    else:
+        raise TypeError(
+            f"ignore must be a name, or several, of {', '.join(map(repr, IGNORABLE))}; received "
+            f"ignore={ignore!r}."
+        )
+    if not ignored <= set(IGNORABLE):
+        raise ValueError(
+            f"ignore must be of {', '.join(map(repr, IGNORABLE))}; received ignore={ignore!r}."
+        )
+    return ignored
+
+
+def _of_momenta(momenta: list[str]) -> str:
+    more = f" and {len(momenta) - 3} more" if len(momenta) > 3 else ""
+    return (
+        "the weight of the new batch in a batch norm's running statistics differs: "
+        f"{', '.join(momenta[:3])}{more}. What the model computes in evaluation is the same, but "
+        "its training goes on with other statistics; build its layers with the state's."
+    )
+
+
+def _pairs(
+    theirs: Mapping[str, LayerForm], ours: Mapping[str, LayerForm], match: Match
+) -> list[tuple[str | None, str | None]]:
+    """Return (state path, model path) of every layer; None where one side has run out."""
+    if match == "order":
+        length = max(len(theirs), len(ours))
+        left, right = ([*layers, *[None] * (length - len(layers))] for layers in (theirs, ours))
+        return list(zip(left, right, strict=True))
+    if match == "path":
+        renamed = {path: path for path in theirs}
+    elif isinstance(match, Mapping):
+        renamed = {path: match.get(path, path) for path in theirs}
+        for path in match:
+            if path not in theirs:
+                raise StateError(_absent(path, "the state", theirs, "match names it"))
+    else:
+        raise ValueError(
+            f"match must be 'path', 'order', or a mapping from the state's paths to the model's; "
+            f"received match={match!r}."
+        )
+    targets = Counter(renamed.values())
+    twice = [path for path, count in targets.items() if count > 1]
+    if twice:
+        raise StateError(f"match gives {_listed(twice)} to more than one layer of the state.")
+    state = "the state" if match == "path" else "the state with its paths renamed"
+    for path in ours:
+        if path not in targets:
+            raise StateError(_absent(path, state, targets, "the model has it"))
+    for path in targets:
+        if path not in ours:
+            raise StateError(_absent(path, "the model", ours, "the state has it"))
+    return [(path, own_path) for path, own_path in renamed.items()]
+
+
+def _absent(path: str, where: str, there: Collection[str], but: str) -> str:
+    close = get_close_matches(path, there, 1)
+    known = _listed(list(there)[:10]) + (", …" if len(there) > 10 else "")
+    hint = f"the closest is {close[0]!r}" if close else f"it has {known or 'no layers'}"
+    return f"layer {path!r} is not in {where}, though {but}; {hint}."
+
+
+def _one_side_ends(path: str | None, own_path: str | None) -> str:
+    if own_path is None:
+        return f"layer {path!r} of the state has no counterpart: the model has fewer layers."
+    return f"layer {own_path!r} of the model has no counterpart: the state has fewer layers."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _side_by_side(
+    theirs: Mapping[str, LayerForm], ours: Mapping[str, LayerForm], marked: int
+) -> str:
+    """Return both sides' layers around the row `marked`, to read."""
+    columns = [
+        [f"{path or '(root)'}: {_described(form)}" for path, form in layers.items()]
+        for layers in (theirs, ours)
+    ]
+    length = max(map(len, columns))
+    rows = range(max(0, marked - _SHOWN_BEFORE), min(length, marked + _SHOWN_AFTER + 1))
+    left, right = ([c[row] if row < len(c) else "-" for row in rows] for c in columns)
+    width = max(map(len, [*left, "the state"]))
+    lines = [f"    {'the state':{width}}  the model"]
+    if rows.start:
+        lines.append(f"    … {rows.start} before")
+    lines += [
+        f"  {'>' if row == marked else ' '} {a:{width}}  {b}"
+        for row, a, b in zip(rows, left, right, strict=True)
+    ]
+    if rows.stop < length:
+        lines.append(f"    … {length - rows.stop} more")
+    return "\n".join(lines)
+
+
+def _described(form: LayerForm) -> str:
+    kind = "DO-Conv" if form.over_parameterized else form.kind.replace("_", " ")
+    if not form.shapes:
+        return kind
+    (_, shape), *others = form.shapes.items()
+    return f"{kind} {shape}" + (f" + {', '.join(name for name, _ in others)}" if others else "")
+
+
+def _check_geometry(label: str, found: LayerForm, wanted: LayerForm) -> None:
+    if found.geometry is None or wanted.geometry is None:
+        return
+    differences = found.geometry.differences(wanted.geometry)
+    if not differences:
+        return
+    told = "; ".join(
+        f"{name} is {theirs} in the state, {ours} in the model"
+        for name, (theirs, ours) in differences.items()
+    )
+    raise StateError(
+        f"layer {label} would compute something else with the same weights: {told}. Build the "
+        "model with the state's, or, if something that cannot be seen here makes up for it (such "
+        "as padding in a model's own code), load with ignore='geometry'."
+    )
+
+
+def _check_flattening(
+    label: str, found: LayerForm, wanted: LayerForm, same_framework: bool
+) -> None:
+    theirs, ours = found.flattening, wanted.flattening
+    known = (None, CHANNELS_FIRST)
+    if theirs in known and ours in known:
+        return
+    if theirs == UNRECORDED and ours is None:
+        return
+    if theirs == ours == OWN and same_framework:
+        return
+    raise StateError(
+        f"layer {label} may have the features of a flattened image, in an order that cannot be "
+        f"told: it is {_order(theirs)} in the state, {_order(ours)} in the model. If both are the "
+        "same, load with ignore='flattening', and compare outputs."
+    )
+
+
+def _order(flattening: str | None) -> str:
+    return {
+        OWN: "the framework's own",
+        UNRECORDED: "not recorded",
+    }.get(str(flattening), "channels first")
+
+
+def _fit_layer(path: str, label: str, state: State, wanted: LayerForm) -> dict[str, Array]:
+    """Return the arrays for one layer; StateError where kind, sizes, epsilon or bias differ."""
+    found = state.layers[path]
+    arrays = {name: state.arrays[entry(path, name)] for name in found.shapes}
+    if found.kind != wanted.kind:
+        raise StateError(f"layer {label} is of {found.spec}; expected {wanted.spec}.")
+    fit: Callable[..., dict[str, Array]] = _fit_norm if "norm" in wanted.kind else _fit_weight
+    return fit(path, label, found, wanted, arrays)
+
+
+def _fit_weight(
+    path: str, label: str, found: LayerForm, wanted: LayerForm, arrays: dict[str, Array]
+) -> dict[str, Array]:
+    spec = wanted.spec
+    if found.bias != wanted.bias:
+        raise StateError(
+            f"entry {entry(path, 'bias')!r} is {'there' if found.bias else 'missing'}; expected a "
+            f"layer {'with' if wanted.bias else 'without'} bias."
+        )
+    ordinary = not found.over_parameterized
+    if found.over_parameterized and not wanted.over_parameterized:
+        raise StateError(
+            f"entry {entry(path, 'depthwise_weight')!r} is for an over-parameterized layer; "
+            "expected an ordinary one. Fold the model before exporting its state."
+        )
+    expected = spec
+    if isinstance(spec, ConvSpec) and ordinary:
+        expected = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
+    if found.spec != expected:
+        named = entry(path, next(iter(found.shapes)))
+        raise StateError(f"entry {named!r} is of {found.spec}; expected {spec}.")
+    if ordinary and wanted.over_parameterized:
+        kernel = arrays["weight"].reshape(spec.kernel_shape)
+        weight, depthwise = from_kernel(kernel, spec)
+        assert depthwise is not None  # as the layer wanted is over-parameterized
+        arrays |= {"weight": weight, "depthwise_weight": depthwise}
+    return arrays
+
+
+def _fit_norm(
+    path: str, label: str, found: LayerForm, wanted: LayerForm, arrays: dict[str, Array]
+) -> dict[str, Array]:
+    theirs, ours = found.spec, wanted.spec
+    sizes = [(s.features, getattr(s, "groups", None)) for s in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise StateError(f"layer {label} is of {theirs}; expected {ours}.")
+    # In float32, in which a backend may keep the number.
+    if np.float32(theirs.epsilon) != np.float32(ours.epsilon):
+        raise StateError(
+            f"layer {label} adds epsilon={theirs.epsilon:g} to the variance in the state, "
+            f"{ours.epsilon:g} in the model. Build the model's layer with {theirs.epsilon:g}."
+        )
+    dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float32))
+    for name in found.shapes.keys() - wanted.shapes.keys():
+        if (arrays.pop(name) != _NEUTRAL[name]).any():
+            raise StateError(
+                f"entry {entry(path, name)!r} is there, and not {_NEUTRAL[name]:g} throughout; the "
+                f"model's layer has no {name}."
+            )
+    for name in wanted.shapes.keys() - found.shapes.keys():
+        arrays[name] = np.full(wanted.shapes[name], _NEUTRAL[name], dtype)
+    return arrays
+
+
+class Assignment(NamedTuple):
+    """An array on its way into a model.
+
+    name: of its entry in the model. parameter: what is to hold it. dtype: the parameter's, by name.
+    array: in the parameter's layout. memory: where its values lie, where two parameter objects may
+    share them; else None.
+    """
+
+    name: str
+    parameter: Any
+    dtype: str
+    array: Array
+    memory: Hashable = None
+
+
+def check_assignments(assignments: Iterable[Assignment]) -> None:
+    """Raise StateError for what a model's parameters cannot hold.
+
+    That is a number too large for their dtype, and different arrays for one that layers share.
+    """
+    first: dict[Hashable, tuple[str, Array]] = {}
+    for name, parameter, dtype, array, memory in assignments:
+        largest = _LARGEST[dtype]
+        finite = np.abs(array[np.isfinite(array)])
+        if finite.size and finite.max() > largest:
+            raise StateError(
+                f"entry {name!r} has {finite.max():g}, which the model's {dtype} cannot hold."
+            )
+        other, expected = first.setdefault(memory or id(parameter), (name, array))
+        if not np.array_equal(array, expected, equal_nan=True):
+            raise StateError(
+                f"{other!r} and {name!r} are one parameter in the model, but differ in the state."
+            )
+
+
+def check_owned(path: str, layer: object, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise TypeError unless a layer owns just what a state would hold of it, by these names."""
+    found, expected = list(found), list(expected)
+    if set(found) != set(expected):
+        raise TypeError(
+            f"{place(path)}, a {type(layer).__name__}, has {_listed(found)}; expected "
+            f"{_listed(expected)}. What computes one of them (weight norm, pruning) must be made "
+            "permanent first."
+        )
+
+
+def unsupported_layer(
+    path: str, layer: object, names: Iterable[str], reason: str | None = None
+) -> TypeError:
+    """Return the error for a layer that has no counterpart in a state.
+
+    names: of what it owns. reason: why, where its kind would have one.
+    """
+    return TypeError(
+        f"{place(path)} is a {type(layer).__name__} with {_listed(names)}; "
+        + (f"{reason}." if reason else f"a canonical state holds {HELD}.")
+    )

@@ -1,0 +1,216 @@
+"""Networks of MXNet Gluon, built from their descriptions."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from mxnet.gluon import HybridBlock, nn
+
+from doconv_core.networks import nodes
+from doconv_core.networks.lowering import parts
+from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.state.file import entry
+from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
+from doconv_mx.bsconv import BSConvS2D, BSConvU2D
+from doconv_mx.do_conv import DOConv2D
+from doconv_mx.orthonormal import mark_orthonormal
+from doconv_mx.state import load_state
+
+
+def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = None) -> Network:
+    """Return the network as blocks, named as its description names them.
+
+    network: for images `(B, C, H, W)`. input_shape: `(C, H, W)`; None for the network's own. Every
+    shape is known, but no weight has values: `initialize()` the network, and then, with
+    `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
+    Raises ValueError, by path, for a description that gives no network.
+    """
+    placed = infer(network, input_shape)
+    return _filled(Network(network.name), placed, "")
+
+
+def get_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Network:
+    """Return a network by name, on the CPU, with the weights that it starts to train from.
+
+    name: one of `list_models()`. num_classes: None for as many as the network was designed for.
+    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
+    None for the network's own. seed: of the weights, which are the same in every framework.
+    `collect_params().reset_ctx()` puts it elsewhere.
+    Raises ValueError for a name, or a size, of which there is no network.
+    """
+    from doconv_core.networks.initialize import initialize
+    from doconv_core.networks.names import describe
+
+    described = describe(name, num_classes=num_classes, in_channels=in_channels)
+    network = for_input(described, input_shape)
+    state = initialize(network, seed)
+    model = build(network)
+    model.initialize()
+    load_state(model, state)
+    return model
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that `get_model` knows, of those that a glob pattern matches."""
+    from doconv_core.networks.names import list_models as known
+
+    return known(pattern)
+
+
+class Network(nn.HybridSequential):
+    """A network that was built from a description: its parts, one after the other."""
+
+    def __init__(self, name: str = "network", prefix: str | None = None, params: Any = None):
+        self.network_name = name
+        self._name_hint = name.replace(".", "_")  # a dot in a file is what divides paths
+        super().__init__(prefix=prefix, params=params)
+
+    def _alias(self) -> str:
+        return self._name_hint
+
+
+class _Block(HybridBlock):
+    """Blocks by name, put together by the forward of each kind of block."""
+
+    def _through(self, x: Any, but: str | None = None) -> Any:
+        for name, block in self._children.items():
+            if name != but:
+                x = block(x)
+        return x
+
+
+class Residual(_Block):
+    """The sum of what the blocks make of the input, and of `shortcut`'s output or the input."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return the sum, of the shape of the body's output."""
+        shortcut = self._children.get(nodes.SHORTCUT)
+        return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
+
+
+class Scale(_Block):
+    """The input times what the blocks make of it, one factor for each channel."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return the product, of the input's shape `(B, C, H, W)`."""
+        return F.broadcast_mul(x, self._through(x))
+
+
+class Concat(_Block):
+    """What each block makes of the input, joined along the channels."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return the outputs of all branches in one, `(B, C, H, W)`."""
+        return F.concat(*(branch(x) for branch in self._children.values()), dim=1)
+
+
+def _filled(block: HybridBlock, placed: dict[str, Placed], path: str) -> Any:
+    """Return the block with its node's children, each with its name in the parameters' names."""
+    with block.name_scope():
+        for name, _ in children(placed[path].node):
+            if hasattr(block, name):
+                raise ValueError(f"{path!r} cannot have a child named {name!r}, a block's own.")
+            setattr(block, name, _block(placed, entry(path, name), f"{name}_"))
+    return block
+
+
+def _block(placed: dict[str, Placed], path: str, prefix: str) -> HybridBlock:
+    node = placed[path].node
+    if type(node) in BLOCKS:
+        return _filled(BLOCKS[type(node)](prefix=prefix), placed, path)
+    return LAYERS[type(node)](placed[path], prefix)
+
+
+def _convolution(placed: Placed, prefix: str) -> HybridBlock:
+    conv = placed.node
+    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
+    return CONVOLUTIONS[kind](placed, prefix)
+
+
+def _ordinary(placed: Placed, prefix: str, cls: Any = nn.Conv2D, **options: Any) -> HybridBlock:
+    conv, channels = placed.node, placed.before[0]
+    layer = cls(
+        in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
+        strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,
+        use_bias=conv.bias, prefix=prefix, **options,
+    )  # fmt: skip
+    return mark_orthonormal(layer) if conv.orthonormal else layer
+
+
+def _do_conv(placed: Placed, prefix: str) -> HybridBlock:
+    return _ordinary(placed, prefix, DOConv2D)
+
+
+def _bsconv(placed: Placed, prefix: str) -> HybridBlock:
+    parts(placed.path, placed.node, placed.before)  # refuses groups, by path
+    kind = placed.node.kind
+    if kind.name == "bsconvu":
+        return _ordinary(placed, prefix, BSConvU2D, with_bn=kind.with_bn)
+    return _ordinary(
+        placed, prefix, BSConvS2D, p=kind.p, min_mid_channels=kind.min_mid_channels,
+        with_bn=kind.with_bn,
+    )  # fmt: skip
+
+
+def _batch_norm(placed: Placed, prefix: str) -> HybridBlock:
+    norm = placed.node
+    return nn.BatchNorm(  # whose momentum is the old statistics' weight
+        momentum=1 - norm.momentum, epsilon=norm.epsilon, center=norm.affine, scale=norm.affine,
+        in_channels=placed.before[0], prefix=prefix,
+    )  # fmt: skip
+
+
+def _pool(placed: Placed, prefix: str) -> HybridBlock:
+    pool = placed.node
+    sizes = (pool.size, pool.stride, pool.padding)
+    if pool.name == "max":
+        return nn.MaxPool2D(*sizes, prefix=prefix)
+    return nn.AvgPool2D(*sizes, count_include_pad=False, prefix=prefix)
+
+
+def _activation(placed: Placed, prefix: str) -> HybridBlock:
+    return ACTIVATIONS[placed.node.name](prefix=prefix)
+
+
+def _linear(placed: Placed, prefix: str) -> HybridBlock:
+    linear = placed.node
+    return nn.Dense(linear.features, use_bias=linear.bias, in_units=placed.before[0], prefix=prefix)
+
+
+CONVOLUTIONS = {
+    "conv": _ordinary,
+    "doconv": _do_conv,
+    "bsconvu": _bsconv,
+    "bsconvs": _bsconv,
+}
+ACTIVATIONS = {
+    "relu": lambda prefix: nn.Activation("relu", prefix=prefix),
+    "relu6": ReLU6,
+    "hard_swish": HardSwish,
+    "hard_sigmoid": HardSigmoid,
+    "tanh": lambda prefix: nn.Activation("tanh", prefix=prefix),
+}
+BLOCKS = {
+    nodes.Sequence: nn.HybridSequential,
+    nodes.Residual: Residual,
+    nodes.Scale: Scale,
+    nodes.Concat: Concat,
+}
+LAYERS = {
+    nodes.Conv: _convolution,
+    nodes.BatchNorm: _batch_norm,
+    nodes.Activation: _activation,
+    nodes.Pool: _pool,
+    nodes.GlobalPool: lambda placed, prefix: nn.GlobalAvgPool2D(prefix=prefix),
+    nodes.Flatten: lambda placed, prefix: nn.Flatten(prefix=prefix),
+    nodes.Dropout: lambda placed, prefix: nn.Dropout(placed.node.rate, prefix=prefix),
+    nodes.Linear: _linear,
+}

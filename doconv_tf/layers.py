@@ -1,0 +1,312 @@
+"""What a Keras layer is in a canonical state: one function for each kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import keras
+
+from doconv_core.maths.geometry import Geometry, Pad, causal, cropped, padded, same, symmetric
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import REPLACED
+from doconv_core.state.layers import (
+    CHANNELS_FIRST,
+    OWN,
+    BatchNormSpec,
+    EmbeddingSpec,
+    GroupNormSpec,
+    LayerForm,
+    LayerNormSpec,
+    LinearSpec,
+    PReLUSpec,
+    TransposedConvSpec,
+)
+from doconv_core.state.match import unsupported_layer
+from doconv_tf.convolutions import is_replaced
+from doconv_tf.depthwise_conv import (
+    DODepthwiseConv1D,
+    DODepthwiseConv2D,
+    DOSeparableConv1D,
+    DOSeparableConv2D,
+)
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
+from doconv_tf.flattening import Flattenings
+from doconv_tf.graph import Connections
+from doconv_tf.over_parameterized import OverParameterized
+from doconv_tf.view import children
+
+_layers = keras.layers
+
+
+class Part(NamedTuple):
+    """A layer, or a part of one, as a state has it.
+
+    variables: by the entry's name. layout: the core's word for the weight's. positions: of the
+    flattened image that its features are, which are to be put in canonical order; else None.
+    """
+
+    form: LayerForm
+    variables: dict[str, Any]
+    layout: str = ""
+    positions: tuple[int, ...] | None = None
+
+
+class Surroundings(NamedTuple):
+    """What a model tells of its layers' neighbours."""
+
+    connections: Connections
+    flattenings: Flattenings
+
+
+def surroundings(model: keras.Layer) -> Surroundings:
+    """Return what the model's graphs, if it has any, tell of its layers' neighbours."""
+    connections = Connections(model)
+    return Surroundings(connections, Flattenings(model, connections))
+
+
+def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, Part]:
+    """Return what a layer that owns weights is in a state, by the path below its own.
+
+    All but separable convolutions are one part, whose path is empty. Raises TypeError, by the path,
+    for a layer without a counterpart, with a call of its own, or with other weights than its kind
+    has.
+    """
+    own = own_weights(layer)
+    names = [weight.name for weight in own]
+    path = path or layer.name
+    function = FORMS.get(type(layer))
+    if function is None:
+        raise unsupported_layer(path, layer, names)
+    if is_replaced(layer):
+        raise unsupported_layer(path, layer, names, REPLACED)
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+        raise unsupported_layer(path, layer, names, "LoRA and quantized layers have no counterpart")
+    try:
+        parts = function(layer, around)
+    except _NoCounterpart as error:
+        raise unsupported_layer(path, layer, names, str(error)) from None
+    expected = [variable for part in parts.values() for variable in part.variables.values()]
+    if {id(weight) for weight in own} != {id(variable) for variable in expected}:
+        raise TypeError(
+            f"layer {path!r}, a {type(layer).__name__}, has {_names(own)}; expected "
+            f"{_names(expected)}."
+        )
+    return parts
+
+
+def own_weights(layer: keras.Layer) -> list[Any]:
+    """Return the weights that are the layer's own, not those of a layer that it holds."""
+    inherited = {id(weight) for child in children(layer) for weight in child.weights}
+    return [weight for weight in layer.weights if id(weight) not in inherited]
+
+
+def _names(variables: list[Any]) -> str:
+    return ", ".join(repr(variable.name) for variable in variables)
+
+
+class _NoCounterpart(Exception):
+    """Why a layer of a known type has no counterpart."""
+
+
+def _part(form: LayerForm, layout: str = "", positions: Any = None, **variables: Any) -> Part:
+    variables = {name: variable for name, variable in variables.items() if variable is not None}
+    return Part(form, variables, layout, positions)
+
+
+def pads(layer: Any) -> tuple[Pad, ...]:
+    """Return the padding of a convolution, which Keras says in words."""
+    size, dilation = layer.kernel_size, layer.dilation_rate
+    if layer.padding == "same":
+        return same(size, layer.strides, dilation)
+    if layer.padding == "causal":
+        return causal(size, dilation)
+    return symmetric([0] * len(size))
+
+
+def _geometry(layer: Any, around: Surroundings) -> Geometry:
+    padding = padded(pads(layer), around.connections.zeros_before(layer))
+    return Geometry(layer.strides, layer.dilation_rate, padding)
+
+
+def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
+    if isinstance(layer, OverParameterized):
+        return {"": _over_parameterized(layer, around, layer.bias)}
+    if isinstance(layer, (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)):
+        return {"": _depthwise(layer, layer.kernel, around, layer.bias)}
+    channels, outputs = layer.kernel.shape[-2:]
+    spec = ConvSpec(channels * layer.groups, outputs, layer.kernel_size, layer.groups)
+    options = _options(layer, channels * layer.groups, around)
+    form = LayerForm(spec, bias=layer.bias is not None, **options)
+    return {"": _part(form, "*IO", weight=layer.kernel, bias=layer.bias)}
+
+
+def _options(layer: Any, channels: int, around: Surroundings) -> dict[str, Any]:
+    """Return what a convolution's place in the model tells of its form."""
+    flattening, _ = _flattening(layer, channels, around)
+    return {"geometry": _geometry(layer, around), "flattening": flattening}
+
+
+def _over_parameterized(layer: Any, around: Surroundings, bias: Any) -> Part:
+    depthwise = getattr(layer, layer.d_name)
+    options = _options(layer, layer.spec.in_channels, around)
+    form = LayerForm(layer.spec, depthwise is not None, bias is not None, **options)
+    weights = {"weight": layer._kernel, "depthwise_weight": depthwise}
+    return _part(form, layer.layout, **weights, bias=bias)
+
+
+def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part:
+    channels, each = kernel.shape[-2:]
+    spec = ConvSpec(channels, channels * each, layer.kernel_size, channels)
+    form = LayerForm(spec, bias=bias is not None, **_options(layer, channels, around))
+    return _part(form, "*CN", weight=kernel, bias=bias)
+
+
+def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
+    """Return the two convolutions that a separable one is, as other frameworks have it."""
+    if isinstance(layer, OverParameterized):
+        depthwise = _over_parameterized(layer, around, None)
+    else:
+        depthwise = _depthwise(layer, layer.depthwise_kernel, around, None)
+    ones, none = (1,) * layer.rank, symmetric((0,) * layer.rank)
+    spec = ConvSpec(depthwise.form.spec.out_channels, layer.filters, ones)
+    form = LayerForm(spec, bias=layer.bias is not None, geometry=Geometry(ones, ones, none))
+    pointwise = _part(form, "*IO", weight=layer.pointwise_kernel, bias=layer.bias)
+    return {"depthwise": depthwise, "pointwise": pointwise}
+
+
+def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
+    outputs, channels = layer.kernel.shape[-2:]
+    spec = TransposedConvSpec(channels, outputs, layer.kernel_size)
+    given = layer.output_padding or (None,) * len(layer.kernel_size)
+    numbers = zip(layer.kernel_size, layer.strides, layer.dilation_rate, given, strict=True)
+    crops = tuple(cropped(layer.padding, *each) for each in numbers)
+    # A zero before the input is as many positions of output as the stride.
+    uses = {
+        tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
+        for use in around.connections.zeros_before(layer)
+    }
+    geometry = Geometry(layer.strides, layer.dilation_rate, padded(crops, uses))
+    flattening, _ = _flattening(layer, channels, around)
+    form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry, flattening=flattening)
+    return {"": _part(form, "*OI", weight=layer.kernel, bias=layer.bias)}
+
+
+def _linear(layer: Any, around: Surroundings) -> dict[str, Part]:
+    features, units = layer.kernel.shape
+    flattening, positions = _flattening(layer, features, around)
+    form = LayerForm(
+        LinearSpec(features, units), bias=layer.bias is not None, flattening=flattening
+    )
+    return {"": _part(form, "IO", positions, weight=layer.kernel, bias=layer.bias)}
+
+
+def _flattening(layer: Any, features: int, around: Surroundings) -> tuple[str | None, Any]:
+    found = around.flattenings.of(layer, features)
+    if found is None or found == OWN:
+        return found, None
+    return CHANNELS_FIRST, found
+
+
+def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
+    features = layer.moving_mean.shape[0]
+    _check_axis(layer, around)
+    # Keras' momentum is the weight of the old statistics.
+    spec = BatchNormSpec(features, layer.epsilon, 1 - layer.momentum)
+    flattening, positions = _flattening(layer, features, around)
+    form = LayerForm(
+        spec, bias=layer.beta is not None, scale=layer.gamma is not None, flattening=flattening
+    )
+    statistics = {"running_mean": layer.moving_mean, "running_var": layer.moving_variance}
+    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta, **statistics)}
+
+
+def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
+    if layer.rms_scaling:
+        raise _NoCounterpart("rms_scaling has no counterpart")
+    if len(layer.axis) != 1:
+        raise _NoCounterpart("a layer norm over several axes has no counterpart")
+    rank, (axis,) = len(layer.get_build_config()["input_shape"]), layer.axis
+    if axis not in (-1, rank - 1):
+        raise _NoCounterpart(
+            f"a layer norm over axis {axis} of {rank}, which is not the last, has no counterpart"
+        )
+    return _norm(layer, around, lambda features: LayerNormSpec(features, layer.epsilon))
+
+
+def _check_axis(layer: Any, around: Surroundings) -> None:
+    """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
+    for call in around.connections.calls(layer):
+        tensor = call.input_tensors[0]
+        rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
+        channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
+        if rank > 2 and channels is not None and layer.axis % rank != channels:
+            raise _NoCounterpart(
+                f"its axis {layer.axis} is not that of the channels, {channels}, in the "
+                f"{format_} image that it is given"
+            )
+
+
+def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
+    _check_axis(layer, around)
+
+    def spec(features: int) -> GroupNormSpec:
+        return GroupNormSpec(features, layer.groups, layer.epsilon)
+
+    part = _norm(layer, around, spec)[""]
+    if part.positions is None:
+        return {"": part}
+    # In another order, other features would make a group.
+    return {"": part._replace(form=replace(part.form, flattening=OWN), positions=None)}
+
+
+def _norm(layer: Any, around: Surroundings, spec: Callable[[int], Any]) -> dict[str, Part]:
+    like = layer.gamma if layer.gamma is not None else layer.beta
+    features = like.shape[0]
+    flattening, positions = _flattening(layer, features, around)
+    form = LayerForm(
+        spec(features),
+        bias=layer.beta is not None,
+        scale=layer.gamma is not None,
+        flattening=flattening,
+    )
+    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta)}
+
+
+def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
+    shape = layer.alpha.shape
+    sizes = [n for n in shape if n != 1]
+    shared = set(layer.shared_axes or ()) >= set(range(2, len(shape) + 1))
+    channels = shape[-1] != 1 or (shape[0] != 1 and shared)  # last, or first of all
+    if len(sizes) > 1 or (sizes and not channels):
+        raise _NoCounterpart(
+            "a slope for each position has no counterpart; name the spatial axes in shared_axes"
+        )
+    features = sizes[0] if sizes else 1
+    flattening, positions = _flattening(layer, features, around)
+    form = LayerForm(PReLUSpec(features), flattening=flattening)
+    return {"": _part(form, "", positions, alpha=layer.alpha)}
+
+
+def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
+    spec = EmbeddingSpec(*layer.embeddings.shape)
+    return {"": _part(LayerForm(spec), "", weight=layer.embeddings)}
+
+
+FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
+    **dict.fromkeys((_layers.Conv1D, _layers.Conv2D, _layers.Conv3D), _conv),
+    **dict.fromkeys((_layers.DepthwiseConv1D, _layers.DepthwiseConv2D), _conv),
+    **dict.fromkeys((_layers.SeparableConv1D, _layers.SeparableConv2D), _separable),
+    **dict.fromkeys((DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D), _conv),
+    **dict.fromkeys((DOSeparableConv1D, DOSeparableConv2D), _separable),
+    **dict.fromkeys(
+        (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose), _transposed
+    ),
+    _layers.Dense: _linear,
+    _layers.BatchNormalization: _batch_norm,
+    _layers.LayerNormalization: _layer_norm,
+    _layers.GroupNormalization: _group_norm,
+    _layers.PReLU: _prelu,
+    _layers.Embedding: _embedding,
+}

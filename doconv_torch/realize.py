@@ -1,0 +1,212 @@
+"""Networks of PyTorch, built from their descriptions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doconv_core.networks import nodes
+from doconv_core.networks.lowering import check_separable
+from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.state.file import entry
+from doconv_torch.bsconv import BSConvS2d, BSConvU2d
+from doconv_torch.do_conv import DOConv2d
+from doconv_torch.orthonormal import mark_orthonormal
+from doconv_torch.state import load_state
+
+
+def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = None) -> Network:
+    """Return the network as modules, named as its description names them, in training mode.
+
+    network: for images `(B, C, H, W)`. input_shape: `(C, H, W)`; None for the network's own.
+    PyTorch initializes the weights; `doconv_core.networks.initialize` does as the papers do.
+    Raises ValueError, by path, for a description that gives no network.
+    """
+    placed = infer(network, input_shape)
+    return Network(_children(placed, ""), name=network.name)
+
+
+def get_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Network:
+    """Return a network by name, in training mode, with the weights that it starts to train from.
+
+    name: one of `list_models()`. num_classes: None for as many as the network was designed for.
+    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
+    None for the network's own. seed: of the weights, which are the same in every framework.
+    Raises ValueError for a name, or a size, of which there is no network.
+    """
+    from doconv_core.networks.initialize import initialize
+    from doconv_core.networks.names import describe
+
+    described = describe(name, num_classes=num_classes, in_channels=in_channels)
+    network = for_input(described, input_shape)
+    state = initialize(network, seed)
+    model = build(network)
+    load_state(model, state)
+    return model
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that `get_model` knows, of those that a glob pattern matches."""
+    from doconv_core.networks.names import list_models as known
+
+    return known(pattern)
+
+
+class Network(nn.Sequential):
+    """A network that was built from a description: its parts, one after the other."""
+
+    def __init__(self, *modules: Any, name: str = "") -> None:
+        super().__init__(*modules)
+        self.network_name = name
+
+    def extra_repr(self) -> str:
+        """Return the name of the description."""
+        return self.network_name
+
+
+class _Block(nn.Module):
+    """Modules by name, put together by the forward of each kind of block."""
+
+    def __init__(self, modules: OrderedDict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def _through(self, x: Tensor, but: str | None = None) -> Tensor:
+        for name, module in self._modules.items():
+            if name != but:
+                x = module(x)
+        return x
+
+
+class Residual(_Block):
+    """The sum of what the modules make of the input, and of `shortcut`'s output or the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum, of the shape of the body's output."""
+        shortcut = self._modules.get(nodes.SHORTCUT)
+        return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
+
+
+class Scale(_Block):
+    """The input times what the modules make of it, one factor for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, of the input's shape `(B, C, H, W)`."""
+        return x * self._through(x)
+
+
+class Concat(_Block):
+    """What each module makes of the input, joined along the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of all branches in one, `(B, C, H, W)`."""
+        return torch.cat([branch(x) for branch in self._modules.values()], 1)
+
+
+def _children(placed: dict[str, Placed], path: str) -> OrderedDict[str, nn.Module]:
+    names = (name for name, _ in children(placed[path].node))
+    return OrderedDict((name, _module(placed, entry(path, name))) for name in names)
+
+
+def _module(placed: dict[str, Placed], path: str) -> nn.Module:
+    node = placed[path].node
+    if type(node) in BLOCKS:
+        return BLOCKS[type(node)](_children(placed, path))
+    return LAYERS[type(node)](placed[path])
+
+
+def _convolution(placed: Placed) -> nn.Module:
+    conv = placed.node
+    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
+    layer = CONVOLUTIONS[kind](placed)
+    return mark_orthonormal(layer) if conv.orthonormal else layer
+
+
+def _ordinary(placed: Placed, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Module:
+    conv, channels = placed.node, placed.before[0]
+    return cls(
+        channels, conv.channels, conv.kernel_size, conv.stride, padding(conv),
+        groups=conv.groups or channels, bias=conv.bias,
+    )  # fmt: skip
+
+
+def _do_conv(placed: Placed) -> nn.Module:
+    return _ordinary(placed, DOConv2d)
+
+
+def _bsconv_u(placed: Placed) -> nn.Module:
+    return _separated(placed, BSConvU2d)
+
+
+def _bsconv_s(placed: Placed) -> nn.Module:
+    kind = placed.node.kind
+    return _separated(placed, BSConvS2d, p=kind.p, min_mid_channels=kind.min_mid_channels)
+
+
+def _separated(placed: Placed, cls: Any, **options: Any) -> nn.Module:
+    conv = placed.node
+    check_separable(placed.path, conv)
+    return cls(
+        placed.before[0], conv.channels, conv.kernel_size, conv.stride, padding(conv),
+        bias=conv.bias, with_bn=conv.kind.with_bn, **options,
+    )  # fmt: skip
+
+
+def _batch_norm(placed: Placed) -> nn.Module:
+    norm, shape = placed.node, placed.before
+    cls = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+    return cls(shape[0], norm.epsilon, norm.momentum, norm.affine)
+
+
+def _pool(placed: Placed) -> nn.Module:
+    pool = placed.node
+    if pool.name == "max":
+        return nn.MaxPool2d(pool.size, pool.stride, pool.padding)
+    return nn.AvgPool2d(pool.size, pool.stride, pool.padding, count_include_pad=False)
+
+
+def _linear(placed: Placed) -> nn.Module:
+    return nn.Linear(placed.before[0], placed.node.features, placed.node.bias)
+
+
+CONVOLUTIONS = {
+    "conv": _ordinary,
+    "doconv": _do_conv,
+    "bsconvu": _bsconv_u,
+    "bsconvs": _bsconv_s,
+}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hard_swish": nn.Hardswish,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "tanh": nn.Tanh,
+}
+BLOCKS = {
+    nodes.Sequence: nn.Sequential,
+    nodes.Residual: Residual,
+    nodes.Scale: Scale,
+    nodes.Concat: Concat,
+}
+LAYERS = {
+    nodes.Conv: _convolution,
+    nodes.BatchNorm: _batch_norm,
+    nodes.Activation: lambda placed: ACTIVATIONS[placed.node.name](),
+    nodes.Pool: _pool,
+    nodes.GlobalPool: lambda placed: nn.AdaptiveAvgPool2d(1),
+    nodes.Flatten: lambda placed: nn.Flatten(),
+    nodes.Dropout: lambda placed: nn.Dropout(placed.node.rate),
+    nodes.Linear: _linear,
+}
