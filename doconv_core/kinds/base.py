@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
@@ -88,10 +89,17 @@ class ComposedKind(Kind):
 
     Sizes are a spec of the kind's own: a frozen dataclass, or `ConvSpec` itself. The first entry is
     `weight`; it is kept in the order of the framework's own kernels, the others are canonical in
-    every framework. spec_type: the spec's class.
+    every framework. spec_type: the spec's class. names: of all entries that a layer may have.
+    constants: of those that start as the same number throughout, which. A framework makes them so
+    itself, and takes the kernel for `weight`, where that is what `start` does.
     """
 
     spec_type: type[Any] = ConvSpec
+    names: tuple[str, ...] = ("weight",)
+    constants: Mapping[str, float] = MappingProxyType({})
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for options that suit no layer."""
 
     @abstractmethod
     def spec(self, conv: ConvSpec, **options: Any) -> Any:
@@ -123,9 +131,13 @@ class ComposedKind(Kind):
         """Return the sizes of the ordinary convolution that a layer folds to."""
         return ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
 
-    def marks(self, spec: Any) -> tuple[str, ...]:
-        """Return the names of the entries that an ordinary convolution lacks."""
-        return tuple(name for name in self.entries(spec) if name != "weight")
+    def parameter_shape(self, spec: Any) -> Shape:
+        """Return the shape in which a layer keeps `weight`: the kernel's, where it has its size.
+
+        So an ordinary convolution's file loads into the layer as it is.
+        """
+        own, kernel = self.entries(spec)["weight"], self.conv(spec).kernel_shape
+        return kernel if prod(own) == prod(kernel) else own
 
     def training_cost(self, spec: Any, positions: int, *, bias: bool) -> Cost:
         """Return what a layer costs in training, its kernel composed once for the batch.

@@ -318,8 +318,8 @@ def replacement(
     bn_options: Mapping[str, Any] | None,
     allowed: Iterable[str],
     start: str,
-) -> tuple[frozenset[tuple[int, ...]], dict[str, Any]]:
-    """Return the kernel sizes to replace, and the options that a layer's `from_conv` takes.
+) -> dict[str, Any]:
+    """Return `variant`; `kernel_sizes`, those to replace; and as `layer` what `from_conv` takes.
 
     The arguments of `to_bsconv`; allowed: the options that the framework's batch norm takes.
     Raises TypeError or ValueError for arguments that give no layer.
@@ -332,7 +332,7 @@ def replacement(
     options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
     if variant == "s":
         options |= {"p": p, "min_mid_channels": min_mid_channels}
-    return sizes, options
+    return {"variant": variant, "kernel_sizes": sizes, "layer": options}
 
 
 def batch_norm_options(

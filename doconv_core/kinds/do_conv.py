@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,6 +223,13 @@ class DOConvKind(ComposedKind):
     name = "doconv"
     words = ("doconv",)
     options = ("depth_multiplier",)
+    names = ("weight", "depthwise_weight")
+    constants = MappingProxyType({"depthwise_weight": 0.0})
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a depth multiplier that is no integer above 0."""
+        if options.get("depth_multiplier") is not None:
+            as_integer("depth_multiplier", options["depth_multiplier"])
 
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return that a kernel of one tap has nothing to over-parameterize."""

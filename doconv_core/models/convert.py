@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from doconv_core.kinds.base import kind_named
+from doconv_core.kinds.base import ComposedKind, kind_named
 from doconv_core.models.report import (
     NOT_SELECTED,
     BSConvReport,
@@ -54,6 +54,8 @@ def over_parameterize(
                 f"over_parameterize of kind {kind!r} takes "
                 f"{', '.join(known.options) or 'no options'}; received {name}={options[name]!r}."
             )
+    if isinstance(known, ComposedKind):
+        known.check_options(options)
     layers = of_kind(layer_kinds, kind)
     target, _, parts = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
@@ -122,7 +124,7 @@ def convert(
         if reason is not None
     )
     changed = tuple(
-        Change(site.path, view.name_of(site.layer), layers.replacement(site.layer))
+        Change(site.path, view.name_of(site.layer), layers.replacement(site.layer, options))
         for _, site, _ in chosen
     )
     selection.warn(stacklevel=stacklevel)

@@ -145,7 +145,8 @@ class LayerKind(ABC):
 
     kind: the core's. already, part, shared: why a convolution is left that is a layer of a kind, is
     inside one of this kind's, or shares its weight. shareable: whether layers that share one weight
-    can be converted together.
+    can be converted together. type_names: of the layers' types. kept: the form, if any, that leaves
+    the parts of a layer as they are.
     """
 
     kind: Kind
@@ -153,13 +154,15 @@ class LayerKind(ABC):
     part: str = ""
     shared: str = TIED
     shareable: bool = False
+    type_names: frozenset[str] = frozenset()
+    kept: str = ""
 
     @abstractmethod
     def owns(self, layer: Any) -> bool:
         """Return whether a layer is one of these, or of a subclass."""
 
     @abstractmethod
-    def replacement(self, layer: Any) -> str:
+    def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
         """Return the name of the type that takes an ordinary layer's place."""
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
