@@ -160,7 +160,7 @@ class SeparableKind(Kind):
     def parts(self, recipe: Any, conv: ConvSpec, groups: int) -> tuple[PartConv | PartNorm, ...]:
         """Return the layers that one in the place of `conv` is made of; ValueError with groups.
 
-        groups: as the network has them, 0 for a depthwise convolution.
+        conv: its sizes without groups; groups: as the network has them, 0 for as many as channels.
         """
 
 

@@ -24,7 +24,8 @@ def forms_of(form: Any, kinds: Mapping[str, Kind]) -> dict[str, str]:
     if isinstance(form, str):
         having = {name for name, kind in kinds.items() if form in kind.forms}
         if not having:
-            names = dict.fromkeys(each for kind in kinds.values() for each in kind.forms)
+            most_first = sorted(kinds.values(), key=lambda kind: -len(kind.forms))
+            names = dict.fromkeys(each for kind in most_first for each in kind.forms)
             raise ValueError(
                 f"form must be one of {', '.join(map(repr, names))}; received form={form!r}."
             )

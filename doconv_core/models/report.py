@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from doconv_core.kinds.base import ONE_TAP as ONE_TAP
 from doconv_core.kinds.base import Cost
 
 # Why a convolution is left as it is, in the words that every backend uses. What one framework alone
@@ -193,10 +194,10 @@ class FoldReport(Report):
         """Return the report to read: that of every tool, and the cost of every form."""
         lines = [super().__str__()]
         if self.choices:
-            chosen = ", ".join(f"{kind!r}: {form!r}" for kind, form in self.forms.items())
+            chosen = ", ".join(f"{kind} with form={form!r}" for kind, form in self.forms.items())
             lines.append(
-                f"layers were folded with form={{{chosen}}}; each form's parameters and "
-                "multiply-accumulates of one output position:"
+                f"folded {chosen}; each form's parameters and multiply-accumulates of one output "
+                "position:"
             )
             lines += grouped((str(each), each.path) for each in self.choices)
         return "\n".join(lines)

@@ -51,7 +51,8 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
     if prod(conv.kernel_size) == 1:
         return replace(conv, kind=ORDINARY)
     try:
-        found = kind.parts(conv.kind, conv_spec(conv, before), conv.groups)
+        dense = ConvSpec(before[0], conv.channels, conv.kernel_size)
+        found = kind.parts(conv.kind, dense, conv.groups)
     except ValueError as error:
         raise ValueError(f"{path!r} {error}") from None
 
