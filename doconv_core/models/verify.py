@@ -40,7 +40,7 @@ def flat(
         parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     else:
         raise TypeError(
-            f"output {place!r} is a {type(output).__module__}.{type(output).__qualname__}; "
+            f"output {place!r} is a {type(output).__qualname__}; "
             f"expected {tensors}, numbers, or dicts, lists, tuples and dataclasses of them."
         )
     return {
