@@ -81,11 +81,10 @@ def fuse(conv: Any, norm: Any) -> str | None:
 def _fused(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Return the kernel and bias, computed in float64 and rounded once."""
     wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64
-    values = (
+    values: tuple[Any, ...] = (
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
         norm.bias,
     )  # fmt: skip
-    weight, bias = fuse_conv_bn_weights(
-        *(value.to(wide) if isinstance(value, Tensor) else value for value in values)
-    )
+    widened: list[Any] = [v.to(wide) if isinstance(v, Tensor) else v for v in values]
+    weight, bias = fuse_conv_bn_weights(*widened)
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)

@@ -83,18 +83,19 @@ class _BSConv(nn.Sequential):
         if not isinstance(padding, str):
             as_tuple("padding", padding, rank, least=0)
         options = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
+        ordinary: Any = self.ordinary
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         shapes = iter(spec.pointwise_shapes)
         for name in spec.names:
             if name == "depthwise":
                 channels = spec.out_channels
-                parts[name] = self.ordinary(
+                parts[name] = ordinary(
                     channels, channels, spec.kernel_size, stride, padding, dilation, channels, bias,
                     padding_mode, **factory,
                 )  # fmt: skip
             elif name.startswith("pointwise"):
                 after, before = next(shapes)
-                parts[name] = self.ordinary(before, after, 1, bias=False, **factory)
+                parts[name] = ordinary(before, after, 1, bias=False, **factory)
             else:
                 parts[name] = self.norm(after, **options, **factory)
         nn.Sequential.__init__(self, parts)
@@ -132,15 +133,15 @@ class _BSConv(nn.Sequential):
                 f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
                 "gives the convolution where there is one."
             )
-        depthwise = self.depthwise
-        dw = (
-            depthwise.composed_kernel() if isinstance(depthwise, ComposedConv) else depthwise.weight
-        )
-        weights = [part.weight.flatten(1) for part in list(self.children())[:-1]]
+        parts: list[Any] = list(self.children())
+        *pointwise, last = parts
+        dw = last.composed_kernel() if isinstance(last, ComposedConv) else last.weight
+        weights = [part.weight.flatten(1) for part in pointwise]
         if dw.dtype.itemsize < 4:
             weights = [weight.float() for weight in weights]
         pw = weights[0] if len(weights) == 1 else weights[1] @ weights[0]
-        return (pw.reshape(*pw.shape, *(1,) * self.rank) * dw).to(dw.dtype)
+        kernel: Tensor = (pw.reshape(*pw.shape, *(1,) * self.rank) * dw).to(dw.dtype)
+        return kernel
 
     def fold(self, *, form: str = "keep") -> nn.Module:
         """Return new ordinary layers with the same function.
@@ -184,7 +185,7 @@ class _BSConv(nn.Sequential):
         # On the meta device no random number is drawn for what is overwritten.
         device = "meta" if start == "weights" else weight.device
         options = {"with_bn": with_bn, "bn_options": bn_options, **sizes}
-        layer = cls(*arguments, device, weight.dtype, **options)
+        layer: Any = cls(*arguments, device, weight.dtype, **options)  # type: ignore[call-overload]
         if start == "weights":
             layer.to_empty(device=weight.device)
             layer._start_from(weight)
@@ -194,14 +195,16 @@ class _BSConv(nn.Sequential):
         for name, parameter in layer.named_parameters():
             if name != "depthwise.bias":
                 parameter.requires_grad_(weight.requires_grad)
-        return layer.to(memory_format=_memory_format(weight)).train(conv.training)
+        made: _BSConv = layer.to(memory_format=_memory_format(weight)).train(conv.training)
+        return made
 
     @torch.no_grad()
     def _start_from(self, kernel: Tensor) -> None:
         """Take the blueprints of a trained kernel."""
         found = blueprints(as_array(kernel), self.spec)
         values = iter((*found.pointwise, found.depthwise))
-        for part in self.children():
+        parts: list[Any] = list(self.children())
+        for part in parts:
             if isinstance(part, _BatchNorm):
                 part.reset_parameters()
             else:
@@ -367,7 +370,7 @@ class BSConvS3d(_BSConvS):
 
 # The names of the reference implementation.
 BSConvU, BSConvS = BSConvU2d, BSConvS2d
-LAYERS = {
+LAYERS: dict[tuple[str, type[nn.Module]], type[_BSConv]] = {
     (cls.variant, cls.ordinary): cls
     for cls in (BSConvU1d, BSConvU2d, BSConvU3d, BSConvS1d, BSConvS2d, BSConvS3d)
 }

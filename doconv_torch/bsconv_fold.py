@@ -104,12 +104,13 @@ def _normalization(name: str, norm: Any) -> Normalization:
 
 
 def _depthwise(layer: Any) -> nn.Module:
-    part = layer.depthwise
+    part: Any = layer.depthwise
     if not isinstance(part, ComposedConv):  # which its own fold checks
         _check_convolution("depthwise", part, layer)
     if not part.groups == part.in_channels == part.out_channels:
         raise NotFoldable(f"its depthwise is no depthwise convolution: {part}.")
-    return part
+    found: nn.Module = part
+    return found
 
 
 def _check_convolution(name: str, part: nn.Module, layer: Any) -> None:
@@ -174,7 +175,8 @@ def _convolution(
         if value is not None:
             tensor = as_tensor(value, like).reshape(getattr(conv, name).shape)
             setattr(conv, name, nn.Parameter(tensor, requires_grad=trainable))
-    return conv
+    made: nn.Module = conv
+    return made
 
 
 def _bias(conv: Any) -> Any:

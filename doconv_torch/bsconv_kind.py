@@ -41,16 +41,16 @@ class BSConvLayers(LayerKind):
         """Return whether a module is a BSConv."""
         return isinstance(layer, _BSConv)
 
-    def replacement(self, layer: nn.Module, options: Mapping[str, Any]) -> str:
+    def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
         """Return the name of the type that takes an ordinary layer's place."""
         return LAYERS[options["variant"], type(layer)].__name__
 
-    def realize(self, cls: type[nn.Module], recipe: Any) -> tuple[type[nn.Module], dict[str, Any]]:
+    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
         """Return the type of layer for a network's convolution, and what it takes more."""
-        options = {"with_bn": recipe.with_bn}
+        options: dict[str, Any] = {"with_bn": recipe.with_bn}
         if recipe.name == "bsconvs":
             options |= {"p": recipe.p, "min_mid_channels": recipe.min_mid_channels}
-        return LAYERS[recipe.name[-1], cls], options
+        return LAYERS[recipe.name[-1], ordinary], options
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution cannot become a BSConv."""

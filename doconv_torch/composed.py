@@ -61,10 +61,12 @@ class ComposedConv(_ConvNd):
         as_tuple("dilation", dilation, rank)
         if not isinstance(padding, str):
             as_tuple("padding", padding, rank, least=0)
-        super().__init__(
+        # The ordinary layer's arguments: what stands behind `_ConvNd` among the bases takes them.
+        arguments: tuple[Any, ...] = (
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype,
         )  # fmt: skip
+        super().__init__(*arguments)
         self.spec = spec
         shape = self.kind.parameter_shape(spec)
         if shape != conv.kernel_shape:
@@ -125,7 +127,7 @@ class ComposedConv(_ConvNd):
             kernel = self.composed_kernel().detach()
             if len(entries) == 1 or type(self).composed_kernel is not _base(self).composed_kernel:
                 kernel = kernel.clone()  # else it is a new tensor, of nobody's
-            folded = filled(self.ordinary, self, {}, weight=(kernel, trainable))
+            folded: _ConvNd = filled(self.ordinary, self, {}, weight=(kernel, trainable))
         return folded.train(self.training)
 
     @classmethod
@@ -150,6 +152,7 @@ class ComposedConv(_ConvNd):
         own = [name for name, value in self._parameters.items() if value is not None]
         marks = [f"{prefix}{name}" for name in self.kind.names[1:] if name in own]
         if marks and ordinary and not any(name in state_dict for name in marks):
+            assert weight is not None  # as it has the kernel's shape
             found = self.start(weight, self.spec)
             state_dict = {**state_dict, **{f"{prefix}{name}": e for name, e in found.items()}}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -162,9 +165,10 @@ class ComposedLayers(LayerKind):
     """
 
     shareable = True
+    kind: ComposedKind
 
     def __init__(self, *types: type[ComposedConv]) -> None:
-        self.types = {cls.ordinary: cls for cls in types}
+        self.types: dict[type[nn.Module], type[ComposedConv]] = {cls.ordinary: cls for cls in types}
         self.kind = types[0].kind
         self.base = _base_of(types[0])
         self.type_names = frozenset(cls.__name__ for cls in types)
@@ -177,9 +181,9 @@ class ComposedLayers(LayerKind):
         """Return the name of the type that takes an ordinary layer's place."""
         return self.types[type(layer)].__name__
 
-    def realize(self, cls: type[nn.Module], recipe: Any) -> tuple[type[nn.Module], dict[str, Any]]:
+    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
         """Return the type of layer for a network's convolution, and what it takes more."""
-        return self.types[cls], {}
+        return self.types[ordinary], {}
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have."""
@@ -270,7 +274,7 @@ def _remove_parametrizations(layer: Any) -> None:
             del layer._load_state_dict_pre_hooks[key]
 
 
-def _into_w(layer: Any, folded: nn.Parameter, held: Owners) -> nn.Parameter:
+def _into_w(layer: Any, folded: Any, held: Owners) -> Any:
     """Return W with the folded kernel in it, so that it stays the same object, where it can be."""
     weight, marks = layer.weight, layer.kind.names[1:]
     if not is_plain(weight):
@@ -329,7 +333,7 @@ def check_foldable(layer: ComposedConv) -> None:
     trusted = _base(layer)
     if (
         cls.forward is not trusted.forward
-        or cls._conv_forward is not layer.ordinary._conv_forward  # type: ignore[attr-defined]
+        or cls._conv_forward is not layer.ordinary._conv_forward
         or not own.keys().isdisjoint(("forward", "_conv_forward", "composed_kernel"))
     ):
         raise NotFoldable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -13,6 +13,9 @@ from doconv_torch.compose import as_weight
 from doconv_torch.composed import ComposedConv, ComposedLayers
 from doconv_torch.convolve import convolve, form_for
 from doconv_torch.kernel_cache import composed, composed_anew, may_reuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 
 class _DOConv(ComposedConv):
@@ -87,20 +90,23 @@ class _DOConv(ComposedConv):
             return super().fold()
 
     @classmethod
-    def from_conv(cls, conv: _ConvNd, *, depth_multiplier: int | None = None) -> _DOConv:
+    def from_conv(  # type: ignore[override]  # options by name
+        cls, conv: _ConvNd, *, depth_multiplier: int | None = None
+    ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
         conv: an `ordinary` layer of PyTorch's own, exactly; its parameters are copied. D is zero.
         Raises TypeError for any other layer: a subclass may compute something else.
         """
-        found: _DOConv = super().from_conv(conv, depth_multiplier=depth_multiplier)
+        found: Self = super().from_conv(conv, depth_multiplier=depth_multiplier)
         return found
 
     def extra_repr(self) -> str:
         """Return the ordinary layer's description, with the depth multiplier."""
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.depthwise_weight is None:
-            return super().extra_repr()
-        return f"{super().extra_repr()}, depth_multiplier={self.spec.depth_multiplier}"
+            return plain
+        return f"{plain}, depth_multiplier={self.spec.depth_multiplier}"
 
 
 class DOConv1d(_DOConv, nn.Conv1d):

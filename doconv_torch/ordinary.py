@@ -64,7 +64,7 @@ def _is_quantized(layer: nn.Module) -> bool:
 
 def obstacle(layer: nn.Module) -> str | None:
     """Return why a convolution cannot be replaced; None where it can. Not of a kind's layers."""
-    if type(layer) in ORDINARY:
+    if isinstance(layer, _ConvNd) and type(layer) in ORDINARY:
         return _own_obstacle(layer)
     if isinstance(layer, torch.jit.ScriptModule):
         return "compiled to TorchScript"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -73,7 +74,7 @@ class _Block(nn.Module):
             self.add_module(name, module)
 
     def _through(self, x: Tensor, but: str | None = None) -> Tensor:
-        for name, module in self._modules.items():
+        for name, module in self.named_children():
             if name != but:
                 x = module(x)
         return x
@@ -101,7 +102,7 @@ class Concat(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of all branches in one, `(B, C, H, W)`."""
-        return torch.cat([branch(x) for branch in self._modules.values()], 1)
+        return torch.cat([branch(x) for branch in self.children()], 1)
 
 
 def _children(placed: dict[str, Placed], path: str) -> OrderedDict[str, nn.Module]:
@@ -117,8 +118,10 @@ def _module(placed: dict[str, Placed], path: str) -> nn.Module:
 
 
 def _convolution(placed: Placed) -> nn.Module:
-    conv, channels = placed.node, placed.before[0]
-    cls, options = nn.Conv2d, {"groups": conv.groups or channels}
+    conv = placed.node
+    channels = placed.before[0]
+    cls: Any = nn.Conv2d
+    options = {"groups": conv.groups or channels}
     kind = of_word(conv.kind.name)
     if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
         parts(placed.path, conv, placed.before)  # which refuses what gives no layer
@@ -128,11 +131,13 @@ def _convolution(placed: Placed) -> nn.Module:
         channels, conv.channels, conv.kernel_size, conv.stride, padding(conv), bias=conv.bias,
         **options,
     )  # fmt: skip
-    return mark_orthonormal(layer) if conv.orthonormal else layer
+    made: nn.Module = mark_orthonormal(layer) if conv.orthonormal else layer
+    return made
 
 
 def _batch_norm(placed: Placed) -> nn.Module:
-    norm, shape = placed.node, placed.before
+    norm = placed.node
+    shape = placed.before
     cls = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
     return cls(shape[0], norm.epsilon, norm.momentum, norm.affine)
 
@@ -155,13 +160,13 @@ ACTIVATIONS = {
     "hard_sigmoid": nn.Hardsigmoid,
     "tanh": nn.Tanh,
 }
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[[OrderedDict[str, nn.Module]], nn.Module]] = {
     nodes.Sequence: nn.Sequential,
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[[Placed], nn.Module]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: lambda placed: ACTIVATIONS[placed.node.name](),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from doconv_core.kinds.base import Kind
+from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import ALREADY, TIED, Choice
 
@@ -164,6 +164,13 @@ class LayerKind(ABC):
     @abstractmethod
     def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
         """Return the name of the type that takes an ordinary layer's place."""
+
+    def realize(self, ordinary: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+        """Return the type of layer for a network's convolution, and what it takes beside its sizes.
+
+        ordinary: the type that an ordinary one would have.
+        """
+        raise ValueError(f"networks have no convolutions of kind {self.kind.name!r} here.")
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""

@@ -32,7 +32,7 @@ class Placed(NamedTuple):
     """
 
     path: str
-    node: Node
+    node: Any  # a `Node`: who asks for its type knows what it has
     before: Shape
     after: Shape
 
