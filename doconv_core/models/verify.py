@@ -59,6 +59,9 @@ def largest_difference(
 
     found, expected: arrays by their place in the output. The two maxima may be of different arrays.
     Raises ValueError where the places or the shapes differ.
+
+    >>> largest_difference({"0": [1.0, 2.5], "1": [3.0]}, {"0": [1.0, 2.0], "1": [3.0]})
+    Difference(absolute=0.5, relative=0.25)
     """
     if found.keys() != expected.keys():
         raise ValueError(
