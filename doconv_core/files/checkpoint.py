@@ -36,7 +36,15 @@ CONVOLUTION, LINEAR, BATCH_NORM, OTHER = "convolution", "linear", "batch norm", 
 
 
 class CheckpointError(ValueError):
-    """A file that is damaged, hostile, foreign, or in need of what it does not tell: one line."""
+    """A file that is damaged, hostile, foreign, or in need of what it does not tell: one line.
+
+    >>> with open("broken.safetensors", "wb") as file:
+    ...     _ = file.write(b"no header")
+    >>> open_checkpoint("broken.safetensors")
+    Traceback (most recent call last):
+        ...
+    doconv_core.files.checkpoint.CheckpointError: broken.safetensors ...
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -113,6 +121,11 @@ class Checkpoint(ABC):
     of their first entries. others: what else the file holds and a fold carries over as it is, such
     as "optimizer". unfolded: what of it may be a copy of the model nonetheless, and why that is not
     folded. parts: the copies of the model in it, the main one first; one is named "".
+
+    >>> write_state(State({}, {}), "empty.safetensors")
+    >>> with open_checkpoint("empty.safetensors") as checkpoint:
+    ...     len(checkpoint.entries), checkpoint.parts
+    (0, ())
     """
 
     path: Path
@@ -195,6 +208,12 @@ def open_checkpoint(
     Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
     format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
     pattern that matches no over-parameterized layer or a kernel size that does not fit.
+
+    >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
+    >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
+    >>> with open_checkpoint("state.safetensors") as checkpoint:
+    ...     checkpoint.read("fc.weight").shape
+    (2, 3)
     """
     from doconv_core.files.formats import find_format
 
@@ -224,6 +243,12 @@ def fold_checkpoint(
     with the number of layers folded and of layers to fold.
     Raises FileExistsError; NotFoldable, before anything is written, for a layer that cannot be
     folded exactly or whose kernel is not finite; and what `open_checkpoint` raises.
+
+    >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
+    >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
+    >>> write_state(State({"conv": form}, arrays), "trained.safetensors")
+    >>> fold_checkpoint("trained.safetensors", "folded.safetensors").changed[0].path
+    'conv'
     """
     from doconv_core.files.folding import report_on
 
