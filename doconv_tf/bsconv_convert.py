@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import keras
-
 from doconv_core.kinds.bsconv_model import Choice, choice
+
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import REPLACED, SUBCLASS, Left, place
 from doconv_tf.bsconv import is_own

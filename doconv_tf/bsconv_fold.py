@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from doconv_core.kinds.bsconv_model import as_form
 from keras import ops
 
 from doconv_core.kinds.bsconv_fold import (
@@ -17,7 +18,6 @@ from doconv_core.kinds.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.kinds.bsconv_model import as_form
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical

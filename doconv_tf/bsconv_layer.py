@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+from doconv_core.kinds.bsconv_model import STARTS, batch_norm_options
 from keras import ops
 
 from doconv_core.kinds.bsconv import BSConvSpec, as_choice
 from doconv_core.kinds.bsconv_init import blueprints
-from doconv_core.kinds.bsconv_model import STARTS, batch_norm_options
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_tf.bsconv_fold import as_array, folded, put_kernel

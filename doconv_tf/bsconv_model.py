@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-
-from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.kinds.bsconv_model import (
     GROUPED,
     KERNEL_SIZES,
@@ -20,6 +18,8 @@ from doconv_core.kinds.bsconv_model import (
     other_size,
     replacement,
 )
+
+from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.models.report import (
     ALREADY,
     NOT_SELECTED,

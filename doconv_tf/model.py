@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 
 import keras
-
 from doconv_core.kinds.bsconv_model import FoldReport, as_form
+
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import (
     NOT_SELECTED,
