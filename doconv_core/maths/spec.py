@@ -55,6 +55,10 @@ class ConvSpec:
 
     Raises TypeError for what is not an integer, ValueError for sizes that give no layer.
     Source: DO-Conv, arXiv 2006.12030, section "Depthwise over-parameterized convolutional layer".
+
+    >>> spec = ConvSpec(8, 16, (3, 3), groups=2, depth_multiplier=12)
+    >>> spec.weight_shape, spec.depthwise_shape, spec.kernel_shape
+    ((16, 4, 12), (8, 9, 12), (16, 4, 3, 3))
     """
 
     in_channels: int
