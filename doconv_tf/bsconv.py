@@ -11,11 +11,275 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+from keras import ops
 
-from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, BSConvSpec, P, as_number
-from doconv_tf.bsconv_layer import _BSConv, part
-from doconv_tf.convolutions import is_replaced
+from doconv_core.kinds.bsconv import (
+    MIN_MID_CHANNELS,
+    STARTS,
+    BSConvSpec,
+    P,
+    as_choice,
+    as_number,
+    batch_norm_options,
+)
+from doconv_core.kinds.bsconv_init import blueprints
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import as_integer, as_tuple
+from doconv_tf.bsconv_fold import as_array, folded, put_kernel
+from doconv_tf.bsconv_parts import make_parts
+from doconv_tf.composed import ComposedConv
+from doconv_tf.ordinary import check_ordinary, like
 from doconv_tf.orthonormal import Orthonormality
+
+BN_OPTIONS = ("momentum", "epsilon", "center", "scale", "synchronized")
+# The arguments of an ordinary convolution that the layer has as attributes.
+ARGUMENTS = (
+    "filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate", "activation",
+    "use_bias", "kernel_initializer", "bias_initializer", "kernel_regularizer", "bias_regularizer",
+    "activity_regularizer", "kernel_constraint", "bias_constraint",
+)  # fmt: skip
+# What else it has as attributes.
+_OWN = (
+    "around", "with_bn", "bn_options", "spec", "explained", "p", "min_mid_channels", "_penalty",
+)  # fmt: skip
+_OPTIONS = {"name": None, "trainable": True, "dtype": None, "autocast": True}
+
+
+def part(name: str) -> property:
+    """Return the property that is the part of this name."""
+    return property(lambda layer: layer.get_layer(name), doc=f"The part named {name!r}.")
+
+
+class _BSConv(keras.Sequential):
+    """What the layers of every rank and variant share.
+
+    A sequence of ordinary layers, named as `spec.names` says, made when the number of input
+    channels is known; strides, padding, dilation rate, bias and activation are the depthwise one's.
+    Each rank names the ordinary layer it stands in for.
+    """
+
+    ordinary: type[keras.Layer]
+    rank: int
+    variant: str
+
+    groups = 1
+    explained: float | None = None  # of the kernel that the layer was started from
+    spec: BSConvSpec | None = None  # once it is built
+    depthwise = part("depthwise")
+
+    def _make(
+        self,
+        filters: Any,
+        kernel_size: Any,
+        strides: Any,
+        padding: Any,
+        data_format: Any,
+        dilation_rate: Any,
+        groups: Any,
+        *others: Any,
+        sizes: dict[str, Any],
+        bn_options: Mapping[str, Any] | None,
+        around: Any,
+        options: dict[str, Any],
+    ) -> None:
+        """Validate the arguments, and keep them as an ordinary layer does."""
+        kind, rank = type(self).__name__, self.rank
+        unknown = options.keys() - _OPTIONS.keys()
+        if unknown:
+            raise TypeError(f"{kind} takes no {', '.join(sorted(unknown))}.")
+        filters = as_integer("filters", filters)
+        kernel_size = as_tuple("kernel_size", kernel_size, rank)
+        spec = BSConvSpec(1, filters, kernel_size, self.variant, **sizes)
+        if groups != 1:
+            raise ValueError(
+                f"{kind} takes groups=1 alone: its pointwise convolution reads every channel, and "
+                f"its depthwise one each for itself; received groups={groups}."
+            )
+        strides = as_tuple("strides", strides, rank)
+        dilation_rate = as_tuple("dilation_rate", dilation_rate, rank)
+        around = as_tuple("around", around, rank, least=0)
+        norms = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
+        conv = self.ordinary(
+            filters, kernel_size, strides, padding, data_format, dilation_rate, 1, *others,
+            **{**_OPTIONS, **options, "name": "conv"},
+        )  # fmt: skip
+        if any(around) and conv.padding != "valid":
+            raise ValueError(
+                "around, zeros on every side, goes with padding='valid' alone; received "
+                f"around={around}, padding={padding!r}."
+            )
+        keras.Sequential.__init__(self, trainable=conv.trainable, name=options.get("name"))
+        self.dtype_policy, self.autocast = conv.dtype_policy, conv.autocast
+        for name in ARGUMENTS:
+            setattr(self, name, getattr(conv, name))
+        self.around, self.with_bn, self.bn_options = around, spec.with_bn, norms
+        self.input_spec = keras.InputSpec(min_ndim=rank + 2)
+
+    @property
+    def bias(self) -> Any:
+        """The depthwise convolution's bias; None where it has none."""
+        return self.depthwise.bias
+
+    def _spec(self, in_channels: int) -> BSConvSpec:
+        sizes = (in_channels, self.filters, self.kernel_size, self.variant)
+        return BSConvSpec(*sizes, with_bn=self.with_bn)
+
+    def regularizer_of(self, name: str) -> Any:
+        """Return the kernel regularizer of a pointwise part."""
+        return self.kernel_regularizer
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Make the parts for inputs of this shape, which includes the batch."""
+        if not self.layers:
+            axis = -1 if self.data_format == "channels_last" else 1
+            channels = input_shape[axis]
+            if channels is None:
+                raise ValueError(
+                    f"layer {self.name!r}: the number of input channels must be known; received "
+                    f"the input shape {tuple(input_shape)}."
+                )
+            self.compute_output_shape(input_shape)  # raises where nothing would be left
+            self.spec = self._spec(channels)
+            self.input_spec = keras.InputSpec(min_ndim=self.rank + 2, axes={axis: channels})
+            for each in make_parts(self):
+                self.add(each, rebuild=False)
+        super().build(self._any_size())
+
+    def _any_size(self) -> tuple[int | None, ...]:
+        """Return the shape of images of any size."""
+        sizes, channels = (None,) * self.rank, self.spec.in_channels
+        last = self.data_format == "channels_last"
+        return (None, *sizes, channels) if last else (None, channels, *sizes)
+
+    @property
+    def input_shape(self) -> Any:
+        """Refuse: as of any layer, the images may be of any size, and `keras.Sequential` asks."""
+        raise AttributeError(f"layer {self.name!r} takes images of any size.")
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """Return the shape that `build_from_config` builds it for again."""
+        return {"input_shape": self._any_size()} if self.built else None
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Build the layer; not as models are, of which Keras hides the errors."""
+        keras.Layer.build_from_config(self, config)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return the shape of the output, that of the ordinary layer's."""
+        first = 1 if self.data_format == "channels_last" else 2
+        shape = list(input_shape)
+        for axis, zeros in enumerate(self.around, first):
+            shape[axis] = None if shape[axis] is None else shape[axis] + 2 * zeros
+        return self._ordinary().compute_output_shape(tuple(shape))
+
+    def _ordinary(self) -> keras.Layer:
+        """Return an ordinary layer, not built, with the same arguments."""
+        return self.ordinary(
+            **{name: getattr(self, name) for name in ARGUMENTS}, name=self.name,
+            trainable=self.trainable, dtype=self.dtype_policy, autocast=self.autocast,
+        )  # fmt: skip
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the ordinary layer's configuration, and the layer's own arguments."""
+        own = {"around": self.around, "with_bn": self.with_bn, "bn_options": self.bn_options}
+        own["bn_options"] = dict(self.bn_options) or None
+        return {**self._ordinary().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> _BSConv:
+        """Return the layer of a configuration; not as a `Sequential`, whose has layers."""
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            return super(keras.Model, cls).from_config(config)
+
+    def composed_kernel(self) -> Any:
+        """Return the kernel of the ordinary convolution of the same function, differentiable.
+
+        In Keras' layout, `(*kernel_size, I, O)`, in the variables' dtype; half types are composed
+        in float32.
+        Raises ValueError if the layer is not built, NotFoldable for a layer with batch norms, which
+        is no mere kernel: `fold` it.
+        """
+        self._require_built()
+        if self.with_bn:
+            raise NotFoldable(
+                f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
+                "gives the convolution where there is one."
+            )
+        *pointwise, depthwise = (each for each in self.layers if each.weights)
+        composed = isinstance(depthwise, ComposedConv)
+        dw = depthwise.composed_kernel() if composed else depthwise.kernel
+        dtype = keras.backend.standardize_dtype(dw.dtype)
+        wide = "float32" if dtype in ("float16", "bfloat16") else dtype
+        dw, *weights = (ops.cast(k, wide) for k in (dw, *(each.kernel for each in pointwise)))
+        weights = [ops.reshape(weight, weight.shape[-2:]) for weight in weights]
+        # The operator, because ops.matmul turns float64 into float32 where Keras runs on PyTorch.
+        pw = weights[0] if len(weights) == 1 else weights[0] @ weights[1]
+        return ops.cast(pw * ops.reshape(dw, (*self.kernel_size, 1, self.filters)), dtype)
+
+    def fold(self, *, form: str = "keep") -> Any:
+        """Return new ordinary layers, built, with the same function.
+
+        form: "keep", a `keras.Sequential` of the same parts; "merge", one of a pointwise and a
+        depthwise convolution, with the batch norms in the former; "dense", one convolution, and
+        where `around` is not 0 a `keras.Sequential` of zero padding and that.
+        Name, dtype policy and configuration are kept. A depthwise part that is a DO layer is folded
+        too. Variables are computed in float64 and rounded once.
+        Raises NotFoldable, with the reason, for what would not be exact, ValueError for another
+        form and if the layer is not built.
+        """
+        self._require_built()
+        return folded(self, form)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: keras.Layer,
+        *,
+        with_bn: bool = False,
+        bn_options: Mapping[str, Any] | None = None,
+        start: str = "weights",
+        **sizes: Any,
+    ) -> _BSConv:
+        """Return a new layer, built, to take a trained ordinary convolution's place.
+
+        conv: an `ordinary` layer of Keras' own, exactly, built, with groups=1. start: "weights" for
+        the BSConv that is nearest to its kernel, as `doconv_core.blueprints` finds it; its
+        `explained` says how near. "random" for new weights. The bias is copied. Batch norms are
+        new: in inference the identity, up to their epsilon. sizes: `p`, `min_mid_channels` and
+        `orthonormality`, of BSConv-S.
+        Raises TypeError for any other layer, ValueError for groups, if it is not built, and for a
+        kernel that is not finite.
+        """
+        check_ordinary(cls, conv)
+        as_choice("start", start, STARTS)
+        options = {"with_bn": with_bn, "bn_options": bn_options, **sizes}
+        for name in ("kernel_initializer", "bias_initializer"):
+            options[name] = getattr(conv, name)
+        layer = like(conv, cls, options)
+        if start == "weights":
+            layer._start_from(conv.kernel)
+        for variable in layer.trainable_variables:
+            if variable is not layer.bias:
+                variable.trainable = conv.kernel.trainable
+        return layer
+
+    def _start_from(self, kernel: Any) -> None:
+        """Take the blueprints of a trained kernel."""
+        found = blueprints(as_array(kernel, "*IO"), self.spec)
+        *pointwise, depthwise = (each for each in self.layers if hasattr(each, "kernel"))
+        for each, values in zip(pointwise, found.pointwise, strict=True):
+            put_kernel(each, values)
+        put_kernel(depthwise, found.depthwise)
+        self.explained = found.explained
+
+    def own_names(self) -> frozenset[str]:
+        """Return the names of the attributes that this layer or the ordinary one has alone."""
+        empty = self._ordinary()
+        return frozenset({*vars(empty), *ARGUMENTS, *_OWN, "_kernel", "bias"})
+
+    def _require_built(self) -> None:
+        if not self.built:
+            raise ValueError(f"layer {self.name!r} is not built; call it, or its build(), first.")
 
 
 class _BSConvU(_BSConv):
@@ -233,8 +497,3 @@ LAYERS = {
     (cls.variant, cls.ordinary): cls
     for cls in (BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)
 }
-
-
-def is_own(layer: keras.Layer) -> bool:
-    """Return whether a layer is one of these, exactly, with the call of its type."""
-    return type(layer) in LAYERS.values() and not is_replaced(layer)

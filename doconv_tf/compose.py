@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_tf.private import has_onednn
 
 
 class Rule(NamedTuple):
@@ -81,10 +82,7 @@ def cut(spec: ConvSpec) -> Cut:
 @cache
 def rule() -> Rule:
     """Return the rule for this process's TensorFlow."""
-    # The only place that tells what was built, asked for by TF_ENABLE_ONEDNN_OPTS, and possible.
-    from tensorflow.python.util import _pywrap_util_port
-
-    return ONEDNN if _pywrap_util_port.IsMklEnabled() else EIGEN
+    return ONEDNN if has_onednn() else EIGEN
 
 
 def _composed(w: Any, d: Any, spec: ConvSpec, blocks: int) -> Any:

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
+from doconv_core.maths.spec import ConvSpec, as_depth_multiplier, as_integer, as_tuple
+from doconv_tf.composed import ComposedConv, ComposedLayers
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_tf.over_parameterized import OverParameterized
 
 
 class _Depthwise(OverParameterized):
     """What all of them share: the names of their arguments, and groups of one channel each."""
 
-    layout, multiplier_name = "*CN", "d_multiplier"
-    w_prefix, d_prefix = "depthwise", "d"
+    layout = "*CN"
+    option_names = MappingProxyType({"depth_multiplier": "d_multiplier"})
+    prefixes = MappingProxyType({"weight": "depthwise", "depthwise_weight": "d"})
 
     def _standardized(self, **options: Any) -> dict[str, Any]:
+        """Return the sizes, validated by the names that they have here."""
         for name in ("kernel_size", "strides", "dilation_rate"):
             options[name] = as_tuple(name, options[name], self.rank)
         options["depth_multiplier"] = as_integer("depth_multiplier", options["depth_multiplier"])
+        given, size = options["d_multiplier"], options["kernel_size"]
+        options["d_multiplier"] = as_depth_multiplier(given, size, name="d_multiplier")
         return options
 
     @classmethod
-    def from_conv(cls, conv: keras.Layer, *, d_multiplier: int | None = None) -> Any:
+    def from_conv(cls, conv: Any, *, d_multiplier: int | None = None) -> Any:
         """Return a new layer, built, with the function of a trained ordinary layer.
 
         As `DOConv2D.from_conv`, for the layer that this one stands in for. d_multiplier: S.
         """
-        return cls._from_conv(conv, d_multiplier)
-
-    def _spec(self, in_channels: int) -> ConvSpec:
-        in_channels = as_integer("in_channels", in_channels)
-        out_channels = in_channels * self.depth_multiplier
-        sizes = (in_channels, out_channels, self.kernel_size, in_channels, self.d_multiplier)
-        try:
-            return ConvSpec(*sizes)
-        except (TypeError, ValueError) as error:  # what the core says of S, by the name it has here
-            message = str(error).replace("depth_multiplier", "d_multiplier")
-            raise type(error)(message) from None
+        return super().from_conv(conv, d_multiplier=d_multiplier)
 
 
 class _DODepthwiseConv(_Depthwise):
@@ -70,17 +67,17 @@ class _DODepthwiseConv(_Depthwise):
     ) -> None:
         sizes = self._standardized(
             kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier,
+            depth_multiplier=depth_multiplier, d_multiplier=d_multiplier,
         )  # fmt: skip
         super().__init__(
             **sizes, padding=padding, data_format=data_format, activation=activation,
             use_bias=use_bias, depthwise_initializer=depthwise_initializer,
             bias_initializer=bias_initializer, depthwise_regularizer=depthwise_regularizer,
             bias_regularizer=bias_regularizer, activity_regularizer=activity_regularizer,
-            depthwise_constraint=depthwise_constraint, bias_constraint=bias_constraint, **kwargs,
+            depthwise_constraint=depthwise_constraint, bias_constraint=bias_constraint,
+            d_initializer=d_initializer, d_regularizer=d_regularizer, d_constraint=d_constraint,
+            **kwargs,
         )  # fmt: skip
-        self.d_multiplier = d_multiplier
-        self._set_depthwise(self._spec(1), d_initializer, d_regularizer, d_constraint)
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -124,8 +121,8 @@ class _DOSeparableConv(_Depthwise):
     The depthwise kernel is composed; the pointwise kernel has one tap, and is a plain variable.
     """
 
-    kernel_name = w_name = "depthwise_kernel"
-    d_name = "d_kernel"
+    kernel_name = "depthwise_kernel"
+    attributes = MappingProxyType({"depthwise_weight": "d_kernel"})
 
     def __init__(
         self,
@@ -157,7 +154,7 @@ class _DOSeparableConv(_Depthwise):
     ) -> None:
         sizes = self._standardized(
             kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier,
+            depth_multiplier=depth_multiplier, d_multiplier=d_multiplier,
         )  # fmt: skip
         super().__init__(
             as_integer("filters", filters), **sizes, padding=padding, data_format=data_format,
@@ -166,15 +163,15 @@ class _DOSeparableConv(_Depthwise):
             depthwise_regularizer=depthwise_regularizer,
             pointwise_regularizer=pointwise_regularizer, bias_regularizer=bias_regularizer,
             activity_regularizer=activity_regularizer, depthwise_constraint=depthwise_constraint,
-            pointwise_constraint=pointwise_constraint, bias_constraint=bias_constraint, **kwargs,
+            pointwise_constraint=pointwise_constraint, bias_constraint=bias_constraint,
+            d_initializer=d_initializer, d_regularizer=d_regularizer, d_constraint=d_constraint,
+            **kwargs,
         )  # fmt: skip
-        self.d_multiplier = d_multiplier
-        self._set_depthwise(self._spec(1), d_initializer, d_regularizer, d_constraint)
 
-    depthwise_kernel = OverParameterized.kernel
+    depthwise_kernel = ComposedConv.kernel
 
-    def _add_ordinary(self, spec: ConvSpec) -> None:
-        shape = (*(1,) * self.rank, spec.out_channels, self.filters)
+    def _add_ordinary(self, conv: ConvSpec) -> None:
+        shape = (*(1,) * self.rank, conv.out_channels, self.filters)
         self.pointwise_kernel = self._add("pointwise_kernel", shape, "pointwise", True)
         self.bias = self._add("bias", (self.filters,), "bias", True) if self.use_bias else None
 
@@ -215,3 +212,9 @@ class DOSeparableConv2D(_DOSeparableConv, keras.layers.SeparableConv2D):
     """
 
     ordinary, rank = keras.layers.SeparableConv2D, 2
+
+
+DO_CONVS = ComposedLayers(
+    DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D, DOSeparableConv1D,
+    DOSeparableConv2D,
+)  # fmt: skip

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
+from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_tf.over_parameterized import OverParameterized
 
 
 class _DOConv(OverParameterized):
     """What `DOConv1D`, `DOConv2D` and `DOConv3D` share."""
 
-    layout, multiplier_name = "*IO", "depth_multiplier"
-    w_prefix, d_prefix = "kernel", "depthwise"
+    prefixes = MappingProxyType({"weight": "kernel", "depthwise_weight": "depthwise"})
 
     def __init__(
         self,
@@ -41,25 +41,20 @@ class _DOConv(OverParameterized):
         depthwise_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("lora_rank", "lora_alpha"):
-            if kwargs.get(name) is not None:
-                raise ValueError(self._advice(f"takes no {name}"))
-        filters, groups = as_integer("filters", filters), as_integer("groups", groups)
         rank = self.rank
         super().__init__(
-            filters, as_tuple("kernel_size", kernel_size, rank),
+            as_integer("filters", filters), as_tuple("kernel_size", kernel_size, rank),
             as_tuple("strides", strides, rank), padding, data_format,
-            as_tuple("dilation_rate", dilation_rate, rank), groups, activation, use_bias,
-            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-            activity_regularizer, kernel_constraint, bias_constraint, **kwargs,
-        )  # fmt: skip
-        self._set_depthwise(
-            ConvSpec(groups, filters, self.kernel_size, groups, depth_multiplier),
-            depthwise_initializer, depthwise_regularizer, depthwise_constraint,
+            as_tuple("dilation_rate", dilation_rate, rank), as_integer("groups", groups),
+            activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer,
+            bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint,
+            depth_multiplier=depth_multiplier, depthwise_initializer=depthwise_initializer,
+            depthwise_regularizer=depthwise_regularizer,
+            depthwise_constraint=depthwise_constraint, **kwargs,
         )  # fmt: skip
 
     @classmethod
-    def from_conv(cls, conv: keras.Layer, *, depth_multiplier: int | None = None) -> _DOConv:
+    def from_conv(cls, conv: Any, *, depth_multiplier: int | None = None) -> Any:
         """Return a new layer, built, with the function of a trained ordinary layer.
 
         conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied, and
@@ -68,15 +63,7 @@ class _DOConv(OverParameterized):
         Raises TypeError for any other layer: a subclass, or one with LoRA, may compute something
         else. Raises ValueError if it is not built.
         """
-        return cls._from_conv(conv, depth_multiplier)
-
-    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: Keras would add LoRA's product to W, in a shape that W need not have."""
-        raise NotImplementedError(self._advice("cannot have LoRA"))
-
-    def _spec(self, in_channels: int) -> ConvSpec:
-        sizes = (in_channels, self.filters, self.kernel_size, self.groups, self.depth_multiplier)
-        return ConvSpec(*sizes)
+        return super().from_conv(conv, depth_multiplier=depth_multiplier)
 
 
 @keras.saving.register_keras_serializable(package="doconv")

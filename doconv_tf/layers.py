@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from doconv_core.maths.geometry import Geometry, Pad, causal, cropped, padded, same, symmetric
+from doconv_core.maths.geometry import Geometry, cropped, padded, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import REPLACED
 from doconv_core.state.layers import (
@@ -24,18 +24,12 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import unsupported_layer
-from doconv_tf.convolutions import is_replaced
-from doconv_tf.depthwise_conv import (
-    DODepthwiseConv1D,
-    DODepthwiseConv2D,
-    DOSeparableConv1D,
-    DOSeparableConv2D,
-)
-from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
+from doconv_tf.composed import ComposedConv, ComposedLayers
 from doconv_tf.flattening import Flattenings
-from doconv_tf.graph import Connections
-from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.view import children
+from doconv_tf.graph import Graph
+from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.ordinary import CONVS, DEPTHWISE_CONVS, SEPARABLE_CONVS, is_replaced, pads
+from doconv_tf.private import children
 
 _layers = keras.layers
 
@@ -56,14 +50,14 @@ class Part(NamedTuple):
 class Surroundings(NamedTuple):
     """What a model tells of its layers' neighbours."""
 
-    connections: Connections
+    graph: Graph
     flattenings: Flattenings
 
 
 def surroundings(model: keras.Layer) -> Surroundings:
     """Return what the model's graphs, if it has any, tell of its layers' neighbours."""
-    connections = Connections(model)
-    return Surroundings(connections, Flattenings(model, connections))
+    graph = Graph(model)
+    return Surroundings(graph, Flattenings(graph))
 
 
 def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, Part]:
@@ -76,7 +70,7 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     own = own_weights(layer)
     names = [weight.name for weight in own]
     path = path or layer.name
-    function = FORMS.get(type(layer))
+    function = reader_of(layer)
     if function is None:
         raise unsupported_layer(path, layer, names)
     if is_replaced(layer):
@@ -115,25 +109,15 @@ def _part(form: LayerForm, layout: str = "", positions: Any = None, **variables:
     return Part(form, variables, layout, positions)
 
 
-def pads(layer: Any) -> tuple[Pad, ...]:
-    """Return the padding of a convolution, which Keras says in words."""
-    size, dilation = layer.kernel_size, layer.dilation_rate
-    if layer.padding == "same":
-        return same(size, layer.strides, dilation)
-    if layer.padding == "causal":
-        return causal(size, dilation)
-    return symmetric([0] * len(size))
-
-
 def _geometry(layer: Any, around: Surroundings) -> Geometry:
-    padding = padded(pads(layer), around.connections.zeros_before(layer))
+    padding = padded(pads(layer), around.graph.zeros_before(layer))
     return Geometry(layer.strides, layer.dilation_rate, padding)
 
 
 def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
-    if isinstance(layer, OverParameterized):
-        return {"": _over_parameterized(layer, around, layer.bias)}
-    if isinstance(layer, (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)):
+    if isinstance(layer, ComposedConv):
+        return {"": _composed(layer, around, layer.bias)}
+    if isinstance(layer, DEPTHWISE_CONVS):
         return {"": _depthwise(layer, layer.kernel, around, layer.bias)}
     channels, outputs = layer.kernel.shape[-2:]
     spec = ConvSpec(channels * layer.groups, outputs, layer.kernel_size, layer.groups)
@@ -148,12 +132,11 @@ def _options(layer: Any, channels: int, around: Surroundings) -> dict[str, Any]:
     return {"geometry": _geometry(layer, around), "flattening": flattening}
 
 
-def _over_parameterized(layer: Any, around: Surroundings, bias: Any) -> Part:
-    depthwise = getattr(layer, layer.d_name)
-    options = _options(layer, layer.spec.in_channels, around)
-    form = LayerForm(layer.spec, depthwise is not None, bias is not None, **options)
-    weights = {"weight": layer._kernel, "depthwise_weight": depthwise}
-    return _part(form, layer.layout, **weights, bias=bias)
+def _composed(layer: Any, around: Surroundings, bias: Any) -> Part:
+    channels = layer.kind.conv(layer.spec).in_channels
+    options = _options(layer, channels, around)
+    form = LayerForm(layer.spec, layer.kind.name, bias is not None, **options)
+    return _part(form, layer.layout, **layer.entries(), bias=bias)
 
 
 def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part:
@@ -165,12 +148,12 @@ def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part
 
 def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
     """Return the two convolutions that a separable one is, as other frameworks have it."""
-    if isinstance(layer, OverParameterized):
-        depthwise = _over_parameterized(layer, around, None)
+    if isinstance(layer, ComposedConv):
+        depthwise = _composed(layer, around, None)
     else:
         depthwise = _depthwise(layer, layer.depthwise_kernel, around, None)
     ones, none = (1,) * layer.rank, symmetric((0,) * layer.rank)
-    spec = ConvSpec(depthwise.form.spec.out_channels, layer.filters, ones)
+    spec = ConvSpec(layer.pointwise_kernel.shape[-2], layer.filters, ones)
     form = LayerForm(spec, bias=layer.bias is not None, geometry=Geometry(ones, ones, none))
     pointwise = _part(form, "*IO", weight=layer.pointwise_kernel, bias=layer.bias)
     return {"depthwise": depthwise, "pointwise": pointwise}
@@ -185,7 +168,7 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     # A zero before the input is as many positions of output as the stride.
     uses = {
         tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
-        for use in around.connections.zeros_before(layer)
+        for use in around.graph.zeros_before(layer)
     }
     geometry = Geometry(layer.strides, layer.dilation_rate, padded(crops, uses))
     flattening, _ = _flattening(layer, channels, around)
@@ -237,7 +220,7 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
 
 def _check_axis(layer: Any, around: Surroundings) -> None:
     """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
-    for call in around.connections.calls(layer):
+    for call in around.graph.calls(layer):
         tensor = call.input_tensors[0]
         rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
         channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
@@ -294,12 +277,9 @@ def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
     return {"": _part(LayerForm(spec), "", weight=layer.embeddings)}
 
 
-FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
-    **dict.fromkeys((_layers.Conv1D, _layers.Conv2D, _layers.Conv3D), _conv),
-    **dict.fromkeys((_layers.DepthwiseConv1D, _layers.DepthwiseConv2D), _conv),
-    **dict.fromkeys((_layers.SeparableConv1D, _layers.SeparableConv2D), _separable),
-    **dict.fromkeys((DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D), _conv),
-    **dict.fromkeys((DOSeparableConv1D, DOSeparableConv2D), _separable),
+READERS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
+    **dict.fromkeys((*CONVS, *DEPTHWISE_CONVS), _conv),
+    **dict.fromkeys(SEPARABLE_CONVS, _separable),
     **dict.fromkeys(
         (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose), _transposed
     ),
@@ -310,3 +290,12 @@ FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
     _layers.PReLU: _prelu,
     _layers.Embedding: _embedding,
 }
+
+
+def reader_of(layer: keras.Layer) -> Callable[[Any, Surroundings], dict[str, Part]] | None:
+    """Return the function for a layer of this very type; None where it has no counterpart."""
+    cls = type(layer)
+    for layers in LAYER_KINDS.values():
+        if isinstance(layers, ComposedLayers) and cls in layers.types.values():
+            cls = cls.ordinary
+    return READERS.get(cls)

@@ -14,9 +14,8 @@ from keras import ops
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
-from doconv_tf.view import first_occurrences
-
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+from doconv_tf.ordinary import CONVS, first_occurrences
+from doconv_tf.private import kernel_variable
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -90,7 +89,7 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
     """
-    if not isinstance(conv, _CONVOLUTIONS):
+    if not isinstance(conv, CONVS):
         raise TypeError(
             f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
         )
@@ -113,7 +112,7 @@ def unmark(conv: keras.Layer) -> None:
 def is_marked(layer: keras.Layer) -> bool:
     """Return whether `orthonormality_loss` counts the layer's weight."""
     regularizer = getattr(layer, "kernel_regularizer", None)
-    return isinstance(layer, _CONVOLUTIONS) and isinstance(regularizer, Orthonormality)
+    return isinstance(layer, CONVS) and isinstance(regularizer, Orthonormality)
 
 
 def norm(kernel: Any) -> Any:
@@ -138,7 +137,7 @@ def _wide(dtype: Any) -> str:
 def _regularize(conv: keras.Layer, regularizer: Any) -> None:
     conv.kernel_regularizer = regularizer
     if conv.built:
-        conv._kernel.regularizer = regularizer
+        kernel_variable(conv).regularizer = regularizer
 
 
 def _marked(model: keras.Layer) -> list[Any]:
@@ -162,7 +161,7 @@ def _distinct(convs: Iterator[keras.Layer]) -> Iterator[keras.Layer]:
     """Yield those whose kernels differ: a weight that is tied counts once."""
     seen: set[int] = set()
     for conv in convs:
-        key = id(conv._kernel) if conv.built else id(conv)
+        key = id(kernel_variable(conv)) if conv.built else id(conv)
         if key not in seen:
             seen.add(key)
             yield conv

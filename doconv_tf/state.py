@@ -20,7 +20,7 @@ from doconv_core.state.file import State, entry, origin_of
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
 from doconv_tf.graph import ordered_children
-from doconv_tf.layers import FORMS, Part, own_weights, parts_of, surroundings
+from doconv_tf.layers import Part, own_weights, parts_of, reader_of, surroundings
 
 FRAMEWORK = "keras"
 
@@ -80,7 +80,7 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
         for below, part in parts_of(path, layer, around).items():
             place = entry(path, below) if below else path
             parts[place] = part
-            if not around.connections.calls(layer):
+            if not around.graph.calls(layer):
                 unseen.add(place)
     forms = suspect_flattening({path: part.form for path, part in parts.items()}, unseen)
     return {path: part._replace(form=forms[path]) for path, part in parts.items()}
@@ -93,8 +93,7 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):
-        known = isinstance(layer, tuple(FORMS))
-        if not layer.built and (not path or known):
+        if not layer.built and (not path or reader_of(layer) is not None):
             name = path or layer.name
             raise ValueError(f"layer {name!r} is not built; call the model, or its build(), first.")
         if id(layer) in seen or not own_weights(layer):
@@ -131,8 +130,11 @@ def _from_array(array: np.ndarray, part: Part, name: str) -> np.ndarray:
     if _is_flattened(part, name):
         array = from_channels_first(array, part.positions)
     if name == "weight" and part.layout:
-        spec = part.form.spec
-        shape = getattr(spec, "parameter_shape", None) or getattr(spec, "kernel_shape", array.shape)
+        form = part.form
+        spec, composed = form.spec, form.composed
+        shape = getattr(spec, "kernel_shape", array.shape)
+        if composed is not None:
+            shape, spec = composed.parameter_shape(spec), composed.conv(spec)
         return from_canonical(array.reshape(shape), part.layout, getattr(spec, "groups", 1))
     return array.reshape(part.variables[name].shape)
 
