@@ -24,7 +24,8 @@ from doconv_core.kinds.bsconv import (
 )
 from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import as_integer, as_tuple
+from doconv_core.maths.spec import as_tuple
+from doconv_tf.arguments import StandIn
 from doconv_tf.bsconv_fold import as_array, folded, put_kernel
 from doconv_tf.bsconv_parts import make_parts
 from doconv_tf.composed import ComposedConv
@@ -38,10 +39,7 @@ ARGUMENTS = (
     "use_bias", "kernel_initializer", "bias_initializer", "kernel_regularizer", "bias_regularizer",
     "activity_regularizer", "kernel_constraint", "bias_constraint",
 )  # fmt: skip
-# What else it has as attributes.
-_OWN = (
-    "around", "with_bn", "bn_options", "spec", "explained", "p", "min_mid_channels", "_penalty",
-)  # fmt: skip
+_SIZES = ("p", "min_mid_channels", "with_bn")  # the arguments of its own that its spec takes
 _OPTIONS = {"name": None, "trainable": True, "dtype": None, "autocast": True}
 
 
@@ -50,7 +48,7 @@ def part(name: str) -> property:
     return property(lambda layer: layer.get_layer(name), doc=f"The part named {name!r}.")
 
 
-class _BSConv(keras.Sequential):
+class _BSConv(StandIn, keras.Sequential):
     """What the layers of every rank and variant share.
 
     A sequence of ordinary layers, named as `spec.names` says, made when the number of input
@@ -58,62 +56,47 @@ class _BSConv(keras.Sequential):
     Each rank names the ordinary layer it stands in for.
     """
 
-    ordinary: type[keras.Layer]
-    rank: int
     variant: str
-
     groups = 1
     explained: float | None = None  # of the kernel that the layer was started from
-    spec: BSConvSpec | None = None  # once it is built
+    spec: Any = None  # a BSConvSpec, once it is built
     depthwise = part("depthwise")
 
-    def _make(
-        self,
-        filters: Any,
-        kernel_size: Any,
-        strides: Any,
-        padding: Any,
-        data_format: Any,
-        dilation_rate: Any,
-        groups: Any,
-        *others: Any,
-        sizes: dict[str, Any],
-        bn_options: Mapping[str, Any] | None,
-        around: Any,
-        options: dict[str, Any],
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         """Validate the arguments, and keep them as an ordinary layer does."""
         kind, rank = type(self).__name__, self.rank
-        unknown = options.keys() - _OPTIONS.keys()
+        given, own = self._taken(args, options)
+        unknown = given.keys() - _OPTIONS.keys() - {*ARGUMENTS, "groups"}
         if unknown:
             raise TypeError(f"{kind} takes no {', '.join(sorted(unknown))}.")
-        filters = as_integer("filters", filters)
-        kernel_size = as_tuple("kernel_size", kernel_size, rank)
-        spec = BSConvSpec(1, filters, kernel_size, self.variant, **sizes)
-        if groups != 1:
+        sizes = {name: own[name] for name in own.keys() & set(_SIZES)}
+        spec = BSConvSpec(1, given["filters"], given["kernel_size"], self.variant, **sizes)
+        if given.get("groups", 1) != 1:
             raise ValueError(
                 f"{kind} takes groups=1 alone: its pointwise convolution reads every channel, and "
-                f"its depthwise one each for itself; received groups={groups}."
+                f"its depthwise one each for itself; received groups={given['groups']}."
             )
-        strides = as_tuple("strides", strides, rank)
-        dilation_rate = as_tuple("dilation_rate", dilation_rate, rank)
-        around = as_tuple("around", around, rank, least=0)
-        norms = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
-        conv = self.ordinary(
-            filters, kernel_size, strides, padding, data_format, dilation_rate, 1, *others,
-            **{**_OPTIONS, **options, "name": "conv"},
-        )  # fmt: skip
+        around = as_tuple("around", own["around"], rank, least=0)
+        norms = batch_norm_options(spec.with_bn, own["bn_options"], BN_OPTIONS)
+        conv = self.ordinary(**{**_OPTIONS, **given, "name": "conv"})
         if any(around) and conv.padding != "valid":
             raise ValueError(
                 "around, zeros on every side, goes with padding='valid' alone; received "
-                f"around={around}, padding={padding!r}."
+                f"around={around}, padding={conv.padding!r}."
             )
-        keras.Sequential.__init__(self, trainable=conv.trainable, name=options.get("name"))
+        keras.Sequential.__init__(self, trainable=conv.trainable, name=given.get("name"))
         self.dtype_policy, self.autocast = conv.dtype_policy, conv.autocast
         for name in ARGUMENTS:
             setattr(self, name, getattr(conv, name))
+        for name in sizes:
+            setattr(self, name, own[name])
         self.around, self.with_bn, self.bn_options = around, spec.with_bn, norms
         self.input_spec = keras.InputSpec(min_ndim=rank + 2)
+
+    @classmethod
+    def own_arguments(cls) -> dict[str, Any]:
+        """Return the arguments that the ordinary layer lacks, with their defaults."""
+        return {"around": 0, "with_bn": False, "bn_options": None}
 
     @property
     def bias(self) -> Any:
@@ -121,8 +104,8 @@ class _BSConv(keras.Sequential):
         return self.depthwise.bias
 
     def _spec(self, in_channels: int) -> BSConvSpec:
-        sizes = (in_channels, self.filters, self.kernel_size, self.variant)
-        return BSConvSpec(*sizes, with_bn=self.with_bn)
+        sizes = {name: getattr(self, name) for name in self.own_arguments().keys() & set(_SIZES)}
+        return BSConvSpec(in_channels, self.filters, self.kernel_size, self.variant, **sizes)
 
     def regularizer_of(self, name: str) -> Any:
         """Return the kernel regularizer of a pointwise part."""
@@ -167,10 +150,11 @@ class _BSConv(keras.Sequential):
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return the shape of the output, that of the ordinary layer's."""
         first = 1 if self.data_format == "channels_last" else 2
-        shape = list(input_shape)
+        shape = list[Any](input_shape)
         for axis, zeros in enumerate(self.around, first):
             shape[axis] = None if shape[axis] is None else shape[axis] + 2 * zeros
-        return self._ordinary().compute_output_shape(tuple(shape))
+        found: tuple[int | None, ...] = self._ordinary().compute_output_shape(tuple(shape))
+        return found
 
     def _ordinary(self) -> keras.Layer:
         """Return an ordinary layer, not built, with the same arguments."""
@@ -181,12 +165,12 @@ class _BSConv(keras.Sequential):
 
     def get_config(self) -> dict[str, Any]:
         """Return the ordinary layer's configuration, and the layer's own arguments."""
-        own = {"around": self.around, "with_bn": self.with_bn, "bn_options": self.bn_options}
+        own = {name: getattr(self, name) for name in self.own_arguments()}
         own["bn_options"] = dict(self.bn_options) or None
         return {**self._ordinary().get_config(), **own}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> _BSConv:
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Return the layer of a configuration; not as a `Sequential`, whose has layers."""
         with keras.saving.custom_object_scope(custom_objects or {}):
             return super(keras.Model, cls).from_config(config)
@@ -239,7 +223,7 @@ class _BSConv(keras.Sequential):
         bn_options: Mapping[str, Any] | None = None,
         start: str = "weights",
         **sizes: Any,
-    ) -> _BSConv:
+    ) -> Any:
         """Return a new layer, built, to take a trained ordinary convolution's place.
 
         conv: an `ordinary` layer of Keras' own, exactly, built, with groups=1. start: "weights" for
@@ -275,7 +259,8 @@ class _BSConv(keras.Sequential):
     def own_names(self) -> frozenset[str]:
         """Return the names of the attributes that this layer or the ordinary one has alone."""
         empty = self._ordinary()
-        return frozenset({*vars(empty), *ARGUMENTS, *_OWN, "_kernel", "bias"})
+        own = ("spec", "explained", "_penalty", "_kernel", "bias", *self.own_arguments())
+        return frozenset({*vars(empty), *ARGUMENTS, *own})
 
     def _require_built(self) -> None:
         if not self.built:
@@ -288,37 +273,6 @@ class _BSConvU(_BSConv):
     variant = "u"
     pointwise, batch_norm = part("pointwise"), part("batch_norm")
 
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        around: int | tuple[int, ...] = 0,
-        with_bn: bool = False,
-        bn_options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._make(
-            filters, kernel_size, strides, padding, data_format, dilation_rate, groups, activation,
-            use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-            activity_regularizer, kernel_constraint, bias_constraint,
-            sizes={"with_bn": with_bn}, bn_options=bn_options, around=around, options=kwargs,
-        )  # fmt: skip
-
 
 class _BSConvS(_BSConv):
     """BSConv-S: `pointwise1`, [`batch_norm1`], `pointwise2`, [`batch_norm2`], `depthwise`."""
@@ -327,78 +281,27 @@ class _BSConvS(_BSConv):
     pointwise1, batch_norm1 = part("pointwise1"), part("batch_norm1")
     pointwise2, batch_norm2 = part("pointwise2"), part("batch_norm2")
 
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        p: float = P,
-        min_mid_channels: int = MIN_MID_CHANNELS,
-        orthonormality: float = 0.0,
-        around: int | tuple[int, ...] = 0,
-        with_bn: bool = False,
-        bn_options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        sizes = {"p": p, "min_mid_channels": min_mid_channels, "with_bn": with_bn}
-        penalty = Orthonormality(as_number("orthonormality", orthonormality))
-        self._make(
-            filters, kernel_size, strides, padding, data_format, dilation_rate, groups, activation,
-            use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-            activity_regularizer, kernel_constraint, bias_constraint,
-            sizes=sizes, bn_options=bn_options, around=around, options=kwargs,
-        )  # fmt: skip
-        self.p, self.min_mid_channels = p, min_mid_channels
+    def __init__(self, *args: Any, **options: Any) -> None:
+        alpha = as_number("orthonormality", options.get("orthonormality", 0.0))
+        penalty = Orthonormality(alpha)
+        super().__init__(*args, **options)
         penalty.other = self.kernel_regularizer
         self._penalty = penalty
+
+    @classmethod
+    def own_arguments(cls) -> dict[str, Any]:
+        """Return the arguments that the ordinary layer lacks, with their defaults."""
+        sizes = {"p": P, "min_mid_channels": MIN_MID_CHANNELS, "orthonormality": 0.0}
+        return {**sizes, **super().own_arguments()}
 
     @property
     def orthonormality(self) -> float:
         """The weight of the orthonormality loss in the model's losses."""
         return self._penalty.alpha
 
-    def _spec(self, in_channels: int) -> BSConvSpec:
-        sizes = (in_channels, self.filters, self.kernel_size, self.variant)
-        return BSConvSpec(*sizes, self.p, self.min_mid_channels, self.with_bn)
-
     def regularizer_of(self, name: str) -> Any:
         """Return the kernel regularizer of a pointwise part."""
         return self._penalty if name == "pointwise1" else self.kernel_regularizer
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the ordinary layer's configuration, and the layer's own arguments."""
-        names = ("p", "min_mid_channels", "orthonormality")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
-
-
-@keras.saving.register_keras_serializable(package="doconv")
-class BSConvU1D(_BSConvU):
-    """An unconstrained blueprint separable convolution, in the place of a `keras.layers.Conv1D`.
-
-    Takes `keras.layers.Conv1D`'s arguments, with groups=1. Those about the kernel go for each
-    part's; the others for the depthwise part. By keyword only: `with_bn`, a batch norm behind the
-    pointwise convolution; `bn_options`, a dict of the batch norm's arguments; `around`, zeros that
-    are added on every side between the two, with padding="valid".
-    `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
-    """
-
-    ordinary, rank = keras.layers.Conv1D, 1
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -413,79 +316,85 @@ class BSConvU2D(_BSConvU):
     becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU2D(8, 3, padding="same", with_bn=True)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 10, 10, 8)
+    >>> [part.name for part in layer.layers]
+    ['pointwise', 'batch_norm', 'depthwise']
     """
 
     ordinary, rank = keras.layers.Conv2D, 2
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BSConvU3D(_BSConvU):
-    """An unconstrained blueprint separable convolution, in the place of a `keras.layers.Conv3D`.
+class BSConvU1D(_BSConvU):
+    """As `BSConvU2D`, in the place of a `keras.layers.Conv1D`.
 
-    Takes `keras.layers.Conv3D`'s arguments, with groups=1. Those about the kernel go for each
-    part's; the others for the depthwise part. By keyword only: `with_bn`, a batch norm behind the
-    pointwise convolution; `bn_options`, a dict of the batch norm's arguments; `around`, zeros that
-    are added on every side between the two, with padding="valid".
-    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
-    """
-
-    ordinary, rank = keras.layers.Conv3D, 3
-
-
-@keras.saving.register_keras_serializable(package="doconv")
-class BSConvS1D(_BSConvS):
-    """A subspace blueprint separable convolution, in the place of a `keras.layers.Conv1D`.
-
-    Takes `keras.layers.Conv1D`'s arguments, with groups=1. Those about the kernel go for each
-    part's; the others for the depthwise part. By keyword only: `p` and `min_mid_channels`, which
-    give the channels between its pointwise convolutions; `with_bn`, a batch norm behind each of
-    these; `bn_options`, a dict of the batch norm's arguments; `around`, zeros that are added on
-    every side before the depthwise part, with padding="valid"; `orthonormality`, the weight with
-    which the model's losses have its orthonormality loss.
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU1D(8, 3, padding="causal")
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 10, 8)
     """
 
     ordinary, rank = keras.layers.Conv1D, 1
 
 
 @keras.saving.register_keras_serializable(package="doconv")
+class BSConvU3D(_BSConvU):
+    """As `BSConvU2D`, in the place of a `keras.layers.Conv3D`.
+
+    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
+
+    >>> layer = BSConvU3D(8, 3)
+    >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)
+    (1, 4, 4, 4, 8)
+    """
+
+    ordinary, rank = keras.layers.Conv3D, 3
+
+
+@keras.saving.register_keras_serializable(package="doconv")
 class BSConvS2D(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `keras.layers.Conv2D`.
 
-    Takes `keras.layers.Conv2D`'s arguments, with groups=1. Those about the kernel go for each
-    part's; the others for the depthwise part. By keyword only: `p` and `min_mid_channels`, which
-    give the channels between its pointwise convolutions; `with_bn`, a batch norm behind each of
-    these; `bn_options`, a dict of the batch norm's arguments; `around`, zeros that are added on
-    every side before the depthwise part, with padding="valid"; `orthonormality`, the weight with
-    which the model's losses have its orthonormality loss.
-    `(B, H, W, I)` becomes `(B, H', W', O)`, or with channels first `(B, I, H, W)`
-    becomes `(B, O, H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Takes the arguments of `BSConvU2D`, with a batch norm behind each pointwise convolution. By
+    keyword only: `p` and `min_mid_channels`, which give the channels between its pointwise
+    convolutions; `orthonormality`, the weight with which the model's losses have its orthonormality
+    loss. Shapes and errors are those of `BSConvU2D`.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvS2D(8, 3, p=0.5, min_mid_channels=1)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 8)
+    >>> [tuple(part.kernel.shape) for part in layer.layers]
+    [(1, 1, 4, 2), (1, 1, 2, 8), (3, 3, 8, 1)]
     """
 
     ordinary, rank = keras.layers.Conv2D, 2
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BSConvS3D(_BSConvS):
-    """A subspace blueprint separable convolution, in the place of a `keras.layers.Conv3D`.
+class BSConvS1D(_BSConvS):
+    """As `BSConvS2D`, in the place of a `keras.layers.Conv1D`; shapes are those of `BSConvU1D`.
 
-    Takes `keras.layers.Conv3D`'s arguments, with groups=1. Those about the kernel go for each
-    part's; the others for the depthwise part. By keyword only: `p` and `min_mid_channels`, which
-    give the channels between its pointwise convolutions; `with_bn`, a batch norm behind each of
-    these; `bn_options`, a dict of the batch norm's arguments; `around`, zeros that are added on
-    every side before the depthwise part, with padding="valid"; `orthonormality`, the weight with
-    which the model's losses have its orthonormality loss.
-    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    >>> layer = BSConvS1D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 8)
+    """
+
+    ordinary, rank = keras.layers.Conv1D, 1
+
+
+@keras.saving.register_keras_serializable(package="doconv")
+class BSConvS3D(_BSConvS):
+    """As `BSConvS2D`, in the place of a `keras.layers.Conv3D`; shapes are those of `BSConvU3D`.
+
+    >>> layer = BSConvS3D(8, 3)
+    >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)
+    (1, 4, 4, 4, 8)
     """
 
     ordinary, rank = keras.layers.Conv3D, 3

@@ -25,6 +25,7 @@ from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.models.report import REPLACED
 from doconv_core.models.view import Folding, LayerKind, ModelView, Site
+from doconv_tf.arguments import StandIn
 from doconv_tf.ordinary import check_ordinary, is_replaced, like, policy_of, put, spec_of
 from doconv_tf.surgery import become
 
@@ -32,12 +33,13 @@ _ABOUT = ("initializer", "regularizer", "constraint")
 _NAMES: Mapping[str, str] = MappingProxyType({})
 
 
-class ComposedConv:
-    """A mixin, to stand before the ordinary layer; `call` remains the ordinary layer's.
+class ComposedConv(StandIn, keras.Layer):
+    """What the layers of every composed kind share, to stand before the ordinary layer.
 
-    Variables: `_kernel`, the kind's `weight`; its other entries, None where a layer of these sizes
-    lacks one; `bias`. The entries are never cast on reading: `kernel` is cast, once, after the
-    composition.
+    Its constructor takes the ordinary layer's arguments, and by keyword the kind's options, and
+    what there is to say about its entries. `call` remains the ordinary layer's. Variables:
+    `_kernel`, the kind's `weight`; its other entries, None where a layer of these sizes lacks one;
+    `bias`. The entries are never cast on reading: `kernel` is cast, once, after the composition.
 
     kind: the core's. ordinary: the layer it stands in for. layout: the core's word for that layer's
     kernel. kernel_name: the attribute that is the composed kernel. By the kind's own names, where
@@ -47,26 +49,35 @@ class ComposedConv:
     """
 
     kind: ComposedKind
-    ordinary: type[Any]
     layout = "*IO"
     kernel_name = "kernel"
     option_names = attributes = stored = _NAMES
     prefixes: Mapping[str, str] = MappingProxyType({"weight": "kernel"})
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        given = {name: options.pop(self._option(name), None) for name in self.kind.options}
-        about = {name: options.pop(name, None) for name in self._about()}
         for name in ("lora_rank", "lora_alpha"):
             if options.get(name) is not None:
                 raise ValueError(self._advice(f"takes no {name}"))
-        super().__init__(*args, **options)
+        given, own = self._taken(args, options)
+        super().__init__(**given)
         self._refuse_quantized(self.dtype_policy)
-        least = self.groups if self.layout == "*IO" else 1
-        spec = self._spec(least, given)
-        for name in self.kind.options:
+        options = {name: own.pop(self._option(name)) for name in self.kind.options}
+        spec = self._spec(self.groups if self.layout == "*IO" else 1, options)
+        for name in options:
             setattr(self, self._option(name), getattr(spec, name))
-        for name, value in about.items():
-            setattr(self, name, getattr(keras, f"{name.rpartition('_')[2]}s").get(value))
+        for name, value in own.items():
+            setattr(self, name, _module_of(name).get(value))
+
+    @classmethod
+    def own_arguments(cls) -> dict[str, Any]:
+        """Return the kind's options, and for entries their initializer and what else there is."""
+        own: dict[str, Any] = {cls._option(name): None for name in cls.kind.options}
+        for entry, prefix in cls.prefixes.items():
+            if entry != "weight":
+                start = "zeros" if cls.kind.constants[entry] == 0 else "ones"
+                own |= {f"{prefix}_{about}": None for about in _ABOUT}
+                own[f"{prefix}_initializer"] = start
+        return own
 
     @classmethod
     def _option(cls, name: str) -> str:
@@ -74,9 +85,9 @@ class ComposedConv:
 
     @classmethod
     def _about(cls) -> list[str]:
-        """Return the names of the arguments about entries that the ordinary layer has not."""
-        prefixes = [p for entry, p in cls.prefixes.items() if entry != "weight"]
-        return [f"{prefix}_{about}" for prefix in prefixes for about in _ABOUT]
+        """Return the names of the arguments about entries."""
+        options = [cls._option(name) for name in cls.kind.options]
+        return [name for name in cls.own_arguments() if name not in options]
 
     def _spec(self, in_channels: Any, options: Mapping[str, Any] | None = None) -> Any:
         """Return the sizes for so many input channels. options: the kind's, if not the layer's."""
@@ -204,7 +215,7 @@ class ComposedConv:
 
         conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied, and
         those of an activation that is a layer. Name, dtype policy and configuration are kept.
-        options: the kind's.
+        options: the kind's, by their names here.
         Raises TypeError for any other layer: a subclass, or one with LoRA, may compute something
         else. Raises ValueError if it is not built.
         """
@@ -219,17 +230,13 @@ class ComposedConv:
 
     def own_names(self) -> frozenset[str]:
         """Return the names of the attributes that this layer or the ordinary one has alone."""
-        options = map(self._option, self.kind.options)
         attributes = map(self._attribute, self.kind.names)
-        return frozenset({"spec", self.kernel_name, *attributes, *options, *self._about()})
+        return frozenset({"spec", self.kernel_name, *attributes, *self.own_arguments()})
 
     def get_config(self) -> dict[str, Any]:
         """Return the ordinary layer's configuration, and what the kind adds."""
         options = map(self._option, self.kind.options)
-        about = {
-            name: getattr(keras, f"{name.rpartition('_')[2]}s").serialize(getattr(self, name))
-            for name in self._about()
-        }
+        about = {name: _module_of(name).serialize(getattr(self, name)) for name in self._about()}
         own = {name: getattr(self, name) for name in options}
         return {**super().get_config(), **own, **about}
 
@@ -337,6 +344,11 @@ class ComposedConv:
         )
 
 
+def _module_of(name: str) -> Any:
+    """Return the module of Keras for an argument that ends in initializer, regularizer, …"""
+    return getattr(keras, f"{name.rpartition('_')[2]}s")
+
+
 class ComposedLayers(LayerKind):
     """A composed kind's layers in Keras. A layer is converted where it stands.
 
@@ -360,6 +372,8 @@ class ComposedLayers(LayerKind):
 
     def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
         """Return the type of layer for a network's convolution, and what it takes more."""
+        if ordinary not in self.types:
+            return super().realize(ordinary, recipe)
         return self.types[ordinary], {}
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:

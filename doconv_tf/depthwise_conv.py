@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec, as_depth_multiplier, as_integer, as_tuple
+from doconv_core.maths.spec import ConvSpec, as_depth_multiplier
 from doconv_tf.composed import ComposedConv, ComposedLayers
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_tf.over_parameterized import OverParameterized
@@ -20,68 +20,19 @@ class _Depthwise(OverParameterized):
     option_names = MappingProxyType({"depth_multiplier": "d_multiplier"})
     prefixes = MappingProxyType({"weight": "depthwise", "depthwise_weight": "d"})
 
-    def _standardized(self, **options: Any) -> dict[str, Any]:
-        """Return the sizes, validated by the names that they have here."""
-        for name in ("kernel_size", "strides", "dilation_rate"):
-            options[name] = as_tuple(name, options[name], self.rank)
-        options["depth_multiplier"] = as_integer("depth_multiplier", options["depth_multiplier"])
-        given, size = options["d_multiplier"], options["kernel_size"]
-        options["d_multiplier"] = as_depth_multiplier(given, size, name="d_multiplier")
-        return options
-
     @classmethod
-    def from_conv(cls, conv: Any, *, d_multiplier: int | None = None) -> Any:
-        """Return a new layer, built, with the function of a trained ordinary layer.
-
-        As `DOConv2D.from_conv`, for the layer that this one stands in for. d_multiplier: S.
-        """
-        return super().from_conv(conv, d_multiplier=d_multiplier)
-
-
-class _DODepthwiseConv(_Depthwise):
-    """What `DODepthwiseConv1D` and `DODepthwiseConv2D` share."""
-
-    def __init__(
-        self,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        depth_multiplier: int = 1,
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        depthwise_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        depthwise_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        depthwise_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        d_multiplier: int | None = None,
-        d_initializer: Any = "zeros",
-        d_regularizer: Any = None,
-        d_constraint: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        sizes = self._standardized(
-            kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier, d_multiplier=d_multiplier,
-        )  # fmt: skip
-        super().__init__(
-            **sizes, padding=padding, data_format=data_format, activation=activation,
-            use_bias=use_bias, depthwise_initializer=depthwise_initializer,
-            bias_initializer=bias_initializer, depthwise_regularizer=depthwise_regularizer,
-            bias_regularizer=bias_regularizer, activity_regularizer=activity_regularizer,
-            depthwise_constraint=depthwise_constraint, bias_constraint=bias_constraint,
-            d_initializer=d_initializer, d_regularizer=d_regularizer, d_constraint=d_constraint,
-            **kwargs,
-        )  # fmt: skip
+    def _taken(
+        cls, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments, S by the name that it has here."""
+        given, own = super()._taken(args, options)
+        size = given["kernel_size"]
+        own["d_multiplier"] = as_depth_multiplier(own["d_multiplier"], size, name="d_multiplier")
+        return given, own
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv1D(_DODepthwiseConv, keras.layers.DepthwiseConv1D):
+class DODepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv1D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv1D`'s arguments, and by keyword only those of D as in
@@ -90,13 +41,19 @@ class DODepthwiseConv1D(_DODepthwiseConv, keras.layers.DepthwiseConv1D):
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DODepthwiseConv1D(3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 4)
+    >>> type(layer.fold()).__name__
+    'DepthwiseConv1D'
     """
 
     ordinary, rank = keras.layers.DepthwiseConv1D, 1
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv2D(_DODepthwiseConv, keras.layers.DepthwiseConv2D):
+class DODepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv2D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv2D`'s arguments. There `depth_multiplier` already is the number
@@ -110,6 +67,12 @@ class DODepthwiseConv2D(_DODepthwiseConv, keras.layers.DepthwiseConv2D):
     `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DODepthwiseConv2D(3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 4)
+    >>> type(layer.fold()).__name__
+    'DepthwiseConv2D'
     """
 
     ordinary, rank = keras.layers.DepthwiseConv2D, 2
@@ -123,50 +86,6 @@ class _DOSeparableConv(_Depthwise):
 
     kernel_name = "depthwise_kernel"
     attributes = MappingProxyType({"depthwise_weight": "d_kernel"})
-
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        depth_multiplier: int = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        depthwise_initializer: Any = "glorot_uniform",
-        pointwise_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        depthwise_regularizer: Any = None,
-        pointwise_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        depthwise_constraint: Any = None,
-        pointwise_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        d_multiplier: int | None = None,
-        d_initializer: Any = "zeros",
-        d_regularizer: Any = None,
-        d_constraint: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        sizes = self._standardized(
-            kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier, d_multiplier=d_multiplier,
-        )  # fmt: skip
-        super().__init__(
-            as_integer("filters", filters), **sizes, padding=padding, data_format=data_format,
-            activation=activation, use_bias=use_bias, depthwise_initializer=depthwise_initializer,
-            pointwise_initializer=pointwise_initializer, bias_initializer=bias_initializer,
-            depthwise_regularizer=depthwise_regularizer,
-            pointwise_regularizer=pointwise_regularizer, bias_regularizer=bias_regularizer,
-            activity_regularizer=activity_regularizer, depthwise_constraint=depthwise_constraint,
-            pointwise_constraint=pointwise_constraint, bias_constraint=bias_constraint,
-            d_initializer=d_initializer, d_regularizer=d_regularizer, d_constraint=d_constraint,
-            **kwargs,
-        )  # fmt: skip
 
     depthwise_kernel = ComposedConv.kernel
 
@@ -191,6 +110,12 @@ class DOSeparableConv1D(_DOSeparableConv, keras.layers.SeparableConv1D):
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DOSeparableConv1D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 8)
+    >>> type(layer.fold()).__name__
+    'SeparableConv1D'
     """
 
     ordinary, rank = keras.layers.SeparableConv1D, 1
@@ -209,6 +134,12 @@ class DOSeparableConv2D(_DOSeparableConv, keras.layers.SeparableConv2D):
     `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DOSeparableConv2D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 8)
+    >>> type(layer.fold()).__name__
+    'SeparableConv2D'
     """
 
     ordinary, rank = keras.layers.SeparableConv2D, 2

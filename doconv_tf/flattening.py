@@ -30,8 +30,10 @@ _ELEMENTWISE = (
     _layers.UnitNormalization,
 )  # fmt: skip
 _ELEMENTWISE_OPERATIONS = ("Relu", "Relu6", "Sigmoid", "Silu", "Tanh", "Gelu", "Softplus", "Elu")
-_MERGES = (_layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum, _layers.Multiply)
-_MERGES += (_layers.Subtract,)
+_MERGES = (
+    _layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum, _layers.Multiply,
+    _layers.Subtract,
+)  # fmt: skip
 _MERGING_OPERATIONS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
 # What has its features on the last axis in every framework.
 _FEATURES_LAST = (
@@ -223,7 +225,7 @@ def _format_of(maker: Any) -> str | None:
     """Return the image format of what a call gives, as far as the layer called tells it."""
     operation = maker.operation
     if hasattr(operation, "data_format") and not isinstance(operation, _layers.Flatten):
-        return operation.data_format
+        return str(operation.data_format)
     if maker.input_tensors:
         return None if isinstance(operation, _FEATURES_LAST) else OWN
     shape = maker.outputs[0].shape
@@ -268,4 +270,4 @@ def _may_give(layer: keras.Layer, features: int) -> bool:
     shape = (layer.get_build_config() or {}).get("input_shape")
     if not shape or any(n is None for n in shape[1:]):
         return True
-    return prod(shape[1:]) == features and sum(n != 1 for n in shape[1:]) > 1
+    return bool(prod(shape[1:]) == features) and sum(n != 1 for n in shape[1:]) > 1

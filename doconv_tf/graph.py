@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from doconv_core.maths.geometry import Extra, padded
+from doconv_core.maths.geometry import Extra
 from doconv_core.models.view import Flow
 from doconv_tf.ordinary import first_occurrences
 from doconv_tf.private import (
@@ -134,8 +134,9 @@ class Graph:
                 found.add(())
                 continue
             own = (pad.padding,) if isinstance(pad, _ZERO_PADS[0]) else pad.padding
-            own = tuple((before, after) for before, after in own)
-            found |= {padded(own, [more]) for more in self._zeros(maker.input_tensors[0])}
+            for more in self._zeros(maker.input_tensors[0]):
+                both = zip(own, more or [(0, 0)] * len(own), strict=True)
+                found.add(tuple((b + before, a + after) for (b, a), (before, after) in both))
         return found
 
     def flow(self) -> Seen:

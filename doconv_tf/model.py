@@ -53,6 +53,13 @@ def over_parameterize(
     that would go on with the former layers; ValueError for what is not built, and, with the layer's
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
     matches nothing.
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    >>> trained, report = over_parameterize(model)
+    >>> print(report)
+    over-parameterized 1 layer, left 0; parameters: 112 before, 355 after (+216.96%)
+      Conv2D -> DOConv2D (1)
+        conv
     """
     return convert.over_parameterize(
         View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
@@ -92,6 +99,12 @@ def fold(
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
     computes exactly, ValueError for a form that there is not, and TypeError and ValueError as
     `over_parameterize` does; before anything is changed.
+
+    >>> from doconv_tf import DOConv2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), DOConv2D(4, 3, name="conv")])
+    >>> folded, report = fold(model)
+    >>> report.changed
+    (Change(path='conv', before='DOConv2D', after='Conv2D'),)
     """
     return fold_layers(
         View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
@@ -127,6 +140,11 @@ def to_bsconv(
     and for a kernel that is not finite, with its path; before anything is changed. Warns where
     `where` matches nothing.
     Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    >>> model, report = to_bsconv(model, "s")
+    >>> report.changed
+    (Change(path='conv', before='Conv2D', after='BSConvS2D'),)
     """
     view = View(model)
     options = replacement(

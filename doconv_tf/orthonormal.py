@@ -56,6 +56,11 @@ def orthonormality_loss(model: keras.Layer, alpha: float = ALPHA) -> Any:
     Raises ValueError for a model that has no such weight, as a sum of nothing would hide it;
     TypeError for what is not a layer and for an alpha that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> from doconv_tf import BSConvS2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
+    >>> float(orthonormality_loss(model)) > 0
+    True
     """
     alpha = as_number("alpha", alpha)
     total, *norms = [norm(conv.kernel) for conv in _marked(model)]
@@ -72,6 +77,12 @@ def add_orthonormality(model: keras.Layer, alpha: float = ALPHA) -> None:
     it again sets another weight; 0 takes the loss out. `fit` compiles its step anew; a model that
     holds this one and was fitted before has to be compiled again.
     Raises as `orthonormality_loss` does.
+
+    >>> from doconv_tf import BSConvS2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
+    >>> add_orthonormality(model, 0.1)
+    >>> len(model.losses)
+    1
     """
     alpha = as_number("alpha", alpha)
     for conv in _marked(model):
@@ -88,6 +99,11 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
     its kernel, around the one that it has; copies and files of the model have it too.
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+
+    >>> conv = mark_orthonormal(keras.layers.Conv2D(4, 1))
+    >>> conv.build((None, 8, 8, 4))
+    >>> float(orthonormality_loss(conv)) > 0
+    True
     """
     if not isinstance(conv, CONVS):
         raise TypeError(

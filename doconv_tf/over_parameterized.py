@@ -15,7 +15,7 @@ D_ENTRY = "depthwise_kernel"  # D's name in a store, where the ordinary variable
 
 
 class OverParameterized(ComposedConv):
-    """A mixin, to stand before the ordinary layer.
+    """What the DO layers share, to stand before the ordinary layer.
 
     Variables: `_kernel`, W, in the ordinary kernel's shape where `S == M`; `depthwise_kernel`, D,
     `(I, M, S)`, zero at first, or None for a kernel of one tap; `bias`. d_name: the attribute that

@@ -32,6 +32,10 @@ def build(
     None for the network's own. Keras initializes the weights;
     `doconv_core.networks.initialize` does as the papers do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> from doconv_core.networks.names import describe
+    >>> build(describe("resnet18_doconv", num_classes=5)).output_shape
+    (None, 5)
     """
     return _model(infer(network, input_shape), "", network.name)
 
@@ -50,6 +54,10 @@ def get_model(
     in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
     None for the network's own. seed: of the weights, which are the same in every framework.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> model = get_model("cifar_resnet20_doconv", num_classes=10)
+    >>> model.output_shape
+    (None, 10)
     """
     return build_named(
         build, load_state, name, num_classes=num_classes, in_channels=in_channels,
@@ -90,7 +98,7 @@ def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _channels_first() -> bool:
-    return keras.config.image_data_format() == "channels_first"
+    return bool(keras.config.image_data_format() == "channels_first")
 
 
 def _axis(shape: tuple[int, ...]) -> int:

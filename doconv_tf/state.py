@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from doconv_core.kinds.base import Array
 from doconv_core.maths.layout import (
     from_canonical,
     from_channels_first,
@@ -33,6 +34,10 @@ def export_state(model: keras.Layer) -> State:
     assigned; in a functional model that in which data meets them, one branch after the other.
     Raises TypeError for a layer without a counterpart in a state or with other weights, ValueError
     for one that is not built or shares its path, by its path.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    >>> {name: array.shape for name, array in export_state(model).arrays.items()}
+    {'head.weight': (2, 4), 'head.bias': (2,)}
     """
     parts = _parts(model)
     arrays = {
@@ -55,12 +60,20 @@ def load_state(
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
     a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
     a batch norm's momentum differs.
+
+    >>> model, other = (keras.Sequential([keras.layers.Dense(2)]) for _ in range(2))
+    >>> for each in (model, other):
+    ...     each.build((None, 4))
+    >>> load_state(other, export_state(model), match="order")
+    >>> bool(ops.all(model.layers[0].kernel == other.layers[0].kernel))
+    True
     """
     parts = _parts(model)
     forms = {path: part.form for path, part in parts.items()}
     network = known_name(model.name)
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
-    fitted = fit_state(state, forms, **options)
+    fitted = fit_state(
+        state, forms, match=match, ignore=ignore, framework=FRAMEWORK, network=network
+    )
     assignments = []
     for path, part in parts.items():
         for name, variable in part.variables.items():
@@ -114,21 +127,21 @@ def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
         yield from _walk(entry(path, child.name), child)
 
 
-def _to_array(variable: Any, part: Part, name: str) -> np.ndarray:
-    array = ops.convert_to_numpy(variable)
+def _to_array(variable: Any, part: Part, name: str) -> Array:
+    array: Array = ops.convert_to_numpy(variable)
     if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
         array = array.astype(np.float32)
     if name == "weight" and part.layout:
         array = to_canonical(array, part.layout)
     array = array.reshape(part.form.shapes[name])
-    if _is_flattened(part, name):
-        array = to_channels_first(array, part.positions)
-    return array.copy()
+    positions = _positions(part, name)
+    return array.copy() if positions is None else to_channels_first(array, positions).copy()
 
 
-def _from_array(array: np.ndarray, part: Part, name: str) -> np.ndarray:
-    if _is_flattened(part, name):
-        array = from_channels_first(array, part.positions)
+def _from_array(array: Array, part: Part, name: str) -> Array:
+    positions = _positions(part, name)
+    if positions is not None:
+        array = from_channels_first(array, positions)
     if name == "weight" and part.layout:
         form = part.form
         spec, composed = form.spec, form.composed
@@ -139,6 +152,6 @@ def _from_array(array: np.ndarray, part: Part, name: str) -> np.ndarray:
     return array.reshape(part.variables[name].shape)
 
 
-def _is_flattened(part: Part, name: str) -> bool:
-    """Whether the entry's last axis is a flattened image, to be reordered."""
-    return part.positions is not None and not (part.form.kind == "linear" and name == "bias")
+def _positions(part: Part, name: str) -> tuple[int, ...] | None:
+    """Return the size of the image that the entry's last axis is, flattened, to be reordered."""
+    return None if part.form.kind == "linear" and name == "bias" else part.positions

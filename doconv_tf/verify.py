@@ -23,6 +23,10 @@ def verify(a: Any, b: Any, inputs: Any) -> Difference:
     random numbers even then differ from call to call, and their seed generators move on.
     Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
     another kind.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> verify(model, model, np.ones((1, 4), "float32"))
+    Difference(absolute=0.0, relative=0.0)
     """
     return largest_difference(_outputs(b, inputs), _outputs(a, inputs))
 
