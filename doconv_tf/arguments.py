@@ -27,6 +27,10 @@ class StandIn:
         if "ordinary" in vars(cls) and "__init__" not in vars(cls):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
+    def _require_built(self: Any) -> None:
+        if not self.built:
+            raise ValueError(f"layer {self.name!r} is not built; call it, or its build(), first.")
+
     @classmethod
     def own_arguments(cls) -> dict[str, Any]:
         """Return the arguments that the ordinary layer lacks, with their defaults."""

@@ -262,10 +262,6 @@ class _BSConv(StandIn, keras.Sequential):
         own = ("spec", "explained", "_penalty", "_kernel", "bias", *self.own_arguments())
         return frozenset({*vars(empty), *ARGUMENTS, *own})
 
-    def _require_built(self) -> None:
-        if not self.built:
-            raise ValueError(f"layer {self.name!r} is not built; call it, or its build(), first.")
-
 
 class _BSConvU(_BSConv):
     """BSConv-U: `pointwise`, [`batch_norm`], `depthwise`."""

@@ -266,8 +266,16 @@ class ComposedConv(StandIn, keras.Layer):
         for name, variable in variables.items():
             variable.assign(values[name])
 
-    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: Keras would add LoRA's product to W, in a shape that W need not have."""
+    @property
+    def enable_lora(self) -> Any:
+        """What the ordinary layer may have of this name; to refuse with NotImplementedError.
+
+        Keras would add LoRA's product to the weight, in a shape that it need not have.
+        """
+        getattr(self.ordinary, "enable_lora")  # noqa: B009  # AttributeError where it has not
+        return self._refuse_lora
+
+    def _refuse_lora(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(self._advice("cannot have LoRA"))
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -292,10 +300,6 @@ class ComposedConv(StandIn, keras.Layer):
         if policy.quantization_mode is not None:
             problem = f"cannot have the quantized dtype policy {policy.name!r}"
             raise ValueError(self._advice(problem))
-
-    def _require_built(self) -> None:
-        if not self.built:
-            raise ValueError(f"layer {self.name!r} is not built; call it, or its build(), first.")
 
     def _kernel_shape(self) -> tuple[int, ...]:
         return self.kind.conv(self.spec).kernel_shape
