@@ -60,6 +60,7 @@ class _BSConv(StandIn, keras.Sequential):
     groups = 1
     explained: float | None = None  # of the kernel that the layer was started from
     spec: Any = None  # a BSConvSpec, once it is built
+    _penalty: Any = None  # of orthonormality
     depthwise = part("depthwise")
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -108,8 +109,9 @@ class _BSConv(StandIn, keras.Sequential):
         return BSConvSpec(in_channels, self.filters, self.kernel_size, self.variant, **sizes)
 
     def regularizer_of(self, name: str) -> Any:
-        """Return the kernel regularizer of a pointwise part."""
-        return self.kernel_regularizer
+        """Return the kernel regularizer of a pointwise part, which BSConv-S has for its first."""
+        first = name == "pointwise1" and self._penalty is not None
+        return self._penalty if first else self.kernel_regularizer
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the parts for inputs of this shape, which includes the batch."""
@@ -295,10 +297,6 @@ class _BSConvS(_BSConv):
         """The weight of the orthonormality loss in the model's losses."""
         return self._penalty.alpha
 
-    def regularizer_of(self, name: str) -> Any:
-        """Return the kernel regularizer of a pointwise part."""
-        return self._penalty if name == "pointwise1" else self.kernel_regularizer
-
 
 @keras.saving.register_keras_serializable(package="doconv")
 class BSConvU2D(_BSConvU):
@@ -341,8 +339,7 @@ class BSConvU1D(_BSConvU):
 class BSConvU3D(_BSConvU):
     """As `BSConvU2D`, in the place of a `keras.layers.Conv3D`.
 
-    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
+    `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first as it is there.
 
     >>> layer = BSConvU3D(8, 3)
     >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)

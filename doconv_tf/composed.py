@@ -27,13 +27,14 @@ from doconv_core.models.report import REPLACED
 from doconv_core.models.view import Folding, LayerKind, ModelView, Site
 from doconv_tf.arguments import StandIn
 from doconv_tf.ordinary import check_ordinary, is_replaced, like, policy_of, put, spec_of
+from doconv_tf.refused import Unquantized
 from doconv_tf.surgery import become
 
 _ABOUT = ("initializer", "regularizer", "constraint")
 _NAMES: Mapping[str, str] = MappingProxyType({})
 
 
-class ComposedConv(StandIn, keras.Layer):
+class ComposedConv(StandIn, Unquantized):
     """What the layers of every composed kind share, to stand before the ordinary layer.
 
     Its constructor takes the ordinary layer's arguments, and by keyword the kind's options, and
@@ -55,9 +56,7 @@ class ComposedConv(StandIn, keras.Layer):
     prefixes: Mapping[str, str] = MappingProxyType({"weight": "kernel"})
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        for name in ("lora_rank", "lora_alpha"):
-            if options.get(name) is not None:
-                raise ValueError(self._advice(f"takes no {name}"))
+        self._refuse_lora_arguments(options)
         given, own = self._taken(args, options)
         super().__init__(**given)
         self._refuse_quantized(self.dtype_policy)
@@ -266,41 +265,6 @@ class ComposedConv(StandIn, keras.Layer):
         for name, variable in variables.items():
             variable.assign(values[name])
 
-    @property
-    def enable_lora(self) -> Any:
-        """What the ordinary layer may have of this name; to refuse with NotImplementedError.
-
-        Keras would add LoRA's product to the weight, in a shape that it need not have.
-        """
-        getattr(self.ordinary, "enable_lora")  # noqa: B009  # AttributeError where it has not
-        return self._refuse_lora
-
-    def _refuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(self._advice("cannot have LoRA"))
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse with NotImplementedError, which `Model.quantize` turns into a warning."""
-        raise NotImplementedError(self._advice("cannot be quantized"))
-
-    def quantized_build(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, as `quantize` does."""
-        raise NotImplementedError(self._advice("cannot be quantized"))
-
-    @property
-    def dtype_policy(self) -> Any:
-        """The layer's dtype policy. A quantized one is refused with ValueError."""
-        return keras.Layer.dtype_policy.fget(self)
-
-    @dtype_policy.setter
-    def dtype_policy(self, value: Any) -> None:
-        self._refuse_quantized(keras.dtype_policies.get(value))
-        keras.Layer.dtype_policy.fset(self, value)
-
-    def _refuse_quantized(self, policy: Any) -> None:
-        if policy.quantization_mode is not None:
-            problem = f"cannot have the quantized dtype policy {policy.name!r}"
-            raise ValueError(self._advice(problem))
-
     def _kernel_shape(self) -> tuple[int, ...]:
         return self.kind.conv(self.spec).kernel_shape
 
@@ -338,14 +302,6 @@ class ComposedConv(StandIn, keras.Layer):
                 raise ValueError(
                     f"layer {self.name!r}: entry {name!r} has shape {found}; expected {expected}."
                 )
-
-    def _advice(self, problem: str) -> str:
-        several = "two" if len(self.kind.names) == 2 else "several"
-        return (
-            f"{type(self).__name__} {problem}: its kernel is composed of {several} variables. "
-            f"Train it as it is, then fold() it to a keras.layers.{self.ordinary.__name__}, and go "
-            "on with that."
-        )
 
 
 def _module_of(name: str) -> Any:
