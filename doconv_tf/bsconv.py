@@ -110,8 +110,7 @@ class _BSConv(StandIn, keras.Sequential):
 
     def regularizer_of(self, name: str) -> Any:
         """Return the kernel regularizer of a pointwise part, which BSConv-S has for its first."""
-        first = name == "pointwise1" and self._penalty is not None
-        return self._penalty if first else self.kernel_regularizer
+        return self._penalty if name == "pointwise1" else self.kernel_regularizer
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the parts for inputs of this shape, which includes the batch."""
@@ -295,7 +294,7 @@ class _BSConvS(_BSConv):
     @property
     def orthonormality(self) -> float:
         """The weight of the orthonormality loss in the model's losses."""
-        return self._penalty.alpha
+        return float(self._penalty.alpha)
 
 
 @keras.saving.register_keras_serializable(package="doconv")

@@ -28,7 +28,7 @@ from doconv_tf.composed import ComposedConv, ComposedLayers
 from doconv_tf.flattening import Flattenings
 from doconv_tf.graph import Graph
 from doconv_tf.kinds import LAYER_KINDS
-from doconv_tf.ordinary import CONVS, DEPTHWISE_CONVS, SEPARABLE_CONVS, is_replaced, pads
+from doconv_tf.ordinary import CONVS, DEPTHWISE_CONVS, SEPARABLE_CONVS, is_replaced, pads, spec_of
 from doconv_tf.private import children
 
 _layers = keras.layers
@@ -104,64 +104,71 @@ class _NoCounterpart(Exception):
     """Why a layer of a known type has no counterpart."""
 
 
-def _part(form: LayerForm, layout: str = "", positions: Any = None, **variables: Any) -> Part:
-    variables = {name: variable for name, variable in variables.items() if variable is not None}
-    return Part(form, variables, layout, positions)
+def _part(
+    layer: Any,
+    around: Surroundings,
+    spec: Any,
+    layout: str = "",
+    *,
+    features: int | None = None,
+    kind: bool | str = False,
+    geometry: Geometry | None = None,
+    **variables: Any,
+) -> Part:
+    """Return a layer as a state has it, with the variables that there are.
+
+    features: of its input, where that may be a flattened image. kind: that composes its kernel.
+    """
+    given = {name: variable for name, variable in variables.items() if variable is not None}
+    found = None if features is None else around.flattenings.of(layer, features)
+    positions = found if isinstance(found, tuple) and geometry is None else None
+    flattening = CHANNELS_FIRST if isinstance(found, tuple) else found
+    bias = not given.keys().isdisjoint({"bias", "beta"})
+    form = LayerForm(spec, kind, bias, "gamma" in given, geometry, flattening)
+    return Part(form, given, layout, positions)
 
 
-def _geometry(layer: Any, around: Surroundings) -> Geometry:
+def _convolution(
+    layer: Any, around: Surroundings, spec: Any, layout: str, **variables: Any
+) -> Part:
+    """Return a convolution as a state has it, with the zeros that are added before it."""
     padding = padded(pads(layer), around.graph.zeros_before(layer))
-    return Geometry(layer.strides, layer.dilation_rate, padding)
+    geometry = Geometry(layer.strides, layer.dilation_rate, padding)
+    composed = isinstance(layer, ComposedConv)
+    features = (layer.kind.conv(spec) if composed else spec).in_channels
+    kind = layer.kind.name if composed else False
+    return _part(
+        layer, around, spec, layout, features=features, kind=kind, geometry=geometry, **variables
+    )
 
 
 def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
     if isinstance(layer, ComposedConv):
-        return {"": _composed(layer, around, layer.bias)}
-    if isinstance(layer, DEPTHWISE_CONVS):
-        return {"": _depthwise(layer, layer.kernel, around, layer.bias)}
-    channels, outputs = layer.kernel.shape[-2:]
-    spec = ConvSpec(channels * layer.groups, outputs, layer.kernel_size, layer.groups)
-    options = _options(layer, channels * layer.groups, around)
-    form = LayerForm(spec, bias=layer.bias is not None, **options)
-    return {"": _part(form, "*IO", weight=layer.kernel, bias=layer.bias)}
-
-
-def _options(layer: Any, channels: int, around: Surroundings) -> dict[str, Any]:
-    """Return what a convolution's place in the model tells of its form."""
-    flattening, _ = _flattening(layer, channels, around)
-    return {"geometry": _geometry(layer, around), "flattening": flattening}
-
-
-def _composed(layer: Any, around: Surroundings, bias: Any) -> Part:
-    channels = layer.kind.conv(layer.spec).in_channels
-    options = _options(layer, channels, around)
-    form = LayerForm(layer.spec, layer.kind.name, bias is not None, **options)
-    return _part(form, layer.layout, **layer.entries(), bias=bias)
-
-
-def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part:
-    channels, each = kernel.shape[-2:]
-    spec = ConvSpec(channels, channels * each, layer.kernel_size, channels)
-    form = LayerForm(spec, bias=bias is not None, **_options(layer, channels, around))
-    return _part(form, "*CN", weight=kernel, bias=bias)
+        found = layer.spec, layer.layout, layer.entries()
+    else:
+        layout = "*CN" if isinstance(layer, DEPTHWISE_CONVS) else "*IO"
+        found = spec_of(layer), layout, {"weight": layer.kernel}
+    spec, layout, weights = found
+    return {"": _convolution(layer, around, spec, layout, **weights, bias=layer.bias)}
 
 
 def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
     """Return the two convolutions that a separable one is, as other frameworks have it."""
     if isinstance(layer, ComposedConv):
-        depthwise = _composed(layer, around, None)
+        spec, weights = layer.spec, layer.entries()
     else:
-        depthwise = _depthwise(layer, layer.depthwise_kernel, around, None)
+        spec, weights = spec_of(layer), {"weight": layer.depthwise_kernel}
+    depthwise = _convolution(layer, around, spec, "*CN", **weights)
     ones, none = (1,) * layer.rank, symmetric((0,) * layer.rank)
-    spec = ConvSpec(layer.pointwise_kernel.shape[-2], layer.filters, ones)
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=Geometry(ones, ones, none))
-    pointwise = _part(form, "*IO", weight=layer.pointwise_kernel, bias=layer.bias)
+    kernel = layer.pointwise_kernel
+    spec = ConvSpec(kernel.shape[-2], layer.filters, ones)
+    geometry = Geometry(ones, ones, none)
+    pointwise = _part(layer, around, spec, "*IO", geometry=geometry, weight=kernel, bias=layer.bias)
     return {"depthwise": depthwise, "pointwise": pointwise}
 
 
 def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     outputs, channels = layer.kernel.shape[-2:]
-    spec = TransposedConvSpec(channels, outputs, layer.kernel_size)
     given = layer.output_padding or (None,) * len(layer.kernel_size)
     numbers = zip(layer.kernel_size, layer.strides, layer.dilation_rate, given, strict=True)
     crops = tuple(cropped(layer.padding, *each) for each in numbers)
@@ -170,39 +177,27 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
         tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
         for use in around.graph.zeros_before(layer)
     }
-    geometry = Geometry(layer.strides, layer.dilation_rate, padded(crops, uses))
-    flattening, _ = _flattening(layer, channels, around)
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry, flattening=flattening)
-    return {"": _part(form, "*OI", weight=layer.kernel, bias=layer.bias)}
+    part = _part(
+        layer, around, TransposedConvSpec(channels, outputs, layer.kernel_size), "*OI",
+        features=channels, weight=layer.kernel, bias=layer.bias,
+        geometry=Geometry(layer.strides, layer.dilation_rate, padded(crops, uses)),
+    )  # fmt: skip
+    return {"": part}
 
 
 def _linear(layer: Any, around: Surroundings) -> dict[str, Part]:
     features, units = layer.kernel.shape
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        LinearSpec(features, units), bias=layer.bias is not None, flattening=flattening
-    )
-    return {"": _part(form, "IO", positions, weight=layer.kernel, bias=layer.bias)}
-
-
-def _flattening(layer: Any, features: int, around: Surroundings) -> tuple[str | None, Any]:
-    found = around.flattenings.of(layer, features)
-    if found is None or found == OWN:
-        return found, None
-    return CHANNELS_FIRST, found
+    weights = {"weight": layer.kernel, "bias": layer.bias}
+    spec = LinearSpec(features, units)
+    return {"": _part(layer, around, spec, "IO", features=features, **weights)}
 
 
 def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
-    features = layer.moving_mean.shape[0]
     _check_axis(layer, around)
-    # Keras' momentum is the weight of the old statistics.
-    spec = BatchNormSpec(features, layer.epsilon, 1 - layer.momentum)
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        spec, bias=layer.beta is not None, scale=layer.gamma is not None, flattening=flattening
-    )
     statistics = {"running_mean": layer.moving_mean, "running_var": layer.moving_variance}
-    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta, **statistics)}
+    # Keras' momentum is the weight of the old statistics.
+    spec = BatchNormSpec(layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum)
+    return _norm(layer, around, spec, **statistics)
 
 
 def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -215,7 +210,7 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
         raise _NoCounterpart(
             f"a layer norm over axis {axis} of {rank}, which is not the last, has no counterpart"
         )
-    return _norm(layer, around, lambda features: LayerNormSpec(features, layer.epsilon))
+    return _norm(layer, around, LayerNormSpec(_features(layer), layer.epsilon))
 
 
 def _check_axis(layer: Any, around: Surroundings) -> None:
@@ -233,10 +228,7 @@ def _check_axis(layer: Any, around: Surroundings) -> None:
 
 def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     _check_axis(layer, around)
-
-    def spec(features: int) -> GroupNormSpec:
-        return GroupNormSpec(features, layer.groups, layer.epsilon)
-
+    spec = GroupNormSpec(_features(layer), layer.groups, layer.epsilon)
     part = _norm(layer, around, spec)[""]
     if part.positions is None:
         return {"": part}
@@ -244,17 +236,14 @@ def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     return {"": part._replace(form=replace(part.form, flattening=OWN), positions=None)}
 
 
-def _norm(layer: Any, around: Surroundings, spec: Callable[[int], Any]) -> dict[str, Part]:
-    like = layer.gamma if layer.gamma is not None else layer.beta
-    features = like.shape[0]
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        spec(features),
-        bias=layer.beta is not None,
-        scale=layer.gamma is not None,
-        flattening=flattening,
-    )
-    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta)}
+def _features(norm: Any) -> int:
+    features: int = (norm.gamma if norm.gamma is not None else norm.beta).shape[0]
+    return features
+
+
+def _norm(layer: Any, around: Surroundings, spec: Any, **statistics: Any) -> dict[str, Part]:
+    weights = {"gamma": layer.gamma, "beta": layer.beta, **statistics}
+    return {"": _part(layer, around, spec, features=spec.features, **weights)}
 
 
 def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -266,15 +255,13 @@ def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
         raise _NoCounterpart(
             "a slope for each position has no counterpart; name the spatial axes in shared_axes"
         )
-    features = sizes[0] if sizes else 1
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(PReLUSpec(features), flattening=flattening)
-    return {"": _part(form, "", positions, alpha=layer.alpha)}
+    spec = PReLUSpec(sizes[0] if sizes else 1)
+    return {"": _part(layer, around, spec, features=spec.features, alpha=layer.alpha)}
 
 
 def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
     spec = EmbeddingSpec(*layer.embeddings.shape)
-    return {"": _part(LayerForm(spec), "", weight=layer.embeddings)}
+    return {"": _part(layer, around, spec, weight=layer.embeddings)}
 
 
 READERS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
