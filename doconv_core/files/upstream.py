@@ -13,16 +13,11 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from doconv_core.files.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    KernelSizes,
-    Layer,
-    open_checkpoint,
-)
-from doconv_core.files.composition import canonical_upstream, compose_upstream
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CheckpointError, KernelSizes, Layer
+from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.in_memory import InMemory
-from doconv_core.files.reference import FRAMEWORKS, ORIGIN
+from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
