@@ -52,8 +52,12 @@ def pair_obstacle(conv: Any, norm: Any, seen: Seen) -> str | None:
         return ACTIVATION
     if conv.activity_regularizer or norm.activity_regularizer:
         return REGULARIZED
-    ndim = conv.rank + 2
-    axis = -1 if conv.data_format == "channels_last" else 1
+    return axis_obstacle(conv, norm)
+
+
+def axis_obstacle(conv: Any, norm: Any) -> str | None:
+    """Return that a batch norm's axis is not that of a layer's channels, where it is not."""
+    ndim, axis = conv.rank + 2, -1 if conv.data_format == "channels_last" else 1
     return None if norm.axis % ndim == axis % ndim else AXIS
 
 

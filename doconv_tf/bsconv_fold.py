@@ -21,8 +21,8 @@ from doconv_core.kinds.bsconv_fold import (
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
-from doconv_core.models.report import AXIS, REPLACED
-from doconv_tf.batchnorm import norm_obstacle
+from doconv_core.models.report import REPLACED
+from doconv_tf.batchnorm import axis_obstacle, norm_obstacle
 from doconv_tf.bsconv_parts import DEPTHWISE, PADDING, ZERO_PADDING, pointwise
 from doconv_tf.composed import ComposedConv
 from doconv_tf.copying import copied
@@ -112,11 +112,7 @@ def _steps(layer: Any) -> list[Step]:
 
 
 def _normalization(norm: Any, layer: Any) -> Normalization:
-    reason, last = norm_obstacle(norm), layer.rank + 1
-    if reason is None and norm.axis % (last + 1) != (
-        last if layer.data_format == "channels_last" else 1
-    ):
-        reason = AXIS
+    reason = norm_obstacle(norm) or axis_obstacle(layer, norm)
     if reason is not None:
         raise NotFoldable(f"its {norm.name} cannot be folded: {reason}.")
     variables = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)

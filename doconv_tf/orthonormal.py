@@ -6,7 +6,6 @@ with a layer, and what it adds to a model's losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -160,24 +159,16 @@ def _marked(model: keras.Layer) -> list[Any]:
     """Return the convolutions that count; the errors are those of `orthonormality_loss`."""
     if not isinstance(model, keras.Layer):
         raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
-    found = list(_distinct(layer for _, layer in first_occurrences(model) if is_marked(layer)))
+    found = [layer for _, layer in first_occurrences(model) if is_marked(layer)]
     if not found:
         raise ValueError(
             f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1D, "
             "BSConvS2D or BSConvS3D that is built, nor a convolution that was given to "
             "mark_orthonormal."
         )
+    distinct: dict[int, Any] = {}  # a weight that is tied counts once
     for conv in found:
         if not conv.built:
             raise ValueError(f"layer {conv.name!r} is not built; call the model on data first.")
-    return found
-
-
-def _distinct(convs: Iterator[keras.Layer]) -> Iterator[keras.Layer]:
-    """Yield those whose kernels differ: a weight that is tied counts once."""
-    seen: set[int] = set()
-    for conv in convs:
-        key = id(kernel_variable(conv)) if conv.built else id(conv)
-        if key not in seen:
-            seen.add(key)
-            yield conv
+        distinct.setdefault(id(kernel_variable(conv)), conv)
+    return list(distinct.values())
