@@ -12,7 +12,7 @@ import copy
 import enum
 import inspect
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from typing import Any
 
 import keras
@@ -24,8 +24,10 @@ from doconv_tf.private import (
     OF_A_CALL,
     compiled_parts,
     has_maker,
+    is_tracked,
     list_parameters,
     maker_of,
+    recount,
     set_keys,
     set_maker,
 )
@@ -99,16 +101,14 @@ class _Copier:
         if isinstance(value, tuple):
             items = [self._copy(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if type(value) in _CONTAINERS or _is_tracked(value):
+        if type(value) in _CONTAINERS or is_tracked(value):
             return self._container(type(value)(), value)
-        if type(value) is defaultdict:
-            return self._container(defaultdict(value.default_factory), value)
         if _is_plain(value):
             new = _empty(value)
             self._todo.append((value, new))
         else:
             if isinstance(value, (list, dict, set)):  # of another class: their items come first
-                for item in value.values() if isinstance(value, dict) else value:
+                for item in (*value, *value.values()) if isinstance(value, dict) else value:
                     self._copy(item)
             new = copy.deepcopy(value, self._memo)
         self._memo[id(value)] = new
@@ -123,7 +123,7 @@ class _Copier:
             put = new.add if isinstance(old, set) else new.append
             for item in old:
                 put(self._copy(item))
-        if _is_tracked(old):
+        if is_tracked(old):
             new.tracker = self._copy(old.tracker)
         return new
 
@@ -154,9 +154,7 @@ class _Copier:
                     nodes = [self._memo.get(id(node)) for node in getattr(old, name)]
                     vars(new)[name] = [node for node in nodes if node is not None]
         for _, new in self._done:
-            if hasattr(new, "stored_ids"):
-                for name, (_, store) in new.config.items():
-                    new.stored_ids[name] = {id(value) for value in store}
+            recount(new)
 
     def _connect_tensors(self) -> None:
         """Give each symbolic tensor its origin, and each function the keys of its nodes."""
@@ -166,11 +164,6 @@ class _Copier:
         for _, new in self._done:
             if isinstance(new, keras.Function):
                 set_keys(new)
-
-
-def _is_tracked(value: Any) -> bool:
-    """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
-    return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")
 
 
 def _is_plain(value: Any) -> bool:

@@ -59,6 +59,18 @@ def exchange_activation(layer: keras.Layer, old: keras.Layer, new: keras.Layer) 
     layer._tracker.lock()
 
 
+def is_tracked(value: Any) -> bool:
+    """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
+    return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")
+
+
+def recount(tracker: Any) -> None:
+    """Let the copy of a layer's tracker, if it is one, know what it tracks, which it has by id."""
+    if hasattr(tracker, "stored_ids"):
+        for name, (_, store) in tracker.config.items():
+            tracker.stored_ids[name] = {id(value) for value in store}
+
+
 def list_parameters(layer: keras.Layer) -> None:
     """Let a layer whose variables were exchanged list them anew, where Keras runs on PyTorch.
 
