@@ -73,9 +73,11 @@ class ComposedConv(StandIn, Unquantized):
         own: dict[str, Any] = {cls._option(name): None for name in cls.kind.options}
         for entry, prefix in cls.prefixes.items():
             if entry != "weight":
-                start = "zeros" if cls.kind.constants[entry] == 0 else "ones"
+                start = cls.kind.constants[entry]
                 own |= {f"{prefix}_{about}": None for about in _ABOUT}
-                own[f"{prefix}_initializer"] = start
+                own[f"{prefix}_initializer"] = (
+                    keras.initializers.Constant(start) if start else "zeros"
+                )
         return own
 
     @classmethod

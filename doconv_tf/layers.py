@@ -264,7 +264,7 @@ def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
     return {"": _part(layer, around, spec, weight=layer.embeddings)}
 
 
-READERS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
+FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
     **dict.fromkeys((*CONVS, *DEPTHWISE_CONVS), _conv),
     **dict.fromkeys(SEPARABLE_CONVS, _separable),
     **dict.fromkeys(
@@ -285,4 +285,4 @@ def reader_of(layer: keras.Layer) -> Callable[[Any, Surroundings], dict[str, Par
     for layers in LAYER_KINDS.values():
         if isinstance(layers, ComposedLayers) and cls in layers.types.values():
             cls = cls.ordinary
-    return READERS.get(cls)
+    return FORMS.get(cls)
