@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from doconv_core.kinds.bsconv_model import Choice, choice
 from mxnet.gluon import Block, HybridBlock, nn
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 
-from doconv_core.kinds.bsconv_model import Choice, choice
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import REPLACED, SUBCLASS, Change, Left, place
 from doconv_mx.bsconv import is_own

@@ -8,13 +8,13 @@ from typing import Any
 
 import mxnet as mx
 import numpy as np
+from doconv_core.kinds.bsconv_model import STARTS, batch_norm_options
 from mxnet.gluon import HybridBlock, Parameter, ParameterDict, nn
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.bsconv import BSConvSpec, as_choice
-from doconv_core.kinds.bsconv_model import STARTS, batch_norm_options
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_mx.bsconv_fold import check_forward, folded

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxnet.gluon import Block, SymbolBlock
-
-from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.kinds.bsconv_model import (
     GROUPED,
     KERNEL_SIZES,
@@ -19,6 +16,9 @@ from doconv_core.kinds.bsconv_model import (
     other_size,
     replacement,
 )
+from mxnet.gluon import Block, SymbolBlock
+
+from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, P
 from doconv_core.models.report import (
     ALREADY,
     NOT_SELECTED,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from doconv_core.kinds.bsconv_model import FoldReport, as_form
 from mxnet.gluon import Block
 
-from doconv_core.kinds.bsconv_model import FoldReport, as_form
 from doconv_core.maths.spec import as_integer
 from doconv_core.models.report import Converted, Report, Selection, Where
 from doconv_mx.batchnorm import fuse_batchnorms

@@ -345,8 +345,8 @@ def test_a_missing_framework_is_told(file, monkeypatch):
     def missing(self):
         raise ImportError("doconv_torch needs torch, which is not installed.")
 
-    monkeypatch.setattr("importlib.metadata.EntryPoint.load", missing)
-    with pytest.raises(CheckpointError, match=r"is a pytorch file\. doconv_torch needs torch"):
+    monkeypatch.setattr("doconv_core.files.pytorch._backend", lambda: missing(None))
+    with pytest.raises(CheckpointError, match=r"is a PyTorch file\. doconv_torch needs torch"):
         open_checkpoint(file)
 
 

@@ -74,11 +74,14 @@ class Format(Protocol):
 
 
 def formats() -> dict[str, Format]:
-    """Return the modules of all registered formats, by name."""
-    found: dict[str, Format] = {}
-    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
-        found[entry.name] = entry.load()
-    return found
+    """Return the modules of all registered formats, by name. Raises ImportError where one fails."""
+    entries = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    if not entries:
+        raise ImportError(
+            f"no installed package reads files: the entry-point group {GROUP} is empty; install "
+            "doconv with pip."
+        )
+    return {entry.name: entry.load() for entry in entries}
 
 
 def format_of(path: Path) -> Format:

@@ -28,7 +28,7 @@ MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 def sniff(begin: Beginning) -> bool:
     """Return whether this is an archive with a data.pkl, or any pickle."""
     head = begin.head
-    if head[:1] == b"\x80" and len(head) > 1:
+    if head[:1] == b"\x80" and len(head) > 1 and head[8:9] != b"{":  # that is safetensors'
         return 2 <= head[1] <= 5
     return any(name.rpartition("/")[2] == "data.pkl" for name in begin.members)
 

@@ -145,7 +145,7 @@ class ShardedCheckpoint(Checkpoint):
         return self._file(name).read_stored(name)
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
-        """Write the files, folded, as `Checkpoint.write_folded` says; W's entry stays in its shard."""
+        """Write the files, folded, as `Checkpoint.write_folded` says, in as many shards."""
         planned = {output.name: output for output in outputs(self)}
         checkpoint = self
 
@@ -172,10 +172,9 @@ class ShardedCheckpoint(Checkpoint):
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return an index's metadata, and the shard of each entry, each a plain name beside it."""
-    if path.stat().st_size > MAX_INDEX:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes; at most {MAX_INDEX} are read."
-        )
+    size = path.stat().st_size
+    if size > MAX_INDEX:
+        raise CheckpointError(f"{path} has {size} bytes; at most {MAX_INDEX} are read.")
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=once)
     except CheckpointError as error:
