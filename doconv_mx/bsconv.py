@@ -8,13 +8,328 @@ to over-parameterize; a DO-Conv layer does not become a BSConv before it is fold
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from mxnet.gluon import Block, ParameterDict, nn
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import HybridBlock, Parameter, ParameterDict, nn
+from mxnet.gluon.nn.basic_layers import _BatchNorm
+from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.ndarray import NDArray
 
-from doconv_core.kinds.bsconv import MIN_MID_CHANNELS, P
-from doconv_mx.bsconv_layer import _BSConv
-from doconv_mx.view import overridden
+from doconv_core.kinds.bsconv import (
+    MIN_MID_CHANNELS,
+    STARTS,
+    BSConvSpec,
+    P,
+    as_choice,
+    batch_norm_options,
+)
+from doconv_core.kinds.bsconv_init import blueprints
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.layout import to_canonical
+from doconv_core.maths.spec import as_integer, as_tuple
+from doconv_mx.bsconv_fold import check_forward, folded
+from doconv_mx.composed import ComposedConv
+from doconv_mx.ordinary import (
+    as_layout,
+    channels_per_group,
+    check_ordinary,
+    contexts,
+    has_values,
+    is_channels_last,
+)
+from doconv_mx.parameter import fill, native, put
+from doconv_mx.private import no_name_scope
+from doconv_mx.tree import parameters
+
+BN_OPTIONS = (
+    "momentum", "epsilon", "center", "scale", "use_global_stats", "beta_initializer",
+    "gamma_initializer", "running_mean_initializer", "running_variance_initializer",
+)  # fmt: skip
+
+
+class _BSConv(nn.HybridSequential):
+    """What the layers of every rank and variant share.
+
+    A sequence of ordinary layers, named as `spec.names` says; strides, padding, dilation,
+    activation and bias are the depthwise one's. Each rank names the ordinary layer it stands in
+    for.
+    """
+
+    ordinary: type[_Conv]
+    rank: int
+    variant: str
+
+    explained: float | None = None  # of the kernel that the layer was started from
+
+    def _make(
+        self,
+        in_channels: Any,
+        channels: Any,
+        kernel_size: Any,
+        geometry: tuple[Any, Any, Any],
+        groups: int,
+        layout: str | None,
+        ending: dict[str, Any],
+        weight_initializer: Any,
+        scope: tuple[str | None, ParameterDict | None],
+        bn_options: Mapping[str, Any] | None,
+        **sizes: Any,
+    ) -> None:
+        """Validate the arguments, and create the parts.
+
+        geometry: strides, padding and dilation. ending: activation and bias, which like those are
+        the depthwise convolution's alone. scope: prefix and params. sizes: the rest of the spec's.
+        """
+        outline, in_channels = self._validated(in_channels, channels, kernel_size, sizes)
+        if groups != 1:
+            raise ValueError(
+                f"{type(self).__name__} takes groups=1 alone: its pointwise convolution reads "
+                f"every channel, and its depthwise one each for itself; received groups={groups}."
+            )
+        strides, padding, dilation = geometry
+        options = {
+            "strides": as_tuple("strides", strides, self.rank),
+            "padding": as_tuple("padding", padding, self.rank, least=0),
+            "dilation": as_tuple("dilation", dilation, self.rank),
+            **ending,
+        }
+        layout = as_layout(layout, self.rank)
+        norms = batch_norm_options(outline.with_bn, bn_options, BN_OPTIONS)
+        both = {"layout": layout, "weight_initializer": weight_initializer}
+        nn.HybridSequential.__init__(self, *scope)
+        self._outline, self._deferred, self._layout = outline, not in_channels, layout
+        with self.name_scope():
+            self._add_parts(in_channels, norms, both, options)
+
+    def _add_parts(
+        self, in_channels: int, norms: dict[str, Any], both: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Create the parts in the order of their use.
+
+        in_channels: 0 where they are unknown. norms: arguments of the batch norms. both: of every
+        convolution. options: of the depthwise one alone.
+        """
+        outline, before = self._outline, in_channels
+        shapes, channels = iter(outline.pointwise_shapes), outline.out_channels
+        for name in outline.names:
+            own = {"prefix": f"{name}_"}
+            if name == "depthwise":
+                part = self.ordinary(
+                    channels, outline.kernel_size, groups=channels, in_channels=channels,
+                    **both, **options, **own,
+                )  # fmt: skip
+            elif name.startswith("pointwise"):
+                after, ones = next(shapes)[0], (1,) * self.rank
+                part = self.ordinary(after, ones, in_channels=before, use_bias=False, **both, **own)
+                before = after
+            else:
+                axis = self._layout.find("C")
+                part = nn.BatchNorm(axis, in_channels=before, **norms, **own)
+            setattr(self, name, part)
+
+    def _validated(
+        self, in_channels: Any, channels: Any, kernel_size: Any, sizes: dict[str, Any]
+    ) -> tuple[BSConvSpec, int]:
+        """Return the layer's sizes, with 1 for input channels to be inferred, and the number of
+        input channels, 0 for those.
+        """
+        in_channels = as_integer("in_channels", in_channels, least=0)
+        if not in_channels and self.variant == "s":
+            raise ValueError(
+                f"in_channels of a {type(self).__name__} must be given: the channels between its "
+                "pointwise convolutions follow from them; received in_channels=0."
+            )
+        channels = as_integer("channels", channels)
+        kernel_size = as_tuple("kernel_size", kernel_size, self.rank)
+        outline = BSConvSpec(in_channels or 1, channels, kernel_size, self.variant, **sizes)
+        return outline, in_channels
+
+    @property
+    def spec(self) -> BSConvSpec:
+        """The layer's sizes. Raises ValueError while `in_channels` has not been inferred yet."""
+        in_channels = self.inferred_in_channels()
+        if not in_channels:
+            raise ValueError(
+                f"in_channels of layer {self.name!r} is not known yet; pass it, or run the layer "
+                "once."
+            )
+        return replace(self._outline, in_channels=in_channels)
+
+    @property
+    def bias(self) -> Parameter | None:
+        """The bias of the depthwise convolution, or None."""
+        return self.depthwise.bias
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return what the parts make of `x`, one after the other."""
+        for part in self._children.values():
+            guarded = self.rank != 2 and isinstance(part, _BatchNorm)
+            x = _reordered(F, part(_reordered(F, x))) if guarded else part(x)
+        return x
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a part by its position; of a slice, an `nn.HybridSequential` of them."""
+        if not isinstance(key, slice):
+            return super().__getitem__(key)
+        with no_name_scope():
+            parts = nn.HybridSequential(prefix=self.prefix)
+        for name, part in list(self._children.items())[key]:
+            setattr(parts, name, part)
+        return parts
+
+    def composed_kernel(self, ctx: mx.Context | None = None) -> NDArray:
+        """Return the kernel of the ordinary convolution of the same function, differentiable while
+        autograd records: `(O, I, *kernel_size)`, or `(O, *kernel_size, I)` in a channels-last
+        layout.
+
+        ctx: which of the layer's contexts, as in `Parameter.data`. The kernel is in the parameters'
+        dtype; float16 is composed in float32 and rounded once.
+        Raises NotFoldable for a layer with batch norms, which is no mere kernel: `fold` it.
+        ValueError for a layer that has no values yet.
+        """
+        if self._outline.with_bn:
+            raise NotFoldable(
+                f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
+                "gives the convolution where there is one."
+            )
+        parts = list(self._children.values())
+        for part in parts:
+            contexts(part, f"{type(self).__name__}.composed_kernel")
+        *weights, dw = (_kernel(part, ctx) for part in parts)
+        dtype = dw.dtype
+        if np.dtype(dtype).itemsize < 4:
+            *weights, dw = (array.astype("float32") for array in (*weights, dw))
+        matrices = [weight.reshape((weight.shape[0], -1)) for weight in weights]
+        pw = matrices[0] if len(matrices) == 1 else mx.nd.dot(matrices[1], matrices[0])
+        ones, last = (1,) * self.rank, self._layout.endswith("C")
+        pw = pw.reshape((pw.shape[0], *ones, -1) if last else (*pw.shape, *ones))
+        return native(mx.nd.broadcast_mul(pw, dw).astype(dtype, copy=False))
+
+    def fold(self, *, form: str = "keep") -> HybridBlock:
+        """Return new ordinary layers with the same function.
+
+        form: "keep", an `nn.HybridSequential` of the same parts; "merge", one of a pointwise and
+        a depthwise convolution, with the batch norms in the former, for inference; "dense", one
+        convolution.
+        Contexts, dtype, names, activation and hybridization are kept. Hooks are not carried over.
+        A depthwise part that is a DO-Conv layer is folded too. Parameters are computed in float64
+        and rounded once.
+        Raises NotFoldable, with the reason, for what would not be exact, ValueError for another
+        form, and for a layer without values that are to be computed with.
+        """
+        check_forward(self, _BSConv, form)
+        return folded(self, form)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: _Conv,
+        *,
+        with_bn: bool = False,
+        bn_options: Mapping[str, Any] | None = None,
+        start: str = "weights",
+        **sizes: Any,
+    ) -> _BSConv:
+        """Return a new layer to take a trained ordinary convolution's place.
+
+        conv: an `ordinary` layer of Gluon's own, exactly, with groups=1. start: "weights" for the
+        BSConv that is nearest to its kernel, as `doconv_core.blueprints` finds it; its `explained`
+        says how near. "random" for new weights. Of several contexts the first is read. The bias is
+        copied. Batch norms are new: in inference the identity, up to their epsilon. sizes: `p` and
+        `min_mid_channels`, of BSConv-S.
+        Raises TypeError for any other layer; ValueError for groups, for a kernel that is not
+        finite, and with "weights" for a layer that has no values yet.
+        """
+        check_ordinary(cls, conv)
+        as_choice("start", start, STARTS)
+        if start == "weights":
+            contexts(conv, f"{cls.__name__}.from_conv")
+        options, groups = conv._kwargs, conv._kwargs["num_group"]
+        with no_name_scope():
+            layer = cls(
+                channels_per_group(conv) * groups, options["num_filter"], tuple(options["kernel"]),
+                options["stride"], options["pad"], options["dilate"], groups, options["layout"],
+                conv.act and conv.act._act_type, conv.bias is not None, conv.weight.init,
+                "zeros" if conv.bias is None else conv.bias.init, conv.prefix,
+                with_bn=with_bn, bn_options=bn_options, **sizes,
+            )  # fmt: skip
+        layer.explained = _start(layer, conv, start)
+        if conv._active:
+            layer.hybridize(backend=conv._backend, **dict(conv._flags))
+        return layer
+
+    def inferred_in_channels(self) -> int:
+        """Return the number of input channels, 0 where it is unknown."""
+        return channels_per_group(self.pointwise) if self._deferred else self._outline.in_channels
+
+
+def _kernel(part: _Conv, ctx: mx.Context | None) -> NDArray:
+    """Return what a part convolves with, in one context."""
+    kernel = part.composed_kernel(ctx) if isinstance(part, ComposedConv) else part.weight.data(ctx)
+    return kernel.as_nd_ndarray()
+
+
+def _reordered(F: Any, x: Any) -> Any:
+    """Return `x` as it is, in the usual memory layout, and so its gradient.
+
+    On the CPU, MXNet 1.9 cannot read the gradients of a convolution of one or three dimensions and
+    8, 16, ... channels where oneDNN's batch norm is before or behind it.
+    """
+    return native(F.slice_axis(x.as_nd_ndarray(), axis=0, begin=0, end=None))
+
+
+def _start(layer: Any, conv: _Conv, start: str) -> float | None:
+    """Give a new BSConv layer dtype, contexts, `grad_req`, multipliers and values.
+
+    conv: the ordinary layer that it stands in for. start: as `from_conv` takes it. Returns how
+    much of the kernel's squared norm it has; None of a random start. A layer without values yet
+    passes on how it is to be initialized.
+    """
+    weight, bias = conv.weight, layer.depthwise.bias
+    layer.cast(weight.dtype)
+    for parameter in parameters(layer):
+        _follow(parameter, conv.bias if parameter is bias else weight)
+    explained = None
+    if start == "weights":
+        explained = _put_blueprints(layer, conv)
+    if bias is not None:
+        fill(bias, conv.bias, lambda values: values)
+    for parameter in parameters(layer):
+        if not has_values(parameter) and parameter is not bias:
+            _initialize(parameter, weight)
+    return explained
+
+
+def _follow(parameter: Parameter, old: Parameter) -> None:
+    if parameter.grad_req != "null":  # as a running mean's is
+        parameter.grad_req = old.grad_req
+    parameter.lr_mult, parameter.wd_mult = old.lr_mult, old.wd_mult
+
+
+def _put_blueprints(layer: Any, conv: _Conv) -> float:
+    """Take the blueprints of a trained kernel; return how much of it they explain."""
+    weight = conv.weight
+    kernel = weight.list_data()[0].asnumpy().astype(np.float64)
+    kernel = to_canonical(kernel, "O*I" if is_channels_last(conv) else "OI*")
+    found = blueprints(kernel, layer.spec)
+    values = iter((*found.pointwise, found.depthwise))
+    for name, part in layer._children.items():
+        if not name.startswith("batch_norm"):
+            array = next(values).reshape(part.weight.shape).astype(np.dtype(weight.dtype))
+            put(part.weight, dict.fromkeys(weight.list_ctx(), array))
+    return found.explained
+
+
+def _initialize(parameter: Parameter, old: Parameter) -> None:
+    """Initialize a parameter where the old one is, or as the old one is going to be."""
+    if has_values(old):
+        parameter.initialize(ctx=old.list_ctx())
+    elif old._deferred_init:
+        _, ctx, default, _ = old._deferred_init
+        parameter.initialize(ctx=ctx, default_init=default)
 
 
 class _BSConvU(_BSConv):
@@ -42,21 +357,15 @@ class _BSConvU(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes = {
-            "in_channels": in_channels,
-            "channels": channels,
-            "kernel_size": kernel_size,
-            "with_bn": with_bn,
-        }
-        geometry = (strides, padding, dilation)
         ending = {
             "activation": activation,
             "use_bias": use_bias,
             "bias_initializer": bias_initializer,
         }
         self._make(
-            sizes, geometry, groups, layout, ending, weight_initializer, bn_options, prefix, params
-        )
+            in_channels, channels, kernel_size, (strides, padding, dilation), groups, layout,
+            ending, weight_initializer, (prefix, params), bn_options, with_bn=with_bn,
+        )  # fmt: skip
 
 
 class _BSConvS(_BSConv):
@@ -86,23 +395,16 @@ class _BSConvS(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes = {
-            "in_channels": in_channels,
-            "channels": channels,
-            "kernel_size": kernel_size,
-            "p": p,
-            "min_mid_channels": min_mid_channels,
-            "with_bn": with_bn,
-        }
-        geometry = (strides, padding, dilation)
         ending = {
             "activation": activation,
             "use_bias": use_bias,
             "bias_initializer": bias_initializer,
         }
         self._make(
-            sizes, geometry, groups, layout, ending, weight_initializer, bn_options, prefix, params
-        )
+            in_channels, channels, kernel_size, (strides, padding, dilation), groups, layout,
+            ending, weight_initializer, (prefix, params), bn_options, p=p,
+            min_mid_channels=min_mid_channels, with_bn=with_bn,
+        )  # fmt: skip
 
 
 class BSConvU1D(_BSConvU):
@@ -199,8 +501,3 @@ LAYERS = {
     (cls.variant, cls.ordinary): cls
     for cls in (BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)
 }
-
-
-def is_own(layer: Block) -> bool:
-    """Return whether a layer is one of these, exactly, with the forward of its type."""
-    return type(layer) in LAYERS.values() and not overridden(layer)

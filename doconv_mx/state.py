@@ -14,8 +14,8 @@ from doconv_core.networks.names import known_name
 from doconv_core.state.file import State, entry, origin_of
 from doconv_core.state.layers import LayerForm, suspect_flattening
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
-from doconv_mx.compose import native
 from doconv_mx.layers import check_axes, form_of, layout_of
+from doconv_mx.parameter import native
 
 FRAMEWORK = "mxnet"
 
