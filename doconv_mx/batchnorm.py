@@ -81,7 +81,7 @@ def fuse(conv: Any, norm: Any) -> str | None:
 
 
 def _fused(conv: Any, norm: Any, context: mx.Context) -> tuple[Array, Array]:
-    def values(parameter: Parameter | None) -> Array | None:
+    def values(parameter: Parameter | None) -> Any:
         return None if parameter is None else parameter.data(context).asnumpy()
 
     return fuse_batchnorm(

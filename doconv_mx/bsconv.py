@@ -8,12 +8,12 @@ to over-parameterize; a DO-Conv layer does not become a BSConv before it is fold
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock, Parameter, ParameterDict, nn
+from mxnet.gluon import HybridBlock, Parameter, nn
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
@@ -29,11 +29,10 @@ from doconv_core.kinds.bsconv import (
 from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical
-from doconv_core.maths.spec import as_integer, as_tuple
+from doconv_mx.arguments import StandIn
 from doconv_mx.bsconv_fold import check_forward, folded
 from doconv_mx.composed import ComposedConv
 from doconv_mx.ordinary import (
-    as_layout,
     channels_per_group,
     check_ordinary,
     contexts,
@@ -50,113 +49,66 @@ BN_OPTIONS = (
 )  # fmt: skip
 
 
-class _BSConv(nn.HybridSequential):
+class _BSConv(StandIn, nn.HybridSequential):
     """What the layers of every rank and variant share.
 
     A sequence of ordinary layers, named as `spec.names` says; strides, padding, dilation,
-    activation and bias are the depthwise one's. Each rank names the ordinary layer it stands in
-    for.
+    activation and bias are the depthwise one's.
     """
 
-    ordinary: type[_Conv]
-    rank: int
     variant: str
-
     explained: float | None = None  # of the kernel that the layer was started from
 
-    def _make(
-        self,
-        in_channels: Any,
-        channels: Any,
-        kernel_size: Any,
-        geometry: tuple[Any, Any, Any],
-        groups: int,
-        layout: str | None,
-        ending: dict[str, Any],
-        weight_initializer: Any,
-        scope: tuple[str | None, ParameterDict | None],
-        bn_options: Mapping[str, Any] | None,
-        **sizes: Any,
-    ) -> None:
-        """Validate the arguments, and create the parts.
+    @classmethod
+    def own_arguments(cls) -> dict[str, Any]:
+        """Return the arguments that the ordinary layer lacks, with their defaults."""
+        sizes = {"p": P, "min_mid_channels": MIN_MID_CHANNELS} if cls.variant == "s" else {}
+        return {**sizes, "with_bn": False, "bn_options": None}
 
-        geometry: strides, padding and dilation. ending: activation and bias, which like those are
-        the depthwise convolution's alone. scope: prefix and params. sizes: the rest of the spec's.
-        """
-        outline, in_channels = self._validated(in_channels, channels, kernel_size, sizes)
-        if groups != 1:
-            raise ValueError(
-                f"{type(self).__name__} takes groups=1 alone: its pointwise convolution reads "
-                f"every channel, and its depthwise one each for itself; received groups={groups}."
-            )
-        strides, padding, dilation = geometry
-        options = {
-            "strides": as_tuple("strides", strides, self.rank),
-            "padding": as_tuple("padding", padding, self.rank, least=0),
-            "dilation": as_tuple("dilation", dilation, self.rank),
-            **ending,
-        }
-        layout = as_layout(layout, self.rank)
-        norms = batch_norm_options(outline.with_bn, bn_options, BN_OPTIONS)
-        both = {"layout": layout, "weight_initializer": weight_initializer}
-        nn.HybridSequential.__init__(self, *scope)
-        self._outline, self._deferred, self._layout = outline, not in_channels, layout
-        with self.name_scope():
-            self._add_parts(in_channels, norms, both, options)
-
-    def _add_parts(
-        self, in_channels: int, norms: dict[str, Any], both: dict[str, Any], options: dict[str, Any]
-    ) -> None:
-        """Create the parts in the order of their use.
-
-        in_channels: 0 where they are unknown. norms: arguments of the batch norms. both: of every
-        convolution. options: of the depthwise one alone.
-        """
-        outline, before = self._outline, in_channels
-        shapes, channels = iter(outline.pointwise_shapes), outline.out_channels
-        for name in outline.names:
-            own = {"prefix": f"{name}_"}
-            if name == "depthwise":
-                part = self.ordinary(
-                    channels, outline.kernel_size, groups=channels, in_channels=channels,
-                    **both, **options, **own,
-                )  # fmt: skip
-            elif name.startswith("pointwise"):
-                after, ones = next(shapes)[0], (1,) * self.rank
-                part = self.ordinary(after, ones, in_channels=before, use_bias=False, **both, **own)
-                before = after
-            else:
-                axis = self._layout.find("C")
-                part = nn.BatchNorm(axis, in_channels=before, **norms, **own)
-            setattr(self, name, part)
-
-    def _validated(
-        self, in_channels: Any, channels: Any, kernel_size: Any, sizes: dict[str, Any]
-    ) -> tuple[BSConvSpec, int]:
-        """Return the layer's sizes, with 1 for input channels to be inferred, and the number of
-        input channels, 0 for those.
-        """
-        in_channels = as_integer("in_channels", in_channels, least=0)
+    def _make(self, given: SimpleNamespace, own: dict[str, Any]) -> None:
+        """Create the parts in the order of their use, after everything has been validated."""
+        kind, in_channels = type(self).__name__, given.in_channels
         if not in_channels and self.variant == "s":
             raise ValueError(
-                f"in_channels of a {type(self).__name__} must be given: the channels between its "
-                "pointwise convolutions follow from them; received in_channels=0."
+                f"in_channels of a {kind} must be given: the channels between its pointwise "
+                "convolutions follow from them; received in_channels=0."
             )
-        channels = as_integer("channels", channels)
-        kernel_size = as_tuple("kernel_size", kernel_size, self.rank)
-        outline = BSConvSpec(in_channels or 1, channels, kernel_size, self.variant, **sizes)
-        return outline, in_channels
-
-    @property
-    def spec(self) -> BSConvSpec:
-        """The layer's sizes. Raises ValueError while `in_channels` has not been inferred yet."""
-        in_channels = self.inferred_in_channels()
-        if not in_channels:
+        bn_options, sizes = own.pop("bn_options"), (given.channels, given.kernel_size)
+        outline = BSConvSpec(in_channels or 1, *sizes, self.variant, **own)
+        if given.groups != 1:
             raise ValueError(
-                f"in_channels of layer {self.name!r} is not known yet; pass it, or run the layer "
-                "once."
+                f"{kind} takes groups=1 alone: its pointwise convolution reads every channel, and "
+                f"its depthwise one each for itself; received groups={given.groups}."
             )
-        return replace(self._outline, in_channels=in_channels)
+        norms = batch_norm_options(outline.with_bn, bn_options, BN_OPTIONS)
+        nn.HybridSequential.__init__(self, **given.scope)
+        self._outline, self._deferred, self._layout = outline, not in_channels, given.layout
+        norms |= {"axis": given.layout.find("C")}
+        before, after = in_channels, iter(shape[0] for shape in outline.pointwise_shapes)
+        with self.name_scope():
+            for name in outline.names:
+                if name == "depthwise":
+                    part = self._depthwise(given)
+                elif name.startswith("pointwise"):
+                    part = self._pointwise(given, name, before, next(after))
+                    before = part._channels
+                else:
+                    part = nn.BatchNorm(in_channels=before, prefix=f"{name}_", **norms)
+                setattr(self, name, part)
+
+    def _pointwise(self, given: SimpleNamespace, name: str, before: int, after: int) -> Any:
+        return self.ordinary(
+            after, (1,) * self.rank, layout=given.layout, in_channels=before, use_bias=False,
+            weight_initializer=given.weight_initializer, prefix=f"{name}_",
+        )  # fmt: skip
+
+    def _depthwise(self, given: SimpleNamespace) -> Any:
+        return self.ordinary(
+            given.channels, given.kernel_size, given.strides, given.padding, given.dilation,
+            given.channels, given.layout, given.activation, given.use_bias,
+            given.weight_initializer, given.bias_initializer, in_channels=given.channels,
+            prefix="depthwise_",
+        )  # fmt: skip
 
     @property
     def bias(self) -> Parameter | None:
@@ -337,85 +289,22 @@ class _BSConvU(_BSConv):
 
     variant = "u"
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        layout: str | None = None,
-        activation: str | None = None,
-        use_bias: bool = True,
-        weight_initializer: Any = None,
-        bias_initializer: Any = "zeros",
-        prefix: str | None = None,
-        params: ParameterDict | None = None,
-        *,
-        with_bn: bool = False,
-        bn_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        ending = {
-            "activation": activation,
-            "use_bias": use_bias,
-            "bias_initializer": bias_initializer,
-        }
-        self._make(
-            in_channels, channels, kernel_size, (strides, padding, dilation), groups, layout,
-            ending, weight_initializer, (prefix, params), bn_options, with_bn=with_bn,
-        )  # fmt: skip
-
 
 class _BSConvS(_BSConv):
     """BSConv-S: `pointwise1`, [`batch_norm1`], `pointwise2`, [`batch_norm2`], `depthwise`."""
 
     variant = "s"
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        layout: str | None = None,
-        activation: str | None = None,
-        use_bias: bool = True,
-        weight_initializer: Any = None,
-        bias_initializer: Any = "zeros",
-        prefix: str | None = None,
-        params: ParameterDict | None = None,
-        *,
-        p: float = P,
-        min_mid_channels: int = MIN_MID_CHANNELS,
-        with_bn: bool = False,
-        bn_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        ending = {
-            "activation": activation,
-            "use_bias": use_bias,
-            "bias_initializer": bias_initializer,
-        }
-        self._make(
-            in_channels, channels, kernel_size, (strides, padding, dilation), groups, layout,
-            ending, weight_initializer, (prefix, params), bn_options, p=p,
-            min_mid_channels=min_mid_channels, with_bn=with_bn,
-        )  # fmt: skip
-
 
 class BSConvU1D(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `mxnet.gluon.nn.Conv1D`.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv1D`'s
-    arguments in their order, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, W)` becomes `(B, O, W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, W)` becomes `(B, O, W')`; all else is as of `BSConvU2D`.
+
+    >>> layer = BSConvU1D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6))).shape
+    (1, 8, 4)
     """
 
     ordinary, rank = nn.Conv1D, 1
@@ -430,6 +319,11 @@ class BSConvU2D(_BSConvU):
     `(B, I, H, W)` becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU2D(4, 8, 3, padding=1)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6, 6))).shape, list(layer._children)
+    ((1, 8, 6, 6), ['pointwise', 'depthwise'])
     """
 
     ordinary, rank = nn.Conv2D, 2
@@ -438,12 +332,12 @@ class BSConvU2D(_BSConvU):
 class BSConvU3D(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `mxnet.gluon.nn.Conv3D`.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv3D`'s
-    arguments in their order, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvU2D`.
+
+    >>> layer = BSConvU3D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6, 6, 6))).shape
+    (1, 8, 4, 4, 4)
     """
 
     ordinary, rank = nn.Conv3D, 3
@@ -452,13 +346,12 @@ class BSConvU3D(_BSConvU):
 class BSConvS1D(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `mxnet.gluon.nn.Conv1D`.
 
-    Takes `in_channels`, which cannot be inferred, then `mxnet.gluon.nn.Conv1D`'s
-    arguments in their order, with groups=1; `p` and `min_mid_channels`, which give the channels
-    between its pointwise convolutions; `with_bn`, a batch norm behind each of these; and
-    `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, W)` becomes `(B, O, W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, W)` becomes `(B, O, W')`; all else is as of `BSConvS2D`.
+
+    >>> layer = BSConvS1D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6))).shape
+    (1, 8, 4)
     """
 
     ordinary, rank = nn.Conv1D, 1
@@ -474,6 +367,11 @@ class BSConvS2D(_BSConvS):
     `(B, I, H, W)` becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvS2D(16, 8, 3, p=0.5)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 16, 6, 6))).shape, layer.spec.mid_channels
+    ((1, 8, 4, 4), 8)
     """
 
     ordinary, rank = nn.Conv2D, 2
@@ -482,13 +380,12 @@ class BSConvS2D(_BSConvS):
 class BSConvS3D(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `mxnet.gluon.nn.Conv3D`.
 
-    Takes `in_channels`, which cannot be inferred, then `mxnet.gluon.nn.Conv3D`'s
-    arguments in their order, with groups=1; `p` and `min_mid_channels`, which give the channels
-    between its pointwise convolutions; `with_bn`, a batch norm behind each of these; and
-    `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvS2D`.
+
+    >>> layer = BSConvS3D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6, 6, 6))).shape
+    (1, 8, 4, 4, 4)
     """
 
     ordinary, rank = nn.Conv3D, 3

@@ -221,8 +221,9 @@ def _convolution(
     dtype, layout = np.dtype(like.dtype), "O*I" if is_channels_last(conv) else "OI*"
     kernels = {c: v.kernel.reshape(channels, in_channels, *size) for c, v in values.items()}
     put(conv.weight, {c: from_canonical(k, layout).astype(dtype) for c, k in kernels.items()})
-    if conv.bias is not None:
-        put(conv.bias, {c: v.bias.astype(dtype) for c, v in values.items()})
+    biases = {c: v.bias.astype(dtype) for c, v in values.items() if v.bias is not None}
+    if biases:
+        put(conv.bias, biases)
     return conv
 
 

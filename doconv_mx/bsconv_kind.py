@@ -45,7 +45,7 @@ class BSConvLayers(LayerKind):
 
     def replacement(self, layer: Block, options: Mapping[str, Any]) -> str:
         """Return the name of the type that takes an ordinary layer's place."""
-        return LAYERS[options["variant"], type(layer)].__name__
+        return str(LAYERS[options["variant"], type(layer)].__name__)
 
     def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
         """Return the type of layer for a network's convolution, and what it takes more."""

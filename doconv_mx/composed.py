@@ -9,21 +9,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
-from mxnet.gluon import Block, HybridBlock, Parameter, ParameterDict, nn
+from mxnet.gluon import Block, HybridBlock, Parameter, nn
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 from mxnet.util import is_np_array
 
 from doconv_core.kinds.base import ComposedKind, Shape
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple, check_divisible
+from doconv_core.maths.spec import ConvSpec, check_divisible
 from doconv_core.models.view import Folding, LayerKind, ModelView, Site
 from doconv_mx import symbols
+from doconv_mx.arguments import StandIn
 from doconv_mx.ordinary import (
-    as_layout,
     channels_per_group,
     check_ordinary,
     contexts,
@@ -39,91 +40,57 @@ from doconv_mx.surgery import compose_layers, fold_layers
 from doconv_mx.tree import is_replaced
 
 
-class ComposedConv(_Conv):
+class ComposedConv(StandIn, _Conv):
     """What the layers of every composed kind and rank share.
 
-    Each rank names the ordinary layer it stands in for. Parameters: the kind's entries, `weight` in
-    the ordinary kernel's shape where it has its size, in the layer's layout, and None for an entry
-    that a layer of these sizes lacks; `bias`.
+    Parameters: the kind's entries, `weight` in the ordinary kernel's shape where it has its size,
+    in the layer's layout, and None for an entry that a layer of these sizes lacks; `bias`.
     """
 
     kind: ComposedKind
-    ordinary: type[_Conv]
-    rank: int
-    made = ("_outline",)  # attributes of the layer's making that an ordinary one lacks
+    made: tuple[str, ...] = ("_outline",)  # attributes that an ordinary layer lacks
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        layout: str | None = None,
-        activation: str | None = None,
-        use_bias: bool = True,
-        weight_initializer: Any = None,
-        bias_initializer: Any = "zeros",
-        prefix: str | None = None,
-        params: ParameterDict | None = None,
-        **options: Any,
-    ) -> None:
-        rank = self.rank
-        in_channels = as_integer("in_channels", in_channels, least=0)
-        kernel_size = as_tuple("kernel_size", kernel_size, rank)
-        channels, groups = as_integer("channels", channels), as_integer("groups", groups)
-        check_divisible("in_channels", in_channels, groups)
+    @classmethod
+    def own_arguments(cls) -> dict[str, Any]:
+        """Return the kind's options; None for its own defaults."""
+        return dict.fromkeys(cls.kind.options)
+
+    def _make(self, given: SimpleNamespace, own: dict[str, Any]) -> None:
+        """Create the layer's parameters, after everything has been validated."""
+        channels, groups = given.channels, given.groups
+        check_divisible("in_channels", given.in_channels, groups)
         check_divisible("channels", channels, groups)
         # Where the input channels are to be inferred, a number that suits the groups stands for
         # them, so that everything else is validated here and now.
-        conv = ConvSpec(in_channels or groups, channels, kernel_size, groups)
+        conv = ConvSpec(given.in_channels or groups, channels, given.kernel_size, groups)
+        options = {name: value for name, value in own.items() if value is not None}
         spec = self.kind.spec(conv, **options)
-        kwargs = {
-            "kernel": kernel_size,
-            "stride": as_tuple("strides", strides, rank),
-            "dilate": as_tuple("dilation", dilation, rank),
-            "pad": as_tuple("padding", padding, rank, least=0),
-            "num_filter": channels,
-            "num_group": groups,
-            "no_bias": not use_bias,
-            "layout": as_layout(layout, rank),
-        }
         # The ordinary layer's own __init__ is passed over, and its attributes are set here: it
         # would ask `params` for a weight of the ordinary shape, which one shared by another layer
         # of this type need not have.
-        HybridBlock.__init__(self, prefix=prefix, params=params)
-        self._outline = spec
-        self._channels, self._in_channels = channels, in_channels
+        HybridBlock.__init__(self, **given.scope)
+        self._outline: Any = spec
+        self._channels, self._in_channels = channels, given.in_channels
         self._op_name = "convolution" if is_np_array() else "Convolution"
-        self._kwargs = kwargs
+        self._kwargs: dict[str, Any] = {
+            "kernel": given.kernel_size, "stride": given.strides, "dilate": given.dilation,
+            "pad": given.padding, "num_filter": channels, "num_group": groups,
+            "no_bias": not given.use_bias, "layout": given.layout,
+        }  # fmt: skip
         self.act = self.bias = None
         with self.name_scope():
-            if activation is not None:
-                self.act = nn.Activation(activation, prefix=f"{activation}_")
-            shapes = self.shapes(in_channels)
+            if given.activation is not None:
+                self.act = nn.Activation(given.activation, prefix=f"{given.activation}_")
+            shapes = self.shapes(given.in_channels)
             self._refuse_an_ordinary_weight()
-            self.weight = self._entry("weight", shapes["weight"], weight_initializer)
-            if use_bias:
-                self.bias = self.params.get(
-                    "bias", shape=(channels,), init=bias_initializer, allow_deferred_init=True
-                )
+            self.weight = self._entry("weight", shapes["weight"], given.weight_initializer)
+            if given.use_bias:
+                bias = {"shape": (channels,), "init": given.bias_initializer}
+                self.bias = self.params.get("bias", allow_deferred_init=True, **bias)
             for name in self.kind.names[1:]:
                 start = initializer(self.kind.constants[name])
                 entry = self._entry(name, shapes[name], start) if name in shapes else None
                 setattr(self, name, entry)
-
-    @property
-    def spec(self) -> Any:
-        """The layer's sizes. Raises ValueError while `in_channels` has not been inferred yet."""
-        in_channels = self.inferred_in_channels()
-        if not in_channels:
-            raise ValueError(
-                f"in_channels of layer {self.name!r} is not known yet; pass it, or run the layer "
-                "once."
-            )
-        return replace(self._outline, in_channels=in_channels)
 
     def entries(self) -> dict[str, Parameter]:
         """Return what the kernel is composed of, by name."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mxnet as mx
-from mxnet.gluon import ParameterDict, nn
+from mxnet.gluon import nn
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
@@ -15,6 +15,9 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_mx.compose import as_w, compose, grouped, tied
 from doconv_mx.composed import ComposedConv, ComposedLayers
 from doconv_mx.ordinary import is_channels_last
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 
 class _DOConv(ComposedConv):
@@ -28,31 +31,6 @@ class _DOConv(ComposedConv):
     kind = DO_CONV
     made = (*ComposedConv.made, "_in_batches")
     _in_batches = False  # whether a graph was made that composes so
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        layout: str | None = None,
-        activation: str | None = None,
-        use_bias: bool = True,
-        weight_initializer: Any = None,
-        bias_initializer: Any = "zeros",
-        prefix: str | None = None,
-        params: ParameterDict | None = None,
-        *,
-        depth_multiplier: int | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, channels, kernel_size, strides, padding, dilation, groups, layout,
-            activation, use_bias, weight_initializer, bias_initializer, prefix, params,
-            depth_multiplier=depth_multiplier,
-        )  # fmt: skip
 
     def hybridize(self, *args: Any, **kwargs: Any) -> None:
         """Do as any block does: a graph that is made anew may compose in another form."""
@@ -92,14 +70,16 @@ class _DOConv(ComposedConv):
         return as_w(kernel, self._outline, is_channels_last(self), self.inferred_in_channels())
 
     @classmethod
-    def from_conv(cls, conv: _Conv, *, depth_multiplier: int | None = None) -> _DOConv:
+    def from_conv(  # type: ignore[override]  # options by name
+        cls, conv: _Conv, *, depth_multiplier: int | None = None
+    ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
         conv: an `ordinary` layer of Gluon's own, exactly; its parameters are copied. D is zero.
         Raises TypeError for any other layer: a subclass may compute something else. Raises
         ValueError for a layer that has no values yet.
         """
-        found: _DOConv = super().from_conv(conv, depth_multiplier=depth_multiplier)
+        found: Self = super().from_conv(conv, depth_multiplier=depth_multiplier)
         return found
 
 

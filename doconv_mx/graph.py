@@ -133,12 +133,12 @@ def _read(graph: Symbol, found: Calls) -> None:
     convolutions = CONVOLUTIONS | TRANSPOSED
     described = json.loads(graph.tojson())
     nodes, heads = described["nodes"], described["heads"]
-    users: list[list[tuple[int | None, int]]] = [[] for _ in nodes]
+    users: list[list[tuple[int, int]]] = [[] for _ in nodes]  # -1 is none: the output
     for index, node in enumerate(nodes):
         for position, (source, *_) in enumerate(node["inputs"]):
             users[source].append((index, position))
     for source, *_ in heads:
-        users[source].append((None, 0))
+        users[source].append((-1, 0))
 
     def variable(index: int, position: int) -> str | None:
         source = nodes[nodes[index]["inputs"][position][0]]
@@ -147,13 +147,13 @@ def _read(graph: Symbol, found: Calls) -> None:
     for index, node in enumerate(nodes):
         if node["op"] == "null":  # an input or a parameter
             for user, position in users[index]:
-                kind = None if user is None else nodes[user]["op"]
+                kind = None if user < 0 else nodes[user]["op"]
                 if not ((kind in convolutions or kind in NORMS) and position > 0):
                     found.note(node["name"], None)
                     found.note(None, node["name"])
         elif node["op"] in convolutions:
             for user, position in users[index]:
-                is_norm = user is not None and nodes[user]["op"] in NORMS and position == 0
+                is_norm = user >= 0 and nodes[user]["op"] in NORMS and position == 0
                 found.note(variable(index, 1), variable(user, 1) if is_norm else None)
         elif node["op"] in NORMS:
             source = node["inputs"][0][0]

@@ -20,7 +20,6 @@ OTHER = "another operation than an ordinary convolution"
 
 ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
 TRANSPOSES = (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
-_LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
 
 
 def is_convolution(block: Block) -> bool:
@@ -41,19 +40,6 @@ def obstacle(block: Any) -> str | None:
     if type(block) in TRANSPOSES:
         return TRANSPOSED
     return SUBCLASS if isinstance(block, _Conv) else OTHER
-
-
-def as_layout(layout: str | None, rank: int) -> str:
-    """Return the layout of a layer of `rank` spatial dimensions, channels-first where not given.
-
-    Raises ValueError for one that a layer cannot have.
-    """
-    layout = _LAYOUTS[rank][0] if layout is None else layout
-    if layout not in _LAYOUTS[rank]:
-        raise ValueError(
-            f"layout must be {' or '.join(map(repr, _LAYOUTS[rank]))}; received layout={layout!r}."
-        )
-    return layout
 
 
 def outline(layer: _Conv) -> ConvSpec:
@@ -77,7 +63,7 @@ def is_channels_last(layer: _Conv) -> bool:
 
 def channels_per_group(layer: _Conv) -> int:
     """Return `I/g`; 0 where it is unknown, which with `mx.npx.set_np` MXNet writes as -1."""
-    return max(layer.weight.shape[-1 if is_channels_last(layer) else 1], 0)
+    return max(int(layer.weight.shape[-1 if is_channels_last(layer) else 1]), 0)
 
 
 def has_values(parameter: Parameter) -> bool:

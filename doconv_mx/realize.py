@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -27,8 +28,8 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
     Raises ValueError, by path, for a description that gives no network.
     """
-    placed = infer(network, input_shape)
-    return _filled(Network(network.name), placed, "")
+    made: Network = _filled(Network(network.name), infer(network, input_shape), "")
+    return made
 
 
 def get_model(
@@ -68,7 +69,7 @@ class Network(nn.HybridSequential):
         super().__init__(prefix=prefix, params=params)
 
     def _alias(self) -> str:
-        return self._name_hint
+        return str(self._name_hint)
 
 
 class _Block(HybridBlock):
@@ -165,20 +166,20 @@ def _linear(placed: Placed, prefix: str) -> HybridBlock:
     return nn.Dense(linear.features, use_bias=linear.bias, in_units=placed.before[0], prefix=prefix)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., HybridBlock]] = {
     "relu": lambda prefix: nn.Activation("relu", prefix=prefix),
     "relu6": ReLU6,
     "hard_swish": HardSwish,
     "hard_sigmoid": HardSigmoid,
     "tanh": lambda prefix: nn.Activation("tanh", prefix=prefix),
 }
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[..., HybridBlock]] = {
     nodes.Sequence: nn.HybridSequential,
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[[Placed, str], HybridBlock]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _activation,

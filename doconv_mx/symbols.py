@@ -226,7 +226,7 @@ def refuse_composition(
     described = json.loads(block._cached_graph[1].tojson())["nodes"]
 
     def users(index: int) -> set[str]:
-        found = set()
+        found: set[str] = set()
         for other, node in enumerate(described):
             if any(source == index for source, *_ in node["inputs"]):
                 found |= users(other) if node["op"] == "Cast" else {node["op"]}
@@ -243,7 +243,7 @@ def refuse_composition(
 
 
 def _key(block: SymbolBlock, parameter: Parameter) -> str:
-    return next(k for k, v in block._reg_params.items() if v is parameter)
+    return next(str(k) for k, v in block._reg_params.items() if v is parameter)
 
 
 def _set(block: SymbolBlock, key: str, parameter: Parameter) -> None:
