@@ -8,10 +8,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doconv_core.files.archive import open_archive
@@ -40,6 +41,7 @@ from doconv_core.files.state_dicts import (
 _REFUSED = re.compile(
     r"iostream error|inline_container|PytorchStreamWriter|write\(\): fd \d+ failed"
 )
+Array: TypeAlias = "NDArray[Any]"
 MAX_NDIM = 32  # of NumPy's arrays
 EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
 
@@ -118,14 +120,14 @@ class PyTorchCheckpoint(Checkpoint):
         found = self._states.nameless(shapes)
         return tuple((path, reason.format(count)) for path, count in found.items())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
         tensor = self._readable(name)
         if tensor.dtype.is_floating_point and tensor.element_size() < 4:
             tensor = tensor if tensor.dtype == torch.float16 else tensor.float()
         return tensor.numpy()
 
-    def read_stored(self, name: str) -> np.ndarray:
+    def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
         if self._tensors[name].dtype != torch.bfloat16:
             return self.read(name)
@@ -157,8 +159,8 @@ class PyTorchCheckpoint(Checkpoint):
             if not self._states.holds(value) or id(value) in copies:
                 return copies.get(id(value), value)
             if isinstance(value, tuple):
-                copies[id(value)] = new = tuple(map(rebuilt, value))
-                return new
+                copies[id(value)] = tuple(map(rebuilt, value))
+                return copies[id(value)]
             if id(value) in parts:
                 new = self._folded_state(parts[id(value)], planned, done, report)
             else:
@@ -214,11 +216,11 @@ class PyTorchCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Release what was read."""
-        self._content = self._states = None
+        self._content, self._states = None, StateDicts(None, _is_tensor)
         self._dicts, self._tensors = {}, {}
 
 
-def _as_tensor(stored: np.ndarray) -> Tensor:
+def _as_tensor(stored: Array) -> Tensor:
     if stored.dtype != BITS:
         return torch.from_numpy(stored)
     return torch.from_numpy(stored.view("<i2").astype(np.int16, copy=False)).view(torch.bfloat16)

@@ -36,6 +36,11 @@ class Checkpoint(ABC):
     holds and a fold carries over as it is, such as "optimizer". unfolded: what of it may be a copy
     of the model nonetheless, and why that is not folded. parts: the copies of the model in it, the
     main one first; one is named "".
+
+    >>> write_state(State({}, {}), "empty.safetensors")
+    >>> with open_checkpoint("empty.safetensors") as checkpoint:
+    ...     len(checkpoint.entries), checkpoint.parts
+    (0, ())
     """
 
     path: Path

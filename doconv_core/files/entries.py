@@ -26,7 +26,15 @@ CONVOLUTION, LINEAR, BATCH_NORM, OTHER = "convolution", "linear", "batch norm", 
 
 
 class CheckpointError(ValueError):
-    """A file that is damaged, hostile, foreign, or in need of what it does not tell: one line."""
+    """A file that is damaged, hostile, foreign, or in need of what it does not tell: one line.
+
+    >>> with open("broken.safetensors", "wb") as file:
+    ...     _ = file.write(b"no header")
+    >>> open_checkpoint("broken.safetensors")
+    Traceback (most recent call last):
+        ...
+    doconv_core.files.entries.CheckpointError: broken.safetensors ...
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -171,6 +171,12 @@ def fold_checkpoint(
     with the number of layers folded and of layers to fold.
     Raises FileExistsError; NotFoldable, before anything is written, for a layer that cannot be
     folded exactly or whose kernel is not finite; and what `open_checkpoint` raises.
+
+    >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
+    >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
+    >>> write_state(State({"conv": form}, arrays), "trained.safetensors")
+    >>> fold_checkpoint("trained.safetensors", "folded.safetensors").changed[0].path
+    'conv'
     """
     check_absent(target, overwrite)
     with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:

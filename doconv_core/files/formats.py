@@ -116,6 +116,12 @@ def open_checkpoint(
     Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
     format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
     pattern that matches no over-parameterized layer or a kernel size that does not fit.
+
+    >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
+    >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
+    >>> with open_checkpoint("state.safetensors") as checkpoint:
+    ...     checkpoint.read("fc.weight").shape
+    (2, 3)
     """
     file = Path(path)
     if file.is_dir():

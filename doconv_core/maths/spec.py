@@ -37,6 +37,14 @@ def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, 
     return (as_integer(name, value, least=least),) * rank
 
 
+def check_divisible(name: str, channels: int, groups: int) -> None:
+    """Raise ValueError, with the argument's name, for channels that are not divisible by groups."""
+    if channels % groups:
+        raise ValueError(
+            f"{name} must be divisible by groups; received {name}={channels}, groups={groups}."
+        )
+
+
 def is_sequence(value: Any) -> bool:
     """Return whether `value` has entries in an order: a sequence or a 1-D array, but not text."""
     if isinstance(value, np.ndarray):
@@ -78,6 +86,10 @@ class ConvSpec:
 
     Raises TypeError for what is not an integer, ValueError for sizes that give no layer.
     Source: DO-Conv, arXiv 2006.12030, section "Depthwise over-parameterized convolutional layer".
+
+    >>> spec = ConvSpec(8, 16, (3, 3), groups=2, depth_multiplier=12)
+    >>> spec.weight_shape, spec.depthwise_shape, spec.kernel_shape
+    ((16, 4, 12), (8, 9, 12), (16, 4, 3, 3))
     """
 
     in_channels: int
@@ -93,11 +105,7 @@ class ConvSpec:
             put(self, name, as_integer(name, getattr(self, name)))
         put(self, "kernel_size", self._validated_kernel_size())
         for name in ("in_channels", "out_channels"):
-            if getattr(self, name) % self.groups:
-                raise ValueError(
-                    f"{name} must be divisible by groups; received "
-                    f"{name}={getattr(self, name)}, groups={self.groups}."
-                )
+            check_divisible(name, getattr(self, name), self.groups)
         multiplier = as_depth_multiplier(self.depth_multiplier, self.kernel_size)
         put(self, "depth_multiplier", multiplier)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import keras
-from toy.core import SCALED
 
 from doconv_tf.composed import ComposedConv, ComposedLayers
 from doconv_tf.kinds import register
+from toy.core import SCALED
 
 
 class _ScaledConv(ComposedConv):
