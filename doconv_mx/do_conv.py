@@ -86,11 +86,12 @@ class _DOConv(ComposedConv):
 class DOConv1D(_DOConv, nn.Conv1D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv1D`, to be folded into one after training.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv1D`'s arguments
-    in their order, and `depth_multiplier`, S: an integer of at least the number of kernel taps M,
-    which is its default. `(B, I, W)` becomes `(B, O, W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: DO-Conv, arXiv 2006.12030.
+    `(B, I, W)` becomes `(B, O, W')`; all else is as of `DOConv2D`.
+
+    >>> layer = DOConv1D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6))).shape, layer.fold()
+    ((1, 8, 4), Conv1D(4 -> 8, kernel_size=(3,), stride=(1,)))
     """
 
     ordinary, rank = nn.Conv1D, 1
@@ -105,6 +106,13 @@ class DOConv2D(_DOConv, nn.Conv2D):
     which MXNet computes on GPUs only.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv2D(4, 8, 3, padding=1, depth_multiplier=12)
+    >>> layer.initialize()
+    >>> layer.weight.shape, layer.depthwise_weight.shape, layer.composed_kernel().shape
+    ((8, 4, 12), (4, 9, 12), (8, 4, 3, 3))
+    >>> verify(layer, layer.fold(), mx.nd.ones((1, 4, 6, 6)))
+    Difference(absolute=0.0, relative=0.0)
     """
 
     ordinary, rank = nn.Conv2D, 2
@@ -113,12 +121,13 @@ class DOConv2D(_DOConv, nn.Conv2D):
 class DOConv3D(_DOConv, nn.Conv3D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv3D`, to be folded into one after training.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv3D`'s arguments
-    in their order, and `depth_multiplier`, S: an integer of at least the number of kernel taps M,
-    which is its default. `(B, I, D, H, W)` becomes `(B, O, D', H', W')`, or the like for
-    `layout="NDHWC"`, which MXNet computes on GPUs only.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: DO-Conv, arXiv 2006.12030.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`, or the like for
+    `layout="NDHWC"`, which MXNet computes on GPUs only; all else is as of `DOConv2D`.
+
+    >>> layer = DOConv3D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6, 6, 6))).shape, layer.fold()
+    ((1, 8, 4, 4, 4), Conv3D(4 -> 8, kernel_size=(3, 3, 3), stride=(1, 1, 1)))
     """
 
     ordinary, rank = nn.Conv3D, 3

@@ -39,6 +39,11 @@ def orthonormality_loss(
     for weights without values or not on `ctx`; TypeError for what is not a block and for an alpha
     that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> conv = mx.gluon.nn.Conv2D(1, 1, in_channels=2)
+    >>> conv.initialize(mx.init.One())
+    >>> orthonormality_loss(mark_orthonormal(conv), alpha=0.5).asscalar()  # |1·1 + 1·1 - 1| / 2
+    0.5
     """
     check_model(model)
     alpha = as_number("alpha", alpha)
@@ -65,6 +70,9 @@ def mark_orthonormal(conv: _Conv) -> _Conv:
     `orthonormal`; copies of the block have it too.
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+
+    >>> mark_orthonormal(mx.gluon.nn.Conv2D(4, 1)).orthonormal
+    True
     """
     if not isinstance(conv, _Conv) or conv._op_name.lower() == "deconvolution":
         raise TypeError(

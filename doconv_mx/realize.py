@@ -27,6 +27,11 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     shape is known, but no weight has values: `initialize()` the network, and then, with
     `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> model = build(describe("resnet10_doconv", num_classes=5))
+    >>> model.initialize()
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
     made: Network = _filled(Network(network.name), infer(network, input_shape), "")
     return made
@@ -47,6 +52,10 @@ def get_model(
     None for the network's own. seed: of the weights, which are the same in every framework.
     `collect_params().reset_ctx()` puts it elsewhere.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> model = get_model("resnet10", num_classes=5)
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
 
     def initialized(network: nodes.Network) -> Network:
@@ -54,10 +63,11 @@ def get_model(
         model.initialize()
         return model
 
-    return build_named(
+    made: Network = build_named(
         initialized, load_state, name, num_classes=num_classes, in_channels=in_channels,
         input_shape=input_shape, seed=seed,
     )  # fmt: skip
+    return made
 
 
 class Network(nn.HybridSequential):

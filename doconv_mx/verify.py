@@ -28,6 +28,11 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     Raises TypeError for what cannot be called and for an output of another kind; ValueError where
     the outputs differ in structure or shape, or where a model got its values by this very run, so
     that the outputs were those of random numbers.
+
+    >>> conv = mx.gluon.nn.Conv2D(8, 3, in_channels=3)
+    >>> conv.initialize()
+    >>> verify(conv, conv, mx.nd.ones((1, 3, 5, 5)))
+    Difference(absolute=0.0, relative=0.0)
     """
     for name, model in (("a", a), ("b", b)):
         if not callable(model):
