@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import mxnet as mx
 from mxnet.gluon import nn
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.do_conv import DO_CONV
@@ -15,6 +14,7 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_mx.compose import as_w, compose, grouped, tied
 from doconv_mx.composed import ComposedConv, ComposedLayers
 from doconv_mx.ordinary import is_channels_last
+from doconv_mx.private import Conv
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of `typing` from Python 3.11 on
@@ -71,7 +71,7 @@ class _DOConv(ComposedConv):
 
     @classmethod
     def from_conv(  # type: ignore[override]  # options by name
-        cls, conv: _Conv, *, depth_multiplier: int | None = None
+        cls, conv: Conv, *, depth_multiplier: int | None = None
     ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 

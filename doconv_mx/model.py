@@ -136,7 +136,7 @@ def to_bsconv(
     >>> net.add(mx.gluon.nn.Conv2D(8, 3, in_channels=8, padding=1))
     >>> net.initialize()
     >>> model, report = to_bsconv(net, "s", p=0.5)
-    >>> list(model[0]._children), report.parameters_after
+    >>> list(children(model[0])), report.parameters_after
     (['pointwise1', 'pointwise2', 'depthwise'], 144)
     """
     view = View(model)

@@ -12,6 +12,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.maths.numeric import Difference
 from doconv_core.models.verify import flat, largest_difference
+from doconv_mx.private import has_values, waiting
 from doconv_mx.tree import parameters
 
 
@@ -47,11 +48,11 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
 def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any]:
     """Return the arrays of a model's outputs in inference; `name` is the model's in messages."""
     owned = parameters(model) if isinstance(model, Block) else []
-    waiting = [p for p in owned if p._deferred_init]
+    undrawn = [p for p in owned if waiting(p)]
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     with autograd.pause(train_mode=False):
         output = model(*_own(arguments))
-    drawn = [p.name for p in waiting if p._data is not None]
+    drawn = [p.name for p in undrawn if has_values(p)]
     if drawn:
         raise ValueError(
             f"{name} had no values for {drawn[0]!r} before this run, which has drawn them at "
