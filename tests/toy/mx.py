@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mxnet.gluon import nn
-from toy.core import SCALED
 
 from doconv_mx.composed import ComposedConv, ComposedLayers
 from doconv_mx.kinds import register
+from toy.core import SCALED
 
 
 class _ScaledConv(ComposedConv):
