@@ -24,6 +24,7 @@ from doconv_core.files.keras_layers import NOT_A_MODEL, KerasLayers
 from doconv_core.files.keras_names import (
     STEMS,
     folded_config,
+    is_kept,
     is_node,
     numbered,
     stem_of,
@@ -233,6 +234,14 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
+        for path, _, node in stored_nodes(self._config):
+            for layer in self.layers if is_kept(node) else ():
+                if layer.over_parameterized and layer.entries["weight"].startswith(f"{path}/"):
+                    raise NotFoldable(
+                        f"{self.path}: layer {layer.name!r} is a part of a {node['class_name']}, "
+                        "which is not folded in a .keras file; fold the model in Python and save "
+                        "that."
+                    )
         if any(self._unknown):
             raise NotFoldable(
                 "{}: layer {!r} is a {} of this package's, which is not known here; a later "
