@@ -43,7 +43,7 @@ def test_every_case_of_one_test_runs_and_all_failures_are_told(tmp_path, monkeyp
         if a == 3:
             pytest.fail("third")
 
-    message = r"(?s)3 of 4.*\[1-2-c6\].*assert 6 != 6.*\[late-c5\] .*third.*\[late-c6\]"
+    message = r"(?s)3 of 4.*\[c5-late\] .*third.*\[c6-1-2\].*assert 6 != 6.*\[c6-late\]"
     with pytest.raises(AssertionError, match=message):
         cases(tmp_path=tmp_path, monkeypatch=monkeypatch)
     assert len(set(seen)) == 4
