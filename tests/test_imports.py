@@ -71,6 +71,7 @@ import gluoncv.model_zoo
 WITH_GLUONCV = [("mx", "torch", "tf"), ("torch", "mx", "tf"), ("tf", "torch", "mx")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("order", list(itertools.permutations(BACKENDS)), ids="-".join)
 def test_the_frameworks_get_on_in_every_order(order):
     for backend in order:

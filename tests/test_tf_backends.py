@@ -47,6 +47,7 @@ def need_backend(backend):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_contract_and_layer_tests_pass(backend):
     need_backend(backend)
@@ -81,6 +82,7 @@ print(keras.backend.backend())
 """
 
 
+@pytest.mark.exhaustive
 def test_a_model_stored_on_one_backend_loads_on_the_others(tmp_path):
     for backend in BACKENDS:
         need_backend(backend)

@@ -16,6 +16,7 @@ from step_measure import Row, measure
 NAMES = {"torch": "PyTorch", "tf": "Keras", "mx": "Gluon"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", NAMES)
 def test_a_quick_run(backend, tmp_path):
     need(backend)
