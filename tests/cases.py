@@ -48,6 +48,19 @@ def one_test(function: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+def refuses(call: Callable[[Any], Any], *cases: tuple[Any, type[Exception], str]) -> Any:
+    """Return one test: what `call` is given in each case is refused by this error and message."""
+
+    @one_test
+    @pytest.mark.parametrize("case", cases, ids=lambda case: repr(case[0]))
+    def test(case: tuple[Any, type[Exception], str]) -> None:
+        given, error, message = case
+        with pytest.raises(error, match=message):
+            call(given)
+
+    return test
+
+
 def _run(function: Callable[..., None], arguments: dict[str, Any], number: int) -> None:
     if "tmp_path" in arguments:
         folder = arguments["tmp_path"] / str(number)

@@ -6,6 +6,7 @@ from math import ceil, prod
 
 import numpy as np
 import pytest
+from cases import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
@@ -52,39 +53,31 @@ def test_mid_channels_follow_the_rule(channels, p, least):
     assert mid >= p * channels
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((8, 0), ValueError, "p must be above 0 and at most 1; received p=0"),
-        ((8, -0.5), ValueError, "p must be above 0 and at most 1; received p=-0.5"),
-        ((8, 1.5), ValueError, "p must be above 0 and at most 1; received p=1.5"),
-        ((8, float("nan")), ValueError, "p must be finite; received p=nan"),
-        ((8, "1/4"), TypeError, "p must be a number; received p='1/4'"),
-        ((8, True), TypeError, "p must be a number; received p=True"),
-        ((8, 0.5, 0), ValueError, "min_mid_channels must be at least 1; received"),
-        ((8, 0.5, 1.5), TypeError, "min_mid_channels must be an integer; received"),
-        ((0,), ValueError, "in_channels must be at least 1; received in_channels=0"),
-    ],
+test_mid_channels_refuse_what_gives_no_layer = refuses(
+    lambda arguments: mid_channels(*arguments),
+    ((8, 0), ValueError, "p must be above 0 and at most 1; received p=0"),
+    ((8, -0.5), ValueError, "p must be above 0 and at most 1; received p=-0.5"),
+    ((8, 1.5), ValueError, "p must be above 0 and at most 1; received p=1.5"),
+    ((8, float("nan")), ValueError, "p must be finite; received p=nan"),
+    ((8, "1/4"), TypeError, "p must be a number; received p='1/4'"),
+    ((8, True), TypeError, "p must be a number; received p=True"),
+    ((8, 0.5, 0), ValueError, "min_mid_channels must be at least 1; received"),
+    ((8, 0.5, 1.5), TypeError, "min_mid_channels must be an integer; received"),
+    ((0,), ValueError, "in_channels must be at least 1; received in_channels=0"),
 )
-def test_mid_channels_refuse_what_gives_no_layer(arguments, error, message):
-    with pytest.raises(error, match=message):
-        mid_channels(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"variant": "x"}, ValueError, "variant must be one of 'u', 's'; received variant='x'"),
-        ({"with_bn": 1}, TypeError, "with_bn must be True or False; received with_bn=1"),
-        ({"kernel_size": 3}, TypeError, "kernel_size must be a sequence"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1"),
-        ({"p": 2}, ValueError, "p must be above 0"),
-        ({"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
-    ],
+test_a_spec_says_what_is_wrong = refuses(
+    lambda change: BSConvSpec(
+        **({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 3)} | change)
+    ),
+    ({"variant": "x"}, ValueError, "variant must be one of 'u', 's'; received variant='x'"),
+    ({"with_bn": 1}, TypeError, "with_bn must be True or False; received with_bn=1"),
+    ({"kernel_size": 3}, TypeError, "kernel_size must be a sequence"),
+    ({"out_channels": 0}, ValueError, "out_channels must be at least 1"),
+    ({"p": 2}, ValueError, "p must be above 0"),
+    ({"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
 )
-def test_a_spec_says_what_is_wrong(change, error, message):
-    with pytest.raises(error, match=message):
-        BSConvSpec(**({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 3)} | change))
 
 
 def test_a_spec_names_its_parts_in_order():
@@ -207,21 +200,31 @@ def test_dtypes_are_kept(dtype):
     assert {pw.dtype, compose_bsconv(pw, dw, spec).dtype} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: compose_bsconv(np.ones((6, 3)), np.ones((6, 9)), s), r"pointwise must have sh"),
-        (lambda s: compose_bsconv(np.ones((6, 4)), np.ones((6, 3)), s), r"depthwise must have sh"),
-        (lambda s: merge_pointwise(np.ones((2, 4)), np.ones((6, 3))), "second must have 2 input"),
-        (lambda s: orthonormality(np.ones((2, 4, 1))), r"weight must have shape \(output, input\)"),
-        (
-            lambda s: compose_bsconv_gradient(
-                np.ones((6, 4)), np.ones((6, 9)), np.ones((6, 4, 9)), s
-            ),
-            r"kernel_gradient must have shape \(6, 4, 3, 3\); received \(6, 4, 9\)",
-        ),
-    ],
+test_shapes_that_disagree_are_refused = refuses(
+    lambda call: call(BSConvSpec(4, 6, (3, 3))),
+    (
+        lambda s: compose_bsconv(np.ones((6, 3)), np.ones((6, 9)), s),
+        ValueError,
+        r"pointwise must have sh",
+    ),
+    (
+        lambda s: compose_bsconv(np.ones((6, 4)), np.ones((6, 3)), s),
+        ValueError,
+        r"depthwise must have sh",
+    ),
+    (
+        lambda s: merge_pointwise(np.ones((2, 4)), np.ones((6, 3))),
+        ValueError,
+        "second must have 2 input",
+    ),
+    (
+        lambda s: orthonormality(np.ones((2, 4, 1))),
+        ValueError,
+        r"weight must have shape \(output, input\)",
+    ),
+    (
+        lambda s: compose_bsconv_gradient(np.ones((6, 4)), np.ones((6, 9)), np.ones((6, 4, 9)), s),
+        ValueError,
+        r"kernel_gradient must have shape \(6, 4, 3, 3\); received \(6, 4, 9\)",
+    ),
 )
-def test_shapes_that_disagree_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(BSConvSpec(4, 6, (3, 3)))

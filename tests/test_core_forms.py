@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,61 +71,48 @@ def test_what_a_layer_of_the_kind_cannot_have_it_has_not():
     assert LayerForm(PReLUSpec(3)) == LayerForm(PReLUSpec(3), bias=False, scale=False)
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: LayerForm(ORDINARY, bias="no"), TypeError, "bias must be True or False; received"),
-        (
-            lambda: LayerForm((4, 6)),
-            TypeError,
-            r"spec must be one of ConvSpec, .*, EmbeddingSpec; received \(4, 6\)",
-        ),
-        (
-            lambda: LayerForm(ORDINARY, geometry="same"),
-            TypeError,
-            "geometry must be a Geometry or None; received 'same'",
-        ),
-        (
-            lambda: LayerForm(PReLUSpec(1), geometry=Geometry(1, 1, ((0, 0),))),
-            TypeError,
-            "geometry must be None for a PReLUSpec",
-        ),
-        (
-            lambda: LayerForm(ORDINARY, geometry=Geometry(1, 1, ((0, 0),))),
-            ValueError,
-            "geometry must be of the kernel's 2 dimensions; received 1",
-        ),
-        (
-            lambda: LayerForm(ConvSpec(4, 6, (3, 3), 2, 12)),
-            ValueError,
-            "an ordinary convolution of 9 taps has no other depth_multiplier; received .*=12",
-        ),
-        (lambda: LayerForm(ORDINARY, flattening="x"), ValueError, "flattening must be one of None"),
-        (lambda: LinearSpec(0, 3), ValueError, "in_features must be at least 1"),
-        (lambda: EmbeddingSpec(1.5, 3), TypeError, "entries must be an integer"),
-        (lambda: TransposedConvSpec(4, 5, (3,), 2), ValueError, "out_channels must be divisible"),
-        (lambda: GroupNormSpec(6, 4, 1e-5), ValueError, "features must be divisible by groups; re"),
-        (lambda: BatchNormSpec(6, "a", 0.1), TypeError, "epsilon must be a number; received epsil"),
-        (lambda: BatchNormSpec(6, True, 0.1), TypeError, "epsilon must be a number"),
-        (lambda: BatchNormSpec(6, 1e-5, np.nan), ValueError, "momentum must be finite and not neg"),
-        (lambda: LayerNormSpec(6, -1e-5), ValueError, "epsilon must be finite and not negative"),
-        (
-            lambda: Geometry(1, 1, "same"),
-            TypeError,
-            "padding must be a sequence of pairs; received",
-        ),
-        (lambda: Geometry(1, 1, (1,)), TypeError, r"padding\[0\] must be a pair \(before, after\)"),
-        (lambda: Geometry(0, 1, ((0, 0),)), ValueError, "stride must be at least 1"),
-        (
-            lambda: Geometry(1, 1, ((0, 0),), "edge"),
-            ValueError,
-            "padding_mode must be one of zeros",
-        ),
-    ],
+test_what_is_no_layer_is_refused = refuses(
+    lambda make: make(),
+    (lambda: LayerForm(ORDINARY, bias="no"), TypeError, "bias must be True or False; received"),
+    (
+        lambda: LayerForm((4, 6)),
+        TypeError,
+        r"spec must be one of ConvSpec, .*, EmbeddingSpec; received \(4, 6\)",
+    ),
+    (
+        lambda: LayerForm(ORDINARY, geometry="same"),
+        TypeError,
+        "geometry must be a Geometry or None; received 'same'",
+    ),
+    (
+        lambda: LayerForm(PReLUSpec(1), geometry=Geometry(1, 1, ((0, 0),))),
+        TypeError,
+        "geometry must be None for a PReLUSpec",
+    ),
+    (
+        lambda: LayerForm(ORDINARY, geometry=Geometry(1, 1, ((0, 0),))),
+        ValueError,
+        "geometry must be of the kernel's 2 dimensions; received 1",
+    ),
+    (
+        lambda: LayerForm(ConvSpec(4, 6, (3, 3), 2, 12)),
+        ValueError,
+        "an ordinary convolution of 9 taps has no other depth_multiplier; received .*=12",
+    ),
+    (lambda: LayerForm(ORDINARY, flattening="x"), ValueError, "flattening must be one of None"),
+    (lambda: LinearSpec(0, 3), ValueError, "in_features must be at least 1"),
+    (lambda: EmbeddingSpec(1.5, 3), TypeError, "entries must be an integer"),
+    (lambda: TransposedConvSpec(4, 5, (3,), 2), ValueError, "out_channels must be divisible"),
+    (lambda: GroupNormSpec(6, 4, 1e-5), ValueError, "features must be divisible by groups; re"),
+    (lambda: BatchNormSpec(6, "a", 0.1), TypeError, "epsilon must be a number; received epsil"),
+    (lambda: BatchNormSpec(6, True, 0.1), TypeError, "epsilon must be a number"),
+    (lambda: BatchNormSpec(6, 1e-5, np.nan), ValueError, "momentum must be finite and not neg"),
+    (lambda: LayerNormSpec(6, -1e-5), ValueError, "epsilon must be finite and not negative"),
+    (lambda: Geometry(1, 1, "same"), TypeError, "padding must be a sequence of pairs; received"),
+    (lambda: Geometry(1, 1, (1,)), TypeError, r"padding\[0\] must be a pair \(before, after\)"),
+    (lambda: Geometry(0, 1, ((0, 0),)), ValueError, "stride must be at least 1"),
+    (lambda: Geometry(1, 1, ((0, 0),), "edge"), ValueError, "padding_mode must be one of zeros"),
 )
-def test_what_is_no_layer_is_refused(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
 
 
 def test_a_geometry_is_without_what_makes_no_difference():

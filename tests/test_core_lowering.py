@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from cases import refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
@@ -73,17 +74,16 @@ def test_the_middle_follows_from_the_channels_that_come():
     assert layers(network, (20, 9, 9)) == layers(low)
 
 
-@pytest.mark.parametrize(
-    ("conv", "told"),
-    [
-        (bsconv(Kind("bsconvu"), groups=2), "'1' cannot be a BSConv.*received groups=2"),
-        (bsconv(Kind("bsconvs"), groups=0), "'1' cannot be a BSConv.*received groups=0"),
-        (bsconv(Kind("bsconvs", p=0.0)), r"p must be above 0 and at most 1; received p=0\.0"),
-    ],
+test_what_cannot_be_taken_apart_is_refused = refuses(
+    lambda conv: lowered(Network("net", numbered([conv]), (6, 9, 9))),
+    (bsconv(Kind("bsconvu"), groups=2), ValueError, "'1' cannot be a BSConv.*received groups=2"),
+    (bsconv(Kind("bsconvs"), groups=0), ValueError, "'1' cannot be a BSConv.*received groups=0"),
+    (
+        bsconv(Kind("bsconvs", p=0.0)),
+        ValueError,
+        r"p must be above 0 and at most 1; received p=0\.0",
+    ),
 )
-def test_what_cannot_be_taken_apart_is_refused(conv, told):
-    with pytest.raises(ValueError, match=told):
-        lowered(Network("net", numbered([conv]), (6, 9, 9)))
 
 
 @pytest.mark.parametrize(
@@ -100,22 +100,17 @@ def test_mid_channels(sizes, expected):
     assert mid_channels(*sizes) == expected
 
 
-@pytest.mark.parametrize(
-    ("sizes", "error", "told"),
-    [
-        ((0, 0.25, 4), ValueError, "in_channels must be at least 1; received in_channels=0"),
-        ((8, 0.25, 0), ValueError, "min_mid_channels must be at least 1"),
-        ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
-        ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
-        ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
-        ((8, float("nan"), 4), ValueError, "p must be finite; received p=nan"),
-        ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
-        ((8, True, 4), TypeError, "p must be a number; received p=True"),
-    ],
+test_mid_channels_refuses = refuses(
+    lambda sizes: mid_channels(*sizes),
+    ((0, 0.25, 4), ValueError, "in_channels must be at least 1; received in_channels=0"),
+    ((8, 0.25, 0), ValueError, "min_mid_channels must be at least 1"),
+    ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
+    ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
+    ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
+    ((8, float("nan"), 4), ValueError, "p must be finite; received p=nan"),
+    ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
+    ((8, True, 4), TypeError, "p must be a number; received p=True"),
 )
-def test_mid_channels_refuses(sizes, error, told):
-    with pytest.raises(error, match=told):
-        mid_channels(*sizes)
 
 
 def test_layers_are_the_forms_of_all_that_has_arrays():
@@ -173,15 +168,18 @@ def test_names_and_branches_that_do_not_fit_are_refused_by_path():
         infer(alone("net", Concat(numbered([]))))
 
 
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda: Kind("bsconv"), "name must be one of conv, doconv, bsconvu, bsconvs; received"),
-        (lambda: Activation("swish"), "name must be one of relu, relu6, .*received 'swish'"),
-        (lambda: Pool("min", 2, 2), "name must be one of max, average; received 'min'"),
-        (lambda: Pool("max", 2, 2, 2), "padding must be at most half"),
-    ],
+test_nodes_that_compute_nothing_are_refused = refuses(
+    lambda make: make(),
+    (
+        lambda: Kind("bsconv"),
+        ValueError,
+        "name must be one of conv, doconv, bsconvu, bsconvs; received",
+    ),
+    (
+        lambda: Activation("swish"),
+        ValueError,
+        "name must be one of relu, relu6, .*received 'swish'",
+    ),
+    (lambda: Pool("min", 2, 2), ValueError, "name must be one of max, average; received 'min'"),
+    (lambda: Pool("max", 2, 2, 2), ValueError, "padding must be at most half"),
 )
-def test_nodes_that_compute_nothing_are_refused(make, told):
-    with pytest.raises(ValueError, match=told):
-        make()

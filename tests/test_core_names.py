@@ -6,6 +6,7 @@ from fractions import Fraction
 from math import prod
 
 import pytest
+from cases import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,19 +178,14 @@ def test_what_is_no_name(name):
         describe(name)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
-        ({"num_classes": 10.0}, TypeError, "num_classes must be an integer"),
-        ({"num_classes": True}, TypeError, "num_classes must be an integer"),
-        ({"in_channels": 0}, ValueError, "in_channels must be at least 1"),
-        ({"in_channels": "3"}, TypeError, "in_channels must be an integer"),
-    ],
+test_wrong_numbers = refuses(
+    lambda options: describe("plain18", **options),
+    ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
+    ({"num_classes": 10.0}, TypeError, "num_classes must be an integer"),
+    ({"num_classes": True}, TypeError, "num_classes must be an integer"),
+    ({"in_channels": 0}, ValueError, "in_channels must be at least 1"),
+    ({"in_channels": "3"}, TypeError, "in_channels must be an integer"),
 )
-def test_wrong_numbers(options, error, message):
-    with pytest.raises(error, match=message):
-        describe("plain18", **options)
 
 
 @pytest.mark.parametrize("pattern", [None, 3, b"*"])

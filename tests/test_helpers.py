@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import one_test
+from cases import one_test, refuses
 from equal import assert_close, assert_same, close, same
 
 
@@ -61,3 +61,11 @@ def test_a_case_that_skips_itself_fails():
         cases()
     with pytest.raises(TypeError, match="no cases"):
         one_test(lambda: None)
+
+
+def test_each_case_has_to_be_refused_in_its_own_words():
+    cases = [("a", ValueError, "literal"), ("b", TypeError, "literal"), ("1", ValueError, "digit")]
+    refuses(int, cases[0])()
+    message = r"(?s)2 of 3.*\['b'\].*ValueError.*\['1'\].*DID NOT RAISE"
+    with pytest.raises(AssertionError, match=message):
+        refuses(int, *cases)()
