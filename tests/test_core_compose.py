@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import one_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import geometries, layers, specs, weights
@@ -172,6 +173,7 @@ def solve_weight(operators, target, spec):
     return np.einsum("gism,goim->gois", inverse, grouped).reshape(spec.weight_shape)
 
 
+@one_test
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("multiplier", [None, 12, 18, 19])
 def test_half_types_are_composed_in_float32_and_rounded_once(dtype, multiplier):
@@ -184,6 +186,7 @@ def test_half_types_are_composed_in_float32_and_rounded_once(dtype, multiplier):
     np.testing.assert_array_equal(kernel, wide.astype(dtype))
 
 
+@one_test
 @pytest.mark.parametrize("multiplier", [4, 6, 8, 9])
 def test_identity_is_tiled(multiplier):
     spec = ConvSpec(1, 1, (2, 2), 1, multiplier)
@@ -271,6 +274,7 @@ def test_convolve_gradient_equals_finite_differences(data):
         assert abs((gradient * step).sum() - slope) <= EXACT * scale
 
 
+@one_test
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_pad_gradient_is_the_transpose_of_pad(mode):
     rng = np.random.default_rng(0)

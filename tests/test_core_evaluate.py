@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from cases import one_test
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import State, StateError, compose, difference
@@ -30,6 +31,7 @@ def weights_like(output):
     return np.random.default_rng(7).normal(size=output.shape)
 
 
+@one_test
 @every_network
 @both_modes
 def test_gradients_are_the_slopes_of_the_output(name, training):
@@ -55,6 +57,7 @@ def test_gradients_are_the_slopes_of_the_output(name, training):
     assert slope / (2 * STEP) == pytest.approx(expected, rel=1e-5, abs=1e-7 * size)
 
 
+@one_test
 @every_network
 def test_every_trained_entry_has_a_gradient_in_the_order_of_the_state(name):
     network = NETWORKS[name]
@@ -68,6 +71,7 @@ def test_every_trained_entry_has_a_gradient_in_the_order_of_the_state(name):
     assert output.shape[1:] == infer(network)[""].after
 
 
+@one_test
 @every_network
 @both_modes
 def test_float32_stays_float32_and_is_close_to_float64(name, training):
@@ -115,6 +119,7 @@ FORMULAS = {
 }
 
 
+@one_test
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_its_formula(name):
     network = Network("net", sequence(("act", Activation(name))), (1, 1, 161))

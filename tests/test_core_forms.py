@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +28,7 @@ from doconv_core.maths.layout import LAYOUTS, from_channels_first, to_channels_f
 ORDINARY = ConvSpec(4, 6, (3, 3), 2)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("form", "kind", "shapes"),
     [
@@ -136,6 +137,7 @@ def test_same_padding_of_a_strided_kernel_depends_on_the_input():
     assert same((3, 1, 3), (2, 2, 1), (1, 1, 2)) == ("same", (0, 0), (2, 2))
 
 
+@one_test
 @pytest.mark.parametrize(
     ("own", "uses", "mode", "expected"),
     [
@@ -154,6 +156,7 @@ def test_zeros_before_a_layer_count_as_its_padding(own, uses, mode, expected):
     assert padded(own, uses, mode) == expected
 
 
+@one_test
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_leads_there_and_back(layout):
     rng = np.random.default_rng(0)

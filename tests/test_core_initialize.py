@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from described import KINDS, whole
 
 from doconv_core import ConvSpec, compose
@@ -24,6 +24,7 @@ def conv_weight(node, seed=0, name="conv"):
     return initialize(many((name, node)), seed).arrays[f"{name}.weight"]
 
 
+@one_test
 @pytest.mark.parametrize(
     ("node", "fan_in"),
     [
@@ -43,6 +44,7 @@ def test_convolutions_are_kaiming_uniform(node, fan_in):
     assert abs(weight.mean()) < 4 * np.sqrt(2 / fan_in / weight.size)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("weight", "fans"),
     [
@@ -60,6 +62,7 @@ def test_classifiers_are_xavier_normal(weight, fans):
     assert beyond == pytest.approx(0.0455, abs=0.01)
 
 
+@one_test
 @kinds
 def test_the_rest_starts_at_its_constants(kind):
     constants = {"gamma": 1, "running_var": 1, "beta": 0, "running_mean": 0}
@@ -73,6 +76,7 @@ def test_the_rest_starts_at_its_constants(kind):
     assert found == {*constants, "weight"} - ({"depthwise_weight"} if kind != "doconv" else set())
 
 
+@one_test
 @kinds
 def test_the_same_seed_gives_the_same_state_and_another_another(kind):
     network = whole(KINDS[kind])

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
@@ -28,6 +28,7 @@ def bsconv(kind, **options):
     return Conv(8, (3, 3), 2, 0, bias=True, kind=kind, **options)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -54,6 +55,7 @@ def test_a_bsconv_becomes_its_parts(kind, parts):
     assert body == sequence(("conv", sequence(*parts.items(), ("depthwise", depthwise))))
 
 
+@one_test
 @pytest.mark.parametrize("name", NETWORKS)
 def test_lowering_keeps_shapes_and_function(name):
     network = NETWORKS[name]
@@ -142,6 +144,7 @@ def test_layers_are_the_forms_of_all_that_has_arrays():
     }
 
 
+@one_test
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_come_in_the_order_of_the_network_and_take_its_states(kind):
     network = whole(KINDS[kind])

@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import prod
 
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,7 @@ def convolutions(name, **options):
     return {path: at for path, at in placed.items() if isinstance(at.node, Conv)}
 
 
+@one_test
 @pytest.mark.parametrize("name", NAMES)
 def test_every_listed_name_gives_a_network_for_its_data(name):
     network = describe(name)
@@ -59,6 +60,7 @@ def test_the_list():
     assert list_models("Plain18") == []
 
 
+@one_test
 @pytest.mark.parametrize(
     "name",
     [
@@ -75,6 +77,7 @@ def test_names_that_there_are(name):
     assert describe(name).name == name
 
 
+@one_test
 @pytest.mark.parametrize(
     ("name", "reason", "nearest"),
     [
@@ -124,6 +127,7 @@ def test_names_that_there_are_not(name, reason, nearest):
     assert nearest in after
 
 
+@one_test
 @pytest.mark.parametrize("least, build", [  # noqa: PT006
     (mobilenetv1.LEAST, "mobilenetv1"),
     (mobilenetv2.LEAST, "mobilenetv2"),
@@ -172,6 +176,7 @@ def test_any_text_is_refused_in_one_way(text):
         describe(text)
 
 
+@one_test
 @pytest.mark.parametrize("name", [None, 3, b"plain18", ["plain18"]])
 def test_what_is_no_name(name):
     with pytest.raises(TypeError, match="name must be a string; received"):
@@ -188,6 +193,7 @@ test_wrong_numbers = refuses(
 )
 
 
+@one_test
 @pytest.mark.parametrize("pattern", [None, 3, b"*"])
 def test_what_is_no_pattern(pattern):
     with pytest.raises(TypeError, match="pattern must be a string; received"):
@@ -213,6 +219,7 @@ def test_paths_can_be_read():
     assert "stage3.unit1.squeeze_excite.conv1" in infer(describe("mobilenetv3_large_w1"))
 
 
+@one_test
 @pytest.mark.parametrize("name", list_models("*_bsconvu") + list_models("*_bsconvs_p1d4"))
 def test_which_convolutions_are_blueprint_separable(name):
     ordinary = convolutions(name.partition("_bsconv")[0])
@@ -227,6 +234,7 @@ def test_which_convolutions_are_blueprint_separable(name):
     assert any(at.node.kind == kind for at in convolutions(name).values())
 
 
+@one_test
 @pytest.mark.parametrize("name", list_models("*_bsconvs_p1d6"))
 def test_mobilenets_as_bsconv_differ_in_the_loss_alone(name):
     plain, found = convolutions(name.removesuffix("_bsconvs_p1d6")), convolutions(name)
@@ -240,6 +248,7 @@ def test_mobilenets_as_bsconv_differ_in_the_loss_alone(name):
     assert count(name, None).layers == count(name.removesuffix("_bsconvs_p1d6"), None).layers
 
 
+@one_test
 @pytest.mark.parametrize("name", list_models("*_doconv"))
 def test_doconv_takes_every_convolution_of_more_than_one_tap(name):
     for at in convolutions(name).values():
@@ -263,6 +272,7 @@ def test_depths_count_layers():
         assert depth == 2 * sum(units) + 4  # with the projections of its three stages, less one
 
 
+@one_test
 @pytest.mark.parametrize(
     ("channels", "p", "least", "expected"),
     [(64, 0.25, 4, 16), (16, 0.25, 4, 4), (12, 0.25, 4, 4), (3, 0.25, 4, 3), (65, 0.25, 4, 17),

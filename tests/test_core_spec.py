@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from hypothesis import given, settings
 from strategies import specs
 
@@ -103,6 +103,7 @@ def test_cost_refuses_what_is_no_size():
         layer_cost(ConvSpec(1, 1, (3,)), 5, batch=1.5)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("layout", "shape"), [("OI*", (6, 2, 3, 5)), ("O*I", (6, 3, 5, 2)), ("*IO", (3, 5, 2, 6))]
 )

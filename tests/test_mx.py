@@ -9,6 +9,7 @@ import inspect
 
 import numpy as np
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("mx")
@@ -61,9 +62,10 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
 
 @RANKED
 @IN_CHANNELS
+@pytest.mark.parametrize("mode", MODES)
+@one_test
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("multiplier", [None, 9, 12, 13])
-@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_execution(do_conv, conv, in_channels, groups, multiplier, mode):
     """Alone in eager mode; else within a network, which infers all shapes from its one graph."""
     rank = int(conv.__name__[-2])
@@ -98,6 +100,7 @@ def test_every_mode_of_execution(do_conv, conv, in_channels, groups, multiplier,
     assert layer.spec.in_channels == 4
 
 
+@one_test
 @MULTIPLIERS
 @LAYOUTS
 @pytest.mark.parametrize("groups", [1, 2, 4])

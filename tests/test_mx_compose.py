@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("mx")
@@ -53,6 +54,7 @@ class Composed(HybridBlock):
         return compose(F, weight, depthwise, *self._options)
 
 
+@one_test
 @pytest.mark.parametrize("convolved", [False, True], ids=["batches", "convolution"])
 @pytest.mark.parametrize("hybridized", [False, True], ids=["arrays", "symbols"])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
@@ -84,6 +86,7 @@ def test_kernel_and_gradients_are_those_of_the_core(spec, last, hybridized, conv
             assert difference(a.asnumpy(), b).relative <= bound
 
 
+@one_test
 @pytest.mark.parametrize("convolved", [False, True], ids=["batches", "convolution"])
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.depth_multiplier == s.taps], ids=str)
 def test_without_d_the_kernel_is_w(spec, convolved):

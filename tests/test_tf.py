@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import refuses
+from cases import one_test, refuses
 from frameworks import need
 
 need("tf")
@@ -61,6 +61,7 @@ def test_the_signature_is_the_ordinary_one_and_keywords(do_conv, conv):
     assert issubclass(do_conv, conv)
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("steps", [(2, 1), (1, 3)])
 def test_every_positional_argument_reaches_its_place(do_conv, conv, steps):
@@ -116,6 +117,7 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
     assert not array(layer.depthwise_kernel).any()
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("padding", ["valid", "same", "causal"])
@@ -147,6 +149,7 @@ def test_options_of_the_ordinary_layer(do_conv, conv, data_format, padding):
     assert tuple(layer(x).shape) == layer.compute_output_shape(x.shape)
 
 
+@one_test
 @MULTIPLIERS
 @EACH
 def test_composition_is_the_cores(do_conv, conv, multiplier):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("tf")
@@ -48,6 +49,7 @@ def depthwise(layer):
     return getattr(layer, layer.d_name)
 
 
+@one_test
 @EACH
 @MULTIPLIERS
 @pytest.mark.parametrize("more", [{}, {"padding": "same", "activation": "relu"}, {"strides": 2}])
@@ -69,6 +71,7 @@ def test_takes_over_and_folds_the_same_function(do_conv, multiplier, more):
     assert {name: theirs[name] for name in folded.get_config()} == folded.get_config()
 
 
+@one_test
 @EACH
 @MULTIPLIERS
 def test_composes_as_the_core_does(do_conv, multiplier):
@@ -113,6 +116,7 @@ def test_is_stored_loaded_and_trained(do_conv, multiplier, tmp_path):
     assert_same(loaded(x), model(x))
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("multiplier", [None, 10])
 def test_loads_what_the_ordinary_layer_stored(do_conv, multiplier):

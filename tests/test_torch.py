@@ -8,6 +8,7 @@ import io
 import pickle
 
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("torch")
@@ -68,6 +69,7 @@ def test_w_is_initialised_as_an_ordinary_weight_of_its_shape(multiplier):
     assert not layer.depthwise_weight.any()
 
 
+@one_test
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", ["same", "valid", 2, (1, 2)])
 def test_every_padding_of_the_ordinary_layer(mode, padding):
@@ -79,6 +81,7 @@ def test_every_padding_of_the_ordinary_layer(mode, padding):
     assert torch.equal(layer(image()), plain(image()))
 
 
+@one_test
 @MULTIPLIERS
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_composition_is_the_cores(multiplier, groups):
@@ -297,6 +300,7 @@ def test_inputs_without_a_batch_or_with_none(shape):
     assert torch.equal(layer(x), layer.fold()(x))
 
 
+@one_test
 @MULTIPLIERS
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
 def test_fold_keeps_what_the_layer_was(multiplier, frozen):
