@@ -78,20 +78,17 @@ def _cases(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each case of a mark: its name, and its arguments by name."""
     names = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+    labels = list(ids) if ids is not None and not callable(ids) else None
     for i, value in enumerate(values):
-        label = None
+        label = labels[i] if labels else None
         if isinstance(value, type(pytest.param())):
             if value.marks:
                 raise TypeError("a case of one test has no marks of its own.")
-            value, label = value.values if len(names) > 1 else value.values[0], value.id
+            value, label = value.values if len(names) > 1 else value.values[0], value.id or label
         case = dict(zip(names, value if len(names) > 1 else [value], strict=True))
         if label is None:
-            label = "-".join(map(ids or _name, case.values())) if not _listed(ids) else ids[i]
+            label = "-".join(map(str, map(ids or _name, case.values())))
         yield str(label), case
-
-
-def _listed(ids: Any) -> bool:
-    return ids is not None and not callable(ids)
 
 
 def _name(value: Any) -> str:

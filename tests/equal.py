@@ -40,6 +40,8 @@ def as_array(value: Any) -> np.ndarray:
 
     Values of types that NumPy lacks, such as bfloat16, come in float32.
     """
+    if hasattr(value, "value") and hasattr(value, "assign"):  # a variable of Keras
+        value = value.value
     if hasattr(value, "asnumpy"):  # MXNet
         return value.asnumpy()
     if hasattr(value, "detach"):  # PyTorch

@@ -7,6 +7,7 @@ from math import ceil, prod
 import numpy as np
 import pytest
 from cases import refuses
+from equal import assert_close, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
@@ -17,7 +18,6 @@ from doconv_core import (
     compose_bsconv,
     compose_bsconv_gradient,
     convolve,
-    difference,
     merge_pointwise,
     merge_pointwise_gradient,
     mid_channels,
@@ -25,23 +25,20 @@ from doconv_core import (
     orthonormality_gradient,
 )
 
-EXACT = 1e-12
 properties = settings(max_examples=200, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def close(found, expected, tolerance=EXACT):
-    return difference(found, expected).relative <= tolerance
-
-
-def slope(function, arguments, position, step):
-    """Return the exact slope of a function that is linear in this argument."""
-    ends = []
-    for sign in (1, -1):
-        moved = list(arguments)
-        moved[position] = moved[position] + sign * step
-        ends.append(function(*moved))
-    return (ends[0] - ends[1]) / 2
+def assert_slopes(function, arguments, gradients, rng):
+    """Assert that gradients are the slopes of a function that is linear in each argument."""
+    for position, gradient in enumerate(gradients):
+        step, ends = rng.standard_normal(gradient.shape), []
+        for sign in (1, -1):
+            moved = list(arguments)
+            moved[position] = moved[position] + sign * step
+            ends.append(function(*moved))
+        expected = (ends[0] - ends[1]) / 2
+        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
 
 
 @properties
@@ -107,7 +104,7 @@ def test_the_kernel_equals_the_convolutions_one_after_another(data):
     expected = convolve(features, filters, bias, groups=len(dw), **geometry)
     pw = pointwise[0] if spec.variant == "u" else merge_pointwise(*pointwise)
     found = convolve(x, compose_bsconv(pw, dw, spec), bias, **geometry)
-    assert close(found, expected, 1e-11)
+    assert_close(found, expected, 1e-11)
 
 
 @properties
@@ -118,14 +115,9 @@ def test_the_kernels_gradient_is_its_slope(spec, seed):
     arguments = [rng.standard_normal(shape) for shape in shapes]
     dkernel = rng.standard_normal(spec.dense.kernel_shape)
     gradients = compose_bsconv_gradient(*arguments, dkernel, spec)
-
-    def loss(pw, dw):
-        return (compose_bsconv(pw, dw, spec) * dkernel).sum()
-
-    for position, gradient in enumerate(gradients):
-        step = rng.standard_normal(gradient.shape)
-        expected = slope(loss, arguments, position, step)
-        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
+    assert_slopes(
+        lambda pw, dw: (compose_bsconv(pw, dw, spec) * dkernel).sum(), arguments, gradients, rng
+    )
 
 
 @properties
@@ -135,14 +127,9 @@ def test_the_merged_weights_gradient_is_its_slope(spec, seed):
     arguments, _ = bsconv_weights(spec, rng)
     dmerged = rng.standard_normal((spec.out_channels, spec.in_channels))
     gradients = merge_pointwise_gradient(*arguments, dmerged)
-
-    def loss(w1, w2):
-        return (merge_pointwise(w1, w2) * dmerged).sum()
-
-    for position, gradient in enumerate(gradients):
-        step = rng.standard_normal(gradient.shape)
-        expected = slope(loss, arguments, position, step)
-        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
+    assert_slopes(
+        lambda w1, w2: (merge_pointwise(w1, w2) * dmerged).sum(), arguments, gradients, rng
+    )
 
 
 @properties
@@ -170,8 +157,7 @@ def test_orthonormal_rows_have_no_loss(mid, more, seed):
 
 def test_orthonormality_has_no_gradient_at_its_kink():
     gradient = orthonormality_gradient(np.eye(3, 5, dtype=np.float32))
-    np.testing.assert_array_equal(gradient, np.zeros((3, 5)))
-    assert gradient.dtype == np.float32
+    assert_same(gradient, np.zeros((3, 5), np.float32))
 
 
 @properties

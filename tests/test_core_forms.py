@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cases import one_test, refuses
+from equal import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +164,7 @@ def test_every_layout_leads_there_and_back(layout):
     body = () if len(layout) == 2 else (3, 5)
     weight = rng.standard_normal((6, 1 if layout == "*CN" else 4, *body))
     kept = from_canonical(weight, layout, 3)
-    np.testing.assert_array_equal(to_canonical(kept, layout), weight)
+    assert_same(to_canonical(kept, layout), weight)
     sizes = {"O": 6, "I": 4, "C": 3, "N": 2}
     if layout in ("IO*", "I*O", "*OI"):  # whose canonical order begins with I
         sizes |= {"O": 4, "I": 6}
@@ -181,5 +182,5 @@ def test_a_flattened_image_is_reordered_by_its_axes(positions, channels, vector)
     flat = image.reshape(*image.shape[:first], -1)
     expected = np.moveaxis(image, -1, first).reshape(flat.shape)
     found = to_channels_first(flat, tuple(positions))
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(from_channels_first(found, tuple(positions)), flat)
+    assert_same(found, expected)
+    assert_same(from_channels_first(found, tuple(positions)), flat)

@@ -4,7 +4,6 @@ from cases import one_test, refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
-from doconv_core.kinds.bsconv import mid_channels
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.layers import layers
 from doconv_core.networks.lowering import lowered
@@ -85,33 +84,6 @@ test_what_cannot_be_taken_apart_is_refused = refuses(
         ValueError,
         r"p must be above 0 and at most 1; received p=0\.0",
     ),
-)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ((64, 0.25, 4), 16),
-        ((10, 0.25, 1), 3),
-        ((10, 0.25, 4), 4),
-        ((3, 0.25, 4), 3),
-        ((7, 1, 4), 7),
-    ],
-)
-def test_mid_channels(sizes, expected):
-    assert mid_channels(*sizes) == expected
-
-
-test_mid_channels_refuses = refuses(
-    lambda sizes: mid_channels(*sizes),
-    ((0, 0.25, 4), ValueError, "in_channels must be at least 1; received in_channels=0"),
-    ((8, 0.25, 0), ValueError, "min_mid_channels must be at least 1"),
-    ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
-    ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
-    ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
-    ((8, float("nan"), 4), ValueError, "p must be finite; received p=nan"),
-    ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
-    ((8, True, 4), TypeError, "p must be a number; received p=True"),
 )
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doconv_core import count
+from doconv_core.kinds.bsconv import mid_channels
 from doconv_core.networks import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
 from doconv_core.networks.names import describe, known_name, list_models
 from doconv_core.networks.nodes import BatchNorm, Conv, Kind
@@ -276,7 +277,9 @@ def test_depths_count_layers():
 @pytest.mark.parametrize(
     ("channels", "p", "least", "expected"),
     [(64, 0.25, 4, 16), (16, 0.25, 4, 4), (12, 0.25, 4, 4), (3, 0.25, 4, 3), (65, 0.25, 4, 17),
-     (64, 0.01, 1, 1), (64, 1.0, 4, 64), (2, 0.5, 4, 2)],
+     (64, 0.01, 1, 1), (64, 1.0, 4, 64), (2, 0.5, 4, 2), (10, 0.25, 1, 3), (10, 0.25, 4, 4),
+     (7, 1, 4, 7)],
 )  # fmt: skip
 def test_channels_between_pointwise_convolutions(channels, p, least, expected):
     assert Kind("bsconvs", p, least).mid_channels(channels) == expected
+    assert mid_channels(channels, p, least) == expected

@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 from cases import one_test, refuses
+from equal import assert_same
 from hypothesis import given, settings
 from strategies import specs
 
@@ -111,7 +112,7 @@ def test_layouts_and_back(layout, shape):
     weight = np.random.default_rng(0).standard_normal((6, 2, 3, 5))
     moved = from_canonical(weight, layout)
     assert moved.shape == shape
-    np.testing.assert_array_equal(to_canonical(moved, layout), weight)
+    assert_same(to_canonical(moved, layout), weight)
 
 
 def test_depthwise_layout_and_back():
@@ -120,8 +121,8 @@ def test_depthwise_layout_and_back():
     assert moved.shape == (3, 5, 3, 2)
     for channel in range(3):
         for n in range(2):  # output channel n of input channel c is c·N + n
-            np.testing.assert_array_equal(moved[..., channel, n], weight[channel * 2 + n, 0])
-    np.testing.assert_array_equal(to_canonical(moved, "*CN"), weight)
+            assert_same(moved[..., channel, n], weight[channel * 2 + n, 0])
+    assert_same(to_canonical(moved, "*CN"), weight)
 
 
 def test_wrong_layouts_are_refused():

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 from cases import one_test
+from equal import close
+from equal import same as equal
 from frameworks import need
 
 need("mx")
@@ -16,7 +18,7 @@ from doconv_mx import DOConv2D, fold, over_parameterize  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import array, close, equal, image, random_d  # noqa: E402
+from gluon_layers import array, image, random_d  # noqa: E402
 from gluon_models import alike, chain, moved, outputs, same, step  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import HybridBlock, SymbolBlock, nn  # noqa: E402

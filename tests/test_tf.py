@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pytest
 from cases import one_test, refuses
+from equal import assert_same
 from frameworks import need
 
 need("tf")
@@ -25,7 +26,6 @@ from keras_layers import (  # noqa: E402
     SHAPE,
     arguments,
     array,
-    assert_same,
     image,
     model_of,
     random_values,

@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cases import one_test
+from equal import assert_same
 from frameworks import need
 
 need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from keras_layers import array, assert_same, image, random_values  # noqa: E402
+from keras_layers import array, image, random_values  # noqa: E402
 
 from doconv_core import NotFoldable, compose, difference, to_canonical  # noqa: E402
 from doconv_tf import (  # noqa: E402
