@@ -12,7 +12,6 @@ import tally
 from cases import one_test, refuses
 
 from doconv_core import ConvSpec, Cost, LayerCost, count, layer_cost
-from doconv_core.networks.layers import layers
 from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe, list_models
 from doconv_core.networks.nodes import (
@@ -21,6 +20,7 @@ from doconv_core.networks.nodes import (
     Conv,
     GlobalPool,
     Kind,
+    Linear,
     Network,
     Pool,
     sequence,
@@ -142,36 +142,34 @@ def test_a_plain_network_is_a_resnet_without_its_three_projections():
 
 
 def by_the_rule(network):
-    """Return a network's costs from the shapes of its state and of its images alone."""
-    placed, found = infer(lowered(network)), dict.fromkeys(COSTS, 0)
-    for at in placed.values():
-        if isinstance(at.node, BatchNorm):
-            found["flops"] += 2 * prod(at.before)
-        elif at.node == Activation("relu"):
-            found["flops"] += prod(at.after)
-        elif isinstance(at.node, Pool | GlobalPool):
-            found["flops"] += prod(at.before)
-    for path, form in layers(network).items():
-        sizes = {name: prod(shape) for name, shape in form.shapes.items()}
-        composed = sizes.pop("depthwise_weight", 0)
-        trained = sum(size for name, size in sizes.items() if not name.startswith("running_"))
-        if form.kind == "batch_norm":
-            macs = biases = 0
-        else:
-            after, outputs = prod(placed[path].after), prod(placed[path].after[1:])
-            macs, biases = sizes["weight"] * outputs, after * form.bias
-        found["parameters"] += trained
-        found["training_parameters"] += trained + composed
-        found["macs"] += macs
-        found["flops"] += macs + biases
-        if composed:
-            found["composition_macs"] += composed * form.spec.out_channels_per_group
+    """Return a network's costs, as `count` defines them, from its nodes and its images' shapes."""
+    found = dict.fromkeys(COSTS, 0)
+    for _, node, before, after in infer(lowered(network)).values():
+        parameters = more = macs = flops = 0
+        if isinstance(node, Conv | Linear):
+            groups = (node.groups or before[0]) if isinstance(node, Conv) else 1
+            taps = prod(node.kernel_size) if isinstance(node, Conv) else 1
+            weight, bias = after[0] * before[0] // groups * taps, after[0] * node.bias
+            parameters, macs = weight + bias, weight * prod(after[1:])
+            flops = macs + bias * prod(after[1:])
+            if taps > 1 and node.kind.name == "doconv":
+                more = before[0] * taps**2
+                found["composition_macs"] += more * after[0] // groups
+        elif isinstance(node, BatchNorm):
+            parameters, flops = 2 * before[0] * node.affine, 2 * prod(before)
+        elif isinstance(node, Pool | GlobalPool):
+            flops = prod(before)
+        elif node == Activation("relu"):
+            flops = prod(after)
+        row = (parameters, flops, macs, parameters + more)
+        for what, value in zip(COSTS, row, strict=False):
+            found[what] += value
     return found
 
 
 @one_test
 @pytest.mark.parametrize("name", list_models())
-def test_a_network_costs_what_its_state_and_its_shapes_give(name):
+def test_a_network_costs_what_its_nodes_and_shapes_give(name):
     found = count(name, None, None)
     assert {what: getattr(found, what) for what in COSTS} == by_the_rule(describe(name))
     assert len({row.path for row in found.layers}) == len(found.layers)
