@@ -163,7 +163,9 @@ def test_below_full_rank_some_kernel_is_out_of_reach(layer):
 
 def solve_weight(operators, target, spec):
     """Return the W whose kernel comes nearest to `target`, by least squares in each channel."""
-    inverse = np.linalg.pinv(operators)  # (I, S, M)
+    # Of a direction taken out of the range rounding leaves a singular value of about 1e-16, by
+    # which nothing is to be divided.
+    inverse = np.linalg.pinv(operators, rcond=1e-12)  # (I, S, M)
     grouped = target.reshape(spec.groups, -1, spec.in_channels_per_group, spec.taps)
     inverse = inverse.reshape(spec.groups, spec.in_channels_per_group, -1, spec.taps)
     return np.einsum("gism,goim->gois", inverse, grouped).reshape(spec.weight_shape)
