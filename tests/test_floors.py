@@ -6,19 +6,9 @@ import pytest
 from cases import one_test
 from floors import PACKAGES, Arrow, arrows, circles, modules, runs_up, violations
 
-# What does not hold yet, and why; this only ever gets shorter.
-KNOWN = {
-    # A checkpoint opens, folds and writes itself by modules that all take checkpoints.
-    "doconv_core.files.checkpoint -> doconv_core.files.arrays (in a function) hides a circle",
-    "doconv_core.files.checkpoint -> doconv_core.files.folding (in a function) hides a circle",
-    "doconv_core.files.checkpoint -> doconv_core.files.formats (in a function) hides a circle",
-    # The report of a BSConv conversion is a report of a conversion.
-    "doconv_core.kinds.bsconv_model -> doconv_core.models.report runs up",
-}
-
 
 def test_what_is_imported_lies_below():
-    assert violations() == KNOWN
+    assert violations() == set()
 
 
 def test_every_file_is_read():
