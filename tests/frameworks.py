@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -35,3 +37,22 @@ def adapter_of(backend: str) -> ModuleType:
     """Return the backend's adapter to the contract."""
     need(backend)
     return importlib.import_module(f"adapters.{backend}")
+
+
+def fresh(
+    *arguments: object, status: int = 0, environment: dict[str, str] | None = None, **options
+):
+    """Run Python in a process of its own; return it finished, with what it printed as text.
+
+    status: how it has to exit. environment: more of its variables. options: of subprocess.run.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+    assert done.returncode == status, done.stdout[-5000:] + done.stderr
+    return done

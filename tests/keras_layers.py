@@ -5,9 +5,12 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from equal import assert_same
 from keras import layers, ops
 
 from doconv_tf import DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv2D
+
+__all__ = ["assert_same"]  # as other tests take it from here
 
 BACKEND = keras.backend.backend()
 PAIRS = [
@@ -57,10 +60,6 @@ def shape_for(do_conv):
 
 def array(values):
     return ops.convert_to_numpy(values)
-
-
-def assert_same(found, expected):
-    np.testing.assert_array_equal(array(found), array(expected))
 
 
 @keras.saving.register_keras_serializable(package="doconv_tests")

@@ -6,6 +6,8 @@ from math import ceil, prod
 
 import numpy as np
 import pytest
+from cases import refuses
+from equal import assert_close, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
@@ -16,7 +18,6 @@ from doconv_core import (
     compose_bsconv,
     compose_bsconv_gradient,
     convolve,
-    difference,
     merge_pointwise,
     merge_pointwise_gradient,
     mid_channels,
@@ -24,23 +25,20 @@ from doconv_core import (
     orthonormality_gradient,
 )
 
-EXACT = 1e-12
 properties = settings(max_examples=200, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def close(found, expected, tolerance=EXACT):
-    return difference(found, expected).relative <= tolerance
-
-
-def slope(function, arguments, position, step):
-    """Return the exact slope of a function that is linear in this argument."""
-    ends = []
-    for sign in (1, -1):
-        moved = list(arguments)
-        moved[position] = moved[position] + sign * step
-        ends.append(function(*moved))
-    return (ends[0] - ends[1]) / 2
+def assert_slopes(function, arguments, gradients, rng):
+    """Assert that gradients are the slopes of a function that is linear in each argument."""
+    for position, gradient in enumerate(gradients):
+        step, ends = rng.standard_normal(gradient.shape), []
+        for sign in (1, -1):
+            moved = list(arguments)
+            moved[position] = moved[position] + sign * step
+            ends.append(function(*moved))
+        expected = (ends[0] - ends[1]) / 2
+        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
 
 
 @properties
@@ -52,39 +50,31 @@ def test_mid_channels_follow_the_rule(channels, p, least):
     assert mid >= p * channels
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((8, 0), ValueError, "p must be above 0 and at most 1; received p=0"),
-        ((8, -0.5), ValueError, "p must be above 0 and at most 1; received p=-0.5"),
-        ((8, 1.5), ValueError, "p must be above 0 and at most 1; received p=1.5"),
-        ((8, float("nan")), ValueError, "p must be finite; received p=nan"),
-        ((8, "1/4"), TypeError, "p must be a number; received p='1/4'"),
-        ((8, True), TypeError, "p must be a number; received p=True"),
-        ((8, 0.5, 0), ValueError, "min_mid_channels must be at least 1; received"),
-        ((8, 0.5, 1.5), TypeError, "min_mid_channels must be an integer; received"),
-        ((0,), ValueError, "in_channels must be at least 1; received in_channels=0"),
-    ],
+test_mid_channels_refuse_what_gives_no_layer = refuses(
+    lambda arguments: mid_channels(*arguments),
+    ((8, 0), ValueError, "p must be above 0 and at most 1; received p=0"),
+    ((8, -0.5), ValueError, "p must be above 0 and at most 1; received p=-0.5"),
+    ((8, 1.5), ValueError, "p must be above 0 and at most 1; received p=1.5"),
+    ((8, float("nan")), ValueError, "p must be finite; received p=nan"),
+    ((8, "1/4"), TypeError, "p must be a number; received p='1/4'"),
+    ((8, True), TypeError, "p must be a number; received p=True"),
+    ((8, 0.5, 0), ValueError, "min_mid_channels must be at least 1; received"),
+    ((8, 0.5, 1.5), TypeError, "min_mid_channels must be an integer; received"),
+    ((0,), ValueError, "in_channels must be at least 1; received in_channels=0"),
 )
-def test_mid_channels_refuse_what_gives_no_layer(arguments, error, message):
-    with pytest.raises(error, match=message):
-        mid_channels(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"variant": "x"}, ValueError, "variant must be one of 'u', 's'; received variant='x'"),
-        ({"with_bn": 1}, TypeError, "with_bn must be True or False; received with_bn=1"),
-        ({"kernel_size": 3}, TypeError, "kernel_size must be a sequence"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1"),
-        ({"p": 2}, ValueError, "p must be above 0"),
-        ({"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
-    ],
+test_a_spec_says_what_is_wrong = refuses(
+    lambda change: BSConvSpec(
+        **({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 3)} | change)
+    ),
+    ({"variant": "x"}, ValueError, "variant must be one of 'u', 's'; received variant='x'"),
+    ({"with_bn": 1}, TypeError, "with_bn must be True or False; received with_bn=1"),
+    ({"kernel_size": 3}, TypeError, "kernel_size must be a sequence"),
+    ({"out_channels": 0}, ValueError, "out_channels must be at least 1"),
+    ({"p": 2}, ValueError, "p must be above 0"),
+    ({"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
 )
-def test_a_spec_says_what_is_wrong(change, error, message):
-    with pytest.raises(error, match=message):
-        BSConvSpec(**({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 3)} | change))
 
 
 def test_a_spec_names_its_parts_in_order():
@@ -114,7 +104,7 @@ def test_the_kernel_equals_the_convolutions_one_after_another(data):
     expected = convolve(features, filters, bias, groups=len(dw), **geometry)
     pw = pointwise[0] if spec.variant == "u" else merge_pointwise(*pointwise)
     found = convolve(x, compose_bsconv(pw, dw, spec), bias, **geometry)
-    assert close(found, expected, 1e-11)
+    assert_close(found, expected, 1e-11)
 
 
 @properties
@@ -125,14 +115,9 @@ def test_the_kernels_gradient_is_its_slope(spec, seed):
     arguments = [rng.standard_normal(shape) for shape in shapes]
     dkernel = rng.standard_normal(spec.dense.kernel_shape)
     gradients = compose_bsconv_gradient(*arguments, dkernel, spec)
-
-    def loss(pw, dw):
-        return (compose_bsconv(pw, dw, spec) * dkernel).sum()
-
-    for position, gradient in enumerate(gradients):
-        step = rng.standard_normal(gradient.shape)
-        expected = slope(loss, arguments, position, step)
-        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
+    assert_slopes(
+        lambda pw, dw: (compose_bsconv(pw, dw, spec) * dkernel).sum(), arguments, gradients, rng
+    )
 
 
 @properties
@@ -142,14 +127,9 @@ def test_the_merged_weights_gradient_is_its_slope(spec, seed):
     arguments, _ = bsconv_weights(spec, rng)
     dmerged = rng.standard_normal((spec.out_channels, spec.in_channels))
     gradients = merge_pointwise_gradient(*arguments, dmerged)
-
-    def loss(w1, w2):
-        return (merge_pointwise(w1, w2) * dmerged).sum()
-
-    for position, gradient in enumerate(gradients):
-        step = rng.standard_normal(gradient.shape)
-        expected = slope(loss, arguments, position, step)
-        assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
+    assert_slopes(
+        lambda w1, w2: (merge_pointwise(w1, w2) * dmerged).sum(), arguments, gradients, rng
+    )
 
 
 @properties
@@ -177,8 +157,7 @@ def test_orthonormal_rows_have_no_loss(mid, more, seed):
 
 def test_orthonormality_has_no_gradient_at_its_kink():
     gradient = orthonormality_gradient(np.eye(3, 5, dtype=np.float32))
-    np.testing.assert_array_equal(gradient, np.zeros((3, 5)))
-    assert gradient.dtype == np.float32
+    assert_same(gradient, np.zeros((3, 5), np.float32))
 
 
 @properties
@@ -207,21 +186,31 @@ def test_dtypes_are_kept(dtype):
     assert {pw.dtype, compose_bsconv(pw, dw, spec).dtype} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: compose_bsconv(np.ones((6, 3)), np.ones((6, 9)), s), r"pointwise must have sh"),
-        (lambda s: compose_bsconv(np.ones((6, 4)), np.ones((6, 3)), s), r"depthwise must have sh"),
-        (lambda s: merge_pointwise(np.ones((2, 4)), np.ones((6, 3))), "second must have 2 input"),
-        (lambda s: orthonormality(np.ones((2, 4, 1))), r"weight must have shape \(output, input\)"),
-        (
-            lambda s: compose_bsconv_gradient(
-                np.ones((6, 4)), np.ones((6, 9)), np.ones((6, 4, 9)), s
-            ),
-            r"kernel_gradient must have shape \(6, 4, 3, 3\); received \(6, 4, 9\)",
-        ),
-    ],
+test_shapes_that_disagree_are_refused = refuses(
+    lambda call: call(BSConvSpec(4, 6, (3, 3))),
+    (
+        lambda s: compose_bsconv(np.ones((6, 3)), np.ones((6, 9)), s),
+        ValueError,
+        r"pointwise must have sh",
+    ),
+    (
+        lambda s: compose_bsconv(np.ones((6, 4)), np.ones((6, 3)), s),
+        ValueError,
+        r"depthwise must have sh",
+    ),
+    (
+        lambda s: merge_pointwise(np.ones((2, 4)), np.ones((6, 3))),
+        ValueError,
+        "second must have 2 input",
+    ),
+    (
+        lambda s: orthonormality(np.ones((2, 4, 1))),
+        ValueError,
+        r"weight must have shape \(output, input\)",
+    ),
+    (
+        lambda s: compose_bsconv_gradient(np.ones((6, 4)), np.ones((6, 9)), np.ones((6, 4, 9)), s),
+        ValueError,
+        r"kernel_gradient must have shape \(6, 4, 3, 3\); received \(6, 4, 9\)",
+    ),
 )
-def test_shapes_that_disagree_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(BSConvSpec(4, 6, (3, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
@@ -115,20 +116,15 @@ def test_kernel_sizes_are_sizes_or_integers_for_every_rank():
     assert as_kernel_sizes([3, (1, 5)]) == {(3,), (3, 3), (3, 3, 3), (1, 5)}
 
 
-@pytest.mark.parametrize(
-    ("sizes", "error", "message"),
-    [
-        (3, TypeError, "kernel_sizes must be a sequence of kernel sizes.*received kernel_sizes=3"),
-        ((), TypeError, "kernel_sizes must be a sequence of kernel sizes"),
-        ("3x3", TypeError, "kernel_sizes must be a sequence of kernel sizes"),
-        (((3, 3, 3, 3),), ValueError, r"kernel_sizes\[0\] must have 1 to 3 entries"),
-        (((3, 0),), ValueError, r"kernel_sizes\[0\]\[1\] must be at least 1"),
-        ((3.5,), TypeError, r"kernel_sizes\[0\] must be an integer"),
-    ],
+test_other_kernel_sizes_are_refused = refuses(
+    as_kernel_sizes,
+    (3, TypeError, "kernel_sizes must be a sequence of kernel sizes.*received kernel_sizes=3"),
+    ((), TypeError, "kernel_sizes must be a sequence of kernel sizes"),
+    ("3x3", TypeError, "kernel_sizes must be a sequence of kernel sizes"),
+    (((3, 3, 3, 3),), ValueError, r"kernel_sizes\[0\] must have 1 to 3 entries"),
+    (((3, 0),), ValueError, r"kernel_sizes\[0\]\[1\] must be at least 1"),
+    ((3.5,), TypeError, r"kernel_sizes\[0\] must be an integer"),
 )
-def test_other_kernel_sizes_are_refused(sizes, error, message):
-    with pytest.raises(error, match=message):
-        as_kernel_sizes(sizes)
 
 
 def test_batch_norm_options_are_checked():

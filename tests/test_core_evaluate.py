@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from cases import one_test, refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import State, StateError, compose, difference
@@ -30,6 +31,7 @@ def weights_like(output):
     return np.random.default_rng(7).normal(size=output.shape)
 
 
+@one_test
 @every_network
 @both_modes
 def test_gradients_are_the_slopes_of_the_output(name, training):
@@ -55,6 +57,7 @@ def test_gradients_are_the_slopes_of_the_output(name, training):
     assert slope / (2 * STEP) == pytest.approx(expected, rel=1e-5, abs=1e-7 * size)
 
 
+@one_test
 @every_network
 def test_every_trained_entry_has_a_gradient_in_the_order_of_the_state(name):
     network = NETWORKS[name]
@@ -68,6 +71,7 @@ def test_every_trained_entry_has_a_gradient_in_the_order_of_the_state(name):
     assert output.shape[1:] == infer(network)[""].after
 
 
+@one_test
 @every_network
 @both_modes
 def test_float32_stays_float32_and_is_close_to_float64(name, training):
@@ -115,6 +119,7 @@ FORMULAS = {
 }
 
 
+@one_test
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_its_formula(name):
     network = Network("net", sequence(("act", Activation(name))), (1, 1, 161))
@@ -176,20 +181,15 @@ def test_another_momentum_is_warned_of_where_the_call_is(call):
     assert [each.filename for each in warned] == [__file__]
 
 
-@pytest.mark.parametrize(
-    ("x", "error", "told"),
-    [
-        (np.zeros((1, 3, 7, 6), int), TypeError, "x must be an array of floats; received .*int64"),
-        (np.zeros((1, 3, 7, 6), np.float16), TypeError, "float32 or float64; received float16"),
-        (np.zeros((3, 7, 6)), ValueError, r"\(B, C, H, W\); received shape \(3, 7, 6\)"),
-        (np.zeros((1, 2, 7, 6)), StateError, r"not one of 'net': entry '1\.weight' is of .*"),
-        (np.zeros((1, 3, 1, 6)), ValueError, r"'2' needs at least 2 rows.*received 1"),
-    ],
+POOLED = alone("net", Pool("max", 2, 2))
+test_inputs_that_do_not_fit_are_refused = refuses(
+    lambda x: evaluate(POOLED, initialize(POOLED), x),
+    (np.zeros((1, 3, 7, 6), int), TypeError, "x must be an array of floats; received .*int64"),
+    (np.zeros((1, 3, 7, 6), np.float16), TypeError, "float32 or float64; received float16"),
+    (np.zeros((3, 7, 6)), ValueError, r"\(B, C, H, W\); received shape \(3, 7, 6\)"),
+    (np.zeros((1, 2, 7, 6)), StateError, r"not one of 'net': entry '1\.weight' is of .*"),
+    (np.zeros((1, 3, 1, 6)), ValueError, r"'2' needs at least 2 rows.*received 1"),
 )
-def test_inputs_that_do_not_fit_are_refused(x, error, told):
-    network = alone("net", Pool("max", 2, 2))
-    with pytest.raises(error, match=told):
-        evaluate(network, initialize(network), x)
 
 
 def test_an_output_gradient_of_another_shape_is_refused():

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from cases import one_test, refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
-from doconv_core.kinds.bsconv import mid_channels
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.layers import layers
 from doconv_core.networks.lowering import lowered
@@ -27,6 +27,7 @@ def bsconv(kind, **options):
     return Conv(8, (3, 3), 2, 0, bias=True, kind=kind, **options)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -53,6 +54,7 @@ def test_a_bsconv_becomes_its_parts(kind, parts):
     assert body == sequence(("conv", sequence(*parts.items(), ("depthwise", depthwise))))
 
 
+@one_test
 @pytest.mark.parametrize("name", NETWORKS)
 def test_lowering_keeps_shapes_and_function(name):
     network = NETWORKS[name]
@@ -73,49 +75,16 @@ def test_the_middle_follows_from_the_channels_that_come():
     assert layers(network, (20, 9, 9)) == layers(low)
 
 
-@pytest.mark.parametrize(
-    ("conv", "told"),
-    [
-        (bsconv(Kind("bsconvu"), groups=2), "'1' cannot be a BSConv.*received groups=2"),
-        (bsconv(Kind("bsconvs"), groups=0), "'1' cannot be a BSConv.*received groups=0"),
-        (bsconv(Kind("bsconvs", p=0.0)), r"p must be above 0 and at most 1; received p=0\.0"),
-    ],
+test_what_cannot_be_taken_apart_is_refused = refuses(
+    lambda conv: lowered(Network("net", numbered([conv]), (6, 9, 9))),
+    (bsconv(Kind("bsconvu"), groups=2), ValueError, "'1' cannot be a BSConv.*received groups=2"),
+    (bsconv(Kind("bsconvs"), groups=0), ValueError, "'1' cannot be a BSConv.*received groups=0"),
+    (
+        bsconv(Kind("bsconvs", p=0.0)),
+        ValueError,
+        r"p must be above 0 and at most 1; received p=0\.0",
+    ),
 )
-def test_what_cannot_be_taken_apart_is_refused(conv, told):
-    with pytest.raises(ValueError, match=told):
-        lowered(Network("net", numbered([conv]), (6, 9, 9)))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ((64, 0.25, 4), 16),
-        ((10, 0.25, 1), 3),
-        ((10, 0.25, 4), 4),
-        ((3, 0.25, 4), 3),
-        ((7, 1, 4), 7),
-    ],
-)
-def test_mid_channels(sizes, expected):
-    assert mid_channels(*sizes) == expected
-
-
-@pytest.mark.parametrize(
-    ("sizes", "error", "told"),
-    [
-        ((0, 0.25, 4), ValueError, "in_channels must be at least 1; received in_channels=0"),
-        ((8, 0.25, 0), ValueError, "min_mid_channels must be at least 1"),
-        ((8, 0.25, 2.5), TypeError, "min_mid_channels must be an integer"),
-        ((8, 0, 4), ValueError, "p must be above 0 and at most 1; received p=0"),
-        ((8, 1.5, 4), ValueError, r"at most 1; received p=1\.5"),
-        ((8, float("nan"), 4), ValueError, "p must be finite; received p=nan"),
-        ((8, "1", 4), TypeError, "p must be a number; received p='1'"),
-        ((8, True, 4), TypeError, "p must be a number; received p=True"),
-    ],
-)
-def test_mid_channels_refuses(sizes, error, told):
-    with pytest.raises(error, match=told):
-        mid_channels(*sizes)
 
 
 def test_layers_are_the_forms_of_all_that_has_arrays():
@@ -147,6 +116,7 @@ def test_layers_are_the_forms_of_all_that_has_arrays():
     }
 
 
+@one_test
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_come_in_the_order_of_the_network_and_take_its_states(kind):
     network = whole(KINDS[kind])
@@ -173,15 +143,18 @@ def test_names_and_branches_that_do_not_fit_are_refused_by_path():
         infer(alone("net", Concat(numbered([]))))
 
 
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda: Kind("bsconv"), "name must be one of conv, doconv, bsconvu, bsconvs; received"),
-        (lambda: Activation("swish"), "name must be one of relu, relu6, .*received 'swish'"),
-        (lambda: Pool("min", 2, 2), "name must be one of max, average; received 'min'"),
-        (lambda: Pool("max", 2, 2, 2), "padding must be at most half"),
-    ],
+test_nodes_that_compute_nothing_are_refused = refuses(
+    lambda make: make(),
+    (
+        lambda: Kind("bsconv"),
+        ValueError,
+        "name must be one of conv, doconv, bsconvu, bsconvs; received",
+    ),
+    (
+        lambda: Activation("swish"),
+        ValueError,
+        "name must be one of relu, relu6, .*received 'swish'",
+    ),
+    (lambda: Pool("min", 2, 2), ValueError, "name must be one of max, average; received 'min'"),
+    (lambda: Pool("max", 2, 2, 2), ValueError, "padding must be at most half"),
 )
-def test_nodes_that_compute_nothing_are_refused(make, told):
-    with pytest.raises(ValueError, match=told):
-        make()

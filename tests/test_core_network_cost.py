@@ -9,15 +9,33 @@ from pathlib import Path
 
 import pytest
 import tally
+from cases import one_test, refuses
 
-from doconv_core import Cost, LayerCost, count, layer_cost
+from doconv_core import ConvSpec, Cost, LayerCost, count, layer_cost
+from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe, list_models
-from doconv_core.networks.nodes import Conv, Kind, Network, sequence
+from doconv_core.networks.nodes import (
+    Activation,
+    BatchNorm,
+    Conv,
+    GlobalPool,
+    Kind,
+    Linear,
+    Network,
+    Pool,
+    sequence,
+)
 from doconv_core.networks.shapes import infer
 
 TABLES = Path(__file__).parents[1] / "docs" / "data" / "bsconv_cifar100.csv"
+COSTS = ("parameters", "flops", "macs", "training_parameters", "composition_macs")
 with TABLES.open(encoding="utf-8") as file:
     ROWS = list(csv.DictReader(file))
+
+
+def alone(layer):
+    """Return the network of one convolution of 4 channels, at 8×8 positions."""
+    return Network("net", sequence(("conv", layer)), (4, 8, 8))
 
 
 def test_the_tables_are_all_there():
@@ -25,7 +43,8 @@ def test_the_tables_are_all_there():
     assert len({row["model"] for row in ROWS}) == 54
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row["model"] for row in ROWS])
+@one_test
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["model"])
 def test_a_published_row(row):
     found = count(row["model"])
     assert f"{found.parameters / 1e6:.2f}" == row["parameters_millions"]
@@ -70,10 +89,8 @@ def by_hand():
                 yield f"{prefix}mobilenetv3_{kind}_{width}_bsconvs_p1d6", v3
 
 
-HAND = list(by_hand())
-
-
-@pytest.mark.parametrize(("name", "expected"), HAND, ids=[name for name, _ in HAND])
+@one_test
+@pytest.mark.parametrize(("name", "expected"), by_hand(), ids=str)
 def test_counts_by_hand(name, expected):
     found = count(name, None, None)
     assert found.parameters == found.training_parameters == expected.parameters
@@ -82,6 +99,7 @@ def test_counts_by_hand(name, expected):
     assert found.composition_macs == 0
 
 
+@one_test
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [
@@ -123,39 +141,50 @@ def test_a_plain_network_is_a_resnet_without_its_three_projections():
     assert plain.flops == resnet.flops - macs - sum(2 * b * n**2 for b, n in outputs.items())
 
 
-def operations(row):
-    """A row's operations by the rule, from its kind, its shapes and what it trains."""
-    entries = {"batch_norm": 2 * prod(row.before), "relu": prod(row.after)}
-    if row.kind.endswith("pool"):
-        return prod(row.before)
-    return row.macs if row.macs else entries.get(row.kind, 0)
+def by_the_rule(network):
+    """Return a network's costs, as `count` defines them, from its nodes and its images' shapes."""
+    found = dict.fromkeys(COSTS, 0)
+    for _, node, before, after in infer(lowered(network)).values():
+        parameters = more = macs = flops = 0
+        if isinstance(node, Conv | Linear):
+            groups = (node.groups or before[0]) if isinstance(node, Conv) else 1
+            taps = prod(node.kernel_size) if isinstance(node, Conv) else 1
+            weight, bias = after[0] * before[0] // groups * taps, after[0] * node.bias
+            parameters, macs = weight + bias, weight * prod(after[1:])
+            flops = macs + bias * prod(after[1:])
+            if taps > 1 and node.kind.name == "doconv":
+                more = before[0] * taps**2
+                found["composition_macs"] += more * after[0] // groups
+        elif isinstance(node, BatchNorm):
+            parameters, flops = 2 * before[0] * node.affine, 2 * prod(before)
+        elif isinstance(node, Pool | GlobalPool):
+            flops = prod(before)
+        elif node == Activation("relu"):
+            flops = prod(after)
+        row = (parameters, flops, macs, parameters + more)
+        for what, value in zip(COSTS, row, strict=False):
+            found[what] += value
+    return found
 
 
+@one_test
 @pytest.mark.parametrize("name", list_models())
-def test_rows_add_up(name):
+def test_a_network_costs_what_its_nodes_and_shapes_give(name):
     found = count(name, None, None)
+    assert {what: getattr(found, what) for what in COSTS} == by_the_rule(describe(name))
     assert len({row.path for row in found.layers}) == len(found.layers)
-    for what in ("parameters", "flops", "macs", "training_parameters", "composition_macs"):
-        assert getattr(found, what) == sum(getattr(row, what) for row in found.layers)
-    biases = sum(row.flops - operations(row) for row in found.layers)
-    convs = [at for at in infer(describe(name)).values() if getattr(at.node, "bias", False)]
-    assert biases == sum(prod(at.after) for at in convs)
     assert found.output_shape == found.layers[-1].after
     assert found.macs > 0
 
 
+@one_test
 @pytest.mark.parametrize("name", [n for n in list_models("*_doconv") if "602" not in n])
 def test_doconv_costs_more_in_training_alone(name):
-    plain = count(name.removesuffix("_doconv"), None, None)
-    found = count(name, None, None)
-    assert (found.parameters, found.flops, found.macs) == (
-        plain.parameters,
-        plain.flops,
-        plain.macs,
-    )
-    network = describe(name.removesuffix("_doconv"))
+    plain, found = (count(n, None, None) for n in (name.removesuffix("_doconv"), name))
+    same = ("parameters", "flops", "macs")
+    assert [getattr(found, what) for what in same] == [getattr(plain, what) for what in same]
     more = composed = 0
-    for at in infer(network).values():
+    for at in infer(describe(name.removesuffix("_doconv"))).values():
         if isinstance(at.node, Conv) and prod(at.node.kernel_size) > 1:
             taps, inputs = prod(at.node.kernel_size), at.before[0]
             more += inputs * taps**2
@@ -175,13 +204,8 @@ def test_the_rows_of_bsconv():
     conv = "stage3.unit1.conv1"
     parts = ("pointwise1", "batch_norm1", "pointwise2", "batch_norm2", "depthwise")
     assert [path for path in rows if path.startswith(conv)] == [f"{conv}.{part}" for part in parts]
-    assert [rows[f"{conv}.{part}"].parameters for part in parts] == [
-        32 * 8,
-        16,
-        8 * 64,
-        128,
-        9 * 64,
-    ]
+    found = [rows[f"{conv}.{part}"].parameters for part in parts]
+    assert found == [32 * 8, 16, 8 * 64, 128, 9 * 64]
     assert rows[f"{conv}.pointwise2"].after == (64, 16, 16)
     assert rows[f"{conv}.depthwise"].after == (64, 8, 8)
     assert rows[f"{conv}.depthwise"].kernel_size == (3, 3)
@@ -191,10 +215,11 @@ def test_the_rows_of_bsconv():
     assert "stem.conv.batch_norm" not in rows
 
 
+@one_test
 @pytest.mark.parametrize("kind", ["bsconvu", "bsconvs"])
 def test_a_bsconv_of_one_tap_is_an_ordinary_convolution(kind):
-    network = Network("net", sequence(("conv", Conv(6, bias=True, kind=Kind(kind)))), (4, 5, 5))
-    (row,) = count(network, None).layers
+    network = alone(Conv(6, bias=True, kind=Kind(kind)))
+    (row,) = count(network, (4, 5, 5)).layers
     assert (row.path, row.kind) == ("conv", "conv")
     assert (row.parameters, row.macs, row.flops) == (4 * 6 + 6, 4 * 6 * 25, 4 * 6 * 25 + 6 * 25)
 
@@ -214,30 +239,29 @@ def test_what_does_not_change_with_the_size():
     assert large.layers[0].before == (3, 96, 128)
 
 
-@pytest.mark.parametrize(
-    ("subject", "shape", "classes", "error", "message"),
-    [
-        ("cifar_resnet21", (3, 32, 32), 10, ValueError, "the nearest are 'cifar_resnet20'"),
-        ("cifar_resnet20", (32, 32), 10, ValueError, "channels, rows and columns.*received input_"),
-        ("cifar_resnet20", "3x32x32", 10, ValueError, "input_shape='3x32x32'"),
-        ("cifar_resnet20", (3, 32, 0), 10, ValueError, r"input_shape\[2\] must be at least 1"),
-        ("cifar_resnet20", (3, 32, 32.0), 10, TypeError, r"input_shape\[2\] must be an integer"),
-        ("cifar_resnet20", (3, 32, 32), 0, ValueError, "num_classes must be at least 1"),
-        ("tutorial_tf", (1, 4, 9), 10, ValueError, "input is too small"),
-        ("tutorial_tf", (1, 4, 9), "x", TypeError, "num_classes must be an integer"),
-        (3, (3, 32, 32), 10, TypeError, "name must be a string; received 3"),
-        (
-            Network("odd", sequence(("conv", Conv(4, groups=3))), (4, 8, 8)),
-            (4, 8, 8), 10, ValueError, "in_channels must be divisible by groups",
-        ),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_counted(subject, shape, classes, error, message):
-    with pytest.raises(error, match=message):
-        count(subject, shape, classes)
+test_what_cannot_be_counted = refuses(
+    lambda given: count(*given),
+    (("cifar_resnet21", (3, 32, 32), 10), ValueError, "the nearest are 'cifar_resnet20'"),
+    (("cifar_resnet20", (32, 32), 10), ValueError, "channels, rows and columns.*received input_"),
+    (("cifar_resnet20", "3x32x32", 10), ValueError, "input_shape='3x32x32'"),
+    (("cifar_resnet20", (3, 32, 0), 10), ValueError, r"input_shape\[2\] must be at least 1"),
+    (("cifar_resnet20", (3, 32, 32.0), 10), TypeError, r"input_shape\[2\] must be an integer"),
+    (("cifar_resnet20", (3, 32, 32), 0), ValueError, "num_classes must be at least 1"),
+    (("tutorial_tf", (1, 4, 9), 10), ValueError, "input is too small"),
+    (("tutorial_tf", (1, 4, 9), "x"), TypeError, "num_classes must be an integer"),
+    ((3, (3, 32, 32), 10), TypeError, "name must be a string; received 3"),
+    ((alone(Conv(4, groups=3)), (4, 8, 8), 10), ValueError, "in_channels must be divisible by gr"),
+)
 
 
-def test_the_module_has_what_it_had():
-    assert LayerCost._fields == ("ordinary", "kernel_composed", "feature_composed", "folded")
-    assert Cost(1, 2).macs == 2
-    assert callable(layer_cost)
+def test_a_network_of_one_layer_costs_what_the_layer_does():
+    # 3×3, 4 → 6 in 2 groups with biases, at 8×8 positions; by hand from the definitions.
+    layer = Conv(6, (3, 3), bias=True, groups=2, kind=Kind("doconv"))
+    (row,) = count(alone(layer), None).layers
+    assert (row.parameters, row.macs) == (6 * 2 * 9 + 6, 6 * 2 * 9 * 64)
+    assert (row.training_parameters, row.composition_macs) == (114 + 4 * 9 * 9, 4 * 9 * 9 * 3)
+    cost = layer_cost(ConvSpec(4, 6, (3, 3), 2), 64)
+    assert cost == LayerCost(
+        ordinary=Cost(114, 6912), kernel_composed=Cost(438, 6912 + 972),
+        feature_composed=Cost(438, 4 * 9 * 9 * 64 + 6912), folded=Cost(114, 6912),
+    )  # fmt: skip

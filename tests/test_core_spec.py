@@ -7,6 +7,8 @@ from math import prod
 
 import numpy as np
 import pytest
+from cases import one_test, refuses
+from equal import assert_same
 from hypothesis import given, settings
 from strategies import specs
 
@@ -44,45 +46,40 @@ def test_defaults_and_normalised_values():
         spec.groups = 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0, 6, (3,)), ValueError, "in_channels must be at least 1; received in_channels=0"),
-        ((4, -6, (3,)), ValueError, "out_channels must be at least 1; received out_channels=-6"),
-        ((4, 6, (3,), 0), ValueError, "groups must be at least 1; received groups=0"),
-        ((4.0, 6, (3,)), TypeError, "in_channels must be an integer; received in_channels=4.0"),
-        (("4", 6, (3,)), TypeError, "in_channels must be an integer; received in_channels='4'"),
-        ((4, True, (3,)), TypeError, "out_channels must be an integer; received out_channels=True"),
-        ((4, 6, (3,), None), TypeError, "groups must be an integer; received groups=None"),
-        (
-            (4, 6, (3,), 3),
-            ValueError,
-            "in_channels must be divisible by groups.*in_channels=4, groups=3",
-        ),
-        ((6, 4, (3,), 3), ValueError, "out_channels must be divisible by groups.*out_channels=4"),
-        ((4, 6, 3), TypeError, "kernel_size must be a sequence of 1 to 3 integers.*kernel_size=3"),
-        ((4, 6, {3, 5}), TypeError, "kernel_size must be a sequence"),
-        ((4, 6, b"33"), TypeError, "kernel_size must be a sequence"),
-        ((4, 6, np.array(3)), TypeError, "kernel_size must be a sequence"),
-        ((np.True_, 6, (3,)), TypeError, "in_channels must be an integer"),
-        ((4, 6, "33"), TypeError, "kernel_size must be a sequence.*kernel_size='33'"),
-        ((4, 6, ()), ValueError, r"kernel_size must have 1 to 3 entries.*kernel_size=\(\)"),
-        ((4, 6, (1, 2, 3, 4)), ValueError, r"1 to 3 entries.*kernel_size=\(1, 2, 3, 4\)"),
-        ((4, 6, (3, 0)), ValueError, r"kernel_size\[1\] must be at least 1"),
-        ((4, 6, (3, 1.5)), TypeError, r"kernel_size\[1\] must be an integer"),
-        (
-            (4, 6, (3, 3), 1, 8),
-            ValueError,
-            r"depth_multiplier must be at least the number of kernel taps.*depth_multiplier=8 for "
-            r"kernel_size=\(3, 3\), which has 9 taps",
-        ),
-        ((4, 6, (3, 3), 1, 9.0), TypeError, "depth_multiplier must be an integer"),
-        ((4, 6, (1, 1), 1, 0), ValueError, "depth_multiplier must be at least 1"),
-    ],
+test_wrong_arguments_are_refused = refuses(
+    lambda arguments: ConvSpec(*arguments),
+    ((0, 6, (3,)), ValueError, "in_channels must be at least 1; received in_channels=0"),
+    ((4, -6, (3,)), ValueError, "out_channels must be at least 1; received out_channels=-6"),
+    ((4, 6, (3,), 0), ValueError, "groups must be at least 1; received groups=0"),
+    ((4.0, 6, (3,)), TypeError, "in_channels must be an integer; received in_channels=4.0"),
+    (("4", 6, (3,)), TypeError, "in_channels must be an integer; received in_channels='4'"),
+    ((4, True, (3,)), TypeError, "out_channels must be an integer; received out_channels=True"),
+    ((4, 6, (3,), None), TypeError, "groups must be an integer; received groups=None"),
+    (
+        (4, 6, (3,), 3),
+        ValueError,
+        "in_channels must be divisible by groups.*in_channels=4, groups=3",
+    ),
+    ((6, 4, (3,), 3), ValueError, "out_channels must be divisible by groups.*out_channels=4"),
+    ((4, 6, 3), TypeError, "kernel_size must be a sequence of 1 to 3 integers.*kernel_size=3"),
+    ((4, 6, {3, 5}), TypeError, "kernel_size must be a sequence"),
+    ((4, 6, b"33"), TypeError, "kernel_size must be a sequence"),
+    ((4, 6, np.array(3)), TypeError, "kernel_size must be a sequence"),
+    ((np.True_, 6, (3,)), TypeError, "in_channels must be an integer"),
+    ((4, 6, "33"), TypeError, "kernel_size must be a sequence.*kernel_size='33'"),
+    ((4, 6, ()), ValueError, r"kernel_size must have 1 to 3 entries.*kernel_size=\(\)"),
+    ((4, 6, (1, 2, 3, 4)), ValueError, r"1 to 3 entries.*kernel_size=\(1, 2, 3, 4\)"),
+    ((4, 6, (3, 0)), ValueError, r"kernel_size\[1\] must be at least 1"),
+    ((4, 6, (3, 1.5)), TypeError, r"kernel_size\[1\] must be an integer"),
+    (
+        (4, 6, (3, 3), 1, 8),
+        ValueError,
+        r"depth_multiplier must be at least the number of kernel taps.*depth_multiplier=8 for "
+        r"kernel_size=\(3, 3\), which has 9 taps",
+    ),
+    ((4, 6, (3, 3), 1, 9.0), TypeError, "depth_multiplier must be an integer"),
+    ((4, 6, (1, 1), 1, 0), ValueError, "depth_multiplier must be at least 1"),
 )
-def test_wrong_arguments_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ConvSpec(*arguments)
 
 
 def test_cost_in_each_form():
@@ -107,15 +104,15 @@ def test_cost_refuses_what_is_no_size():
         layer_cost(ConvSpec(1, 1, (3,)), 5, batch=1.5)
 
 
+@one_test
 @pytest.mark.parametrize(
-    ("layout", "shape"),
-    [("OI*", (6, 2, 3, 5)), ("O*I", (6, 3, 5, 2)), ("*IO", (3, 5, 2, 6))],
+    ("layout", "shape"), [("OI*", (6, 2, 3, 5)), ("O*I", (6, 3, 5, 2)), ("*IO", (3, 5, 2, 6))]
 )
 def test_layouts_and_back(layout, shape):
     weight = np.random.default_rng(0).standard_normal((6, 2, 3, 5))
     moved = from_canonical(weight, layout)
     assert moved.shape == shape
-    np.testing.assert_array_equal(to_canonical(moved, layout), weight)
+    assert_same(to_canonical(moved, layout), weight)
 
 
 def test_depthwise_layout_and_back():
@@ -124,8 +121,8 @@ def test_depthwise_layout_and_back():
     assert moved.shape == (3, 5, 3, 2)
     for channel in range(3):
         for n in range(2):  # output channel n of input channel c is c·N + n
-            np.testing.assert_array_equal(moved[..., channel, n], weight[channel * 2 + n, 0])
-    np.testing.assert_array_equal(to_canonical(moved, "*CN"), weight)
+            assert_same(moved[..., channel, n], weight[channel * 2 + n, 0])
+    assert_same(to_canonical(moved, "*CN"), weight)
 
 
 def test_wrong_layouts_are_refused():

@@ -8,6 +8,8 @@ from importlib import metadata
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import one_test
+from equal import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -60,10 +62,8 @@ def test_written_and_read_back_without_a_changed_bit(tmp_path, dtype):
     write_state(state, tmp_path / "new folder" / "a.safetensors")
     back = read_state(tmp_path / "new folder" / "a.safetensors")
     assert back.layers == state.layers
-    assert back.arrays.keys() == state.arrays.keys()
-    for name, array in state.arrays.items():
-        assert back.arrays[name].dtype == dtype
-        np.testing.assert_array_equal(back.arrays[name], array)
+    assert_same(back.arrays, state.arrays)
+    assert {array.dtype for array in back.arrays.values()} == {np.dtype(dtype)}
 
 
 def test_a_state_file_has_the_usual_permissions(state, tmp_path):
@@ -76,7 +76,7 @@ def test_transposed_views_are_written_in_their_own_order(tmp_path):
     forms = {"": LayerForm(LinearSpec(5, 3), bias=False)}
     weight = np.arange(15.0).reshape(5, 3).T
     write_state(State(forms, {"weight": weight}), tmp_path / "a.safetensors")
-    np.testing.assert_array_equal(read_state(tmp_path / "a.safetensors").arrays["weight"], weight)
+    assert_same(read_state(tmp_path / "a.safetensors").arrays["weight"], weight)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,7 @@ def test_any_state_comes_back_from_its_file(folder, state):
     assert list(back.layers.items()) == list(state.layers.items())  # in their order too
     assert back.origin == state.origin
     assert list(back.arrays) == list(state.arrays)
-    for name, array in state.arrays.items():
-        assert back.arrays[name].dtype == array.dtype
-        np.testing.assert_array_equal(back.arrays[name], array)
+    assert_same(back.arrays, state.arrays)
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,9 +137,10 @@ def test_files_of_version_1_are_read(tmp_path):
     save_file(arrays, tmp_path / "a.safetensors", metadata=header)
     back = read_state(tmp_path / "a.safetensors")
     assert (back.layers, back.origin) == (forms, {})
-    np.testing.assert_array_equal(back.arrays["a.depthwise_weight"], arrays["a.depthwise_weight"])
+    assert_same(back.arrays["a.depthwise_weight"], arrays["a.depthwise_weight"])
 
 
+@one_test
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,6 +216,7 @@ def with_geometry(**changes):
     return described(kind="convolution", spec=spec, geometry=geometry | changes)
 
 
+@one_test
 @pytest.mark.parametrize(
     ("header", "message"),
     [
@@ -312,49 +312,51 @@ def test_backends_are_found_through_entry_points():
     assert ours.items() <= {name: entry.value for name, entry in found.items()}.items()
 
 
-class Fakes:
-    """Stand-ins for what is installed, so that absence and other versions can be tried here."""
-
-    def __init__(self, monkeypatch, version="1.2", requires='six>=1.1,<2; extra == "tf"'):
-        monkeypatch.setattr(metadata, "requires", lambda _: [requires])
-        monkeypatch.setattr(doconv_core.backends, "_version", lambda _: version)
-        present = object() if version else None
-        monkeypatch.setattr(doconv_core.backends, "find_spec", lambda _: present)
+def installed(monkeypatch, version, requires):
+    """Have `six` installed in this version, or not at all, and this of it required."""
+    monkeypatch.setattr(metadata, "requires", lambda _: [requires])
+    monkeypatch.setattr(doconv_core.backends, "_version", lambda _: version)
+    present = object() if version else None
+    monkeypatch.setattr(doconv_core.backends, "find_spec", lambda _: present)
 
 
-@pytest.mark.parametrize("version", ["1.1", "1.9.1.post0", "1.9.1rc1+cpu", "1.1a0+vendor"])
-def test_a_supported_framework_is_accepted(monkeypatch, version):
-    Fakes(monkeypatch, version)
-    assert require_framework("tf", "six") is None
+@one_test
+@pytest.mark.parametrize(
+    ("requires", "versions"),
+    [
+        ('six>=1.1,<2; extra == "tf"', ["1.1", "1.9.1.post0", "1.9.1rc1+cpu", "1.1a0+vendor"]),
+        ('six==0.10.5.post0; extra == "tf"', ["0.10.5.post0"]),
+    ],
+)
+def test_a_supported_framework_is_accepted(monkeypatch, requires, versions):
+    for version in versions:
+        installed(monkeypatch, version, requires)
+        assert require_framework("tf", "six") is None, version
 
 
-def test_a_pinned_post_release_is_accepted(monkeypatch):
-    Fakes(monkeypatch, "0.10.5.post0", 'six==0.10.5.post0; extra == "mx"')
-    assert require_framework("mx", "six") is None
-
-
-def test_a_missing_framework_names_the_extra(monkeypatch):
-    Fakes(monkeypatch, version=None)
-    message = r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"'
+@one_test
+@pytest.mark.parametrize(
+    ("version", "requires", "asked", "message"),
+    [
+        (
+            None, 'six>=1.1,<2; extra == "tf"', ("tf", "six"),
+            r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"',
+        ),
+        (
+            None, 'six>=1.1; extra == "fourth"', ("fourth", "six", "doconv-fourth"),
+            r'pip install "doconv-fourth\[fourth\]"',
+        ),
+        (
+            "2.0", 'six>=1.1,<2; extra == "tf"', ("tf", "six"),
+            r"doconv_tf supports six <2,>=1.1; found 2.0\. Install",
+        ),
+        (
+            "1.2", 'six>=1.1; python_version < "3" and extra == "tf"', ("tf", "six"),
+            r'needs six>=1.1, .*python_version < "3"; this is Python',
+        ),
+    ],
+)  # fmt: skip
+def test_other_frameworks_are_refused(monkeypatch, version, requires, asked, message):
+    installed(monkeypatch, version, requires)
     with pytest.raises(ImportError, match=message):
-        require_framework("tf", "six")
-
-
-def test_another_distribution_is_named_as_the_one_to_install(monkeypatch):
-    Fakes(monkeypatch, version=None, requires='six>=1.1; extra == "fourth"')
-    with pytest.raises(ImportError, match=r'pip install "doconv-fourth\[fourth\]"'):
-        require_framework("fourth", "six", "doconv-fourth")
-
-
-def test_an_unsupported_version_is_refused(monkeypatch):
-    Fakes(monkeypatch, "2.0")
-    with pytest.raises(ImportError, match=r"doconv_tf supports six <2,>=1.1; found 2.0\. Install"):
-        require_framework("tf", "six")
-
-
-def test_an_unsupported_python_is_refused(monkeypatch):
-    Fakes(monkeypatch, requires='six>=1.1; python_version < "3" and extra == "tf"')
-    with pytest.raises(
-        ImportError, match=r'needs six>=1.1, .*python_version < "3"; this is Python'
-    ):
-        require_framework("tf", "six")
+        require_framework(*asked)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from frameworks import BACKENDS, need
+from cases import one_test
+from frameworks import BACKENDS, fresh, need
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,18 +59,11 @@ def test_examples_run(needed, tmp_path):
     for example in chosen.values():
         assert packages(example)
         assert "assert" in example  # it shows what it claims
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path)],
-        input=json.dumps(chosen),
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = fresh("-c", RUN, tmp_path, input=json.dumps(chosen))
     assert re.findall("^running (.+)$", done.stderr, re.MULTILINE) == list(chosen)
 
 
+@one_test
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
 def test_links_lead_somewhere(document):
     prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)

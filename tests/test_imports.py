@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+import warnings
 
+import numpy as np
 import pytest
-from frameworks import BACKENDS, need
+from frameworks import BACKENDS, fresh, need
 
 FRAMEWORKS = {"torch", "tensorflow", "keras", "mxnet", "jax", "gluoncv"}
 BRINGS = {
@@ -19,22 +18,12 @@ BRINGS = {
 }
 
 
-def run(code):
-    """Run code in a fresh interpreter and return what it printed."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
 @pytest.mark.parametrize("package", BRINGS)
 def test_a_package_alone_brings_no_other_framework(package):
     if package != "doconv_core":
         need(package.removeprefix("doconv_"))
     code = f"import {package}, sys; print(*(set({sorted(FRAMEWORKS)!r}) & sys.modules.keys()))"
-    found = set(run(code))
+    found = set(fresh("-c", code).stdout.split())
     if package == "doconv_tf":
         found.discard("jax")  # TensorFlow Lite's converter imports it, where it finds it
     assert found == BRINGS[package]
@@ -71,11 +60,31 @@ import gluoncv.model_zoo
 WITH_GLUONCV = [("mx", "torch", "tf"), ("torch", "mx", "tf"), ("tf", "torch", "mx")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("order", list(itertools.permutations(BACKENDS)), ids="-".join)
 def test_the_frameworks_get_on_in_every_order(order):
     for backend in order:
         need(backend)
     more = {"mx": GLUONCV} if order in WITH_GLUONCV else {}
-    printed = "".join(run("".join(STEPS[name] + more.get(name, "") for name in order)))
+    code = "".join(STEPS[name] + more.get(name, "") for name in order)
+    printed = "".join(fresh("-c", code).stdout.split())
     expected = {"torch": "(1,6,3,3)", "tf": "(1,3,3,6)", "mx": "(1,6,3,3)"}
     assert printed == "".join(backend + expected[backend] for backend in order)
+
+
+def test_mxnets_and_gluoncvs_imports_raise_no_warning():
+    need("mx")
+    code = "import doconv_mx; print(doconv_mx.import_gluoncv().__name__)"
+    assert fresh("-W", "error", "-c", code).stdout.split() == ["gluoncv"]
+
+
+def test_numpy_has_the_name_that_mxnet_takes():
+    need("mx")
+    import mxnet
+
+    import doconv_mx  # before MXNet, which it makes importable
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.bool is np.bool_
+    assert doconv_mx.frameworks.import_mxnet() is mxnet

@@ -9,6 +9,8 @@ import inspect
 
 import numpy as np
 import pytest
+from cases import one_test, refuses
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -18,7 +20,7 @@ from doconv_mx import DOConv2D, export_state, load_state  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import IN_CHANNELS, MULTIPLIERS, RANKED, close, equal, image, random_d, trained  # noqa: E402
+from gluon_layers import IN_CHANNELS, MULTIPLIERS, RANKED, image, random_d, trained  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
@@ -55,15 +57,16 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
         mx.random.seed(0)
         layer.initialize(mx.init.Xavier())
     x = image(2, 4, *[5] * (layers[0].weight.data().ndim - 2))
-    assert equal(layers[0].weight.data(), layers[1].weight.data())
-    assert equal(layers[0](x), layers[1](x))
+    assert same(layers[0].weight.data(), layers[1].weight.data())
+    assert same(layers[0](x), layers[1](x))
 
 
 @RANKED
 @IN_CHANNELS
+@pytest.mark.parametrize("mode", MODES)
+@one_test
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("multiplier", [None, 9, 12, 13])
-@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_execution(do_conv, conv, in_channels, groups, multiplier, mode):
     """Alone in eager mode; else within a network, which infers all shapes from its one graph."""
     rank = int(conv.__name__[-2])
@@ -98,6 +101,7 @@ def test_every_mode_of_execution(do_conv, conv, in_channels, groups, multiplier,
     assert layer.spec.in_channels == 4
 
 
+@one_test
 @MULTIPLIERS
 @LAYOUTS
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -109,13 +113,13 @@ def test_composition_is_the_cores_in_every_layout(multiplier, groups, layout):
     state = export_state(layer)
     expected = compose(state.arrays["weight"], state.arrays["depthwise_weight"], layer.spec)
     kernel, folded = layer.composed_kernel(), layer.fold()
-    assert equal(folded.weight.data(), kernel)
+    assert same(folded.weight.data(), kernel)
     assert repr(folded) == repr(nn.Conv2D(8, 3, in_channels=4, groups=groups, layout=layout))
     found = kernel.asnumpy()
     found = np.moveaxis(found, -1, 1) if layout == "NHWC" else found
     assert difference(found, expected).relative < 1e-14
     again = DOConv2D.from_conv(folded, depth_multiplier=multiplier)
-    assert equal(again.composed_kernel(), kernel)
+    assert same(again.composed_kernel(), kernel)
 
 
 @MULTIPLIERS
@@ -127,7 +131,7 @@ def test_half_precision_is_composed_in_float32_and_rounded_once(multiplier):
         getattr(wide, name).set_data(getattr(layer, name).data().asnumpy())
     kernel = layer.composed_kernel()
     assert kernel.dtype == layer.fold().weight.data().dtype == np.float16
-    assert equal(kernel, wide.composed_kernel().astype("float16"))
+    assert same(kernel, wide.composed_kernel().astype("float16"))
 
 
 @MULTIPLIERS
@@ -186,8 +190,8 @@ def test_several_contexts(multiplier, in_channels):
     for c in contexts:
         x = image().as_in_context(c)
         assert layer.composed_kernel(c).context == c
-        assert equal(folded(x), layer(x))
-        assert equal(again(x), folded(x))
+        assert same(folded(x), layer(x))
+        assert same(again(x), folded(x))
 
 
 @RANKED
@@ -199,8 +203,8 @@ def test_one_tap_is_the_ordinary_layer(do_conv, conv, in_channels):
     layer.initialize()
     x = image(2, 4, *[3] * int(conv.__name__[-2]))
     output = layer(x)
-    assert equal(layer.composed_kernel(), layer.weight.data())
-    assert equal(layer.fold()(x), output)
+    assert same(layer.composed_kernel(), layer.weight.data())
+    assert same(layer.fold()(x), output)
     assert "depth_multiplier" not in repr(layer)
 
 
@@ -247,34 +251,28 @@ def test_a_layer_without_some_values_is_refused_as_it_was(missing):
             ValueError, match=rf"needs the values of 'conv\d+_{missing}', which has"
         ):
             action()
-    assert all(equal(p.data(), values) for p, values in zip(there, before, strict=True))
+    assert all(same(p.data(), values) for p, values in zip(there, before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"in_channels": -1}, ValueError, "in_channels must be at least 0; received in_channels=-"),
-        ({"channels": 0}, ValueError, "^channels must be at least 1; received channels=0"),
-        ({"channels": 2.5}, TypeError, "^channels must be an integer; received channels=2.5"),
-        ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
-        ({"in_channels": 0, "groups": 5}, ValueError, "^channels must be divisible.* channels=6"),
-        ({"groups": 4}, ValueError, "^channels must be divisible by groups; received channels=6"),
-        ({"in_channels": 0, "groups": 0}, ValueError, "groups must be at least 1"),
-        ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
-        ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
-        ({"strides": 0}, ValueError, "strides must be at least 1; received strides=0"),
-        ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
-        ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
-        ({"layout": "NCW"}, ValueError, "layout must be 'NCHW' or 'NHWC'; received layout='NCW'"),
-        ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
-        ({"in_channels": 0, "depth_multiplier": 8}, ValueError, "must be at least the number"),
-        ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
-    ],
+test_wrong_arguments_are_refused = refuses(
+    lambda given: DOConv2D(**{"in_channels": 4, "channels": 6, "kernel_size": 3, **given}),
+    ({"in_channels": -1}, ValueError, "in_channels must be at least 0; received in_channels=-"),
+    ({"channels": 0}, ValueError, "^channels must be at least 1; received channels=0"),
+    ({"channels": 2.5}, TypeError, "^channels must be an integer; received channels=2.5"),
+    ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
+    ({"in_channels": 0, "groups": 5}, ValueError, "^channels must be divisible.* channels=6"),
+    ({"groups": 4}, ValueError, "^channels must be divisible by groups; received channels=6"),
+    ({"in_channels": 0, "groups": 0}, ValueError, "groups must be at least 1"),
+    ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
+    ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
+    ({"strides": 0}, ValueError, "strides must be at least 1; received strides=0"),
+    ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
+    ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
+    ({"layout": "NCW"}, ValueError, "layout must be 'NCHW' or 'NHWC'; received layout='NCW'"),
+    ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
+    ({"in_channels": 0, "depth_multiplier": 8}, ValueError, "must be at least the number"),
+    ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
 )
-def test_wrong_arguments_are_refused(arguments, error, message):
-    usual = {"in_channels": 4, "channels": 6, "kernel_size": 3}
-    with pytest.raises(error, match=message):
-        DOConv2D(**{**usual, **arguments})
 
 
 def test_inferred_channels_are_validated():

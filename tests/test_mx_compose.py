@@ -6,6 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from cases import one_test
+from equal import close
+from equal import same as equal
 from frameworks import need
 
 need("mx")
@@ -15,7 +18,7 @@ from doconv_mx import DOConv2D, fold, over_parameterize  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import array, close, equal, image, random_d  # noqa: E402
+from gluon_layers import array, image, random_d  # noqa: E402
 from gluon_models import alike, chain, moved, outputs, same, step  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import HybridBlock, SymbolBlock, nn  # noqa: E402
@@ -53,6 +56,7 @@ class Composed(HybridBlock):
         return compose(F, weight, depthwise, *self._options)
 
 
+@one_test
 @pytest.mark.parametrize("convolved", [False, True], ids=["batches", "convolution"])
 @pytest.mark.parametrize("hybridized", [False, True], ids=["arrays", "symbols"])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
@@ -84,6 +88,7 @@ def test_kernel_and_gradients_are_those_of_the_core(spec, last, hybridized, conv
             assert difference(a.asnumpy(), b).relative <= bound
 
 
+@one_test
 @pytest.mark.parametrize("convolved", [False, True], ids=["batches", "convolution"])
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.depth_multiplier == s.taps], ids=str)
 def test_without_d_the_kernel_is_w(spec, convolved):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from frameworks import need
+from frameworks import fresh, need
 
 need("mx")
 
@@ -85,9 +83,7 @@ def test_an_exported_model_runs_where_this_package_is_not(tmp_path):
     graph, values, _ = exported(folded, tmp_path / "folded")
     arrays = str(tmp_path / "arrays")
     mx.nd.save(arrays, [x])
-    command = [sys.executable, "-c", PROGRAM, str(graph), str(values), arrays]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    fresh("-c", PROGRAM, graph, values, arrays, cwd=tmp_path)
     assert same([mx.nd.load(arrays)[0].asnumpy()], expected)
 
 

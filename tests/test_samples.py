@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import digits
 import harness
 import numpy as np
 import pytest
-from frameworks import need
+from cases import one_test
+from equal import assert_same
+from frameworks import fresh, need
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
@@ -72,12 +72,6 @@ def fake(**changes):
 def contents(folder):
     """Every file below a folder, by its path, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def same_arrays(first, second):
-    """Whether two safetensors files hold the same, whatever the order of their headers."""
-    a, b = load_file(first), load_file(second)
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 # The data
@@ -171,6 +165,7 @@ def test_a_local_mnist_file_is_used(tmp_path):
     assert len(trainings) == 10
 
 
+@one_test
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -216,6 +211,7 @@ def test_mnist_as_openml_gives_it(tmp_path, monkeypatch):
 # Options
 
 
+@one_test
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -312,7 +308,7 @@ def test_a_run_trains_both_layers_with_the_same_seeds_and_writes_its_results(
     again = tmp_path / "again"
     harness.main(fake()[0], ["--runs", "2", "--seed", "7", "--out", str(again)])
     for name in report["files"].values():
-        assert same_arrays(again / name, tmp_path / name)
+        assert_same(load_file(again / name), load_file(tmp_path / name))
     assert json.loads((again / "fake.json").read_text())["accuracy"] == report["accuracy"]
 
 
@@ -376,11 +372,8 @@ def test_an_error_or_an_interruption_leaves_the_previous_results_whole(
 def run(sample, out, *arguments):
     """Run a sample in a fresh interpreter, its warnings errors, and return what it printed."""
     warnings = ["error", "ignore:Please import `csr_matrix`:DeprecationWarning"]  # see pyproject
-    command = [sys.executable, *(f"-W{w}" for w in warnings), str(FOLDER / f"{sample}.py")]
-    command += ["--runs", "1", "--epochs", "1", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command = [*(f"-W{w}" for w in warnings), FOLDER / f"{sample}.py", "--runs", 1, "--epochs", 1]
+    return fresh(*command, "--out", out, *arguments, cwd=out).stdout
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -414,7 +407,7 @@ def test_a_short_run(sample, tmp_path):
     assert np.array_equal(repeated["doconv"], outputs["doconv"])
     for kind in ("doconv", "folded"):
         name = f"{sample}.{kind}.safetensors"
-        assert same_arrays(again / name, first / name)
+        assert_same(load_file(again / name), load_file(first / name))
 
 
 def check_states(folder, sample, training, ordinary):
@@ -462,10 +455,6 @@ def test_both_layers_begin_as_the_same_function(sample, small):
 )
 def test_a_missing_framework_is_named_with_the_extra_to_install(sample, module, extra):
     hide = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", hide, str(FOLDER / f"{sample}.py")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
+    done = fresh("-c", hide, FOLDER / f"{sample}.py", status=1)
     assert f"ImportError: doconv_{extra} needs {module}" in done.stderr
     assert f'python -m pip install "doconv[{extra}]"' in done.stderr

@@ -11,6 +11,8 @@ import warnings
 
 import numpy as np
 import pytest
+from cases import one_test, refuses
+from equal import assert_same
 from frameworks import need
 
 need("tf")
@@ -24,7 +26,6 @@ from keras_layers import (  # noqa: E402
     SHAPE,
     arguments,
     array,
-    assert_same,
     image,
     model_of,
     random_values,
@@ -60,6 +61,7 @@ def test_the_signature_is_the_ordinary_one_and_keywords(do_conv, conv):
     assert issubclass(do_conv, conv)
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("steps", [(2, 1), (1, 3)])
 def test_every_positional_argument_reaches_its_place(do_conv, conv, steps):
@@ -115,6 +117,7 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
     assert not array(layer.depthwise_kernel).any()
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("padding", ["valid", "same", "causal"])
@@ -146,6 +149,7 @@ def test_options_of_the_ordinary_layer(do_conv, conv, data_format, padding):
     assert tuple(layer(x).shape) == layer.compute_output_shape(x.shape)
 
 
+@one_test
 @MULTIPLIERS
 @EACH
 def test_composition_is_the_cores(do_conv, conv, multiplier):
@@ -257,43 +261,33 @@ def test_quantizing_a_model_leaves_the_layer_as_it_is_and_says_so():
     assert layer.quantization_mode is None
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({"filters": 0}, ValueError, "filters must be at least 1; received filters=0"),
-        ({"filters": 2.5}, TypeError, "filters must be an integer; received filters=2.5"),
-        ({"groups": 0}, ValueError, "groups must be at least 1; received groups=0"),
-        ({"groups": 4}, ValueError, "filters must be evenly divisible .*groups=4, filters=6"),
-        ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be one integer or 2 of them"),
-        ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1"),
-        ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
-        ({"strides": 0}, ValueError, "strides must be at least 1; received strides=0"),
-        ({"dilation_rate": (1, -1)}, ValueError, r"dilation_rate\[1\] must be at least 1"),
-        ({"strides": 2, "dilation_rate": 2}, ValueError, "not supported in conjunction"),
-        ({"padding": "full"}, ValueError, "padding"),
-        ({"data_format": "last"}, ValueError, "data_format"),
-        ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number of"),
-        ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
-        ({"dilation": 2}, ValueError, "Unrecognized keyword arguments.*dilation"),
-    ],
+test_wrong_arguments_are_refused = refuses(
+    lambda given: DOConv2D(**{"filters": 6, "kernel_size": 3, **given}),
+    ({"filters": 0}, ValueError, "filters must be at least 1; received filters=0"),
+    ({"filters": 2.5}, TypeError, "filters must be an integer; received filters=2.5"),
+    ({"groups": 0}, ValueError, "groups must be at least 1; received groups=0"),
+    ({"groups": 4}, ValueError, "filters must be evenly divisible .*groups=4, filters=6"),
+    ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be one integer or 2 of them"),
+    ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1"),
+    ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
+    ({"strides": 0}, ValueError, "strides must be at least 1; received strides=0"),
+    ({"dilation_rate": (1, -1)}, ValueError, r"dilation_rate\[1\] must be at least 1"),
+    ({"strides": 2, "dilation_rate": 2}, ValueError, "not supported in conjunction"),
+    ({"padding": "full"}, ValueError, "padding"),
+    ({"data_format": "last"}, ValueError, "data_format"),
+    ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number of"),
+    ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
+    ({"dilation": 2}, ValueError, "Unrecognized keyword arguments.*dilation"),
 )
-def test_wrong_arguments_are_refused(given, error, message):
-    with pytest.raises(error, match=message):
-        DOConv2D(**{"filters": 6, "kernel_size": 3, **given})
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({"depth_multiplier": 0}, ValueError, "depth_multiplier must be at least 1; received dep"),
-        ({"d_multiplier": 8}, ValueError, "^d_multiplier must be at least .* received d_mult"),
-        ({"d_multiplier": "9"}, TypeError, "^d_multiplier must be an integer"),
-        ({"strides": (1, 2, 1)}, ValueError, "strides must be one integer or 2 of them"),
-    ],
+test_wrong_arguments_of_the_depthwise_layer_are_refused = refuses(
+    lambda given: DODepthwiseConv2D(3, **given),
+    ({"depth_multiplier": 0}, ValueError, "depth_multiplier must be at least 1; received dep"),
+    ({"d_multiplier": 8}, ValueError, "^d_multiplier must be at least .* received d_mult"),
+    ({"d_multiplier": "9"}, TypeError, "^d_multiplier must be an integer"),
+    ({"strides": (1, 2, 1)}, ValueError, "strides must be one integer or 2 of them"),
 )
-def test_wrong_arguments_of_the_depthwise_layer_are_refused(given, error, message):
-    with pytest.raises(error, match=message):
-        DODepthwiseConv2D(3, **given)
 
 
 def test_a_wrong_input_is_refused_before_anything_is_created():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import one_test
+from equal import assert_same
 from frameworks import need
 
 need("tf")
@@ -38,12 +40,18 @@ SPECS = [
     ConvSpec(6, 8, (2, 2), 2, 9),
 ]
 EACH = pytest.mark.parametrize("spec", SPECS, ids=str)
-RULES = pytest.mark.parametrize(
-    "rule",
-    [module.ONEDNN, module.Rule(100, 2**62), module.Rule(1, 2**62), module.Rule(2**20, 250, 1),
-     module.Rule(100, 120, 1)],
-    ids=["whole", "pieces", "channels", "blocks", "both"],
-)  # fmt: skip
+RULES = {
+    "whole": module.ONEDNN, "pieces": module.Rule(100, 2**62), "channels": module.Rule(1, 2**62),
+    "blocks": module.Rule(2**20, 250, 1), "both": module.Rule(100, 120, 1),
+}  # fmt: skip
+
+
+@pytest.fixture(params=RULES)
+def rule(request, monkeypatch):
+    monkeypatch.setattr(module, "rule", lambda: RULES[request.param])
+
+
+with_rule = pytest.mark.usefixtures("rule")
 
 
 def problem(spec, dtype="float64"):
@@ -64,10 +72,10 @@ def composed(weight, depthwise, spec):
     return ops.reshape(kernel, (spec.taps, spec.in_channels_per_group, spec.out_channels))
 
 
+@with_rule
+@one_test
 @EACH
-@RULES
-def test_kernel_and_gradients_are_the_cores(monkeypatch, spec, rule):
-    monkeypatch.setattr(module, "rule", lambda: rule)
+def test_kernel_and_gradients_are_the_cores(spec):
     weight, depthwise, gradient = problem(spec)
     w, d = keras_weight(weight, spec), tf.constant(depthwise)
     flat = gradient.reshape(*gradient.shape[:2], spec.taps)
@@ -82,11 +90,11 @@ def test_kernel_and_gradients_are_the_cores(monkeypatch, spec, rule):
     assert difference(array(by_depthwise), expected[1]).relative < 1e-14
 
 
+@with_rule
+@one_test
 @EACH
-@RULES
-def test_second_derivatives(monkeypatch, spec, rule):
+def test_second_derivatives(spec):
     """K is bilinear: the derivative of `<G, K>` by W along U, by D, is that of `<G, U·Dᵀ>` by D."""
-    monkeypatch.setattr(module, "rule", lambda: rule)
     weight, depthwise, gradient = problem(spec)
     w, d = keras_weight(weight, spec), tf.constant(depthwise)
     g = keras_weight(gradient.reshape(*gradient.shape[:2], spec.taps), spec)
@@ -101,22 +109,22 @@ def test_second_derivatives(monkeypatch, spec, rule):
     assert difference(array(second.gradient(along, d)), expected).relative < 1e-13
 
 
+@with_rule
+@one_test
 @EACH
-@RULES
-def test_without_d_the_kernel_is_w_bit_for_bit(monkeypatch, spec, rule):
-    monkeypatch.setattr(module, "rule", lambda: rule)
+def test_without_d_the_kernel_is_w_bit_for_bit(spec):
     weight, depthwise, _ = problem(spec, "float32")
     depthwise = np.zeros_like(depthwise)
     kernel = composed(keras_weight(weight, spec), tf.constant(depthwise), spec)
     expected = expected_kernel(weight, depthwise, spec)
     expected = expected.reshape(*expected.shape[:2], spec.taps)
-    np.testing.assert_array_equal(to_canonical(array(kernel), "*IO"), expected)
+    assert_same(to_canonical(array(kernel), "*IO"), expected)
 
 
-@RULES
+@with_rule
+@one_test
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_composed_in_float32_and_rounded_once(monkeypatch, dtype, rule):
-    monkeypatch.setattr(module, "rule", lambda: rule)
+def test_half_precision_is_composed_in_float32_and_rounded_once(dtype):
     layer, wide = DOConv2D(6, 3, groups=2, dtype=dtype), DOConv2D(6, 3, groups=2, dtype="float32")
     rng = np.random.default_rng(0)
     for each in (layer, wide):
@@ -126,10 +134,10 @@ def test_half_precision_is_composed_in_float32_and_rounded_once(monkeypatch, dty
         theirs.assign(ops.cast(ours, "float32"))
     kernel = layer.composed_kernel()
     assert keras.backend.standardize_dtype(kernel.dtype) == dtype
-    rounded = ops.cast(wide.composed_kernel(), dtype)
-    np.testing.assert_array_equal(*(array(ops.cast(k, "float32")) for k in (kernel, rounded)))
+    assert_same(kernel, ops.cast(wide.composed_kernel(), dtype))
 
 
+@one_test
 @pytest.mark.parametrize(
     ("rule", "products"),
     [(module.EIGEN, [(7, 5)]), (module.Rule(30, 2**62), [(1, 5)] * 7),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
-from frameworks import need
+from frameworks import fresh, need
 
 need("tf")
 if find_spec("tensorflow") is None:
@@ -23,7 +19,6 @@ from keras_models import as_trained, filled, functional, images, sequential  # n
 
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
 
-TESTS = Path(__file__).parent
 FUSE = pytest.mark.parametrize("fuse", [False, True])
 BOUND = 1e-5  # of kernels and fused constants in float32
 
@@ -127,14 +122,7 @@ def test_onnx_of_grouped_convolutions_by_way_of_pytorch(tmp_path):
     model, ordinary = folded(sequential, True)
     ordinary.save(tmp_path / "model.keras")
     paths = [str(tmp_path / "model.keras"), str(tmp_path / "model.onnx")]
-    done = subprocess.run(
-        [sys.executable, "-c", EXPORT, *paths],
-        env={**os.environ, "KERAS_BACKEND": "torch"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = fresh("-c", EXPORT, *paths, environment={"KERAS_BACKEND": "torch"})
     assert "torch" in done.stdout
     session = onnxruntime.InferenceSession(paths[1])
     name = session.get_inputs()[0].name

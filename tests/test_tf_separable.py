@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import one_test
+from equal import assert_same
 from frameworks import need
 
 need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from keras_layers import array, assert_same, image, random_values  # noqa: E402
+from keras_layers import array, image, random_values  # noqa: E402
 
 from doconv_core import NotFoldable, compose, difference, to_canonical  # noqa: E402
 from doconv_tf import (  # noqa: E402
@@ -48,6 +50,7 @@ def depthwise(layer):
     return getattr(layer, layer.d_name)
 
 
+@one_test
 @EACH
 @MULTIPLIERS
 @pytest.mark.parametrize("more", [{}, {"padding": "same", "activation": "relu"}, {"strides": 2}])
@@ -69,6 +72,7 @@ def test_takes_over_and_folds_the_same_function(do_conv, multiplier, more):
     assert {name: theirs[name] for name in folded.get_config()} == folded.get_config()
 
 
+@one_test
 @EACH
 @MULTIPLIERS
 def test_composes_as_the_core_does(do_conv, multiplier):
@@ -103,7 +107,7 @@ def test_is_stored_loaded_and_trained(do_conv, multiplier, tmp_path):
     layer = trained(do_conv, d_multiplier=multiplier)
     x = data(do_conv)
     model = keras.Sequential([keras.Input(x.shape[1:]), layer])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=multiplier is not None)
     before = [array(v).copy() for v in model.weights]
     model.fit(x, np.ones_like(array(model(x))), verbose=0)
     assert all((array(v) != b).any() for v, b in zip(model.weights, before, strict=True))
@@ -113,6 +117,7 @@ def test_is_stored_loaded_and_trained(do_conv, multiplier, tmp_path):
     assert_same(loaded(x), model(x))
 
 
+@one_test
 @EACH
 @pytest.mark.parametrize("multiplier", [None, 10])
 def test_loads_what_the_ordinary_layer_stored(do_conv, multiplier):

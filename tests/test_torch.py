@@ -8,6 +8,7 @@ import io
 import pickle
 
 import pytest
+from cases import one_test, refuses
 from frameworks import need
 
 need("torch")
@@ -68,6 +69,7 @@ def test_w_is_initialised_as_an_ordinary_weight_of_its_shape(multiplier):
     assert not layer.depthwise_weight.any()
 
 
+@one_test
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", ["same", "valid", 2, (1, 2)])
 def test_every_padding_of_the_ordinary_layer(mode, padding):
@@ -79,6 +81,7 @@ def test_every_padding_of_the_ordinary_layer(mode, padding):
     assert torch.equal(layer(image()), plain(image()))
 
 
+@one_test
 @MULTIPLIERS
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_composition_is_the_cores(multiplier, groups):
@@ -297,6 +300,7 @@ def test_inputs_without_a_batch_or_with_none(shape):
     assert torch.equal(layer(x), layer.fold()(x))
 
 
+@one_test
 @MULTIPLIERS
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
 def test_fold_keeps_what_the_layer_was(multiplier, frozen):
@@ -357,23 +361,17 @@ def test_from_conv_refuses_what_computes_something_else():
         DOConv2d.from_conv(nn.Conv2d(4, 6, 3), depth_multiplier=8)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"in_channels": 0}, ValueError, "in_channels must be at least 1; received in_channels=0"),
-        ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
-        ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
-        ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
-        ({"stride": 0}, ValueError, "stride must be at least 1; received stride=0"),
-        ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
-        ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
-        ({"padding": "full"}, ValueError, "Invalid padding string 'full'"),
-        ({"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
-        ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
-        ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
-    ],
+test_wrong_arguments_are_refused = refuses(
+    lambda given: DOConv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **given}),
+    ({"in_channels": 0}, ValueError, "in_channels must be at least 1; received in_channels=0"),
+    ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
+    ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
+    ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
+    ({"stride": 0}, ValueError, "stride must be at least 1; received stride=0"),
+    ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
+    ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
+    ({"padding": "full"}, ValueError, "Invalid padding string 'full'"),
+    ({"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
+    ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
+    ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
 )
-def test_wrong_arguments_are_refused(arguments, error, message):
-    usual = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
-    with pytest.raises(error, match=message):
-        DOConv2d(**{**usual, **arguments})

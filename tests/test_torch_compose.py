@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("torch")
@@ -101,6 +102,7 @@ def test_which_form_is_taken(form):
     assert taken(ConvSpec(12, 2, (3,)), torch.float64).channels == 6
 
 
+@one_test
 @EVERY_SPEC
 @pytest.mark.parametrize("trainable", [(True, True), (True, False), (False, True)])
 def test_kernel_and_gradients_are_the_cores(form, spec, trainable):
@@ -125,6 +127,7 @@ def test_kernel_and_gradients_are_the_cores(form, spec, trainable):
                 assert parameter.grad is None
 
 
+@one_test
 @EVERY_SPEC
 def test_with_no_d_the_kernel_is_w_bit_for_bit(form, spec):
     weight, depthwise = parameters(spec)
@@ -134,6 +137,7 @@ def test_with_no_d_the_kernel_is_w_bit_for_bit(form, spec):
     assert torch.equal(kernel.flatten(2), weight[..., : spec.taps])
 
 
+@one_test
 @EVERY_SPEC
 def test_second_derivatives(form, spec):
     weight, depthwise = parameters(spec)
@@ -146,6 +150,7 @@ def test_second_derivatives(form, spec):
         assert difference(found.numpy(), expected.numpy()).relative < 2e-6
 
 
+@one_test
 @EVERY_SPEC
 def test_numerical_derivatives(form, spec):
     inputs = tuple(p.requires_grad_() for p in parameters(spec, "float64"))
@@ -155,6 +160,7 @@ def test_numerical_derivatives(form, spec):
     assert torch.autograd.gradgradcheck(lambda w, d: compose(w, d, spec), inputs, fast_mode=True)
 
 
+@one_test
 @EVERY_SPEC
 def test_transforms(form, spec):
     weight, depthwise = parameters(spec)
@@ -182,6 +188,7 @@ def test_transforms(form, spec):
         assert difference(found.numpy(), leaf.grad.numpy()).relative < 1e-5
 
 
+@one_test
 @EVERY_SPEC
 def test_the_same_bits_twice_and_with_any_number_of_threads(form, spec):
     weight, depthwise = (p.requires_grad_() for p in parameters(spec))
@@ -201,6 +208,7 @@ def test_the_same_bits_twice_and_with_any_number_of_threads(form, spec):
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
+@one_test
 @EVERY_SPEC
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded_once(spec, dtype):
@@ -217,6 +225,7 @@ def test_half_precision_is_float32_rounded_once(spec, dtype):
         assert difference(found.grad.float().numpy(), other.grad.numpy()).relative < 0.02
 
 
+@one_test
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_small_d_is_not_lost_in_half_precision(dtype):
     spec = ConvSpec(2, 2, (3, 3))

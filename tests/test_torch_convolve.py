@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from cases import one_test
 from frameworks import need
 
 need("torch")
@@ -49,6 +50,7 @@ def kind(output):
     return type(output.grad_fn).__name__
 
 
+@one_test
 @EVERY_CASE
 @pytest.mark.parametrize("frozen", ["", "x", "weight", "depthwise_weight", "bias", "weight bias"])
 def test_values_and_gradients_are_the_same_bit_for_bit(case, frozen):

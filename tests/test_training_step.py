@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import step_report
 import training_step
-from frameworks import need
+from frameworks import fresh, need
 from step_measure import Row, measure
 
 NAMES = {"torch": "PyTorch", "tf": "Keras", "mx": "Gluon"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", NAMES)
 def test_a_quick_run(backend, tmp_path):
     need(backend)
-    command = [sys.executable, training_step.__file__, "--backend", backend, "--quick"]
-    done = subprocess.run(
-        [*command, "--patience", "0.01", "--threads", "1", "--out", str(tmp_path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options = ["--quick", "--patience", "0.01", "--threads", "1", "--out", tmp_path]
+    done = fresh(training_step.__file__, "--backend", backend, *options)
     found = json.loads((tmp_path / "training_step.json").read_text())
     rows = [Row(**row) for row in found["rows"]]
     assert {row.backend for row in rows} == {NAMES[backend]}

@@ -26,6 +26,7 @@ BACKENDS = {"zoo_torch": "torch", "zoo_keras": "tf", "zoo_gluon": "mx"}
 QUICK = [(name, network) for name in ZOOS for network in ZOOS[name] if network.quick]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "network"), QUICK, ids=lambda value: getattr(value, "name", None))
 def test_network(name, network):
     need(BACKENDS[DRIVERS[name]])

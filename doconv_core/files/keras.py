@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -116,7 +117,10 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def _weights(self) -> Path:
         """Return the weights as a file of their own, compared with their check sum."""
-        folder = self._opened.enter_context(tempfile.TemporaryDirectory())
+        try:
+            folder = self._opened.enter_context(tempfile.TemporaryDirectory())
+        except FileNotFoundError as error:  # none in which a file can be written
+            raise OSError(errno.ENOSPC, error.strerror) from error
         weights = Path(folder) / WEIGHTS
         try:
             with weights.open("wb") as file:
