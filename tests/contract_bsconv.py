@@ -5,10 +5,14 @@ A backend joins through a module `adapters/<its name>_bsconv.py`, as `BSConvAdap
 
 from __future__ import annotations
 
+import importlib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from frameworks import need
 
 from doconv_core import BSConvSpec, convolve, convolve_gradient
 
@@ -57,10 +61,10 @@ class BSConvCase:
     def padded_outside(self) -> BSConvCase:
         """Return the case of the same layer without padding, on the input padded beforehand.
 
-        That is the same where it is not padded with zeros: what is before the depthwise convolution
-        treats each position alike.
+        That is the same where there are no zeros around what batch norms shift: all else that is
+        before the depthwise convolution treats each position alike.
         """
-        assert self.padding_mode != "zeros"
+        assert self.padding_mode != "zeros" or not self.spec.with_bn
         size = tuple(n + sum(pair) for n, pair in zip(self.size, self.padding, strict=True))
         none = ((0, 0),) * self.spec.rank
         return replace(self, size=size, padding=none, padding_mode="zeros")
@@ -146,24 +150,82 @@ class Results(NamedTuple):
 
 
 class BSConvAdapter(Protocol):
-    """What a backend's adapter module offers; `layer` is whatever the framework calls a layer."""
+    """What a backend's adapter module offers, of which the rest is its own to explain.
+
+    `layer` and `model` are whatever the framework calls so; arrays are NumPy's, channels first.
+    DOUBLE, EXACT: the widest dtype that the layers compute in, and how exactly they do.
+    FOUND: how exactly a BSConv is found again. WORDS: the framework's words for `say`.
+    """
 
     package: Any
 
     def pads(self, case: BSConvCase) -> bool:
         """Whether the framework's layer can pad like the case; else its input is padded before."""
 
-    def build(self, case: BSConvCase) -> Any:
+    def build(self, case: BSConvCase, dtype: str = "float32") -> Any:
         """Return the layer with any weights, built, whose batch norms have EPSILON."""
 
-    def forward(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        """Return the output, in inference mode, of a layer or of what it was folded to."""
+    def round_trip(self, layer: Any, case: BSConvCase, folder: Any) -> Any:
+        """Return a new layer that loaded what the framework saved of this one."""
 
-    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> Results:
-        """Return the output and gradients in inference mode."""
+    def forward(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        """Return the output, in inference mode, of a layer, a model, or what it was folded to."""
+
+    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray, composed: bool) -> Results:
+        """Return the output and gradients in inference mode; or those of a padded input's
+        convolution with the composed kernel.
+        """
+
+    def composed_kernel(self, layer: Any) -> tuple[np.ndarray, str]:
+        """Return the kernel in canonical order, and its dtype's name."""
 
     def is_ordinary(self, layer: Any, form: str) -> bool:
         """Whether a folded layer is of the framework's own types, and of this form."""
+
+    def penalty(self, model: Any, layer: Any, alpha: float) -> tuple[float, Any, Any]:
+        """Return the loss of orthonormality, and its gradients of a layer's pointwise weights."""
+
+    def make(self, kind: str, i: int, o: int, kernel: int, rank: int = 2, **options: Any) -> Any:
+        """Return a layer that takes `i` channels and gives `o`."""
+
+    def chain(self, *layers: Any, rank: int = 2) -> Any:
+        """Return a model of layers, each as `make` takes it, or the number of an earlier one."""
+
+
+def adapter_of(backend: str) -> Any:
+    """Return the backend's adapter; one that is missing is an error, not a framework less."""
+    need(backend)
+    return importlib.import_module(f"adapters.{backend}_bsconv")
+
+
+def in_form(form: str) -> dict[str, str]:
+    """Return the argument of every `fold` that asks for this form of BSConv layers."""
+    return {"bsconv": form}
+
+
+def say(adapter: BSConvAdapter, text: Any) -> Any:
+    """Return a text, or the names in a dict of options, in the framework's words."""
+    if isinstance(text, dict):
+        words = adapter.WORDS
+        return {words.get(name, name): say(adapter, value) for name, value in text.items()}
+    return text.format(**adapter.WORDS) if isinstance(text, str) else text
+
+
+def check_refused(rows: Iterable[tuple[str, Callable[[], Any], type[Exception], str]]) -> None:
+    """Assert that each call raises its error with its message; tell of all that do not.
+
+    rows: what is refused, in words; the call; the type of the error; a pattern of its text.
+    """
+    wrong = []
+    for what, call, expected, pattern in rows:
+        try:
+            call()
+        except Exception as error:
+            if not isinstance(error, expected) or not re.search(pattern, str(error)):
+                wrong.append(f"{what}: {pattern!r} expected; {type(error).__name__}: {error}")
+        else:
+            wrong.append(f"{what}: not refused")
+    assert not wrong, "\n".join(wrong)
 
 
 def make_problem(case: BSConvCase) -> Problem:

@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from importlib.util import find_spec
 
+import ml_dtypes
 import numpy as np
 import pytest
-from contract import FLOAT32_TOLERANCE
-from contract_bsconv import CASES, make_problem, solve
-from frameworks import BACKENDS, need
+from contract import FLOAT32_TOLERANCE, rounded
+from contract_bsconv import (
+    CASES,
+    adapter_of,
+    bsconv_case,
+    check_refused,
+    in_form,
+    make_problem,
+    say,
+    solve,
+)
+from frameworks import BACKENDS
 
-from doconv_core import NotFoldable, difference, pad, pad_gradient
+from doconv_core import (
+    NotFoldable,
+    compose_bsconv,
+    difference,
+    orthonormality,
+    orthonormality_gradient,
+    pad,
+    pad_gradient,
+)
 
-WITH_BSCONV = [name for name in BACKENDS if find_spec(f"adapters.{name}_bsconv")]
+FORMS = ["keep", "merge", "dense"]
 
 
-@pytest.fixture(params=WITH_BSCONV)
+@pytest.fixture(params=BACKENDS)
 def adapter(request):
-    need(request.param)
-    return importlib.import_module(f"adapters.{request.param}_bsconv")
+    return adapter_of(request.param)
 
 
-def built(adapter, case, problem):
+def usual(variant="s", **options):
+    return bsconv_case(8, 6, (3, 3), (7, 8), **{"padding": 1, **options}, variant=variant)
+
+
+def built(adapter, case, problem=None, dtype="float32"):
     """Return the layer with the problem's state, and the input that it takes."""
+    problem = problem or make_problem(case)
     native = adapter.pads(case)
-    layer = adapter.build(case if native else case.padded_outside())
-    state = adapter.package.export_state(layer)
-    adapter.package.load_state(layer, replace(state, arrays=problem.arrays))
+    layer = adapter.build(case if native else case.padded_outside(), dtype)
+    put(adapter, layer, problem.arrays)
     return layer, problem.x if native else pad(problem.x, case.padding, case.padding_mode)
+
+
+def put(adapter, layer, arrays):
+    state = adapter.package.export_state(layer)
+    adapter.package.load_state(layer, replace(state, arrays={**state.arrays, **arrays}))
+
+
+def check_close(found, expected, tolerance, what):
+    off = difference(found, expected)
+    assert off.relative <= tolerance, f"{what}: {off}"
+
+
+def class_of(adapter, name):
+    return getattr(adapter.package, say(adapter, name + "{d}"))
 
 
 def test_the_table_covers_what_it_promises():
@@ -44,46 +77,276 @@ def test_the_table_covers_what_it_promises():
         }  # fmt: skip
 
 
-def test_backends_have_it():
-    assert WITH_BSCONV
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_agree_with_the_core(adapter, case):
+def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
+    """Its state, its output and gradients, what it is saved as, and what it folds to."""
     problem = make_problem(case)
     expected = solve(case, problem)
-    found = adapter.gradients(*built(adapter, case, problem), problem.dy)
-    assert difference(found.output, expected.output).relative <= FLOAT32_TOLERANCE
+    layer, x = built(adapter, case, problem)
+
+    found = adapter.gradients(layer, x, problem.dy)
+    check_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
     dx = found.x
     if dx.shape != problem.x.shape:
         dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
-    assert difference(dx, expected.x).relative <= FLOAT32_TOLERANCE
-    assert found.arrays.keys() == expected.arrays.keys()
+    check_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
+    assert found.arrays.keys() == expected.arrays.keys(), "gradients"
     for name, gradient in expected.arrays.items():
-        assert difference(found.arrays[name], gradient).relative <= FLOAT32_TOLERANCE, name
+        check_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
+
+    native = case if adapter.pads(case) else case.padded_outside()
+    output, loaded = adapter.forward(layer, x), adapter.round_trip(layer, native, tmp_path)
+    shapes = case.spec.pointwise_shapes
+    for what, each in (("layer", layer), ("loaded", loaded)):
+        state = adapter.package.export_state(each)
+        assert type(each) is type(layer), what
+        assert (each.spec, each.spec.pointwise_shapes) == (layer.spec, shapes), what
+        assert state.arrays.keys() == problem.arrays.keys(), what
+        for name, values in problem.arrays.items():
+            np.testing.assert_array_equal(state.arrays[name], values, f"{what}: {name}")
+    np.testing.assert_array_equal(adapter.forward(loaded, x), output, "output of the loaded one")
+
+    for form in FORMS:
+        if form == "dense" and not case.dense:
+            with pytest.raises(NotFoldable, match="meets zero padding .* use bsconv='merge'"):
+                layer.fold(**in_form(form))
+            continue
+        folded = layer.fold(**in_form(form))
+        assert adapter.is_ordinary(folded, form), form
+        check_close(adapter.forward(folded, x), expected.output, FLOAT32_TOLERANCE, form)
+        if form == "keep":
+            np.testing.assert_array_equal(adapter.forward(folded, x), output, form)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_state_comes_back_bit_for_bit(adapter, case):
-    problem = make_problem(case)
-    arrays = adapter.package.export_state(built(adapter, case, problem)[0]).arrays
-    assert arrays.keys() == problem.arrays.keys()
-    for name, values in problem.arrays.items():
-        np.testing.assert_array_equal(arrays[name], values)
+@pytest.mark.parametrize("variant", "us")
+def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(adapter, variant):
+    for padding in (0, 1):
+        case = usual(variant, padding=padding)
+        problem = make_problem(case)
+        layer, _ = built(adapter, case, problem, adapter.DOUBLE)
+        x, dy = (each.astype(adapter.DOUBLE) for each in (problem.x, problem.dy))
+        x, expected = pad(x, case.padding, "zeros"), solve(case, problem)
+        found = adapter.gradients(layer, x, dy, composed=True)
+        check_close(found.output, expected.output, adapter.EXACT, "output")
+        assert found.arrays.keys() == expected.arrays.keys()
+        for name, gradient in expected.arrays.items():
+            check_close(found.arrays[name], gradient, adapter.EXACT, name)
+    with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
+        built(adapter, usual(variant, with_bn=True))[0].composed_kernel()
 
 
-@pytest.mark.parametrize("form", ["keep", "merge", "dense"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_folded_layers_agree_with_the_core(adapter, case, form):
-    problem = make_problem(case)
-    layer, x = built(adapter, case, problem)
-    if form == "dense" and not case.dense:
-        with pytest.raises(NotFoldable, match="meets zero padding"):
-            layer.fold(bsconv=form)
-        return
-    folded = layer.fold(bsconv=form)
-    assert adapter.is_ordinary(folded, form)
-    found, expected = adapter.forward(folded, x), solve(case, problem).output
-    assert difference(found, expected).relative <= FLOAT32_TOLERANCE
-    if form == "keep":
-        np.testing.assert_array_equal(found, adapter.forward(layer, x))
+@pytest.mark.parametrize("variant", "us")
+def test_half_types_are_composed_and_folded_with_one_rounding(adapter, variant):
+    case = usual(variant)
+    for dtype in adapter.HALF_TYPES:
+        problem = make_problem(case)
+        arrays = {name: rounded(array, dtype) for name, array in problem.arrays.items()}
+        layer, _ = built(adapter, case, problem._replace(arrays=arrays), dtype)
+        *pointwise, depthwise = [
+            arrays[f"{name}.weight"].astype("float64") for name in case.spec.names
+        ]
+        weights = [each[..., 0] for each in pointwise]
+        pw = weights[0] if variant == "u" else weights[1] @ weights[0]
+        exact = compose_bsconv(pw, depthwise.reshape(case.spec.depthwise_shape), case.spec)
+        exact = exact.reshape(case.spec.dense.kernel_shape)
+        folded = layer.fold(**in_form("dense"))
+        assert adapter.dtypes(folded) == {dtype}
+        kernel = adapter.package.export_state(folded).arrays["weight"].astype("float32")
+        once = exact.astype(getattr(ml_dtypes, dtype, dtype)).astype("float32")
+        np.testing.assert_array_equal(kernel.reshape(once.shape), once, dtype)
+        composed, name = adapter.composed_kernel(layer)
+        assert dtype in name
+        allowed = {"float16": (1e-3, 1e-5), "bfloat16": (2**-7, 1e-5)}[dtype]
+        np.testing.assert_allclose(composed, once, *allowed, err_msg=dtype)
+
+
+def test_arguments_that_give_no_layer_are_refused(adapter):
+    rows = [
+        ("u", {"groups": 2}, ValueError, "BSConvU2{d} takes groups=1 alone.*groups=2"),
+        ("s", {"p": 0}, ValueError, "p must be above 0 and at most 1; received p=0"),
+        ("s", {"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
+        ("u", {"stride": 0}, ValueError, "{stride} must be at least 1"),
+        ("u", {"padding": -1}, ValueError, "{padding} must be at least 0"),
+        ("u", {"with_bn": None}, TypeError, "with_bn must be True or False"),
+        ("u", {"bn_options": {"eps": 1}}, ValueError, "give with_bn=True as well"),
+        (
+            "u",
+            {"with_bn": True, "bn_options": {"wrong": 1}},
+            TypeError,
+            "bn_options may have {norms}.*received '{wrong}'",
+        ),
+    ]
+    check_refused(
+        (
+            str(options),
+            lambda variant=variant, options=options: adapter.make(
+                variant, 8, 6, 3, **say(adapter, options)
+            ),
+            error,
+            say(adapter, message),
+        )
+        for variant, options, error, message in rows
+    )
+
+
+def test_what_may_compute_something_else_is_not_folded(adapter):
+    def changed(change):
+        layer = built(adapter, usual(padding=0, with_bn=True, p=0.5))[0]
+        change(layer)
+        return layer
+
+    dense = in_form("dense")
+    check_refused(
+        (f"{n}: {message}", lambda layer=changed(change): layer.fold(**dense), NotFoldable, message)
+        for n, (change, message) in enumerate(adapter.NOT_FOLDABLE)
+    )
+    own = say(adapter, "has a {call} of its own")
+    check_refused(
+        (form, lambda form=form: changed(adapter.own_call).fold(**in_form(form)), NotFoldable, own)
+        for form in adapter.REFUSE_OWN_CALLS
+    )
+    layer = built(adapter, usual())[0]
+    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
+        layer.fold(**in_form("deploy"))
+
+
+@pytest.mark.parametrize("variant", "us")
+def test_the_depthwise_part_may_be_a_do_layer(adapter, variant):
+    for case, multiplier in ((usual(variant), None), (usual(variant), 30), (CUBE[variant], 30)):
+        problem = make_problem(case)
+        layer, x = built(adapter, case, problem, adapter.DOUBLE)
+        options = {"depth_multiplier": multiplier}
+        made, report = adapter.package.over_parameterize(layer, **options)
+        assert [change.path for change in report.changed] == ["depthwise"]
+        assert type(made.depthwise).__name__.startswith("DO")
+        shape = (6, case.spec.taps, multiplier or case.spec.taps)
+        d = 0.1 * np.random.default_rng(1).standard_normal(shape)
+        put(adapter, made, {"depthwise.depthwise_weight": d.astype("float32")})
+        x = x.astype(adapter.DOUBLE)
+        output = adapter.forward(made, x)
+        dy, padded = np.zeros_like(output), pad(x, case.padding, "zeros")
+        found = adapter.gradients(made, padded, dy, composed=True)
+        check_close(found.output, output, adapter.EXACT, "composed kernel")
+        for form in FORMS:
+            folded = made.fold(**in_form(form))
+            assert adapter.is_ordinary(folded, form), form
+            check_close(adapter.forward(folded, x), output, adapter.EXACT, form)
+
+
+CUBE = {v: bsconv_case(4, 6, (3, 3, 3), (5, 5, 5), variant=v) for v in "us"}
+
+
+def test_from_conv_says_what_it_takes(adapter):
+    cls, known = class_of(adapter, "BSConvU2"), "must be one of 'weights', 'random'"
+    convs = {
+        "rank": (adapter.built("conv", 4, 4, 3, rank=1), {}),
+        "groups": (adapter.built("conv", 4, 4, 3, groups=2), {}),
+        "start": (adapter.built("conv", 4, 4, 3), {"start": "zeros"}),
+    }
+    errors = {
+        "rank": (TypeError, "BSConvU2{d}.from_conv takes over a {conv}"),
+        "groups": (ValueError, "takes groups=1 alone.*received groups=2"),
+        "start": (ValueError, f"start {known}"),
+    }
+    check_refused(
+        (what, lambda c=conv, o=options: cls.from_conv(c, **o), error, say(adapter, message))
+        for (what, (conv, options)), (error, message) in zip(
+            convs.items(), errors.values(), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_from_conv_starts_from_the_weights(adapter, with_bn):
+    for case in (CUBE["u"], usual("u", padding=0, dilation=2)):
+        layer, x = built(adapter, case, dtype=adapter.DOUBLE)
+        conv = layer.fold(**in_form("dense"))
+        options = say(adapter, {"bn_options": {"eps": 1e-9}}) if with_bn else {}
+        found = type(layer).from_conv(conv, with_bn=with_bn, **options)
+        assert found.explained == pytest.approx(1)
+        x = x.astype(adapter.DOUBLE)
+        close = max(adapter.EXACT, 1e-8)  # as batch norms' epsilon is
+        check_close(adapter.forward(found, x), adapter.forward(conv, x), close, str(case))
+        random = type(layer).from_conv(conv, start="random")
+        assert random.explained is None
+        assert np.abs(adapter.forward(random, x)).max() > 0
+        arrays = [adapter.package.export_state(each).arrays for each in (random, conv)]
+        np.testing.assert_array_equal(arrays[0]["depthwise.bias"], arrays[1]["bias"])
+
+
+def two(adapter, **options):
+    """Return a model of two BSConv-S layers, their state, and what the loss of each is."""
+    model = adapter.chain(("s", 8, 8, 3), ("s", 8, 4, 3))
+    arrays = adapter.package.export_state(model).arrays
+    losses = [orthonormality(arrays[f"{n}.pointwise1.weight"][..., 0]) for n in "01"]
+    return model, arrays, losses
+
+
+def test_the_loss_and_its_gradient_are_the_cores(adapter):
+    model, arrays, losses = two(adapter)
+    loss, gradient, second = adapter.penalty(model, adapter.at(model, "0"), 0.5)
+    assert loss == pytest.approx(0.5 * sum(losses), rel=1e-6)
+    expected = 0.5 * orthonormality_gradient(arrays["0.pointwise1.weight"][..., 0])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert second is None or not second.any()
+    # Of orthonormal rows it is zero.
+    layer = built(adapter, usual())[0]
+    put(adapter, layer, {"pointwise1.weight": np.eye(*layer.spec.pointwise_shapes[0])[..., None]})
+    loss, gradient, _ = adapter.penalty(layer, layer, 1)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_marked_convolutions_count_once_wherever_they_are(adapter):
+    def loss(model):
+        return adapter.penalty(model, adapter.at(model, "3"), 1)[0]
+
+    model = adapter.chain(("conv", 6, 6, 1), 0, ("conv", 6, 4, 1), ("s", 4, 4, 3))
+    marked, alone, mark = adapter.at(model, "0"), loss(model), adapter.package.mark_orthonormal
+    assert mark(marked) is marked
+    weight = adapter.package.export_state(model).arrays["0.weight"][..., 0]
+    assert loss(model) == pytest.approx(alone + orthonormality(weight), rel=1e-6)
+    both = loss(model)
+    mark(adapter.at(model, "3").pointwise1)  # which counts already
+    assert loss(model) == both
+    assert loss(adapter.copied(model)) == both
+
+
+def test_what_has_no_loss_is_refused(adapter):
+    loss, mark = adapter.package.orthonormality_loss, adapter.package.mark_orthonormal
+    layer, conv = built(adapter, usual())[0], adapter.built("conv", 4, 4, 1)
+    rows = [
+        ("conv", lambda: loss(conv), ValueError, "the Conv2{d} has no weight"),
+        (
+            "BSConv-U",
+            lambda: loss(built(adapter, usual("u"))[0]),
+            ValueError,
+            "neither a BSConvS1{d}, BSC",
+        ),
+        ("list", lambda: loss([]), TypeError, "must be a {module}; received .*list"),
+        ("text", lambda: loss(layer, "1"), TypeError, "alpha must be a number; received"),
+        ("infinite", lambda: loss(layer, float("inf")), ValueError, "alpha must be finite"),
+        (
+            "dense",
+            lambda: mark(adapter.dense()),
+            TypeError,
+            "takes a convolution; received (Linear|Dense)",
+        ),
+        ("3", lambda: mark(adapter.make("conv", 4, 4, 3)), ValueError, r"kernel_size=\(3, 3\)"),
+        (
+            "grouped",
+            lambda: mark(adapter.make("conv", 4, 4, 1, rank=1, groups=2)),
+            ValueError,
+            "received .*groups=2",
+        ),
+    ]
+    check_refused((what, call, error, say(adapter, text)) for what, call, error, text in rows)
+
+
+def test_the_package_has_every_name(adapter):
+    names = {f"BSConv{v}{rank}" for v in "US" for rank in (1, 2, 3)}
+    names = {say(adapter, name + "{d}") for name in names} | {"BSConvU", "BSConvS"}
+    names |= {"to_bsconv", "mark_orthonormal", "orthonormality_loss"}
+    assert names <= set(adapter.package.__all__)
+    for name in ("BSConvU", "BSConvS"):
+        assert getattr(adapter.package, name) is class_of(adapter, f"{name}2")
