@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -10,12 +10,16 @@ import pytest
 from contract import FLOAT32_TOLERANCE, rounded
 from contract_bsconv import (
     CASES,
+    FORMS,
     adapter_of,
     bsconv_case,
+    check_close,
     check_refused,
     in_form,
     make_problem,
+    put,
     say,
+    snapshot,
     solve,
 )
 from frameworks import BACKENDS
@@ -23,14 +27,12 @@ from frameworks import BACKENDS
 from doconv_core import (
     NotFoldable,
     compose_bsconv,
-    difference,
     orthonormality,
     orthonormality_gradient,
     pad,
     pad_gradient,
 )
-
-FORMS = ["keep", "merge", "dense"]
+from doconv_core.networks.nodes import Flatten, Linear, Network, sequence
 
 
 @pytest.fixture(params=BACKENDS)
@@ -49,16 +51,6 @@ def built(adapter, case, problem=None, dtype="float32"):
     layer = adapter.build(case if native else case.padded_outside(), dtype)
     put(adapter, layer, problem.arrays)
     return layer, problem.x if native else pad(problem.x, case.padding, case.padding_mode)
-
-
-def put(adapter, layer, arrays):
-    state = adapter.package.export_state(layer)
-    adapter.package.load_state(layer, replace(state, arrays={**state.arrays, **arrays}))
-
-
-def check_close(found, expected, tolerance, what):
-    off = difference(found, expected)
-    assert off.relative <= tolerance, f"{what}: {off}"
 
 
 def class_of(adapter, name):
@@ -84,31 +76,21 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
     expected = solve(case, problem)
     layer, x = built(adapter, case, problem)
 
-    found = adapter.gradients(layer, x, problem.dy)
-    check_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
-    dx = found.x
-    if dx.shape != problem.x.shape:
-        dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
-    check_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
-    assert found.arrays.keys() == expected.arrays.keys(), "gradients"
-    for name, gradient in expected.arrays.items():
-        check_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
-
-    native = case if adapter.pads(case) else case.padded_outside()
-    output, loaded = adapter.forward(layer, x), adapter.round_trip(layer, native, tmp_path)
-    shapes = case.spec.pointwise_shapes
+    output, fresh = adapter.forward(layer, x), built(adapter, case)[0]
+    loaded = adapter.round_trip(layer, fresh, x, tmp_path)
     for what, each in (("layer", layer), ("loaded", loaded)):
-        state = adapter.package.export_state(each)
         assert type(each) is type(layer), what
+        shapes = case.spec.pointwise_shapes
         assert (each.spec, each.spec.pointwise_shapes) == (layer.spec, shapes), what
-        assert state.arrays.keys() == problem.arrays.keys(), what
+        arrays = adapter.package.export_state(each).arrays
+        assert arrays.keys() == problem.arrays.keys(), what
         for name, values in problem.arrays.items():
-            np.testing.assert_array_equal(state.arrays[name], values, f"{what}: {name}")
+            np.testing.assert_array_equal(arrays[name], values, f"{what}: {name}")
     np.testing.assert_array_equal(adapter.forward(loaded, x), output, "output of the loaded one")
 
     for form in FORMS:
         if form == "dense" and not case.dense:
-            with pytest.raises(NotFoldable, match="meets zero padding .* use bsconv='merge'"):
+            with pytest.raises(NotFoldable, match=r"meets zero padding .* use bsconv='merge'"):
                 layer.fold(**in_form(form))
             continue
         folded = layer.fold(**in_form(form))
@@ -116,6 +98,15 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
         check_close(adapter.forward(folded, x), expected.output, FLOAT32_TOLERANCE, form)
         if form == "keep":
             np.testing.assert_array_equal(adapter.forward(folded, x), output, form)
+
+    found = adapter.gradients(layer, x, problem.dy)
+    check_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
+    dx = found.x
+    if dx.shape != problem.x.shape:
+        dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
+    check_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
+    for name, gradient in expected.arrays.items():
+        check_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("variant", "us")
@@ -128,7 +119,6 @@ def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(adapter,
         x, expected = pad(x, case.padding, "zeros"), solve(case, problem)
         found = adapter.gradients(layer, x, dy, composed=True)
         check_close(found.output, expected.output, adapter.EXACT, "output")
-        assert found.arrays.keys() == expected.arrays.keys()
         for name, gradient in expected.arrays.items():
             check_close(found.arrays[name], gradient, adapter.EXACT, name)
     with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
@@ -176,16 +166,12 @@ def test_arguments_that_give_no_layer_are_refused(adapter):
             "bn_options may have {norms}.*received '{wrong}'",
         ),
     ]
+    make, words = adapter.make, partial(say, adapter)
     check_refused(
-        (
-            str(options),
-            lambda variant=variant, options=options: adapter.make(
-                variant, 8, 6, 3, **say(adapter, options)
-            ),
-            error,
-            say(adapter, message),
+        *(
+            (partial(make, variant, 8, 6, 3, **words(options)), error, words(message))
+            for variant, options, error, message in rows
         )
-        for variant, options, error, message in rows
     )
 
 
@@ -195,15 +181,13 @@ def test_what_may_compute_something_else_is_not_folded(adapter):
         change(layer)
         return layer
 
-    dense = in_form("dense")
-    check_refused(
-        (f"{n}: {message}", lambda layer=changed(change): layer.fold(**dense), NotFoldable, message)
-        for n, (change, message) in enumerate(adapter.NOT_FOLDABLE)
-    )
+    def fold(change, form):
+        return changed(change).fold(**in_form(form))
+
     own = say(adapter, "has a {call} of its own")
     check_refused(
-        (form, lambda form=form: changed(adapter.own_call).fold(**in_form(form)), NotFoldable, own)
-        for form in adapter.REFUSE_OWN_CALLS
+        *((partial(fold, change, "dense"), NotFoldable, m) for change, m in adapter.NOT_FOLDABLE),
+        *((partial(fold, adapter.own_call, f), NotFoldable, own) for f in adapter.REFUSE_OWN_CALLS),
     )
     layer = built(adapter, usual())[0]
     with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
@@ -237,22 +221,12 @@ CUBE = {v: bsconv_case(4, 6, (3, 3, 3), (5, 5, 5), variant=v) for v in "us"}
 
 
 def test_from_conv_says_what_it_takes(adapter):
-    cls, known = class_of(adapter, "BSConvU2"), "must be one of 'weights', 'random'"
-    convs = {
-        "rank": (adapter.built("conv", 4, 4, 3, rank=1), {}),
-        "groups": (adapter.built("conv", 4, 4, 3, groups=2), {}),
-        "start": (adapter.built("conv", 4, 4, 3), {"start": "zeros"}),
-    }
-    errors = {
-        "rank": (TypeError, "BSConvU2{d}.from_conv takes over a {conv}"),
-        "groups": (ValueError, "takes groups=1 alone.*received groups=2"),
-        "start": (ValueError, f"start {known}"),
-    }
+    take, conv = class_of(adapter, "BSConvU2").from_conv, partial(adapter.make, "conv", 4, 4, 3)
+    known, other = "start must be one of 'weights', 'random'", "BSConvU2{d}.from_conv takes over a "
     check_refused(
-        (what, lambda c=conv, o=options: cls.from_conv(c, **o), error, say(adapter, message))
-        for (what, (conv, options)), (error, message) in zip(
-            convs.items(), errors.values(), strict=True
-        )
+        (lambda: take(conv(rank=1)), TypeError, say(adapter, other + "{conv}")),
+        (lambda: take(conv(groups=2)), ValueError, "takes groups=1 alone.*received groups=2"),
+        (lambda: take(conv(), start="zeros"), ValueError, known),
     )
 
 
@@ -274,73 +248,60 @@ def test_from_conv_starts_from_the_weights(adapter, with_bn):
         np.testing.assert_array_equal(arrays[0]["depthwise.bias"], arrays[1]["bias"])
 
 
-def two(adapter, **options):
-    """Return a model of two BSConv-S layers, their state, and what the loss of each is."""
-    model = adapter.chain(("s", 8, 8, 3), ("s", 8, 4, 3))
-    arrays = adapter.package.export_state(model).arrays
-    losses = [orthonormality(arrays[f"{n}.pointwise1.weight"][..., 0]) for n in "01"]
-    return model, arrays, losses
-
-
 def test_the_loss_and_its_gradient_are_the_cores(adapter):
-    model, arrays, losses = two(adapter)
-    loss, gradient, second = adapter.penalty(model, adapter.at(model, "0"), 0.5)
-    assert loss == pytest.approx(0.5 * sum(losses), rel=1e-6)
-    expected = 0.5 * orthonormality_gradient(arrays["0.pointwise1.weight"][..., 0])
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
-    assert second is None or not second.any()
+    model = adapter.chain(("s", 8, 8, 3), ("s", 8, 4, 3))
+    weights = {
+        name: array[..., 0]
+        for name, array in snapshot(adapter.package, model).arrays.items()
+        if name.endswith("pointwise1.weight")
+    }
+    loss, found = adapter.penalty(model, 0.5)
+    assert loss == pytest.approx(0.5 * sum(map(orthonormality, weights.values())), rel=1e-6)
+    assert list(weights) == ["0.pointwise1.weight", "1.pointwise1.weight"]
+    for name, weight in weights.items():
+        expected = 0.5 * orthonormality_gradient(weight)
+        np.testing.assert_allclose(found[name][..., 0], expected, rtol=1e-5, atol=1e-6)
+        assert not found[name.replace("1.w", "2.w")].any()
     # Of orthonormal rows it is zero.
     layer = built(adapter, usual())[0]
     put(adapter, layer, {"pointwise1.weight": np.eye(*layer.spec.pointwise_shapes[0])[..., None]})
-    loss, gradient, _ = adapter.penalty(layer, layer, 1)
+    loss, found = adapter.penalty(layer, 1)
     assert loss == 0
-    np.testing.assert_array_equal(gradient, 0)
+    np.testing.assert_array_equal(found["pointwise1.weight"], 0)
 
 
 def test_marked_convolutions_count_once_wherever_they_are(adapter):
-    def loss(model):
-        return adapter.penalty(model, adapter.at(model, "3"), 1)[0]
-
     model = adapter.chain(("conv", 6, 6, 1), 0, ("conv", 6, 4, 1), ("s", 4, 4, 3))
-    marked, alone, mark = adapter.at(model, "0"), loss(model), adapter.package.mark_orthonormal
-    assert mark(marked) is marked
+    layers, mark = adapter.walk(model), adapter.package.mark_orthonormal
+    alone = adapter.penalty(model, 1)[0]
+    assert mark(layers["0"]) is layers["0"]
+    both = adapter.penalty(model, 1)[0]
     weight = adapter.package.export_state(model).arrays["0.weight"][..., 0]
-    assert loss(model) == pytest.approx(alone + orthonormality(weight), rel=1e-6)
-    both = loss(model)
-    mark(adapter.at(model, "3").pointwise1)  # which counts already
-    assert loss(model) == both
-    assert loss(adapter.copied(model)) == both
+    assert both == pytest.approx(alone + orthonormality(weight), rel=1e-6)
+    mark(layers["3"].pointwise1)  # which counts already
+    assert adapter.penalty(model, 1)[0] == both
+    assert adapter.penalty(adapter.copied(model), 1)[0] == both
 
 
 def test_what_has_no_loss_is_refused(adapter):
     loss, mark = adapter.package.orthonormality_loss, adapter.package.mark_orthonormal
-    layer, conv = built(adapter, usual())[0], adapter.built("conv", 4, 4, 1)
-    rows = [
-        ("conv", lambda: loss(conv), ValueError, "the Conv2{d} has no weight"),
-        (
-            "BSConv-U",
-            lambda: loss(built(adapter, usual("u"))[0]),
-            ValueError,
-            "neither a BSConvS1{d}, BSC",
-        ),
-        ("list", lambda: loss([]), TypeError, "must be a {module}; received .*list"),
-        ("text", lambda: loss(layer, "1"), TypeError, "alpha must be a number; received"),
-        ("infinite", lambda: loss(layer, float("inf")), ValueError, "alpha must be finite"),
-        (
-            "dense",
-            lambda: mark(adapter.dense()),
-            TypeError,
-            "takes a convolution; received (Linear|Dense)",
-        ),
-        ("3", lambda: mark(adapter.make("conv", 4, 4, 3)), ValueError, r"kernel_size=\(3, 3\)"),
-        (
-            "grouped",
-            lambda: mark(adapter.make("conv", 4, 4, 1, rank=1, groups=2)),
-            ValueError,
-            "received .*groups=2",
-        ),
-    ]
-    check_refused((what, call, error, say(adapter, text)) for what, call, error, text in rows)
+    layer, conv = built(adapter, usual())[0], partial(adapter.make, "conv", 4, 4)
+    none = "the Conv2{d} has no weight.* neither a BSConvS1{d}, BSC"
+    check_refused(
+        (lambda: loss(conv(1)), ValueError, say(adapter, none)),
+        (lambda: loss(built(adapter, usual("u"))[0]), ValueError, "has no weight"),
+        (lambda: loss([]), TypeError, say(adapter, "must be a {module}; received .*list")),
+        (lambda: loss(layer, "1"), TypeError, "alpha must be a number; received"),
+        (lambda: loss(layer, float("inf")), ValueError, "alpha must be finite"),
+        (lambda: mark(linear(adapter)), TypeError, "takes a convolution; rec.* (Linear|Dense)"),
+        (lambda: mark(conv(3)), ValueError, r"kernel_size=\(3, 3\)"),
+        (lambda: mark(conv(1, rank=1, groups=2)), ValueError, "received .*groups=2"),
+    )
+
+
+def linear(adapter):
+    network = Network("one", sequence(("flatten", Flatten()), ("linear", Linear(2))), (1, 2, 2))
+    return adapter.walk(adapter.described(network))["linear"]
 
 
 def test_the_package_has_every_name(adapter):
