@@ -1,9 +1,11 @@
 """The core's evaluation of a description, against PyTorch's of the same network built by hand."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from contract_networks import trained
 from described import KINDS, input_of, state_of, whole
 from frameworks import need
 from networks.described import NETWORKS
@@ -133,11 +135,12 @@ def test_layers_outputs_and_gradients_are_those_of_the_model(kind):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_networks_of_other_tests_are_computed_alike(name):
-    network = NETWORKS[name]
+    network, model = NETWORKS[name], build(NETWORKS[name]).double()
+    given = trained(network)
+    state = replace(given, arrays={n: a.astype(np.float64) for n, a in given.arrays.items()})
     for training in (False, True):
-        model = build(network).double()
-        load_state(model, state_of(network))
-        check(network, model, state_of(network), training)
+        load_state(model, state)
+        check(network, model, state, training)
 
 
 def check(network, model, state, training):

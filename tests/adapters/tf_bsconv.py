@@ -126,9 +126,10 @@ def gradients(
         return ops.sum(output * factors)
 
     dx, *found = _differentiated(total, [inputs, *model.trainable_variables])[1]
-    output = forward(model, x) if BACKEND == "jax" else ops.convert_to_numpy(outputs[0])
-    arrays = _by_name(model, found)
-    return Results(np.moveaxis(output, -1, 1), np.moveaxis(dx, -1, 1), arrays)
+    if BACKEND == "jax":
+        total()  # what it gave while it was traced has no values
+    output = np.moveaxis(ops.convert_to_numpy(outputs[-1]), -1, 1)
+    return Results(output, np.moveaxis(dx, -1, 1), _by_name(model, found))
 
 
 def _by_kernel(layer: keras.Layer, x: Any) -> Any:
