@@ -140,10 +140,11 @@ def test_the_networks_of_other_tests_are_computed_alike(name):
     state = replace(given, arrays={n: a.astype(np.float64) for n, a in given.arrays.items()})
     for training in (False, True):
         load_state(model, state)
-        check(network, model, state, training)
+        # PyTorch computes the gradient of hard sigmoid with a sixth rounded to float32.
+        check(network, model, state, training, 1e-8)
 
 
-def check(network, model, state, training):
+def check(network, model, state, training, close=1e-10):
     """Assert that the core evaluates the network as the model is computed, and its gradients."""
     x = input_of(network)
     given = torch.from_numpy(x).requires_grad_()
@@ -154,9 +155,9 @@ def check(network, model, state, training):
     found = evaluate(network, state, x, training=training)
     assert difference(found, output.detach().numpy()).relative < 1e-12, training
     ours = gradients(network, state, x, dy, training=training)
-    assert difference(ours.x, given.grad.numpy()).relative < 1e-10, training
+    assert difference(ours.x, given.grad.numpy()).relative < close, training
     theirs = dict(torch_gradients(model))
     assert list(ours.parameters) == list(theirs)
     scale = max(np.abs(gradient).max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        assert np.abs(ours.parameters[name] - gradient).max() < 1e-10 * scale, (name, training)
+        assert np.abs(ours.parameters[name] - gradient).max() < close * scale, (name, training)
