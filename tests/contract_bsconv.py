@@ -19,6 +19,7 @@ from doconv_core import BSConvSpec, State, convolve, convolve_gradient, differen
 BATCH = 3
 EPSILON = 1e-3
 FORMS = ("keep", "merge", "dense")
+ARGUMENT = "bsconv"  # of every `fold` that asks for one of them
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def put(adapter: Any, model: Any, arrays: dict[str, np.ndarray]) -> None:
 
 def in_form(form: str) -> dict[str, str]:
     """Return the argument of every `fold` that asks for this form of BSConv layers."""
-    return {"bsconv": form}
+    return {ARGUMENT: form}
 
 
 def say(adapter: Any, text: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from contract import FLOAT32_TOLERANCE, rounded
 from contract_bsconv import (
+    ARGUMENT,
     CASES,
     FORMS,
     adapter_of,
@@ -90,7 +91,7 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
 
     for form in FORMS:
         if form == "dense" and not case.dense:
-            with pytest.raises(NotFoldable, match=r"meets zero padding .* use bsconv='merge'"):
+            with pytest.raises(NotFoldable, match=f"meets zero padding .* use {ARGUMENT}='merge'"):
                 layer.fold(**in_form(form))
             continue
         folded = layer.fold(**in_form(form))
@@ -190,7 +191,7 @@ def test_what_may_compute_something_else_is_not_folded(adapter):
         *((partial(fold, adapter.own_call, f), NotFoldable, own) for f in adapter.REFUSE_OWN_CALLS),
     )
     layer = built(adapter, usual())[0]
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
+    with pytest.raises(ValueError, match=f"{ARGUMENT} must be one of 'keep', 'merge', 'dense'"):
         layer.fold(**in_form("deploy"))
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from contract_bsconv import (
+    ARGUMENT,
     FORMS,
     adapter_of,
     check_close,
@@ -156,7 +157,7 @@ def test_models_fold_in_every_form(adapter, variant, form):
         for path, choice in zip(REPLACED, report.choices, strict=True):
             cost = dict(zip(FORMS, choice.cost, strict=True))[form]
             assert adapter.trainable(adapter.walk(model)[path]) == cost.parameters, path
-        assert f"bsconv={form!r}; each form's parameters" in str(report)
+        assert f"{ARGUMENT}={form!r}; each form's parameters" in str(report)
         again, report = adapter.package.fold(model, **in_form(form))
         assert (type(report), report.changed) == (Report, ())
         np.testing.assert_array_equal(output(adapter, again), output(adapter, model))
@@ -238,7 +239,7 @@ def test_a_layer_of_ones_own_is_kept_and_not_folded(adapter):
     assert report.left == (Left("0", "Doubled", SUBCLASS),)
     with pytest.raises(NotFoldable, match=rf"layer '0': .*{say(adapter, own)}"):
         adapter.package.fold(model, **in_form("merge"))
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
+    with pytest.raises(ValueError, match=f"{ARGUMENT} must be one of 'keep', 'merge', 'dense'"):
         adapter.package.fold(model, **in_form("deploy"))
 
 
