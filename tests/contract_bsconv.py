@@ -19,7 +19,7 @@ from doconv_core import BSConvSpec, State, convolve, convolve_gradient, differen
 BATCH = 3
 EPSILON = 1e-3
 FORMS = ("keep", "merge", "dense")
-ARGUMENT = "bsconv"  # of every `fold` that asks for one of them
+ARGUMENT = "form"  # of every `fold` that asks for one of them
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from doconv_core import (
     Report,
     orthonormality,
 )
-from doconv_core.kinds.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, other_size
+from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART, other_size
 from doconv_core.models.report import NOT_SELECTED, SUBCLASS
 from doconv_core.networks.nodes import Activation, Conv, Network, Residual, sequence
 
@@ -317,6 +317,6 @@ def test_a_network_by_name_folds_to_each_form(adapter, form):
     assert len(list_bsconvs(adapter, model)) == 13  # the stem, and twelve in units
     for fuse in (False, True):
         folded, report = fold(model, **in_form(form), fuse_batchnorm=fuse)
-        assert (report.bsconv, len(report.choices)) == (form, 13)
+        assert (report.forms, len(report.choices)) == ({"bsconv": form}, 13)
         check_close(adapter.forward(folded, x), expected, 1e-5, f"fuse_batchnorm={fuse}")
         assert not list_bsconvs(adapter, folded)

@@ -24,9 +24,9 @@ from mxnet.gluon import HybridBlock, Trainer, nn  # noqa: E402
 from mxnet.gluon.nn.basic_layers import _BatchNorm  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.kinds.bsconv_model import SHARES  # noqa: E402
-from doconv_mx.bsconv_model import IN_A_SYMBOL  # noqa: E402
-from doconv_mx.view import walk  # noqa: E402
+from doconv_core.kinds.bsconv import SHARES  # noqa: E402
+from doconv_mx.bsconv_kind import IN_A_SYMBOL  # noqa: E402
+from doconv_mx.tree import walk  # noqa: E402
 
 TWO = [mx.cpu(0), mx.cpu(1)]
 

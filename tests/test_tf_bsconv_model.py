@@ -14,11 +14,11 @@ from keras import layers  # noqa: E402
 from keras_layers import array, assert_same  # noqa: E402
 from keras_models import filled, functional, images, nested, subclassed, traces  # noqa: E402
 
-from doconv_core.kinds.bsconv_model import GROUPED, SHARES  # noqa: E402
+from doconv_core.kinds.bsconv import GROUPED, SHARES  # noqa: E402
 from doconv_core.models.report import TRANSPOSED  # noqa: E402
 from doconv_tf import BSConvS2D, BSConvU2D, fold, get_model, to_bsconv, verify  # noqa: E402
-from doconv_tf.bsconv_model import SEPARABLE  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
+from doconv_tf.bsconv_kind import SEPARABLE  # noqa: E402
+from doconv_tf.ordinary import walk  # noqa: E402
 
 
 def network():

@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402
 from torch_models import network, output  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.kinds.bsconv_model import SHARES, WEIGHT_BOUND  # noqa: E402
+from doconv_core.kinds.bsconv import SHARES, WEIGHT_BOUND  # noqa: E402
 from doconv_torch import (  # noqa: E402
     BSConvS1d,
     BSConvS2d,

@@ -17,7 +17,7 @@ from mxnet.gluon import HybridBlock, nn
 
 from adapters.mx import LAYERS as DO_LAYERS
 from adapters.mx import ORDINARY, Own, array
-from doconv_mx import view
+from doconv_mx import surgery, tree
 from doconv_mx.bsconv import LAYERS
 
 WORDS = {
@@ -29,7 +29,7 @@ WORDS = {
 DOUBLE, EXACT = "float64", 1e-12
 HALF_TYPES = ("float16",)
 REFUSE_OWN_CALLS = ("keep", "merge", "dense")
-copied, walk = view.copied, lambda model: dict(view.walk(model))
+copied, walk = surgery.copied, lambda model: dict(tree.walk(model))
 
 
 def pads(case: BSConvCase) -> bool:

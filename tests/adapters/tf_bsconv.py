@@ -15,7 +15,7 @@ from keras import ops
 import doconv_tf as package
 from adapters.tf import LAYERS as DO_LAYERS
 from adapters.tf import ORDINARY, Own, forward, to_canonical
-from doconv_tf import copying, view
+from doconv_tf import copying, ordinary
 from doconv_tf.bsconv import LAYERS
 
 __all__ = ["forward"]
@@ -32,7 +32,7 @@ WORDS = {
 DOUBLE, EXACT = ("float32", 1e-5) if BACKEND == "jax" else ("float64", 1e-11)
 HALF_TYPES = ("float16", "bfloat16")
 REFUSE_OWN_CALLS = ("merge", "dense")
-copied, walk = copying.copied, lambda model: dict(view.walk(model))
+copied, walk = copying.copied, lambda model: dict(ordinary.walk(model))
 
 
 def pads(case: BSConvCase) -> bool:
