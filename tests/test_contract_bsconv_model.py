@@ -28,10 +28,11 @@ from doconv_core import (
     Report,
     orthonormality,
 )
-from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART, other_size
+from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART
 from doconv_core.models.report import NOT_SELECTED, SUBCLASS
 from doconv_core.networks.nodes import Activation, Conv, Network, Residual, sequence
 
+other_size = "its kernel_size {} is not among kernel_sizes".format
 NOTHING = "the model has no convolution that could be replaced"
 SHAPE = (4, 12, 10)
 BODY = sequence(
