@@ -1,19 +1,25 @@
 """What every backend's BSConv layers must do, as `contract.py` says it of DO layers.
 
-A backend joins through a module `adapters/<its name>_bsconv.py`, as `BSConvAdapter` describes.
+A backend joins through a module `adapters/<its name>_bsconv.py`, as `adapter_of` describes.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from frameworks import need
 
-from doconv_core import BSConvSpec, convolve, convolve_gradient
+from doconv_core import BSConvSpec, State, convolve, convolve_gradient, difference
 
 BATCH = 3
 EPSILON = 1e-3
+FORMS = ("keep", "merge", "dense")
+ARGUMENT = "form"  # of every `fold` that asks for one of them
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,10 @@ class BSConvCase:
     def padded_outside(self) -> BSConvCase:
         """Return the case of the same layer without padding, on the input padded beforehand.
 
-        That is the same where it is not padded with zeros: what is before the depthwise convolution
-        treats each position alike.
+        That is the same where there are no zeros around what batch norms shift: all else that is
+        before the depthwise convolution treats each position alike.
         """
-        assert self.padding_mode != "zeros"
+        assert self.padding_mode != "zeros" or not self.spec.with_bn
         size = tuple(n + sum(pair) for n, pair in zip(self.size, self.padding, strict=True))
         none = ((0, 0),) * self.spec.rank
         return replace(self, size=size, padding=none, padding_mode="zeros")
@@ -145,25 +151,85 @@ class Results(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-class BSConvAdapter(Protocol):
-    """What a backend's adapter module offers; `layer` is whatever the framework calls a layer."""
+def adapter_of(backend: str) -> Any:
+    """Return the backend's adapter; one that is missing is an error, not a framework less.
 
-    package: Any
+    A module that speaks NumPy arrays, channels first, and names entries as a canonical state does.
+    `layer` and `model` are whatever the framework calls so, `size` is an input's without channels.
 
-    def pads(self, case: BSConvCase) -> bool:
-        """Whether the framework's layer can pad like the case; else its input is padded before."""
+    WORDS: the framework's for `say`. DOUBLE, EXACT: the widest dtype that layers compute in, and
+    how exactly. HALF_TYPES: which it has. NOT_FOLDABLE: what may be done to a BSConv-S of 8
+    channels with batch norms, and why it is then not folded. own_call: replaces a layer's forward,
+    in REFUSE_OWN_CALLS, the forms in which that is refused.
+    pads(case): whether the framework's layer can pad so; else its input is padded before.
+    build(case, dtype): the case's layer, with any weights, whose batch norms have EPSILON.
+    make(kind, i, o, kernel, rank, **options): a layer of `i` channels to `o`, with values.
+    chain(*layers, rank): a model of what `make` takes, or of numbers of earlier ones, by position.
+    described(network, dtype, **options), empty(network): what a description says; without values.
+    round_trip(layer, new, x, folder): a layer, new or not, with what was saved of another.
+    copied(model); walk(model): its layers by path; trainable(model): the number of what is trained.
+    forward(model, x): in inference. gradients(model, x, dy, training, composed): Results; composed:
+    by the convolution of a padded input with the composed kernel. penalty(model, alpha): the loss
+    of orthonormality, and its gradients. composed_kernel(layer): as an array, and its dtype's name.
+    dtypes(layer); is_ordinary(layer, form): whether it is made of the framework's own types alone.
+    """
+    need(backend)
+    return importlib.import_module(f"adapters.{backend}_bsconv")
 
-    def build(self, case: BSConvCase) -> Any:
-        """Return the layer with any weights, built, whose batch norms have EPSILON."""
 
-    def forward(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        """Return the output, in inference mode, of a layer or of what it was folded to."""
+def options_of(case: BSConvCase, epsilon: str) -> dict[str, Any]:
+    """Return what a layer takes beside an ordinary one's arguments; epsilon: a batch norm's."""
+    options: dict[str, Any] = {"with_bn": case.spec.with_bn}
+    if case.spec.with_bn:
+        options["bn_options"] = {epsilon: EPSILON}
+    if case.spec.variant == "s":
+        options |= {"p": case.spec.p, "min_mid_channels": case.spec.min_mid_channels}
+    return options
 
-    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> Results:
-        """Return the output and gradients in inference mode."""
 
-    def is_ordinary(self, layer: Any, form: str) -> bool:
-        """Whether a folded layer is of the framework's own types, and of this form."""
+def snapshot(package: Any, model: Any) -> State:
+    """Return a model's state with arrays of its own, whatever becomes of the model."""
+    state = package.export_state(model)
+    return replace(state, arrays={name: array.copy() for name, array in state.arrays.items()})
+
+
+def put(adapter: Any, model: Any, arrays: dict[str, np.ndarray]) -> None:
+    """Give some entries of a model's state other values."""
+    state = snapshot(adapter.package, model)
+    adapter.package.load_state(model, replace(state, arrays={**state.arrays, **arrays}))
+
+
+def in_form(form: str) -> dict[str, str]:
+    """Return the argument of every `fold` that asks for this form of BSConv layers."""
+    return {ARGUMENT: form}
+
+
+def say(adapter: Any, text: Any) -> Any:
+    """Return a text, or the names in a dict of options, in the framework's words."""
+    if isinstance(text, dict):
+        words = adapter.WORDS
+        return {words.get(name, name): say(adapter, value) for name, value in text.items()}
+    return text.format(**adapter.WORDS) if isinstance(text, str) else text
+
+
+def check_refused(*rows: tuple[Callable[[], Any], type[Exception], str]) -> None:
+    """Assert that each call raises its error, with its text; tell of all that do not."""
+    wrong = []
+    for call, expected, pattern in rows:
+        try:
+            call()
+        except Exception as error:
+            if not isinstance(error, expected) or not re.search(pattern, str(error)):
+                wrong.append(f"{pattern!r} expected; {type(error).__name__}: {error}")
+        else:
+            wrong.append(f"{pattern!r} expected; not refused")
+    assert not wrong, "\n".join(wrong)
+
+
+def check_close(found: Any, expected: Any, tolerance: float, what: str = "") -> None:
+    """Assert that an array is the expected one, relative to the largest of its entries."""
+    off = difference(found, expected)
+    assert off.relative <= tolerance, f"{what}: {off}; allowed {tolerance:.1e} relative"
 
 
 def make_problem(case: BSConvCase) -> Problem:
@@ -193,15 +259,32 @@ def make_problem(case: BSConvCase) -> Problem:
 def solve(case: BSConvCase, problem: Problem) -> Results:
     """Return the core's answer, computed in float64."""
     arrays = {name: array.astype(np.float64) for name, array in problem.arrays.items()}
-    inputs, x = {}, problem.x.astype(np.float64)
+    inputs, x = [], problem.x.astype(np.float64)
     for name in case.spec.names:
-        inputs[name] = x
-        x = _forward(case, name, arrays, x)
-    output, dy, found = x, problem.dy.astype(np.float64), {}
-    for name in reversed(case.spec.names):
-        dy, gradients = _backward(case, name, arrays, inputs[name], dy)
-        found |= {f"{name}.{entry}": gradient for entry, gradient in gradients.items()}
-    return Results(output, dy, found)
+        inputs.append(x)
+        if name.startswith("batch_norm"):
+            normalized, entries = _normalized(name, arrays, x)
+            x = normalized * entries["gamma"] + entries["beta"]
+        else:
+            kernel, geometry = _convolution(case, name, arrays)
+            x = convolve(x, kernel, arrays.get(f"{name}.bias"), **geometry)
+    dy, found = problem.dy.astype(np.float64), {}
+    for name, given in zip(reversed(case.spec.names), reversed(inputs), strict=True):
+        if name.startswith("batch_norm"):
+            normalized, entries = _normalized(name, arrays, given)
+            axes = (0, *range(2, given.ndim))
+            found[f"{name}.gamma"] = (dy * normalized).sum(axes)
+            found[f"{name}.beta"] = dy.sum(axes)
+            dy = dy * entries["gamma"] / entries["root"]
+        else:
+            kernel, geometry = _convolution(case, name, arrays)
+            gradients = convolve_gradient(given, kernel, dy, **geometry)
+            shape = arrays[f"{name}.weight"].shape
+            found[f"{name}.weight"] = gradients.kernel.reshape(shape)
+            if f"{name}.bias" in arrays:
+                found[f"{name}.bias"] = gradients.bias
+            dy = gradients.x
+    return Results(x, dy, found)
 
 
 def _convolution(
@@ -223,29 +306,3 @@ def _normalized(
     }
     root = np.sqrt(entries["running_var"] + EPSILON)
     return (x - entries["running_mean"]) / root, entries | {"root": root}
-
-
-def _forward(
-    case: BSConvCase, name: str, arrays: dict[str, np.ndarray], x: np.ndarray
-) -> np.ndarray:
-    if name.startswith("batch_norm"):
-        normalized, entries = _normalized(name, arrays, x)
-        return normalized * entries["gamma"] + entries["beta"]
-    kernel, geometry = _convolution(case, name, arrays)
-    return convolve(x, kernel, arrays.get(f"{name}.bias"), **geometry)
-
-
-def _backward(
-    case: BSConvCase, name: str, arrays: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    if name.startswith("batch_norm"):
-        normalized, entries = _normalized(name, arrays, x)
-        axes = (0, *range(2, x.ndim))
-        sums = {"gamma": (dy * normalized).sum(axes), "beta": dy.sum(axes)}
-        return dy * entries["gamma"] / entries["root"], sums
-    kernel, geometry = _convolution(case, name, arrays)
-    found = convolve_gradient(x, kernel, dy, **geometry)
-    gradients = {"weight": found.kernel.reshape(arrays[f"{name}.weight"].shape)}
-    if f"{name}.bias" in arrays:
-        gradients["bias"] = found.bias
-    return found.x, gradients

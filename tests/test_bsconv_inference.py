@@ -16,6 +16,7 @@ import step_report  # noqa: E402
 from step_measure import Row  # noqa: E402
 
 
+@pytest.mark.exhaustive
 def test_a_quick_run_measures_every_form_that_there_is(tmp_path):
     command = [sys.executable, bsconv_inference.__file__, "--quick", "--patience", "0.01"]
     done = subprocess.run(

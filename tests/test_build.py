@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from frameworks import BACKENDS, need
+from contract_bsconv import adapter_of, check_close, check_refused, snapshot
+from contract_networks import check_network, images, problem_of, trained
+from frameworks import BACKENDS
 from networks.described import NETWORKS, SHAPE
 
-from doconv_core import State, StateError, difference, read_state, write_state
+from doconv_core import StateError, read_state, write_state
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.layers import layers
@@ -28,147 +30,96 @@ from doconv_core.networks.nodes import (
 )
 from doconv_core.networks.shapes import for_input, infer
 
-# Relative to the largest entry of the float64 result.
-OUTPUTS, GRADIENTS = 1e-5, 1e-4
-
-
-def backend_of(name):
-    need(name)
-    return importlib.import_module(f"built.{name}")
+OUTPUTS = 1e-5  # relative to the largest entry of the float64 result
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    return backend_of(request.param)
+def adapter(request):
+    return adapter_of(request.param)
 
 
-def trained(network, seed=3):
-    """Return a state of the network with values as after training: no statistic is trivial."""
-    state, rng = initialize(network), np.random.default_rng(seed)
-    arrays = {}
-    for name, array in state.arrays.items():
-        values = 0.1 * rng.standard_normal(array.shape) + array
-        arrays[name] = (np.abs(values) + 0.3 if "running_var" in name else values).astype("float32")
-    return State(state.layers, arrays)
+@pytest.fixture(scope="module", params=NETWORKS)
+def problem(request):
+    return problem_of(NETWORKS[request.param])
 
 
-def images(network, batch=6):
-    rng = np.random.default_rng(1)
-    return rng.standard_normal((batch, *network.input_shape)).astype(np.float32)
-
-
-def loaded(backend, network):
-    model = backend.made(network)
-    backend.package.load_state(model, trained(network))
+def loaded(adapter, network):
+    model = adapter.described(network)
+    adapter.package.load_state(model, trained(network))
     return model
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_state_goes_in_by_its_paths_and_comes_out_as_it_was(backend, name):
-    network = NETWORKS[name]
-    state = trained(network)
-    exported = backend.package.export_state(loaded(backend, network))
+def test_a_network_has_the_cores_paths_state_and_function(problem, adapter):
+    network, state = problem.network, problem.state
+    exported = adapter.package.export_state(loaded(adapter, network))
     assert list(exported.layers) == list(layers(network))
     for entry, array in state.arrays.items():
         np.testing.assert_array_equal(exported.arrays[entry], array, err_msg=entry)
     # Gluon's batch norm has a beta in any case.
     more = exported.arrays.keys() - state.arrays.keys()
     assert all(entry.endswith(".beta") and not exported.arrays[entry].any() for entry in more)
-
-
-@pytest.fixture(scope="module", params=NETWORKS)
-def answers(request):
-    """Return what PyTorch answers in float64, and each backend in float32, to one problem."""
-    network = NETWORKS[request.param]
-    x = images(network)
-    dy = np.random.default_rng(2).standard_normal((len(x), *infer(network)[""].after))
-    exact = backend_of("torch"), "float64"
-    every = {"exact": exact, **{name: (backend_of(name), "float32") for name in BACKENDS}}
-    inference, training = {}, {}
-    for name, (module, dtype) in every.items():
-        models = [loaded(module, network) for _ in range(2)]
-        models = [model.double() for model in models] if dtype == "float64" else models
-        inference[name] = module.inference(models[0], x.astype(dtype))
-        training[name] = module.training(models[1], x.astype(dtype), dy.astype(dtype))
-    return inference, training
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_outputs_agree_in_inference(answers, name):
-    inference, _ = answers
-    assert inference["exact"].std() > 0.01
-    assert difference(inference[name], inference["exact"]).relative < OUTPUTS
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_outputs_and_gradients_agree_in_training(answers, name):
-    _, training = answers
-    (output, gradients), (expected, exact) = training[name], training["exact"]
-    assert difference(output, expected).relative < OUTPUTS
-    exact = {entry: gradient for entry, gradient in exact.items() if "running" not in entry}
-    largest = max(np.abs(gradient).max() for gradient in exact.values())
-    for entry, gradient in exact.items():
-        # What a batch norm takes out again has no gradient but roundoff.
-        none = np.abs(gradient).max() < 1e-12 * largest
-        expected = largest if none else np.abs(gradient).max()
-        found = np.abs(gradients[entry] - gradient).max() / expected
-        assert found < GRADIENTS, entry
+    check_network(adapter, problem, OUTPUTS)
 
 
 @pytest.mark.parametrize("name", ["scales", "strided_kinds"])
-def test_over_parameterized_and_folded_it_computes_the_same(backend, name):
+def test_over_parameterized_and_folded_it_computes_the_same(adapter, name):
     network = NETWORKS[name]
-    x, model = images(network), loaded(backend, network)
-    expected = backend.inference(model, x)
-    more = backend.package.over_parameterize(model).model
-    assert difference(backend.inference(more, x), expected).relative < OUTPUTS
-    state = backend.package.export_state(more)
+    x, model, package = images(network), loaded(adapter, network), adapter.package
+    expected = adapter.forward(model, x)
+    more = package.over_parameterize(model).model
+    check_close(adapter.forward(more, x), expected, OUTPUTS, "over-parameterized")
+    state = package.export_state(more)
     assert list(state.layers) == list(layers(network))
     assert any(form.over_parameterized for form in state.layers.values())
     for fuse in (False, True):
-        folded = backend.package.fold(more, fuse_batchnorm=fuse).model
-        assert difference(backend.inference(folded, x), expected).relative < OUTPUTS
-        forms = backend.package.export_state(folded).layers
+        folded = package.fold(more, fuse_batchnorm=fuse).model
+        check_close(adapter.forward(folded, x), expected, OUTPUTS, f"fuse={fuse}")
+        forms = package.export_state(folded).layers
         assert not any(form.over_parameterized for form in forms.values())
         assert (list(forms) == list(layers(network))) != fuse
 
 
-def test_the_state_of_another_network_is_refused_by_name_before_anything_changes(backend):
-    network = NETWORKS["residuals"]
-    model = loaded(backend, network)
-    before = backend.package.export_state(model).arrays
-    with pytest.raises(StateError, match=r"layer 'stem' is not in the state, .* 'stem\.bn'"):
-        backend.package.load_state(model, trained(NETWORKS["pooled"]))
+def test_the_state_of_another_network_is_refused_by_name_before_anything_changes(adapter):
+    network, load = NETWORKS["residuals"], adapter.package.load_state
+    model = loaded(adapter, network)
+    before = snapshot(adapter.package, model).arrays
     # The same layers but for one, the last.
     other = sequence(*network.body.children[:-1], ("last", Conv(3)))
-    with pytest.raises(StateError, match="layer 'last' is not in the model, though the state"):
-        backend.package.load_state(model, trained(Network("other", other, SHAPE)))
-    after = backend.package.export_state(model).arrays
+    last = trained(Network("other", other, SHAPE))
+    first, second = r"'stem' is not in the state, .* 'stem\.bn'", "'last' is not in the model, tho"
+    check_refused(
+        (lambda: load(model, trained(NETWORKS["pooled"])), StateError, f"layer {first}"),
+        (lambda: load(model, last), StateError, f"layer {second}ugh the state"),
+    )
+    after = adapter.package.export_state(model).arrays
     for entry, array in before.items():
         np.testing.assert_array_equal(after[entry], array)
 
 
-def test_a_state_says_whose_it_is(backend, tmp_path):
-    model = backend.package.get_model("tutorial_tf")
-    state = backend.package.export_state(model)
+def test_a_state_says_whose_it_is(adapter, tmp_path):
+    get_model, load = adapter.package.get_model, adapter.package.load_state
+    model = get_model("tutorial_tf")
+    state = adapter.package.export_state(model)
     assert state.origin["network"] == "tutorial_tf"
     write_state(state, tmp_path / "stored.safetensors")
     stored = read_state(tmp_path / "stored.safetensors")
-    other = backend.package.get_model("tutorial_gluon")
-    before = backend.package.export_state(other).arrays
+    other = get_model("tutorial_gluon")
+    before = snapshot(adapter.package, other).arrays
     refused = r"^the state is not one of 'tutorial_gluon', but of 'tutorial_tf': entry 'conv1\.w"
-    for options in ({}, {"match": "order"}, {"ignore": "geometry"}):
-        with pytest.raises(StateError, match=refused):
-            backend.package.load_state(other, stored, **options)
-    for entry, array in backend.package.export_state(other).arrays.items():
+    # And two of one name, for other numbers of classes.
+    three, sizes = get_model("tutorial_tf", num_classes=3), r"^entry '\w+\.weight' is of LinearSpec"
+    check_refused(
+        (lambda: load(other, stored), StateError, refused),
+        (lambda: load(other, stored, match="order"), StateError, refused),
+        (lambda: load(other, stored, ignore="geometry"), StateError, refused),
+        (lambda: load(three, stored), StateError, sizes),
+    )
+    for entry, array in adapter.package.export_state(other).arrays.items():
         np.testing.assert_array_equal(before[entry], array)
-    # Two of one name, for other numbers of classes.
-    with pytest.raises(StateError, match=r"^entry '\w+\.weight' is of LinearSpec"):
-        backend.package.load_state(backend.package.get_model("tutorial_tf", num_classes=3), stored)
-    backend.package.load_state(model, stored)
+    load(model, stored)
 
 
-def test_every_activation_is_that_of_its_formula(backend):
+def test_every_activation_is_that_of_its_formula(adapter):
     x = np.linspace(-8, 8, 32, dtype=np.float32).reshape(1, 2, 4, 4)
     expected = {
         "relu": np.maximum(x, 0),
@@ -180,27 +131,27 @@ def test_every_activation_is_that_of_its_formula(backend):
     assert expected.keys() == set(ACTIVATIONS)
     for name, y in expected.items():
         network = Network("one", sequence(("activation", Activation(name))), (2, 4, 4))
-        assert difference(backend.inference(backend.made(network), x), y).relative < OUTPUTS
+        check_close(adapter.forward(adapter.described(network), x), y, OUTPUTS, name)
 
 
 @pytest.mark.parametrize("name", ["max", "average"])
-@pytest.mark.parametrize("sizes", [(3, 2, 1), (2, 1, 1), (5, 3, 2), (4, 2, 1), (3, 1, 0)])
-def test_what_is_padded_takes_no_part_in_pooling(backend, name, sizes):
-    network = Network("one", sequence(("pool", Pool(name, *sizes))), (2, 9, 8))
-    x = images(network) - 5  # below 0, which zeros around would hide
-    expected = evaluate(network, initialize(network), x)
-    assert difference(backend.inference(backend.made(network), x), expected).relative < OUTPUTS
+def test_what_is_padded_takes_no_part_in_pooling(adapter, name):
+    for sizes in ((3, 2, 1), (2, 1, 1), (5, 3, 2), (4, 2, 1), (3, 1, 0)):
+        network = Network("one", sequence(("pool", Pool(name, *sizes))), (2, 9, 8))
+        x = images(network) - 5  # below 0, which zeros around would hide
+        expected = evaluate(network, initialize(network), x)
+        check_close(adapter.forward(adapter.described(network), x), expected, OUTPUTS, str(sizes))
 
 
-def test_an_input_of_another_size(backend):
-    model = backend.made(NETWORKS["scales"], input_shape=(3, 14, 12))
-    backend.package.load_state(model, trained(NETWORKS["scales"]))
+def test_an_input_of_another_size(adapter):
+    model = adapter.described(NETWORKS["scales"], input_shape=(3, 14, 12))
+    adapter.package.load_state(model, trained(NETWORKS["scales"]))
     network = for_input(NETWORKS["scales"], (3, 14, 12))
     expected = infer(network)[""].after
     assert expected != infer(NETWORKS["scales"])[""].after
-    assert backend.inference(model, images(network)).shape[1:] == expected
+    assert adapter.forward(model, images(network)).shape[1:] == expected
     with pytest.raises(ValueError, match=r"'grouped' needs at least 3 rows and columns; received"):
-        backend.made(NETWORKS["scales"], input_shape=(3, 4, 4))
+        adapter.described(NETWORKS["scales"], input_shape=(3, 4, 4))
 
 
 @pytest.fixture
@@ -217,9 +168,9 @@ def named(monkeypatch):
     return asked
 
 
-def test_a_model_by_name_starts_from_its_seed(backend, named):
+def test_a_model_by_name_starts_from_its_seed(adapter, named):
     network = NETWORKS["vectors1.0"]
-    get_model, export_state = backend.package.get_model, backend.package.export_state
+    get_model, export_state = adapter.package.get_model, adapter.package.export_state
     arrays = export_state(get_model("a", num_classes=7, in_channels=3)).arrays
     assert named == [("a", {"num_classes": 7, "in_channels": 3})]
     for seed, same in ((0, True), (1, False)):
@@ -229,63 +180,57 @@ def test_a_model_by_name_starts_from_its_seed(backend, named):
     expected = initialize(for_input(network, (3, 20, 9)), 5).arrays
     np.testing.assert_array_equal(export_state(larger).arrays["bn.gamma"], expected["bn.gamma"])
     assert expected["hidden.weight"].shape != arrays["hidden.weight"].shape
-    assert backend.package.list_models() == ["*", "b"]
-    assert backend.package.list_models("res*") == ["res*", "b"]
+    assert adapter.package.list_models() == ["*", "b"]
+    assert adapter.package.list_models("res*") == ["res*", "b"]
+    make, channels = partial(get_model, "a"), "must have the 3 channels of the network; rec"
+    check_refused(
+        (partial(make, input_shape=(1, 28, 28)), ValueError, channels),
+        (partial(make, input_shape=28), TypeError, r"input_shape must be \(C, H, W\); rec.*=28"),
+        (partial(make, input_shape=(3, 28)), ValueError, "must be one integer or 3 of them"),
+        (partial(make, input_shape=(3, 0, 28)), ValueError, r"input_shape\[1\] must be at least 1"),
+        (partial(make, seed=-1), ValueError, "seed must be at least 0"),
+    )
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"input_shape": (1, 28, 28)}, ValueError, r"must have the 3 channels of the network; rec"),
-        ({"input_shape": 28}, TypeError, r"input_shape must be \(C, H, W\); received .*=28"),
-        ({"input_shape": (3, 28)}, ValueError, "must be one integer or 3 of them"),
-        ({"input_shape": (3, 0, 28)}, ValueError, r"input_shape\[1\] must be at least 1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-    ],
-)
-def test_wrong_arguments_are_refused(backend, named, options, error, message):
-    with pytest.raises(error, match=message):
-        backend.package.get_model("a", **options)
+def test_nodes_that_give_no_network_are_refused():
+    activations, kinds = "name must be one of relu, .*; received 'swish'", "conv, doconv, bsconvu, "
+    padding, text = "padding must be at most half of .* padding=2, size=2", "a text without dots an"
+    shortcut = "a residual's body cannot have a child named 'shortcut'"
+    check_refused(
+        (lambda: Activation("swish"), ValueError, activations),
+        (lambda: Kind("conv2d"), ValueError, f"must be one of {kinds}bsconvs; received"),
+        (lambda: Pool("mean", 2, 2), ValueError, "one of max, average; received 'mean'"),
+        (lambda: Pool("max", 2, 2, 2), ValueError, padding),
+        (lambda: sequence(("a.b", Conv(1))), ValueError, f"{text}d slashes; received 'a.b'"),
+        (lambda: Residual(sequence(("shortcut", Conv(3)))), ValueError, shortcut),
+    )
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Activation("swish"), "name must be one of relu, .*; received 'swish'"),
-        (lambda: Kind("conv2d"), "name must be one of conv, doconv, bsconvu, bsconvs; received"),
-        (lambda: Pool("mean", 2, 2), "name must be one of max, average; received 'mean'"),
-        (lambda: Pool("max", 2, 2, 2), "padding must be at most half of .* padding=2, size=2"),
-        (lambda: sequence(("a.b", Conv(1))), "a text without dots and slashes; received 'a.b'"),
-        (
-            lambda: Residual(sequence(("shortcut", Conv(3)))),
-            "a residual's body cannot have a child named 'shortcut'",
-        ),
-    ],
-)
-def test_nodes_that_give_no_network_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("name", "in_channels"),
-    [
-        ("cifar_resnet20_bsconvs_p1d4", 3),
-        ("cifar_mobilenetv3_small_w1d2", 3),
-        ("tutorial_tf_doconv", 1),
-        ("tutorial_pt", None),
-    ],
-)
-def test_a_model_by_name_computes_what_the_core_does(backend, name, in_channels):
-    model = backend.package.get_model(name, num_classes=5, in_channels=in_channels, seed=2)
+def check_by_name(adapter, name, in_channels):
+    model = adapter.package.get_model(name, num_classes=5, in_channels=in_channels, seed=2)
     network = describe(name, num_classes=5, in_channels=in_channels)
     assert network.input_shape[0] == (in_channels or 1)
     x = images(network, batch=2)
     expected = evaluate(network, initialize(network, 2), x.astype(np.float64))
-    assert difference(backend.inference(model, x), expected).relative < OUTPUTS
-    assert name in backend.package.list_models(f"{name[:9]}*")
+    check_close(adapter.forward(model, x), expected, OUTPUTS, name)
+    assert name in adapter.package.list_models(f"{name[:9]}*")
 
 
-def test_a_wrong_name_gets_the_nearest_ones(backend):
+def test_a_model_by_name_computes_what_the_core_does(adapter):
+    check_by_name(adapter, "tutorial_tf_doconv", 1)
+    check_by_name(adapter, "tutorial_pt", None)
     with pytest.raises(ValueError, match=r"'cifar_resnet21' is no network: .*cifar_resnet20"):
-        backend.package.get_model("cifar_resnet21")
+        adapter.package.get_model("cifar_resnet21")
+
+
+@pytest.mark.exhaustive
+def test_larger_models_by_name_compute_what_the_core_does(adapter):
+    check_by_name(adapter, "cifar_resnet20_bsconvs_p1d4", 3)
+    check_by_name(adapter, "cifar_mobilenetv3_small_w1d2", 3)
+
+
+@pytest.mark.parametrize("name", ["bsconvu", "bsconvs"])
+def test_a_bsconv_with_groups_is_refused_by_its_path(adapter, name):
+    network = Network("one", sequence(("sole", Conv(6, (3, 3), groups=3, kind=Kind(name)))), SHAPE)
+    with pytest.raises(ValueError, match=r"'sole' cannot be a BSConv, .* received groups=3"):
+        adapter.package.build(network)

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import replace
-from importlib.util import find_spec
+from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
-from contract import FLOAT32_TOLERANCE
-from contract_bsconv import CASES, make_problem, solve
-from frameworks import BACKENDS, need
+from contract import FLOAT32_TOLERANCE, rounded
+from contract_bsconv import (
+    ARGUMENT,
+    CASES,
+    FORMS,
+    adapter_of,
+    bsconv_case,
+    check_close,
+    check_refused,
+    in_form,
+    make_problem,
+    put,
+    say,
+    snapshot,
+    solve,
+)
+from frameworks import BACKENDS
 
-from doconv_core import NotFoldable, difference, pad, pad_gradient
+from doconv_core import (
+    NotFoldable,
+    compose_bsconv,
+    orthonormality,
+    orthonormality_gradient,
+    pad,
+    pad_gradient,
+)
+from doconv_core.networks.nodes import Flatten, Linear, Network, sequence
 
-WITH_BSCONV = [name for name in BACKENDS if find_spec(f"adapters.{name}_bsconv")]
 
-
-@pytest.fixture(params=WITH_BSCONV)
+@pytest.fixture(params=BACKENDS)
 def adapter(request):
-    need(request.param)
-    return importlib.import_module(f"adapters.{request.param}_bsconv")
+    return adapter_of(request.param)
 
 
-def built(adapter, case, problem):
+def usual(variant="s", **options):
+    return bsconv_case(8, 6, (3, 3), (7, 8), **{"padding": 1, **options}, variant=variant)
+
+
+def built(adapter, case, problem=None, dtype="float32"):
     """Return the layer with the problem's state, and the input that it takes."""
+    problem = problem or make_problem(case)
     native = adapter.pads(case)
-    layer = adapter.build(case if native else case.padded_outside())
-    state = adapter.package.export_state(layer)
-    adapter.package.load_state(layer, replace(state, arrays=problem.arrays))
+    layer = adapter.build(case if native else case.padded_outside(), dtype)
+    put(adapter, layer, problem.arrays)
     return layer, problem.x if native else pad(problem.x, case.padding, case.padding_mode)
+
+
+def class_of(adapter, name):
+    return getattr(adapter.package, say(adapter, name + "{d}"))
 
 
 def test_the_table_covers_what_it_promises():
@@ -44,46 +70,245 @@ def test_the_table_covers_what_it_promises():
         }  # fmt: skip
 
 
-def test_backends_have_it():
-    assert WITH_BSCONV
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_agree_with_the_core(adapter, case):
+def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
+    """Its state, its output and gradients, what it is saved as, and what it folds to."""
     problem = make_problem(case)
     expected = solve(case, problem)
-    found = adapter.gradients(*built(adapter, case, problem), problem.dy)
-    assert difference(found.output, expected.output).relative <= FLOAT32_TOLERANCE
+    layer, x = built(adapter, case, problem)
+
+    output, fresh = adapter.forward(layer, x), built(adapter, case)[0]
+    loaded = adapter.round_trip(layer, fresh, x, tmp_path)
+    for what, each in (("layer", layer), ("loaded", loaded)):
+        assert type(each) is type(layer), what
+        shapes = case.spec.pointwise_shapes
+        assert (each.spec, each.spec.pointwise_shapes) == (layer.spec, shapes), what
+        arrays = adapter.package.export_state(each).arrays
+        assert arrays.keys() == problem.arrays.keys(), what
+        for name, values in problem.arrays.items():
+            np.testing.assert_array_equal(arrays[name], values, f"{what}: {name}")
+    np.testing.assert_array_equal(adapter.forward(loaded, x), output, "output of the loaded one")
+
+    for form in FORMS:
+        if form == "dense" and not case.dense:
+            with pytest.raises(NotFoldable, match=f"meets zero padding .* use {ARGUMENT}='merge'"):
+                layer.fold(**in_form(form))
+            continue
+        folded = layer.fold(**in_form(form))
+        assert adapter.is_ordinary(folded, form), form
+        check_close(adapter.forward(folded, x), expected.output, FLOAT32_TOLERANCE, form)
+        if form == "keep":
+            np.testing.assert_array_equal(adapter.forward(folded, x), output, form)
+
+    found = adapter.gradients(layer, x, problem.dy)
+    check_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
     dx = found.x
     if dx.shape != problem.x.shape:
         dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
-    assert difference(dx, expected.x).relative <= FLOAT32_TOLERANCE
-    assert found.arrays.keys() == expected.arrays.keys()
+    check_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
     for name, gradient in expected.arrays.items():
-        assert difference(found.arrays[name], gradient).relative <= FLOAT32_TOLERANCE, name
+        check_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_state_comes_back_bit_for_bit(adapter, case):
-    problem = make_problem(case)
-    arrays = adapter.package.export_state(built(adapter, case, problem)[0]).arrays
-    assert arrays.keys() == problem.arrays.keys()
-    for name, values in problem.arrays.items():
-        np.testing.assert_array_equal(arrays[name], values)
+@pytest.mark.parametrize("variant", "us")
+def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(adapter, variant):
+    for padding in (0, 1):
+        case = usual(variant, padding=padding)
+        problem = make_problem(case)
+        layer, _ = built(adapter, case, problem, adapter.DOUBLE)
+        x, dy = (each.astype(adapter.DOUBLE) for each in (problem.x, problem.dy))
+        x, expected = pad(x, case.padding, "zeros"), solve(case, problem)
+        found = adapter.gradients(layer, x, dy, composed=True)
+        check_close(found.output, expected.output, adapter.EXACT, "output")
+        for name, gradient in expected.arrays.items():
+            check_close(found.arrays[name], gradient, adapter.EXACT, name)
+    with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
+        built(adapter, usual(variant, with_bn=True))[0].composed_kernel()
 
 
-@pytest.mark.parametrize("form", ["keep", "merge", "dense"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_folded_layers_agree_with_the_core(adapter, case, form):
-    problem = make_problem(case)
-    layer, x = built(adapter, case, problem)
-    if form == "dense" and not case.dense:
-        with pytest.raises(NotFoldable, match="meets zero padding"):
-            layer.fold(form=form)
-        return
-    folded = layer.fold(form=form)
-    assert adapter.is_ordinary(folded, form)
-    found, expected = adapter.forward(folded, x), solve(case, problem).output
-    assert difference(found, expected).relative <= FLOAT32_TOLERANCE
-    if form == "keep":
-        np.testing.assert_array_equal(found, adapter.forward(layer, x))
+@pytest.mark.parametrize("variant", "us")
+def test_half_types_are_composed_and_folded_with_one_rounding(adapter, variant):
+    case = usual(variant)
+    for dtype in adapter.HALF_TYPES:
+        problem = make_problem(case)
+        arrays = {name: rounded(array, dtype) for name, array in problem.arrays.items()}
+        layer, _ = built(adapter, case, problem._replace(arrays=arrays), dtype)
+        *pointwise, depthwise = [
+            arrays[f"{name}.weight"].astype("float64") for name in case.spec.names
+        ]
+        weights = [each[..., 0] for each in pointwise]
+        pw = weights[0] if variant == "u" else weights[1] @ weights[0]
+        exact = compose_bsconv(pw, depthwise.reshape(case.spec.depthwise_shape), case.spec)
+        exact = exact.reshape(case.spec.dense.kernel_shape)
+        folded = layer.fold(**in_form("dense"))
+        assert adapter.dtypes(folded) == {dtype}
+        kernel = adapter.package.export_state(folded).arrays["weight"].astype("float32")
+        once = exact.astype(getattr(ml_dtypes, dtype, dtype)).astype("float32")
+        np.testing.assert_array_equal(kernel.reshape(once.shape), once, dtype)
+        composed, name = adapter.composed_kernel(layer)
+        assert dtype in name
+        allowed = {"float16": (1e-3, 1e-5), "bfloat16": (2**-7, 1e-5)}[dtype]
+        np.testing.assert_allclose(composed, once, *allowed, err_msg=dtype)
+
+
+def test_arguments_that_give_no_layer_are_refused(adapter):
+    rows = [
+        ("u", {"groups": 2}, ValueError, "BSConvU2{d} takes groups=1 alone.*groups=2"),
+        ("s", {"p": 0}, ValueError, "p must be above 0 and at most 1; received p=0"),
+        ("s", {"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
+        ("u", {"stride": 0}, ValueError, "{stride} must be at least 1"),
+        ("u", {"padding": -1}, ValueError, "{padding} must be at least 0"),
+        ("u", {"with_bn": None}, TypeError, "with_bn must be True or False"),
+        ("u", {"bn_options": {"eps": 1}}, ValueError, "give with_bn=True as well"),
+        (
+            "u",
+            {"with_bn": True, "bn_options": {"wrong": 1}},
+            TypeError,
+            "bn_options may have {norms}.*received '{wrong}'",
+        ),
+    ]
+    make, words = adapter.make, partial(say, adapter)
+    check_refused(
+        *(
+            (partial(make, variant, 8, 6, 3, **words(options)), error, words(message))
+            for variant, options, error, message in rows
+        )
+    )
+
+
+def test_what_may_compute_something_else_is_not_folded(adapter):
+    def changed(change):
+        layer = built(adapter, usual(padding=0, with_bn=True, p=0.5))[0]
+        change(layer)
+        return layer
+
+    def fold(change, form):
+        return changed(change).fold(**in_form(form))
+
+    own = say(adapter, "has a {call} of its own")
+    check_refused(
+        *((partial(fold, change, "dense"), NotFoldable, m) for change, m in adapter.NOT_FOLDABLE),
+        *((partial(fold, adapter.own_call, f), NotFoldable, own) for f in adapter.REFUSE_OWN_CALLS),
+    )
+    layer = built(adapter, usual())[0]
+    with pytest.raises(ValueError, match=f"{ARGUMENT} must be one of 'keep', 'merge', 'dense'"):
+        layer.fold(**in_form("deploy"))
+
+
+@pytest.mark.parametrize("variant", "us")
+def test_the_depthwise_part_may_be_a_do_layer(adapter, variant):
+    for case, multiplier in ((usual(variant), None), (usual(variant), 30), (CUBE[variant], 30)):
+        problem = make_problem(case)
+        layer, x = built(adapter, case, problem, adapter.DOUBLE)
+        options = {"depth_multiplier": multiplier}
+        made, report = adapter.package.over_parameterize(layer, **options)
+        assert [change.path for change in report.changed] == ["depthwise"]
+        assert type(made.depthwise).__name__.startswith("DO")
+        shape = (6, case.spec.taps, multiplier or case.spec.taps)
+        d = 0.1 * np.random.default_rng(1).standard_normal(shape)
+        put(adapter, made, {"depthwise.depthwise_weight": d.astype("float32")})
+        x = x.astype(adapter.DOUBLE)
+        output = adapter.forward(made, x)
+        dy, padded = np.zeros_like(output), pad(x, case.padding, "zeros")
+        found = adapter.gradients(made, padded, dy, composed=True)
+        check_close(found.output, output, adapter.EXACT, "composed kernel")
+        for form in FORMS:
+            folded = made.fold(**in_form(form))
+            assert adapter.is_ordinary(folded, form), form
+            check_close(adapter.forward(folded, x), output, adapter.EXACT, form)
+
+
+CUBE = {v: bsconv_case(4, 6, (3, 3, 3), (5, 5, 5), variant=v) for v in "us"}
+
+
+def test_from_conv_says_what_it_takes(adapter):
+    take, conv = class_of(adapter, "BSConvU2").from_conv, partial(adapter.make, "conv", 4, 4, 3)
+    known, other = "start must be one of 'weights', 'random'", "BSConvU2{d}.from_conv takes over a "
+    check_refused(
+        (lambda: take(conv(rank=1)), TypeError, say(adapter, other + "{conv}")),
+        (lambda: take(conv(groups=2)), ValueError, "takes groups=1 alone.*received groups=2"),
+        (lambda: take(conv(), start="zeros"), ValueError, known),
+    )
+
+
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_from_conv_starts_from_the_weights(adapter, with_bn):
+    for case in (CUBE["u"], usual("u", padding=0, dilation=2)):
+        layer, x = built(adapter, case, dtype=adapter.DOUBLE)
+        conv = layer.fold(**in_form("dense"))
+        options = say(adapter, {"bn_options": {"eps": 1e-9}}) if with_bn else {}
+        found = type(layer).from_conv(conv, with_bn=with_bn, **options)
+        assert found.explained == pytest.approx(1)
+        x = x.astype(adapter.DOUBLE)
+        close = max(adapter.EXACT, 1e-8)  # as batch norms' epsilon is
+        check_close(adapter.forward(found, x), adapter.forward(conv, x), close, str(case))
+        random = type(layer).from_conv(conv, start="random")
+        assert random.explained is None
+        assert np.abs(adapter.forward(random, x)).max() > 0
+        arrays = [adapter.package.export_state(each).arrays for each in (random, conv)]
+        np.testing.assert_array_equal(arrays[0]["depthwise.bias"], arrays[1]["bias"])
+
+
+def test_the_loss_and_its_gradient_are_the_cores(adapter):
+    model = adapter.chain(("s", 8, 8, 3), ("s", 8, 4, 3))
+    weights = {
+        name: array[..., 0]
+        for name, array in snapshot(adapter.package, model).arrays.items()
+        if name.endswith("pointwise1.weight")
+    }
+    loss, found = adapter.penalty(model, 0.5)
+    assert loss == pytest.approx(0.5 * sum(map(orthonormality, weights.values())), rel=1e-6)
+    assert list(weights) == ["0.pointwise1.weight", "1.pointwise1.weight"]
+    for name, weight in weights.items():
+        expected = 0.5 * orthonormality_gradient(weight)
+        np.testing.assert_allclose(found[name][..., 0], expected, rtol=1e-5, atol=1e-6)
+        assert not found[name.replace("1.w", "2.w")].any()
+    # Of orthonormal rows it is zero.
+    layer = built(adapter, usual())[0]
+    put(adapter, layer, {"pointwise1.weight": np.eye(*layer.spec.pointwise_shapes[0])[..., None]})
+    loss, found = adapter.penalty(layer, 1)
+    assert loss == 0
+    np.testing.assert_array_equal(found["pointwise1.weight"], 0)
+
+
+def test_marked_convolutions_count_once_wherever_they_are(adapter):
+    model = adapter.chain(("conv", 6, 6, 1), 0, ("conv", 6, 4, 1), ("s", 4, 4, 3))
+    layers, mark = adapter.walk(model), adapter.package.mark_orthonormal
+    alone = adapter.penalty(model, 1)[0]
+    assert mark(layers["0"]) is layers["0"]
+    both = adapter.penalty(model, 1)[0]
+    weight = adapter.package.export_state(model).arrays["0.weight"][..., 0]
+    assert both == pytest.approx(alone + orthonormality(weight), rel=1e-6)
+    mark(layers["3"].pointwise1)  # which counts already
+    assert adapter.penalty(model, 1)[0] == both
+    assert adapter.penalty(adapter.copied(model), 1)[0] == both
+
+
+def test_what_has_no_loss_is_refused(adapter):
+    loss, mark = adapter.package.orthonormality_loss, adapter.package.mark_orthonormal
+    layer, conv = built(adapter, usual())[0], partial(adapter.make, "conv", 4, 4)
+    none = "the Conv2{d} has no weight.* neither a BSConvS1{d}, BSC"
+    check_refused(
+        (lambda: loss(conv(1)), ValueError, say(adapter, none)),
+        (lambda: loss(built(adapter, usual("u"))[0]), ValueError, "has no weight"),
+        (lambda: loss([]), TypeError, say(adapter, "must be a {module}; received .*list")),
+        (lambda: loss(layer, "1"), TypeError, "alpha must be a number; received"),
+        (lambda: loss(layer, float("inf")), ValueError, "alpha must be finite"),
+        (lambda: mark(linear(adapter)), TypeError, "takes a convolution; rec.* (Linear|Dense)"),
+        (lambda: mark(conv(3)), ValueError, r"kernel_size=\(3, 3\)"),
+        (lambda: mark(conv(1, rank=1, groups=2)), ValueError, "received .*groups=2"),
+    )
+
+
+def linear(adapter):
+    network = Network("one", sequence(("flatten", Flatten()), ("linear", Linear(2))), (1, 2, 2))
+    return adapter.walk(adapter.described(network))["linear"]
+
+
+def test_the_package_has_every_name(adapter):
+    names = {f"BSConv{v}{rank}" for v in "US" for rank in (1, 2, 3)}
+    names = {say(adapter, name + "{d}") for name in names} | {"BSConvU", "BSConvS"}
+    names |= {"to_bsconv", "mark_orthonormal", "orthonormality_loss"}
+    assert names <= set(adapter.package.__all__)
+    for name in ("BSConvU", "BSConvS"):
+        assert getattr(adapter.package, name) is class_of(adapter, f"{name}2")

@@ -1,22 +1,17 @@
-"""Every family of networks by name: the frameworks compute what the core does, and build its cost.
-
-The same state and the same input; outputs and gradients, in training and in inference.
-"""
+"""Every family of networks by name: the frameworks compute what the core does, at its cost."""
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from frameworks import BACKENDS, need
+from contract_bsconv import adapter_of
+from contract_networks import check_network, problem_of
+from frameworks import BACKENDS
 
-from doconv_core import State, count, difference
-from doconv_core.networks.evaluate import evaluate, gradients
+from doconv_core import count
 from doconv_core.networks.families import FAMILIES
-from doconv_core.networks.initialize import initialize
 from doconv_core.networks.names import LISTED, describe
 from doconv_core.networks.nodes import Dropout, Sequence
 
@@ -49,72 +44,32 @@ CASES = {
     "tutorial_tf": (DIGITS, 0),
     "tutorial_gluon_doconv": (DIGITS, 0),
 }
-# Built without values, which takes no time: every family in every kind, and more of the blocks.
-EMPTY = [
-    family.usual[0] + kind
-    for family in FAMILIES
-    for kind in ("", "_doconv", *LISTED[family.variants])
-]
-EMPTY += ["resnet50_v1b", "resnet50_v2_doconv", "resnext50_32x4d_doconv", "mobilenetv3_large"]
-EMPTY += ["tutorial_tf", "tutorial_gluon_doconv", "resnet18_bsconvs_p1d6", "mobilenetv2_w3d4"]
+# Those whose blocks and strides others have, too, take the more of the time.
+OFTEN = [name for name in CASES if name.startswith(("cifar_wrn", "cifar_mob", "tutorial", "plain"))]
+MORE = ["resnet50_v1b", "resnet50_v2_doconv", "resnext50_32x4d_doconv", "mobilenetv3_large"]
+MORE += ["tutorial_tf", "tutorial_gluon_doconv", "resnet18_bsconvs_p1d6", "mobilenetv2_w3d4"]
 
 
-def backend_of(name):
-    need(name)
-    return importlib.import_module(f"built.{name}")
+def tail(names, often):
+    return [n if n in often else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    return backend_of(request.param)
+def adapter(request):
+    return adapter_of(request.param)
 
 
-def described(name):
-    """Return the network for the size of its case, without dropout, which is random."""
-    network = describe(name, num_classes=CLASSES)
+@pytest.fixture(scope="module", params=tail(CASES, OFTEN))
+def problem(request):
+    """Return the problem of a case, of its network without dropout, which is random."""
+    shape, seed = CASES[request.param]
+    network = describe(request.param, num_classes=CLASSES)
     children = tuple(
         (child, Dropout(0.0) if isinstance(node, Dropout) else node)
         for child, node in network.body.children
     )
-    return replace(network, body=Sequence(children), input_shape=CASES[name][0])
-
-
-def trained(network):
-    """Return a state with values as after training: nothing in it is zero, or one, for all.
-
-    Batch norms shift by about one of their standard deviations, which leaves ReLU most of its
-    input: with half of it, each layer would amplify the rounding of the ones before, by thousands
-    in all. A convolution's outputs have about twice the variance of its inputs, by Kaiming's rule.
-    """
-    state, rng = initialize(network), np.random.default_rng(3)
-    arrays = {}
-    for name, array in state.arrays.items():
-        spread = np.abs(array).mean() if name.endswith(".weight") else 1
-        values = array + 0.1 * spread * rng.standard_normal(array.shape)
-        if name.endswith(".beta"):
-            values += 1
-        if name.endswith(".running_var"):
-            values = 2 * np.abs(values) + 0.2
-        arrays[name] = values.astype("f4")
-    return State(state.layers, arrays)
-
-
-@pytest.fixture(scope="module", params=CASES)
-def problem(request):
-    """Return a network, its state, and for each mode what the core computes, in float64."""
-    network = described(request.param)
-    state, rng = trained(network), np.random.default_rng(CASES[request.param][1])
-    x = rng.standard_normal((BATCH, *network.input_shape)).astype("f4")
-    dy = rng.standard_normal((BATCH, CLASSES)).astype("f4")
-    exact = x.astype("f8"), dy.astype("f8")
-    answers = {
-        training: (
-            evaluate(network, state, exact[0], training=training),
-            gradients(network, state, *exact, training=training).parameters,
-        )
-        for training in (False, True)
-    }
-    return network, state, x, dy, answers
+    network = replace(network, body=Sequence(children), input_shape=shape)
+    return problem_of(network, BATCH, seed)
 
 
 def test_every_family_and_every_kind_of_convolution_is_here():
@@ -127,24 +82,28 @@ def test_every_family_and_every_kind_of_convolution_is_here():
     assert kinds == {"", "_doconv", *(kind for kinds in LISTED.values() for kind in kinds)}
 
 
-def test_outputs_and_gradients_are_the_cores(problem, backend):
-    network, state, x, dy, answers = problem
-    model = backend.made(network)
-    assert backend.trainable(model) == count(network, None).training_parameters
-    for training, (expected, exact) in answers.items():
-        backend.package.load_state(model, state)
-        output, found = backend.gradients(model, x, dy, training=training)
-        assert expected.std() > 1e-3
-        assert difference(output, expected).relative < TOLERANCE
-        largest = max(np.abs(gradient).max() for gradient in exact.values())
-        for entry, gradient in exact.items():
-            # What a batch norm takes out again has no gradient but roundoff.
-            none = np.abs(gradient).max() < 1e-12 * largest
-            size = largest if none else np.abs(gradient).max()
-            assert np.abs(found[entry] - gradient).max() / size < TOLERANCE, (entry, training)
+def test_outputs_and_gradients_are_the_cores(problem, adapter):
+    check_network(adapter, problem, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", EMPTY)
-def test_models_have_exactly_the_parameters_that_the_core_counts(backend, name):
-    network = describe(name)
-    assert backend.trainable(backend.empty(network)) == count(network, None).training_parameters
+def check_parameters(adapter, names):
+    """Assert that networks, built without values, have the parameters that the core counts."""
+    wrong = {}
+    for name in names:
+        network = describe(name)
+        found = adapter.trainable(adapter.empty(network))
+        if found != (expected := count(network, None).training_parameters):
+            wrong[name] = found, expected
+    assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["ordinary", *tail(["doconv", "listed"], ())])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.usual[0])
+def test_models_have_exactly_the_parameters_that_the_core_counts(adapter, family, kind):
+    kinds = {"ordinary": [""], "doconv": ["_doconv"], "listed": LISTED[family.variants]}[kind]
+    check_parameters(adapter, [family.usual[0] + each for each in kinds])
+
+
+@pytest.mark.exhaustive
+def test_more_of_the_blocks_have_exactly_these_parameters(adapter):
+    check_parameters(adapter, MORE)

@@ -38,14 +38,6 @@ NAMES = [
 SHAPE = (1, 3, 224, 224)
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def gluon(request):
-    """A name, GluonCV's network of this name, with the shapes of its parameters, and its symbol."""
-    network = import_gluoncv().model_zoo.get_model(request.param, pretrained=False)
-    network.infer_shape(mx.nd.zeros(SHAPE))
-    return request.param, network, network(mx.sym.var("data"))
-
-
 def sizes(parameters):
     return [p.shape for p in parameters]
 
@@ -77,8 +69,17 @@ def test_all_of_the_readmes_table_are_here():
     assert len(NAMES) == 28
 
 
-def test_the_same_parameters(gluon):
-    name, network, _ = gluon
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_parameters_layers_and_activations(name):
+    network = import_gluoncv().model_zoo.get_model(name, pretrained=False)
+    network.infer_shape(mx.nd.zeros(SHAPE))
+    check_parameters(name, network)
+    symbol = network(mx.sym.var("data"))
+    check_layers(name, symbol)
+    check_activations(name, symbol)
+
+
+def check_parameters(name, network):
     parameters = list(network.collect_params().values())
     trained = [p for p in parameters if p.grad_req != "null"]
     assert number(sizes(trained)) == count(name, None, None).parameters
@@ -105,8 +106,7 @@ def outputs(symbol, name):
     return [known[f"{node['name']}_output"][1:] for node in nodes if node["op"] == name]
 
 
-def test_the_same_layers(gluon):
-    name, _, symbol = gluon
+def check_layers(name, symbol):
     placed = list(infer(describe(name)).values())
 
     convolutions = Counter(
@@ -141,8 +141,7 @@ def test_the_same_layers(gluon):
     assert {(node.epsilon, round(1 - node.momentum, 9)) for node in nodes} == {(1e-5, 0.9)}
 
 
-def test_the_same_activations(gluon):
-    name, _, symbol = gluon
+def check_activations(name, symbol):
     kinds = Counter(row.kind for row in count(name, None, None).layers)
     clipped = kinds["relu6"] + kinds["hard_swish"] + kinds["hard_sigmoid"]
     assert len(operations(symbol, "Activation")) == kinds["relu"]

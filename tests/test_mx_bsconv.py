@@ -6,6 +6,7 @@ import inspect
 
 import numpy as np
 import pytest
+from contract_bsconv import check_refused, in_form
 from frameworks import need
 
 need("mx")
@@ -13,38 +14,27 @@ need("mx")
 # Before MXNet, which it makes importable.
 import doconv_mx  # noqa: E402
 from doconv_mx import (  # noqa: E402
-    BSConvS,
     BSConvS1D,
     BSConvS2D,
-    BSConvU,
     BSConvU2D,
     BSConvU3D,
-    DOConv2D,
-    get_model,
     mark_orthonormal,
     orthonormality_loss,
-    over_parameterize,
 )
 
 # isort: split
 import mxnet as mx  # noqa: E402
+from adapters.mx_bsconv import initialized  # noqa: E402
 from gluon_layers import array, close, equal  # noqa: E402
 from gluon_models import chain  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
-from doconv_core import NotFoldable, orthonormality, orthonormality_gradient  # noqa: E402
+from doconv_core import orthonormality_gradient  # noqa: E402
 from doconv_mx.surgery import copied  # noqa: E402
 
-BOTH = pytest.mark.parametrize("cls", [BSConvU2D, BSConvS2D])
 TWO = [mx.cpu(0), mx.cpu(1)]
-
-
-def initialized(block, dtype="float32", ctx=None):
-    mx.random.seed(0)
-    block.cast(dtype)
-    block.initialize(mx.init.Normal(0.5), ctx=ctx)
-    return block
+BOTH = pytest.mark.parametrize("cls", [BSConvU2D, BSConvS2D])
 
 
 def layer(cls=BSConvS2D, dtype="float32", ctx=None, **options):
@@ -65,15 +55,6 @@ def matrix(parameter):
     return values.reshape(len(values), -1)
 
 
-def expected_loss(*layers):
-    return sum(orthonormality(matrix(each.pointwise1.weight)) for each in layers)
-
-
-def convolved(inputs, kernel, bias, **options):
-    size, channels = kernel.shape[2:], kernel.shape[0]
-    return mx.nd.Convolution(inputs, kernel, bias, kernel=size, num_filter=channels, **options)
-
-
 def test_the_layer_takes_the_place_of_the_ordinary_one():
     arguments = ((3, 5), (2, 1), (1, 2), (1, 1), 1, "NCHW", "relu", False)
     made, plain = BSConvU2D(8, 6, *arguments), nn.Conv2D(6, *arguments, in_channels=8)
@@ -86,7 +67,7 @@ def test_the_layer_takes_the_place_of_the_ordinary_one():
         initialized(block)
     assert made(x()).shape == plain(x()).shape
     assert made(x()).asnumpy().min() == 0  # activated
-    assert (made.bias, BSConvU, BSConvS) == (None, BSConvU2D, BSConvS2D)
+    assert made.bias is None
     assert isinstance(made[0], nn.Conv2D)
     assert list(made[:1]._children) == ["pointwise"]
     assert type(made[:1]) is nn.HybridSequential
@@ -105,41 +86,26 @@ def test_parts_have_the_options_of_their_layer():
     assert {"a_pointwise1_weight", "a_depthwise_bias"} < set(parameters)
     last = BSConvU2D(8, 6, 3, layout="NHWC", with_bn=True)
     assert last.batch_norm._kwargs["axis"] == 3
-    assert (last.pointwise.weight.shape, last.depthwise.weight.shape) == (
-        (6, 1, 1, 8),
-        (6, 3, 3, 1),
+    shapes = last.pointwise.weight.shape, last.depthwise.weight.shape
+    assert shapes == ((6, 1, 1, 8), (6, 3, 3, 1))
+
+
+def test_arguments_that_give_no_layer_are_refused():
+    """Those of Gluon alone, and layers without values."""
+    layout, channels = "layout must be 'NCHW' or 'NHWC'; received", "channels must be at least 1"
+    unknown = "in_channels of a BSConvS2D must be given: the channels between .* in_channels=0"
+    empty, needs = BSConvS2D(8, 6, 3), "{} needs the values of .*, which has none".format
+    check_refused(
+        (lambda: BSConvU2D(8, 6, 3, layout="NCW"), ValueError, layout),
+        (lambda: BSConvS2D(0, 6, 3), ValueError, unknown),
+        (lambda: BSConvU2D(8, 0, 3), ValueError, channels),
+        (BSConvU2D(8, 6, 3).composed_kernel, ValueError, needs("composed_kernel")),
+        (empty.composed_kernel, ValueError, needs("composed_kernel")),
+        (lambda: empty.fold(**in_form("dense")), ValueError, needs("BSConvS2D.fold")),
+        (lambda: BSConvU2D.from_conv(nn.Conv2D(4, 3)), ValueError, needs("BSConvU2D.from_conv")),
+        (lambda: orthonormality_loss(empty), ValueError, needs("orthonormality_loss")),
+        (lambda: mark_orthonormal(nn.Conv2DTranspose(2, 1)), TypeError, "rec.* Conv2DTransp"),
     )
-
-
-@pytest.mark.parametrize(
-    ("cls", "options", "error", "message"),
-    [
-        (BSConvU2D, {"groups": 2}, ValueError, "BSConvU2D takes groups=1 alone.*groups=2"),
-        (BSConvS2D, {"p": 0}, ValueError, "p must be above 0 and at most 1; received p=0"),
-        (BSConvS2D, {"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
-        (BSConvU2D, {"strides": 0}, ValueError, "strides must be at least 1"),
-        (BSConvU2D, {"padding": -1}, ValueError, "padding must be at least 0"),
-        (BSConvU2D, {"layout": "NCW"}, ValueError, "layout must be 'NCHW' or 'NHWC'; received"),
-        (BSConvU2D, {"with_bn": None}, TypeError, "with_bn must be True or False"),
-        (BSConvU2D, {"bn_options": {"scale": 0}}, ValueError, "give with_bn=True as well"),
-        (
-            BSConvU2D,
-            {"with_bn": True, "bn_options": {"eps": 1}},
-            TypeError,
-            "bn_options may have momentum, epsilon.*received 'eps'",
-        ),
-        (
-            BSConvS2D,
-            {"in_channels": 0},
-            ValueError,
-            "in_channels of a BSConvS2D must be given: the channels between .* in_channels=0",
-        ),
-        (BSConvU2D, {"channels": 0}, ValueError, "channels must be at least 1"),
-    ],
-)
-def test_arguments_that_give_no_layer_are_refused(cls, options, error, message):
-    with pytest.raises(error, match=message):
-        cls(**{"in_channels": 8, "channels": 6, "kernel_size": 3, **options})
 
 
 @pytest.mark.parametrize("hybridized", [False, True])
@@ -154,14 +120,11 @@ def test_input_channels_are_inferred(hybridized):
 
 @BOTH
 @pytest.mark.parametrize("with_bn", [False, True])
-def test_files_copies_and_shared_parameters(cls, with_bn, tmp_path):
-    made, file = layer(cls, with_bn=with_bn), str(tmp_path / "layer.params")
-    made.save_parameters(file)
-    loaded = cls(8, 6, 3, padding=1, with_bn=with_bn)
-    loaded.load_parameters(file)
+def test_copies_and_shared_parameters(cls, with_bn):
+    made = layer(cls, with_bn=with_bn)
     shared = cls(8, 6, 3, padding=1, with_bn=with_bn, params=made.collect_params())
     assert shared.depthwise.weight is made.depthwise.weight
-    for other in (copied(made), loaded, shared):
+    for other in (copied(made), shared):
         assert type(other) is cls
         assert other.spec == made.spec
         assert equal(other(x()), made(x()))
@@ -180,48 +143,12 @@ def test_hybridized_and_exported(flags, tmp_path):
 
 
 @BOTH
-def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(cls):
-    made = layer(cls)
-    made(x())  # MXNet may keep weights in an order of its own from now on
-    weights = [p for p in made.collect_params().values() if p.name.endswith("weight")]
-    found = []
-    for by_kernel in (True, False):
-        with autograd.record():
-            if by_kernel:
-                y = convolved(x(), made.composed_kernel(), made.bias.data(), pad=(1, 1))
-            else:
-                y = made(x())
-            loss = (y**2).sum()
-        loss.backward()
-        found.append([y.asnumpy(), *(weight.grad().asnumpy() for weight in weights)])
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
-    with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
-        layer(cls, with_bn=True).composed_kernel()
-    with pytest.raises(ValueError, match=r"composed_kernel needs the values of .*, which has none"):
-        cls(8, 6, 3).composed_kernel()
-
-
-@BOTH
-def test_half_is_composed_and_folded_with_one_rounding(cls):
-    made = layer(cls, "float16")
-    exact = copied(made)
-    exact.cast("float64")
-    expected = exact.composed_kernel().asnumpy()
-    kernel = made.fold(form="dense").weight.data()
-    assert kernel.dtype == made.composed_kernel().dtype == np.float16
-    np.testing.assert_array_equal(kernel.asnumpy(), expected.astype(np.float16))
-    np.testing.assert_allclose(made.composed_kernel().asnumpy(), expected, rtol=1e-3, atol=1e-4)
-
-
-@BOTH
 def test_channels_last_kernels_are_the_others_transposed(cls):
     first, last = layer(cls), layer(cls, layout="NHWC")
-    values = doconv_mx.export_state(first)
-    doconv_mx.load_state(last, values)
+    doconv_mx.load_state(last, doconv_mx.export_state(first))
     for kernels in (
         [each.composed_kernel() for each in (first, last)],
-        [each.fold(form="dense").weight.data() for each in (first, last)],
+        [each.fold(**in_form("dense")).weight.data() for each in (first, last)],
     ):
         assert close(kernels[1].transpose((0, 3, 1, 2)), kernels[0])
 
@@ -231,11 +158,10 @@ def test_folding_keeps_what_is_not_the_function(form):
     made = layer(dtype="float64", ctx=TWO, activation="relu", prefix="a_")
     made.collect_params().setattr("grad_req", "null")
     made.hybridize(static_alloc=True)
-    folded = made.fold(form=form)
+    folded = made.fold(**in_form(form))
     parameters = folded.collect_params().values()
-    assert {(p.dtype, p.grad_req, len(p.list_ctx())) for p in parameters} == {
-        ("float64", "null", 2)
-    }
+    kept = {(p.dtype, p.grad_req, len(p.list_ctx())) for p in parameters}
+    assert kept == {("float64", "null", 2)}
     assert all(p.name.startswith("a_") for p in parameters)
     assert (folded._active, dict(folded._flags)["static_alloc"]) == (True, True)
     for ctx in TWO:
@@ -243,8 +169,6 @@ def test_folding_keeps_what_is_not_the_function(form):
         expected = made(inputs).asnumpy()
         assert expected.min() == 0
         np.testing.assert_allclose(folded(inputs).asnumpy(), expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"BSConvS2D.fold needs the values of .*, which has none"):
-        BSConvS2D(8, 6, 3).fold(form="dense")
 
 
 def test_batch_norms_of_every_kind_merge():
@@ -253,137 +177,23 @@ def test_batch_norms_of_every_kind_merge():
         for norm in (made.batch_norm1, made.batch_norm2):
             norm.running_mean.set_data(mx.nd.random.normal(shape=norm.running_mean.shape))
             norm.gamma.set_data(3 * mx.nd.ones(norm.gamma.shape))  # of no meaning without scale
-        assert close(made.fold(form="merge")(x()), made(x()))
-
-
-def hooked(made):
-    made.pointwise1.register_forward_hook(lambda *_: None)
-
-
-def subclassed(made):
-    made.register_child(type("Own", (nn.Conv2D,), {})(6, 3, groups=6, in_channels=6), "depthwise")
-    vars(made)["depthwise"] = made._children["depthwise"]
-
-
-def renamed(made):
-    made.add(nn.Activation("relu"))
-
-
-def exchanged(name, *arguments, **options):
-    def change(made):
-        conv = nn.Conv2D(*arguments, in_channels=8 if name == "pointwise1" else 6, **options)
-        setattr(made, name, initialized(conv))
-
-    return change
-
-
-def own_forward(made):
-    made.forward = made.forward
-
-
-def other_axis(made):
-    made.batch_norm1 = nn.BatchNorm(axis=2, in_channels=7)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (hooked, "its pointwise1 has hooks, which would see other values; remove them first"),
-        (subclassed, "its depthwise cannot be folded: it is a Own; expected a mxnet.gluon.nn.Conv"),
-        (renamed, "its parts are pointwise1, batch_norm1, .*; expected pointwise1"),
-        (exchanged("pointwise1", 4, 1, 2), "its pointwise1 is no pointwise convolution of stride"),
-        (exchanged("pointwise1", 4, 3), "its pointwise1 is no pointwise convolution of stride 1"),
-        (
-            exchanged("pointwise1", 4, 1, activation="relu"),
-            "its pointwise1 is no pointwise convolution",
-        ),
-        (
-            exchanged("pointwise1", 4, 1, layout="NHWC"),
-            "its pointwise1 cannot be folded: its layout is NHWC; expected .* of layout NCHW",
-        ),
-        (exchanged("depthwise", 6, 3), "its depthwise is no depthwise convolution"),
-        (own_forward, "has a forward of its own"),
-        (other_axis, "its batch_norm1 cannot be folded: normalizes another axis"),
-        (lambda made: made.depthwise.register_forward_hook(print), "its depthwise has hooks"),
-    ],
-)
-def test_what_may_compute_something_else_is_not_folded(change, message):
-    made = layer(with_bn=True)
-    change(made)
-    with pytest.raises(NotFoldable, match=message):
-        made.fold(form="dense")
-
-
-def test_folding_says_which_forms_there_are():
-    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
-        layer().fold(form="deploy")
-    with pytest.raises(NotFoldable, match=r"meets zero padding .* use form='merge'"):
-        layer(with_bn=True).fold(form="dense")
-
-
-@pytest.mark.parametrize("form", ["keep", "merge", "dense"])
-def test_the_depthwise_part_may_be_a_do_layer(form):
-    made = over_parameterize(layer()).model
-    assert type(made.depthwise) is DOConv2D
-    d = made.depthwise.depthwise_weight
-    d.set_data(0.1 * mx.nd.random.normal(shape=d.shape))
-    expected = made(x())
-    assert close(convolved(x(), made.composed_kernel(), made.bias.data(), pad=(1, 1)), expected)
-    folded, found = made.fold(form=form), []
-    folded.apply(lambda block: found.append(type(block)))
-    assert not any("doconv" in cls.__module__ for cls in found)
-    assert close(folded(x()), expected)
-
-
-def test_from_conv_says_what_it_takes():
-    with pytest.raises(TypeError, match=r"BSConvU2D.from_conv takes over a mxnet.gluon.nn.Conv2D"):
-        BSConvU2D.from_conv(nn.Conv1D(4, 3))
-    with pytest.raises(ValueError, match=r"takes groups=1 alone.*received groups=2"):
-        BSConvU2D.from_conv(initialized(nn.Conv2D(4, 3, groups=2, in_channels=4)))
-    with pytest.raises(ValueError, match="start must be one of 'weights', 'random'"):
-        BSConvU2D.from_conv(nn.Conv2D(4, 3), start="zeros")
-    with pytest.raises(
-        ValueError, match=r"BSConvU2D.from_conv needs the values of .* has none yet"
-    ):
-        BSConvU2D.from_conv(nn.Conv2D(4, 3))
+        assert close(made.fold(**in_form("merge"))(x()), made(x())), options
 
 
 @pytest.mark.parametrize("with_bn", [False, True])
-def test_from_conv_starts_from_the_weights(with_bn):
-    conv = layer(BSConvU3D, ctx=TWO).fold(form="dense")
+def test_from_conv_keeps_contexts_names_and_factors(with_bn):
+    conv = layer(BSConvU3D, ctx=TWO).fold(**in_form("dense"))
     conv.weight.lr_mult = 3
     options = {"with_bn": with_bn, "bn_options": {"epsilon": 1e-9} if with_bn else {}}
     found = BSConvU3D.from_conv(conv, **options)
-    assert found.explained == pytest.approx(1)
     weight = found.pointwise.weight
     assert (weight.lr_mult, weight.list_ctx(), found.prefix) == (3, TWO, conv.prefix)
     for ctx in TWO:
         inputs = mx.nd.random.normal(shape=(1, 8, 4, 4, 4), ctx=ctx)
         assert close(found(inputs), conv(inputs))
-    assert BSConvU3D.from_conv(conv, start="random").explained is None
 
 
-def test_the_loss_and_its_gradient_are_the_cores():
-    model = two()
-    with autograd.record():
-        loss = orthonormality_loss(model, alpha=0.5)
-    assert loss.asscalar() == pytest.approx(0.5 * expected_loss(model[0], model[2]), rel=1e-6)
-    loss.backward()
-    weight = model[0].pointwise1.weight
-    gradient = 0.5 * orthonormality_gradient(matrix(weight))
-    found = weight.grad().asnumpy().reshape(gradient.shape)
-    np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
-    assert not model[0].pointwise2.weight.grad().asnumpy().any()
-
-
-def test_the_gradient_of_orthonormal_rows_is_zero():
-    made = layer()
-    made.pointwise1.weight.set_data(mx.nd.eye(4, 8).reshape((4, 8, 1, 1)))
-    with autograd.record():
-        loss = orthonormality_loss(made)
-    loss.backward()
-    assert loss.asscalar() == 0
-    np.testing.assert_array_equal(made.pointwise1.weight.grad().asnumpy(), 0)
+# The loss.
 
 
 @pytest.mark.parametrize("hybridized", [False, True])
@@ -430,42 +240,6 @@ def test_the_loss_is_computed_in_float32_at_least():
     assert orthonormality_loss(half).dtype == np.float64
 
 
-def test_marked_convolutions_count_once_wherever_they_are():
-    linear = mark_orthonormal(initialized(nn.Conv2D(4, 1, use_bias=False, in_channels=6)))
-    model = chain(linear, linear, initialized(nn.Conv2D(4, 1, in_channels=4)))
-    expected = orthonormality(matrix(linear.weight))
-    assert orthonormality_loss(model, 1).asscalar() == pytest.approx(expected, rel=1e-6)
-    assert equal(orthonormality_loss(copied(model)), orthonormality_loss(model))
-    pair = two()
-    both = chain(pair, linear)
-    mark_orthonormal(pair[0].pointwise1)  # which counts already
-    assert close(orthonormality_loss(both), orthonormality_loss(pair) + orthonormality_loss(linear))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: orthonormality_loss(nn.Conv2D(4, 1)), ValueError, "the Conv2D has no weight"),
-        (lambda: orthonormality_loss(layer(BSConvU2D)), ValueError, "neither a BSConvS1D, BSC"),
-        (lambda: orthonormality_loss([]), TypeError, "must be a mxnet.gluon.Block; received"),
-        (lambda: orthonormality_loss(two(), "1"), TypeError, "alpha must be a number; received"),
-        (lambda: orthonormality_loss(two(), float("inf")), ValueError, "alpha must be finite"),
-        (
-            lambda: orthonormality_loss(BSConvS2D(8, 6, 3)),
-            ValueError,
-            "orthonormality_loss needs the values of .*, which has none yet",
-        ),
-        (lambda: mark_orthonormal(nn.Dense(2)), TypeError, "takes a convolution; received Dense"),
-        (lambda: mark_orthonormal(nn.Conv2DTranspose(2, 1)), TypeError, "received Conv2DTransp"),
-        (lambda: mark_orthonormal(nn.Conv2D(4, 3)), ValueError, r"kernel_size=\(3, 3\)"),
-        (lambda: mark_orthonormal(nn.Conv1D(4, 1, groups=2)), ValueError, "received .*groups=2"),
-    ],
-)
-def test_what_has_no_loss_is_refused(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
 @pytest.mark.parametrize("alpha", [0.1, 0])
 def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
     model = initialized(chain(BSConvS1D(8, 6, 3, p=0.5, with_bn=True), BSConvS1D(6, 4, 3, p=0.5)))
@@ -498,16 +272,3 @@ def test_batch_norms_of_other_ranks_train(cls, hybridized):
     loss.backward()
     for parameter in model.collect_params(".*(weight|gamma)").values():
         assert parameter.grad().asnumpy().any()
-
-
-def test_a_network_by_name_has_the_loss_of_its_linear_convolutions():
-    model = get_model("cifar_mobilenetv2_w1d4_bsconvs_p1d6", num_classes=5)
-    found = []
-    model.apply(lambda block: found.append(block) if getattr(block, "orthonormal", 0) else None)
-    assert len(found) == 17
-    expected = sum(orthonormality(matrix(conv.weight)) for conv in found)
-    assert orthonormality_loss(model, 1).asscalar() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_package_has_every_name():
-    assert {"BSConvU", "BSConvS", "to_bsconv", "mark_orthonormal"} <= set(doconv_mx.__all__)

@@ -26,54 +26,32 @@ def outputs(model):
     return model(mx.nd.array(X)).asnumpy()
 
 
-@pytest.fixture(params=NETWORKS)
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def model(name):
+@pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")  # MXNet's, always
+@pytest.mark.parametrize("name", NETWORKS)
+def test_copied_stored_hybridized_and_exported(name, tmp_path):
     mx.random.seed(1)
-    model = build(NETWORKS[name])
+    model, file = build(NETWORKS[name]), str(tmp_path / "net")
     model.initialize(mx.init.Xavier())
-    return model
-
-
-@pytest.mark.parametrize("flags", [{}, {"static_alloc": True, "static_shape": True}])
-def test_hybridized(model, flags):
     expected = outputs(model)
     assert expected.std() > 0
-    model.hybridize(**flags)
-    np.testing.assert_allclose(outputs(model), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")  # MXNet's, always
-def test_exported(model, tmp_path):
-    model.hybridize()
-    expected = outputs(model)
-    file = str(tmp_path / "net")
+    np.testing.assert_array_equal(outputs(copied(model)), expected, "copied")
+    other = build(NETWORKS[name])
+    model.save_parameters(f"{file}.params")
+    other.load_parameters(f"{file}.params")
+    np.testing.assert_array_equal(outputs(other), expected, "stored")
+    other = build(NETWORKS[name])
+    model.collect_params().save(f"{file}.names", strip_prefix=model.prefix)
+    other.collect_params().load(f"{file}.names", restore_prefix=other.prefix)
+    np.testing.assert_array_equal(outputs(other), expected, "stored by name")
+    for flags in ({"static_alloc": True, "static_shape": True}, {}):
+        model.hybridize(**flags)
+        np.testing.assert_allclose(outputs(model), expected, 1e-5, 1e-6, err_msg=str(flags))
     model.export(file)
     block = SymbolBlock.imports(f"{file}-symbol.json", ["data"], f"{file}-0000.params")
-    np.testing.assert_allclose(outputs(block), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs(block), expected, 1e-5, 1e-6, err_msg="exported")
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_parameters_go_into_another(name, model, tmp_path, by_name):
-    file = str(tmp_path / "net.params")
-    other = build(NETWORKS[name])
-    if by_name:
-        model.collect_params().save(file, strip_prefix=model.prefix)
-        other.collect_params().load(file, restore_prefix=other.prefix)
-    else:
-        model.save_parameters(file)
-        other.load_parameters(file)
-    np.testing.assert_array_equal(outputs(other), outputs(model))
-
-
-def test_copied(model):
-    np.testing.assert_array_equal(outputs(copied(model)), outputs(model))
-
-
+@pytest.mark.parametrize("name", NETWORKS)
 def test_two_in_one_network_have_parameters_of_their_own(name):
     net = nn.HybridSequential()
     pair = [build(NETWORKS[name]) for _ in range(2)]

@@ -25,13 +25,11 @@ C, H, W = SHAPE
 X = np.random.default_rng(0).standard_normal((4, H, W, C)).astype(np.float32)
 
 
-@pytest.fixture(params=NETWORKS)
-def name(request):
-    return request.param
+# Together these have every kind of node.
+OFTEN = [("kinds", True), ("scales", False), ("branches", False), ("vectors1.0", False)]
 
 
-@pytest.fixture
-def model(name):
+def built(name):
     keras.utils.set_random_seed(1)
     return build(NETWORKS[name])
 
@@ -40,33 +38,45 @@ def outputs(model):
     return ops.convert_to_numpy(model(X, training=False))
 
 
-def test_stored_and_loaded_without_custom_objects(model, tmp_path):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stored_and_loaded_without_custom_objects(name, tmp_path):
+    model = built(name)
+    expected, other = outputs(model), build(NETWORKS[name])
     model.save(tmp_path / "net.keras")
     loaded = keras.saving.load_model(tmp_path / "net.keras")
-    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    np.testing.assert_array_equal(outputs(loaded), expected)
     assert list(export_state(loaded).layers) == list(export_state(model).layers)
-
-
-def test_weights_go_into_another(name, model, tmp_path):
     model.save_weights(tmp_path / "net.weights.h5")
-    other = build(NETWORKS[name])
     other.load_weights(tmp_path / "net.weights.h5")
-    np.testing.assert_array_equal(outputs(other), outputs(model))
+    np.testing.assert_array_equal(outputs(other), expected)
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_trained(model, jit):
+def check_trained(name, jit):
+    model = built(name)
     before = outputs(model)
-    y = np.zeros_like(before)
     model.compile("sgd", "mse", jit_compile=jit)
-    history = model.fit(X, y, epochs=3, batch_size=4, verbose=0).history["loss"]
+    history = model.fit(X, np.zeros_like(before), epochs=3, batch_size=4, verbose=0).history["loss"]
     assert np.isfinite(history).all()
     assert history[-1] < history[0]
     expected = outputs(model)
     np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_channels_first_has_the_same_state(name, monkeypatch):
+@pytest.mark.parametrize(("name", "jit"), OFTEN)
+def test_trained(name, jit):
+    check_trained(name, jit)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "jit"), [(n, jit) for n in NETWORKS for jit in (False, True) if (n, jit) not in OFTEN]
+)
+def test_every_network_trained_in_either_way(name, jit):
+    check_trained(name, jit)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_first_has_the_same_state(name):
     network = NETWORKS[name]
     keras.config.set_image_data_format("channels_first")
     try:

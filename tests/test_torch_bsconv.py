@@ -1,37 +1,34 @@
-"""BSConv layers and their loss in PyTorch: what the contract does not ask."""
+"""BSConv layers, models with them and their loss in PyTorch: what the contract does not ask."""
 
 from __future__ import annotations
 
 import copy
-import io
 import os
 import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+from contract_bsconv import FORMS, in_form
 from frameworks import need
 
 need("torch")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+from torch_models import network, output  # noqa: E402
 
-import doconv_torch  # noqa: E402
-from doconv_core import NotFoldable, orthonormality, orthonormality_gradient  # noqa: E402
+from doconv_core import NotFoldable  # noqa: E402
+from doconv_core.kinds.bsconv import SHARES, WEIGHT_BOUND  # noqa: E402
 from doconv_torch import (  # noqa: E402
-    BSConvS,
     BSConvS1d,
     BSConvS2d,
-    BSConvU,
     BSConvU2d,
-    BSConvU3d,
-    DOConv2d,
+    fold,
     mark_orthonormal,
     orthonormality_loss,
-    over_parameterize,
     to_bsconv,
+    verify,
 )
 
 
@@ -49,10 +46,6 @@ def two():
     return nn.Sequential(BSConvS2d(8, 8, 3, padding=1), nn.ReLU(), BSConvS2d(8, 4, 3))
 
 
-def expected_loss(*layers):
-    return sum(orthonormality(s.pointwise1.weight.detach().flatten(1).numpy()) for s in layers)
-
-
 def test_the_layer_takes_the_place_of_the_ordinary_one():
     arguments = (8, 6, (3, 5), (2, 1), (1, 2), (1, 1), 1, False, "circular")
     made, plain = BSConvU2d(*arguments), nn.Conv2d(*arguments)
@@ -62,7 +55,6 @@ def test_the_layer_takes_the_place_of_the_ordinary_one():
     ):  # fmt: skip
         assert getattr(made, name) == getattr(plain, name), name
     assert made(x()).shape == plain(x()).shape
-    assert (BSConvU, BSConvS) == (BSConvU2d, BSConvS2d)
     assert isinstance(made[0], nn.Conv2d)
     assert list(made[:1]._modules) == ["pointwise"]
     assert type(made[:1]) is nn.Sequential
@@ -78,202 +70,39 @@ def test_parts_have_the_options_of_their_layer():
     assert layer(device="meta").depthwise.weight.is_meta
 
 
-@pytest.mark.parametrize(
-    ("cls", "options", "error", "message"),
-    [
-        (BSConvU2d, {"groups": 2}, ValueError, "BSConvU2d takes groups=1 alone.*groups=2"),
-        (BSConvS2d, {"p": 0}, ValueError, "p must be above 0 and at most 1; received p=0"),
-        (BSConvS2d, {"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
-        (BSConvU2d, {"stride": 0}, ValueError, "stride must be at least 1"),
-        (BSConvU2d, {"padding": -1}, ValueError, "padding must be at least 0"),
-        (BSConvU2d, {"with_bn": None}, TypeError, "with_bn must be True or False"),
-        (BSConvU2d, {"bn_options": {"eps": 1}}, ValueError, "give with_bn=True as well"),
-        (
-            BSConvU2d,
-            {"with_bn": True, "bn_options": {"epsilon": 1}},
-            TypeError,
-            "bn_options may have eps, momentum.*received 'epsilon'",
-        ),
-    ],
-)
-def test_arguments_that_give_no_layer_are_refused(cls, options, error, message):
-    with pytest.raises(error, match=message):
-        cls(8, 6, 3, **options)
-
-
 @pytest.mark.parametrize("cls", [BSConvU2d, BSConvS2d])
 @pytest.mark.parametrize("with_bn", [False, True])
-def test_copies_pickles_and_state_dicts(cls, with_bn):
+def test_copies_and_pickles(cls, with_bn):
     made = layer(cls, with_bn=with_bn)
-    file = io.BytesIO()
-    torch.save(made.state_dict(), file)
-    file.seek(0)
-    loaded = cls(8, 6, 3, padding=1, with_bn=with_bn)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), loaded):
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(other) is cls
         assert other.spec == made.spec
         assert torch.equal(other.eval()(x()), made.eval()(x()))
 
 
-@pytest.mark.parametrize("cls", [BSConvU2d, BSConvS2d])
-def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(cls):
-    made = layer(cls, dtype=torch.float64)
-    inputs = x(dtype=torch.float64)
-    kernel = made.composed_kernel()
-    by_kernel = nn.functional.conv2d(inputs, kernel, made.bias, padding=1)
-    torch.testing.assert_close(by_kernel, made(inputs), rtol=1e-12, atol=1e-12)
-    weights = list(made.parameters())
-    for found, expected in zip(
-        torch.autograd.grad(by_kernel.square().sum(), weights),
-        torch.autograd.grad(made(inputs).square().sum(), weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
-        layer(cls, with_bn=True).composed_kernel()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_composed_and_folded_with_one_rounding(dtype):
-    made = layer(dtype=dtype)
-    exact = copy.deepcopy(made).double().composed_kernel()
-    kernel = made.fold(form="dense").weight
-    assert kernel.dtype == made.composed_kernel().dtype == dtype
-    assert torch.equal(kernel, exact.to(dtype))
-    torch.testing.assert_close(made.composed_kernel(), kernel)
-
-
-def test_compiled_and_under_autocast():
+def test_compiled_scripted_and_under_autocast():
     made = layer(with_bn=True)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x()), copy.deepcopy(made)(x()))
     with torch.autocast("cpu", torch.bfloat16):
         assert made(x()).dtype == torch.bfloat16
+    scripted = torch.jit.script(two())
+    assert torch.equal(scripted(x()), two()(x()))
+    with pytest.raises(NotFoldable, match=r"layer '0' is a BSConvS2d that was compiled to TorchSc"):
+        fold(scripted, **in_form("merge"))
 
 
-@pytest.mark.parametrize("form", ["keep", "merge", "dense"])
+@pytest.mark.parametrize("form", FORMS)
 def test_folding_keeps_mode_dtype_and_what_is_trainable(form):
     made = layer(dtype=torch.float64).eval().requires_grad_(False)
-    folded = made.fold(form=form)
+    folded = made.fold(**in_form(form))
     assert not any(module.training for module in folded.modules())
     assert {(p.dtype, p.requires_grad) for p in folded.parameters()} == {(torch.float64, False)}
-    assert layer(device="meta").fold(form=form).state_dict().keys()
+    assert layer(device="meta").fold(**in_form(form)).state_dict().keys()
     torch.testing.assert_close(folded(x(dtype=torch.float64)), made(x(dtype=torch.float64)))
 
 
-def hooked(made):
-    made.pointwise1.register_forward_hook(lambda *_: None)
-
-
-def subclassed(made):
-    made.depthwise = type("Own", (nn.Conv2d,), {})(6, 6, 3, padding=1, groups=6)
-
-
-def renamed(made):
-    made.add_module("more", nn.ReLU())
-
-
-def strided(made):
-    made.pointwise1 = nn.Conv2d(8, 4, 1, stride=2)
-
-
-def widened(made):
-    made.pointwise1 = nn.Conv2d(8, 4, 3)
-
-
-def own_forward(made):
-    made.forward = made.forward
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (hooked, "its pointwise1 has hooks, which would see other values; remove them first"),
-        (subclassed, "its depthwise cannot be folded: it is a Own; expected a torch.nn.Conv2d"),
-        (renamed, "its parts are pointwise1, batch_norm1, .*, more; expected pointwise1"),
-        (strided, "its pointwise1 is no pointwise convolution of stride 1"),
-        (widened, "its pointwise1 is no pointwise convolution of stride 1"),
-        (own_forward, "has a forward of its own"),
-        (
-            lambda made: made.train(),
-            "batch_norm1 cannot be folded: in training mode; call mod",
-        ),
-        (lambda made: made.depthwise.register_forward_hook(print), "its depthwise has hooks"),
-    ],
-)
-def test_what_may_compute_something_else_is_not_folded(change, message):
-    made = layer(with_bn=True, padding_mode="reflect").eval()
-    change(made)
-    with pytest.raises(NotFoldable, match=message):
-        made.fold(form="dense")
-
-
-def test_a_layer_with_a_forward_of_its_own_is_not_folded_in_any_form():
-    made = layer().eval()
-    own_forward(made)
-    for form in ("keep", "merge", "dense"):
-        with pytest.raises(NotFoldable, match="has a forward of its own"):
-            made.fold(form=form)
-
-
-def test_folding_says_which_forms_there_are():
-    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
-        layer().fold(form="deploy")
-    with pytest.raises(NotFoldable, match=r"meets zero padding .* use form='merge'"):
-        layer(with_bn=True).eval().fold(form="dense")
-
-
-@pytest.mark.parametrize("form", ["keep", "merge", "dense"])
-def test_the_depthwise_part_may_be_a_do_layer(form):
-    made = over_parameterize(layer(dtype=torch.float64)).model
-    assert type(made.depthwise) is DOConv2d
-    nn.init.normal_(made.depthwise.depthwise_weight, std=0.1)
-    inputs = x(dtype=torch.float64)
-    torch.testing.assert_close(
-        nn.functional.conv2d(inputs, made.composed_kernel(), made.bias, padding=1), made(inputs)
-    )
-    folded = made.fold(form=form)
-    assert not any(isinstance(module, DOConv2d) for module in folded.modules())
-    torch.testing.assert_close(folded(inputs), made(inputs), rtol=1e-12, atol=1e-12)
-
-
-def test_from_conv_says_what_it_takes():
-    with pytest.raises(TypeError, match=r"BSConvU2d.from_conv takes over a torch.nn.Conv2d"):
-        BSConvU2d.from_conv(nn.Conv1d(4, 4, 3))
-    with pytest.raises(ValueError, match=r"takes groups=1 alone.*received groups=2"):
-        BSConvU2d.from_conv(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="start must be one of 'weights', 'random'"):
-        BSConvU2d.from_conv(nn.Conv2d(4, 4, 3), start="zeros")
-
-
-@pytest.mark.parametrize("with_bn", [False, True])
-def test_from_conv_starts_from_the_weights(with_bn):
-    conv = layer(BSConvU3d, dtype=torch.float64).fold(form="dense")
-    found = BSConvU3d.from_conv(conv, with_bn=with_bn, bn_options={"eps": 1e-9} if with_bn else {})
-    assert found.explained == pytest.approx(1)
-    inputs = torch.randn(1, 8, 4, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(found.eval()(inputs), conv(inputs), rtol=1e-7, atol=1e-7)
-    assert BSConvU3d.from_conv(conv, start="random").explained is None
-
-
-def test_the_loss_and_its_gradient_are_the_cores():
-    model = two()
-    loss = orthonormality_loss(model, alpha=0.5)
-    assert loss.item() == pytest.approx(0.5 * expected_loss(model[0], model[2]), rel=1e-6)
-    loss.backward()
-    weight = model[0].pointwise1.weight
-    gradient = 0.5 * orthonormality_gradient(weight.detach().flatten(1).numpy())
-    np.testing.assert_allclose(weight.grad.flatten(1).numpy(), gradient, rtol=1e-5, atol=1e-6)
-    assert model[0].pointwise2.weight.grad is None
-
-
-def test_the_gradient_of_orthonormal_rows_is_zero():
-    made = layer(dtype=torch.float64)
-    with torch.no_grad():
-        made.pointwise1.weight.copy_(torch.eye(4, 8).reshape(4, 8, 1, 1))
-    orthonormality_loss(made).backward()
-    assert torch.equal(made.pointwise1.weight.grad, torch.zeros(4, 8, 1, 1, dtype=torch.float64))
+# The loss.
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
@@ -305,6 +134,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     model, inputs = two(), x()
     torch.save((inputs, model.state_dict()), tmp_path / "given.pt")
@@ -344,57 +174,11 @@ def test_the_loss_is_compiled_with_the_step():
     torch.testing.assert_close(compiled(x()), step(x()))
 
 
-def test_marked_convolutions_count_once_wherever_they_are():
-    linear = mark_orthonormal(nn.Conv2d(6, 4, 1, bias=False))
-    model = nn.ModuleDict({"a": linear, "b": linear, "plain": nn.Conv2d(4, 4, 1)})
-    expected = orthonormality(linear.weight.detach().flatten(1).numpy())
-    assert orthonormality_loss(model, 1).item() == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(orthonormality_loss(copy.deepcopy(model)), orthonormality_loss(model))
-    both = nn.Sequential(two(), linear)
-    mark_orthonormal(both[0][0].pointwise1)  # which counts already
-    sum_of_parts = orthonormality_loss(both[0]) + orthonormality_loss(linear)
-    torch.testing.assert_close(orthonormality_loss(both), sum_of_parts)
-
-
 def test_a_marked_convolution_that_becomes_a_bsconv_u_counts_no_more():
     model = nn.Sequential(mark_orthonormal(nn.Conv2d(6, 4, 1)), two())
     replaced = to_bsconv(model, kernel_sizes=(1,)).model
     assert isinstance(replaced[0], BSConvU2d)
     assert torch.equal(orthonormality_loss(replaced), orthonormality_loss(model[1]))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: orthonormality_loss(nn.Conv2d(4, 4, 1)),
-            ValueError,
-            "the Conv2d has no weight",
-        ),
-        (
-            lambda: orthonormality_loss(layer(BSConvU2d)),
-            ValueError,
-            "neither a BSConvS1d, BSC",
-        ),
-        (
-            lambda: orthonormality_loss([]),
-            TypeError,
-            "must be a torch.nn.Module; received list",
-        ),
-        (lambda: orthonormality_loss(two(), "1"), TypeError, "alpha must be a number; received"),
-        (lambda: orthonormality_loss(two(), float("inf")), ValueError, "alpha must be finite"),
-        (lambda: mark_orthonormal(nn.Linear(2, 2)), TypeError, "takes a convolution; received Lin"),
-        (
-            lambda: mark_orthonormal(nn.Conv2d(4, 4, 3)),
-            ValueError,
-            r"kernel_size=\(3, 3\)",
-        ),
-        (lambda: mark_orthonormal(nn.Conv1d(4, 4, 1, groups=2)), ValueError, "received .*groups=2"),
-    ],
-)
-def test_what_has_no_loss_is_refused(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0])
@@ -418,5 +202,114 @@ def test_training_with_the_loss_makes_the_rows_orthonormal(alpha):
         assert off <= 1e-5 if alpha else off > 0.5
 
 
-def test_the_package_has_every_name():
-    assert {"BSConvU", "BSConvS", "to_bsconv", "mark_orthonormal"} <= set(doconv_torch.__all__)
+# Whole models.
+
+
+def test_trained_weights_are_a_better_start_than_random_ones():
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 8, 8)
+    target = (x[:, 0].mean((1, 2)) > x[:, 1].mean((1, 2))).long()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model(x)
+        far = {
+            start: (to_bsconv(model, start=start).model(x) - expected).square().mean().item()
+            for start in ("weights", "random")
+        }
+    assert far["weights"] < far["random"] / 2
+
+
+def test_the_layer_keeps_what_is_not_its_weight():
+    model = network()
+    conv, seen = model.stem[0], []
+    conv.register_forward_hook(lambda *_: seen.append(1))
+    conv.tag = "mine"
+    bias = conv.bias
+    model.stem[0].requires_grad_(False)
+    to_bsconv(model.eval(), inplace=True)
+    output(model)
+    made = model.stem[0]
+    assert (made is conv, made.tag, seen) == (True, "mine", [1])
+    assert made.depthwise.bias is bias
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    assert not any(module.training for module in made.modules())
+    assert (made.stride, made.padding_mode) == ((2, 2), "reflect")
+    assert "weight" not in dict(made.named_parameters(recurse=False))
+    conv._forward_hooks.clear()
+    assert type(pickle.loads(pickle.dumps(model)).stem[0]) is BSConvU2d
+
+
+def test_dtypes_and_memory_formats_are_kept():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for start in ("weights", "random"):
+            model = network().to(dtype, memory_format=torch.channels_last)
+            made, report = to_bsconv(model, with_bn=True, start=start, bn_options={"eps": 0.5})
+            assert {p.dtype for p in made.parameters()} == {dtype}
+            weight = made.stem[0].depthwise.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last), dtype
+            assert made.stem[0].batch_norm.eps == 0.5
+            assert bool(report.explained) == (start == "weights"), start
+
+
+def test_shared_and_bound_weights_are_left():
+    def left(model):
+        return {entry.path: entry.reason for entry in to_bsconv(model).report.left}
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    assert left(model) == {"0": SHARES, "1": SHARES}
+    model[2].weight.register_hook(lambda gradient: gradient)
+    with pytest.warns(UserWarning, match="no convolution that could be replaced"):
+        assert left(model[2:]) == {"2": WEIGHT_BOUND}
+    shared, report = to_bsconv(nn.Sequential(model[0], model[0]))
+    assert (shared[0] is shared[1], len(report.changed)) == (True, 1)
+
+
+def test_a_batch_norm_in_training_mode_is_not_merged():
+    model = to_bsconv(network(), "s", with_bn=True).model.train()
+    with pytest.raises(NotFoldable, match=r"layer 'stem.0': its batch_norm1 .* in training mode"):
+        fold(model, **in_form("merge"))
+
+
+def test_exchanged_parts_are_kept_and_not_folded():
+    model = nn.Sequential(BSConvU2d(4, 4, 3))
+    model[0].depthwise = nn.AvgPool2d(3)
+    expected = model(torch.ones(1, 4, 5, 5))
+    kept, report = fold(model)
+    assert torch.equal(kept(torch.ones(1, 4, 5, 5)), expected)
+    assert [change.after for change in report.changed] == ["Sequential"]
+    with pytest.raises(NotFoldable, match="its depthwise cannot be folded: it is a AvgPool2d"):
+        fold(model, **in_form("dense"))
+
+
+def test_tied_pointwise_weights_fold():
+    model = nn.Sequential(BSConvS2d(4, 4, 3), BSConvS2d(4, 4, 3)).double()
+    model[1].pointwise1.weight = model[0].pointwise1.weight
+    for form in FORMS:
+        folded = fold(model, **in_form(form)).model
+        assert verify(folded, model, torch.ones(1, 4, 6, 6).double()).relative <= 1e-12, form
+        tied = form == "keep" and folded[0].pointwise1.weight is folded[1].pointwise1.weight
+        assert tied == (form == "keep")
+
+
+@pytest.mark.parametrize("variant", ["u", "s"])
+def test_a_residual_network_of_a_zoo(variant):
+    model_provider = pytest.importorskip("pytorchcv.model_provider")
+    torch.manual_seed(0)
+    model = model_provider.get_model("resnet20_cifar10").eval()
+    made, report = to_bsconv(model, variant)
+    assert len(report.changed) == 19
+    assert report.parameters_after < 0.2 * report.parameters_before
+    x = torch.randn(2, 3, 32, 32)
+    for form in FORMS:
+        folded = fold(made, fuse_batchnorm=form != "keep", **in_form(form)).model
+        assert verify(folded, made, x).relative <= 1e-5, form
+        assert not any("doconv" in type(module).__module__ for module in folded.modules())

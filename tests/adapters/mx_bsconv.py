@@ -1,21 +1,35 @@
-"""The contract's BSConv cases in MXNet Gluon."""
+"""BSConv layers, models with them, and networks by name, in MXNet Gluon."""
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import doconv_mx as package  # before MXNet, which it makes importable
 
 # isort: split
+import mxnet as mx
 import numpy as np
-from contract_bsconv import EPSILON, BSConvCase, Results
+from contract_bsconv import BSConvCase, Results, options_of, snapshot
 from mxnet import autograd
 from mxnet.gluon import HybridBlock, nn
 
-from adapters.mx import ORDINARY, array
+from adapters.mx import LAYERS as DO_LAYERS
+from adapters.mx import ORDINARY, Own, array
+from doconv_mx import surgery, tree
 from doconv_mx.bsconv import LAYERS
 
-__all__ = ["build", "forward", "gradients", "is_ordinary", "package", "pads"]
+WORDS = {
+    "stride": "strides", "padding": "padding", "eps": "epsilon", "wrong": "eps",
+    "norms": "momentum, epsilon", "d": "D", "sequential": "HybridSequential", "call": "forward",
+    "conv": "mxnet.gluon.nn.Conv2D", "module": "mxnet.gluon.Block", "root": "Network",
+    "none": "Dropout",
+}  # fmt: skip
+DOUBLE, EXACT = "float64", 1e-12
+HALF_TYPES = ("float16",)
+REFUSE_OWN_CALLS = ("keep", "merge", "dense")
+copied, walk = surgery.copied, lambda model: dict(tree.walk(model))
 
 
 def pads(case: BSConvCase) -> bool:
@@ -23,48 +37,182 @@ def pads(case: BSConvCase) -> bool:
     return alike and case.padding_mode == "zeros"
 
 
-def build(case: BSConvCase) -> HybridBlock:
-    spec = case.spec
-    options: dict[str, Any] = {"with_bn": spec.with_bn}
-    if spec.with_bn:
-        options["bn_options"] = {"epsilon": EPSILON}
-    if spec.variant == "s":
-        options |= {"p": spec.p, "min_mid_channels": spec.min_mid_channels}
-    layer = LAYERS[spec.variant, ORDINARY[spec.rank - 1]](
-        spec.in_channels, spec.out_channels, spec.kernel_size, case.stride,
-        tuple(before for before, _ in case.padding), case.dilation, use_bias=case.bias, **options,
+class Doubled(package.BSConvU2D):
+    """A BSConv that computes something else."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return 2 * super().hybrid_forward(F, x)
+
+
+def initialized(block: HybridBlock, dtype: str = "float32", ctx: Any = None) -> HybridBlock:
+    mx.random.seed(0)
+    block.cast(dtype)
+    block.initialize(mx.init.Normal(0.5), ctx=ctx)
+    return block
+
+
+def make(
+    kind: str, i: int, o: int, kernel: Any, rank: int = 2, dtype: str = "float32", **options: Any
+) -> HybridBlock:
+    conv = ORDINARY[rank - 1]
+    if kind in ("conv", "own"):
+        made = {"conv": conv, "own": Own}[kind](o, kernel, in_channels=i, **options)
+    else:
+        cls = {"do_conv": DO_LAYERS[rank - 1], "doubled": Doubled}.get(kind) or LAYERS[kind, conv]
+        made = cls(i, o, kernel, **options)
+    return initialized(made, dtype)
+
+
+def build(case: BSConvCase, dtype: str = "float32") -> HybridBlock:
+    spec, padding = case.spec, tuple(before for before, _ in case.padding)
+    return make(
+        spec.variant, spec.in_channels, spec.out_channels, spec.kernel_size, spec.rank, dtype,
+        strides=case.stride, padding=padding, dilation=case.dilation, use_bias=case.bias,
+        **options_of(case, WORDS["eps"]),
     )  # fmt: skip
-    layer.initialize()
-    return layer
 
 
-def forward(layer: HybridBlock, x: np.ndarray) -> np.ndarray:
-    return layer(array(x)).asnumpy()
+def chain(*layers: Any, rank: int = 2) -> HybridBlock:
+    model = nn.HybridSequential()
+    for row in layers:
+        model.add(model[row] if isinstance(row, int) else make(*row, rank=rank))
+    return model
 
 
-def gradients(layer: HybridBlock, x: np.ndarray, dy: np.ndarray) -> Results:
+def described(network: Any, dtype: str = "float32", **options: Any) -> HybridBlock:
+    model = package.build(network, **options)
+    model.cast(dtype)
+    model.initialize()
+    return model
+
+
+def empty(network: Any) -> HybridBlock:
+    return package.build(network)
+
+
+def round_trip(layer: HybridBlock, new: HybridBlock, x: Any, folder: Path) -> HybridBlock:
+    layer.save_parameters(str(folder / "layer.params"))
+    new.load_parameters(str(folder / "layer.params"))
+    return new
+
+
+def forward(model: HybridBlock, x: np.ndarray) -> np.ndarray:
+    return model(array(x)).asnumpy()
+
+
+def gradients(
+    model: HybridBlock,
+    x: np.ndarray,
+    dy: np.ndarray,
+    training: bool = False,
+    composed: bool = False,
+) -> Results:
     inputs = array(x)
     inputs.attach_grad()
-    with autograd.record(train_mode=False):
-        output = layer(inputs)
-    output.backward(array(dy), train_mode=False)
-    found = {}
-    for path, part in layer._children.items():
-        for name, parameter in part._reg_params.items():
-            if parameter.grad_req != "null":
-                gradient = parameter.grad().asnumpy()
-                if name == "weight":
-                    gradient = gradient.reshape(*gradient.shape[:2], -1)
-                found[f"{path}.{name}"] = gradient
-    return Results(output.asnumpy(), inputs.grad.asnumpy(), found)
+    _use_statistics(model, not training)
+    with autograd.record():
+        output = (_by_kernel if composed else HybridBlock.__call__)(model, inputs)
+    output.backward(array(dy))
+    _use_statistics(model, False)
+    return Results(output.asnumpy(), inputs.grad.asnumpy(), _gradients(model))
+
+
+def _use_statistics(model: HybridBlock, use: bool) -> None:
+    """Let batch norms compute as in inference, or not, also where gradients are recorded.
+
+    Instead of `record(train_mode=False)`, in which MXNet's max pooling has no right gradient.
+    """
+    for block in walk(model).values():
+        if isinstance(block, nn.BatchNorm):
+            block._kwargs["use_global_stats"] = use
+
+
+def _by_kernel(layer: HybridBlock, x: Any) -> Any:
+    kernel, options = layer.composed_kernel(), layer.depthwise._kwargs
+    return mx.nd.Convolution(
+        x, kernel, layer.bias.data(), kernel=kernel.shape[2:], num_filter=kernel.shape[0],
+        stride=options["stride"], dilate=options["dilate"],
+    )  # fmt: skip
+
+
+def penalty(model: HybridBlock, alpha: float = 0.1) -> tuple[float, dict[str, np.ndarray]]:
+    with autograd.record():
+        loss = package.orthonormality_loss(model, alpha)
+    loss.backward()
+    return loss.asscalar(), _gradients(model)
+
+
+def _gradients(model: HybridBlock) -> dict[str, np.ndarray]:
+    """Return the gradients of the parameters, by their names in a state."""
+    state = snapshot(package, model)
+    for parameter in model.collect_params().values():
+        if parameter.grad_req != "null":
+            parameter.set_data(parameter.grad())
+    found = snapshot(package, model).arrays
+    package.load_state(model, state)
+    return found
+
+
+def composed_kernel(layer: HybridBlock) -> tuple[np.ndarray, str]:
+    kernel = layer.composed_kernel().asnumpy()
+    return kernel, kernel.dtype.name
 
 
 def is_ordinary(layer: HybridBlock, form: str) -> bool:
     if form == "dense":
         return type(layer) in ORDINARY
-    types: set[type] = set()
-    layer.apply(lambda block: types.add(type(block)))
-    own = {nn.HybridSequential, *ORDINARY}
+    types = {type(block) for block in walk(layer).values()}
     if form == "merge":
-        return types <= own and list(layer._children) == ["pointwise", "depthwise"]
-    return types <= own | {nn.BatchNorm}
+        parts = list(layer._children)
+        return types <= {nn.HybridSequential, *ORDINARY} and parts == ["pointwise", "depthwise"]
+    return types <= {nn.HybridSequential, *ORDINARY, nn.BatchNorm}
+
+
+def dtypes(layer: HybridBlock) -> set[str]:
+    return {p.data().asnumpy().dtype.name for p in layer.collect_params().values()}
+
+
+def trainable(model: HybridBlock) -> int:
+    parameters = model.collect_params().values()
+    return sum(prod(p.shape) for p in parameters if p.grad_req != "null")
+
+
+def _subclassed(made: HybridBlock) -> None:
+    made.register_child(Own(6, 3, groups=6, in_channels=6), "depthwise")
+    vars(made)["depthwise"] = made._children["depthwise"]
+
+
+def _other(name: str, i: int, *arguments: Any, **options: Any) -> Any:
+    conv = initialized(nn.Conv2D(*arguments, in_channels=i, **options))
+    return lambda made: setattr(made, name, conv)
+
+
+def own_call(made: HybridBlock) -> None:
+    made.forward = made.forward
+
+
+NOT_FOLDABLE = [
+    (
+        lambda made: made.pointwise1.register_forward_hook(lambda *_: None),
+        "its pointwise1 has hooks, which would see other values; remove them first",
+    ),
+    (_subclassed, "its depthwise cannot be folded: it is a Own; expected a mxnet.gluon.nn.Conv"),
+    (
+        lambda made: made.add(nn.Activation("relu")),
+        "its parts are pointwise1, batch_norm1, .*; expected pointwise1",
+    ),
+    (_other("pointwise1", 8, 4, 1, 2), "its pointwise1 is no pointwise convolution of stride"),
+    (_other("pointwise1", 8, 4, 3), "its pointwise1 is no pointwise convolution of stride 1"),
+    (_other("pointwise1", 8, 4, 1, activation="relu"), "pointwise1 is no pointwise convolution"),
+    (
+        _other("pointwise1", 8, 4, 1, layout="NHWC"),
+        "its pointwise1 cannot be folded: its layout is NHWC; expected .* of layout NCHW",
+    ),
+    (_other("depthwise", 6, 6, 3), "its depthwise is no depthwise convolution"),
+    (own_call, "has a forward of its own"),
+    (
+        lambda made: setattr(made, "batch_norm1", nn.BatchNorm(axis=2, in_channels=7)),
+        "its batch_norm1 cannot be folded: normalizes another axis",
+    ),
+    (lambda made: made.depthwise.register_forward_hook(print), "its depthwise has hooks"),
+]

@@ -1,1 +1,0 @@
-"""How each backend is asked about a network: arrays channels first, gradients by their entries."""
