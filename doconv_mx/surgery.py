@@ -111,7 +111,8 @@ def fold_layers(layers: list[_DOConv]) -> None:
     for layer in layers:
         set_parameter(layer, "weight", weight)
         remove_parameter(layer, "depthwise_weight")
-        del vars(layer)["_outline"]
+        for name in ("_outline", "_in_batches"):
+            vars(layer).pop(name, None)
         layer.__class__ = layer.ordinary
 
 
