@@ -178,6 +178,9 @@ class Models(Protocol):
     def load(self, model: Any, folder: Any) -> None:
         """Load what `save` wrote of a model of the same architecture."""
 
+    def returning(self, function: Any) -> Any:
+        """Return a model, or what `verify` takes for one, that computes this function."""
+
     def array(self, values: Any) -> Any:
         """Return the values as the framework's."""
 

@@ -183,3 +183,17 @@ def save(model: HybridBlock, folder: Path) -> bytes:
 
 def load(model: HybridBlock, folder: Path) -> None:
     model.load_parameters(str(folder / "model.params"))
+
+
+class Returning(gluon.Block):
+    """A model that returns what a function does."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+returning = Returning

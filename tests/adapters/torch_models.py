@@ -165,3 +165,17 @@ def load(model: nn.Module, folder: Path) -> None:
 
 def array(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(values))
+
+
+class Returning(nn.Module):
+    """A model that returns what a function does."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+returning = Returning
