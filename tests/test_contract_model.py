@@ -189,7 +189,7 @@ def test_over_parameterizing_changes_nothing_but_the_layers(backend, mode, inpla
     assert sum(map(is_d, values)) == len(CHANGED)
     assert not any(v.any() for n, v in values.items() if is_d(n))
     assert_same_values(ordinary_values(models, target), models.values(twin), weights)
-    if inplace and multiplier is None:
+    if inplace and multiplier is None and backend != "tf":  # whose layers make variables anew
         after = models.identities(target)
         assert all(after[name] is value for name, value in before.items()), "an optimizer goes on"
     if not inplace:
