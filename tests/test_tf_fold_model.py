@@ -15,12 +15,10 @@ from frameworks import need
 need("tf")
 
 import keras  # noqa: E402
-from keras import layers, ops  # noqa: E402
 from keras_layers import array, assert_same  # noqa: E402
 from keras_models import (  # noqa: E402
     EACH_KIND,
     KINDS,
-    SHAPE,
     assert_equal_outputs,
     images,
     inputs_of,
@@ -29,7 +27,6 @@ from keras_models import (  # noqa: E402
     traces,
 )
 
-from doconv_core import NotFoldable  # noqa: E402
 from doconv_tf import DOConv2D, fold, verify  # noqa: E402
 from doconv_tf.view import walk  # noqa: E402
 
@@ -88,30 +85,6 @@ def test_no_trace_is_left_in_the_files(tmp_path):
     assert verify(keras.saving.load_model(tmp_path / "model.keras"), ordinary, images())[0] == 0
 
 
-class Doubled(DOConv2D):
-    """Computes something else."""
-
-    def call(self, inputs):
-        return 2 * super().call(inputs)
-
-
-def test_what_is_not_foldable_is_named_before_anything_is_changed():
-    inputs = keras.Input(SHAPE[1:])
-    x = DOConv2D(3, 3, name="plain")(inputs)
-    model = keras.Model(inputs, Doubled(3, 3, name="twice")(x))
-    for inplace in (False, True):
-        with pytest.raises(NotFoldable, match=r"layer 'twice': .*Doubled has a call of its own"):
-            fold(model, inplace=inplace)
-    assert type(model.get_layer("plain")) is DOConv2D
-    model = keras.Model(inputs, DOConv2D(3, 3, name="patched")(inputs))
-    model.get_layer("patched").call = ops.relu
-    with pytest.raises(NotFoldable, match="layer 'patched': its forward pass was replaced"):
-        fold(model)
+def test_a_layer_that_is_not_built_is_not_folded():
     with pytest.raises(ValueError, match=r"the model itself .* is not built"):
         fold(DOConv2D(3, 3))
-    layer = DOConv2D(3, 3)
-    layer.build((None, 9, 9, 3))
-    folded, report = fold(layer, inplace=True)
-    assert folded is layer
-    assert type(layer) is layers.Conv2D
-    assert "folded 1 layer, left 0" in str(report)

@@ -207,47 +207,19 @@ def test_an_activation_with_weights_stays_shared():
     assert_equal_outputs(model, new, images())
 
 
-class Standardized(layers.Conv2D):
-    """Computes something else."""
-
-    def call(self, inputs):
-        return 2 * super().call(inputs)
-
-
 def test_what_is_left_is_in_the_report_with_the_reason():
     low_rank = layers.Conv2D(3, 3, padding="same", name="lora")
-    patched = layers.Conv2D(3, 3, padding="same", name="patched")
     stack = [
-        keras.Input(SHAPE[1:]),
-        Standardized(3, 3, padding="same", name="subclass"),
-        layers.Conv2DTranspose(3, 3, padding="same", name="transposed"),
-        layers.Conv2D(3, 1, name="pointwise"),
-        DOConv2D(3, 3, padding="same", name="already"),
-        low_rank, patched,
-        layers.Conv2D(3, 3, padding="same", name="unselected"),
-        layers.Conv2D(3, 3, padding="same", name="selected"),
-        layers.Reshape((9, 9, 3), name="reshape"),
-        layers.ConvLSTM1D(2, 3, name="recurrent"),
+        keras.Input(SHAPE[1:]), low_rank, layers.Conv2D(3, 3, padding="same", name="selected"),
+        layers.Reshape((9, 9, 3), name="reshape"), layers.ConvLSTM1D(2, 3, name="recurrent"),
     ]  # fmt: skip
     model = keras.Sequential(stack)
     low_rank.enable_lora(2)
-    patched.call = lambda inputs: 0 * inputs
-    with pytest.warns(UserWarning, match="where matches no convolution: 'un'"):
-        new, report = over_parameterize(model, where=["selected", "un"])
+    new, report = over_parameterize(model)
     assert type(new.get_layer("selected")) is DOConv2D
-    assert type(new.get_layer("unselected")) is layers.Conv2D
     assert [change.path for change in report.changed] == ["selected"]
-    assert {left.path: left.reason for left in report.left} == {
-        "subclass": "a subclass, which may compute something else",
-        "transposed": "a transposed convolution",
-        "pointwise": "one tap, nothing to over-parameterize",
-        "already": "over-parameterized already",
-        "lora": "LoRA is enabled",
-        "patched": "its forward pass was replaced, and may compute something else",
-        "unselected": "not selected by where",
-        "recurrent": "recurrent",
-    }
-    assert "Standardized: a subclass, which may compute something else (1)" in str(report)
+    reasons = {left.path: left.reason for left in report.left}
+    assert reasons == {"lora": "LoRA is enabled", "recurrent": "recurrent"}
 
 
 class Holder(layers.Layer):
@@ -287,8 +259,6 @@ def test_quantized_layers_and_tied_variables_are_left():
 
 
 def test_errors_come_before_anything_is_changed():
-    with pytest.raises(TypeError, match=r"model must be a keras\.Layer; received list"):
-        over_parameterize([])
     model = keras.Sequential([layers.Conv2D(3, 3)], name="stack")
     message = r"the model itself \(Sequential 'stack'\) is not built, .*; call the model on data"
     with pytest.raises(ValueError, match=message):
@@ -296,17 +266,10 @@ def test_errors_come_before_anything_is_changed():
     message = r"layer 'conv' \(Conv2D 'conv'\) is not built"
     with pytest.raises(ValueError, match=message):
         over_parameterize(Holder(first=convolution("a"), conv=layers.Conv2D(3, 3, name="conv")))
-    model = filled(sequential())
-    for inplace in (False, True):
-        with pytest.raises(ValueError, match="layer 'first': depth_multiplier must be at least"):
-            over_parameterize(model, depth_multiplier=8, inplace=inplace)
-        with pytest.raises(TypeError, match="where must be"):
-            over_parameterize(model, where=3, inplace=inplace)
     inputs = keras.Input(SHAPE[1:])
     depthwise_model = keras.Model(inputs, layers.DepthwiseConv2D(3, name="dw")(inputs))
     with pytest.raises(ValueError, match=r"layer 'dw': depth_multiplier must be at least"):
         over_parameterize(depthwise_model, depth_multiplier=8)
-    assert not depthwise(model)
 
 
 class Stream(layers.Layer):
@@ -348,11 +311,3 @@ def test_a_copy_keeps_what_is_reached_by_other_objects():
     assert new.bound.__self__ is new.first
     assert new.options[3][0] == {new.first}
     assert new.first is not conv
-
-
-def test_where_takes_types_and_predicates():
-    model = functional()
-    _, report = over_parameterize(model, where=layers.SeparableConv2D)
-    assert [change.path for change in report.changed] == ["separable"]
-    _, report = over_parameterize(model, where=lambda path, layer: layer.name == "shared")
-    assert [change.path for change in report.changed] == ["shared"]

@@ -134,11 +134,17 @@ def layers(model: HybridBlock) -> dict[str, HybridBlock]:
 
 
 def outputs(model: HybridBlock, x: np.ndarray, training: bool = False) -> list[np.ndarray]:
+    """In training also the gradient of the sum of their squares in the input."""
     mx.random.seed(3)
-    dtype = next(iter(model.collect_params().values())).dtype
+    inputs = array(x).astype(next(iter(model.collect_params().values())).dtype)
+    inputs.attach_grad()
     with autograd.record() if training else autograd.pause(train_mode=False):
-        found = model(array(x).astype(dtype))
-    return [each.asnumpy() for each in (found if isinstance(found, (tuple, list)) else (found,))]
+        found = model(inputs)
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        total = sum((each**2).sum() for each in found)
+    if training:
+        total.backward()
+    return [each.asnumpy() for each in (*found, *([inputs.grad] if training else []))]
 
 
 def values(model: HybridBlock) -> dict[str, np.ndarray]:
