@@ -37,7 +37,10 @@ from doconv_core.models.report import (  # noqa: E402
     SUBCLASS,
     behind,
 )
-from doconv_mx.batchnorm import HIDDEN, NO_VALUES, SAME_NAME  # noqa: E402
+
+HIDDEN = "called by a forward that cannot be traced without data"
+SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
+NO_VALUES = "it or its convolution has no values yet"
 
 
 def fused(model, **options):

@@ -21,7 +21,9 @@ from keras_models import (  # noqa: E402
     images,
     inputs_of,
     over_parameterized,
+    predicted,
     traces,
+    walk,
 )
 
 from doconv_core.models.report import (  # noqa: E402
@@ -33,7 +35,6 @@ from doconv_core.models.report import (  # noqa: E402
     behind,
 )
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
 
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
@@ -49,8 +50,8 @@ def test_batch_norms_are_fused_into_convolutions(kind):
     for value, variable in zip(before, model.weights, strict=True):
         assert_same(variable, value)
     assert verify(model, fused, inputs).relative < 1e-5
-    predicted = [m.predict(inputs, verbose=0) for m in (model, fused)]
-    for one, other in zip(*map(keras.tree.flatten, predicted), strict=True):
+    found = [predicted(m, inputs) for m in (model, fused)]
+    for one, other in zip(*map(keras.tree.flatten, found), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
     expected = {
         "functional": ({}, {"norm": OUTPUT}),
