@@ -259,6 +259,7 @@ def test_folding_gives_the_ordinary_model_back(backend, mode, inplace, multiplie
         assert kinds(models, model) == kinds(models, twin), "the original is untouched"
         assert_same_values(models.values(model), untouched)
         assert same(models.outputs(model, x), expected)
+    assert b"depthwise" in models.save(twin, tmp_path).lower()
     content = models.save(folded, tmp_path).lower()
     assert b"doconv" not in content
     assert b"depthwise" not in content

@@ -196,6 +196,9 @@ def test_an_ordinary_models_file_loads_and_a_file_of_its_own(multiplier, hybridi
     assert same(outputs(model), expected)
 
 
+OTHER = "another operation than an ordinary convolution"
+
+
 class Gamma(gluon.Parameter):
     """A parameter of another kind."""
 

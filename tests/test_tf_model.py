@@ -5,6 +5,8 @@ Nothing here names TensorFlow, so that it also runs on Keras' other backends.
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 from frameworks import need
@@ -31,7 +33,7 @@ from keras_models import (  # noqa: E402
 )
 
 from doconv_core import Report  # noqa: E402
-from doconv_tf import DOConv2D, over_parameterize, verify  # noqa: E402
+from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 
 DOUBLE = [] if BACKEND == "jax" else ["float64"]  # which JAX has by a switch for all of a process
 CONVERTED = {
@@ -136,6 +138,13 @@ def test_training_goes_on_saving_and_loading(tmp_path):
     new.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert verify(new, loaded, x).absolute == 0
+    fold(new).model.save(tmp_path / "folded.keras")
+    for name, expected in (("model", True), ("folded", False)):
+        archive = zipfile.ZipFile(tmp_path / f"{name}.keras")
+        content = b"".join(archive.read(member) for member in archive.namelist()).lower()
+        assert (b"doconv" in content, b"depthwise" in content) == (expected, expected)
+    folded = keras.saving.load_model(tmp_path / "folded.keras")
+    assert verify(new, folded, x).absolute == 0
     clone = keras.models.clone_model(new)
     clone.set_weights(new.get_weights())
     assert verify(new, clone, x).absolute == 0
