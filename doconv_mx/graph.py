@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +18,25 @@ from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 from mxnet.symbol import Symbol
 from mxnet.util import is_np_array
 
-from doconv_mx.view import overridden, walk
+from doconv_core.models.report import SHARED
+from doconv_core.models.view import Flow
+from doconv_mx.private import (
+    BatchNorm,
+    Conv,
+    children,
+    graph_of,
+    registered,
+    without_hooks,
+)
+from doconv_mx.tree import is_replaced, own_parameters, walk
 
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
 TRANSPOSED = {"Deconvolution", "_npx_deconvolution"}
 NORMS = {"BatchNorm", "_npx_batch_norm", "_contrib_SyncBatchNorm"}
+
+# Why it cannot be told what a layer follows.
+HIDDEN = "called by a forward that cannot be traced without data"
+SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
 
 
 @dataclass
@@ -49,6 +61,32 @@ class Calls:
             self.before.setdefault(gamma, set()).add(weight)
 
 
+def flow(model: Block, owned: Mapping[int, Sequence[Block]], names: Mapping[Any, int]) -> Flow:
+    """Return which convolutions and batch norms follow each other in inference.
+
+    owned: the blocks that own each parameter, by its id. names: how many of the model's parameters
+    have each name: the calls are known by names alone, so that those of two parameters of one name,
+    or of two layers of one weight, cannot be told apart.
+    """
+    seen, blocks, found = calls(model), [block for _, block in walk(model)], Flow()
+    convolutions = {block.weight.name: block for block in blocks if isinstance(block, Conv)}
+    norms = {block.gamma.name: block for block in blocks if isinstance(block, BatchNorm)}
+    for block in blocks:
+        if isinstance(block, Conv):
+            after = seen.after.get(block.weight.name, ())
+            found.after[id(block)] = [norms.get(name) for name in after]
+            if len(owned[id(block.weight)]) > 1:
+                found.unseen[id(block)] = SHARED
+        elif isinstance(block, BatchNorm):
+            before = seen.before.get(block.gamma.name, ())
+            found.before[id(block)] = [convolutions.get(name) for name in before]
+            near = {*before, *(parameter.name for parameter in own_parameters(block))}
+            if any(names[name] > 1 for name in near):
+                found.unseen[id(block)] = SAME_NAME
+    found.unseen |= dict.fromkeys(seen.hidden, HIDDEN)
+    return found
+
+
 def calls(model: Block) -> Calls:
     """Return the calls that can be seen of the model's layers in inference."""
     found = Calls()
@@ -59,28 +97,28 @@ def calls(model: Block) -> Calls:
             return
         seen.add(id(block))
         if isinstance(block, SymbolBlock):
-            _read(block._cached_graph[1], found)
+            _read(graph_of(block)[1], found)
             return
-        graph = _trace(block) if isinstance(block, HybridBlock) and block._children else None
+        graph = _trace(block) if isinstance(block, HybridBlock) and children(block) else None
         if graph is not None:
             _read(graph, found)
             return
-        children = list(block._children.values())
-        if type(block) in (nn.Sequential, nn.HybridSequential) and not overridden(block):
-            _read_in_order(children, found)
+        below = list(children(block).values())
+        if type(block) in (nn.Sequential, nn.HybridSequential) and not is_replaced(block):
+            _read_in_order(below, found)
         else:
-            found.hidden.update(map(id, children))
-        for child in children:
+            found.hidden.update(map(id, below))
+        for child in below:
             visit(child)
 
-    with _without_hooks(model):
+    with without_hooks(block for _, block in walk(model)):
         visit(model)
     return found
 
 
-def _read_in_order(children: list[Block], found: Calls) -> None:
+def _read_in_order(blocks: list[Block], found: Calls) -> None:
     """Note the calls of a sequential block's children, each with the output of the one before."""
-    for block, following in zip([None, *children], [*children, None], strict=True):
+    for block, following in zip([None, *blocks], [*blocks, None], strict=True):
         weight, gamma = _name(block, "weight"), _name(following, "gamma")
         if getattr(block, "act", None) is None:
             found.note(weight, gamma)
@@ -90,7 +128,7 @@ def _read_in_order(children: list[Block], found: Calls) -> None:
 
 
 def _name(block: Block | None, parameter: str) -> str | None:
-    own = block._reg_params.get(parameter) if block is not None else None
+    own = registered(block).get(parameter) if block is not None else None
     return None if own is None else own.name
 
 
@@ -99,12 +137,12 @@ def _read(graph: Symbol, found: Calls) -> None:
     convolutions = CONVOLUTIONS | TRANSPOSED
     described = json.loads(graph.tojson())
     nodes, heads = described["nodes"], described["heads"]
-    users: list[list[tuple[int | None, int]]] = [[] for _ in nodes]
+    users: list[list[tuple[int, int]]] = [[] for _ in nodes]  # -1 is none: the output
     for index, node in enumerate(nodes):
         for position, (source, *_) in enumerate(node["inputs"]):
             users[source].append((index, position))
     for source, *_ in heads:
-        users[source].append((None, 0))
+        users[source].append((-1, 0))
 
     def variable(index: int, position: int) -> str | None:
         source = nodes[nodes[index]["inputs"][position][0]]
@@ -113,13 +151,13 @@ def _read(graph: Symbol, found: Calls) -> None:
     for index, node in enumerate(nodes):
         if node["op"] == "null":  # an input or a parameter
             for user, position in users[index]:
-                kind = None if user is None else nodes[user]["op"]
+                kind = None if user < 0 else nodes[user]["op"]
                 if not ((kind in convolutions or kind in NORMS) and position > 0):
                     found.note(node["name"], None)
                     found.note(None, node["name"])
         elif node["op"] in convolutions:
             for user, position in users[index]:
-                is_norm = user is not None and nodes[user]["op"] in NORMS and position == 0
+                is_norm = user >= 0 and nodes[user]["op"] in NORMS and position == 0
                 found.note(variable(index, 1), variable(user, 1) if is_norm else None)
         elif node["op"] in NORMS:
             source = node["inputs"][0][0]
@@ -157,19 +195,6 @@ def _inputs(block: HybridBlock) -> int:
     required = [
         p for p in names
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        and p.name not in block._reg_params
+        and p.name not in registered(block)
     ]  # fmt: skip
     return max(len(required), 1)
-
-
-@contextmanager
-def _without_hooks(model: Block) -> Iterator[None]:
-    """Keep the model's hooks, which were made for arrays, out of symbolic calls."""
-    kept = [(b, b._forward_hooks, b._forward_pre_hooks) for _, b in walk(model)]
-    for block, _, _ in kept:
-        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for block, hooks, pre_hooks in kept:
-            block._forward_hooks, block._forward_pre_hooks = hooks, pre_hooks

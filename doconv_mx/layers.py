@@ -21,11 +21,11 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D
-from doconv_mx.ordinary import is_channels_last, spec_of
-from doconv_mx.view import overridden
-
-_DO_CONVS = (DOConv1D, DOConv2D, DOConv3D)
+from doconv_mx.composed import ComposedLayers
+from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, require_values, spec_of
+from doconv_mx.private import children, is_transposed, registered, setting, settings
+from doconv_mx.tree import is_replaced
 
 
 def form_of(path: str, block: Block) -> LayerForm:
@@ -34,17 +34,15 @@ def form_of(path: str, block: Block) -> LayerForm:
     Raises TypeError, by the path, for a block without a counterpart, with a forward of its own, or
     with other parameters than its kind has; ValueError for parameters that have no values yet.
     """
-    own = _own(block)
-    reason = REPLACED if overridden(block) and type(block) in FORMS else REASONS.get(type(block))
-    if type(block) is nn.LayerNorm and block._axis != -1:
-        reason = (
-            f"a layer norm over axis {block._axis} has no counterpart; if it is the last, say "
-            "axis=-1"
-        )
-    if reason or type(block) not in FORMS:
+    own, read = _own(block), _reader(type(block))
+    reason = REPLACED if is_replaced(block) and read is not None else REASONS.get(type(block))
+    axis = setting(block, "axis") if type(block) is nn.LayerNorm else -1
+    if axis != -1:
+        reason = f"a layer norm over axis {axis} has no counterpart; if it is the last, say axis=-1"
+    if reason or read is None:
         raise unsupported_layer(path, block, own, reason)
-    _require_values(path, block)
-    form = FORMS[type(block)](block)
+    require_values(registered(block).values(), f"the state of {place(path)}")
+    form = read(block)
     if form.kind == "batch_norm" and not form.scale:
         own.remove("gamma")  # which the block has, but does not compute with
     check_owned(path, block, own, form.shapes)
@@ -53,9 +51,9 @@ def form_of(path: str, block: Block) -> LayerForm:
 
 def layout_of(block: Block) -> str:
     """Return the core's word for the layout of a layer's weight."""
-    if not hasattr(block, "_kwargs") or "layout" not in block._kwargs:
+    if not hasattr(block, "_kwargs") or "layout" not in settings(block):
         return "OI"
-    transposed = block._op_name.lower() == "deconvolution"
+    transposed = is_transposed(block)
     if is_channels_last(block):
         return "I*O" if transposed else "O*I"
     return "IO*" if transposed else "OI*"
@@ -68,14 +66,14 @@ def check_axes(block: Block, path: str = "") -> None:
     Raises TypeError by the path.
     """
     axes: tuple[int, ...] = ()
-    for name, child in block._children.items():
+    for name, child in children(block).items():
         place = entry(path, name)
         check_axes(child, place)
-        if type(child) in _CONVS:
-            rank = len(child._kwargs["kernel"]) + 2
+        if _reader(type(child)) in (_conv, _composed, _transposed):
+            rank = len(settings(child)["kernel"]) + 2
             axes = (-1, rank - 1) if is_channels_last(child) else (1, 1 - rank)
         elif type(child) in _CHANNEL_NORMS:
-            axis = child._kwargs.get("axis", 1)
+            axis = settings(child).get("axis", 1)
             if axes and axis not in axes and type(block) in _SEQUENTIAL:
                 raise unsupported_layer(
                     place,
@@ -90,33 +88,33 @@ def check_axes(block: Block, path: str = "") -> None:
 
 def _own(block: Block) -> list[str]:
     """Return the names of the block's own parameters, whether they are its attributes or not."""
-    attributes = set(block._reg_params.values())
+    attributes = set(registered(block).values())
     others = (name for name, p in block.params.items() if p not in attributes)
-    return [*block._reg_params, *(name.removeprefix(block.params.prefix) for name in others)]
+    return [*registered(block), *(name.removeprefix(block.params.prefix) for name in others)]
 
 
-def _require_values(path: str, block: Block) -> None:
-    for parameter in block._reg_params.values():
-        try:
-            parameter.list_data()
-        except RuntimeError:
-            raise ValueError(
-                f"the state of {place(path)} needs the values of {parameter.name!r}, which has "
-                "none yet: initialize the model, and where it infers in_channels, run it once."
-            ) from None
+def _reader(cls: type[Block]) -> Callable[[Any], LayerForm] | None:
+    """Return what makes the form of blocks of this very class; None where they have none."""
+    kinds = (kind for kind in LAYER_KINDS.values() if isinstance(kind, ComposedLayers))
+    return _composed if any(cls in kind.types.values() for kind in kinds) else FORMS.get(cls)
+
+
+def _geometry(block: Any) -> Geometry:
+    options = settings(block)
+    return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
 
 
 def _conv(block: Any) -> LayerForm:
-    options = block._kwargs
-    geometry = Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
-    if type(block) in _DO_CONVS:
-        over_parameterized = block.depthwise_weight is not None
-        return LayerForm(block.spec, over_parameterized, _has_bias(block), geometry=geometry)
-    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=geometry)
+    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=_geometry(block))
+
+
+def _composed(block: Any) -> LayerForm:
+    geometry = _geometry(block)
+    return LayerForm(block.spec, block.kind.name, _has_bias(block), geometry=geometry)
 
 
 def _transposed(block: Any) -> LayerForm:
-    options = block._kwargs
+    options = settings(block)
     spec = TransposedConvSpec(
         block.weight.shape[0], options["num_filter"], options["kernel"], options["num_group"]
     )
@@ -131,27 +129,15 @@ def _linear(block: Any) -> LayerForm:
 
 
 def _batch_norm(block: Any) -> LayerForm:
-    options = block._kwargs
+    options = settings(block)
     # Gluon's momentum is the weight of the old statistics.
     spec = BatchNormSpec(block.running_mean.shape[0], options["eps"], 1 - options["momentum"])
     return LayerForm(spec, scale=not options["fix_gamma"])
 
 
-def _layer_norm(block: Any) -> LayerForm:
-    return LayerForm(LayerNormSpec(block.gamma.shape[0], block._epsilon))
-
-
 def _instance_norm(block: Any) -> LayerForm:
     channels = block.gamma.shape[0]
-    return LayerForm(GroupNormSpec(channels, channels, block._epsilon))
-
-
-def _prelu(block: Any) -> LayerForm:
-    return LayerForm(PReLUSpec(block.alpha.shape[0]))
-
-
-def _embedding(block: Any) -> LayerForm:
-    return LayerForm(EmbeddingSpec(*block.weight.shape))
+    return LayerForm(GroupNormSpec(channels, channels, setting(block, "epsilon")))
 
 
 def _has_bias(block: Any) -> bool:
@@ -159,17 +145,17 @@ def _has_bias(block: Any) -> bool:
 
 
 FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1D, nn.Conv2D, nn.Conv3D, *_DO_CONVS), _conv),
-    **dict.fromkeys((nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose), _transposed),
+    **dict.fromkeys(ORDINARY, _conv),
+    **dict.fromkeys(TRANSPOSES, _transposed),
     **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
     nn.Dense: _linear,
-    nn.LayerNorm: _layer_norm,
+    nn.LayerNorm: lambda block: LayerForm(
+        LayerNormSpec(block.gamma.shape[0], setting(block, "epsilon"))
+    ),
     nn.InstanceNorm: _instance_norm,
-    nn.PReLU: _prelu,
-    nn.Embedding: _embedding,
+    nn.PReLU: lambda block: LayerForm(PReLUSpec(block.alpha.shape[0])),
+    nn.Embedding: lambda block: LayerForm(EmbeddingSpec(*block.weight.shape)),
 }
-_CONVS = (*_DO_CONVS, nn.Conv1D, nn.Conv2D, nn.Conv3D)
-_CONVS += (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
 _CHANNEL_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, nn.InstanceNorm)
 _KEEP_AXES = (
     nn.Activation, nn.Dropout, nn.ELU, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.SELU, nn.Swish,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from mxnet.gluon import HybridBlock, nn
 
+from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
+from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.lowering import parts
-from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.networks.shapes import Placed, infer, padding
+from doconv_core.networks.shapes import children as children_of
 from doconv_core.state.file import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
-from doconv_mx.bsconv import BSConvS2D, BSConvU2D
-from doconv_mx.do_conv import DOConv2D
+from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.orthonormal import mark_orthonormal
+from doconv_mx.private import children
 from doconv_mx.state import load_state
 
 
@@ -25,9 +29,14 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     shape is known, but no weight has values: `initialize()` the network, and then, with
     `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> model = build(describe("resnet10_doconv", num_classes=5))
+    >>> model.initialize()
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
-    placed = infer(network, input_shape)
-    return _filled(Network(network.name), placed, "")
+    made: Network = _filled(Network(network.name), infer(network, input_shape), "")
+    return made
 
 
 def get_model(
@@ -45,24 +54,22 @@ def get_model(
     None for the network's own. seed: of the weights, which are the same in every framework.
     `collect_params().reset_ctx()` puts it elsewhere.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> model = get_model("resnet10", num_classes=5)
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
-    from doconv_core.networks.initialize import initialize
-    from doconv_core.networks.names import describe
 
-    described = describe(name, num_classes=num_classes, in_channels=in_channels)
-    network = for_input(described, input_shape)
-    state = initialize(network, seed)
-    model = build(network)
-    model.initialize()
-    load_state(model, state)
-    return model
+    def initialized(network: nodes.Network) -> Network:
+        model = build(network)
+        model.initialize()
+        return model
 
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names that `get_model` knows, of those that a glob pattern matches."""
-    from doconv_core.networks.names import list_models as known
-
-    return known(pattern)
+    made: Network = build_named(
+        initialized, load_state, name, num_classes=num_classes, in_channels=in_channels,
+        input_shape=input_shape, seed=seed,
+    )  # fmt: skip
+    return made
 
 
 class Network(nn.HybridSequential):
@@ -74,14 +81,14 @@ class Network(nn.HybridSequential):
         super().__init__(prefix=prefix, params=params)
 
     def _alias(self) -> str:
-        return self._name_hint
+        return str(self._name_hint)
 
 
 class _Block(HybridBlock):
     """Blocks by name, put together by the forward of each kind of block."""
 
     def _through(self, x: Any, but: str | None = None) -> Any:
-        for name, block in self._children.items():
+        for name, block in children(self).items():
             if name != but:
                 x = block(x)
         return x
@@ -92,7 +99,7 @@ class Residual(_Block):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the sum, of the shape of the body's output."""
-        shortcut = self._children.get(nodes.SHORTCUT)
+        shortcut = children(self).get(nodes.SHORTCUT)
         return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
 
 
@@ -109,13 +116,13 @@ class Concat(_Block):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the outputs of all branches in one, `(B, C, H, W)`."""
-        return F.concat(*(branch(x) for branch in self._children.values()), dim=1)
+        return F.concat(*(branch(x) for branch in children(self).values()), dim=1)
 
 
 def _filled(block: HybridBlock, placed: dict[str, Placed], path: str) -> Any:
     """Return the block with its node's children, each with its name in the parameters' names."""
     with block.name_scope():
-        for name, _ in children(placed[path].node):
+        for name, _ in children_of(placed[path].node):
             if hasattr(block, name):
                 raise ValueError(f"{path!r} cannot have a child named {name!r}, a block's own.")
             setattr(block, name, _block(placed, entry(path, name), f"{name}_"))
@@ -131,33 +138,19 @@ def _block(placed: dict[str, Placed], path: str, prefix: str) -> HybridBlock:
 
 def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     conv = placed.node
-    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
-    return CONVOLUTIONS[kind](placed, prefix)
-
-
-def _ordinary(placed: Placed, prefix: str, cls: Any = nn.Conv2D, **options: Any) -> HybridBlock:
-    conv, channels = placed.node, placed.before[0]
-    layer = cls(
+    channels = placed.before[0]
+    cls: Any = nn.Conv2D
+    options: dict[str, Any] = {}
+    kind = of_word(conv.kind.name)
+    if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
+        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
+        cls, options = LAYER_KINDS[kind.name].realize(cls, conv.kind)
+    layer: HybridBlock = cls(
         in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
         strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,
         use_bias=conv.bias, prefix=prefix, **options,
     )  # fmt: skip
     return mark_orthonormal(layer) if conv.orthonormal else layer
-
-
-def _do_conv(placed: Placed, prefix: str) -> HybridBlock:
-    return _ordinary(placed, prefix, DOConv2D)
-
-
-def _bsconv(placed: Placed, prefix: str) -> HybridBlock:
-    parts(placed.path, placed.node, placed.before)  # refuses groups, by path
-    kind = placed.node.kind
-    if kind.name == "bsconvu":
-        return _ordinary(placed, prefix, BSConvU2D, with_bn=kind.with_bn)
-    return _ordinary(
-        placed, prefix, BSConvS2D, p=kind.p, min_mid_channels=kind.min_mid_channels,
-        with_bn=kind.with_bn,
-    )  # fmt: skip
 
 
 def _batch_norm(placed: Placed, prefix: str) -> HybridBlock:
@@ -185,26 +178,20 @@ def _linear(placed: Placed, prefix: str) -> HybridBlock:
     return nn.Dense(linear.features, use_bias=linear.bias, in_units=placed.before[0], prefix=prefix)
 
 
-CONVOLUTIONS = {
-    "conv": _ordinary,
-    "doconv": _do_conv,
-    "bsconvu": _bsconv,
-    "bsconvs": _bsconv,
-}
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., HybridBlock]] = {
     "relu": lambda prefix: nn.Activation("relu", prefix=prefix),
     "relu6": ReLU6,
     "hard_swish": HardSwish,
     "hard_sigmoid": HardSigmoid,
     "tanh": lambda prefix: nn.Activation("tanh", prefix=prefix),
 }
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[..., HybridBlock]] = {
     nodes.Sequence: nn.HybridSequential,
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[[Placed, str], HybridBlock]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _activation,

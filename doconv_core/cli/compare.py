@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from doconv_core.cli.flattening import Sizes, channels_first, takes_image
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import KERAS, TRANSPOSED, framework_of, weight_of
-from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CONVOLUTION, LINEAR, Layer
 from doconv_core.maths.numeric import difference
 
 Array = NDArray[Any]

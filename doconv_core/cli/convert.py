@@ -36,31 +36,23 @@ from doconv_core.cli.planning import Plan, needs_kernel_size
 from doconv_core.cli.recognised import (
     GLUON,
     KERAS,
-    PYTORCH,
     STATE,
     framework_of,
     recognised_layers,
     seems_channels_last,
-    tells_order,
 )
 from doconv_core.cli.told import Required, compare_told, required_without_template
-from doconv_core.files.checkpoint import Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import Layer
 from doconv_core.files.folding import check_understood
+from doconv_core.files.formats import formats
 from doconv_core.models.report import place
 from doconv_core.state.file import read_state
 from doconv_core.state.layers import CHANNELS_FIRST
 
 Write = Callable[[Path, Plan, writing.Step], None]
-# Of each name that `--to` takes: the framework whose names the file has, and what writes it.
-TARGETS: dict[str, tuple[str, Write]] = {
-    "pytorch": (PYTORCH, writing.write_pytorch),
-    "safetensors": (PYTORCH, writing.write_safetensors),
-    "gluon": (GLUON, writing.write_gluon),
-}
-SUFFIXES = {
-    ".pt": "pytorch", ".pth": "pytorch", ".bin": "pytorch", ".ckpt": "pytorch",
-    ".safetensors": "safetensors", ".params": "gluon", ".keras": "keras", ".h5": "keras",
-}  # fmt: skip
+# What `--to` takes, of formats whose names and layouts are not those of one network.
+TARGETS = ("pytorch", "safetensors", "gluon")
 
 
 @click.command(short_help="Convert a checkpoint to another framework's.")
@@ -75,7 +67,7 @@ SUFFIXES = {
     help="How the layers of IN are paired with those of --like.",
 )  # fmt: skip
 @click.option(
-    "--to", "name", type=click.Choice([*TARGETS]), help="Format of OUT, where no suffix tells it."
+    "--to", "name", type=click.Choice(TARGETS), help="Format of OUT, where no suffix tells it."
 )
 @click.option("--fold", "folded", is_flag=True, help="Fold over-parameterized layers on the way.")
 @click.option("--part", help="Of several copies of a model in IN, such as an average, which one.")
@@ -194,31 +186,30 @@ def _like(
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
     """Return the framework whose names OUT will have, and what writes it, without a template."""
-    name = name or SUFFIXES.get(target.suffix.lower())
-    if name is None:
+    known = formats()
+    # The longest suffix: that of a sharded file ends in others'.
+    by_suffix = {suffix: each for each in known.values() for suffix in each.SUFFIXES}
+    fitting = [suffix for suffix in by_suffix if target.name.lower().endswith(suffix)]
+    if name is None and not fitting:
         raise click.UsageError(f"the suffix of {target} tells no format; give it with --to.")
-    if name not in TARGETS:
+    form = by_suffix[max(fitting, key=len)] if name is None else known[name]
+    if form.FRAMEWORK == KERAS:
         raise click.UsageError(
             f"{target}: a Keras file's names and layouts are those of one network; save it, as "
             "initialised, and give that file with --like."
         )
-    return TARGETS[name]
+    return form.FRAMEWORK, partial(writing.write, form=form)
 
 
 def _writer_like(
     checkpoint: Checkpoint, template: Checkpoint, framework: str, paired: Paired
 ) -> Write:
     """Return what writes a file of the template's format."""
-    if framework == KERAS:
-        return partial(writing.write_keras_like, template=template.path)
     if framework == STATE:
         source = checkpoint.path if framework_of(checkpoint) == STATE else None
         paths = {other.path: layer.path for layer, other in paired.both}
         return partial(writing.write_state_like, template=template.path, source=source, paths=paths)
-    if framework == GLUON:
-        return writing.write_gluon
-    is_safetensors = template.format == "safetensors"
-    return writing.write_safetensors if is_safetensors else writing.write_pytorch
+    return partial(writing.write, form=template.module, like=template)
 
 
 def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
@@ -282,7 +273,7 @@ def _flattenings(
     fed = fed_by_config(keras, [pair[keras is not checkpoint] for pair in pairs])
     named = {layer.name: fed[number] for number, layer in enumerate(layers) if number in fed}
     images = images._replace(fed=named, file=str(keras.path))
-    return Flattenings(checkpoint, layers, images, tells_order(checkpoint))
+    return Flattenings(checkpoint, layers, images, checkpoint.ordered)
 
 
 def _behind_images(checkpoint: Checkpoint, layers: Sequence[Layer]) -> set[str]:

@@ -17,7 +17,8 @@ from doconv_core.cli.keras_graph import Fed, fed_layers
 from doconv_core.cli.order import Order
 from doconv_core.cli.parse import matching, parse_size
 from doconv_core.cli.recognised import NORM, config_of, group_of
-from doconv_core.files.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, LINEAR, Layer
 from doconv_core.models.report import place
 
 Array = NDArray[Any]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from doconv_core.cli.recognised import NORM, TRANSPOSED, group_of, nodes_of
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
 from doconv_core.maths.spec import as_tuple
 

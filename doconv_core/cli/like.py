@@ -15,7 +15,8 @@ from doconv_core.cli.naming import COUNT, OF_W
 from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.planning import Plan, Planned, Weights, weights_of
 from doconv_core.cli.recognised import TRANSPOSED, weight_of
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec

@@ -19,7 +19,8 @@ from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.flattening import Flattenings, takes_image
 from doconv_core.cli.planning import Plan, Planned, weights_of
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED, weight_of
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 
 Array = NDArray[Any]
 

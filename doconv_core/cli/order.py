@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from doconv_core.cli.recognised import NORM
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 from doconv_core.files.shapes import canonical_shape
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.output import print_table, size
-from doconv_core.cli.recognised import TRANSPOSED, tells_order
-from doconv_core.files.checkpoint import CONVOLUTION, OTHER, Checkpoint, Layer
+from doconv_core.cli.recognised import TRANSPOSED
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CONVOLUTION, OTHER, Layer
 
 AFTER = 4  # lines that a listing goes on behind the first difference
 
@@ -79,7 +80,7 @@ def alike_by_order(
 def require_order(*checkpoints: Checkpoint) -> None:
     """Raise Failure for a file whose layers are not in the model's order."""
     for file in checkpoints:
-        if not tells_order(file):
+        if not file.ordered:
             raise Failure(
                 f"{file.path} has its layers in the order of their names, not of the model; a "
                 ".pt, .params or .keras file tells that order. Or use --match name.",

@@ -10,7 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.files.checkpoint import Checkpoint, Layer, check_finite
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import Layer
+from doconv_core.files.folding import check_finite
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-from doconv_core.files import formats
-from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, OTHER, Checkpoint, Layer
-from doconv_core.files.keras_names import snake_case, stem_of, stored_nodes
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CONVOLUTION, LINEAR, OTHER, Layer
+from doconv_core.files.keras_names import snake_case, stem_of
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.maths.layout import to_canonical
 from doconv_core.state.file import read_state
@@ -29,12 +27,7 @@ _TRANSPOSED = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
 
 def framework_of(checkpoint: Checkpoint) -> str:
     """Return whose names and layouts a file has. A plain safetensors file has PyTorch's."""
-    found = formats.recognise(checkpoint.path)
-    if found == formats.GLUON:
-        return GLUON
-    if found in (formats.KERAS, formats.HDF5):
-        return KERAS
-    return STATE if checkpoint.format.startswith("doconv state") else PYTORCH
+    return checkpoint.framework
 
 
 def recognised_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
@@ -70,21 +63,6 @@ def seems_channels_last(layer: Layer) -> bool:
     if all(n == 1 for n in (first, *between)):
         return False  # channels-last, it would be one tap, whose numbers lie in the same order
     return all(n == first for n in between) and last > 2 * first and last >= 8
-
-
-def tells_order(checkpoint: Checkpoint) -> bool:
-    """Return whether the file's layers are in the model's order, not sorted by their names.
-
-    HDF5 sorts, and so do the libraries that write safetensors; the header of a canonical state
-    tells, and so does the config of a `.keras` file, unless the model, or a part of it, is of a
-    class of one's own.
-    """
-    found = formats.recognise(checkpoint.path)
-    if found == formats.KERAS:
-        nodes = nodes_of(checkpoint)
-        return all(group_of(layer) in nodes for layer in checkpoint.layers)
-    sorting = (formats.HDF5, formats.SAFETENSORS)
-    return checkpoint.format.startswith("doconv state") or found not in sorting
 
 
 def _norm(checkpoint: Checkpoint, layer: Layer, framework: str) -> Layer:
@@ -123,17 +101,12 @@ def group_of(layer: Layer) -> str:
 
 def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """Return the config of a `.keras` file; None of another."""
-    if formats.recognise(checkpoint.path) != formats.KERAS:
-        return None
-    with zipfile.ZipFile(checkpoint.path) as archive:  # which has been looked at, to be opened
-        found: Mapping[str, Any] = json.loads(archive.read("config.json"))
-    return found
+    return getattr(checkpoint, "config", None)
 
 
 def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return the config of each group that the config of a `.keras` file tells."""
-    config = config_of(checkpoint)
-    return {} if config is None else {group: node for group, _, node in stored_nodes(config)}
+    return getattr(checkpoint, "nodes", {})
 
 
 def _classes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -14,7 +14,8 @@ import numpy as np
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_told import Told, told_by_config
 from doconv_core.cli.recognised import KERAS, STATE, TRANSPOSED, framework_of
-from doconv_core.files.checkpoint import Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import Layer
 from doconv_core.maths.geometry import Geometry, Pad
 from doconv_core.models.report import place
 from doconv_core.state.file import read_state

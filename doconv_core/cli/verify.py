@@ -31,7 +31,9 @@ from doconv_core.cli.output import counted, print_json, print_table, progress, s
 from doconv_core.cli.pairing import alike_by_order, pair_by_name, require_order
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.files.checkpoint import Checkpoint, Layer, open_checkpoint
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import Layer
+from doconv_core.files.formats import open_checkpoint
 
 
 @click.command(short_help="Compare two checkpoints, kernel by kernel.")

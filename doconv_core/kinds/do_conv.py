@@ -1,4 +1,4 @@
-"""Composition: from the trained pair `(W, D)` to the kernel of one ordinary convolution, and back.
+"""DO-Conv: the kernel of an ordinary convolution, composed of the trained pair `(W, D)`.
 
 `W`, weight: `(O, I/g, S)`. `D`, depthwise weight: `(I, M, S)`, a residual around the identity `E`.
 Axis letters as everywhere in this project: g group, o output channel in its group, i input channel
@@ -7,16 +7,18 @@ in its group, m kernel tap, s depth-multiplier index.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from doconv_core.kinds.base import ONE_TAP, Array, ComposedKind, Cost, Shape, register
 from doconv_core.maths.convolve import convolve
 from doconv_core.maths.numeric import as_floats, widened
-from doconv_core.maths.spec import ConvSpec
-
-Array = NDArray[Any]
+from doconv_core.maths.spec import ConvSpec, as_integer
 
 
 def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
@@ -24,6 +26,10 @@ def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
 
     `E[m, s]` is 1 where `s % M == m` and `s` lies in a whole tile of `M`, else 0: the unit matrix
     where `S == M`, as many of them side by side as fit where `S > M`.
+
+    >>> identity(ConvSpec(1, 1, (2,), depth_multiplier=5), int)
+    array([[1, 0, 1, 0, 0],
+           [0, 1, 0, 1, 0]])
     """
     taps, multiplier = spec.taps, spec.depth_multiplier
     tiled = np.arange(multiplier) < taps * (multiplier // taps)
@@ -39,6 +45,10 @@ def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> A
     once. Returns `(O, I/g, *kernel_size)`, in weight's dtype.
     Raises ValueError where a shape disagrees with `spec`, TypeError for dtypes that are not float.
     Source: DO-Conv, arXiv 2006.12030, kernel composition.
+
+    >>> spec = ConvSpec(1, 1, (2,))
+    >>> compose(np.array([[[3.0, 4.0]]]), np.array([[[0.0, 1.0], [0.0, 0.0]]]), spec)
+    array([[[7., 4.]]])
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     if depthwise is None:
@@ -56,6 +66,11 @@ def compose_gradient(
     kernel_gradient: `(O, I/g, *kernel_size)`. Returns arrays of `weight`'s and `depthwise`'s shapes
     and dtypes; None in place of the second for a kernel of one tap.
     Raises ValueError where a shape disagrees with `spec`.
+
+    >>> weight, spec = np.array([[[3.0, 4.0]]]), ConvSpec(1, 1, (2,))
+    >>> compose_gradient(weight, np.zeros((1, 2, 2)), np.array([[[1.0, 0.0]]]), spec)
+    (array([[[1., 0.]]]), array([[[3., 4.],
+            [0., 0.]]]))
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     gradient = _of_shape("kernel_gradient", kernel_gradient, spec.kernel_shape)
@@ -77,6 +92,11 @@ def from_kernel(kernel: ArrayLike, spec: ConvSpec) -> tuple[Array, Array | None]
     kernel: `(O, I/g, *kernel_size)`. Its taps become the first `M` entries of `W`, the rest is
     zero. Returns `(O, I/g, S)` and `(I, M, S)`, in kernel's dtype; None in place of the second for
     a kernel of one tap. Raises ValueError where the shape disagrees with `spec`.
+
+    >>> kernel, spec = np.array([[[1.0, 2.0]]]), ConvSpec(1, 1, (2,), depth_multiplier=3)
+    >>> weight, depthwise = from_kernel(kernel, spec)
+    >>> weight, compose(weight, depthwise, spec)
+    (array([[[1., 2., 0.]]]), array([[[1., 2.]]]))
     """
     kernel = _of_shape("kernel", kernel, spec.kernel_shape)
     weight = np.zeros(spec.weight_shape, kernel.dtype)
@@ -107,6 +127,13 @@ def feature_compose(
     x: `(B, I, *spatial)`. bias: `(O,)`. Stride, padding, dilation and padding mode as in
     `convolve`; they belong to the depthwise convolution. Returns `(B, O, *out)`, in x's dtype.
     Source: DO-Conv, arXiv 2006.12030, feature composition.
+
+    >>> spec, x = ConvSpec(1, 1, (2,)), np.array([[[1.0, 2.0, 3.0]]])
+    >>> weight, depthwise = np.array([[[3.0, 4.0]]]), np.array([[[0.0, 1.0], [0.0, 0.0]]])
+    >>> feature_compose(x, weight, depthwise, spec)
+    array([[[15., 26.]]])
+    >>> convolve(x, compose(weight, depthwise, spec))
+    array([[[15., 26.]]])
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     multiplier = spec.depth_multiplier
@@ -174,3 +201,107 @@ def _of_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
     return array
+
+
+class LayerCost(NamedTuple):
+    """The cost of one layer in each of its forms.
+
+    ordinary: the convolution it replaces. kernel_composed: in training, composing the kernel once
+    for the whole batch. feature_composed: in training, a depthwise then a pointwise convolution of
+    the data. folded: the ordinary convolution it becomes, so the same as `ordinary`.
+
+    >>> cost = layer_cost(ConvSpec(8, 8, (3, 3)), 100, bias=False)
+    >>> cost.kernel_composed, cost.folded
+    (Cost(parameters=1224, macs=62784), Cost(parameters=576, macs=57600))
+    """
+
+    ordinary: Cost
+    kernel_composed: Cost
+    feature_composed: Cost
+    folded: Cost
+
+
+def layer_cost(spec: ConvSpec, positions: int, *, batch: int = 1, bias: bool = True) -> LayerCost:
+    """Return what the layer costs as an ordinary, a composed and a folded convolution.
+
+    positions: output positions of one image, `H·W` in two dimensions. batch: images, `B`.
+    Biases count as parameters, not as multiply-accumulates. A kernel of one tap has no D, and all
+    forms cost the same. Raises TypeError or ValueError for what is not a positive integer.
+    Source: DO-Conv, arXiv 2006.12030, section on training and inference cost.
+
+    >>> layer_cost(ConvSpec(8, 8, (3, 3)), 100).ordinary
+    Cost(parameters=584, macs=57600)
+    """
+    images = as_integer("positions", positions) * as_integer("batch", batch)
+    biases = spec.out_channels if bias else 0
+    kernel = prod(spec.kernel_shape)
+    ordinary = Cost(kernel + biases, kernel * images)
+    if spec.depthwise_shape is None:
+        return LayerCost(ordinary, ordinary, ordinary, ordinary)
+    weight, depthwise = prod(spec.weight_shape), prod(spec.depthwise_shape)
+    trained = weight + depthwise + biases
+    composition = depthwise * spec.out_channels_per_group
+    return LayerCost(
+        ordinary=ordinary,
+        kernel_composed=Cost(trained, ordinary.macs + composition),
+        feature_composed=Cost(trained, (depthwise + weight) * images),
+        folded=ordinary,
+    )
+
+
+class DOConvKind(ComposedKind):
+    """DO-Conv: `weight`, W, `(O, I/g, S)`, and `depthwise_weight`, D, `(I, M, S)`."""
+
+    name = "doconv"
+    words = ("doconv",)
+    options = ("depth_multiplier",)
+    names = ("weight", "depthwise_weight")
+    constants = MappingProxyType({"depthwise_weight": 0.0})
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a depth multiplier that is no integer above 0."""
+        if options.get("depth_multiplier") is not None:
+            as_integer("depth_multiplier", options["depth_multiplier"])
+
+    def obstacle(self, conv: ConvSpec) -> str | None:
+        """Return that a kernel of one tap has nothing to over-parameterize."""
+        return ONE_TAP if conv.taps == 1 else None
+
+    def spec(self, conv: ConvSpec, **options: Any) -> ConvSpec:
+        """Return the sizes with `depth_multiplier`; ValueError for one below the taps."""
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
+        return ConvSpec(*sizes, **options)
+
+    def entries(self, spec: ConvSpec) -> dict[str, Shape]:
+        """Return the shapes of W and of D, which a kernel of one tap lacks."""
+        shapes: dict[str, Shape] = {"weight": spec.weight_shape}
+        if spec.depthwise_shape is not None:
+            shapes["depthwise_weight"] = spec.depthwise_shape
+        return shapes
+
+    def compose(self, entries: Mapping[str, Array], spec: ConvSpec) -> Array:
+        """Return `compose` of W and D."""
+        return compose(entries["weight"], entries.get("depthwise_weight"), spec)
+
+    def gradient(
+        self, entries: Mapping[str, Array], kernel_gradient: Array, spec: ConvSpec
+    ) -> dict[str, Array]:
+        """Return `compose_gradient` of W and D, by name."""
+        weights = entries["weight"], entries.get("depthwise_weight")
+        return _named(*compose_gradient(*weights, kernel_gradient, spec))
+
+    def start(self, kernel: Array, spec: ConvSpec) -> dict[str, Array]:
+        """Return `from_kernel`'s W and D, by name."""
+        return _named(*from_kernel(kernel, spec))
+
+    def composition_macs(self, spec: ConvSpec) -> int:
+        """Return what `layer_cost` says of composing the kernel."""
+        cost = layer_cost(spec, 1)
+        return cost.kernel_composed.macs - cost.ordinary.macs
+
+
+def _named(weight: Array, depthwise: Array | None) -> dict[str, Array]:
+    return {"weight": weight, **({} if depthwise is None else {"depthwise_weight": depthwise})}
+
+
+DO_CONV = register(DOConvKind())

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from doconv_core.kinds.do_conv_cost import layer_cost
-from doconv_core.maths.spec import ConvSpec, as_integer, is_sequence
-from doconv_core.networks.lowering import lowered
+from doconv_core.kinds.base import composed_by
+from doconv_core.kinds.do_conv import layer_cost
+from doconv_core.maths.spec import as_integer, is_sequence
+from doconv_core.networks.lowering import conv_spec, lowered
 from doconv_core.networks.names import describe
 from doconv_core.networks.nodes import (
     Activation,
@@ -39,6 +40,10 @@ class CountedLayer:
     once it is folded. flops: by BSConv's rule. macs: multiply-accumulates of convolutions and
     linear layers, without biases. training_parameters: with the D of a DO-Conv layer and its W.
     composition_macs: of composing its kernel once, for a whole batch.
+
+    >>> layer = count("cifar_resnet20").layers[0]
+    >>> layer.path, layer.kind, layer.parameters
+    ('input_bn', 'batch_norm', 6)
     """
 
     path: str
@@ -55,7 +60,12 @@ class CountedLayer:
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """A network's layers in order, and their costs together, as `CountedLayer` has them."""
+    """A network's layers in order, and their costs together, as `CountedLayer` has them.
+
+    >>> cost = count("cifar_resnet20_doconv")
+    >>> cost.parameters, cost.training_parameters
+    (278330, 329117)
+    """
 
     name: str
     input_shape: Shape
@@ -103,6 +113,10 @@ def count(
     the products of squeeze and excite, the sums of residuals.
     Raises ValueError for a name that gives no network and an input that does not fit, TypeError
     for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository.
+
+    >>> cost = count("cifar_resnet20", (3, 32, 32), num_classes=10)
+    >>> cost.parameters, cost.flops
+    (272480, 41413258)
     """
     shape = None if input_shape is None else _checked(input_shape)
     if isinstance(name_or_description, Network):
@@ -144,17 +158,19 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
 
 
 def _convolution(at: Placed, conv: Conv, kind: str) -> CountedLayer:
-    """Return a convolution's costs. A DO-Conv layer's are those of the folded one."""
-    spec = ConvSpec(at.before[0], at.after[0], conv.kernel_size, conv.groups or at.before[0])
-    cost = layer_cost(spec, prod(at.after[1:]), bias=conv.bias)
-    trained = cost.kernel_composed if kind == "doconv" else cost.ordinary
+    """Return a convolution's costs; of a layer with a composed kernel, those of the folded one."""
+    spec, positions = conv_spec(conv, at.before), prod(at.after[1:])
+    folded = layer_cost(spec, positions, bias=conv.bias).folded
+    composed, trained = composed_by(conv.kind, spec), folded
+    if composed is not None:
+        trained = composed.training_cost(composed.spec(spec), positions, bias=conv.bias)
     return CountedLayer(
         at.path, kind, at.before, at.after, conv.kernel_size,
-        parameters=cost.folded.parameters,
-        flops=cost.folded.macs + (prod(at.after) if conv.bias else 0),
-        macs=cost.folded.macs,
+        parameters=folded.parameters,
+        flops=folded.macs + (prod(at.after) if conv.bias else 0),
+        macs=folded.macs,
         training_parameters=trained.parameters,
-        composition_macs=trained.macs - cost.ordinary.macs,
+        composition_macs=trained.macs - folded.macs,
     )  # fmt: skip
 
 

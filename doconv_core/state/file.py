@@ -23,7 +23,8 @@ from safetensors.numpy import save
 
 from doconv_core.atomic import replacing
 from doconv_core.maths.geometry import Geometry
-from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec, composed_kind
 
 __all__ = [
     "FORMAT",
@@ -48,7 +49,13 @@ _FIELDS = {"1": _FIELDS_1, "2": _FIELDS_2}
 
 
 class StateError(ValueError):
-    """A state that is damaged, foreign or not this model's: the entry, found and expected."""
+    """A state that is damaged, foreign or not this model's: the entry, found and expected.
+
+    >>> State({"fc": LayerForm(LinearSpec(3, 2), bias=False)}, {})
+    Traceback (most recent call last):
+        ...
+    doconv_core.state.file.StateError: entry 'fc.weight' is missing; expected shape (2, 3).
+    """
 
 
 def entry(path: str, name: str) -> str:
@@ -64,6 +71,10 @@ class State:
     `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and
     as `"network"` the name of one that `describe` knows; empty where that is not known.
     Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
+
+    >>> form = LayerForm(LinearSpec(3, 2), bias=False)
+    >>> State({"fc": form}, {"fc.weight": np.zeros((2, 3))}).layers["fc"].shapes
+    {'weight': (2, 3)}
     """
 
     layers: Mapping[str, LayerForm]
@@ -102,7 +113,13 @@ def origin_of(framework: str, version: str, network: str | None) -> dict[str, st
 
 
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
-    """Write `state` to `path` as one safetensors file, atomically."""
+    """Write `state` to `path` as one safetensors file, atomically.
+
+    >>> form = LayerForm(LinearSpec(3, 2), bias=False)
+    >>> write_state(State({"fc": form}, {"fc.weight": np.zeros((2, 3))}), "state.safetensors")
+    >>> list(read_state("state.safetensors").arrays)
+    ['fc.weight']
+    """
     layers = {name: _as_json(form) for name, form in state.layers.items()}
     header = {
         "format": FORMAT,
@@ -122,6 +139,10 @@ def read_state(path: str | os.PathLike[str]) -> State:
 
     Raises StateError for a file that is truncated, not a safetensors file, not one of this package,
     of a newer version, or inconsistent in itself; FileNotFoundError where there is none.
+
+    >>> write_state(State({}, {}, {"framework": "torch"}), "state.safetensors")
+    >>> read_state("state.safetensors").origin
+    {'framework': 'torch'}
     """
     file = os.fspath(path)
     if os.path.isdir(file):
@@ -199,6 +220,10 @@ def _from_json(described: Any, fields: tuple[str, ...]) -> LayerForm:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; found {name!r}.")
+    composed = described["over_parameterized"]
+    if isinstance(composed, str) and kind.spec is ConvSpec:
+        found = composed_kind(composed)
+        kind = kind if found is None else kind._replace(spec=found.spec_type)
     names = tuple(f.name for f in dataclasses.fields(kind.spec))
     spec = kind.spec(**_fields_of("spec", described.pop("spec"), names))
     if fields is _FIELDS_1:
