@@ -9,8 +9,6 @@ from keras import layers, ops
 from keras_layers import array
 
 from doconv_tf import over_parameterize, verify
-from doconv_tf.ordinary import first_occurrences, walk
-from doconv_tf.over_parameterized import OverParameterized
 
 SHAPE = (2, 9, 9, 3)
 
@@ -29,8 +27,15 @@ def filled(model, seed=0):
 
 def depthwise(model):
     """Return D of each over-parameterized layer."""
-    layers_ = [layer for _, layer in first_occurrences(model)]
-    return [getattr(x, x.d_name) for x in layers_ if isinstance(x, OverParameterized)]
+    once = {id(layer): layer for _, layer in walk(model)}.values()
+    return [getattr(layer, layer.d_name) for layer in once if hasattr(layer, "d_name")]
+
+
+def walk(layer, path=""):
+    """Yield the layer and all below it, with their paths; a shared one wherever it occurs."""
+    yield path, layer
+    for child in layer._flatten_layers(include_self=False, recursive=False):
+        yield from walk(child, f"{path}.{child.name}" if path else child.name)
 
 
 def as_trained(model):
@@ -185,6 +190,12 @@ def assert_equal_outputs(a, b, inputs):
         for variable, value in zip(model.weights, before, strict=True):
             variable.assign(value)
     keras.tree.map_structure(np.testing.assert_array_equal, *results)
-    keras.tree.map_structure(
-        np.testing.assert_array_equal, *(m.predict(inputs, verbose=0) for m in (a, b))
-    )
+    keras.tree.map_structure(np.testing.assert_array_equal, *(predicted(m, inputs) for m in (a, b)))
+
+
+def predicted(model, inputs):
+    """Return what `predict` gives, without compiling a function, which takes a second each."""
+    model.run_eagerly = True
+    found = model.predict(inputs, verbose=0)
+    model.run_eagerly = False
+    return found

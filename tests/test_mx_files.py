@@ -16,11 +16,14 @@ from doconv_mx import DOConv2D, export_state, load_state  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import IN_CHANNELS, MULTIPLIERS, equal, image, ordinary, random_d, trained  # noqa: E402
+from gluon_layers import IN_CHANNELS, equal, image, ordinary, random_d, trained  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
 from doconv_core import State, difference  # noqa: E402
+
+# As many as the taps; and not a multiple of them: that any other is composed alike, others test.
+MULTIPLIERS = pytest.mark.parametrize("multiplier", [None, 19])
 
 
 @MULTIPLIERS

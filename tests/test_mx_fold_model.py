@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 from frameworks import need
 
@@ -16,7 +14,6 @@ from doconv_mx import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 import mxnet as mx  # noqa: E402
 from gluon_layers import equal, image, trained  # noqa: E402
 from gluon_models import (  # noqa: E402
-    CONVOLUTIONS,
     HYBRIDIZED,
     INPLACE,
     MULTIPLIERS,
@@ -29,7 +26,6 @@ from gluon_models import (  # noqa: E402
     outputs,
     same,
     square,
-    step,
 )
 from mxnet import gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
@@ -60,64 +56,6 @@ def blocks(model):
     return found
 
 
-def relative_names(model):
-    """Return the names of a model's parameters without the model's own prefix."""
-    return [name.removeprefix(model.prefix) for name in model.collect_params()]
-
-
-@HYBRIDIZED
-@MULTIPLIERS
-@INPLACE
-def test_the_folded_model_is_ordinary_and_computes_the_same(hybridized, multiplier, inplace):
-    plain, twin, model = built(), *(over_parameterized(None, multiplier) for _ in range(2))
-    for net in (twin, model):
-        net.hybridize(hybridized)
-        outputs(net)
-    folded, report = fold(model, inplace=inplace)
-    assert (folded is model) == inplace
-    assert not traces(folded)
-    assert [type(b) for b in (folded.conv1, folded.body[0], folded.head)] == [nn.Conv2D] * 3
-    assert relative_names(folded) == relative_names(plain)
-    assert list(folded._collect_params_with_prefix()) == list(plain._collect_params_with_prefix())
-    for training in (False, True):
-        assert same(step(folded, training=training), step(twin, training=training))
-    assert same(outputs(folded), outputs(twin))
-    assert [c.path for c in report.changed] == CONVOLUTIONS
-    assert {c[1:] for c in report.changed} == {("DOConv2D", "Conv2D")}
-    assert report.left == ()
-    counted = [sum(p.data().size for p in m.collect_params().values()) for m in (twin, plain)]
-    assert [report.parameters_before, report.parameters_after] == counted
-    assert folded.conv1._active == hybridized
-
-
-@INPLACE
-def test_twice_is_the_same_as_once(inplace):
-    once = fold(over_parameterized()).model
-    before = outputs(once)
-    twice, report = fold(once, inplace=inplace)
-    assert not report.changed
-    assert same(outputs(twice), before)
-    assert [p.name for p in twice.collect_params().values()] == list(once.collect_params())
-
-
-@HYBRIDIZED
-def test_the_original_is_untouched(hybridized):
-    model, twin = over_parameterized(hybridized=hybridized), over_parameterized()
-    kept = dict(model.collect_params().items())
-    folded = fold(model).model
-    folded.head.weight.set_data(0 * folded.head.weight.data())
-    assert type(model.head) is DOConv2D
-    assert dict(model.collect_params().items()) == kept
-    assert same(outputs(model), outputs(twin))
-
-
-def test_back_and_forth():
-    model = over_parameterized()
-    again = over_parameterize(fold(model).model).model
-    assert alike(outputs(again), outputs(model))
-    assert again.head.weight.name == model.head.weight.name
-
-
 def test_layers_given_as_do_conv_are_folded_wherever_they_stand():
     net = nn.Sequential()
     net.add(DOConv2D(4, 6, 3), Listed(), nn.Activation("relu"))
@@ -142,22 +80,6 @@ def test_a_layer_of_one_tap_is_folded_too():
     folded = fold(model).model
     assert [type(block) for block in folded] == [nn.Conv2D] * 3
     assert folded[0].weight is folded[1].weight
-    assert not traces(folded)
-    assert same(outputs(folded), before)
-
-
-@MULTIPLIERS
-@INPLACE
-def test_what_is_shared_stays_shared(multiplier, inplace):
-    layer, first = square(), square()
-    net = chain(layer, first, nn.Activation("relu"), layer, square(first.params))
-    model = over_parameterized(net, multiplier)
-    before = outputs(model)
-    folded, report = fold(model, inplace=inplace)
-    assert folded[0] is folded[3]
-    assert folded[1].weight is folded[4].weight
-    assert [c.path for c in report.changed] == ["0", "1", "4"]
-    assert len(folded.collect_params().keys()) == 4
     assert not traces(folded)
     assert same(outputs(folded), before)
 
@@ -207,25 +129,6 @@ def test_a_model_without_values_is_folded_to_one_without_values(initialized, mul
     assert same(*found)
 
 
-class Doubled(DOConv2D):
-    def hybrid_forward(self, F, x, *args, **kwargs):
-        return 2 * super().hybrid_forward(F, x, *args, **kwargs)
-
-
-@INPLACE
-def test_what_no_ordinary_layer_computes_is_refused_before_anything_is_changed(inplace):
-    model = built(chain(DOConv2D(4, 4, 3), Doubled(4, 4, 3)))
-    with pytest.raises(NotFoldable, match=r"layer '1': .*Doubled has a forward of its own"):
-        fold(model, inplace=inplace)
-    assert type(model[0]) is DOConv2D
-    with pytest.raises(NotFoldable, match=r"^the model itself: .*Doubled has a forward of its own"):
-        fold(model[1], inplace=inplace)
-    model = built(chain(DOConv2D(4, 4, 3)))
-    model[0].hybrid_forward = lambda F, x, **parameters: x
-    with pytest.raises(NotFoldable, match=r"layer '0': .*DOConv2D has a forward of its own"):
-        fold(model, inplace=inplace)
-
-
 def test_a_weight_shared_without_d_is_refused():
     first = DOConv2D(4, 4, 3, padding=1)
     params = gluon.ParameterDict(first.params.prefix)
@@ -247,20 +150,6 @@ def test_values_that_are_there_in_part_are_refused():
         fold(model[0])
     with pytest.raises(TypeError, match=r"model must be a mxnet\.gluon\.Block; received builtins"):
         fold("model")
-
-
-def test_the_folded_model_can_be_pickled_piece_by_piece_and_saved_without_a_trace(tmp_path):
-    folded = fold(over_parameterized()).model
-    for layer in (folded.conv1, folded.body[0], folded.head):
-        values = [parameter.data().asnumpy() for parameter in layer.collect_params().values()]
-        assert b"doconv" not in pickle.dumps((type(layer), values, layer._kwargs))
-    folded.save_parameters(str(tmp_path / "file"))
-    content = (tmp_path / "file").read_bytes()
-    assert b"depthwise" not in content
-    assert b"doconv" not in content
-    plain = Residual()
-    plain.load_parameters(str(tmp_path / "file"))
-    assert same(outputs(plain), outputs(folded))
 
 
 @MULTIPLIERS

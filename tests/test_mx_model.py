@@ -13,9 +13,8 @@ from doconv_mx import DOConv2D, over_parameterize  # noqa: E402
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from gluon_layers import PAIRS, equal, image, ordinary  # noqa: E402
+from gluon_layers import image, ordinary  # noqa: E402
 from gluon_models import (  # noqa: E402
-    CONVOLUTIONS,
     HYBRIDIZED,
     INPLACE,
     MULTIPLIERS,
@@ -30,50 +29,11 @@ from gluon_models import (  # noqa: E402
     square,
     step,
 )
-from mxnet import autograd, gluon  # noqa: E402
+from mxnet import gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
+from mxnet.gluon.contrib.cnn import DeformableConvolution  # noqa: E402
 
-from doconv_core import Change  # noqa: E402
-from doconv_core.models.report import ONE_TAP  # noqa: E402
-
-
-def ordinary_names(model):
-    """Return the names of a model's parameters, and their paths in its files, without D's."""
-    both = model.collect_params().keys(), model._collect_params_with_prefix()
-    return [[n for n in names if not n.endswith("depthwise_weight")] for names in both]
-
-
-@HYBRIDIZED
-@INPLACE
-def test_the_model_computes_the_same_bits_under_the_same_names(hybridized, inplace):
-    model, before = built(hybridized=hybridized), built(hybridized=hybridized)
-    names = ordinary_names(model)
-    target, report = over_parameterize(model, inplace=inplace)
-    assert (target is model) == inplace
-    assert [type(b) for b in (target.conv1, target.body[0], target.head)] == [DOConv2D] * 3
-    assert type(target.body[1]) is nn.Conv2D
-    assert ordinary_names(target) == names
-    assert len(target.collect_params().keys()) == len(names[0]) + 3
-    for training in (False, True):
-        assert same(step(target, training=training), step(before, training=training))
-    assert same(outputs(target), outputs(before))
-    assert [c.path for c in report.changed] == CONVOLUTIONS
-    assert {c[1:] for c in report.changed} == {("Conv2D", "DOConv2D")}
-    assert [tuple(left) for left in report.left] == [("body.1", "Conv2D", ONE_TAP)]
-    counted = [sum(p.data().size for p in m.collect_params().values()) for m in (before, target)]
-    assert [report.parameters_before, report.parameters_after] == counted
-
-
-@HYBRIDIZED
-@INPLACE
-def test_a_larger_depth_multiplier_computes_the_same_but_for_rounding(hybridized, inplace):
-    model, before = built(hybridized=hybridized), built(hybridized=hybridized)
-    target = over_parameterize(model, depth_multiplier=12, inplace=inplace).model
-    assert target.conv1.weight.shape == (6, 2, 12)
-    assert target.conv1.spec.depth_multiplier == 12
-    for training in (False, True):
-        assert alike(step(target, training=training), step(before, training=training))
-    assert all(p.grad_req == "write" for p in target.collect_params(".*weight").values())
+from doconv_core.models.report import NOT_PLAIN  # noqa: E402
 
 
 @MULTIPLIERS
@@ -128,34 +88,6 @@ def test_a_copy_is_apart_from_the_original(hybridized, multiplier):
     assert same(step(model)[:1], step(model)[:1])
 
 
-def test_a_trainer_keeps_the_weights_of_a_model_changed_in_place():
-    model = built()
-    weight, bias = model.head.weight, model.head.bias
-    weight.grad_req = "add"
-    trainer = gluon.Trainer(model.collect_params(), "sgd", {"learning_rate": 0.1})
-    over_parameterize(model, inplace=True)
-    assert (model.head.weight, model.head.bias) == (weight, bias)
-    before = weight.data().copy()
-    step(model)
-    trainer.step(2)
-    assert not equal(weight.data(), before)
-
-
-@pytest.mark.parametrize(("do_conv", "conv"), PAIRS, ids=["1d", "2d", "3d"])
-@INPLACE
-def test_the_model_may_be_a_convolution_itself(do_conv, conv, inplace):
-    plain = ordinary(conv, 2, activation="relu")
-    x = image(2, 4, *[5] * int(conv.__name__[-2]))
-    expected = plain(x)
-    layer, report = over_parameterize(plain, inplace=inplace)
-    assert type(layer) is do_conv
-    assert type(plain) is (do_conv if inplace else conv)
-    assert report.changed == (Change("", conv.__name__, do_conv.__name__),)
-    assert equal(layer(x), expected)
-    assert layer.spec.kernel_size == (2,) * int(conv.__name__[-2])
-    assert "depth_multiplier=" in repr(layer)
-
-
 @MULTIPLIERS
 def test_what_is_set_on_layers_and_parameters_is_kept(multiplier):
     contexts = [mx.cpu(0), mx.cpu(1)]
@@ -194,39 +126,6 @@ def test_hooks_survive(inplace):
         del seen[:]
         outputs(target)
         assert len(seen) == 2
-
-
-@HYBRIDIZED
-@MULTIPLIERS
-@INPLACE
-def test_a_layer_in_several_places_stays_one(hybridized, multiplier, inplace):
-    layer = square()
-    model = built(chain(layer, chain(nn.Activation("relu"), layer)), hybridized)
-    before = outputs(model)
-    target, report = over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
-    assert target[0] is target[1][1]
-    assert [c.path for c in report.changed] == ["0"]
-    assert alike(outputs(target), before)
-    if inplace:
-        assert target[0] is layer
-
-
-@HYBRIDIZED
-@MULTIPLIERS
-@INPLACE
-def test_tied_weights_stay_tied(hybridized, multiplier, inplace):
-    first = square()
-    model = built(chain(first, nn.Activation("relu"), square(first.params)), hybridized)
-    before = outputs(model)
-    target = over_parameterize(model, depth_multiplier=multiplier, inplace=inplace).model
-    assert [type(target[i]) for i in (0, 2)] == [DOConv2D] * 2
-    for name in ("weight", "bias", "depthwise_weight"):
-        assert getattr(target[0], name) is getattr(target[2], name)
-    assert alike(outputs(target), before)
-    moved(target)
-    assert len(target.collect_params().keys()) == 3
-    assert equal(target[0].composed_kernel(), target[2].composed_kernel())
-    step(target)
 
 
 @pytest.mark.parametrize("initialized", [False, True], ids=["built", "initialized"])
@@ -281,18 +180,6 @@ def test_layers_that_are_called_from_private_containers_are_the_ones_changed(inp
     assert target._named["first"] is target.first
 
 
-def test_what_is_no_model_or_cannot_be_copied_is_refused():
-    with pytest.raises(
-        TypeError, match=r"model must be a mxnet\.gluon\.Block; received .*ParameterD"
-    ):
-        over_parameterize(built().collect_params())
-    model = chain(square())
-    model.generator = (i for i in range(3))
-    with pytest.raises(TypeError, match=r"cannot be copied .*inplace=True the model itself"):
-        over_parameterize(model)
-    assert over_parameterize(model, inplace=True).report.changed
-
-
 @MULTIPLIERS
 @HYBRIDIZED
 def test_an_ordinary_models_file_loads_and_a_file_of_its_own(multiplier, hybridized, tmp_path):
@@ -309,24 +196,36 @@ def test_an_ordinary_models_file_loads_and_a_file_of_its_own(multiplier, hybridi
     assert same(outputs(model), expected)
 
 
-@MULTIPLIERS
-@HYBRIDIZED
-def test_numpy_arrays_of_mxnet(multiplier, hybridized):
-    mx.npx.set_np()
-    try:
-        model = chain(nn.Conv2D(6, 3), nn.BatchNorm(), nn.Conv2D(3, 3))
-        model.initialize()
-        model.hybridize(hybridized)
-        x = mx.np.ones((2, 4, 7, 8))
-        before = outputs(model, x)
-        target = over_parameterize(model, depth_multiplier=multiplier).model
-        assert alike(outputs(target, x), before)
-        for parameter in target.collect_params(".*depthwise_weight").values():
-            parameter.set_data(mx.np.ones(parameter.shape))
-        assert not alike(outputs(target, x), before)
-        with autograd.record():
-            total = (target(x) ** 2).sum()
-        total.backward()
-        assert target[0].depthwise_weight.grad().asnumpy().any()
-    finally:
-        mx.npx.reset_np()
+OTHER = "another operation than an ordinary convolution"
+
+
+class Gamma(gluon.Parameter):
+    """A parameter of another kind."""
+
+
+def with_own_parameter():
+    layer = nn.Conv2D(4, 3, in_channels=4, prefix="own_")
+    layer.weight.__class__ = Gamma
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (
+            lambda: DeformableConvolution(4, 3, in_channels=4),
+            "another operation than an ordinary convolution",
+        ),
+        (with_own_parameter, NOT_PLAIN),
+    ],
+    ids=["deformable", "parameter"],
+)
+def test_what_is_no_ordinary_convolution_is_left_and_reported(layer, reason):
+    model = built(chain(square(), layer()))
+    before = outputs(model)
+    kind = type(model[1])
+    target, report = over_parameterize(model)
+    assert type(target[1]) is kind
+    assert report.left == (("1", kind.__name__, reason),)
+    assert [c.path for c in report.changed] == ["0"]
+    assert same(outputs(target), before)

@@ -38,11 +38,12 @@ from doconv_core import difference  # noqa: E402
 from doconv_tf import DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv2D  # noqa: E402
 
 KINDS = pytest.mark.parametrize("kind", ["sequential", "functional", "subclassed"])
-JIT = [False] if BACKEND == "torch" else [False, True]
+JIT = BACKEND != "torch"
 
 
-@KINDS
-@pytest.mark.parametrize("jit", JIT)
+@pytest.mark.parametrize(
+    ("kind", "jit"), [("sequential", False), ("functional", JIT), ("subclassed", JIT)]
+)
 def test_fit_lowers_the_loss_and_trains_d(kind, jit):
     keras.utils.set_random_seed(0)
     layer = DOConv2D(6, 3, padding="same", groups=2, depth_multiplier=12, name="first")
@@ -67,11 +68,10 @@ def mixed_float16():
 
 
 @pytest.mark.usefixtures("mixed_float16")
-@pytest.mark.parametrize("jit", JIT)
-def test_training_goes_on_from_a_stored_model_with_the_loss_scaled(jit, tmp_path):
+def test_training_goes_on_from_a_stored_model_with_the_loss_scaled(tmp_path):
     keras.utils.set_random_seed(0)
     model = model_of("functional", DOConv2D(6, 3, padding="same", depth_multiplier=12, name="a"))
-    model.compile("adam", "mse", jit_compile=jit)
+    model.compile("adam", "mse", jit_compile=JIT)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     x = image((8, *SHAPE[1:]))
     fit = {"x": x, "y": x.mean(axis=(1, 2))[:, :3], "batch_size": 4, "verbose": 0, "shuffle": False}
@@ -104,7 +104,7 @@ def test_nested_shared_and_time_distributed_layers_are_stored(tmp_path):
 
 
 @KINDS
-@MULTIPLIERS
+@pytest.mark.parametrize("multiplier", [None, 19])
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 def test_a_stored_model_comes_back_bit_for_bit(kind, multiplier, suffix, tmp_path):
     model = model_of(kind, trained(multiplier, name="first"))
@@ -283,13 +283,15 @@ def test_constraint_of_d_is_its_own(do_conv, conv):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a SavedModel is TensorFlow's")
 @EACH
-@pytest.mark.parametrize("multiplier", [None, 30])
-def test_saved_model_export(do_conv, conv, multiplier, tmp_path):
+def test_saved_model_export(do_conv, conv, tmp_path):
     import tensorflow as tf
 
     x = image(shape_for(do_conv))
-    layer = do_conv(**arguments(do_conv, kernel_size=3), **with_multiplier(do_conv, multiplier))
-    model = random_values(keras.Sequential([keras.Input(x.shape[1:]), layer]))
+    made = [
+        do_conv(**arguments(do_conv, kernel_size=3), **with_multiplier(do_conv, multiplier))
+        for multiplier in (None, 30)
+    ]
+    model = random_values(keras.Sequential([keras.Input(x.shape[1:]), *made]))
     model.export(tmp_path / "saved", verbose=False)
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
     assert difference(array(loaded.serve(x)), array(model(x))).relative < 1e-5

@@ -11,8 +11,8 @@ from frameworks import need
 need("tf")
 
 from keras import ops  # noqa: E402
-from keras_layers import array, assert_same  # noqa: E402
-from keras_models import filled, functional, images, subclassed  # noqa: E402
+from keras_layers import array  # noqa: E402
+from keras_models import filled, functional, images, sequential  # noqa: E402
 
 from doconv_tf import fold, verify  # noqa: E402
 
@@ -30,15 +30,7 @@ def test_verify_takes_nested_inputs_and_outputs():
     assert 0 < found.relative < found.absolute
 
 
-def test_verify_runs_in_inference_and_takes_functions():
-    model = filled(subclassed())
-    before = [array(v).copy() for v in model.weights]
-    assert verify(model, model, images()).absolute == 0  # no dropout
-    for variable, value in zip(model.weights, before, strict=True):
-        assert_same(variable, value)  # no statistics
+def test_verify_takes_functions():
+    model = filled(sequential())
     assert verify(model, lambda x: array(model(x)), images()).absolute == 0
     assert verify(lambda x: (1.0, None), lambda x: (3.0, None), images()) == (2, 2)
-    with pytest.raises(TypeError, match=r"output '1' is a builtins\.str; expected tensors"):
-        verify(lambda x: (1.0, "text"), model, images())
-    with pytest.raises(ValueError, match="different structures"):
-        verify(model, lambda x: [array(model(x))], images())

@@ -11,30 +11,13 @@ import torch  # noqa: E402
 import torch.ao.nn.qat  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
-from torch_models import REPLACED as REPLACED_KINDS  # noqa: E402
-from torch_models import images, kinds, network  # noqa: E402
+from torch_models import images  # noqa: E402
 
 from doconv_core.models.report import (  # noqa: E402
-    ALREADY,
     COMPUTED,
-    ONE_TAP,
     QUANTIZED,
-    REPLACED,
-    SUBCLASS,
-    TIED,
-    TRANSPOSED,
 )
 from doconv_torch import DOConv2d, fold, over_parameterize  # noqa: E402
-
-
-class Standardised(nn.Conv2d):
-    """A convolution that computes something else."""
-
-
-def replaced_forward():
-    conv = nn.Conv2d(3, 4, 3)
-    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
-    return conv
 
 
 def with_weight(weight):
@@ -52,8 +35,6 @@ def frozen_as_buffer():
 
 
 LEFT = {
-    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), TRANSPOSED),
-    "subclass": (lambda: Standardised(3, 4, 3), SUBCLASS),
     "lazy": (lambda: nn.LazyConv2d(4, 3), "lazy: call the model once, so that it takes its shape"),
     "parametrized": (
         lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
@@ -62,9 +43,6 @@ LEFT = {
     "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), COMPUTED),
     "pruned": (lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), COMPUTED),
     "buffer": (frozen_as_buffer, COMPUTED),
-    "over-parameterized": (lambda: DOConv2d(3, 4, 3), ALREADY),
-    "one tap": (lambda: nn.Conv2d(3, 4, 1), ONE_TAP),
-    "forward": (replaced_forward, REPLACED),
     "complex": (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "its weight is torch.complex64"),
     "resized": (
         lambda: with_weight(nn.Parameter(torch.zeros(4, 3, 2, 2))),
@@ -143,34 +121,6 @@ def test_a_weight_that_is_more_than_a_parameter():
     assert type(classed.weight) is Marked
 
 
-def test_a_multiplier_below_the_taps_is_refused_by_name_before_anything_is_changed():
-    model = network()
-    types = kinds(model)
-    message = r"layer 'stem.0': depth_multiplier must be at least .*received depth_multiplier=5"
-    with pytest.raises(ValueError, match=message):
-        over_parameterize(model, depth_multiplier=5, inplace=True)
-    assert kinds(model) == types
-    _, report = over_parameterize(model, depth_multiplier=5, where="stages.*.conv2")
-    assert len(report.changed) == 2
-    message = r"depth_multiplier must be an integer; received depth_multiplier="
-    for layer, value in (
-        (nn.Conv2d(3, 4, 3), 9.5),
-        (nn.Linear(1, 1), "x"),
-        (nn.Linear(1, 1), True),
-    ):
-        with pytest.raises(TypeError, match=message):
-            over_parameterize(layer, depth_multiplier=value)
-
-
-def test_a_tied_layer_is_left_whatever_the_multiplier():
-    transposed = nn.ConvTranspose2d(6, 3, 5)
-    model = nn.Sequential(nn.Conv2d(3, 6, 5), transposed, nn.Conv2d(3, 3, 3))
-    transposed.weight = model[0].weight
-    _, report = over_parameterize(model, depth_multiplier=9)
-    assert [change.path for change in report.changed] == ["2"]
-    assert report.left[0].reason == TIED
-
-
 @pytest.mark.parametrize("trained", [False, True])
 def test_models_with_the_old_weight_norm_are_copied(trained):
     with pytest.warns(FutureWarning, match="is deprecated in favor of"):
@@ -191,46 +141,9 @@ def test_models_with_the_old_weight_norm_are_copied(trained):
     assert torch.equal(model(images()), expected)
 
 
-@pytest.mark.parametrize(
-    ("where", "paths"),
-    [
-        ("*.conv1", ["stages.0.conv1", "stages.1.conv1"]),
-        (nn.Conv2d, REPLACED_KINDS),
-        (lambda path, layer: layer.groups > 1, ["stages.1.conv1"]),
-        (("stem.*", "head.*"), ["stem.0", "head.mix"]),
-    ],
-)
-def test_where_selects(where, paths):
-    _, report = over_parameterize(network(), where=where)
-    assert [change.path for change in report.changed] == paths
-
-
-@pytest.mark.parametrize(
-    ("model", "where", "message"),
-    [
-        (network, "layer1.*", r"where matches no convolution: 'layer1.\*'; the model has"),
-        (network, lambda path, layer: False, "where selects none of the 6 convolutions"),
-        (lambda: nn.Linear(2, 2), None, "the model has no convolution that could be replaced"),
-    ],
-)
-def test_what_matches_nothing_is_warned_of(model, where, message):
-    with pytest.warns(UserWarning, match=message) as caught:
-        _, report = over_parameterize(model(), where=where)
-    assert caught[0].filename == __file__
-    assert not report.changed
-
-
-def test_a_predicate_sees_the_layers_of_the_model_given():
-    model = network()
-    _, report = over_parameterize(model, where=lambda path, layer: layer is model.head["mix"])
-    assert [change.path for change in report.changed] == ["head.mix"]
-
-
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; received list"):
-        over_parameterize([nn.Conv2d(3, 4, 3)])
-    weight_norm = nn.utils.parametrizations.weight_norm
-    model = nn.Sequential(nn.Conv2d(3, 3, 3), weight_norm(nn.Conv2d(3, 3, 3)))
+def test_a_model_that_pytorch_does_not_copy_is_refused():
+    normed = parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), normed)
     model.cache = [model[1].weight]  # no leaf of a graph: PyTorch does not copy it
     with pytest.raises(TypeError, match=r"cannot be copied .*; with inplace=True it is converted"):
         over_parameterize(model)

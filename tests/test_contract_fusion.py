@@ -1,0 +1,222 @@
+"""The contract of fusing batch norms: who follows whom, what becomes of it, and why not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from frameworks import BACKENDS
+from model_contract import BRANCHES, CHANGED, Again, Layer, Net, conv, models_of, norm, runs, same
+
+from doconv_core import Change, Left, difference, fuse_batchnorm
+from doconv_core.models.report import (
+    NOT_DIRECT,
+    NOT_FINITE,
+    OUTPUT,
+    REPLACED,
+    SEVERAL,
+    SHARED,
+    SUBCLASS,
+    TRANSPOSED,
+    behind,
+    fused_into,
+)
+
+ALL = frozenset(BACKENDS)
+RUNS = pytest.mark.parametrize(("backend", "mode"), runs())
+
+
+class Case(NamedTuple):
+    """A model, and of its layer "norm" the reason why it is left; None where it is fused.
+
+    backends: those for which it is so: what others can tell or tie is in their own files.
+    """
+
+    net: Net
+    reason: str | None
+    backends: frozenset[str] = ALL
+
+
+relu, pair = Layer("relu"), {"conv": conv, "norm": norm}
+three = {**pair, "other": conv}
+CASES = {
+    "a pair": Case(Net(pair), None),
+    "over-parameterized": Case(Net(pair).over_parameterized(multiplier=12), None),
+    "first": Case(Net({"norm": norm, "conv": conv}), NOT_DIRECT),
+    "relu between": Case(Net({"conv": conv, "relu": relu, "norm": norm}), NOT_DIRECT),
+    "subclass": Case(Net({"conv": conv, "norm": Layer("own_norm")}), SUBCLASS),
+    "forward": Case(Net({"conv": conv, "norm": Layer("patched_norm")}), REPLACED),
+    "conv's forward": Case(Net({"conv": Layer("patched"), "norm": norm}), behind(REPLACED)),
+    "conv's subclass": Case(Net({"conv": Layer("own"), "norm": norm}), behind(SUBCLASS)),
+    "transposed": Case(Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED)),
+    "output used twice": Case(
+        Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("sum", "+", "y", "z"))), OUTPUT
+    ),
+    "output used by another layer": Case(
+        Net(three, (("y", "conv", "x"), ("z", "norm", "y"), ("w", "other", "y")), ("z", "w")),
+        OUTPUT,
+    ),
+    "output returned": Case(
+        Net(pair, (("y", "conv", "x"), ("z", "norm", "y")), ("z", "y")), OUTPUT
+    ),
+    "sum between": Case(
+        Net(pair, (("y", "conv", "x"), ("sum", "+", "y", "x"), ("z", "norm", "sum"))), NOT_DIRECT
+    ),
+    "conv called again": Case(
+        Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("w", "conv", "z"))),
+        OUTPUT,
+    ),
+    "norm called again": Case(
+        Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("w", "norm", "z"))), NOT_DIRECT
+    ),
+    "norm of two": Case(
+        Net(
+            three,
+            (
+                ("y", "conv", "x"), ("z", "norm", "y"), ("v", "other", "x"), ("w", "norm", "v"),
+                ("sum", "+", "z", "w"),
+            ),
+        ),
+        SEVERAL,
+    ),
+    "called at two scales": Case(
+        Net(
+            {**pair, "relu": relu},
+            (
+                ("y", "conv", "x"), ("z", "norm", "y"), ("r", "relu", "x"), ("v", "conv", "r"),
+                ("w", "norm", "v"),
+            ),
+            ("z", "w"),
+        ),
+        None,
+        frozenset({"torch", "mx"}),
+    ),
+    "tied": Case(
+        Net({**pair, "tied": Layer("conv", tied="conv")}), SHARED, frozenset({"torch", "mx"})
+    ),
+    "another place": Case(Net({**pair, "again": Again("conv")}), OUTPUT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "name"),
+    [(*run, name) for name, case in CASES.items() for run in runs() if run[0] in case.backends],
+)
+def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name):
+    models, case = models_of(backend), CASES[name]
+    types, model, x = models.types, models.build(case.net, mode), case.net.input()
+    folded, report = models.package.fold(model, fuse_batchnorm=True)
+    found, expected = models.outputs(folded, x), models.outputs(model, x)
+    kind = case.net.layers["norm"].kind
+    name = types[kind if kind == "own_norm" else "norm"]
+    fused = [change for change in report.changed if change.path == "norm"]
+    if case.reason is None:
+        assert fused == [Change("norm", name, fused_into(types["conv"]))]
+        assert report.left == ()
+        for a, b in zip(found, expected, strict=True):
+            assert difference(a, b).relative < 1e-5
+        again, report = models.package.fold(folded, fuse_batchnorm=True)
+        assert not report.changed
+        assert same(models.outputs(again, x), found)
+    else:
+        assert fused == []
+        assert report.left == (Left("norm", name, case.reason),)
+        assert same(found, expected), "what is left computes the same bits"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "groups"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (3, 1), (3, 2)]
+)
+def test_the_fused_kernel_is_the_cores(backend, rank, groups, bias, affine):
+    models = models_of(backend)
+    options = (("epsilon", 0.01), ("affine", affine))
+    layers = {
+        "conv": Layer("conv", 8, groups=groups, bias=bias, rank=rank),
+        "norm": Layer("norm", 8, rank=rank, options=options),
+    }
+    net = Net(layers, shape=(4, *(5,) * rank))
+    model = models.build(net)
+    arrays = models.package.export_state(model).arrays
+    spec = models.package.export_state(model).layers["conv"].spec
+    kernel, offset = fuse_batchnorm(
+        arrays["conv.weight"].reshape(spec.kernel_shape),
+        arrays.get("conv.bias"),
+        mean=arrays["norm.running_mean"],
+        variance=arrays["norm.running_var"],
+        epsilon=0.01,
+        scale=arrays.get("norm.gamma"),
+        offset=arrays.get("norm.beta"),
+    )
+    folded, report = models.package.fold(model, fuse_batchnorm=True)
+    assert [change.path for change in report.changed] == ["norm"]
+    found = models.package.export_state(folded).arrays
+    assert list(found) == ["conv.weight", "conv.bias"]
+    assert difference(found["conv.weight"].reshape(kernel.shape), kernel).relative < 1e-6
+    assert difference(found["conv.bias"], offset).relative < 1e-5
+    x = net.input()
+    (output,), (expected,) = models.outputs(folded, x), models.outputs(model, x)
+    assert difference(output, expected).relative < 1e-5
+
+
+@RUNS
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("multiplier", [None, 20, 0], ids=["S=M", "S=20", "ordinary"])
+def test_a_network_without_batch_norms(backend, mode, inplace, multiplier, tmp_path):
+    models, x = models_of(backend), BRANCHES.input()
+    package, (model, twin) = models.package, (models.build(BRANCHES, mode) for _ in range(2))
+    if multiplier != 0:
+        options = {"depth_multiplier": multiplier, "inplace": True}
+        for each in (model, twin):
+            models.train(package.over_parameterize(each, **options)[0])
+    untouched = models.values(model)
+    target, report = package.fold(model, fuse_batchnorm=True, inplace=inplace)
+    assert (target is model) == inplace
+    changes = {change.path: change for change in report.changed}
+    fused = fused_into(models.types["conv"])
+    for path in ("stem_norm", "body.norm"):
+        assert changes.pop(path) == Change(path, models.types["norm"], fused)
+    assert list(changes) == ([] if multiplier == 0 else CHANGED)
+    assert report.left == ()
+    assert report.parameters_after == models.count(target)
+    for a, b in zip(models.outputs(target, x), models.outputs(twin, x), strict=True):
+        assert difference(a, b).relative < 1e-5
+    names = list(models.values(target))
+    assert not [n for n in names if "norm" in n or "running" in n or "moving" in n]
+    assert len([n for n in names if "stem" in n and "bias" in n]) == 1, "a bias to take the offset"
+    if not inplace:
+        for name, value in models.values(model).items():
+            np.testing.assert_array_equal(value, untouched[name], err_msg=name)
+    content = models.save(target, tmp_path).lower()
+    assert b"doconv" not in content
+    assert b"depthwise" not in content
+    assert same(
+        models.outputs(package.fold(target, fuse_batchnorm=True)[0], x), models.outputs(target, x)
+    )
+    assert not package.fold(twin if multiplier == 0 else target).report.changed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_would_not_be_finite_is_left(backend):
+    models = models_of(backend)
+    net = Net(
+        {
+            "conv": conv,
+            "norm": Layer("norm", options=(("epsilon", 0.0 if backend == "mx" else 1e-12),)),
+        }
+    )
+    model = models.build(net)
+    state = models.package.export_state(model)
+    arrays = dict(state.arrays) | {
+        "norm.gamma": np.full(4, 1e38, np.float32),
+        "norm.running_var": np.full(4, 0, np.float32),
+    }
+    models.package.load_state(model, type(state)(state.layers, arrays))
+    target, report = models.package.fold(model, fuse_batchnorm=True)
+    assert report.left == (Left("norm", models.types["norm"], NOT_FINITE),)
+    assert not report.changed
+    for a, b in zip(models.values(target).items(), models.values(model).items(), strict=True):
+        np.testing.assert_array_equal(a[1], b[1], err_msg=a[0])
