@@ -9,7 +9,7 @@ import pytest
 from frameworks import need
 
 from doconv_core.cli.flattening import config_size
-from doconv_core.cli.keras_graph import Fed, fed_layers
+from doconv_core.cli.keras_config import Fed, fed_layers
 
 IMAGE = (6, 6, 4)
 

@@ -12,7 +12,7 @@ from command_line import IMPOSSIBLE, doconv, save
 from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, read_state, write_state
-from doconv_core.cli.told import _moves
+from doconv_core.cli.metadata import _moves
 from doconv_core.maths.geometry import Geometry
 from doconv_core.state.layers import GroupNormSpec, LayerNormSpec, TransposedConvSpec
 

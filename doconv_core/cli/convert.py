@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
@@ -24,30 +23,18 @@ from doconv_core.cli.checkpoints import (
     target_argument,
     writing_to,
 )
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.flattening import Flattenings, Sizes, Told, fed_by_config, flatten_option
-from doconv_core.cli.like import Template
-from doconv_core.cli.listing import report
-from doconv_core.cli.naming import Renaming, matches
-from doconv_core.cli.output import progress
-from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, require_order
-from doconv_core.cli.parse import KernelSizes
-from doconv_core.cli.planning import Plan, needs_kernel_size
-from doconv_core.cli.recognised import (
-    GLUON,
-    KERAS,
-    PYTORCH,
-    STATE,
-    framework_of,
-    recognised_layers,
-    seems_channels_last,
-    tells_order,
-)
-from doconv_core.cli.told import Required, compare_told, required_without_template
-from doconv_core.files.checkpoint import Checkpoint, Layer
+from doconv_core.cli.contents import Contents
+from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
+from doconv_core.cli.flattening import Flattenings, Images, Sizes, flatten_option
+from doconv_core.cli.metadata import OUT, Required, compare_metadata, required_of_target
+from doconv_core.cli.output import counted, print_json, print_table, progress, size
+from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_side_by_side
+from doconv_core.cli.parse import KernelSizes, matches
+from doconv_core.cli.plan import Conversion, Plan
+from doconv_core.cli.recognised import GLUON, KERAS, PYTORCH, STATE
+from doconv_core.files.checkpoint import Layer
 from doconv_core.files.folding import check_understood
 from doconv_core.models.report import place
-from doconv_core.state.file import read_state
 from doconv_core.state.layers import CHANNELS_FIRST
 
 Write = Callable[[Path, Plan, writing.Step], None]
@@ -125,71 +112,35 @@ def convert(
     """  # noqa: D301
     check_target(target, force)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(opened(source, kernel_sizes))
-        layers = _layers(checkpoint, part)
-        needed = [layer for layer in layers if needs_kernel_size(checkpoint, layer, folded)]
-        require_kernel_sizes(checkpoint, needed)
+        contents = Contents(stack.enter_context(opened(source, kernel_sizes)))
+        layers = contents.copy_of_model(part)
+        needed = [layer for layer in layers if contents.needs_kernel_size(layer, folded)]
+        require_kernel_sizes(contents.checkpoint, needed)
         if folded:
             check_understood(source, _unsettled(layers, [*keep, *drop]))
-        images = Told(flattened, ignored="flattening" in ignore)
-        _check_plain(checkpoint, layers, drop)
+        images = Images(flattened, ignored="flattening" in ignore)
+        contents.check_plain(layers, drop)
         if like is None:
-            how = _by_names(checkpoint, layers, _target(target, name), folded, keep, drop, images)
+            framework, write = _target(target, name)
+            pairs = [(layer, layer) for layer in layers]
+            found = _flattenings(contents, contents, pairs, framework, images)
+            conversion = Conversion(contents, folded, found, keras=False)
+            plan = conversion.by_names(framework, layers, keep, drop)
+            required = required_of_target(contents, layers)
         else:
-            template = stack.enter_context(opened(like, ()))
-            layers = _unsettled(layers, drop)
-            how = _like(checkpoint, layers, template, folded, match, "geometry" in ignore, images)
+            template = Contents(stack.enter_context(opened(like, ())))
+            paired = _paired(contents, _unsettled(layers, drop), template, match)
+            found = _flattenings(contents, template, paired.both, template.framework, images)
+            conversion = Conversion(contents, folded, found, keras=template.framework == KERAS)
+            plan = conversion.like(template, paired)
+            geometry = "geometry" in ignore
+            required = compare_metadata(contents, template, paired.both, geometry)
+            write = _writer_like(contents, template, paired)
         new = replacing(target, overwrite=force)
         with progress("converting") as step, writing_to(target), new as temporary:
-            how.write(temporary, how.plan, step)
-        report(source, target, checkpoint, how.plan, how.required, how.assumed, as_json)
-
-
-class _Conversion(NamedTuple):
-    """How IN becomes OUT. required, assumed: as `listing.report` tells them."""
-
-    write: Write
-    plan: Plan
-    required: list[Required]
-    assumed: dict[str, int]
-
-
-def _by_names(
-    checkpoint: Checkpoint,
-    layers: Sequence[Layer],
-    target: tuple[str, Write],
-    folded: bool,
-    keep: Sequence[str],
-    drop: Sequence[str],
-    images: Told,
-) -> _Conversion:
-    """Return how a file becomes one by the names of the target's framework."""
-    framework, write = target
-    pairs = [(layer, layer) for layer in layers]
-    flattenings = _flattenings(checkpoint, checkpoint, pairs, framework, images)
-    renaming = Renaming(framework_of(checkpoint), framework, folded, keep, drop, flattenings)
-    plan = renaming.plan(checkpoint, layers)
-    required = required_without_template(checkpoint, layers)
-    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
-
-
-def _like(
-    checkpoint: Checkpoint,
-    layers: Sequence[Layer],
-    template: Checkpoint,
-    folded: bool,
-    match: str,
-    ignore_geometry: bool,
-    images: Told,
-) -> _Conversion:
-    """Return how a file becomes one like the template."""
-    framework = framework_of(template)
-    paired = _paired(checkpoint, layers, template, match)
-    flattenings = _flattenings(checkpoint, template, paired.both, framework, images)
-    plan = Template(checkpoint, template, folded, flattenings, framework == KERAS).plan(paired)
-    required = compare_told(checkpoint, template, paired.both, ignore_geometry)
-    write = _writer_like(checkpoint, template, framework, paired)
-    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
+            write(temporary, plan, step)
+        assumed = found.assumed if found else {}
+        _report(source, target, contents, plan, required, assumed, as_json)
 
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
@@ -205,40 +156,18 @@ def _target(target: Path, name: str | None) -> tuple[str, Write]:
     return TARGETS[name]
 
 
-def _writer_like(
-    checkpoint: Checkpoint, template: Checkpoint, framework: str, paired: Paired
-) -> Write:
+def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Write:
     """Return what writes a file of the template's format."""
-    if framework == KERAS:
+    if template.framework == KERAS:
         return partial(writing.write_keras_like, template=template.path)
-    if framework == STATE:
-        source = checkpoint.path if framework_of(checkpoint) == STATE else None
+    if template.framework == STATE:
+        source = contents.path if contents.framework == STATE else None
         paths = {other.path: layer.path for layer, other in paired.both}
         return partial(writing.write_state_like, template=template.path, source=source, paths=paths)
-    if framework == GLUON:
+    if template.framework == GLUON:
         return writing.write_gluon
-    is_safetensors = template.format == "safetensors"
+    is_safetensors = template.checkpoint.format == "safetensors"
     return writing.write_safetensors if is_safetensors else writing.write_pytorch
-
-
-def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
-    """Return the layers of one copy of the model, the first unless another is asked for."""
-    parts = checkpoint.parts
-    if part is not None and part not in parts:
-        raise click.UsageError(
-            f"{checkpoint.path} has no part {part!r}; it has {', '.join(map(repr, parts))}."
-        )
-    chosen = parts[0] if part is None and parts else part
-    layers = [layer for layer in recognised_layers(checkpoint) if layer.part == chosen]
-    for layer in layers:
-        if framework_of(checkpoint) == GLUON and seems_channels_last(layer):
-            raise Failure(
-                f"{checkpoint.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
-                "like one of a channels-last network, which the file does not tell; load it in "
-                "Gluon, and carry it over with export_state.",
-                IMPOSSIBLE,
-            )
-    return layers
 
 
 def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
@@ -250,64 +179,118 @@ def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     ]
 
 
-def _check_plain(checkpoint: Checkpoint, layers: Sequence[Layer], drop: Sequence[str]) -> None:
-    """Raise Failure for an entry that is no plain array and is not to be left out."""
-    for name in (name for layer in layers for name in layer.entries.values()):
-        entry = checkpoint.entries[name]
-        if not entry.is_plain and not matches(name, drop):
-            raise Failure(
-                f"{checkpoint.path}: the entry {name!r} is {entry.dtype}, no plain array, and is "
-                f"not converted; --drop '{literal(name)}' leaves it out.",
-                IMPOSSIBLE,
-            )
+def _paired(contents: Contents, layers: Sequence[Layer], template: Contents, match: str) -> Paired:
+    there = template.copy_of_model(None)
+    if match == "name":
+        return pair_by_name(layers, there)
+    paired = pair_by_order(contents, layers, template, there)
+    if paired.different is not None:
+        number, text = paired.different
+        print_side_by_side((contents.path, template.path), layers, there, number)
+        raise Failure(
+            f"{text}; layers can be paired by order only where kinds and sizes agree throughout.",
+            IMPOSSIBLE,
+        )
+    return paired
 
 
 def _flattenings(
-    checkpoint: Checkpoint,
-    template: Checkpoint,
+    contents: Contents,
+    template: Contents,
     pairs: Sequence[tuple[Layer, Layer]],
     framework: str,
-    images: Told,
+    images: Images,
 ) -> Flattenings | None:
     """Return what layers are behind, where IN and OUT order axes otherwise.
 
     pairs: layers with those of the template, which is IN itself where there is none.
     """
-    source, layers = framework_of(checkpoint), [layer for layer, _ in pairs]
-    if source == STATE:
-        images = images._replace(behind=_behind_images(checkpoint, layers))
-    if (source == KERAS) == (framework == KERAS):
+    images = images._replace(behind=_behind_images(contents, [layer for layer, _ in pairs]))
+    if (contents.framework == KERAS) == (framework == KERAS):
         return None
-    keras = checkpoint if source == KERAS else template
-    fed = fed_by_config(keras, [pair[keras is not checkpoint] for pair in pairs])
-    named = {layer.name: fed[number] for number, layer in enumerate(layers) if number in fed}
-    images = images._replace(fed=named, file=str(keras.path))
-    return Flattenings(checkpoint, layers, images, tells_order(checkpoint))
+    keras = contents if contents.framework == KERAS else template
+    fed = {
+        layer.name: keras.fed[each.name]
+        for layer, other in pairs
+        if (each := layer if keras is contents else other).name in keras.fed
+    }
+    images = images._replace(fed=fed, file=str(keras.path))
+    layers = [layer for layer, _ in pairs]
+    return Flattenings(contents.checkpoint, layers, images, contents.ordered)
 
 
-def _behind_images(checkpoint: Checkpoint, layers: Sequence[Layer]) -> set[str]:
+def _behind_images(contents: Contents, layers: Sequence[Layer]) -> set[str]:
     """Return the layers of a state that are behind a flattened image, of a size it does not tell.
 
     Raises Failure for a layer whose inputs may be in Keras' order.
     """
-    forms = read_state(checkpoint.path).layers
+    behind = set()
     for layer in layers:
-        form = forms.get(layer.path)
-        if form is not None and form.flattening not in (None, CHANNELS_FIRST):
+        form = contents.forms.get(layer.path)
+        if form is None or form.flattening is None:
+            continue
+        if form.flattening != CHANNELS_FIRST:
             raise Failure(
-                f"{checkpoint.path}: nothing tells in which order the inputs of "
+                f"{contents.path}: nothing tells in which order the inputs of "
                 f"{place(layer.name)} are; load the state in Python, with load_state.",
                 IMPOSSIBLE,
             )
-    found = {path for path, form in forms.items() if form.flattening == CHANNELS_FIRST}
-    return {layer.name for layer in layers if layer.path in found}
+        behind.add(layer.name)
+    return behind
 
 
-def _paired(
-    checkpoint: Checkpoint, layers: Sequence[Layer], template: Checkpoint, match: str
-) -> Paired:
-    there = _layers(template, None)
-    if match == "name":
-        return pair_by_name(layers, there)
-    require_order(checkpoint, template)
-    return pair_by_order(checkpoint, layers, template, there)
+def _report(
+    source: Path,
+    target: Path,
+    contents: Contents,
+    plan: Plan,
+    required: Sequence[Required],
+    assumed: Mapping[str, int],
+    as_json: bool,
+) -> None:
+    """Print what was written, from what, and what else must hold for it to compute the same.
+
+    required: of the networks. assumed: linear layers taken to be behind no flattened image, with
+    the channels before them.
+    """
+    for name, channels in assumed.items():
+        # Where it is seen by whoever reads neither table nor JSON.
+        click.echo(one_line(_assumption(name, channels)), err=True)
+    used = {name for entry in plan.entries for name in entry.sources}
+    left_out = [name for name in contents.entries if name not in used]
+    left_out += contents.checkpoint.others
+    if as_json:
+        names = ("name", "shape", "dtype", "sources", "how")
+        entries = [{name: getattr(entry, name) for name in names} for entry in plan.entries]
+        print_json(
+            {
+                "source": str(source),
+                "target": str(target),
+                "entries": entries,
+                "left_out": left_out,
+                "required": [each._asdict() for each in required],
+                "no_image_assumed": dict(assumed),
+            }
+        )
+        return
+    rows = []
+    for entry in plan.entries:
+        sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
+        origin = ": ".join(part for part in (sources, entry.how) if part)
+        rows.append([entry.name, origin, size(entry.shape), entry.dtype])
+    print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
+    click.echo()
+    if left_out:
+        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+    for network, what, layers in required:
+        file = target if network == OUT else source
+        click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
+    click.echo(one_line(f"{target}: {counted(len(plan.entries), 'array')} written"))
+
+
+def _assumption(name: str, channels: int) -> str:
+    return (
+        f"assumed: the {channels} inputs of {place(name)} are the channels of the layer before it "
+        "in the file, not a flattened image; if they are one, give its channels and size, "
+        f"--flatten '{literal(name)}=CxHxW'"
+    )

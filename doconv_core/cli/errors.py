@@ -8,6 +8,7 @@ import click
 
 from doconv_core.files.checkpoint import CheckpointError
 from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError
 
 DIFFERENT: Final = 1
@@ -31,7 +32,7 @@ class Failure(click.ClickException):
 
 def as_failure(error: Exception) -> Failure | None:
     """Return what to tell the user of an error; None for one that is a fault of this package."""
-    if isinstance(error, NotFoldable):
+    if isinstance(error, (NotFoldable, Mismatch)):
         return Failure(str(error), IMPOSSIBLE)
     if isinstance(error, CheckpointError) and isinstance(error.__cause__, ImportError):
         return Failure(str(error), MISSING)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,12 +15,13 @@ from numpy.typing import NDArray
 from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.keras_graph import Fed, fed_layers
+from doconv_core.cli.keras_config import Fed
 from doconv_core.cli.order import Order
 from doconv_core.cli.parse import matching, parse_size
-from doconv_core.cli.recognised import NORM, config_of, group_of
+from doconv_core.cli.recognised import NORM
 from doconv_core.files.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
 from doconv_core.models.report import place
+from doconv_core.state.agreement import Values
 
 Array = NDArray[Any]
 Size = tuple[int, ...]
@@ -51,7 +54,7 @@ def _parse(
     return found
 
 
-class Told(NamedTuple):
+class Images(NamedTuple):
     """What is told of flattened images. sizes: as `--flatten` gives them.
 
     fed: what the config of `file` tells of layers, by the names of IN's. behind: the layers that
@@ -76,47 +79,51 @@ class Flattenings:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: Sequence[Layer], told: Told, ordered: bool
+        self, checkpoint: Checkpoint, layers: Sequence[Layer], images: Images, ordered: bool
     ) -> None:
         self._sizes: dict[str, Size] = {}
         self.assumed: dict[str, int] = {}
         order = Order(checkpoint)
         for layer in layers:
-            size = _told_size(checkpoint, layer, told)
-            if size is None and layer.kind != LINEAR and layer.name in told.behind:
+            size = _known_size(checkpoint, layer, images)
+            if size is None and layer.kind != LINEAR and layer.name in images.behind:
                 raise _nothing_tells(checkpoint, layer, features_of(checkpoint, layer))
             if size is None and layer.kind == LINEAR:
-                self.assumed[layer.name] = _assumed(checkpoint, layer, told, order, ordered)
+                self.assumed[layer.name] = _assumed(checkpoint, layer, images, order, ordered)
             if size:
                 _check_norm_before(checkpoint, layer, size, order, self._sizes)
             if size is not None:
                 self._sizes[layer.name] = size
             order.add(layer)
 
-    def last(self, layer: Layer, values: Array) -> Array:
-        """Return a layer's array with what was flattened, its last axis, channels last."""
-        size = self._sizes.get(layer.name, ())
-        if not size:
-            return values
-        return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
+    def reordered(
+        self, layer: Layer, values: Mapping[str, Values], *, last: bool
+    ) -> dict[str, Values]:
+        """Return a layer's arrays with what was flattened, the last axis, in the other order.
 
-    def first(self, layer: Layer, values: Array) -> Array:
-        """Return a layer's array with what was flattened, its last axis, channels first."""
-        size = self._sizes.get(layer.name, ())
-        return channels_first(values, size) if size else values
+        last: whether channels are to be last; else they are to be first.
+        """
+        size, order = self._sizes.get(layer.name, ()), channels_last if last else channels_first
+        if is_same(size):
+            return dict(values)
+        how = f"an image of {output.size(size)} reordered"
+        return {
+            name: replace(each, read=partial(_reordered, each.read, order, size), how=how)
+            if takes_image(layer, name)
+            else each
+            for name, each in values.items()
+        }
 
-    def how(self, layer: Layer) -> str:
-        """Return what is done to a layer's array, in words; "" where nothing is."""
-        size = self._sizes.get(layer.name, ())
-        return "" if is_same(size) else f"an image of {output.size(size)} reordered"
+
+def _reordered(
+    read: Callable[[], Array], order: Callable[[Array, Size], Array], size: Size
+) -> Array:
+    return order(read(), size)
 
 
-def fed_by_config(file: Checkpoint, layers: Sequence[Layer]) -> dict[int, Fed]:
-    """Return what the config of a file, if it has one, tells of layers, by their places."""
-    config = config_of(file)
-    told = {} if config is None else fed_layers(config)
-    groups = [group_of(layer) for layer in layers] if told else []
-    return {number: told[group] for number, group in enumerate(groups) if group in told}
+def channels_last(values: Array, size: Size) -> Array:
+    """Return an array with its last axis, an image in PyTorch's order, in Keras'."""
+    return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
 
 
 def is_same(size: Size) -> bool:
@@ -168,26 +175,26 @@ def config_size(fed: Fed | None, features: int | None) -> Size | None:
     return (channels, *known) if exact else (channels, features // channels)
 
 
-def _told_size(checkpoint: Checkpoint, layer: Layer, told: Told) -> Size | None:
+def _known_size(checkpoint: Checkpoint, layer: Layer, images: Images) -> Size | None:
     """Return the size that is told of what a layer is behind; None where it is not."""
-    features, fed = features_of(checkpoint, layer), told.fed.get(layer.name)
+    features, fed = features_of(checkpoint, layer), images.fed.get(layer.name)
     by_config = config_size(fed, features)
     if features is None:
         if fed is not None and fed.image:
             raise Failure(
-                f"{told.file}: {place(layer.name)} is behind a flattened image, and its numbers "
+                f"{images.file}: {place(layer.name)} is behind a flattened image, and its numbers "
                 "cannot be reordered here; carry it over in Python, with export_state.",
                 IMPOSSIBLE,
             )
         return None
-    if fed is not None and fed.outward and not told.ignored:
+    if fed is not None and fed.outward and not images.ignored:
         raise Failure(
-            f"{told.file}: what {place(layer.name)} gives becomes an image, which the other "
+            f"{images.file}: what {place(layer.name)} gives becomes an image, which the other "
             "framework orders otherwise, and is not reordered here; use --ignore flattening where "
             "the other network makes the same image of it.",
             IMPOSSIBLE,
         )
-    size = matching(layer.name, told.sizes)
+    size = matching(layer.name, images.sizes)
     if layer.kind != LINEAR and size and prod(size) != features:
         size = None  # which was meant for linear layers
     if size is None:
@@ -196,8 +203,8 @@ def _told_size(checkpoint: Checkpoint, layer: Layer, told: Told) -> Size | None:
         raise click.UsageError(
             f"--flatten: {place(layer.name)} has {features} inputs; received {size}."
         )
-    if by_config is not None and not told.ignored:
-        _check_agrees(layer, size, by_config, told.file)
+    if by_config is not None and not images.ignored:
+        _check_agrees(layer, size, by_config, images.file)
     return size
 
 
@@ -214,10 +221,12 @@ def _check_agrees(layer: Layer, size: Size, by_config: Size, file: str) -> None:
     )
 
 
-def _assumed(checkpoint: Checkpoint, layer: Layer, told: Told, order: Order, ordered: bool) -> int:
+def _assumed(
+    checkpoint: Checkpoint, layer: Layer, images: Images, order: Order, ordered: bool
+) -> int:
     """Return the channels before a linear layer that is taken to be behind no flattened image."""
     features, name = features_of(checkpoint, layer), literal(layer.name)
-    before = order.before if ordered and layer.name not in told.behind else None
+    before = order.before if ordered and layer.name not in images.behind else None
     if before is None or before.outputs != features:
         raise _nothing_tells(checkpoint, layer, features)
     image = order.image(features)

@@ -97,3 +97,8 @@ def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
         if fnmatchcase(path, pattern):
             found = value
     return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches any of these glob patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

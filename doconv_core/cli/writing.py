@@ -14,7 +14,7 @@ from typing import Any
 
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, MISSING, Failure
-from doconv_core.cli.planning import Plan
+from doconv_core.cli.plan import Plan
 from doconv_core.files.arrays import BFLOAT16, storage_dtype, to_storage
 from doconv_core.files.gluon import DTYPES as GLUON_DTYPES
 from doconv_core.files.gluon import write_params

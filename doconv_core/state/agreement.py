@@ -21,7 +21,8 @@ from doconv_core.state.layers import LayerForm, Shape
 Array = NDArray[Any]
 T = TypeVar("T")
 
-NEUTRAL = {"gamma": 1.0, "beta": 0.0}  # what a norm without the entry computes with
+# What a norm without the entry computes with; the count of batches takes no part in that.
+NEUTRAL = {"gamma": 1.0, "beta": 0.0, "num_batches_tracked": 0.0}
 BEFORE, AFTER = 5, 10  # layers that a listing shows around one that differs
 
 

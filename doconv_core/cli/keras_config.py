@@ -1,4 +1,4 @@
-"""What feeds each layer of a Keras model, as far as the config in its file tells.
+"""What the config in a Keras file tells of the model's layers, and of what feeds each of them.
 
 Sequential and functional models are followed, nested ones too. What a class of one's own does, a
 Lambda, or the call of a subclassed model, cannot be seen; nothing is said of layers behind it.
@@ -20,7 +20,12 @@ from doconv_core.cli.keras_axes import (
     result,
     shape_of,
 )
+from doconv_core.cli.recognised import NORM, TRANSPOSED
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.files.keras_names import is_node, stored_nodes
+from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
+from doconv_core.maths.spec import as_tuple
+from doconv_core.state.agreement import Metadata
 
 Node: TypeAlias = Mapping[str, Any]
 Call: TypeAlias = "tuple[str, int]"
@@ -198,3 +203,85 @@ def _histories(value: Any) -> list[tuple[str, int, int]]:
     if isinstance(value, dict):
         return [found for each in value.values() for found in _histories(each)]
     return []
+
+
+def may_pad(node: Node) -> bool:
+    """Return whether a layer may add zeros for the one behind it."""
+    name, module = str(node["class_name"]), str(node.get("module") or "")
+    known = module.partition(".")[0] in ("keras", "doconv_tf")
+    return name.startswith("ZeroPadding") or name in ("Pad", "Lambda") or not known
+
+
+def metadata_of_node(checkpoint: Checkpoint, layer: Layer, node: Node, whole: bool) -> Metadata:
+    """Return what a layer's config tells. whole: whether no layer of the model may pad."""
+    config = node["config"]
+    if layer.kind in (BATCH_NORM, NORM):
+        found = config.get("epsilon")
+        epsilon = float(found) if isinstance(found, (int, float)) else None
+        return Metadata(epsilon, _groups(checkpoint, layer, node) if layer.kind == NORM else None)
+    if layer.kind not in (CONVOLUTION, TRANSPOSED, LINEAR):
+        return Metadata()
+    # The first half of a separable convolution applies none.
+    activation = "" if layer.path.endswith(".depthwise") else _activation(config)
+    if layer.kind == LINEAR or layer.kernel_shape is None or "strides" not in config:
+        return Metadata(activation=activation)
+    geometry = _geometry(layer, config)
+    transposed = layer.kind == TRANSPOSED
+    return Metadata(geometry=geometry, whole=whole, activation=activation, transposed=transposed)
+
+
+def _groups(checkpoint: Checkpoint, layer: Layer, node: Node) -> int | None:
+    if node["class_name"] != "GroupNormalization":
+        return 0 if node["class_name"] == "LayerNormalization" else None
+    groups = node["config"].get("groups")
+    features = checkpoint.entries[layer.entries["weight"]].size
+    return features if groups == -1 else groups if type(groups) is int else None
+
+
+def _activation(config: Node) -> str | None:
+    """Return the activation in a layer's config, by its name."""
+    found = config.get("activation")
+    if isinstance(found, dict):  # a layer, or a function of one's own
+        inner = found.get("config")
+        found = inner if isinstance(inner, str) else found.get("class_name")
+    if found is None or isinstance(found, str):
+        return "" if found in (None, "linear") else found
+    return None
+
+
+def _geometry(layer: Layer, config: Node) -> Geometry | None:
+    size = (layer.kernel_shape or ())[2:]
+    ones, none = (1,) * len(size), symmetric((0,) * len(size))
+    if layer.path.endswith(".pointwise"):  # of a separable convolution, whose first half strides
+        return Geometry(ones, ones, none)
+    try:
+        stride = as_tuple("strides", config["strides"], len(size))
+        dilation = as_tuple("dilation_rate", config.get("dilation_rate", 1), len(size))
+        if layer.kind == TRANSPOSED:
+            return _transposed(size, stride, dilation, config)
+        paddings = {
+            "valid": none,
+            "same": same(size, stride, dilation),
+            "causal": causal(size, dilation),
+        }
+        padding = paddings.get(config.get("padding", ""))
+        if padding is None:
+            return None
+        return Geometry(stride, dilation, padding).for_kernel(size)
+    except (TypeError, ValueError):  # of a class of one's own, whose config means something else
+        return None
+
+
+def _transposed(
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    config: Node,
+) -> Geometry | None:
+    padding, more = config.get("padding"), config.get("output_padding")
+    if padding not in ("valid", "same"):
+        return None
+    rank = len(size)
+    given = (None,) * rank if more is None else as_tuple("output_padding", more, rank, least=0)
+    numbers = zip(size, stride, dilation, given, strict=True)
+    return Geometry(stride, dilation, tuple(cropped(padding, *each) for each in numbers))
