@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,66 @@ def test_to_gluon_and_back_no_bit_changes(model, tmp_path):
         for other in (found[GLUON.get(name, name)], back[name]):
             np.testing.assert_array_equal(other, array, err_msg=name, strict=True)
     doconv("verify", model, tmp_path / "model.params", *KERNEL_SIZE)
+
+
+# Runs commands, and prints how often each has opened a file, in openings by `open_checkpoint`, and
+# which arrays it has read.
+COUNTING = """
+import json, sys
+from collections import Counter
+from doconv_core.cli import doconv
+from doconv_core.files.checkpoint import open_checkpoint
+
+opened, read, found = Counter(), [], []
+sys.addaudithook(lambda name, args: name == "open" and opened.update([str(args[0])]))
+for files, command in json.loads(sys.argv[1]):
+    once = {}
+    for file in files:
+        opened.clear()
+        with open_checkpoint(file) as checkpoint:
+            once[file], kind = opened[file], type(checkpoint)
+        if "counted" not in kind.__dict__:
+            def read_stored(self, name, own=kind.read_stored):
+                read.append([str(self.path), name])
+                return own(self, name)
+            kind.counted, kind.read_stored = True, read_stored
+    opened.clear(), read.clear()
+    doconv.main([*command, "--json"], standalone_mode=False)
+    found.append([[opened[file] / once[file] for file in files], list(read)])
+print("found:", json.dumps(found))
+"""
+
+
+def test_each_file_is_opened_once_and_each_array_read_once(tmp_path):
+    arrays = {name: array for name, array in state_dict().items() if "block.1" not in name}
+    commands = []
+    for kind in ("safetensors", "params", "state"):
+        pair = [str(tmp_path / f"{name}.{kind}") for name in ("in", "like")]
+        for file in pair:
+            if kind == "state":
+                write_state(state(), file)
+            elif kind == "params":
+                write_params(Path(file), {n: a for n, a in arrays.items() if a.ndim})
+            else:
+                save(file, arrays)
+        target = str(tmp_path / f"out.{kind}")
+        commands += [
+            (pair, ["convert", pair[0], target, "--like", pair[1]]),
+            (pair, ["convert", pair[0], str(tmp_path / f"{kind}.params")]),
+            (pair, ["convert", pair[0], str(tmp_path / f"{kind}.folded.params"), "--fold"]),
+            (pair, ["verify", *pair]),
+        ]
+    process = [sys.executable, "-c", COUNTING, json.dumps(commands)]
+    done = subprocess.run(process, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.rpartition("found:")[2])
+    for (pair, command), (opened, read) in zip(commands, found, strict=True):
+        assert opened == [1, 1 if pair[1] in command else 0], command
+        assert len(read) == len({*map(tuple, read)}), command
+        with open_checkpoint(pair[0]) as file:
+            expected = {(pair[0], name) for name in file.entries if "num_batches" not in name}
+        if command[0] == "verify":
+            expected |= {(pair[1], name) for _, name in expected}
+        assert {(file, name) for file, name in read if "num_batches" not in name} == expected
 
 
 def test_fold_on_the_way(model, tmp_path):

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
 from doconv_core.cli.contents import Contents
-from doconv_core.cli.flattening import Sizes, channels_first, takes_image
+from doconv_core.cli.flattening import Sizes, takes_image
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import KERAS, TRANSPOSED, weight_of
 from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, Layer
 from doconv_core.maths.numeric import difference
 from doconv_core.state.file import entry
+from doconv_core.state.flattening import channels_first
 
 Array = NDArray[Any]
 
@@ -100,7 +102,10 @@ def _array(file: Contents, layer: Layer, role: str, size: tuple[int, ...] | None
     # A size by a pattern may be meant for other layers than this norm.
     if layer.kind != LINEAR and values.shape != (prod(size),):
         return values
-    return channels_first(values, size)
+    try:
+        return channels_first(values, size)
+    except ValueError as error:
+        raise click.UsageError(f"--flatten: {error}") from None
 
 
 def _roles(a: Layer, b: Layer) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.keras_config import Fed, fed_layers, may_pad, metadata_of_node
+from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.parse import matches
 from doconv_core.cli.recognised import (
     GLUON,
     NORM,
-    STATE,
     TRANSPOSED,
-    config_of,
     framework_of,
     group_of,
+    nodes_of,
     recognised_layers,
     seems_channels_last,
     tells_order,
@@ -36,13 +35,12 @@ from doconv_core.files.checkpoint import (
     Layer,
     check_finite,
 )
-from doconv_core.files.keras_names import stored_nodes
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Metadata, Values, metadata_of, over_parameterized, shared
-from doconv_core.state.file import read_state
+from doconv_core.state.flattening import Fed
 from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
@@ -70,20 +68,15 @@ class Contents:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
         self.entries = checkpoint.entries
+        self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
         self.framework = framework_of(checkpoint)
         self.ordered = tells_order(checkpoint)
         self.layers: tuple[Layer, ...] = recognised_layers(checkpoint)
 
     @cached_property
-    def forms(self) -> dict[str, LayerForm]:
-        """What a state tells of its layers, by path; nothing of another file."""
-        return dict(read_state(self.path).layers) if self.framework == STATE else {}
-
-    @cached_property
     def metadata(self) -> dict[str, Metadata]:
         """What the file tells of each layer beyond its arrays, by name."""
-        stored = stored_nodes(self._config) if self._config is not None else ()
-        nodes = {group: node for group, _, node in stored}
+        nodes = nodes_of(self.checkpoint)
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:
@@ -99,12 +92,9 @@ class Contents:
     @cached_property
     def fed(self) -> dict[str, Fed]:
         """What the config of a `.keras` file tells of what layers are given, by name."""
-        fed = {} if self._config is None else fed_layers(self._config)
+        config = self.checkpoint.config
+        fed = {} if config is None else fed_layers(config)
         return {x.name: fed[group_of(x)] for x in self.layers if fed and group_of(x) in fed}
-
-    @cached_property
-    def _config(self) -> Any:
-        return config_of(self.checkpoint)
 
     def copy_of_model(self, part: str | None) -> list[Layer]:
         """Return the layers of one copy of the model, the first unless another is asked for."""

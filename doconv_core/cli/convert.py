@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from doconv_core.cli.recognised import GLUON, KERAS, PYTORCH, STATE
 from doconv_core.files.checkpoint import Layer
 from doconv_core.files.folding import check_understood
 from doconv_core.models.report import place
-from doconv_core.state.layers import CHANNELS_FIRST
+from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 
 Write = Callable[[Path, Plan, writing.Step], None]
 # Of each name that `--to` takes: the framework whose names the file has, and what writes it.
@@ -161,13 +162,27 @@ def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Writ
     if template.framework == KERAS:
         return partial(writing.write_keras_like, template=template.path)
     if template.framework == STATE:
-        source = contents.path if contents.framework == STATE else None
-        paths = {other.path: layer.path for layer, other in paired.both}
-        return partial(writing.write_state_like, template=template.path, source=source, paths=paths)
+        forms, known = dict(template.forms), contents.forms
+        for layer, other in paired.both:
+            if layer.path in known:
+                forms[other.path] = _with_known(forms[other.path], known[layer.path])
+        origin = contents.checkpoint.origin or {}
+        return partial(writing.write_state_like, forms=forms, origin=origin)
     if template.framework == GLUON:
         return writing.write_gluon
     is_safetensors = template.checkpoint.format == "safetensors"
     return writing.write_safetensors if is_safetensors else writing.write_pytorch
+
+
+def _with_known(form: LayerForm, known: LayerForm) -> LayerForm:
+    """Return a layer's form with what another tells beyond the shapes, which agree."""
+    norm = form.kind == known.kind == "batch_norm"
+    return replace(
+        form,
+        spec=known.spec if norm else form.spec,
+        geometry=form.geometry or known.geometry,
+        flattening=known.flattening,
+    )
 
 
 def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:

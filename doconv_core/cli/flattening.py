@@ -9,22 +9,27 @@ from math import prod
 from typing import Any, NamedTuple
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.keras_config import Fed
-from doconv_core.cli.order import Order
 from doconv_core.cli.parse import matching, parse_size
 from doconv_core.cli.recognised import NORM
-from doconv_core.files.checkpoint import BATCH_NORM, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.shapes import canonical_shape
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Values
+from doconv_core.state.chain import Chain
+from doconv_core.state.flattening import (
+    Array,
+    Fed,
+    Size,
+    channels_first,
+    channels_last,
+    image_size,
+    is_same,
+)
 
-Array = NDArray[Any]
-Size = tuple[int, ...]
 Sizes = Sequence[tuple[str, Size]]
 
 
@@ -73,7 +78,7 @@ class Flattenings:
     """What the inputs of each layer were, for a conversion between orders of axes.
 
     ordered: whether the file's layers are in the model's order; then, where nothing is told, a
-    linear layer may be taken to be behind no flattened image, as `Order` has it: `assumed` has the
+    linear layer may be taken to be behind no flattened image, as `Chain` has it: `assumed` has the
     channels before it by its name. Raises Failure for a layer of which nothing tells, and for what
     cannot be reordered; UsageError where `--flatten` contradicts the layer, or the config.
     """
@@ -83,18 +88,19 @@ class Flattenings:
     ) -> None:
         self._sizes: dict[str, Size] = {}
         self.assumed: dict[str, int] = {}
-        order = Order(checkpoint)
+        chain, last = Chain(), None
         for layer in layers:
             size = _known_size(checkpoint, layer, images)
             if size is None and layer.kind != LINEAR and layer.name in images.behind:
                 raise _nothing_tells(checkpoint, layer, features_of(checkpoint, layer))
             if size is None and layer.kind == LINEAR:
-                self.assumed[layer.name] = _assumed(checkpoint, layer, images, order, ordered)
+                self.assumed[layer.name] = _assumed(checkpoint, layer, images, chain, ordered)
             if size:
-                _check_norm_before(checkpoint, layer, size, order, self._sizes)
+                _check_norm_before(checkpoint, layer, size, last, self._sizes)
             if size is not None:
                 self._sizes[layer.name] = size
-            order.add(layer)
+            _add(chain, checkpoint, layer)
+            last = layer
 
     def reordered(
         self, layer: Layer, values: Mapping[str, Values], *, last: bool
@@ -121,32 +127,11 @@ def _reordered(
     return order(read(), size)
 
 
-def channels_last(values: Array, size: Size) -> Array:
-    """Return an array with its last axis, an image in PyTorch's order, in Keras'."""
-    return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
-
-
-def is_same(size: Size) -> bool:
-    """Return whether an image of this size, flattened, has its numbers in one order everywhere."""
-    return not size or size[0] == 1 or prod(size[1:]) == 1
-
-
 def takes_image(layer: Layer, role: str) -> bool:
     """Return whether the last axis of a layer's array may be a flattened image."""
     if layer.kind == LINEAR:
         return role == "weight"
     return layer.kind in (BATCH_NORM, NORM) and role != "num_batches_tracked"
-
-
-def channels_first(values: Array, size: Size) -> Array:
-    """Return an array with its last axis, an image with channels last so far, in PyTorch's order.
-
-    size: channels and size of the image that was flattened. Raises UsageError where it is another
-    number of inputs.
-    """
-    if prod(size) != values.shape[-1]:
-        raise click.UsageError(f"--flatten: the layer has {values.shape[-1]} inputs; given {size}.")
-    return np.moveaxis(values.reshape(-1, *size[1:], size[0]), -1, 1).reshape(values.shape)
 
 
 def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
@@ -159,26 +144,10 @@ def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
     return shape[0] if len(shape) == 1 else None
 
 
-def config_size(fed: Fed | None, features: int | None) -> Size | None:
-    """Return the size of what is flattened before a layer, by a config; None where it tells none.
-
-    () where nothing is flattened. A size that is not known but for the channels becomes one axis.
-    """
-    image = fed.image if fed is not None else None
-    if not image or features is None:
-        return None if image is None else ()
-    channels, *positions = image
-    if channels is None or features % channels:
-        return None
-    known = [n for n in positions if n is not None]
-    exact = len(known) == len(positions) and channels * prod(known) == features
-    return (channels, *known) if exact else (channels, features // channels)
-
-
 def _known_size(checkpoint: Checkpoint, layer: Layer, images: Images) -> Size | None:
     """Return the size that is told of what a layer is behind; None where it is not."""
     features, fed = features_of(checkpoint, layer), images.fed.get(layer.name)
-    by_config = config_size(fed, features)
+    by_config = image_size(fed, features)
     if features is None:
         if fed is not None and fed.image:
             raise Failure(
@@ -222,14 +191,14 @@ def _check_agrees(layer: Layer, size: Size, by_config: Size, file: str) -> None:
 
 
 def _assumed(
-    checkpoint: Checkpoint, layer: Layer, images: Images, order: Order, ordered: bool
+    checkpoint: Checkpoint, layer: Layer, images: Images, chain: Chain, ordered: bool
 ) -> int:
     """Return the channels before a linear layer that is taken to be behind no flattened image."""
     features, name = features_of(checkpoint, layer), literal(layer.name)
-    before = order.before if ordered and layer.name not in images.behind else None
+    before = chain.before if ordered and layer.name not in images.behind else None
     if before is None or before.outputs != features:
         raise _nothing_tells(checkpoint, layer, features)
-    image = order.image(features)
+    image = chain.image(features)
     if image is not None:
         raise Failure(
             f"{checkpoint.path}: the {features} inputs of {place(layer.name)} may be the channels "
@@ -253,10 +222,13 @@ def _nothing_tells(checkpoint: Checkpoint, layer: Layer, features: int | None) -
 
 
 def _check_norm_before(
-    checkpoint: Checkpoint, layer: Layer, size: Size, order: Order, sizes: Mapping[str, Size]
+    checkpoint: Checkpoint,
+    layer: Layer,
+    size: Size,
+    before: Layer | None,
+    sizes: Mapping[str, Size],
 ) -> None:
     """Raise Failure where a norm before a linear layer may have the flattened image, too."""
-    before = order.last
     if layer.kind != LINEAR or before is None or before.name in sizes or is_same(size):
         return
     if before.kind in (BATCH_NORM, NORM) and features_of(checkpoint, before) == prod(size):
@@ -267,3 +239,15 @@ def _check_norm_before(
             f"'{name}={text}', or --flatten '{name}=no'.",
             IMPOSSIBLE,
         )
+
+
+def _add(chain: Chain, checkpoint: Checkpoint, layer: Layer) -> None:
+    """Add a layer to those that may feed the next."""
+    features = features_of(checkpoint, layer) if layer.kind in (BATCH_NORM, NORM) else None
+    if layer.kind in (CONVOLUTION, LINEAR):
+        stored = checkpoint.entries[layer.entries["weight"]].shape
+        chain.add_weight(layer.name, layer.kernel_shape or canonical_shape(stored, layer.layout))
+    elif features is not None:
+        chain.add_norm(layer.name, features)
+    else:
+        chain.add_other()

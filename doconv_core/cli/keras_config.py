@@ -7,41 +7,21 @@ Lambda, or the call of a subclassed model, cannot be seen; nothing is said of la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-from doconv_core.cli.keras_axes import (
-    FLAT,
-    OPEN,
-    SAME,
-    Shape,
-    Value,
-    given,
-    makes_an_image,
-    result,
-    shape_of,
-)
 from doconv_core.cli.recognised import NORM, TRANSPOSED
 from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
-from doconv_core.files.keras_names import is_node, stored_nodes
+from doconv_core.files.keras_names import CLASSES, is_node, own_class, stored_nodes
 from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
 from doconv_core.maths.spec import as_tuple
 from doconv_core.state.agreement import Metadata
+from doconv_core.state.flattening import Fed, Shape, Trace, Value, given, kind_of, shape_of
 
 Node: TypeAlias = Mapping[str, Any]
 Call: TypeAlias = "tuple[str, int]"
 
+KNOWN = ("keras.layers", "keras.src.ops")  # modules whose classes are those of Keras
 _MODELS = ("Sequential", "Functional", "Model")
-
-
-class Fed(NamedTuple):
-    """What a layer is given. image: channels and size, channels first, of one that is flattened.
-
-    It is () where there is none, and None where that is not known; a size may be None. outward:
-    whether what the layer gives becomes an image.
-    """
-
-    image: Shape | None = None
-    outward: bool = False
 
 
 def fed_layers(config: Node) -> dict[str, Fed]:
@@ -49,7 +29,7 @@ def fed_layers(config: Node) -> dict[str, Fed]:
     walk = _Walk(config)
     if _is_model(config):
         walk.model(config, None)
-    return walk.fed()
+    return walk.trace.fed()
 
 
 class _Walk:
@@ -61,14 +41,7 @@ class _Walk:
             own = node.get("shared_object_id")
             own = own if isinstance(own, int) else id(node)
             self._groups[id(node)] = shared.setdefault(own, group)
-        self._images: dict[str, set[Shape | None]] = {}
-        self._outward: set[str] = set()
-
-    def fed(self) -> dict[str, Fed]:
-        return {
-            group: Fed(next(iter(images)) if len(images) == 1 else None, group in self._outward)
-            for group, images in self._images.items()
-        }
+        self.trace = Trace()
 
     def model(self, node: Node, values: Sequence[Value] | None) -> list[Value]:
         """Follow a model, given these tensors, or by its own input layers; return its outputs."""
@@ -141,28 +114,22 @@ class _Walk:
         shape = shape_of(build.get("input_shape")) if isinstance(build, dict) else None
         if shape is not None:
             values = [v if v.shape is not None else v._replace(shape=shape) for v in values]
-        group, found = self._groups.get(id(node)), result(node, values)
-        if group is None:
-            return [found]
-        self._images.setdefault(group, set()).add(_image(values[0]))
-        if makes_an_image(node, values[0]):
-            self._outward |= values[0].makers
-        if node["class_name"] == "Dense":
-            found = found._replace(makers=frozenset({group}))
-        return [found]
+        group = self._groups.get(id(node), "")
+        return [self.trace.call(group, _kind(node), node["config"], values)]
+
+
+def _kind(node: Node) -> str:
+    """Return what kind of layer a config is of, "" for one that is not known here."""
+    own, module = own_class(node), str(node.get("module") or "")
+    if own:
+        return kind_of(CLASSES[own], "keras.layers")
+    return kind_of(node["class_name"], module) if module.startswith(KNOWN) else ""
 
 
 def _is_model(node: Node) -> bool:
     """Return whether this is a model of Keras' own classes, whose call is known."""
     module = str(node.get("module") or "")
     return node["class_name"] in _MODELS and module.partition(".")[0] == "keras"
-
-
-def _image(value: Value) -> Shape | None:
-    if value.order == FLAT:
-        return value.image
-    # A tensor of several axes has its features on the last, unless nothing is known of it.
-    return None if value.order == OPEN or (value.order != SAME and value.is_vector) else ()
 
 
 def _name(node: Node) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-from doconv_core.files import formats
 from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, OTHER, Checkpoint, Layer
 from doconv_core.files.keras_names import snake_case, stem_of, stored_nodes
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.maths.layout import to_canonical
-from doconv_core.state.file import read_state
 from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
@@ -29,12 +25,11 @@ _TRANSPOSED = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
 
 def framework_of(checkpoint: Checkpoint) -> str:
     """Return whose names and layouts a file has. A plain safetensors file has PyTorch's."""
-    found = formats.recognise(checkpoint.path)
-    if found == formats.GLUON:
+    if checkpoint.format.startswith("Gluon"):
         return GLUON
-    if found in (formats.KERAS, formats.HDF5):
+    if checkpoint.format.startswith("Keras"):
         return KERAS
-    return STATE if checkpoint.format.startswith("doconv state") else PYTORCH
+    return PYTORCH if checkpoint.forms is None else STATE
 
 
 def recognised_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
@@ -46,8 +41,8 @@ def recognised_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     framework = framework_of(checkpoint)
     if framework == KERAS:
         return _keras(checkpoint)
-    if framework == STATE:
-        forms = read_state(checkpoint.path).layers
+    if checkpoint.forms is not None:
+        forms = checkpoint.forms
         return tuple(_of_state(layer, forms[layer.path]) for layer in checkpoint.layers)
     return tuple(_norm(checkpoint, layer, framework) for layer in checkpoint.layers)
 
@@ -79,12 +74,11 @@ def tells_order(checkpoint: Checkpoint) -> bool:
     tells, and so does the config of a `.keras` file, unless the model, or a part of it, is of a
     class of one's own.
     """
-    found = formats.recognise(checkpoint.path)
-    if found == formats.KERAS:
+    if checkpoint.config is not None:
         nodes = nodes_of(checkpoint)
         return all(group_of(layer) in nodes for layer in checkpoint.layers)
-    sorting = (formats.HDF5, formats.SAFETENSORS)
-    return checkpoint.format.startswith("doconv state") or found not in sorting
+    sorting = checkpoint.format == "safetensors" or framework_of(checkpoint) == KERAS
+    return not sorting
 
 
 def _norm(checkpoint: Checkpoint, layer: Layer, framework: str) -> Layer:
@@ -121,19 +115,10 @@ def group_of(layer: Layer) -> str:
     return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
-def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Return the config of a `.keras` file; None of another."""
-    if formats.recognise(checkpoint.path) != formats.KERAS:
-        return None
-    with zipfile.ZipFile(checkpoint.path) as archive:  # which has been looked at, to be opened
-        found: Mapping[str, Any] = json.loads(archive.read("config.json"))
-    return found
-
-
 def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return the config of each group that the config of a `.keras` file tells."""
-    config = config_of(checkpoint)
-    return {} if config is None else {group: node for group, _, node in stored_nodes(config)}
+    stored = () if checkpoint.config is None else stored_nodes(checkpoint.config)
+    return {group: node for group, _, node in stored}
 
 
 def _classes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -23,7 +23,6 @@ from doconv_core.cli.contents import Contents
 from doconv_core.cli.errors import DIFFERENT, one_line
 from doconv_core.cli.flattening import (
     Sizes,
-    config_size,
     features_of,
     flatten_option,
 )
@@ -31,6 +30,7 @@ from doconv_core.cli.output import counted, print_json, print_table, progress, s
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.files.checkpoint import Layer, open_checkpoint
+from doconv_core.state.flattening import image_size
 
 
 @click.command(short_help="Compare two checkpoints, kernel by kernel.")
@@ -134,7 +134,7 @@ def _known_images(a: Contents, b: Contents, pairs: Sequence[tuple[Layer, Layer]]
     for file, number in ((a, 0), (b, 1)):
         for pair in pairs:
             left = pair[0]
-            size = config_size(file.fed.get(pair[number].name), features_of(a.checkpoint, left))
+            size = image_size(file.fed.get(pair[number].name), features_of(a.checkpoint, left))
             if size is not None:
                 found.append((literal(left.name), size))
     return found

@@ -6,7 +6,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import replace
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ from doconv_core.files.gluon import DTYPES as GLUON_DTYPES
 from doconv_core.files.gluon import write_params
 from doconv_core.files.hdf5_files import Written
 from doconv_core.files.safetensors import DTYPES
-from doconv_core.state.file import State, read_state, write_state
+from doconv_core.state.file import State, write_state
 from doconv_core.state.layers import LayerForm
 
 # What writes a PyTorch file is found here, so that this package knows no framework.
@@ -103,35 +102,13 @@ def write_state_like(
     path: Path,
     plan: Plan,
     step: Step,
-    template: Path,
-    source: Path | None,
-    paths: Mapping[str, str],
+    forms: Mapping[str, LayerForm],
+    origin: Mapping[str, str],
 ) -> None:
-    """Write a canonical state with the layers of `template`'s.
-
-    source: the state that the arrays come from, if it is one; paths: of each of the template's
-    layers, that of the source's. What the source tells of them goes with the arrays.
-    """
+    """Write a canonical state of these layers. origin: who has trained it, if that is known."""
     dtypes = {entry.name: entry.dtype for entry in plan.entries}
     arrays = {name: array.astype(dtypes[name]) for name, array in plan.arrays(step).items()}
-    layers = read_state(template).layers
-    if source is None:
-        write_state(State(layers, arrays), path)
-        return
-    known = read_state(source)
-    forms = {own: _with_told(form, known.layers[paths[own]]) for own, form in layers.items()}
-    write_state(State(forms, arrays, known.origin), path)
-
-
-def _with_told(form: LayerForm, known: LayerForm) -> LayerForm:
-    """Return a layer's form with what another tells beyond the shapes, which agree."""
-    norm = form.kind == known.kind == "batch_norm"
-    return replace(
-        form,
-        spec=known.spec if norm else form.spec,
-        geometry=form.geometry or known.geometry,
-        flattening=known.flattening,
-    )
+    write_state(State(forms, arrays, origin), path)
 
 
 def write_keras_like(path: Path, plan: Plan, step: Step, template: Path) -> None:

@@ -26,7 +26,7 @@ from doconv_core.atomic import check_absent, replacing
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import Report
-from doconv_core.state.file import LinearSpec
+from doconv_core.state.layers import LayerForm, LinearSpec
 
 Array = NDArray[Any]
 KernelSizes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -113,6 +113,8 @@ class Checkpoint(ABC):
     of their first entries. others: what else the file holds and a fold carries over as it is, such
     as "optimizer". unfolded: what of it may be a copy of the model nonetheless, and why that is not
     folded. parts: the copies of the model in it, the main one first; one is named "".
+    forms: of a canonical state, what it tells of its layers, by path; origin: who wrote that.
+    config: of a `.keras` file, the model's. None of another.
     """
 
     path: Path
@@ -121,6 +123,9 @@ class Checkpoint(ABC):
     layers: tuple[Layer, ...] = ()
     others: tuple[str, ...] = ()
     unfolded: tuple[tuple[str, str], ...] = ()
+    forms: Mapping[str, LayerForm] | None = None
+    origin: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -180,10 +180,10 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         self._opened = ExitStack()
         self._archive = self._opened.enter_context(open_archive(path))
         try:
-            self._config = self._read_config()
-            stored = list(stored_nodes(self._config))
-            self._unknown = unknown_class(self._config)
-            self._folded_config = json.dumps(folded_config(self._config)).encode()
+            self.config = config = self._read_config()
+            stored = list(stored_nodes(config))
+            self._unknown = unknown_class(config)
+            self._folded_config = json.dumps(folded_config(config)).encode()
             nodes: dict[str, Any] = {}
             for old, _, node in stored:
                 nodes.setdefault(old, node)
