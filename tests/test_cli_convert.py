@@ -358,6 +358,26 @@ def test_like_another_file_by_name_and_by_order(tmp_path):
     doconv(*args, "--force", code=IMPOSSIBLE, error=error)
 
 
+def test_a_gamma_of_ones_and_a_beta_of_zeros_come_and_go(tmp_path):
+    spec, roles = BatchNormSpec(4, 1e-5, 0.1), ("running_mean", "running_var")
+    statistics = {f"a.{role}": np.full(4, 2, "float32") for role in roles}
+    neutral = {"a.gamma": np.ones(4, "float32"), "a.beta": np.zeros(4, "float32")}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("bare", "whole", "moved")}
+    write_state(State({"a": LayerForm(spec, bias=False, scale=False)}, statistics), files["bare"])
+    write_state(State({"a": LayerForm(spec)}, neutral | statistics), files["whole"])
+    moved = {**neutral, **statistics, "a.beta": neutral["a.gamma"]}
+    write_state(State({"a": LayerForm(spec)}, moved), files["moved"])
+    for source, like in (("bare", "whole"), ("whole", "bare")):
+        out = tmp_path / "out.safetensors"
+        doconv("convert", files[source], out, "--like", files[like], "--force")
+        made, wanted = read_state(out), read_state(files[like])
+        assert made.layers == wanted.layers
+        np.testing.assert_equal(dict(made.arrays), dict(wanted.arrays))
+    error = "entry 'a.beta' is there, and not 0 throughout; the layer in .*bare.* has no beta"
+    args = ["convert", files["moved"], out, "--force", "--like", files["bare"]]
+    doconv(*args, code=IMPOSSIBLE, error=error)
+
+
 def test_safetensors_tell_no_order(model, tmp_path):
     doconv("convert", model, tmp_path / "m.params")
     error = "model.safetensors has its layers in the order of their names, not of the model"

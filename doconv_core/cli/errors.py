@@ -41,13 +41,13 @@ def as_failure(error: Exception) -> Failure | None:
     if isinstance(error, ImportError):
         return Failure(str(error), MISSING)
     if isinstance(error, FileExistsError):
-        return Failure(_told(error), TARGET)
+        return Failure(_message(error), TARGET)
     if isinstance(error, OSError):
-        return Failure(_told(error), USAGE)
+        return Failure(_message(error), USAGE)
     return None
 
 
-def _told(error: OSError) -> str:
+def _message(error: OSError) -> str:
     if error.strerror is None:  # one of ours, whose text is a sentence already
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""

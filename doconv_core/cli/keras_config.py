@@ -151,10 +151,10 @@ def _calls(node: Node) -> list[Any]:
 def _tensors(call: Any) -> Iterator[tuple[tuple[str, int, int], Shape | None]]:
     """Yield where each tensor in a call's arguments comes from, and its shape."""
     if isinstance(call, dict) and call.get("class_name") == "__keras_tensor__":
-        told = call.get("config")
-        told = told if isinstance(told, dict) else {}
-        for history in _histories(told.get("keras_history")):
-            yield history, shape_of(told.get("shape"))
+        found = call.get("config")
+        tensor = found if isinstance(found, dict) else {}
+        for history in _histories(tensor.get("keras_history")):
+            yield history, shape_of(tensor.get("shape"))
         return
     inner = call.values() if isinstance(call, dict) else call if isinstance(call, list) else ()
     for each in inner:

@@ -49,8 +49,8 @@ def sides(source: Path, target: Path) -> Sides:
 
 def required_of_target(source: Contents, layers: Sequence[Layer]) -> list[Required]:
     """Return what the network that OUT is for must have, by what IN tells."""
-    told = source.metadata
-    return _grouped((OUT, text, layer) for layer in layers for text in _texts(told[layer.name]))
+    known = source.metadata
+    return _grouped((OUT, text, layer) for layer in layers for text in _texts(known[layer.name]))
 
 
 def compare_metadata(
@@ -83,23 +83,23 @@ def _open_padding(left: Metadata, right: Metadata) -> bool:
     return left.geometry.padding != right.geometry.padding
 
 
-def _without(told: Metadata, other: Metadata, keep_geometry: bool = False) -> Metadata:
-    """Return what is told here and not there; of activations, which may be layers, also others."""
+def _without(metadata: Metadata, other: Metadata, keep_geometry: bool = False) -> Metadata:
+    """Return what is known here and not there; of activations, which may be layers, also others."""
     return replace(
-        told,
-        epsilon=None if other.epsilon is not None else told.epsilon,
-        geometry=told.geometry if other.geometry is None or keep_geometry else None,
-        activation=None if other.activation == told.activation else told.activation,
-        groups=None if other.groups is not None else told.groups,
+        metadata,
+        epsilon=None if other.epsilon is not None else metadata.epsilon,
+        geometry=metadata.geometry if other.geometry is None or keep_geometry else None,
+        activation=None if other.activation == metadata.activation else metadata.activation,
+        groups=None if other.groups is not None else metadata.groups,
     )
 
 
-def _texts(told: Metadata) -> list[str]:
+def _texts(metadata: Metadata) -> list[str]:
     """Return what a layer must have, in words, without what layers have unless asked."""
-    texts = [] if told.epsilon is None else [f"epsilon {told.epsilon:g}"]
-    texts += [f"{told.groups} groups"] * bool(told.groups)
-    texts += [f"activation {told.activation}"] * bool(told.activation)
-    moves = "" if told.geometry is None else _moves(told.geometry, told.transposed)
+    texts = [] if metadata.epsilon is None else [f"epsilon {metadata.epsilon:g}"]
+    texts += [f"{metadata.groups} groups"] * bool(metadata.groups)
+    texts += [f"activation {metadata.activation}"] * bool(metadata.activation)
+    moves = "" if metadata.geometry is None else _moves(metadata.geometry, metadata.transposed)
     return texts + [moves] * bool(moves)
 
 

@@ -265,7 +265,7 @@ class Conversion:
         dtypes = {name: each.dtype for name, each in values.items()}
         if layer.kind == BATCH_NORM and framework == GLUON:  # whose batch norms always have both
             statistic = self.source.entries[layer.entries["running_mean"]]
-            for name in AFFINE[GLUON].keys() - state_names(layer).keys():
+            for name in (n for n in AFFINE[GLUON] if n not in state_names(layer)):
                 names[name] = name
                 shapes[name], dtypes[name] = statistic.shape, statistic.dtype
         return Target(
@@ -308,17 +308,18 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     """Return whether a layer's arrays are those of the target, or can become them."""
     optional = set(NEUTRAL) if norm else set()
     missing = target.entries.keys() - values.keys() - optional
-    made = missing == {"depthwise_weight"} and isinstance(target.spec, ConvSpec)
-    if values.keys() - target.entries.keys() - optional or (missing and not made):
+    shapes = {name: each.shape for name, each in values.items()}
+    if missing == {"depthwise_weight"} and isinstance(target.spec, ConvSpec):
+        spec = target.spec
+        shapes |= {"weight": spec.weight_shape, "depthwise_weight": spec.depthwise_shape or ()}
+    elif missing:
         return False
-    shapes = [(values[n].shape, e.shape, n) for n, e in target.entries.items() if n in values]
-    if made:
-        assert isinstance(target.spec, ConvSpec)  # as `made` tells
-        entry = target.entries["depthwise_weight"]
-        return entry.shape == target.spec.depthwise_shape
+    if shapes.keys() - target.entries.keys() - optional:
+        return False
     return all(
-        prod(found) == prod(wanted) if name == "weight" else found == wanted
-        for found, wanted, name in shapes
+        prod(shapes[name]) == prod(entry.shape) if name == "weight" else shapes[name] == entry.shape
+        for name, entry in target.entries.items()
+        if name in shapes
     )
 
 

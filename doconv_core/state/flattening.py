@@ -58,7 +58,7 @@ Rule: TypeAlias = Callable[[Config, Values], Value]
 
 def shape_of(value: Any) -> Shape | None:
     """Return a shape in a config without its batch; None where it is none."""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, (list, tuple)) or not value:
         return None
     if not all(n is None or type(n) is int for n in value):
         return None
