@@ -26,11 +26,11 @@ from doconv_core.cli.checkpoints import (
 )
 from doconv_core.cli.contents import Contents
 from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
-from doconv_core.cli.flattening import Flattenings, Images, Sizes, flatten_option
+from doconv_core.cli.flattening import Flattenings, Images, Sizes
 from doconv_core.cli.metadata import OUT, Required, compare_metadata, required_of_target
 from doconv_core.cli.output import counted, print_json, print_table, progress, size
 from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_side_by_side
-from doconv_core.cli.parse import KernelSizes, matches
+from doconv_core.cli.parse import KernelSizes, flatten_option, matches
 from doconv_core.cli.plan import Conversion, Plan
 from doconv_core.cli.recognised import GLUON, KERAS, PYTORCH, STATE
 from doconv_core.files.checkpoint import Layer

@@ -6,14 +6,14 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
 from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.parse import matching, parse_size
+from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import NORM
 from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
 from doconv_core.files.shapes import canonical_shape
@@ -31,32 +31,6 @@ from doconv_core.state.flattening import (
 )
 
 Sizes = Sequence[tuple[str, Size]]
-
-
-def flatten_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--flatten`, which becomes pairs of pattern and channels-first size."""
-    return click.option(
-        "--flatten", "flattened", multiple=True, metavar="GLOB=CxHxW|no", callback=_parse,
-        help="Channels and size of the image that is flattened before a linear layer, or `no`, "
-        "where one of the files is Keras', whose channels are last.",
-    )(function)  # fmt: skip
-
-
-def _parse(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> list[tuple[str, tuple[int, ...]]]:
-    found = []
-    for value in values:
-        pattern, _, text = value.rpartition("=")
-        size = () if text == "no" else parse_size(text)
-        if size is None or len(size) == 1:
-            raise click.BadParameter(
-                f"{value!r} must end in the channels and size of what is flattened, as in "
-                "'fc=64x7x7', or in 'no' where nothing is.",
-                ctx, param,
-            )  # fmt: skip
-        found.append((pattern or "*", size))
-    return found
 
 
 class Images(NamedTuple):
