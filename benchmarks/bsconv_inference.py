@@ -112,7 +112,7 @@ def measured(case: Case, patience: float) -> Row:
     ways = {"ordinary": way(fold(case.ordinary, fuse_batchnorm=True).model, case.x)}
     for form in FORMS:
         try:
-            folded = fold(case.model, bsconv=form, fuse_batchnorm=True).model
+            folded = fold(case.model, form=form, fuse_batchnorm=True).model
         except NotFoldable:  # batch norms between convolutions that pad with zeros
             continue
         found = verify(folded, case.model, case.x).relative

@@ -14,15 +14,17 @@ from doconv_core.files.checkpoint import (
     open_checkpoint,
 )
 from doconv_core.files.upstream import Upstream, read_upstream
+from doconv_core.kinds.base import Cost
 from doconv_core.kinds.bsconv import (
+    BSConvCost,
     BSConvSpec,
+    bsconv_cost,
     compose_bsconv,
     compose_bsconv_gradient,
     merge_pointwise,
     merge_pointwise_gradient,
     mid_channels,
 )
-from doconv_core.kinds.bsconv_cost import BSConvCost, bsconv_cost
 from doconv_core.kinds.bsconv_fold import (
     Folded,
     Normalization,
@@ -32,15 +34,15 @@ from doconv_core.kinds.bsconv_fold import (
     fold_pointwise,
 )
 from doconv_core.kinds.bsconv_init import Blueprints, blueprints
-from doconv_core.kinds.bsconv_model import BSConvReport, Explained, FoldReport
 from doconv_core.kinds.do_conv import (
+    LayerCost,
     compose,
     compose_gradient,
     feature_compose,
     from_kernel,
     identity,
+    layer_cost,
 )
-from doconv_core.kinds.do_conv_cost import Cost, LayerCost, layer_cost
 from doconv_core.kinds.orthonormal import orthonormality, orthonormality_gradient
 from doconv_core.maths.batchnorm import NotFoldable, fuse_batchnorm
 from doconv_core.maths.convolve import (
@@ -54,7 +56,17 @@ from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.numeric import Difference, difference
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import Change, Converted, Left, Report, Selection, largest_difference
+from doconv_core.models.report import (
+    BSConvReport,
+    Change,
+    Converted,
+    Explained,
+    FoldReport,
+    Left,
+    Report,
+)
+from doconv_core.models.select import Selection
+from doconv_core.models.verify import largest_difference
 from doconv_core.networks.cost import CountedLayer, NetworkCost, count
 from doconv_core.networks.names import describe, list_models
 from doconv_core.networks.nodes import Network

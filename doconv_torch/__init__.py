@@ -1,6 +1,7 @@
 """DO-Conv for PyTorch: over-parameterized drop-ins for `torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
 
 from doconv_core.backends import require_framework
+from doconv_core.networks.names import list_models
 
 require_framework("torch", "torch")
 
@@ -14,12 +15,11 @@ from doconv_torch.bsconv import (  # noqa: E402
     BSConvU2d,
     BSConvU3d,
 )
-from doconv_torch.bsconv_model import to_bsconv  # noqa: E402
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.kernel_cache import composed_once  # noqa: E402
-from doconv_torch.model import fold, over_parameterize  # noqa: E402
+from doconv_torch.model import fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
-from doconv_torch.realize import build, get_model, list_models  # noqa: E402
+from doconv_torch.realize import build, get_model  # noqa: E402
 from doconv_torch.state import export_state, load_state  # noqa: E402
 from doconv_torch.verify import verify  # noqa: E402
 

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from doconv_core.models.report import (
-    HOOKED,
-    NOT_DIRECT,
-    NOT_FINITE,
-    ONE_TAP,
-    OUTPUT,
-    REPLACED,
-    SEVERAL,
-    SHARED,
-    SUBCLASS,
-    Change,
-    Left,
-    behind,
-    fused_into,
-    place,
-)
-from doconv_torch.graph import Flow, flow
-from doconv_torch.view import (
-    HOOKS,
-    Owners,
-    is_convolution,
-    is_replaced,
-    kind_of,
-    memory,
-    obstacle,
-    owners,
-)
+from doconv_core.models.report import HOOKED, NOT_FINITE, REPLACED, SHARED, SUBCLASS, behind
+from doconv_torch.ordinary import HOOKS, Owners, is_replaced, memory, obstacle
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What batch norm's own constructor sets, and an identity lacks.
 ATTRIBUTES = ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group")
-
-
-def fuse_batchnorms(model: nn.Module) -> tuple[list[Change], list[Left]]:
-    """Fold the model's batch norms into its convolutions, in place; return which, and which not.
-
-    A fused batch norm becomes a `torch.nn.Identity`, in its place.
-    """
-    changed, left = [], []
-    candidates = {m: path for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    found = flow(model) if any(norm_obstacle(m) is None for m in candidates) else Flow()
-    held = owners(model)
-    paths = {module: path for path, module in model.named_modules()}
-    for norm, path in candidates.items():
-        kind = kind_of(norm)
-        reason = norm_obstacle(norm) or _obstacle_in(found, norm, paths)
-        if reason is None:
-            conv = next(iter(found.sources[norm]))
-            reason = _pair_obstacle(conv, norm, found, held) or _fuse(conv, norm)
-        if reason is None:
-            changed.append(Change(path, kind, fused_into(kind_of(conv))))
-        else:
-            left.append(Left(path, kind, reason))
-    return changed, left
 
 
 def norm_obstacle(norm: nn.Module) -> str | None:
@@ -79,38 +32,13 @@ def norm_obstacle(norm: nn.Module) -> str | None:
     return None
 
 
-def _obstacle_in(found: Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> str | None:
-    """Return why a batch norm cannot be fused where it stands in the model."""
-    sources = found.sources.get(norm, set())
-    if not sources:
-        return _why_unseen(found, norm, paths)
-    if None in sources or not all(is_convolution(source) for source in sources):
-        return NOT_DIRECT
-    if len(sources) > 1:
-        return SEVERAL
-    (conv,) = sources
-    if found.users[conv] != {norm}:
-        return OUTPUT
-    return None
+def pair_obstacle(conv: Any, norm: Any, touched: Set[nn.Module], held: Owners) -> str | None:
+    """Return why this convolution and this batch norm cannot be fused.
 
-
-def _why_unseen(found: Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> str:
-    path = paths[norm]
-    above = [
-        (paths[module], reason)
-        for module, reason in found.untraced.items()
-        if path.startswith(f"{paths[module]}.") or not paths[module]
-    ]
-    if not above:
-        return "the model's forward pass does not call it"
-    nearest, reason = max(above, key=lambda entry: len(entry[0]))
-    return f"{place(nearest)} cannot be traced ({reason})"
-
-
-def _pair_obstacle(conv: nn.Module, norm: nn.Module, found: Flow, held: Owners) -> str | None:
-    """Return why this convolution and this batch norm cannot be fused."""
+    touched: the modules whose parameters are used other than by calling them.
+    """
     reason = obstacle(conv)
-    if reason not in (None, ONE_TAP):
+    if reason is not None:
         return behind(reason)
     if "bias" in vars(conv):
         return "the bias of the convolution before it is computed before each call"
@@ -119,7 +47,7 @@ def _pair_obstacle(conv: nn.Module, norm: nn.Module, found: Flow, held: Owners) 
         return HOOKED
     if norm.num_features != conv.out_channels:
         return f"it has {norm.num_features} channels after a convolution of {conv.out_channels}"
-    if conv in found.touched or norm in found.touched:
+    if conv in touched or norm in touched:
         return SHARED
     if any(
         len(held[memory(p)]) > 1
@@ -131,7 +59,7 @@ def _pair_obstacle(conv: nn.Module, norm: nn.Module, found: Flow, held: Owners) 
     return None
 
 
-def _fuse(conv: _ConvNd, norm: nn.Module) -> str | None:
+def fuse(conv: Any, norm: Any) -> str | None:
     """Fold a batch norm into a convolution, in place; or return why that cannot be."""
     weight, bias = _fused(conv, norm)
     if not (weight.is_meta or (weight.isfinite().all() and bias.isfinite().all())):
@@ -150,14 +78,13 @@ def _fuse(conv: _ConvNd, norm: nn.Module) -> str | None:
     return None
 
 
-def _fused(conv: _ConvNd, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _fused(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Return the kernel and bias, computed in float64 and rounded once."""
     wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64
-    values = (
+    values: tuple[Any, ...] = (
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
         norm.bias,
     )  # fmt: skip
-    weight, bias = fuse_conv_bn_weights(
-        *(value.to(wide) if isinstance(value, Tensor) else value for value in values)
-    )
+    widened: list[Any] = [v.to(wide) if isinstance(v, Tensor) else v for v in values]
+    weight, bias = fuse_conv_bn_weights(*widened)
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)

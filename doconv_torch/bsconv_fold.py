@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_core.kinds.bsconv import FORMS, as_choice
 from doconv_core.kinds.bsconv_fold import (
     Folded,
     Normalization,
@@ -19,18 +20,17 @@ from doconv_core.kinds.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.kinds.bsconv_model import as_form
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, same, symmetric
-from doconv_core.models.report import ONE_TAP, REPLACED
+from doconv_core.models.report import REPLACED
 from doconv_torch.batchnorm import norm_obstacle
-from doconv_torch.do_conv import _DOConv
-from doconv_torch.view import HOOKS, is_replaced, kind_of, obstacle
+from doconv_torch.composed import ComposedConv
+from doconv_torch.ordinary import HOOKS, is_replaced, kind_of, obstacle
 
 
-def folded(layer: Any, bsconv: str) -> nn.Module:
+def folded(layer: Any, form: str) -> nn.Module:
     """Return the new layers that a BSConv layer folds to, as its `fold` says."""
-    form = as_form(bsconv)
+    as_choice("form", form, FORMS)
     _check_forward(layer)
     with torch.inference_mode(False), torch.no_grad():
         if form == "keep":
@@ -53,7 +53,7 @@ def _check_forward(layer: Any) -> None:
     if cls.forward is not nn.Sequential.forward or "forward" in vars(layer):
         raise NotFoldable(
             f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution it "
-            "would be folded to might compute something else; bsconv='keep' leaves it in a model."
+            "would be folded to might compute something else; form='keep' leaves it in a model."
         )
 
 
@@ -72,7 +72,7 @@ def is_changed(layer: Any) -> bool:
 
 
 def _ordinary(part: nn.Module) -> nn.Module:
-    return part.fold() if isinstance(part, _DOConv) else copy.deepcopy(part)
+    return part.fold() if isinstance(part, ComposedConv) else copy.deepcopy(part)
 
 
 def _steps(layer: Any) -> list[Step]:
@@ -104,17 +104,18 @@ def _normalization(name: str, norm: Any) -> Normalization:
 
 
 def _depthwise(layer: Any) -> nn.Module:
-    part = layer.depthwise
-    if not isinstance(part, _DOConv):  # which its own fold checks
+    part: Any = layer.depthwise
+    if not isinstance(part, ComposedConv):  # which its own fold checks
         _check_convolution("depthwise", part, layer)
     if not part.groups == part.in_channels == part.out_channels:
         raise NotFoldable(f"its depthwise is no depthwise convolution: {part}.")
-    return part
+    found: nn.Module = part
+    return found
 
 
 def _check_convolution(name: str, part: nn.Module, layer: Any) -> None:
     reason = obstacle(part) if type(part) is layer.ordinary else f"it is a {kind_of(part)}"
-    if reason not in (None, ONE_TAP) or "bias" in vars(part):
+    if reason is not None or "bias" in vars(part):
         raise NotFoldable(
             f"its {name} cannot be folded: {reason or 'its bias is computed before each call'}; "
             f"expected a torch.nn.{layer.ordinary.__name__}."
@@ -174,7 +175,8 @@ def _convolution(
         if value is not None:
             tensor = as_tensor(value, like).reshape(getattr(conv, name).shape)
             setattr(conv, name, nn.Parameter(tensor, requires_grad=trainable))
-    return conv
+    made: nn.Module = conv
+    return made
 
 
 def _bias(conv: Any) -> Any:

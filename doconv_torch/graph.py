@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from doconv_torch.view import HOOKS, is_convolution, is_plain
+from doconv_torch.ordinary import HOOKS, is_convolution, is_plain
 
 
 @dataclass

@@ -24,7 +24,7 @@ from doconv_core.state.layers import (
 )
 from doconv_core.state.match import check_owned, unsupported_layer
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d
-from doconv_torch.view import is_replaced
+from doconv_torch.ordinary import is_replaced
 
 Uses: TypeAlias = "Set[Extra]"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

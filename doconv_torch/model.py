@@ -7,56 +7,29 @@ kept, that holds on.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from doconv_core.kinds.bsconv_model import FoldReport, as_form
-from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.models.report import (
-    NOT_SELECTED,
-    TIED,
-    Change,
-    Converted,
-    Left,
-    Report,
-    Selection,
-    Where,
-    place,
-)
-from doconv_torch.batchnorm import fuse_batchnorms
-from doconv_torch.bsconv_convert import fold_bsconvs, plan_bsconvs
-from doconv_torch.copying import copied, ordinary_tensors
-from doconv_torch.do_conv import _DOConv, check_foldable
-from doconv_torch.surgery import fold_layer, over_parameterize_layer
-from doconv_torch.view import (
-    REPLACEMENTS,
-    check_model,
-    count_parameters,
-    is_bound,
-    is_convolution,
-    is_plain,
-    kind_of,
-    memory,
-    obstacle,
-    owners,
-    spec_of,
-)
-
-_DO_CONVS = tuple(cls.__name__ for cls in REPLACEMENTS.values())
-
-BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
+from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
+from doconv_core.models import convert
+from doconv_core.models.fold import fold as fold_layers
+from doconv_core.models.report import Converted
+from doconv_core.models.select import Where
+from doconv_torch.bsconv import BN_OPTIONS
+from doconv_torch.kinds import LAYER_KINDS
+from doconv_torch.surgery import ordinary_tensors
+from doconv_torch.view import View
 
 
 def over_parameterize(
     model: nn.Module,
     *,
+    kind: str = "doconv",
     where: Where = None,
-    depth_multiplier: int | None = None,
     inplace: bool = False,
+    **options: Any,
 ) -> Converted:
     """Return the model with DO layers for its convolutions, and a report of what was done.
 
@@ -67,7 +40,8 @@ def over_parameterize(
 
     where: which of them; a glob pattern on the path or several, a type, or a predicate on (path,
     layer), as `doconv_core.Selection` takes it. A layer that is at several paths is asked for each.
-    depth_multiplier: S, for all of them; None for each one's number of taps M.
+    kind: what they become; "doconv", or another registered kind that changes no output. options:
+    the kind's, for all of them; of "doconv" depth_multiplier, S, or None for each one's taps M.
     inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
 
     In place, layers stay the same objects, with their hooks, names, order and attributes; where
@@ -79,33 +53,19 @@ def over_parameterize(
     for a `depth_multiplier` that is no integer; ValueError, with the layer's path, for one below
     its taps; before anything is changed. Warns where `where` matches nothing.
     """
-    check_model(model)
-    if depth_multiplier is not None:
-        depth_multiplier = as_integer("depth_multiplier", depth_multiplier)
-    selection = Selection(where)
-    chosen, left = _choose(model, selection, depth_multiplier)
-    selection.warn()
-    before = count_parameters(model)
-    changed = [
-        Change(path, kind_of(layer), REPLACEMENTS[type(layer)].__name__)
-        for path, layer in model.named_modules()
-        if layer in chosen
-    ]
-    specs = {path: chosen[layer] for path, layer in model.named_modules() if layer in chosen}
+    view = View(model)
     with ordinary_tensors():
-        target = model if inplace else copied(model)
-        layers = dict(target.named_modules())
-        parameters: dict[int, tuple[Tensor, ...]] = {}
-        for path, spec in specs.items():
-            over_parameterize_layer(layers[path], spec, parameters)
-    report = Report(
-        "over-parameterized", tuple(changed), tuple(left), before, count_parameters(target)
-    )
-    return Converted(target, report)
+        return convert.over_parameterize(
+            view, LAYER_KINDS, kind, options, where=where, inplace=inplace
+        )
 
 
 def fold(
-    model: nn.Module, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+    model: nn.Module,
+    *,
+    form: str | Mapping[str, str] | None = None,
+    fuse_batchnorm: bool = False,
+    inplace: bool = False,
 ) -> Converted:
     """Return the model with ordinary convolutions for its DO and BSConv layers, and a report.
 
@@ -113,11 +73,13 @@ def fold(
     kernel; nothing of this package is left in the model, in its state dict or in its file. There
     may be none: folding twice is the same as once.
 
-    bsconv: what BSConv layers become. "keep": a `torch.nn.Sequential` of the same parts. "merge":
-    one of a pointwise and a depthwise convolution, with batch norms in the former. "dense": one
-    convolution. Each is exact, but none is always fastest: the report, a `FoldReport`, has the cost
-    of all three. Merging makes two pointwise convolutions one with more operations where the
-    channels between are few; dense has about as many times more as the kernel has taps.
+    form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
+    it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):
+    a `torch.nn.Sequential` of the same parts; "merge": one of a pointwise and a depthwise
+    convolution, with batch norms in the former; "dense": one convolution. Each is exact, but none
+    is always fastest: the report, a `FoldReport`, has the cost of all three. Merging makes two
+    pointwise convolutions one with more operations where the channels between are few; dense has
+    about as many times more as the kernel has taps.
 
     fuse_batchnorm: also fold each batch norm in evaluation mode into the convolution before it,
     where that convolution's output goes nowhere else; `torch.nn.Identity` takes its place. Where it
@@ -128,129 +90,52 @@ def fold(
     In place, layers stay the same objects, with their hooks, and where `S == M` so do their
     weights. A copy, and a weight of another shape than W, has no hooks of its own.
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
-    computes exactly, ValueError for another form of BSConv, and TypeError as `over_parameterize`
+    computes exactly, ValueError for a form that there is not, and TypeError as `over_parameterize`
     does, before anything is changed. Warns of a model in training mode whose layers, such as
     dropout, then vary from call to call.
     """
-    check_model(model)
-    form = as_form(bsconv)
-    paths = _foldable(model)
+    view = View(model)
     with ordinary_tensors():
-        plan = plan_bsconvs(model, form)
-    _warn_of_training(model)
-    before = count_parameters(model)
-    changed, left = [], []
-    with ordinary_tensors():
-        target = model if inplace else copied(model, _given_up(model))
-        layers = dict(target.named_modules())
-        held, weights = owners(target), {}
-        for path in paths:
-            kind = kind_of(layers[path])
-            fold_layer(layers[path], held, weights)
-            changed.append(Change(path, kind, kind_of(layers[path])))
-        changed += fold_bsconvs(layers, plan)
-        left += plan.left
-        if fuse_batchnorm:
-            fused, kept = fuse_batchnorms(target)
-            changed, left = [*changed, *fused], [*left, *kept]
-    order = {path: n for n, path in enumerate(layers)}
-    there = dict(target.named_modules())  # parts of a BSConv that is dense now are not
-    changed = sorted((c for c in changed if c.path in there), key=lambda c: order[c.path])
-    parts = tuple(changed), tuple(left), before, count_parameters(target)
-    if plan.choices:
-        return Converted(target, FoldReport("folded", *parts, form, plan.choices))
-    return Converted(target, Report("folded", *parts))
-
-
-def _choose(
-    model: nn.Module, selection: Selection, depth_multiplier: int | None
-) -> tuple[dict[nn.Module, ConvSpec], list[Left]]:
-    """Return the layers to replace, with their sizes, and those to leave, in the model's order."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if is_convolution(module):
-            paths.setdefault(module, []).append(path)
-    chosen, reasons = {}, {}
-    for layer, places in paths.items():
-        reason = obstacle(layer)
-        if reason is None and not any([selection(path, layer) for path in places]):
-            reason = NOT_SELECTED
-        if reason is None:
-            chosen[layer] = spec_of(layer)
-        else:
-            reasons[layer] = reason
-    held = owners(model)
-    for layer, spec in list(chosen.items()):
-        if any(
-            name != "weight" or weight is not layer.weight or chosen.get(other) != spec
-            for other, name, weight in held[memory(layer.weight)]
-        ):
-            reasons[layer] = TIED
-    for layer in [layer for layer in chosen if layer not in reasons]:
-        chosen[layer] = spec = _spec(paths[layer][0], layer, depth_multiplier)
-        if spec.depth_multiplier != spec.taps and is_bound(layer.weight):
-            reasons[layer] = BOUND
-    left = [
-        Left(paths[layer][0], kind_of(layer), reasons[layer]) for layer in paths if layer in reasons
-    ]
-    return {layer: spec for layer, spec in chosen.items() if layer not in reasons}, left
-
-
-def _spec(path: str, layer: nn.Module, depth_multiplier: int | None) -> ConvSpec:
-    try:
-        return spec_of(layer, depth_multiplier)
-    except ValueError as error:
-        raise ValueError(f"{place(path)}: {error}") from None
-
-
-def _foldable(model: nn.Module) -> list[str]:
-    """Return the paths of the DO layers; NotFoldable names one that cannot be folded."""
-    paths = []
-    for path, module in model.named_modules():
-        if isinstance(module, _DOConv):
-            try:
-                check_foldable(module)
-            except NotFoldable as error:
-                raise NotFoldable(f"{place(path)}: {error}") from None
-            paths.append(path)
-        elif isinstance(module, torch.jit.ScriptModule) and kind_of(module) in _DO_CONVS:
-            raise NotFoldable(
-                f"{place(path)} is a {kind_of(module)} that was compiled to TorchScript; fold the "
-                "model first, and compile it afterwards."
-            )
-    return paths
-
-
-def _given_up(model: nn.Module) -> list[Tensor]:
-    """Return every D that no layer of the folded model has."""
-    return [
-        parameter
-        for users in owners(model).values()
-        for _, _, parameter in users
-        if is_plain(parameter)
-        and all(isinstance(m, _DOConv) and name == "depthwise_weight" for m, name, _ in users)
-    ]
-
-
-def _warn_of_training(model: nn.Module) -> None:
-    """Warn where a comparison with the folded model would tell of the mode and not of folding."""
-    modules = model.named_modules()
-    varying = [f"{place(path)} ({kind_of(m)})" for path, m in modules if _varies(m)]
-    if varying:
-        others = f" and {len(varying) - 1} others" if len(varying) > 1 else ""
-        warnings.warn(
-            f"the model is in training mode, where {varying[0]}{others} depend on the batch or on "
-            "chance; fold, compare and export it after model.eval().",
-            UserWarning,
-            stacklevel=3,
+        return fold_layers(
+            view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
         )
 
 
-def _varies(module: nn.Module) -> bool:
-    """Return whether a module in training mode depends on the batch or on chance."""
-    if not module.training:
-        return False
-    rates = (getattr(module, name, 0) for name in ("p", "dropout", "drop_prob"))
-    return isinstance(module, (_BatchNorm, nn.RReLU)) or any(
-        isinstance(rate, float) and rate > 0 for rate in rates
-    )
+def to_bsconv(
+    model: nn.Module,
+    variant: str = "u",
+    *,
+    kernel_sizes: Any = KERNEL_SIZES,
+    p: float = P,
+    min_mid_channels: int = MIN_MID_CHANNELS,
+    with_bn: bool = False,
+    bn_options: Mapping[str, Any] | None = None,
+    where: Where = None,
+    start: str = "weights",
+    inplace: bool = False,
+) -> Converted:
+    """Return the model with BSConvs for its convolutions, and a report of what was done.
+
+    Every `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, exactly, with groups=1 and one of the kernel
+    sizes, becomes the BSConv with its arguments. The function changes: train the model on. What is
+    left as it is, is in the report with its reason.
+
+    variant: "u" or "s". kernel_sizes: which; an entry that is an integer stands for that size in
+    each number of dimensions. p, min_mid_channels, with_bn, bn_options: as the layers take them.
+    where, inplace: as in `over_parameterize`, which comes after this one.
+    start: "weights" begins with the BSConv that is nearest to each trained kernel, and the report
+    says how much of its variance that explains; "random" throws the kernels away.
+
+    In place, layers stay the same objects, with their hooks, names and attributes, and so do
+    biases; all other parameters are new: give them to an optimizer that was made before.
+    Raises TypeError and ValueError for arguments that give no layer, and for a kernel that is not
+    finite, with its path; before anything is changed. Warns where `where` matches nothing.
+    Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+    """
+    view = View(model)
+    options = replacement(
+        variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
+        bn_options=bn_options, allowed=BN_OPTIONS, start=start,
+    )  # fmt: skip
+    with ordinary_tensors():
+        return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
-from doconv_core.networks.lowering import check_separable
-from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.networks.build import get_model as build_named
+from doconv_core.networks.lowering import parts
+from doconv_core.networks.shapes import Placed, children, infer, padding
 from doconv_core.state.file import entry
-from doconv_torch.bsconv import BSConvS2d, BSConvU2d
-from doconv_torch.do_conv import DOConv2d
+from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.orthonormal import mark_orthonormal
 from doconv_torch.state import load_state
 
@@ -45,22 +47,10 @@ def get_model(
     None for the network's own. seed: of the weights, which are the same in every framework.
     Raises ValueError for a name, or a size, of which there is no network.
     """
-    from doconv_core.networks.initialize import initialize
-    from doconv_core.networks.names import describe
-
-    described = describe(name, num_classes=num_classes, in_channels=in_channels)
-    network = for_input(described, input_shape)
-    state = initialize(network, seed)
-    model = build(network)
-    load_state(model, state)
-    return model
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names that `get_model` knows, of those that a glob pattern matches."""
-    from doconv_core.networks.names import list_models as known
-
-    return known(pattern)
+    return build_named(
+        build, load_state, name, num_classes=num_classes, in_channels=in_channels,
+        input_shape=input_shape, seed=seed,
+    )  # fmt: skip
 
 
 class Network(nn.Sequential):
@@ -84,7 +74,7 @@ class _Block(nn.Module):
             self.add_module(name, module)
 
     def _through(self, x: Tensor, but: str | None = None) -> Tensor:
-        for name, module in self._modules.items():
+        for name, module in self.named_children():
             if name != but:
                 x = module(x)
         return x
@@ -112,7 +102,7 @@ class Concat(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of all branches in one, `(B, C, H, W)`."""
-        return torch.cat([branch(x) for branch in self._modules.values()], 1)
+        return torch.cat([branch(x) for branch in self.children()], 1)
 
 
 def _children(placed: dict[str, Placed], path: str) -> OrderedDict[str, nn.Module]:
@@ -129,43 +119,25 @@ def _module(placed: dict[str, Placed], path: str) -> nn.Module:
 
 def _convolution(placed: Placed) -> nn.Module:
     conv = placed.node
-    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
-    layer = CONVOLUTIONS[kind](placed)
-    return mark_orthonormal(layer) if conv.orthonormal else layer
-
-
-def _ordinary(placed: Placed, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Module:
-    conv, channels = placed.node, placed.before[0]
-    return cls(
-        channels, conv.channels, conv.kernel_size, conv.stride, padding(conv),
-        groups=conv.groups or channels, bias=conv.bias,
+    channels = placed.before[0]
+    cls: Any = nn.Conv2d
+    options = {"groups": conv.groups or channels}
+    kind = of_word(conv.kind.name)
+    if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
+        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
+        cls, more = LAYER_KINDS[kind.name].realize(cls, conv.kind)
+        options |= more
+    layer = cls(
+        channels, conv.channels, conv.kernel_size, conv.stride, padding(conv), bias=conv.bias,
+        **options,
     )  # fmt: skip
-
-
-def _do_conv(placed: Placed) -> nn.Module:
-    return _ordinary(placed, DOConv2d)
-
-
-def _bsconv_u(placed: Placed) -> nn.Module:
-    return _separated(placed, BSConvU2d)
-
-
-def _bsconv_s(placed: Placed) -> nn.Module:
-    kind = placed.node.kind
-    return _separated(placed, BSConvS2d, p=kind.p, min_mid_channels=kind.min_mid_channels)
-
-
-def _separated(placed: Placed, cls: Any, **options: Any) -> nn.Module:
-    conv = placed.node
-    check_separable(placed.path, conv)
-    return cls(
-        placed.before[0], conv.channels, conv.kernel_size, conv.stride, padding(conv),
-        bias=conv.bias, with_bn=conv.kind.with_bn, **options,
-    )  # fmt: skip
+    made: nn.Module = mark_orthonormal(layer) if conv.orthonormal else layer
+    return made
 
 
 def _batch_norm(placed: Placed) -> nn.Module:
-    norm, shape = placed.node, placed.before
+    norm = placed.node
+    shape = placed.before
     cls = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
     return cls(shape[0], norm.epsilon, norm.momentum, norm.affine)
 
@@ -181,12 +153,6 @@ def _linear(placed: Placed) -> nn.Module:
     return nn.Linear(placed.before[0], placed.node.features, placed.node.bias)
 
 
-CONVOLUTIONS = {
-    "conv": _ordinary,
-    "doconv": _do_conv,
-    "bsconvu": _bsconv_u,
-    "bsconvs": _bsconv_s,
-}
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -194,13 +160,13 @@ ACTIVATIONS = {
     "hard_sigmoid": nn.Hardsigmoid,
     "tanh": nn.Tanh,
 }
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[[OrderedDict[str, nn.Module]], nn.Module]] = {
     nodes.Sequence: nn.Sequential,
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[[Placed], nn.Module]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: lambda placed: ACTIVATIONS[placed.node.name](),

@@ -1,97 +1,20 @@
-"""One layer from ordinary to over-parameterized and back, staying the same object."""
+"""Making a module another one where it stands, and copying a model."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
-from doconv_core.maths.spec import ConvSpec
-from doconv_torch.compose import as_weight
-from doconv_torch.do_conv import _DOConv
-from doconv_torch.view import REPLACEMENTS, Owners, is_plain, memory
+from doconv_torch.ordinary import is_plain
 
 # What every module has, and what the layers that `become` is for have beyond it.
 _BASE = frozenset(vars(nn.Module()))
 _MADE = frozenset(vars(nn.Conv1d(1, 1, 1, device="meta"))) - _BASE | {"spec", "explained"}
-
-
-def over_parameterize_layer(
-    layer: nn.Module, spec: ConvSpec, parameters: dict[int, tuple[Tensor, ...]]
-) -> None:
-    """Make an ordinary layer a DO layer. parameters: those of tied layers, by the weight's id."""
-    kernel = layer.weight
-    if id(kernel) not in parameters:
-        weight, trainable = kernel, kernel.requires_grad
-        if spec.depth_multiplier != spec.taps:
-            weight = nn.Parameter(as_weight(kernel.detach(), spec), trainable)
-            vars(weight).update(vars(kernel))
-        depthwise = nn.Parameter(kernel.new_zeros(spec.depthwise_shape), trainable)
-        # The kernel is kept too, so that no other parameter can get its identity.
-        parameters[id(kernel)] = weight, depthwise, kernel
-    weight, depthwise, _ = parameters[id(kernel)]
-    layer.__class__ = REPLACEMENTS[type(layer)]
-    layer.spec = spec
-    layer.weight = weight
-    layer.register_parameter("depthwise_weight", depthwise)
-
-
-def fold_layer(layer: Any, held: Owners, weights: dict[Any, tuple[Any, ...]]) -> None:
-    """Make a DO layer an ordinary one.
-
-    held: what `owners` says of the model. weights: of W and D, the weight that they became, which
-    tied layers share.
-    """
-    folded = layer.fold()
-    weight, bias = folded.weight, layer._parameters.get("bias", folded.bias)
-    if parametrize.is_parametrized(layer):
-        _remove_parametrizations(layer)
-    else:
-        own = layer.weight, layer.depthwise_weight
-        key = (id(own[0]), id(own[1]), layer.spec)
-        if key not in weights:
-            weights[key] = _into_w(layer, weight, held), own
-        weight = weights[key][0]
-    layer.__class__ = layer.ordinary
-    del layer.spec
-    for name in ("weight", "bias", "depthwise_weight"):
-        layer._parameters.pop(name, None)
-        layer._buffers.pop(name, None)
-    layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", bias)
-
-
-def _remove_parametrizations(layer: Any) -> None:
-    """Remove them, with the hooks by which PyTorch's own read their older checkpoints."""
-    del layer._modules["parametrizations"]
-    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
-        if getattr(hook.hook, "__module__", "") == parametrizations.__name__:
-            del layer._load_state_dict_pre_hooks[key]
-
-
-def _into_w(layer: Any, folded: nn.Parameter, held: Owners) -> nn.Parameter:
-    """Return W with the folded kernel in it, so that it stays the same object, where it can be."""
-    weight, depthwise = layer.weight, layer.depthwise_weight
-    if not is_plain(weight):
-        return folded
-    if depthwise is None:
-        return weight
-    vars(folded).update(vars(weight))
-    if weight.shape != folded.shape:
-        return folded
-    if weight.is_inference() or not all(
-        name == "weight"
-        and tied is weight
-        and isinstance(other, _DOConv)
-        and other.depthwise_weight is depthwise
-        and other.spec == layer.spec
-        for other, name, tied in held[memory(weight)]
-    ):
-        return folded
-    weight.copy_(folded)
-    weight.grad = None  # it was W's
-    return weight.requires_grad_(folded.requires_grad)
 
 
 def become(layer: nn.Module, other: nn.Module) -> None:
@@ -106,3 +29,37 @@ def become(layer: nn.Module, other: nn.Module) -> None:
         own[name] = theirs[name]
     own.update({name: value for name, value in theirs.items() if name not in _BASE})
     layer.__class__ = type(other)
+
+
+def copied(model: nn.Module, uncopied: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a deep copy of the model. uncopied: parameters that it is to have in common with it.
+
+    Raises TypeError where it cannot be copied.
+    """
+    # A weight that a hook computed in the last call belongs to its graph; PyTorch copies no such
+    # tensor, and of parameters only the values.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    memo.update((id(parameter), parameter) for parameter in uncopied)
+    try:
+        made = copy.deepcopy(model, memo)
+        parameters = dict(made.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameters.get(name, parameter) is not parameter and is_plain(parameter):
+                vars(parameters[name]).update(copy.deepcopy(vars(parameter), memo))
+        return made
+    except Exception as error:  # whatever the model's own parts raise
+        raise TypeError(
+            f"the model cannot be copied ({error}); with inplace=True it is converted itself."
+        ) from error
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be trained, whatever mode the caller is in, and no graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

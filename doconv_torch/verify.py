@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.report import largest_difference
+from doconv_core.models.verify import largest_difference
 
 NUMBERS = (bool, int, float, np.ndarray, np.number, np.bool_)
 

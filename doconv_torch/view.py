@@ -1,157 +1,163 @@
-"""Which layers of a PyTorch model are convolutions, and why one of them is left as it is."""
+"""A PyTorch model as the core's tools see it."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import (
-    ALREADY,
-    COMPUTED,
-    NOT_PLAIN,
-    ONE_TAP,
-    QUANTIZED,
-    REPLACED,
-    SUBCLASS,
-    TRANSPOSED,
+from doconv_core.models.report import place
+from doconv_core.models.view import Flow, ModelView, Site
+from doconv_torch import batchnorm, graph
+from doconv_torch.kinds import LAYER_KINDS
+from doconv_torch.ordinary import (
+    check_model,
+    count_parameters,
+    is_convolution,
+    kind_of,
+    memory,
+    obstacle,
+    owners,
+    spec_of,
 )
-from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d, _DOConv
-
-REPLACEMENTS = {cls.ordinary: cls for cls in (DOConv1d, DOConv2d, DOConv3d)}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# By a parameter's memory: the modules that have it, its name in each, and the parameter.
-Owners: TypeAlias = "dict[Any, list[tuple[nn.Module, str, nn.Parameter]]]"
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from doconv_torch.surgery import copied
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise TypeError for what is not a module, or holds its parameters in another's place."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            where = f"the model has a {kind} at {path!r}" if path else f"the model is a {kind}"
-            raise TypeError(
-                f"{where}, which would not know of parameters that come or go; convert the model "
-                "first, and wrap it afterwards."
+class View(ModelView):
+    """A module and all below it. Raises TypeError for what is none, or wrapped in DDP or FSDP."""
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        check_model(model)
+        self.model = model
+        self._flow = graph.Flow()
+        self._owners: Any = None
+
+    def sites(self) -> list[Site]:
+        """Return every module once, in the order of `named_modules`."""
+        paths: dict[nn.Module, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(path)
+        return [Site(places[0], tuple(places), module) for module, places in paths.items()]
+
+    def below(self, layer: nn.Module) -> list[nn.Module]:
+        """Return the modules inside a module."""
+        return list(layer.modules())[1:]
+
+    def name_of(self, layer: nn.Module) -> str:
+        """Return the name of a module's type; of a scripted one, that of its Python type."""
+        return kind_of(layer)
+
+    def is_convolution(self, layer: nn.Module) -> bool:
+        """Return whether a module is a convolution of any kind."""
+        return is_convolution(layer)
+
+    def obstacle(self, layer: nn.Module) -> str | None:
+        """Return why a convolution cannot be replaced."""
+        return obstacle(layer)
+
+    def outline(self, layer: Any) -> ConvSpec:
+        """Return the sizes of an ordinary convolution."""
+        return spec_of(layer)
+
+    def holders(self, layer: Any) -> list[Any]:
+        """Return the modules that have the very weight; None for what has its memory otherwise."""
+        if self._owners is None:
+            self._owners = owners(self.model)
+        return [
+            module if name == "weight" and parameter is layer.weight else None
+            for module, name, parameter in self._owners[memory(layer.weight)]
+        ]
+
+    def count(self) -> int:
+        """Return how many numbers the parameters have."""
+        return count_parameters(self.model)
+
+    def copied(self, given_up: Sequence[Any] = ()) -> View:
+        """Return the view of a deep copy; TypeError where the model cannot be copied."""
+        return View(copied(self.model, given_up))
+
+    def check_known(self, site: Site, forms: Mapping[str, str]) -> None:
+        """Raise NotFoldable for a kind's layer that was compiled to TorchScript."""
+        if not isinstance(site.layer, torch.jit.ScriptModule):
+            return
+        name = kind_of(site.layer)
+        for kind, layers in LAYER_KINDS.items():
+            if name in layers.type_names and forms[kind] != layers.kept:
+                raise NotFoldable(
+                    f"{place(site.path)} is a {name} that was compiled to TorchScript; fold the "
+                    "model first, and compile it afterwards."
+                )
+
+    def warn_of_training(self, stacklevel: int) -> None:
+        """Warn of a model in training mode whose layers vary from call to call."""
+        modules = self.model.named_modules()
+        varying = [f"{place(path)} ({kind_of(m)})" for path, m in modules if _varies(m)]
+        if varying:
+            others = f" and {len(varying) - 1} others" if len(varying) > 1 else ""
+            warnings.warn(
+                f"the model is in training mode, where {varying[0]}{others} depend on the batch or "
+                "on chance; fold, compare and export it after model.eval().",
+                UserWarning,
+                stacklevel=stacklevel,
             )
 
+    def is_batch_norm(self, layer: nn.Module) -> bool:
+        """Return whether a module is a batch norm."""
+        return isinstance(layer, _BatchNorm)
 
-def kind_of(layer: nn.Module) -> str:
-    """Return the name of the layer's type; of a scripted layer, that of its Python type."""
-    if isinstance(layer, torch.jit.ScriptModule):
-        return str(layer.original_name)
-    return type(layer).__name__
+    def norm_obstacle(self, norm: nn.Module) -> str | None:
+        """Return why a batch norm cannot be fused, wherever it stands."""
+        return batchnorm.norm_obstacle(norm)
 
+    def flow(self) -> Flow:
+        """Return who follows whom, by symbolic tracing."""
+        self._flow, self._owners = graph.flow(self.model), owners(self.model)
+        found = self._flow
+        before = {id(module): list(each) for module, each in found.sources.items()}
+        after = {id(module): list(each) for module, each in found.users.items()}
+        paths = {module: path for path, module in self.model.named_modules()}
+        unseen = {
+            id(module): _why_unseen(found, module, paths)
+            for module in paths
+            if self.is_batch_norm(module) and not before.get(id(module))
+        }
+        return Flow(before, after, unseen)
 
-def is_convolution(layer: nn.Module) -> bool:
-    """Return whether the layer is a convolution of any kind, in PyTorch's own sense."""
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "Conv" in kind_of(layer) and "weight" in dict(layer.named_parameters(recurse=False))
-    return isinstance(layer, _ConvNd) or _is_quantized(layer)
+    def pair_obstacle(self, conv: nn.Module, norm: nn.Module) -> str | None:
+        """Return why this convolution and this batch norm cannot be fused."""
+        return batchnorm.pair_obstacle(conv, norm, self._flow.touched, self._owners)
 
-
-def _is_quantized(layer: nn.Module) -> bool:
-    module = type(layer).__module__
-    quantized = module.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic"))
-    return quantized and "Conv" in type(layer).__name__
-
-
-def obstacle(layer: nn.Module) -> str | None:
-    """Return why a convolution cannot be over-parameterized; None where it can."""
-    if type(layer) in REPLACEMENTS:
-        return _own_obstacle(layer)
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "compiled to TorchScript"
-    if isinstance(layer, _DOConv):
-        return ALREADY
-    if isinstance(layer, LazyModuleMixin):
-        return "lazy: call the model once, so that it takes its shape"
-    if parametrize.is_parametrized(layer):
-        return "parametrized: its weight is computed from other parameters"
-    if _is_quantized(layer):
-        return QUANTIZED
-    return TRANSPOSED if isinstance(layer, _ConvTransposeNd) else SUBCLASS
+    def fuse(self, conv: nn.Module, norm: nn.Module) -> str | None:
+        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
+        return batchnorm.fuse(conv, norm)
 
 
-def _own_obstacle(layer: _ConvNd) -> str | None:
-    """Return what is special about an ordinary convolution, as `obstacle` does."""
-    if is_replaced(layer):
-        return REPLACED
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return COMPUTED  # by weight norm or pruning, before each call
-    spec = spec_of(layer)
-    if spec.taps == 1:
-        return ONE_TAP
-    if not is_plain(weight):
-        return NOT_PLAIN
-    if tuple(weight.shape) != spec.kernel_shape:
-        return f"its weight has shape {tuple(weight.shape)}; expected {spec.kernel_shape}"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}"
-    return None
+def _why_unseen(found: graph.Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> str:
+    path = paths[norm]
+    above = [
+        (paths[module], reason)
+        for module, reason in found.untraced.items()
+        if path.startswith(f"{paths[module]}.") or not paths[module]
+    ]
+    if not above:
+        return "the model's forward pass does not call it"
+    nearest, reason = max(above, key=lambda entry: len(entry[0]))
+    return f"{place(nearest)} cannot be traced ({reason})"
 
 
-def is_replaced(layer: nn.Module) -> bool:
-    """Return whether this one layer has a method of its own in the place of its class's forward."""
-    return not vars(layer).keys().isdisjoint(("forward", "_conv_forward"))
-
-
-def spec_of(layer: _ConvNd, depth_multiplier: int | None = None) -> ConvSpec:
-    """Return the sizes of an ordinary convolution, with a depth multiplier."""
-    return ConvSpec(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups, depth_multiplier
-    )
-
-
-def owners(model: nn.Module) -> Owners:
-    """Return, by each parameter's memory, the modules that have it, its name there, and itself.
-
-    Parameters that begin at the same address are tied, though they be different objects.
-    """
-    found: Owners = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(memory(parameter), []).append((module, name, parameter))
-    return found
-
-
-def memory(parameter: Tensor) -> Any:
-    """Return what is the same for parameters of the same memory."""
-    address = parameter.data_ptr() if is_plain(parameter) else 0
-    return (parameter.device, address) if address else id(parameter)
-
-
-def is_plain(parameter: Tensor) -> bool:
-    """Return whether a parameter is no more than an array: not lazy, sharded, sparse or fake."""
-    return (
-        issubclass(type(parameter), nn.Parameter)
-        and not nn.parameter.is_lazy(parameter)
-        and parameter.layout == torch.strided
-    )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return how many numbers the model's parameters have, each once; lazy ones have none yet."""
-    return sum(
-        parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
-    )
-
-
-def is_bound(weight: Tensor) -> bool:
-    """Return whether something about a parameter is lost if another takes its place."""
-    return bool(
-        type(weight) is not nn.Parameter
-        or weight._backward_hooks
-        or weight._post_accumulate_grad_hooks
+def _varies(module: nn.Module) -> bool:
+    """Return whether a module in training mode depends on the batch or on chance."""
+    if not module.training:
+        return False
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "drop_prob"))
+    return isinstance(module, (_BatchNorm, nn.RReLU)) or any(
+        isinstance(rate, float) and rate > 0 for rate in rates
     )

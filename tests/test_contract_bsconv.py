@@ -79,9 +79,9 @@ def test_folded_layers_agree_with_the_core(adapter, case, form):
     layer, x = built(adapter, case, problem)
     if form == "dense" and not case.dense:
         with pytest.raises(NotFoldable, match="meets zero padding"):
-            layer.fold(bsconv=form)
+            layer.fold(form=form)
         return
-    folded = layer.fold(bsconv=form)
+    folded = layer.fold(form=form)
     assert adapter.is_ordinary(folded, form)
     found, expected = adapter.forward(folded, x), solve(case, problem).output
     assert difference(found, expected).relative <= FLOAT32_TOLERANCE

@@ -24,7 +24,10 @@ from doconv_core import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.kinds.bsconv_model import as_form, as_kernel_sizes, batch_norm_options, choice
+from doconv_core.kinds.bsconv import BSCONV, as_kernel_sizes, batch_norm_options, form_costs
+from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.models.fold import forms_of
+from doconv_core.models.report import Choice
 
 properties = settings(max_examples=200, deadline=None)
 
@@ -93,7 +96,7 @@ def test_a_bias_comes_of_batch_norms_and_pointwise_biases_alone():
 
 
 def test_zero_padding_in_words_is_refused_too():
-    with pytest.raises(NotFoldable, match=r"meets zero padding .*'same'.*use bsconv='merge'"):
+    with pytest.raises(NotFoldable, match=r"meets zero padding .*'same'.*use form='merge'"):
         check_dense(Geometry((2,), (1,), ("same",)))
     check_dense(Geometry((2,), (1,), ((1, 1),), "circular"))
 
@@ -140,9 +143,20 @@ def test_batch_norm_options_are_checked():
 
 
 def test_forms_are_named():
-    assert [as_form(form) for form in ("keep", "merge", "dense")] == ["keep", "merge", "dense"]
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'; rec"):
-        as_form("deploy")
+    own = {"doconv": DO_CONV, "bsconv": BSCONV}
+    assert forms_of(None, own) == {"doconv": "dense", "bsconv": "keep"}
+    for form in ("keep", "merge", "dense"):
+        assert forms_of(form, own) == {"doconv": "dense", "bsconv": form}
+        assert forms_of({"bsconv": form}, own) == {"doconv": "dense", "bsconv": form}
+    for form, error, message in (
+        ("deploy", ValueError, "form must be one of 'keep', 'merge', 'dense'; received form='dep"),
+        ({"bsconv": "deploy"}, ValueError, "form of 'bsconv' must be one of 'keep', 'merge', 'den"),
+        ({"doconv": "keep"}, ValueError, "form of 'doconv' must be one of 'dense'; received 'keep"),
+        ({"conv": "keep"}, ValueError, "form must be of the kinds 'doconv', 'bsconv'; received f"),
+        (3, TypeError, "form must be a name, or a mapping from kinds to names.*received form=3"),
+    ):
+        with pytest.raises(error, match=message):
+            forms_of(form, own)
 
 
 def test_the_reports_tell_of_variance_and_cost():
@@ -153,9 +167,10 @@ def test_the_reports_tell_of_variance_and_cost():
     assert "explained variance of the trained kernels, 37.5% on average:" in text
     assert "   50.0%  a\n   25.0%  (the model itself)" in text
     spec = BSConvSpec(16, 32, (3, 3), "s")
-    costs = tuple(choice(path, "BSConvS2d", spec, (2, 1), bias=False) for path in ("a", "b"))
-    text = str(FoldReport("folded", (), (), 1, 1, "merge", costs))
-    assert "folded with bsconv='merge'" in text
+    cost = form_costs(spec, (2, 1), bias=False)
+    costs = tuple(Choice(path, "BSConvS2d", spec, cost) for path in ("a", "b"))
+    text = str(FoldReport("folded", (), (), 1, 1, {"bsconv": "merge"}, costs))
+    assert "folded bsconv with form='merge'; each" in text
     # 4·16 + 32·4 weights at two input positions for each output position, and 32·9 at one
     assert "keep 480 and 672; merge 800 and 1,312; dense 4,608 and 4,608 (2)\n    a, b" in text
     assert str(costs[0]).startswith("BSConvS2d 16 -> 32")

@@ -208,7 +208,7 @@ def test_half_is_composed_and_folded_with_one_rounding(cls):
     exact = copied(made)
     exact.cast("float64")
     expected = exact.composed_kernel().asnumpy()
-    kernel = made.fold(bsconv="dense").weight.data()
+    kernel = made.fold(form="dense").weight.data()
     assert kernel.dtype == made.composed_kernel().dtype == np.float16
     np.testing.assert_array_equal(kernel.asnumpy(), expected.astype(np.float16))
     np.testing.assert_allclose(made.composed_kernel().asnumpy(), expected, rtol=1e-3, atol=1e-4)
@@ -221,7 +221,7 @@ def test_channels_last_kernels_are_the_others_transposed(cls):
     doconv_mx.load_state(last, values)
     for kernels in (
         [each.composed_kernel() for each in (first, last)],
-        [each.fold(bsconv="dense").weight.data() for each in (first, last)],
+        [each.fold(form="dense").weight.data() for each in (first, last)],
     ):
         assert close(kernels[1].transpose((0, 3, 1, 2)), kernels[0])
 
@@ -231,7 +231,7 @@ def test_folding_keeps_what_is_not_the_function(form):
     made = layer(dtype="float64", ctx=TWO, activation="relu", prefix="a_")
     made.collect_params().setattr("grad_req", "null")
     made.hybridize(static_alloc=True)
-    folded = made.fold(bsconv=form)
+    folded = made.fold(form=form)
     parameters = folded.collect_params().values()
     assert {(p.dtype, p.grad_req, len(p.list_ctx())) for p in parameters} == {
         ("float64", "null", 2)
@@ -244,7 +244,7 @@ def test_folding_keeps_what_is_not_the_function(form):
         assert expected.min() == 0
         np.testing.assert_allclose(folded(inputs).asnumpy(), expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"BSConvS2D.fold needs the values of .*, which has none"):
-        BSConvS2D(8, 6, 3).fold(bsconv="dense")
+        BSConvS2D(8, 6, 3).fold(form="dense")
 
 
 def test_batch_norms_of_every_kind_merge():
@@ -253,7 +253,7 @@ def test_batch_norms_of_every_kind_merge():
         for norm in (made.batch_norm1, made.batch_norm2):
             norm.running_mean.set_data(mx.nd.random.normal(shape=norm.running_mean.shape))
             norm.gamma.set_data(3 * mx.nd.ones(norm.gamma.shape))  # of no meaning without scale
-        assert close(made.fold(bsconv="merge")(x()), made(x()))
+        assert close(made.fold(form="merge")(x()), made(x()))
 
 
 def hooked(made):
@@ -311,14 +311,14 @@ def test_what_may_compute_something_else_is_not_folded(change, message):
     made = layer(with_bn=True)
     change(made)
     with pytest.raises(NotFoldable, match=message):
-        made.fold(bsconv="dense")
+        made.fold(form="dense")
 
 
 def test_folding_says_which_forms_there_are():
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        layer().fold(bsconv="deploy")
-    with pytest.raises(NotFoldable, match=r"meets zero padding .* use bsconv='merge'"):
-        layer(with_bn=True).fold(bsconv="dense")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        layer().fold(form="deploy")
+    with pytest.raises(NotFoldable, match=r"meets zero padding .* use form='merge'"):
+        layer(with_bn=True).fold(form="dense")
 
 
 @pytest.mark.parametrize("form", ["keep", "merge", "dense"])
@@ -329,7 +329,7 @@ def test_the_depthwise_part_may_be_a_do_layer(form):
     d.set_data(0.1 * mx.nd.random.normal(shape=d.shape))
     expected = made(x())
     assert close(convolved(x(), made.composed_kernel(), made.bias.data(), pad=(1, 1)), expected)
-    folded, found = made.fold(bsconv=form), []
+    folded, found = made.fold(form=form), []
     folded.apply(lambda block: found.append(type(block)))
     assert not any("doconv" in cls.__module__ for cls in found)
     assert close(folded(x()), expected)
@@ -350,7 +350,7 @@ def test_from_conv_says_what_it_takes():
 
 @pytest.mark.parametrize("with_bn", [False, True])
 def test_from_conv_starts_from_the_weights(with_bn):
-    conv = layer(BSConvU3D, ctx=TWO).fold(bsconv="dense")
+    conv = layer(BSConvU3D, ctx=TWO).fold(form="dense")
     conv.weight.lr_mult = 3
     options = {"with_bn": with_bn, "bn_options": {"epsilon": 1e-9} if with_bn else {}}
     found = BSConvU3D.from_conv(conv, **options)

@@ -34,7 +34,7 @@ from mxnet.gluon import HybridBlock, Trainer, nn  # noqa: E402
 from mxnet.gluon.nn.basic_layers import _BatchNorm  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.kinds.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
+from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
 from doconv_core.models.report import NOT_SELECTED, SUBCLASS  # noqa: E402
 from doconv_mx.bsconv_model import IN_A_SYMBOL  # noqa: E402
 from doconv_mx.view import count, walk  # noqa: E402
@@ -120,7 +120,7 @@ def test_the_report_tells_what_was_done():
 @INPLACE
 def test_what_is_a_bsconv_already_is_found_again(variant, inplace):
     """A network of dense convolutions that are BSConvs in fact has its outputs unchanged."""
-    dense = fold(converted(variant), bsconv="dense").model
+    dense = fold(converted(variant), form="dense").model
     expected, conv = dense(images()).asnumpy(), dense.stem
     model, report = to_bsconv(dense, variant, inplace=inplace)
     assert (model is dense) == inplace
@@ -285,7 +285,7 @@ def test_models_fold_in_every_form(variant, form, inplace):
     original.hybridize()
     expected, stem = original(images()).asnumpy(), original.stem
     parameters = set(original.collect_params())
-    model, report = fold(original, bsconv=form, inplace=inplace)
+    model, report = fold(original, form=form, inplace=inplace)
     assert (model.stem is stem) == inplace
     np.testing.assert_allclose(model(images()).asnumpy(), expected, rtol=1e-10, atol=1e-10)
     assert type(report) is FoldReport
@@ -297,15 +297,15 @@ def test_models_fold_in_every_form(variant, form, inplace):
     assert len(report.choices) == 3
     forms = dict(zip(FORMS, report.choices[1].cost, strict=True))
     assert count(model.body[0]) == forms[form].parameters
-    assert f"bsconv={form!r}; each form's parameters" in str(report)
+    assert f"form={form!r}; each form's parameters" in str(report)
     model.hybridize(False)
     np.testing.assert_allclose(model(images()).asnumpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_folding_twice_is_folding_once(form):
-    once = fold(converted(), bsconv=form).model
-    again, report = fold(once, bsconv=form)
+    once = fold(converted(), form=form).model
+    again, report = fold(once, form=form)
     assert (type(report), report.changed) == (Report, ())
     assert verify(again, once, images()).absolute == 0
 
@@ -318,14 +318,14 @@ def test_merging_folds_batch_norms_that_a_dense_kernel_cannot():
             block.running_mean.data(TWO[1])[:] = 0.25
     before = kinds(model)
     with pytest.raises(NotFoldable, match=r"layer 'body.0': .* meets zero padding"):
-        fold(model, bsconv="dense", inplace=True)
+        fold(model, form="dense", inplace=True)
     assert kinds(model) == before
-    merged = fold(model, bsconv="merge").model
+    merged = fold(model, form="merge").model
     assert list(merged.stem._children) == ["pointwise", "depthwise"]
     fused, report = fold(model, fuse_batchnorm=True)
     assert type(fused.stem.batch_norm1) is nn.Dropout
     assert "stem.batch_norm1" in [change.path for change in report.changed]
-    both = fold(model, fuse_batchnorm=True, bsconv="merge").model
+    both = fold(model, fuse_batchnorm=True, form="merge").model
     assert "BatchNorm" not in kinds(both).values()
     for ctx in TWO:
         for found in (merged, fused, both):
@@ -333,7 +333,7 @@ def test_merging_folds_batch_norms_that_a_dense_kernel_cannot():
 
 
 def test_a_batch_norm_behind_a_dense_one_is_fused():
-    model, report = fold(converted("u"), fuse_batchnorm=True, bsconv="dense")
+    model, report = fold(converted("u"), fuse_batchnorm=True, form="dense")
     assert report.left == ()
     assert kinds(model)["body.1"] == "Dropout"
     assert verify(model, converted("u"), images()).relative <= 1e-12
@@ -349,11 +349,11 @@ def test_a_layer_of_ones_own_is_kept_and_not_folded():
     assert type(kept[0]) is Own
     assert report.left == (Left("0", "Own", SUBCLASS),)
     with pytest.raises(NotFoldable, match=r"layer '0': .*Own has a forward of its own"):
-        fold(model, bsconv="merge")
+        fold(model, form="merge")
     with pytest.raises(NotFoldable, match=r"Own has a forward of its own"):
         model[0].fold()
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        fold(model, bsconv="deploy")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        fold(model, form="deploy")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -367,7 +367,7 @@ def test_over_parameterized_depthwise_parts_fold(form, multiplier):
     for path in parts:
         d = at(model, path).depthwise_weight
         d.set_data(0.1 * mx.nd.random.normal(shape=d.shape))
-    folded, report = fold(model, bsconv=form)
+    folded, report = fold(model, form=form)
     assert verify(folded, model, images()).relative <= 1e-12
     assert not any(type(b).__module__.startswith("doconv") for _, b in walk(folded))
     found = [change.path for change in report.changed if change.before == "DOConv2D"]
@@ -383,7 +383,7 @@ def test_exchanged_parts_are_kept_and_not_folded():
     assert verify(kept, model, x).absolute == 0
     assert [change.after for change in report.changed] == ["HybridSequential"]
     with pytest.raises(NotFoldable, match="its depthwise cannot be folded: it is a AvgPool2D"):
-        fold(model, bsconv="dense")
+        fold(model, form="dense")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -391,7 +391,7 @@ def test_tied_weights_fold(form):
     first = BSConvS2D(4, 4, 3)
     model = network(model=chain(first, BSConvS2D(4, 4, 3, params=first.collect_params())))
     model.hybridize()
-    folded = fold(model, bsconv=form).model
+    folded = fold(model, form=form).model
     assert verify(folded, model, images()).relative <= 1e-12
     if form == "keep":
         assert folded[0].pointwise1.weight is folded[1].pointwise1.weight
@@ -400,7 +400,7 @@ def test_tied_weights_fold(form):
 def test_the_model_itself_may_be_the_layer():
     model = network(model=BSConvS2D(4, 4, 3))
     for form in FORMS:
-        assert verify(fold(model, bsconv=form).model, model, images()).relative <= 1e-12
+        assert verify(fold(model, form=form).model, model, images()).relative <= 1e-12
     conv = network(model=nn.Conv2D(4, 3, in_channels=4))
     assert type(to_bsconv(conv, inplace=True).model) is type(conv) is BSConvU2D
 
@@ -449,5 +449,5 @@ def test_a_residual_network_of_a_zoo(variant):
     assert len(report.changed) == 17
     assert report.parameters_after < 0.25 * report.parameters_before
     for form in FORMS:
-        folded = fold(made, bsconv=form, fuse_batchnorm=form != "keep").model
+        folded = fold(made, form=form, fuse_batchnorm=form != "keep").model
         assert verify(folded, made, x).relative <= 1e-4

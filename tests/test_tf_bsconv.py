@@ -244,7 +244,7 @@ def test_half_types_are_composed_and_folded_with_one_rounding():
     exact = layer(dtype="float32")
     for variable, wide in zip(made.weights, exact.weights, strict=True):
         wide.assign(ops.cast(variable, "float32"))
-    kernel = made.fold(bsconv="dense").kernel
+    kernel = made.fold(form="dense").kernel
     composed = made.composed_kernel()
     expected = ops.cast(exact.composed_kernel(), "bfloat16")
     for found in (kernel, composed):
@@ -266,7 +266,7 @@ def test_folding_keeps_names_policies_and_what_is_trainable(form):
     made = layer(dtype=DOUBLE, activation="relu", kernel_regularizer="l2", name="one")
     for variable in made.weights:
         variable.trainable = False
-    folded = made.fold(bsconv=form)
+    folded = made.fold(form=form)
     assert (folded.name, folded.dtype_policy.name) == ("one", DOUBLE)
     assert not folded.trainable_variables
     assert {variable.dtype for variable in folded.weights} == {DOUBLE}
@@ -278,7 +278,7 @@ def test_activity_regularizers_go_with_the_output():
     made(image())
     expected = sum(made.losses)
     for form in ("keep", "merge", "dense"):
-        folded = made.fold(bsconv=form)
+        folded = made.fold(form=form)
         folded(image())
         close(sum(folded.losses), expected)
 
@@ -317,15 +317,15 @@ def test_what_may_compute_something_else_is_not_folded(change, message):
     made = layer(with_bn=True)
     change(made)
     with pytest.raises(NotFoldable, match=message):
-        made.fold(bsconv="dense")
+        made.fold(form="dense")
 
 
 def test_folding_says_which_forms_there_are():
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        layer().fold(bsconv="deploy")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        layer().fold(form="deploy")
     for options in ({"padding": "same"}, {"around": 1}):
-        with pytest.raises(NotFoldable, match=r"meets zero padding .* use bsconv='merge'"):
-            layer(with_bn=True, **options).fold(bsconv="dense")
+        with pytest.raises(NotFoldable, match=r"meets zero padding .* use form='merge'"):
+            layer(with_bn=True, **options).fold(form="dense")
 
 
 @pytest.mark.parametrize("form", ["keep", "merge", "dense"])
@@ -337,7 +337,7 @@ def test_the_depthwise_part_may_be_a_do_layer(form, cls, shape):
     d.assign(0.1 * np.random.default_rng(1).standard_normal(d.shape))
     expected = made(image(shape))
     close(ops.conv(image(shape), made.composed_kernel()) + made.bias, expected)
-    folded = made.fold(bsconv=form)
+    folded = made.fold(form=form)
     assert not any(isinstance(part, OverParameterized) for part in folded._flatten_layers())
     close(folded(image(shape)), expected)
 
@@ -360,7 +360,7 @@ def test_from_conv_says_what_it_takes():
 @pytest.mark.parametrize("with_bn", [False, True])
 def test_from_conv_starts_from_the_weights(with_bn):
     options = {"activation": "relu", "dilation_rate": 2, "name": "one"}
-    conv = layer(BSConvU2D, **options).fold(bsconv="dense")
+    conv = layer(BSConvU2D, **options).fold(form="dense")
     bn_options = {"epsilon": 1e-9} if with_bn else None
     found = BSConvU2D.from_conv(conv, with_bn=with_bn, bn_options=bn_options)
     assert found.explained == pytest.approx(1)

@@ -14,7 +14,7 @@ from keras_layers import array, assert_same  # noqa: E402
 from keras_models import filled, functional, images, nested, subclassed, traces  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.kinds.bsconv_model import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
+from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
 from doconv_core.models.report import NOT_SELECTED, SUBCLASS, TRANSPOSED  # noqa: E402
 from doconv_tf import (  # noqa: E402
     BSConvS2D,
@@ -94,7 +94,7 @@ def test_the_report_tells_what_was_done():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_is_a_bsconv_already_is_found_again(variant, inplace):
     """A network of dense convolutions that are BSConvs in fact has its outputs unchanged."""
-    dense = fold(converted(variant), bsconv="dense").model
+    dense = fold(converted(variant), form="dense").model
     expected, conv = array(dense(x())), dense.get_layer("first")
     model, report = to_bsconv(dense, variant, inplace=inplace)
     assert (model is dense) == inplace
@@ -133,7 +133,7 @@ def test_an_activation_with_weights_stays_the_one_that_is_shared():
     model = keras.Model(inputs, layers.Conv2D(4, 3, activation=activation, name="other")(y))
     to_bsconv(model, where="conv", inplace=True)
     assert model.get_layer("conv").depthwise.activation is activation
-    folded = fold(filled(model), bsconv="dense", inplace=True).model
+    folded = fold(filled(model), form="dense", inplace=True).model
     assert folded.get_layer("conv").activation is activation
 
 
@@ -146,7 +146,7 @@ def test_models_of_every_kind(make, form):
     made, report = to_bsconv(model, "s", kernel_sizes=(3, (1, 3)), with_bn=True)
     assert len(report.changed) >= 1
     filled(made)
-    folded = fold(made, bsconv=form).model
+    folded = fold(made, form=form).model
     assert not traces(folded)
     assert verify(folded, made, inputs).relative <= 1e-5
     assert verify(model, filled(make()), inputs).absolute == 0
@@ -180,7 +180,7 @@ def test_ranks_are_chosen_by_kernel_size():
     model = keras.Sequential([keras.Input((9, 4)), *convs])
     made = to_bsconv(model, kernel_sizes=(3,)).model
     assert [type(each) for each in made.layers] == [BSConvU1D, layers.Conv1D]
-    folded = fold(made, bsconv="dense").model
+    folded = fold(made, form="dense").model
     assert [type(each) for each in folded.layers] == [layers.Conv1D] * 2
     assert verify(folded, made, images((2, 9, 4))).relative <= 1e-5
 
@@ -222,7 +222,7 @@ def test_models_fold_in_every_form(variant, form, inplace):
     original = converted(variant)
     expected = array(original(x()))
     first = original.get_layer("first")
-    model, report = fold(original, bsconv=form, inplace=inplace)
+    model, report = fold(original, form=form, inplace=inplace)
     assert (model.get_layer("first") is first) == inplace
     assert np.abs(array(model(x())) - expected).max() <= 1e-5 * np.abs(expected).max()
     assert type(report) is FoldReport
@@ -233,15 +233,15 @@ def test_models_fold_in_every_form(variant, form, inplace):
     assert "doconv" not in model.to_json()
     forms = dict(zip(FORMS, report.choices[0].cost, strict=True))
     assert model.get_layer("first").count_params() == forms[form].parameters
-    assert f"bsconv={form!r}; each form's parameters" in str(report)
-    again, report = fold(model, bsconv=form)
+    assert f"form={form!r}; each form's parameters" in str(report)
+    again, report = fold(model, form=form)
     assert (type(report), report.changed) == (Report, ())
     assert_same(again(x()), model(x()))
 
 
 @pytest.mark.parametrize("form", ["keep", "dense"])
 def test_folded_models_are_stored_and_trained(form, tmp_path):
-    model = fold(converted("s"), bsconv=form, inplace=True).model
+    model = fold(converted("s"), form=form, inplace=True).model
     model.save(tmp_path / "net.keras")
     loaded = keras.saving.load_model(tmp_path / "net.keras")
     assert_same(loaded(x()), model(x()))
@@ -253,9 +253,9 @@ def test_folded_models_are_stored_and_trained(form, tmp_path):
 def test_merging_folds_batch_norms_that_a_dense_kernel_cannot():
     model = converted("s", with_bn=True)
     with pytest.raises(NotFoldable, match=r"layer 'last': .* meets zero padding"):
-        fold(model, bsconv="dense", inplace=True)
+        fold(model, form="dense", inplace=True)
     assert type(model.get_layer("first")) is BSConvS2D
-    merged = fold(model, bsconv="merge").model
+    merged = fold(model, form="merge").model
     names = [part.name for part in merged.get_layer("first").layers]
     assert names == ["pointwise", "depthwise"]
     assert verify(merged, model, x()).relative <= 1e-5
@@ -279,9 +279,9 @@ def test_a_layer_of_ones_own_is_kept_and_not_folded():
     assert type(kept.layers[0]) is Doubled
     assert report.left == (Left("0", "Doubled", SUBCLASS),)
     with pytest.raises(NotFoldable, match=r"layer '0': .*Doubled has a call of its own"):
-        fold(model, bsconv="merge")
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        fold(model, bsconv="deploy")
+        fold(model, form="merge")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        fold(model, form="deploy")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -289,7 +289,7 @@ def test_over_parameterized_depthwise_parts_fold(form):
     model, report = over_parameterize(converted("s"), where="*.depthwise", depth_multiplier=11)
     assert [change.path for change in report.changed] == [f"{path}.depthwise" for path in REPLACED]
     filled(model)
-    folded, report = fold(model, bsconv=form)
+    folded, report = fold(model, form=form)
     assert verify(folded, model, x()).relative <= 1e-5
     assert not any(isinstance(each, DODepthwiseConv2D) for _, each in walk(folded))
     expected = [] if form == "dense" else [f"{path}.depthwise" for path in REPLACED]
@@ -318,7 +318,7 @@ def test_networks_by_name_have_the_layers(tmp_path):
     made = [each for _, each in walk(model) if isinstance(each, BSConvS2D)]
     assert len(made) == 19
     images_ = images((2, 8, 8, 3))
-    folded = fold(model, bsconv="merge", fuse_batchnorm=True).model
+    folded = fold(model, form="merge", fuse_batchnorm=True).model
     assert verify(folded, model, images_).relative <= 1e-4
     model.save(tmp_path / "net.keras")
     assert_same(keras.saving.load_model(tmp_path / "net.keras")(images_), model(images_))
@@ -326,7 +326,7 @@ def test_networks_by_name_have_the_layers(tmp_path):
 
 def test_a_dense_convolution_keeps_the_zeros_around_the_image():
     model = get_model("cifar_resnet20_bsconvu", num_classes=10, input_shape=(3, 16, 16))
-    folded, _ = fold(model, bsconv="dense")
+    folded, _ = fold(model, form="dense")
     assert verify(folded, model, images((2, 16, 16, 3))).relative <= 1e-4
     kinds = [
         [type(part) for part in each.layers]

@@ -138,7 +138,7 @@ def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(cls):
 def test_half_types_are_composed_and_folded_with_one_rounding(dtype):
     made = layer(dtype=dtype)
     exact = copy.deepcopy(made).double().composed_kernel()
-    kernel = made.fold(bsconv="dense").weight
+    kernel = made.fold(form="dense").weight
     assert kernel.dtype == made.composed_kernel().dtype == dtype
     assert torch.equal(kernel, exact.to(dtype))
     torch.testing.assert_close(made.composed_kernel(), kernel)
@@ -155,10 +155,10 @@ def test_compiled_and_under_autocast():
 @pytest.mark.parametrize("form", ["keep", "merge", "dense"])
 def test_folding_keeps_mode_dtype_and_what_is_trainable(form):
     made = layer(dtype=torch.float64).eval().requires_grad_(False)
-    folded = made.fold(bsconv=form)
+    folded = made.fold(form=form)
     assert not any(module.training for module in folded.modules())
     assert {(p.dtype, p.requires_grad) for p in folded.parameters()} == {(torch.float64, False)}
-    assert layer(device="meta").fold(bsconv=form).state_dict().keys()
+    assert layer(device="meta").fold(form=form).state_dict().keys()
     torch.testing.assert_close(folded(x(dtype=torch.float64)), made(x(dtype=torch.float64)))
 
 
@@ -206,7 +206,7 @@ def test_what_may_compute_something_else_is_not_folded(change, message):
     made = layer(with_bn=True, padding_mode="reflect").eval()
     change(made)
     with pytest.raises(NotFoldable, match=message):
-        made.fold(bsconv="dense")
+        made.fold(form="dense")
 
 
 def test_a_layer_with_a_forward_of_its_own_is_not_folded_in_any_form():
@@ -214,14 +214,14 @@ def test_a_layer_with_a_forward_of_its_own_is_not_folded_in_any_form():
     own_forward(made)
     for form in ("keep", "merge", "dense"):
         with pytest.raises(NotFoldable, match="has a forward of its own"):
-            made.fold(bsconv=form)
+            made.fold(form=form)
 
 
 def test_folding_says_which_forms_there_are():
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        layer().fold(bsconv="deploy")
-    with pytest.raises(NotFoldable, match=r"meets zero padding .* use bsconv='merge'"):
-        layer(with_bn=True).eval().fold(bsconv="dense")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        layer().fold(form="deploy")
+    with pytest.raises(NotFoldable, match=r"meets zero padding .* use form='merge'"):
+        layer(with_bn=True).eval().fold(form="dense")
 
 
 @pytest.mark.parametrize("form", ["keep", "merge", "dense"])
@@ -233,7 +233,7 @@ def test_the_depthwise_part_may_be_a_do_layer(form):
     torch.testing.assert_close(
         nn.functional.conv2d(inputs, made.composed_kernel(), made.bias, padding=1), made(inputs)
     )
-    folded = made.fold(bsconv=form)
+    folded = made.fold(form=form)
     assert not any(isinstance(module, DOConv2d) for module in folded.modules())
     torch.testing.assert_close(folded(inputs), made(inputs), rtol=1e-12, atol=1e-12)
 
@@ -249,7 +249,7 @@ def test_from_conv_says_what_it_takes():
 
 @pytest.mark.parametrize("with_bn", [False, True])
 def test_from_conv_starts_from_the_weights(with_bn):
-    conv = layer(BSConvU3d, dtype=torch.float64).fold(bsconv="dense")
+    conv = layer(BSConvU3d, dtype=torch.float64).fold(form="dense")
     found = BSConvU3d.from_conv(conv, with_bn=with_bn, bn_options={"eps": 1e-9} if with_bn else {})
     assert found.explained == pytest.approx(1)
     inputs = torch.randn(1, 8, 4, 4, 4, dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch_models import images, kinds, network, output  # noqa: E402
 
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
-from doconv_core.kinds.bsconv_model import (  # noqa: E402
+from doconv_core.kinds.bsconv import (  # noqa: E402
     GROUPED,
     OVER_PARAMETERIZED,
     PART,
@@ -77,7 +77,7 @@ def test_the_report_tells_what_was_done():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_is_a_bsconv_already_is_found_again(variant, inplace):
     """A network of dense convolutions that are BSConvs in fact has its outputs unchanged."""
-    dense = fold(converted(variant), bsconv="dense").model
+    dense = fold(converted(variant), form="dense").model
     expected, conv = output(dense, images(dtype=torch.float64)), dense.stem[0]
     model, report = to_bsconv(dense, variant, inplace=inplace)
     assert (model is dense) == inplace
@@ -212,7 +212,7 @@ def test_models_fold_in_every_form(variant, form, inplace):
     original = converted(variant)
     expected = output(original, images(dtype=torch.float64))
     stem = original.stem[0]
-    model, report = fold(original, bsconv=form, inplace=inplace)
+    model, report = fold(original, form=form, inplace=inplace)
     assert (model.stem[0] is stem) == inplace
     found = output(model, images(dtype=torch.float64))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -226,13 +226,13 @@ def test_models_fold_in_every_form(variant, form, inplace):
     forms = dict(zip(FORMS, report.choices[1].cost, strict=True))
     parameters = sum(p.numel() for p in model.stages[0].conv1.parameters())
     assert parameters == forms[form].parameters
-    assert f"bsconv={form!r}; each form's parameters" in str(report)
+    assert f"form={form!r}; each form's parameters" in str(report)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_folding_twice_is_folding_once(form):
-    once = fold(converted(), bsconv=form).model
-    again, report = fold(once, bsconv=form)
+    once = fold(converted(), form=form).model
+    again, report = fold(once, form=form)
     assert (type(report), report.changed) == (Report, ())
     assert verify(again, once, images(dtype=torch.float64)).absolute == 0
 
@@ -244,10 +244,10 @@ def test_merging_folds_batch_norms_that_a_dense_kernel_cannot():
             nn.init.uniform_(module.running_mean, 0.5, 2)
     before = kinds(model)
     with pytest.raises(NotFoldable, match=r"layer 'stages.0.conv1': .* meets zero padding"):
-        fold(model, bsconv="dense", inplace=True)
+        fold(model, form="dense", inplace=True)
     assert kinds(model) == before
     x = images(dtype=torch.float64)
-    merged = fold(model, bsconv="merge").model
+    merged = fold(model, form="merge").model
     assert list(merged.stem[0]._modules) == ["pointwise", "depthwise"]
     assert verify(merged, model, x).relative <= 1e-12
     fused, report = fold(model, fuse_batchnorm=True)
@@ -255,7 +255,7 @@ def test_merging_folds_batch_norms_that_a_dense_kernel_cannot():
     assert verify(fused, model, x).relative <= 1e-12
     assert "stem.0.batch_norm1" in [change.path for change in report.changed]
     with pytest.raises(NotFoldable, match=r"layer 'stem.0': its batch_norm1 .* in training mode"):
-        fold(model.train(), bsconv="merge")
+        fold(model.train(), form="merge")
 
 
 def test_a_layer_of_ones_own_is_kept_and_not_folded():
@@ -268,9 +268,9 @@ def test_a_layer_of_ones_own_is_kept_and_not_folded():
     assert type(kept[0]) is Own
     assert report.left == (Left("0", "Own", SUBCLASS),)
     with pytest.raises(NotFoldable, match=r"layer '0': .*Own has a forward of its own"):
-        fold(model, bsconv="merge")
-    with pytest.raises(ValueError, match="bsconv must be one of 'keep', 'merge', 'dense'"):
-        fold(model, bsconv="deploy")
+        fold(model, form="merge")
+    with pytest.raises(ValueError, match="form must be one of 'keep', 'merge', 'dense'"):
+        fold(model, form="deploy")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,7 +283,7 @@ def test_over_parameterized_depthwise_parts_fold(form, multiplier):
     torch.manual_seed(5)
     for path in REPLACED:
         nn.init.normal_(model.get_submodule(path).depthwise.depthwise_weight, std=0.1)
-    folded, report = fold(model, bsconv=form)
+    folded, report = fold(model, form=form)
     assert verify(folded, model, images(dtype=torch.float64)).relative <= 1e-12
     assert not any(isinstance(module, DOConv2d) for module in folded.modules())
     expected = [] if form == "dense" else [f"{path}.depthwise" for path in REPLACED]
@@ -299,14 +299,14 @@ def test_exchanged_parts_are_kept_and_not_folded():
     assert torch.equal(kept(torch.ones(1, 4, 5, 5)), expected)
     assert [change.after for change in report.changed] == ["Sequential"]
     with pytest.raises(NotFoldable, match="its depthwise cannot be folded: it is a AvgPool2d"):
-        fold(model, bsconv="dense")
+        fold(model, form="dense")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tied_pointwise_weights_fold(form):
     model = nn.Sequential(BSConvS2d(4, 4, 3), BSConvS2d(4, 4, 3)).double()
     model[1].pointwise1.weight = model[0].pointwise1.weight
-    folded = fold(model, bsconv=form).model
+    folded = fold(model, form=form).model
     assert verify(folded, model, torch.ones(1, 4, 6, 6).double()).relative <= 1e-12
     if form == "keep":
         assert folded[0].pointwise1.weight is folded[1].pointwise1.weight
@@ -329,7 +329,7 @@ def test_scripted_layers_compute_the_same_and_are_not_folded():
     scripted = torch.jit.script(model)
     assert torch.equal(scripted(torch.ones(1, 4, 5, 5)), model(torch.ones(1, 4, 5, 5)))
     with pytest.raises(NotFoldable, match=r"layer '0' is a BSConvS2d that was compiled to TorchSc"):
-        fold(scripted, bsconv="merge")
+        fold(scripted, form="merge")
 
 
 def test_the_loss_of_a_converted_model_is_zero_at_first():
@@ -350,5 +350,5 @@ def test_a_residual_network_of_a_zoo(variant):
     assert report.parameters_after < 0.2 * report.parameters_before
     x = torch.randn(2, 3, 32, 32)
     for form in FORMS:
-        folded = fold(made, bsconv=form, fuse_batchnorm=form != "keep").model
+        folded = fold(made, form=form, fuse_batchnorm=form != "keep").model
         assert verify(folded, made, x).relative <= 1e-5

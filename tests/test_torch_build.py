@@ -109,8 +109,8 @@ def test_the_first_pointwise_weights_of_bsconvs_are_to_be_orthonormal():
 @pytest.mark.parametrize("form", ["keep", "merge", "dense"])
 def test_a_network_of_bsconvs_folds_to_each_form(form):
     model = get_model("cifar_wrn16_1_bsconvu", num_classes=5, input_shape=(3, 16, 16)).eval()
-    folded, report = fold(model, bsconv=form)
-    assert report.bsconv == form
+    folded, report = fold(model, form=form)
+    assert report.forms == {"bsconv": form}
     assert len(report.choices) == 13  # the stem, and twelve in units
     assert verify(folded, model, torch.rand(2, 3, 16, 16)).relative < 1e-5
     assert not any(isinstance(module, BSConvU2d) for module in folded.modules())

@@ -28,7 +28,7 @@ from doconv_core.cli.errors import one_line
 from doconv_core.cli.layer_text import GRAMMAR, LayerText, is_layer_text, parse_layer
 from doconv_core.cli.output import counted, number, print_json, print_table, size
 from doconv_core.cli.parse import KernelSizes, Place, places_option, size_option
-from doconv_core.kinds.do_conv_cost import LayerCost, layer_cost
+from doconv_core.kinds.do_conv import LayerCost, layer_cost
 from doconv_core.networks.names import describe
 
 FORMS = {

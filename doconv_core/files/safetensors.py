@@ -186,6 +186,6 @@ def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes
     if form.over_parameterized:
         sizes.given((path,), spec.taps)
     return Layer(
-        path, CONVOLUTION, roles, "doconv", over_parameterized=form.over_parameterized, spec=spec,
-        kernel_shape=spec.kernel_shape,
+        path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
+        spec=spec, kernel_shape=spec.kernel_shape,
     )  # fmt: skip

@@ -1,1 +1,11 @@
-"""Kinds of layers, one file each, and the register of them."""
+"""Kinds of layers, one file each, and the register of them.
+
+A kind is registered by its file; each is one line here, in the order in which tools list them. A
+kind whose layers may be parts of another's layers comes before that.
+"""
+
+# isort: off
+from doconv_core.kinds import do_conv
+from doconv_core.kinds import bsconv
+
+__all__ = ["bsconv", "do_conv"]

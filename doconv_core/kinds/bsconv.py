@@ -1,4 +1,4 @@
-"""Blueprint separable convolutions: their sizes, the kernel that they make, and what they cost.
+"""Blueprint separable convolutions: their sizes, kernel, cost, and how they take a layer's place.
 
 A BSConv's filters are blueprints, one `k x k` image for each output channel, weighted for each
 input channel. BSConv-U is a pointwise convolution, `pw` `(O, I)`, and then a depthwise one, `dw`
@@ -9,23 +9,41 @@ Source: BSConv, arXiv 2003.13549.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, prod
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from doconv_core.kinds.base import (
+    DENSE,
+    Array,
+    Cost,
+    PartConv,
+    PartNorm,
+    Recipe,
+    SeparableKind,
+    register,
+)
 from doconv_core.maths.numeric import as_floats, widened
-from doconv_core.maths.spec import ConvSpec, as_integer
-
-Array = NDArray[Any]
+from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 
 VARIANTS = ("u", "s")
-FORMS = ("keep", "merge", "dense")
+FORMS = ("keep", "merge", DENSE)
 P, MIN_MID_CHANNELS = 0.25, 4  # the defaults of every backend
+KERNEL_SIZES = ((3, 3), (5, 5))
+STARTS = ("weights", "random")
+
+# Why a convolution does not become a BSConv.
+GROUPED = "it has groups; a BSConv takes the place of a convolution with groups=1"
+PART = "a part of a BSConv layer"
+OVER_PARAMETERIZED = "over-parameterized; fold it first"
+SHARES = "it shares a parameter with another layer"
+BIAS_COMPUTED = "its bias is computed, not a parameter of its own"
+WEIGHT_BOUND = "its weight has hooks, or a class of its own, and would be given up"
 
 
 def mid_channels(in_channels: int, p: float = P, min_mid_channels: int = MIN_MID_CHANNELS) -> int:
@@ -227,3 +245,184 @@ def _shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
     if found.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; received {found.shape}.")
     return found
+
+
+class BSConvCost(NamedTuple):
+    """What a BSConv layer costs in each form that it can be folded to.
+
+    keep: as it is trained. merge: one pointwise and the depthwise convolution, with no batch norm
+    between. dense: one ordinary convolution.
+    """
+
+    keep: Cost
+    merge: Cost
+    dense: Cost
+
+
+def bsconv_cost(
+    spec: BSConvSpec, positions: int, *, input_positions: int | None = None, bias: bool = True
+) -> BSConvCost:
+    """Return what the layer costs in each form.
+
+    positions: output positions, at which the depthwise or dense convolution is computed.
+    input_positions: those at which the pointwise ones are; as many where not given, which a stride
+    makes more. Biases and batch norms count as parameters, not as multiply-accumulates.
+    Raises TypeError or ValueError for what is not a positive integer.
+    """
+    out = as_integer("positions", positions)
+    into = out if input_positions is None else as_integer("input_positions", input_positions)
+    depthwise, biases = prod(spec.depthwise_shape), spec.out_channels if bias else 0
+    pointwise = sum(map(prod, spec.pointwise_shapes))
+    norms = 2 * sum(shape[0] for shape in spec.pointwise_shapes) if spec.with_bn else 0
+    merged, dense = spec.in_channels * spec.out_channels, prod(spec.dense.kernel_shape)
+    shift = spec.out_channels if spec.with_bn else 0  # a batch norm leaves the pointwise a bias
+    return BSConvCost(
+        keep=Cost(pointwise + norms + depthwise + biases, pointwise * into + depthwise * out),
+        merge=Cost(merged + shift + depthwise + biases, merged * into + depthwise * out),
+        dense=Cost(dense + max(biases, shift), dense * out),
+    )
+
+
+def as_kernel_sizes(kernel_sizes: Any) -> frozenset[tuple[int, ...]]:
+    """Return the kernel sizes that are meant, as tuples.
+
+    kernel_sizes: a sequence whose entries are tuples of 1 to 3 integers, or an integer for that
+    size in each number of dimensions. Raises TypeError or ValueError for anything else.
+    """
+    if not is_sequence(kernel_sizes) or not len(kernel_sizes):
+        raise TypeError(
+            "kernel_sizes must be a sequence of kernel sizes, such as ((3, 3), (5, 5)); received "
+            f"kernel_sizes={kernel_sizes!r}."
+        )
+    sizes: set[tuple[int, ...]] = set()
+    for n, entry in enumerate(kernel_sizes):
+        name = f"kernel_sizes[{n}]"
+        if not is_sequence(entry):
+            sizes |= {(as_integer(name, entry),) * rank for rank in range(1, MAX_RANK + 1)}
+        elif 1 <= len(entry) <= MAX_RANK:
+            sizes.add(tuple(as_integer(f"{name}[{d}]", k) for d, k in enumerate(entry)))
+        else:
+            raise ValueError(
+                f"{name} must have 1 to {MAX_RANK} entries; received {tuple(entry)!r}."
+            )
+    return frozenset(sizes)
+
+
+def replacement(
+    variant: str,
+    kernel_sizes: Any,
+    *,
+    p: float,
+    min_mid_channels: int,
+    with_bn: bool,
+    bn_options: Mapping[str, Any] | None,
+    allowed: Iterable[str],
+    start: str,
+) -> dict[str, Any]:
+    """Return `variant`; `kernel_sizes`, those to replace; and as `layer` what `from_conv` takes.
+
+    The arguments of `to_bsconv`; allowed: the options that the framework's batch norm takes.
+    Raises TypeError or ValueError for arguments that give no layer.
+    """
+    as_choice("variant", variant, VARIANTS)
+    as_choice("start", start, STARTS)
+    sizes = as_kernel_sizes(kernel_sizes)
+    BSConvSpec(1, 1, (1,), variant, p, min_mid_channels, with_bn)
+    batch_norm_options(with_bn, bn_options, allowed)
+    options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
+    if variant == "s":
+        options |= {"p": p, "min_mid_channels": min_mid_channels}
+    return {"variant": variant, "kernel_sizes": sizes, "layer": options}
+
+
+def batch_norm_options(
+    with_bn: bool, options: Mapping[str, Any] | None, allowed: Iterable[str]
+) -> dict[str, Any]:
+    """Return the options of a BSConv's batch norms.
+
+    allowed: the names that the framework's batch norm takes. Raises TypeError for other names and
+    for what is no mapping, ValueError for options of batch norms that there are not.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            "bn_options must be a dict of the batch norm's arguments, such as {'momentum': 0.1}; "
+            f"received bn_options={options!r}."
+        )
+    names = tuple(allowed)
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise TypeError(
+            f"bn_options may have {', '.join(names)}; received {', '.join(map(repr, unknown))}."
+        )
+    if options and not with_bn:
+        raise ValueError(
+            f"bn_options={dict(options)!r} are for batch norms; give with_bn=True as well."
+        )
+    return dict(options)
+
+
+def form_costs(spec: BSConvSpec, stride: Iterable[int], *, bias: bool) -> BSConvCost:
+    """Return what each form of a layer costs for one output position.
+
+    stride: of its depthwise convolution. The pointwise ones are computed at every position of the
+    input, of which there are as many for each of the output as the product of the strides.
+    """
+    return bsconv_cost(spec, 1, input_positions=prod(stride), bias=bias)
+
+
+def obstacle(conv: ConvSpec, sizes: frozenset[tuple[int, ...]]) -> str | None:
+    """Return why a convolution does not become a BSConv; None where it may. sizes: of kernels."""
+    if conv.kernel_size not in sizes:
+        return f"its kernel_size {conv.kernel_size} is not among kernel_sizes"
+    return GROUPED if conv.groups != 1 else None
+
+
+@dataclass(frozen=True)
+class BSConvRecipe(Recipe):
+    """How a network's BSConv is made. name: "bsconvu" or "bsconvs"; the rest as in `BSConvSpec`."""
+
+    p: float = P
+    min_mid_channels: int = MIN_MID_CHANNELS
+    with_bn: bool = False
+
+    def mid_channels(self, in_channels: int) -> int:
+        """Return the channels between the pointwise convolutions of a BSConv-S."""
+        return mid_channels(in_channels, self.p, self.min_mid_channels)
+
+
+class BSConvKind(SeparableKind):
+    """BSConv-U and BSConv-S: a pointwise convolution, or two, and then a depthwise one."""
+
+    name = "bsconv"
+    words = ("bsconvu", "bsconvs")
+    forms = FORMS
+
+    def recipe(self, word: str, *args: Any, **options: Any) -> BSConvRecipe:
+        """Return the recipe with its options."""
+        return BSConvRecipe(word, *args, **options)
+
+    def parts(
+        self, recipe: BSConvRecipe, conv: ConvSpec, groups: int
+    ) -> tuple[PartConv | PartNorm, ...]:
+        """Return the parts in the order of their use, named as `BSConvSpec.names` says."""
+        if groups != 1:
+            raise ValueError(
+                "cannot be a BSConv, which has a depthwise part already, with groups: received "
+                f"groups={groups}; expected 1."
+            )
+        spec = BSConvSpec(
+            conv.in_channels, conv.out_channels, conv.kernel_size, recipe.name[-1], recipe.p,
+            recipe.min_mid_channels, recipe.with_bn,
+        )  # fmt: skip
+        after = iter(shape[0] for shape in spec.pointwise_shapes)
+        return tuple(
+            PartConv(name, conv.out_channels, depthwise=True) if name == "depthwise"
+            else PartConv(name, next(after)) if name.startswith("pointwise")
+            else PartNorm(name)
+            for name in spec.names
+        )  # fmt: skip
+
+
+BSCONV = register(BSConvKind())

@@ -103,7 +103,7 @@ def check_dense(geometry: Geometry) -> None:
         raise NotFoldable(
             "the batch norm, or bias, between the pointwise and the depthwise convolution meets "
             f"zero padding {geometry.padding}, which no dense convolution computes; use "
-            "bsconv='merge', which is exact, or train it without padding, without batch norm, or "
+            "form='merge', which is exact, or train it without padding, without batch norm, or "
             "with padding that reflects, replicates or wraps around."
         )
 

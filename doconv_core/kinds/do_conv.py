@@ -1,4 +1,4 @@
-"""Composition: from the trained pair `(W, D)` to the kernel of one ordinary convolution, and back.
+"""DO-Conv: the kernel of an ordinary convolution, composed of the trained pair `(W, D)`.
 
 `W`, weight: `(O, I/g, S)`. `D`, depthwise weight: `(I, M, S)`, a residual around the identity `E`.
 Axis letters as everywhere in this project: g group, o output channel in its group, i input channel
@@ -7,16 +7,18 @@ in its group, m kernel tap, s depth-multiplier index.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from doconv_core.kinds.base import ONE_TAP, Array, ComposedKind, Cost, Shape, register
 from doconv_core.maths.convolve import convolve
 from doconv_core.maths.numeric import as_floats, widened
-from doconv_core.maths.spec import ConvSpec
-
-Array = NDArray[Any]
+from doconv_core.maths.spec import ConvSpec, as_integer
 
 
 def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
@@ -174,3 +176,100 @@ def _of_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
     return array
+
+
+class LayerCost(NamedTuple):
+    """The cost of one layer in each of its forms.
+
+    ordinary: the convolution it replaces. kernel_composed: in training, composing the kernel once
+    for the whole batch. feature_composed: in training, a depthwise then a pointwise convolution of
+    the data. folded: the ordinary convolution it becomes, so the same as `ordinary`.
+    """
+
+    ordinary: Cost
+    kernel_composed: Cost
+    feature_composed: Cost
+    folded: Cost
+
+
+def layer_cost(spec: ConvSpec, positions: int, *, batch: int = 1, bias: bool = True) -> LayerCost:
+    """Return what the layer costs as an ordinary, a composed and a folded convolution.
+
+    positions: output positions of one image, `H·W` in two dimensions. batch: images, `B`.
+    Biases count as parameters, not as multiply-accumulates. A kernel of one tap has no D, and all
+    forms cost the same. Raises TypeError or ValueError for what is not a positive integer.
+    Source: DO-Conv, arXiv 2006.12030, section on training and inference cost.
+    """
+    images = as_integer("positions", positions) * as_integer("batch", batch)
+    biases = spec.out_channels if bias else 0
+    kernel = prod(spec.kernel_shape)
+    ordinary = Cost(kernel + biases, kernel * images)
+    if spec.depthwise_shape is None:
+        return LayerCost(ordinary, ordinary, ordinary, ordinary)
+    weight, depthwise = prod(spec.weight_shape), prod(spec.depthwise_shape)
+    trained = weight + depthwise + biases
+    composition = depthwise * spec.out_channels_per_group
+    return LayerCost(
+        ordinary=ordinary,
+        kernel_composed=Cost(trained, ordinary.macs + composition),
+        feature_composed=Cost(trained, (depthwise + weight) * images),
+        folded=ordinary,
+    )
+
+
+class DOConvKind(ComposedKind):
+    """DO-Conv: `weight`, W, `(O, I/g, S)`, and `depthwise_weight`, D, `(I, M, S)`."""
+
+    name = "doconv"
+    words = ("doconv",)
+    options = ("depth_multiplier",)
+    names = ("weight", "depthwise_weight")
+    constants = MappingProxyType({"depthwise_weight": 0.0})
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a depth multiplier that is no integer above 0."""
+        if options.get("depth_multiplier") is not None:
+            as_integer("depth_multiplier", options["depth_multiplier"])
+
+    def obstacle(self, conv: ConvSpec) -> str | None:
+        """Return that a kernel of one tap has nothing to over-parameterize."""
+        return ONE_TAP if conv.taps == 1 else None
+
+    def spec(self, conv: ConvSpec, **options: Any) -> ConvSpec:
+        """Return the sizes with `depth_multiplier`; ValueError for one below the taps."""
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
+        return ConvSpec(*sizes, **options)
+
+    def entries(self, spec: ConvSpec) -> dict[str, Shape]:
+        """Return the shapes of W and of D, which a kernel of one tap lacks."""
+        shapes: dict[str, Shape] = {"weight": spec.weight_shape}
+        if spec.depthwise_shape is not None:
+            shapes["depthwise_weight"] = spec.depthwise_shape
+        return shapes
+
+    def compose(self, entries: Mapping[str, Array], spec: ConvSpec) -> Array:
+        """Return `compose` of W and D."""
+        return compose(entries["weight"], entries.get("depthwise_weight"), spec)
+
+    def gradient(
+        self, entries: Mapping[str, Array], kernel_gradient: Array, spec: ConvSpec
+    ) -> dict[str, Array]:
+        """Return `compose_gradient` of W and D, by name."""
+        weights = entries["weight"], entries.get("depthwise_weight")
+        return _named(*compose_gradient(*weights, kernel_gradient, spec))
+
+    def start(self, kernel: Array, spec: ConvSpec) -> dict[str, Array]:
+        """Return `from_kernel`'s W and D, by name."""
+        return _named(*from_kernel(kernel, spec))
+
+    def composition_macs(self, spec: ConvSpec) -> int:
+        """Return what `layer_cost` says of composing the kernel."""
+        cost = layer_cost(spec, 1)
+        return cost.kernel_composed.macs - cost.ordinary.macs
+
+
+def _named(weight: Array, depthwise: Array | None) -> dict[str, Array]:
+    return {"weight": weight, **({} if depthwise is None else {"depthwise_weight": depthwise})}
+
+
+DO_CONV = register(DOConvKind())

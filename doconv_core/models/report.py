@@ -1,30 +1,21 @@
-"""Whole models: which layers are meant, what was done to them, and how far two outputs differ.
+"""What was done to the layers of a model, and why some were left, in words that all backends use.
 
-What the whole-model tools of every backend share. A layer's path is its names from the model's own
+A layer's path is its names from the model's own
 down, joined by dots; the model itself has the empty path.
 """
 
 from __future__ import annotations
 
 import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from numpy.typing import ArrayLike
-
-from doconv_core.maths.numeric import Difference, difference
-
-Where: TypeAlias = (
-    "str | Iterable[str] | type | tuple[type, ...] | Callable[[str, Any], Any] | None"
-)
+from doconv_core.kinds.base import ONE_TAP as ONE_TAP
+from doconv_core.kinds.base import Cost
 
 # Why a convolution is left as it is, in the words that every backend uses. What one framework alone
 # has is in that backend.
-ONE_TAP = "one tap, nothing to over-parameterize"
 NOT_SELECTED = "not selected by where"
 ALREADY = "over-parameterized already"
 SUBCLASS = "a subclass, which may compute something else"
@@ -60,92 +51,9 @@ def place(path: str) -> str:
     return f"layer {path!r}" if path else "the model itself"
 
 
-class Selection:
-    """The answer to `where`: which layers a tool is to treat.
-
-    where: None for all; a glob pattern on the path, or several of them, in which `*` matches any
-    characters, dots too, and upper and lower case differ; a type of layer, or several; or a
-    predicate on (path, layer). Raises TypeError for anything else.
-    """
-
-    def __init__(self, where: Where = None) -> None:
-        self._patterns: tuple[str, ...] = ()
-        self._matched: set[str] = set()
-        self._asked: list[str] = []
-        self._any = False
-        self._test: Callable[[str, Any], Any]
-        if isinstance(where, str):
-            where = (where,)
-        types: Any = (where,) if isinstance(where, type) else ()
-        if _all(where, type):
-            types = tuple(where)  # type: ignore[arg-type]
-        if where is None:
-            self._test = lambda path, layer: True
-        elif types:
-            self._test = lambda path, layer: isinstance(layer, types)
-        elif callable(where):
-            self._test = where
-        elif not isinstance(where, (bytes, Mapping)) and isinstance(where, Iterable):
-            self._patterns = tuple(where)  # type: ignore[arg-type]
-            if not _all(self._patterns, str):
-                raise _no_selection(where)
-            self._test = self._match
-        else:
-            raise _no_selection(where)
-
-    def __call__(self, path: str, layer: Any) -> bool:
-        """Return whether this layer is meant. To be asked of every candidate, once."""
-        selected = bool(self._test(path, layer))
-        self._asked.append(path)
-        self._any = self._any or selected
-        return selected
-
-    def _match(self, path: str, layer: Any) -> bool:
-        matching = {p for p in self._patterns if fnmatchcase(path, p)}
-        self._matched |= matching
-        return bool(matching)
-
-    def warn(self, kinds: str = "convolution", *, stacklevel: int = 3) -> None:
-        """Warn, once every candidate has been asked, of a `where` that matched none of them.
-
-        Of several patterns, each that matched nothing is named. kinds: what was asked about.
-        stacklevel: as in `warnings.warn`; 3 is the caller of the function that calls this.
-        """
-        unmatched = [p for p in self._patterns if p not in self._matched]
-        if not self._asked:
-            message = f"the model has no {kinds} that could be replaced."
-        elif unmatched:
-            close = get_close_matches(unmatched[0].strip("*"), self._asked, 3, 0.3)
-            message = (
-                f"where matches no {kinds}: {_listed(unmatched)}; the model has {kinds}s such as "
-                f"{_places(close or self._asked[:3])}."
-            )
-        elif not self._any:
-            hint = _places(self._asked[:3])
-            message = f"where selects none of the {len(self._asked)} {kinds}s, such as {hint}."
-        else:
-            return
-        warnings.warn(message, UserWarning, stacklevel=stacklevel)
-
-
-def _all(values: Any, kind: type) -> bool:
-    sequence = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    return sequence and all(isinstance(value, kind) for value in values)
-
-
-def _no_selection(where: Any) -> TypeError:
-    return TypeError(
-        "where must be None, a glob pattern or several, a type of layer or several, or a "
-        f"predicate on (path, layer); received where={where!r}."
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return names, quoted, in a row."""
     return ", ".join(map(repr, names))
-
-
-def _places(paths: Iterable[str]) -> str:
-    return ", ".join(repr(path) if path else place(path) for path in paths)
 
 
 class Change(NamedTuple):
@@ -223,24 +131,73 @@ class Converted(NamedTuple):
     report: Report
 
 
-def largest_difference(
-    found: Mapping[str, ArrayLike], expected: Mapping[str, ArrayLike]
-) -> Difference:
-    """Return the largest absolute and the largest relative `difference` of a model's outputs.
+class Explained(NamedTuple):
+    """How much of a layer's trained kernel the layer that replaced it started with.
 
-    found, expected: arrays by their place in the output. The two maxima may be of different arrays.
-    Raises ValueError where the places or the shapes differ.
+    path: where the layer is. share: of the kernel's squared Frobenius norm, 0 to 1.
     """
-    if found.keys() != expected.keys():
-        raise ValueError(
-            f"the outputs have different structures: {_listed(found)} and {_listed(expected)}."
+
+    path: str
+    share: float
+
+
+@dataclass(frozen=True)
+class BSConvReport(Report):
+    """What `to_bsconv` did. explained: of each layer that started from its trained weights."""
+
+    explained: tuple[Explained, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the report to read: that of every tool, and the explained variance by layer."""
+        lines = [super().__str__()]
+        if self.explained:
+            mean = sum(share for _, share in self.explained) / len(self.explained)
+            lines.append(f"explained variance of the trained kernels, {mean:.1%} on average:")
+            lines += [f"  {s:6.1%}  {p or '(the model itself)'}" for p, s in self.explained]
+        return "\n".join(lines)
+
+
+class Choice(NamedTuple):
+    """What each form of a layer costs for one output position.
+
+    path: where the layer is. kind: what it was. spec: its sizes. cost: of each form, by its name.
+    """
+
+    path: str
+    kind: str
+    spec: Any
+    cost: Any
+
+    def __str__(self) -> str:
+        """Return the layer's sizes and costs, on one line."""
+        size = "x".join(map(str, self.spec.kernel_size))
+        costs: Mapping[str, Cost] = self.cost._asdict()
+        forms = "; ".join(
+            f"{form} {cost.parameters:,} and {cost.macs:,}" for form, cost in costs.items()
         )
-    if not found:
-        raise ValueError("the outputs hold no arrays, so that there is nothing to compare.")
-    differences = []
-    for place, array in found.items():
-        try:
-            differences.append(difference(array, expected[place]))
-        except ValueError as error:
-            raise ValueError(f"output {place!r}: {error}" if place else str(error)) from None
-    return Difference(*(max(values) for values in zip(*differences, strict=True)))
+        spec = self.spec
+        return f"{self.kind} {spec.in_channels} -> {spec.out_channels}, {size}: {forms}"
+
+
+@dataclass(frozen=True)
+class FoldReport(Report):
+    """What `fold` did to a model with layers that can be folded to several forms.
+
+    forms: the one that each kind was folded to, by the kind's name. choices: what each form of each
+    layer costs.
+    """
+
+    forms: Mapping[str, str] = field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the report to read: that of every tool, and the cost of every form."""
+        lines = [super().__str__()]
+        if self.choices:
+            chosen = ", ".join(f"{kind} with form={form!r}" for kind, form in self.forms.items())
+            lines.append(
+                f"folded {chosen}; each form's parameters and multiply-accumulates of one output "
+                "position:"
+            )
+            lines += grouped((str(each), each.path) for each in self.choices)
+        return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks.nodes import (
     ORDINARY,
     Activation,
@@ -11,7 +12,6 @@ from doconv_core.networks.nodes import (
     Conv,
     Flatten,
     GlobalPool,
-    Kind,
     Linear,
     Node,
     Pool,
@@ -32,7 +32,7 @@ def conv_bn(
     *,
     stride: int = 1,
     groups: int = 1,
-    kind: Kind = ORDINARY,
+    kind: Recipe = ORDINARY,
     orthonormal: bool = False,
 ) -> Nodes:
     """Return a convolution without bias, its batch norm and, unless None, an activation."""

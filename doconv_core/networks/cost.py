@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from doconv_core.kinds.do_conv_cost import layer_cost
-from doconv_core.maths.spec import ConvSpec, as_integer, is_sequence
-from doconv_core.networks.lowering import lowered
+from doconv_core.kinds.base import composed_by
+from doconv_core.kinds.do_conv import layer_cost
+from doconv_core.maths.spec import as_integer, is_sequence
+from doconv_core.networks.lowering import conv_spec, lowered
 from doconv_core.networks.names import describe
 from doconv_core.networks.nodes import (
     Activation,
@@ -144,17 +145,19 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
 
 
 def _convolution(at: Placed, conv: Conv, kind: str) -> CountedLayer:
-    """Return a convolution's costs. A DO-Conv layer's are those of the folded one."""
-    spec = ConvSpec(at.before[0], at.after[0], conv.kernel_size, conv.groups or at.before[0])
-    cost = layer_cost(spec, prod(at.after[1:]), bias=conv.bias)
-    trained = cost.kernel_composed if kind == "doconv" else cost.ordinary
+    """Return a convolution's costs; of a layer with a composed kernel, those of the folded one."""
+    spec, positions = conv_spec(conv, at.before), prod(at.after[1:])
+    folded = layer_cost(spec, positions, bias=conv.bias).folded
+    composed, trained = composed_by(conv.kind, spec), folded
+    if composed is not None:
+        trained = composed.training_cost(composed.spec(spec), positions, bias=conv.bias)
     return CountedLayer(
         at.path, kind, at.before, at.after, conv.kernel_size,
-        parameters=cost.folded.parameters,
-        flops=cost.folded.macs + (prod(at.after) if conv.bias else 0),
-        macs=cost.folded.macs,
+        parameters=folded.parameters,
+        flops=folded.macs + (prod(at.after) if conv.bias else 0),
+        macs=folded.macs,
         training_parameters=trained.parameters,
-        composition_macs=trained.macs - cost.ordinary.macs,
+        composition_macs=trained.macs - folded.macs,
     )  # fmt: skip
 
 

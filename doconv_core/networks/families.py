@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks import (
     gluon_mobilenet,
     gluon_resnet,
@@ -18,10 +19,10 @@ from doconv_core.networks import (
     resnet,
     tutorials,
 )
-from doconv_core.networks.nodes import Kind, Sequence
+from doconv_core.networks.nodes import Sequence
 
 # Of the number of classes and the kind of the convolutions that have another in a BSConv network.
-Build: TypeAlias = Callable[[int, Kind], Sequence]
+Build: TypeAlias = Callable[[int, Recipe], Sequence]
 INTEGER = "(0|[1-9][0-9]{0,8})"
 WIDTH = f"w{INTEGER}(?:d{INTEGER})?"
 

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 
-from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.networks.layers import layers
 from doconv_core.networks.nodes import Network
@@ -53,16 +52,15 @@ def _arrays(path: str, form: LayerForm, seed: int) -> dict[str, Array]:
     if "weight" not in form.shapes:
         return arrays
     weight = _drawn(path, form, seed).astype(np.float32)
-    if not form.over_parameterized:
-        return {"weight": weight.reshape(form.shapes["weight"]), **arrays}
-    weight, depthwise = from_kernel(weight, form.spec)
-    assert depthwise is not None  # as the layer is over-parameterized
-    return {"weight": weight, "depthwise_weight": depthwise, **arrays}
+    if form.composed is not None:
+        return {**form.composed.start(weight, form.spec), **arrays}
+    return {"weight": weight.reshape(form.shapes["weight"]), **arrays}
 
 
 def _drawn(path: str, form: LayerForm, seed: int) -> Array:
     """Return the kernel of a convolution, or the weight of a linear layer, in float64."""
-    spec, numbers = form.spec, _numbers(entry(path, "weight"), seed)
+    numbers = _numbers(entry(path, "weight"), seed)
+    spec = form.spec if form.composed is None else form.composed.conv(form.spec)
     if not isinstance(spec, ConvSpec):
         return _xavier(numbers, spec.in_features, spec.out_features, form.shapes["weight"])
     fan_in = spec.in_channels_per_group * spec.taps

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from doconv_core.kinds.base import composed_by
 from doconv_core.maths.geometry import Geometry, symmetric
-from doconv_core.maths.spec import ConvSpec
-from doconv_core.networks.lowering import lowered
+from doconv_core.networks.lowering import conv_spec, lowered
 from doconv_core.networks.nodes import BatchNorm, Conv, Linear, Network
 from doconv_core.networks.shapes import Placed, Shape, infer, padding
 from doconv_core.state.file import Array, State
@@ -52,7 +52,10 @@ def _form(placed: Placed) -> LayerForm | None:
 
 
 def _convolution(conv: Conv, before: Shape) -> LayerForm:
-    spec = ConvSpec(before[0], conv.channels, conv.kernel_size, conv.groups or before[0])
+    spec = conv_spec(conv, before)
     stride = (conv.stride,) * spec.rank
     geometry = Geometry(stride, (1,) * spec.rank, symmetric(padding(conv)))
-    return LayerForm(spec, conv.kind.name == "doconv", conv.bias, geometry=geometry)
+    kind = composed_by(conv.kind, spec)
+    if kind is None:
+        return LayerForm(spec, bias=conv.bias, geometry=geometry)
+    return LayerForm(kind.spec(spec), kind.name, conv.bias, geometry=geometry)

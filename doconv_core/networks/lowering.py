@@ -1,10 +1,12 @@
-"""A network with every blueprint separable convolution taken apart into ordinary ones."""
+"""A network with every layer of a separable kind taken apart into ordinary ones."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
 
+from doconv_core.kinds.base import PartConv, PartNorm, SeparableKind, of_word
+from doconv_core.maths.spec import ConvSpec
 from doconv_core.networks.nodes import (
     ORDINARY,
     BatchNorm,
@@ -17,11 +19,9 @@ from doconv_core.networks.nodes import (
 )
 from doconv_core.networks.shapes import Shape, infer
 
-ORDINARY_KINDS = ("conv", "doconv")
-
 
 def lowered(network: Network, input_shape: Shape | None = None) -> Network:
-    """Return a network of the same function whose convolutions are ordinary and DO-Conv alone.
+    """Return a network of the same function whose convolutions are ordinary or composed ones alone.
 
     A BSConv becomes the sequence of its parts, with their own names below its path. A kernel of one
     tap has nothing to separate and stays an ordinary convolution. input_shape: `(C, H, W)`; None
@@ -41,36 +41,29 @@ def lowered(network: Network, input_shape: Shape | None = None) -> Network:
 
 
 def parts(path: str, conv: Conv, before: Shape) -> Node:
-    """Return what a convolution is made of: itself, or the sequence of a BSConv's parts.
+    """Return what a convolution is made of: itself, or the sequence of its kind's parts.
 
     path: the convolution's, for messages. before: the shape of its input, channels first.
     """
-    kind = conv.kind
-    if kind.name in ORDINARY_KINDS:
+    kind = of_word(conv.kind.name)
+    if not isinstance(kind, SeparableKind):
         return conv
     if prod(conv.kernel_size) == 1:
         return replace(conv, kind=ORDINARY)
-    check_separable(path, conv)
-    norm = BatchNorm() if kind.with_bn else None
-    depthwise = replace(conv, groups=0, kind=ORDINARY)
-    if kind.name == "bsconvu":
-        return sequence(
-            ("pointwise", Conv(conv.channels)), ("batch_norm", norm), ("depthwise", depthwise)
-        )
-    mid = kind.mid_channels(before[0])
-    return sequence(
-        ("pointwise1", Conv(mid)),
-        ("batch_norm1", norm),
-        ("pointwise2", Conv(conv.channels)),
-        ("batch_norm2", norm),
-        ("depthwise", depthwise),
-    )
+    try:
+        dense = ConvSpec(before[0], conv.channels, conv.kernel_size)
+        found = kind.parts(conv.kind, dense, conv.groups)
+    except ValueError as error:
+        raise ValueError(f"{path!r} {error}") from None
+
+    def node(part: PartConv | PartNorm) -> Node:
+        if isinstance(part, PartNorm):
+            return BatchNorm()
+        return replace(conv, groups=0, kind=ORDINARY) if part.depthwise else Conv(part.channels)
+
+    return sequence(*((part.name, node(part)) for part in found))
 
 
-def check_separable(path: str, conv: Conv) -> None:
-    """Raise ValueError where a convolution of several taps has groups and cannot be a BSConv."""
-    if conv.groups != 1:
-        raise ValueError(
-            f"{path!r} cannot be a BSConv, which has a depthwise part already, with groups: "
-            f"received groups={conv.groups}; expected 1."
-        )
+def conv_spec(conv: Conv, before: Shape) -> ConvSpec:
+    """Return the sizes of a convolution as an ordinary one. before: its input's shape."""
+    return ConvSpec(before[0], conv.channels, conv.kernel_size, conv.groups or before[0])

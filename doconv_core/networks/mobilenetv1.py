@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks.blocks import (
     DEPTHWISE,
     Named,
@@ -14,7 +15,7 @@ from doconv_core.networks.blocks import (
     convolution_head,
     numbered_stages,
 )
-from doconv_core.networks.nodes import ORDINARY, BatchNorm, Kind, Node, Sequence, sequence
+from doconv_core.networks.nodes import ORDINARY, BatchNorm, Node, Sequence, sequence
 
 STEM = 32
 WIDTHS = ((64,), (128, 128), (256, 256), (512,) * 6, (1024, 1024))  # of the units of each stage
@@ -23,7 +24,7 @@ CIFAR_STRIDES = (1, 1, 2, 2, 2)
 LEAST = Fraction(1, STEM)  # the width that leaves a channel to every layer
 
 
-def mobilenetv1(width: Fraction, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
+def mobilenetv1(width: Fraction, classes: int, kind: Recipe, *, cifar: bool) -> Sequence:
     """Return the network with `width` times the channels, of depthwise separable or BSConv units.
 
     kind: of what makes up a unit; ordinary for depthwise separable convolutions.
@@ -35,7 +36,7 @@ def mobilenetv1(width: Fraction, classes: int, kind: Kind, *, cifar: bool) -> Se
     )
 
 
-def features(width: Fraction, kind: Kind = ORDINARY, *, cifar: bool = False) -> list[Named]:
+def features(width: Fraction, kind: Recipe = ORDINARY, *, cifar: bool = False) -> list[Named]:
     """Return the stem and the stages."""
     before = int(width * STEM)
     stem = conv_bn(before, 3, stride=1 if cifar else 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks.blocks import (
     DEPTHWISE,
     Named,
@@ -15,7 +16,7 @@ from doconv_core.networks.blocks import (
     numbered_stages,
     squeeze_excite,
 )
-from doconv_core.networks.nodes import BatchNorm, Kind, Node, Residual, Sequence, sequence
+from doconv_core.networks.nodes import BatchNorm, Node, Residual, Sequence, sequence
 
 STEM = 32
 LAST = 1280
@@ -32,7 +33,7 @@ CIFAR_STRIDES = (1, 1, 2, 2, 2)
 LEAST = Fraction(1, 16)  # the width that leaves a channel to every layer
 
 
-def mobilenetv2(width: Fraction, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
+def mobilenetv2(width: Fraction, classes: int, kind: Recipe, *, cifar: bool) -> Sequence:
     """Return the network with `width` times the channels; the last convolution gets no narrower.
 
     kind: for BSConv-S, which this network is already, the linear convolutions are to be kept

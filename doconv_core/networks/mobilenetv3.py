@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks.blocks import (
     Named,
     conv_bn,
@@ -17,7 +18,7 @@ from doconv_core.networks.blocks import (
     squeeze_excite,
 )
 from doconv_core.networks.mobilenetv2 import inverted_residual
-from doconv_core.networks.nodes import BatchNorm, Kind, Node, Sequence, sequence
+from doconv_core.networks.nodes import BatchNorm, Node, Sequence, sequence
 
 STEM = 16
 
@@ -57,7 +58,7 @@ LEAST = {"small": Fraction(1, 4), "large": Fraction(1, 16)}
 LAST = {"small": 576, "large": 960}
 
 
-def mobilenetv3(size: str, width: Fraction, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
+def mobilenetv3(size: str, width: Fraction, classes: int, kind: Recipe, *, cifar: bool) -> Sequence:
     """Return the small or large network with `width` times the channels; the last gets no narrower.
 
     kind: for BSConv-S, which this network is already, the linear convolutions are to be kept

@@ -10,14 +10,13 @@ import re
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
 from math import prod
 
+from doconv_core.kinds.base import ComposedKind, Recipe, kinds, recipe
 from doconv_core.maths.spec import as_integer
 from doconv_core.networks.families import FAMILIES, INTEGER, Build, Family, listed
-from doconv_core.networks.nodes import ORDINARY, Conv, Kind, Network, Sequence, replaced
+from doconv_core.networks.nodes import ORDINARY, Conv, Network, Sequence, replaced
 
-DOCONV = "_doconv"
 # What follows a family's own name, and what each family has of it; the first listed are the usual.
 BSCONV = re.compile(f"(.+)_bsconv(?:(u)|s_p{INTEGER}d{INTEGER})")
 LISTED = {
@@ -47,8 +46,9 @@ def describe(
     if in_channels is not None:
         channels = as_integer("in_channels", in_channels)
     body = build(classes, kind)
-    if name.endswith(DOCONV):
-        body = over_parameterized(body)
+    composed = _composed(name)
+    if composed:
+        body = over_parameterized(body, composed)
     return Network(name, body, (channels, size[0], size[1]))
 
 
@@ -75,18 +75,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _all_names() if fnmatchcase(name, pattern)]
 
 
-def over_parameterized(body: Sequence) -> Sequence:
-    """Return the nodes with every convolution of more than one tap a DO-Conv layer."""
+def over_parameterized(body: Sequence, word: str = "doconv") -> Sequence:
+    """Return the nodes with every convolution of more than one tap one of this kind."""
 
     def change(conv: Conv) -> Conv:
-        return replace(conv, kind=Kind("doconv")) if prod(conv.kernel_size) > 1 else conv
+        return replace(conv, kind=recipe(word)) if prod(conv.kernel_size) > 1 else conv
 
     return Sequence(tuple((name, replaced(node, change)) for name, node in body.children))
 
 
-def _parsed(name: str) -> tuple[Family, Build, Kind]:
+def _parsed(name: str) -> tuple[Family, Build, Recipe]:
     """Return a name's family, what builds the network, and of which kind of convolutions."""
-    plain = name.removesuffix(DOCONV)
+    plain = name.removesuffix(f"_{_composed(name)}")
     suffix = BSCONV.fullmatch(plain)
     base = suffix[1] if suffix else plain
     for family in FAMILIES:
@@ -104,7 +104,7 @@ def _parsed(name: str) -> tuple[Family, Build, Kind]:
     raise _refused(name, "no family has such names", _all_names())
 
 
-def _kind(family: Family, suffix: re.Match[str]) -> Kind:
+def _kind(family: Family, suffix: re.Match[str]) -> Recipe:
     """Return the kind that a suffix stands for, where the family has it."""
     is_u = suffix[2] is not None
     if not is_u and not 0 < int(suffix[3]) <= int(suffix[4]):
@@ -115,8 +115,19 @@ def _kind(family: Family, suffix: re.Match[str]) -> Kind:
         but = f" but {listed(LISTED[allowed])}" if LISTED[allowed] else ""
         raise ValueError(f"{suffix[1]} has no BSConv variant{but}")
     if is_u:
-        return Kind("bsconvu")
-    return Kind("bsconvs", p=int(suffix[3]) / int(suffix[4]), with_bn=True)
+        return recipe("bsconvu")
+    return recipe("bsconvs", p=int(suffix[3]) / int(suffix[4]), with_bn=True)
+
+
+def _composed_words() -> tuple[str, ...]:
+    return tuple(
+        word for kind in kinds().values() if isinstance(kind, ComposedKind) for word in kind.words
+    )
+
+
+def _composed(name: str) -> str:
+    """Return the word of the kind that composes all kernels, with which a name ends, or ""."""
+    return next((word for word in _composed_words() if name.endswith(f"_{word}")), "")
 
 
 def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:
@@ -125,10 +136,9 @@ def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:
 
 
 def _names_of(family: Family) -> tuple[str, ...]:
-    suffixes = ("", *LISTED[family.variants], DOCONV)
+    suffixes = ("", *LISTED[family.variants], *(f"_{word}" for word in _composed_words()))
     return tuple(name + suffix for suffix in suffixes for name in family.usual)
 
 
-@cache
 def _all_names() -> tuple[str, ...]:
     return tuple(name for family in FAMILIES for name in _names_of(family))

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from doconv_core.kinds.bsconv import mid_channels
+from doconv_core.kinds.base import Recipe, recipe
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
 POOLS = ("max", "average")
-KINDS = ("conv", "doconv", "bsconvu", "bsconvs")
 SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
 
 
@@ -23,31 +22,8 @@ def _one_of(known: tuple[str, ...], name: str) -> None:
         raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a convolution of more than one tap is made.
-
-    name: "conv" (ordinary), "doconv", "bsconvu" or "bsconvs". p: the share of the input channels
-    that BSConv-S keeps between its pointwise convolutions, of which there are at least
-    min_mid_channels. with_bn: whether a batch norm follows each of a BSConv's pointwise
-    convolutions. Source: DO-Conv, arXiv 2006.12030; BSConv, arXiv 2003.13549.
-    """
-
-    name: str = "conv"
-    p: float = 0.25
-    min_mid_channels: int = 4
-    with_bn: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the name."""
-        _one_of(KINDS, self.name)
-
-    def mid_channels(self, in_channels: int) -> int:
-        """Return the channels between the pointwise convolutions of a BSConv-S."""
-        return mid_channels(in_channels, self.p, self.min_mid_channels)
-
-
-ORDINARY = Kind()
+ORDINARY = recipe()
+Kind = recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +32,7 @@ class Conv:
 
     groups: 0 for a depthwise convolution, as many as there are input channels. orthonormal: of a
     convolution of one tap, whether training is to keep its weight's rows orthonormal, as it does
-    those of BSConv-S's first pointwise convolution.
+    those of BSConv-S's first pointwise convolution. kind: how it is made, of several taps.
     """
 
     channels: int
@@ -65,7 +41,7 @@ class Conv:
     padding: int | None = None
     groups: int = 1
     bias: bool = False
-    kind: Kind = ORDINARY
+    kind: Recipe = ORDINARY
     orthonormal: bool = False
 
 

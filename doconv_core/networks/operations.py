@@ -14,9 +14,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from doconv_core.kinds.do_conv import compose, compose_gradient
+from doconv_core.kinds.base import composed_by
 from doconv_core.maths.convolve import convolve, convolve_gradient, pad_gradient
-from doconv_core.maths.spec import ConvSpec
+from doconv_core.networks.lowering import conv_spec
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
@@ -42,21 +42,22 @@ class Step(NamedTuple):
 
 
 def convolution(node: Conv, arrays: Arrays, x: Array, training: bool) -> Step:
-    """The kernel composed of W and D where there is a D, and the convolution with it."""
-    groups = node.groups or x.shape[1]
-    spec = ConvSpec(x.shape[1], node.channels, node.kernel_size, groups)
-    weight, depthwise = arrays["weight"], arrays.get("depthwise_weight")
-    plain = depthwise is None
-    kernel = weight.reshape(spec.kernel_shape) if plain else compose(weight, depthwise, spec)
-    how: Any = {"stride": node.stride, "padding": padding(node), "groups": groups}
+    """The convolution with the kernel, which a composed layer composes of its weights."""
+    conv = conv_spec(node, x.shape[1:])
+    kind = composed_by(node.kind, conv)
+    weights = {name: array for name, array in arrays.items() if name != "bias"}
+    if kind is None:
+        kernel = weights["weight"].reshape(conv.kernel_shape)
+    else:
+        kernel = kind.compose(weights, kind.spec(conv))
+    how: Any = {"stride": node.stride, "padding": padding(node), "groups": conv.groups}
 
     def back(dy: Array) -> tuple[Array, Arrays]:
         dx, dkernel, dbias = convolve_gradient(x, kernel, dy, **how)
-        found = {"weight": dkernel.reshape(weight.shape)}
-        if not plain:
-            found["weight"], of_depthwise = compose_gradient(weight, depthwise, dkernel, spec)
-            assert of_depthwise is not None  # as there is a D
-            found["depthwise_weight"] = of_depthwise
+        if kind is None:
+            found = {"weight": dkernel.reshape(weights["weight"].shape)}
+        else:
+            found = kind.gradient(weights, dkernel, kind.spec(conv))
         return dx, found | ({"bias": dbias} if "bias" in arrays else {})
 
     return Step(convolve(x, kernel, arrays.get("bias"), **how), back)

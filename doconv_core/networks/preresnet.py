@@ -6,12 +6,12 @@ arXiv 2003.13549, section 5.
 
 from __future__ import annotations
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks import resnet
 from doconv_core.networks.blocks import RELU, Named, convolution_head, large_stem, stages
 from doconv_core.networks.nodes import (
     BatchNorm,
     Conv,
-    Kind,
     Node,
     Residual,
     Sequence,
@@ -21,7 +21,7 @@ from doconv_core.networks.nodes import (
 WIDE_UNITS = {16: (2, 2, 2), 28: (4, 4, 4), 40: (6, 6, 6)}  # by depth, of each stage
 
 
-def preresnet(depth: int, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
+def preresnet(depth: int, classes: int, kind: Recipe, *, cifar: bool) -> Sequence:
     """Return the network of this depth, with 3x3 convolutions of this kind."""
     if cifar:
         return _small(resnet.CIFAR_UNITS[depth], 1, classes, kind)
@@ -33,12 +33,12 @@ def preresnet(depth: int, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
     )
 
 
-def wide(depth: int, factor: int, classes: int, kind: Kind) -> Sequence:
+def wide(depth: int, factor: int, classes: int, kind: Recipe) -> Sequence:
     """Return the wide ResNet of this depth, its stages `factor` times as wide, its stem not."""
     return _small(WIDE_UNITS[depth], factor, classes, kind)
 
 
-def _small(counts: tuple[int, ...], factor: int, classes: int, kind: Kind) -> Sequence:
+def _small(counts: tuple[int, ...], factor: int, classes: int, kind: Recipe) -> Sequence:
     widths = tuple(factor * width for width in resnet.CIFAR_WIDTHS)
     before = resnet.CIFAR_WIDTHS[0]
     return sequence(
@@ -50,7 +50,7 @@ def _small(counts: tuple[int, ...], factor: int, classes: int, kind: Kind) -> Se
 
 
 def _stages(
-    counts: tuple[int, ...], widths: tuple[int, ...], before: int, kind: Kind
+    counts: tuple[int, ...], widths: tuple[int, ...], before: int, kind: Recipe
 ) -> list[Named]:
     def unit(before: int, width: int, stride: int) -> Node:
         return pre_activated(before, width, stride, basic(width, stride, kind))
@@ -58,7 +58,7 @@ def _stages(
     return [*stages(unit, counts, widths, before), ("final", bn_relu())]
 
 
-def basic(width: int, stride: int, kind: Kind) -> Sequence:
+def basic(width: int, stride: int, kind: Recipe) -> Sequence:
     """Return the body of a basic unit, after its first batch norm and ReLU."""
     return sequence(
         ("conv1", Conv(width, (3, 3), stride, kind=kind)),

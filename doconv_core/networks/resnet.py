@@ -5,8 +5,9 @@ Source: Deep residual learning, arXiv 1512.03385; BSConv, arXiv 2003.13549, sect
 
 from __future__ import annotations
 
+from doconv_core.kinds.base import Recipe
 from doconv_core.networks.blocks import RELU, conv_bn, convolution_head, large_stem, stages
-from doconv_core.networks.nodes import BatchNorm, Conv, Kind, Residual, Sequence, sequence
+from doconv_core.networks.nodes import BatchNorm, Conv, Residual, Sequence, sequence
 
 # Depth: units of each stage. A unit has two convolutions, and the stem and the classifier one each.
 UNITS = {
@@ -28,7 +29,7 @@ CIFAR_UNITS = {
 CIFAR_WIDTHS = (16, 32, 64)
 
 
-def resnet(depth: int, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
+def resnet(depth: int, classes: int, kind: Recipe, *, cifar: bool) -> Sequence:
     """Return the network of this depth, with 3x3 convolutions of this kind."""
 
     def unit(before: int, width: int, stride: int) -> Residual:
@@ -43,7 +44,7 @@ def resnet(depth: int, classes: int, kind: Kind, *, cifar: bool) -> Sequence:
     )
 
 
-def basic(width: int, stride: int, kind: Kind) -> Sequence:
+def basic(width: int, stride: int, kind: Recipe) -> Sequence:
     """Return the body of a basic unit."""
     return sequence(
         ("conv1", Conv(width, (3, 3), stride, kind=kind)),

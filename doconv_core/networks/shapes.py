@@ -21,6 +21,7 @@ from doconv_core.networks.nodes import (
     Scale,
     Sequence,
 )
+from doconv_core.state.file import entry
 
 Shape = tuple[int, ...]
 
@@ -32,7 +33,7 @@ class Placed(NamedTuple):
     """
 
     path: str
-    node: Node
+    node: Any  # a `Node`: who asks for its type knows what it has
     before: Shape
     after: Shape
 
@@ -97,7 +98,7 @@ def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape
         after = _through(path, node.body, shape, placed)
         other = shape
         if node.shortcut.children:
-            other = _place(_joined(path, SHORTCUT), node.shortcut, shape, placed)
+            other = _place(entry(path, SHORTCUT), node.shortcut, shape, placed)
         if after != other:
             raise ValueError(
                 f"{path!r} cannot add its body's {after} to its shortcut's {other}: the shapes "
@@ -112,7 +113,7 @@ def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape
             )
     elif isinstance(node, Concat):
         branches = node.branches.children
-        shapes = [_place(_joined(path, name), child, shape, placed) for name, child in branches]
+        shapes = [_place(entry(path, name), child, shape, placed) for name, child in branches]
         if len({each[1:] for each in shapes}) != 1:
             raise ValueError(
                 f"{path!r} cannot join {', '.join(map(str, shapes)) or 'no branches'}: the sizes "
@@ -127,7 +128,7 @@ def _place(path: str, node: Node, shape: Shape, placed: dict[str, Any]) -> Shape
 
 def _through(path: str, sequence: Sequence, shape: Shape, placed: dict[str, Any]) -> Shape:
     for name, child in sequence.children:
-        shape = _place(_joined(path, name), child, shape, placed)
+        shape = _place(entry(path, name), child, shape, placed)
     return shape
 
 
@@ -165,7 +166,3 @@ def _positions(path: str, size: int, kernel: int, stride: int, around: int) -> i
             "network's input is too small."
         )
     return (size + 2 * around - kernel) // stride + 1
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -23,7 +23,8 @@ from safetensors.numpy import save
 
 from doconv_core.atomic import replacing
 from doconv_core.maths.geometry import Geometry
-from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec, composed_kind
 
 __all__ = [
     "FORMAT",
@@ -199,6 +200,10 @@ def _from_json(described: Any, fields: tuple[str, ...]) -> LayerForm:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; found {name!r}.")
+    composed = described["over_parameterized"]
+    if isinstance(composed, str) and kind.spec is ConvSpec:
+        found = composed_kind(composed)
+        kind = kind if found is None else kind._replace(spec=found.spec_type)
     names = tuple(f.name for f in dataclasses.fields(kind.spec))
     spec = kind.spec(**_fields_of("spec", described.pop("spec"), names))
     if fields is _FIELDS_1:

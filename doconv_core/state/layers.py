@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
+from doconv_core.kinds.base import ComposedKind, kind_named
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.spec import ConvSpec, as_integer
 
@@ -152,10 +154,7 @@ class Kind(NamedTuple):
 
 
 def _conv_shapes(spec: ConvSpec) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {"weight": spec.weight_shape}
-    if spec.depthwise_shape is not None:
-        shapes["depthwise_weight"] = spec.depthwise_shape
-    return {**shapes, "bias": (spec.out_channels,)}
+    return {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
 
 
 def _transposed_shapes(spec: TransposedConvSpec) -> dict[str, Shape]:
@@ -198,8 +197,9 @@ _FLATTENINGS = (None, CHANNELS_FIRST, OWN, UNRECORDED)
 class LayerForm:
     """What one layer of a model is, as far as its state is concerned.
 
-    spec: its sizes, of one of the types in `KINDS`. over_parameterized: whether it has
-    `depthwise_weight`; False for one tap and for other kinds, whatever was asked for. bias: whether
+    spec: its sizes, of one of the types in `KINDS`, or of a kind's that composes its kernel.
+    over_parameterized: the name of that kind, True for "doconv"; False for what has nothing to
+    compose, such as one tap, whatever was asked for. bias: whether
     it has `bias`, or of a norm `beta`. scale: whether a norm has `gamma`. geometry: a
     convolution's, or None where it is not known and not to be compared. flattening: None where the
     layer's features are no flattened image, as far as is known; else one of this module's words.
@@ -207,7 +207,7 @@ class LayerForm:
     """
 
     spec: Any
-    over_parameterized: bool = False
+    over_parameterized: bool | str = False
     bias: bool = True
     scale: bool = True
     geometry: Geometry | None = None
@@ -216,16 +216,16 @@ class LayerForm:
     def __post_init__(self) -> None:
         """Check the types; what a layer of the kind cannot have, it has not."""
         put = object.__setattr__
-        if type(self.spec) not in _NAMES:
+        put(self, "over_parameterized", self._checked_composition())
+        if type(self.spec) not in _NAMES and not self.over_parameterized:
             raise TypeError(
                 f"spec must be one of {', '.join(k.spec.__name__ for k in KINDS.values())}; "
                 f"received {self.spec!r}."
             )
-        for name in ("over_parameterized", "bias", "scale"):
+        for name in ("bias", "scale"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; received {getattr(self, name)!r}.")
-        possible = KINDS[self.kind].shapes(self.spec)
-        put(self, "over_parameterized", self.over_parameterized and "depthwise_weight" in possible)
+        possible = self._possible()
         if isinstance(self.spec, ConvSpec) and not self.over_parameterized:
             _check_ordinary(self.spec)
         put(self, "bias", self.bias and not possible.keys().isdisjoint({"bias", "beta"}))
@@ -237,32 +237,69 @@ class LayerForm:
                 f"{self.flattening!r}."
             )
 
+    def _checked_composition(self) -> bool | str:
+        """Return the field as it is kept: False, True of DO-Conv, or another kind's name."""
+        told = self.over_parameterized
+        if not isinstance(told, (bool, str)):
+            raise TypeError(f"over_parameterized must be True or False; received {told!r}.")
+        kind = composed_kind(told)
+        if kind is None:
+            return False
+        if not isinstance(self.spec, kind.spec_type):
+            return False
+        if kind.obstacle(kind.conv(self.spec)) is not None:
+            return False
+        return True if kind is DO_CONV else kind.name
+
+    def _possible(self) -> dict[str, Shape]:
+        """Return the shapes of all entries that such a layer may have."""
+        kind = self.composed
+        if kind is None:
+            return KINDS[self.kind].shapes(self.spec)
+        return {**kind.entries(self.spec), "bias": (kind.conv(self.spec).out_channels,)}
+
     def _check_geometry(self) -> None:
         if self.geometry is None:
             return
         if not isinstance(self.geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry or None; received {self.geometry!r}.")
-        if not isinstance(self.spec, (ConvSpec, TransposedConvSpec)):
+        if self.composed is None and not isinstance(self.spec, (ConvSpec, TransposedConvSpec)):
             raise TypeError(f"geometry must be None for a {type(self.spec).__name__}.")
         object.__setattr__(self, "geometry", self.geometry.for_kernel(self.spec.kernel_size))
 
     @property
     def kind(self) -> str:
-        """The name of the layer's kind in `KINDS`."""
-        return _NAMES[type(self.spec)]
+        """The name of the layer's type in `KINDS`; of a composed layer, of what it folds to."""
+        return _NAMES[ConvSpec if self.over_parameterized else type(self.spec)]
+
+    @property
+    def composed(self) -> ComposedKind | None:
+        """The kind that composes the layer's kernel; None for an ordinary layer."""
+        return composed_kind(self.over_parameterized)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each of the layer's entries, by its name within the layer."""
         absent = set()
-        if not self.over_parameterized:
-            absent.add("depthwise_weight")
         if not self.bias:
             absent |= {"bias", "beta"}
         if not self.scale:
             absent.add("gamma")
-        shapes = KINDS[self.kind].shapes(self.spec)
+        shapes = self._possible()
         return {name: shape for name, shape in shapes.items() if name not in absent}
+
+
+def composed_kind(name: bool | str) -> ComposedKind | None:
+    """Return the kind of this name that composes a kernel; True is DO-Conv's, False of none.
+
+    Raises ValueError for a name of no such kind.
+    """
+    if isinstance(name, bool):
+        return DO_CONV if name else None
+    kind = kind_named(name)
+    if not isinstance(kind, ComposedKind):
+        raise ValueError(f"kind {name!r} is no layer with a composed kernel, but ordinary ones.")
+    return kind
 
 
 def _check_ordinary(spec: ConvSpec) -> None:

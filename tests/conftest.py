@@ -1,0 +1,27 @@
+"""Which tests run: all but the long tail, or with `--exhaustive` that too."""
+
+from __future__ import annotations
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="also run the long tail: other Keras backends, import orders, sweeps, memory",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "exhaustive: of the long tail, which --exhaustive and CI run too"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the long tail unless it is asked for; it is deselected, so that none is skipped."""
+    if config.getoption("--exhaustive"):
+        return
+    tail = [item for item in items if item.get_closest_marker("exhaustive")]
+    if tail:
+        config.hook.pytest_deselected(items=tail)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
