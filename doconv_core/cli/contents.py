@@ -36,10 +36,11 @@ from doconv_core.files.checkpoint import (
     check_finite,
 )
 from doconv_core.files.shapes import canonical_shape
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
-from doconv_core.state.agreement import Metadata, Values, metadata_of, over_parameterized, shared
+from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
 from doconv_core.state.flattening import Fed
 from doconv_core.state.layers import LayerForm
 
@@ -182,20 +183,26 @@ class Contents:
         pair = self._pair(layer)
         if pair is None:
             assert isinstance(layer.spec, ConvSpec)  # as `_pair` has checked
-            return over_parameterized(stored, layer.spec, AGAIN)
-        weight, depthwise = shared(pair)
+            return over_parameterized(stored, DO_CONV, layer.spec, AGAIN)
+        reads = made_once(pair, DO_CONV.names)
         entry = self.entries[layer.entries["weight"]]
         channels = canonical_shape(entry.shape, layer.layout)[:2]
         taps, multiplier, inputs = self._sizes_of_d(layer)
+        shapes = (*channels, multiplier), (inputs, taps, multiplier)
         return {
-            "weight": Values((*channels, multiplier), dtype, weight, sources),
-            "depthwise_weight": Values((inputs, taps, multiplier), dtype, depthwise, sources),
+            name: Values(shape, dtype, reads[name], sources)
+            for name, shape in zip(DO_CONV.names, shapes, strict=True)
         }
 
-    def _pair(self, layer: Layer) -> Callable[[], tuple[Array, Array | None]] | None:
-        """Return what reads `(W, D)`; None for a layer that composes as no pair does."""
+    def _pair(self, layer: Layer) -> Callable[[], dict[str, Array]] | None:
+        """Return what reads W and D; None for a layer that composes as no pair does."""
+
+        def pair() -> dict[str, Array]:
+            found = zip(DO_CONV.names, self.checkpoint.pair(layer), strict=True)
+            return {name: array for name, array in found if array is not None}
+
         if not layer.origin.startswith("reference"):
-            return partial(self.checkpoint.pair, layer)
+            return pair
         if layer.kernel_shape is not None and not isinstance(layer.spec, ConvSpec):
             raise Failure(
                 f"{place(layer.name)} has a depth multiplier below its "
@@ -204,7 +211,7 @@ class Contents:
                 IMPOSSIBLE,
             )
         try:
-            made = self.checkpoint.pair(layer)  # which alone tells whether there is one
+            made = pair()  # which alone tells whether there is one
         except NotFoldable:
             if isinstance(layer.spec, ConvSpec):
                 return None

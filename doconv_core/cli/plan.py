@@ -24,6 +24,7 @@ from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.parse import matches
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
 from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
@@ -186,7 +187,8 @@ class Conversion:
             raise differs
         words = sides(self.source.path, template.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
-        fitted = fit_arrays(values, shapes, other.spec, words)
+        kind = DO_CONV if other.over_parameterized else None
+        fitted = fit_arrays(values, shapes, words, kind, other.spec)
         for name, entry in entries.items():
             self._check_digits(template, entry, fitted[name])
         return [target.planned(name, fitted[name]) for name in entries]
@@ -224,7 +226,7 @@ class Conversion:
             target = self._target(framework, layer, names, values)
             shapes = {name: entry.shape for name, entry in target.entries.items()}
             words = sides(self.source.path, self.source.path)
-            fitted = fit_arrays(values, shapes, layer.spec, words)
+            fitted = fit_arrays(values, shapes, words)
             plan.entries += [target.planned(name, fitted[name]) for name in target.entries]
         if unknown:
             raise _no_counterpart(self.source, unknown)
@@ -309,10 +311,9 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     optional = set(NEUTRAL) if norm else set()
     missing = target.entries.keys() - values.keys() - optional
     shapes = {name: each.shape for name, each in values.items()}
-    if missing == {"depthwise_weight"} and isinstance(target.spec, ConvSpec):
-        spec = target.spec
-        shapes |= {"weight": spec.weight_shape, "depthwise_weight": spec.depthwise_shape or ()}
-    elif missing:
+    if missing and isinstance(target.spec, ConvSpec):
+        shapes |= DO_CONV.entries(target.spec)
+    if target.entries.keys() - shapes.keys() - optional:
         return False
     if shapes.keys() - target.entries.keys() - optional:
         return False

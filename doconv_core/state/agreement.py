@@ -5,16 +5,16 @@ These rules are all there are, whether a state goes into a model or one file int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.kinds.do_conv import from_kernel
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.geometry import Geometry
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.file import StateError
 from doconv_core.state.layers import LayerForm, Shape
 
@@ -132,19 +132,23 @@ def check_geometry(label: str, theirs: Metadata, ours: Metadata, sides: Sides) -
 
 
 def fit_arrays(
-    theirs: Mapping[str, Values], ours: Mapping[str, Shape], spec: object, sides: Sides
+    theirs: Mapping[str, Values],
+    ours: Mapping[str, Shape],
+    sides: Sides,
+    kind: ComposedKind | None = None,
+    spec: Any = None,
 ) -> dict[str, Values]:
-    """Return a layer's arrays as another layer of its kind and sizes takes them.
+    """Return a layer's arrays as another layer of its type and sizes takes them.
 
-    theirs: what there is, by the names of a state. ours: the names that are wanted, and the shapes;
-    spec: the sizes of that layer. Where D is wanted, and there is none, a kernel is taken over as
-    W, with D = 0; a norm's gamma of ones and beta of zeros come and go. Whatever else there is
-    stays. Raises Mismatch for a gamma or beta that is not wanted, and means something.
+    theirs: what there is, by the names of a state. ours: the names that are wanted, and the shapes.
+    kind, spec: of a layer that composes its kernel. Where weights of the kind are wanted that are
+    not there, an ordinary layer's kernel is taken over; a norm's gamma of ones and beta of zeros
+    come and go. Whatever else there is stays. Raises Mismatch for a gamma or beta that is not
+    wanted, and means something.
     """
     arrays = dict(theirs)
-    if "depthwise_weight" in ours and "depthwise_weight" not in theirs:
-        assert isinstance(spec, ConvSpec)  # as of every over-parameterized layer
-        arrays |= over_parameterized(arrays["weight"], spec)
+    if kind is not None and (ours.keys() & set(kind.names)) - theirs.keys():
+        arrays |= over_parameterized(arrays["weight"], kind, spec)
     for name, value in NEUTRAL.items():
         if name in theirs and name not in ours and (arrays.pop(name).read() != value).any():
             raise Mismatch(
@@ -167,33 +171,33 @@ def neutral(name: str, shape: Shape, dtype: str) -> Values:
 
 
 def over_parameterized(
-    kernel: Values, spec: ConvSpec, how: str = "over-parameterized, D = 0"
+    kernel: Values, kind: ComposedKind, spec: Any, how: str = "over-parameterized, D = 0"
 ) -> dict[str, Values]:
-    """Return an ordinary convolution's kernel as W, and D = 0. kernel: of any shape of its size."""
+    """Return an ordinary convolution's kernel as the weights of a layer that takes its place.
 
-    def pair() -> tuple[Array, Array | None]:
-        return from_kernel(kernel.read().reshape(spec.kernel_shape), spec)
+    kernel: of any shape of its size. kind, spec: of the layer.
+    """
 
-    weight, depthwise = shared(pair)
-    shape = spec.depthwise_shape or ()
-    return {
-        "weight": replace(kernel, shape=spec.weight_shape, read=weight, how=how),
-        "depthwise_weight": replace(kernel, shape=shape, read=depthwise, how=how),
-    }
+    def started() -> dict[str, Array]:
+        return kind.start(kernel.read().reshape(kind.conv(spec).kernel_shape), spec)
+
+    shapes = kind.entries(spec)
+    reads = made_once(started, shapes)
+    return {n: replace(kernel, shape=s, read=reads[n], how=how) for n, s in shapes.items()}
 
 
-def shared(pair: Callable[[], tuple[Array, Array | None]]) -> tuple[Callable[[], Array], ...]:
-    """Return what reads W and D of a pair that is made once, and let go when both are read."""
-    made: list[Array | None] = []
+def made_once(
+    make: Callable[[], Mapping[str, Array]], names: Iterable[str]
+) -> dict[str, Callable[[], Array]]:
+    """Return what reads each of several arrays that are made together, and let go once read."""
+    made: dict[str, Array] = {}
 
-    def part(number: int) -> Array:
-        if not made or made[number] is None:
-            made[:] = pair()
-        found, made[number] = made[number], None
-        assert found is not None  # as an over-parameterized layer has both
-        return found
+    def part(name: str) -> Array:
+        if name not in made:
+            made.update(make())
+        return made.pop(name)
 
-    return lambda: part(0), lambda: part(1)
+    return {name: partial(part, name) for name in names}
 
 
 def window(rows: Sequence[T], marked: int) -> tuple[int, Sequence[T], int]:

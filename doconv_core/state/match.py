@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import (
     Sides,
@@ -233,7 +232,8 @@ def _side_by_side(
 
 
 def _described(form: LayerForm) -> str:
-    kind = "DO-Conv" if form.over_parameterized else form.kind.replace("_", " ")
+    kind = form.over_parameterized or form.kind.replace("_", " ")
+    kind = "DO-Conv" if kind is True else kind
     if not form.shapes:
         return kind
     (_, shape), *others = form.shapes.items()
@@ -277,28 +277,32 @@ def _fit_layer(path: str, label: str, state: State, wanted: LayerForm) -> dict[s
         source = entry(path, name)
         array = state.arrays[source]
         theirs[name] = Values(shape, array.dtype.name, partial(np.asarray, array), (source,))
-    fitted = fit_arrays(theirs, wanted.shapes, wanted.spec, _SIDES)
+    fitted = fit_arrays(theirs, wanted.shapes, _SIDES, wanted.composed, wanted.spec)
     return {name: values.read() for name, values in fitted.items()}
 
 
 def _check_weight(path: str, label: str, found: LayerForm, wanted: LayerForm) -> None:
-    spec = wanted.spec
+    spec, kind = wanted.spec, found.composed
     if found.bias != wanted.bias:
         raise StateError(
             f"entry {entry(path, 'bias')!r} is {'there' if found.bias else 'missing'}; expected a "
             f"layer {'with' if wanted.bias else 'without'} bias."
         )
-    if found.over_parameterized and not wanted.over_parameterized:
+    if kind is not None and kind is not wanted.composed:
         raise StateError(
-            f"entry {entry(path, 'depthwise_weight')!r} is for an over-parameterized layer; "
-            "expected an ordinary one. Fold the model before exporting its state."
+            f"entry {entry(path, [*kind.entries(found.spec)][-1])!r} is for an over-parameterized "
+            f"layer; expected an ordinary one{_of_kind(wanted)}. Fold the model before exporting "
+            "its state."
         )
-    expected = spec
-    if isinstance(spec, ConvSpec) and not found.over_parameterized:
-        expected = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
+    ordinary = wanted.composed if kind is None else None
+    expected = spec if ordinary is None else ordinary.conv(spec)
     if found.spec != expected:
         named = entry(path, next(iter(found.shapes)))
         raise StateError(f"entry {named!r} is of {found.spec}; expected {spec}.")
+
+
+def _of_kind(wanted: LayerForm) -> str:
+    return "" if wanted.composed is None else f", or one of kind {wanted.composed.name!r}"
 
 
 def _check_norm(path: str, label: str, found: LayerForm, wanted: LayerForm) -> None:
