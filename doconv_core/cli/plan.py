@@ -63,10 +63,9 @@ class Planned:
 
 @dataclass
 class Plan:
-    """All that is to be written, in its order. dropped: entries that are left out."""
+    """All that is to be written, in its order."""
 
     entries: list[Planned] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
     def arrays(self, step: Callable[[int, int], None]) -> Mapping[str, Array]:
         """Return the arrays by name, each made when it is asked for. step: called with progress."""
@@ -157,8 +156,6 @@ class Conversion:
         plan = Plan()
         for layer, other in paired.both:
             plan.entries += self._like(layer, template, other)
-            if COUNT in layer.entries and COUNT not in other.entries:
-                plan.dropped.append(layer.entries[COUNT])
         order = {name: place for place, name in enumerate(template.entries)}
         plan.entries.sort(key=lambda entry: order[entry.name])
         return plan
@@ -218,7 +215,6 @@ class Conversion:
             for name, role in state_names(layer).items():
                 entry = layer.entries[role]
                 if matches(entry, drop) or (name == COUNT and COUNT not in names):
-                    plan.dropped.append(entry)
                     _leave_out(values, layer, name)
                 elif name in values and name not in names:
                     names[name] = own_name(layer, role)
