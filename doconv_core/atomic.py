@@ -19,7 +19,8 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
 
     An error or an interruption leaves whatever stood at `path` as it was, and removes the
     temporary file. Missing parent folders are created. The new file has the permissions of the one
-    that it replaces, and its owner and group as far as the system lets us.
+    that it replaces, and its owner and group as far as the system lets us. What else the block
+    writes beside the temporary file, such as parts that it names, goes along, and before it.
 
     overwrite: whether a file at `path` may be replaced; if not, one that comes into being while
     the block runs is left as well. Raises IsADirectoryError, before the block runs, where `path`
@@ -38,11 +39,16 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
         folder.mkdir(mode=0o700)
         temporary = folder / target.name
         yield temporary
-        if overwrite:
-            _keep_access(temporary, target)
-            os.replace(temporary, target)
-        else:
-            _rename_to_new(temporary, target)
+        beside = sorted(path for path in folder.iterdir() if path != temporary)
+        pairs = [(path, target.with_name(path.name)) for path in (*beside, temporary)]
+        for _, final in pairs:
+            check_absent(final, overwrite)
+        for path, final in pairs:
+            if overwrite:
+                _keep_access(path, final)
+                os.replace(path, final)
+            else:
+                _rename_to_new(path, final)
     finally:
         if folder.exists():
             shutil.rmtree(folder)

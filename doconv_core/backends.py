@@ -19,6 +19,9 @@ def available_backends() -> dict[str, metadata.EntryPoint]:
 
     A backend is a package that names itself in the entry-point group `doconv.backends`; `.load()`
     on its entry point imports it, or raises ImportError where its framework is missing.
+
+    >>> "torch" in available_backends()
+    True
     """
     return {entry.name: entry for entry in sorted(metadata.entry_points(group=GROUP))}
 
@@ -29,6 +32,12 @@ def require_framework(extra: str, module: str, distribution: str = "doconv") -> 
     extra: the extra of `distribution` that installs it; the backend's package is `doconv_<extra>`.
     The message says what is installed, what is supported, and which command installs it. The
     supported versions are those of the distribution's metadata, so they stand in one place.
+
+    >>> require_framework("array", "numpy")
+    >>> require_framework("torch", "tensor_library_that_is_not_here")
+    Traceback (most recent call last):
+        ...
+    ImportError: doconv_torch needs tensor_library_that_is_not_here, which is not installed. ...
     """
     requirement = _requirement(extra, module, distribution)
     advice = f'Install it with: python -m pip install "{distribution}[{extra}]"'

@@ -1,6 +1,7 @@
 """DO-Conv for MXNet Gluon: over-parameterized drop-ins for `nn.Conv1D`, `Conv2D` and `Conv3D`."""
 
 from doconv_core.backends import require_framework
+from doconv_core.networks.names import list_models
 
 require_framework("mx", "mxnet")
 require_framework("mx", "numpy")  # MXNet 1 needs NumPy 1, and does not say so
@@ -19,11 +20,10 @@ from doconv_mx.bsconv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
-from doconv_mx.bsconv_model import to_bsconv  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_mx.model import fold, over_parameterize  # noqa: E402
+from doconv_mx.model import fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
-from doconv_mx.realize import build, get_model, list_models  # noqa: E402
+from doconv_mx.realize import build, get_model  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
 from doconv_mx.verify import verify  # noqa: E402
 

@@ -1,120 +1,43 @@
-"""Batch norms that directly follow a convolution, fused into it."""
+"""Folding batch norms into the convolutions before them, for inference."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Block, Parameter, SymbolBlock, nn
+from mxnet.gluon import Block, Parameter, nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 
 from doconv_core.maths.batchnorm import fuse_batchnorm
 from doconv_core.maths.numeric import Array
-from doconv_core.models.report import (
-    AXIS,
-    HOOKED,
-    NOT_DIRECT,
-    NOT_FINITE,
-    ONE_TAP,
-    OUTPUT,
-    REPLACED,
-    SEVERAL,
-    SHARED,
-    SUBCLASS,
-    Change,
-    Left,
-    behind,
-    fused_into,
-)
-from doconv_mx.convolutions import obstacle
-from doconv_mx.graph import Calls, calls
-from doconv_mx.ordinary import has_values
+from doconv_core.models.report import AXIS, HOOKED, NOT_FINITE, REPLACED, SHARED, SUBCLASS, behind
+from doconv_mx.graph import SAME_NAME
+from doconv_mx.ordinary import has_values, obstacle
 from doconv_mx.parameter import options_of, put
 from doconv_mx.surgery import remove_parameter, set_parameter
-from doconv_mx.symbols import norms
-from doconv_mx.view import overridden, owners, parameters, walk, within
+from doconv_mx.tree import is_replaced
 
-# Why a batch norm is left, of what Gluon alone has.
-HIDDEN = "called by a forward that cannot be traced without data"
-IN_A_SYMBOL = "an operator of a symbol, where convolutions alone are replaced"
-SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
 NO_VALUES = "it or its convolution has no values yet"
 
 
-def fuse_batchnorms(model: Block) -> tuple[list[Change], list[Left]]:
-    """Fuse, in place, what can be fused into ordinary convolutions; return that, and what is left.
-
-    A fused batch norm becomes an `nn.Dropout` of rate 0, which passes on its input. (The contrib
-    package's Identity, hybridized by itself, is a graph without an operator, at which MXNet's
-    autograd stops.) In inference the model computes the same but for rounding.
-    """
-    seen, owned, blocks = calls(model), owners(model), list(walk(model))
-    names: Counter[str | None] = Counter(p.name for p in parameters(model))
-    convolutions = {block.weight.name: block for _, block in blocks if isinstance(block, _Conv)}
-    changed, left = [], []
-    for path, norm in blocks:
-        if isinstance(norm, SymbolBlock):
-            left += [Left(within(path, name), op, IN_A_SYMBOL) for name, op in norms(norm)]
-        if not isinstance(norm, _BatchNorm):
-            continue
-        kind = type(norm).__name__
-        before = [convolutions.get(n) for n in seen.before.get(norm.gamma.name, ())]
-        reason = _own_obstacle(norm, before, seen, names)
-        reason = reason or _obstacle_in(seen, norm, before, owned)
-        if reason is None:
-            (conv,) = before
-            reason = _pair_obstacle(conv, norm, owned, names) or _fuse(conv, norm)
-        if reason is None:
-            changed.append(Change(path, kind, fused_into(type(conv).__name__)))
-        else:
-            left.append(Left(path, kind, reason))
-    return changed, left
-
-
-def _own_obstacle(
-    norm: _BatchNorm, before: list[_Conv | None], seen: Calls, names: Counter[str | None]
-) -> str | None:
-    """Return why it cannot be told what the batch norm computes, or what it follows.
-
-    names: how many of the model's parameters have each name. The calls that were seen are known by
-    names alone, so that those of two parameters of one name cannot be told apart.
-    """
+def norm_obstacle(norm: Block) -> str | None:
+    """Return why a batch norm cannot be fused, wherever it stands; None where it can."""
     if type(norm) not in (nn.BatchNorm, SyncBatchNorm):
         return SUBCLASS
-    if overridden(norm):
-        return REPLACED
-    if not seen.hidden.isdisjoint(map(id, (norm, *before))):
-        return HIDDEN
-    near = {*seen.before.get(norm.gamma.name, ()), *(p.name for p in norm._reg_params.values())}
-    return SAME_NAME if any(names[name] > 1 for name in near) else None
+    return REPLACED if is_replaced(norm) else None
 
 
-def _obstacle_in(
-    seen: Calls, norm: _BatchNorm, before: list[_Conv | None], owned: dict[int, list[Block]]
+def pair_obstacle(
+    conv: Any, norm: Any, owned: Mapping[int, Sequence[Block]], names: Mapping[Any, int]
 ) -> str | None:
-    """Return why the batch norm cannot be fused where it stands in the model.
+    """Return why this convolution and this batch norm cannot be fused.
 
-    before: the convolutions whose output it is called with; None for anything else.
+    owned: the blocks that own each parameter, by its id. names: how many parameters have each.
     """
-    if not before or None in before:
-        return NOT_DIRECT
-    if len(before) > 1:
-        return SEVERAL
-    (conv,) = before
-    if len(owned[id(conv.weight)]) > 1:  # and what is known of one is known of the others, too
-        return SHARED
-    return None if seen.after[conv.weight.name] == {norm.gamma.name} else OUTPUT
-
-
-def _pair_obstacle(
-    conv: _Conv, norm: _BatchNorm, owned: dict[int, list[Block]], names: Counter[str | None]
-) -> str | None:
-    """Return why this convolution and this batch norm cannot be fused."""
     reason = obstacle(conv)
-    if reason not in (None, ONE_TAP):
+    if reason is not None:
         return behind(reason)
     pair = (norm, conv)
     if any(block._forward_hooks or block._forward_pre_hooks for block in pair):
@@ -130,8 +53,13 @@ def _pair_obstacle(
     return None if norm._kwargs.get("axis", 1) % len(layout) == layout.find("C") else AXIS
 
 
-def _fuse(conv: _Conv, norm: _BatchNorm) -> str | None:
-    """Fuse them, in each context with its own statistics; return why not, where that is refused."""
+def fuse(conv: Any, norm: Any) -> str | None:
+    """Fuse a batch norm into a convolution, in place; or return why that cannot be.
+
+    Each context has its own statistics. A fused batch norm becomes an `nn.Dropout` of rate 0, which
+    passes on its input. (The contrib package's Identity, hybridized by itself, is a graph without
+    an operator, at which MXNet's autograd stops.)
+    """
     with np.errstate(all="ignore"):  # what is not finite is refused below
         fused = {context: _fused(conv, norm, context) for context in conv.weight.list_ctx()}
     if not all(np.isfinite(array).all() for pair in fused.values() for array in pair):
@@ -152,8 +80,8 @@ def _fuse(conv: _Conv, norm: _BatchNorm) -> str | None:
     return None
 
 
-def _fused(conv: _Conv, norm: _BatchNorm, context: mx.Context) -> tuple[Array, Array]:
-    def values(parameter: Parameter | None) -> Array | None:
+def _fused(conv: Any, norm: Any, context: mx.Context) -> tuple[Array, Array]:
+    def values(parameter: Parameter | None) -> Any:
         return None if parameter is None else parameter.data(context).asnumpy()
 
     return fuse_batchnorm(
@@ -165,7 +93,7 @@ def _fused(conv: _Conv, norm: _BatchNorm, context: mx.Context) -> tuple[Array, A
     )  # fmt: skip
 
 
-def _pass_on(norm: _BatchNorm) -> None:
+def _pass_on(norm: Any) -> None:
     for name in list(norm._reg_params):
         remove_parameter(norm, name)
     for name in ("_kwargs", "fuse_relu", "in_channels"):

@@ -12,6 +12,7 @@ from mxnet.gluon.contrib.nn import SyncBatchNorm
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv
 
+from doconv_core.kinds.bsconv import FORMS, as_choice
 from doconv_core.kinds.bsconv_fold import (
     Folded,
     Normalization,
@@ -20,22 +21,21 @@ from doconv_core.kinds.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.kinds.bsconv_model import as_form
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical
-from doconv_core.models.report import AXIS, ONE_TAP, REPLACED, SUBCLASS
-from doconv_mx.convolutions import obstacle
-from doconv_mx.do_conv import _DOConv
-from doconv_mx.ordinary import channels_per_group, is_channels_last, no_name_scope, require_values
+from doconv_core.models.report import AXIS, REPLACED, SUBCLASS
+from doconv_mx.composed import ComposedConv, check_foldable
+from doconv_mx.ordinary import channels_per_group, is_channels_last, obstacle, require_values
 from doconv_mx.parameter import put
-from doconv_mx.surgery import fold_layers
-from doconv_mx.view import copied, overridden, parameters
+from doconv_mx.private import no_name_scope
+from doconv_mx.surgery import copied, fold_layers
+from doconv_mx.tree import is_replaced, parameters
 
 
-def folded(layer: Any, bsconv: str) -> HybridBlock:
+def folded(layer: Any, form: str) -> HybridBlock:
     """Return the new layers that a BSConv layer folds to, as its `fold` says."""
-    form = as_form(bsconv)
+    as_choice("form", form, FORMS)
     if form == "keep":
         return _kept(layer)
     check_parts(layer)
@@ -56,8 +56,8 @@ def check_forward(layer: Any, kind: type, form: str) -> None:
     """Raise NotFoldable where a BSConv layer may compute something else than `kind`, its type."""
     cls, methods = type(layer), ("__call__", "forward", "hybrid_forward")
     own = [m for m in methods if getattr(cls, m) is not getattr(kind, m)]
-    if own or overridden(layer):
-        hint = "" if form == "keep" else "; bsconv='keep' leaves it in a model"
+    if own or is_replaced(layer):
+        hint = "" if form == "keep" else "; form='keep' leaves it in a model"
         raise NotFoldable(
             f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution it "
             f"would be folded to might compute something else{hint}."
@@ -108,15 +108,15 @@ def _kept(layer: Any) -> HybridBlock:
     new._forward_hooks.clear()
     new._forward_pre_hooks.clear()
     for part in new._children.values():
-        if isinstance(part, _DOConv):
-            part.require_foldable()
+        if isinstance(part, ComposedConv):
+            check_foldable(part)
             fold_layers([part])
     as_sequence(new)
     return new
 
 
 def _ordinary(part: Any) -> Any:
-    return part.fold() if isinstance(part, _DOConv) else copied(part)
+    return part.fold() if isinstance(part, ComposedConv) else copied(part)
 
 
 def _steps(layer: Any, ctx: mx.Context) -> list[Step]:
@@ -149,8 +149,8 @@ def _check_norm(name: str, norm: Any, layer: Any) -> None:
 
 
 def _check_depthwise(part: Any, layer: Any) -> None:
-    if isinstance(part, _DOConv):
-        part.require_foldable()
+    if isinstance(part, ComposedConv):
+        check_foldable(part)
     else:
         _check_convolution("depthwise", part, layer)
     groups, channels = part._kwargs["num_group"], part._kwargs["num_filter"]
@@ -161,9 +161,9 @@ def _check_depthwise(part: Any, layer: Any) -> None:
 def _check_convolution(name: str, part: Block, layer: Any) -> None:
     kind = type(part).__name__
     reason = obstacle(part) if type(part) is layer.ordinary else f"it is a {kind}"
-    if reason in (None, ONE_TAP) and part._kwargs["layout"] != layer._layout:
+    if reason is None and part._kwargs["layout"] != layer._layout:
         reason = f"its layout is {part._kwargs['layout']}"
-    if reason not in (None, ONE_TAP):
+    if reason is not None:
         raise NotFoldable(
             f"its {name} cannot be folded: {reason}; expected a mxnet.gluon.nn."
             f"{layer.ordinary.__name__} of layout {layer._layout}."
@@ -180,7 +180,7 @@ def _check_pointwise(name: str, part: Any) -> None:
 def _check_hooks(name: str, part: Block) -> None:
     if part._forward_hooks or part._forward_pre_hooks:
         raise NotFoldable(f"its {name} has hooks, which would see other values; remove them first.")
-    if overridden(part):
+    if is_replaced(part):
         raise NotFoldable(f"its {name} cannot be folded: {REPLACED}.")
 
 
@@ -221,8 +221,9 @@ def _convolution(
     dtype, layout = np.dtype(like.dtype), "O*I" if is_channels_last(conv) else "OI*"
     kernels = {c: v.kernel.reshape(channels, in_channels, *size) for c, v in values.items()}
     put(conv.weight, {c: from_canonical(k, layout).astype(dtype) for c, k in kernels.items()})
-    if conv.bias is not None:
-        put(conv.bias, {c: v.bias.astype(dtype) for c, v in values.items()})
+    biases = {c: v.bias.astype(dtype) for c, v in values.items() if v.bias is not None}
+    if biases:
+        put(conv.bias, biases)
     return conv
 
 

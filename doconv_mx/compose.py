@@ -12,9 +12,9 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import Parameter
 from mxnet.ndarray import NDArray
-from mxnet.util import is_np_array
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_mx.parameter import native
 
 # From so many entries of W a convolution is the faster: benchmarks/gluon_composition.py
 LARGE = 2**15
@@ -63,33 +63,18 @@ def grouped(weight: Parameter, spec: ConvSpec, in_channels: int) -> int:
     return in_channels if on_cpu else 0
 
 
-def tied(F: Any, x: Any, weight: Any, depthwise: Any, spec: ConvSpec, channel: int) -> Any:
-    """Return W and D as they are, their shapes tied to that of `x` in the symbolic graph.
+def tied(F: Any, weight: Any, depthwise: Any, spec: ConvSpec) -> Any:
+    """Return D as it is, its shape tied to that of W in the symbolic graph.
 
-    A hybridized network that meets its first batch infers every shape from one graph. Matrix
-    products, slices and sums pass no shape back to their inputs; elementwise operators do. Each
-    parameter gets one whose other input has the right shape, and a value that is never used; but a
-    W that is itself added to the kernel has such an operator already.
-
-    x: the layer's input. channel: the axis of its channels. Of spec, in_channels is not used.
+    weight: W as the layer keeps it. From W, not from the input: MXNet would take D's being known
+    before W for a contradiction. Of spec, in_channels is not used.
     """
-    taps, multiplier, last = spec.taps, spec.depth_multiplier, channel != 1
-    weight, depthwise = weight.as_nd_ndarray(), depthwise.as_nd_ndarray()
-    tie = F._internal._identity_with_attr_like_rhs
-    if multiplier != taps:
-        end = tuple(None if axis == channel else 1 for axis in range(spec.rank + 2))
-        like = F.slice(x.as_nd_ndarray(), begin=(0,) * len(end), end=end)
-        like = F.slice_axis(F.reshape(like, shape=(spec.groups, -1)), axis=0, begin=0, end=1)
-        # (1, I/g) -> (I/g, S) -> W's shape: MXNet is slow at broadcasting along inner axes.
-        like = F.broadcast_axis(F.reshape(like, shape=(-1, 1)), axis=1, size=multiplier)
-        like = F.broadcast_axis(F.reshape(like, shape=(1, -1)), axis=0, size=spec.out_channels)
-        like = F.reshape(like, shape=(0, multiplier, -1) if last else (0, -1, multiplier))
-        weight = tie(weight, like)
-    # From W, not from x: MXNet would take D's being known before W for a contradiction.
+    taps, multiplier = spec.taps, spec.depth_multiplier
     split = (spec.groups, spec.out_channels_per_group, -1)
-    like = F.slice_axis(F.reshape(weight, shape=split), axis=1, begin=0, end=1)
+    like = F.reshape(weight.as_nd_ndarray(), shape=split)
+    like = F.slice_axis(like, axis=1, begin=0, end=1)
     like = F.broadcast_axis(F.reshape(like, shape=(-1, 1, multiplier)), axis=1, size=taps)
-    return weight, tie(depthwise, like)
+    return F._internal._identity_with_attr_like_rhs(depthwise.as_nd_ndarray(), like)
 
 
 def as_w(kernel: NDArray, spec: ConvSpec, last: bool, in_channels: int) -> NDArray:
@@ -110,11 +95,6 @@ def as_w(kernel: NDArray, spec: ConvSpec, last: bool, in_channels: int) -> NDArr
     rest[axis] = spec.depth_multiplier - spec.taps
     zeros = mx.nd.zeros(rest, ctx=kernel.context, dtype=kernel.dtype)
     return native(mx.nd.concat(kernel, zeros, dim=axis))
-
-
-def native(array: Any) -> Any:
-    """Return an `mx.nd` array or symbol as the kind in use: `mx.np`'s after `mx.npx.set_np()`."""
-    return array.as_np_ndarray() if is_np_array() else array
 
 
 def _product(F: Any, weight: Any, depthwise: Any, spec: ConvSpec, last: bool, channels: int) -> Any:

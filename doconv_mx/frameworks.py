@@ -10,7 +10,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +37,9 @@ def import_mxnet() -> ModuleType:
     meaning: it is set where it is missing, and stays.
     """
     if "bool" not in vars(np):  # hasattr would make NumPy warn
-        np.bool = np.bool_
+        vars(np)["bool"] = np.bool_
     with _expected_warnings():
-        import mxnet
-    return mxnet
+        return import_module("mxnet")
 
 
 def import_gluoncv() -> ModuleType:
@@ -52,8 +53,7 @@ def import_gluoncv() -> ModuleType:
     require_framework("mx", "gluoncv")
     import_mxnet()
     with _expected_warnings(), _torch_hidden():
-        import gluoncv
-    return gluoncv
+        return import_module("gluoncv")
 
 
 @contextmanager
@@ -67,13 +67,11 @@ def _expected_warnings() -> Iterator[None]:
 @contextmanager
 def _torch_hidden() -> Iterator[None]:
     """Let `import torch` raise ImportError, as Python does for a None in `sys.modules`."""
-    missing = object()
-    torch = sys.modules.get("torch", missing)
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    kept = {"torch": modules["torch"]} if "torch" in modules else {}
+    modules["torch"] = None
     try:
         yield
     finally:
-        if torch is missing:
-            del sys.modules["torch"]
-        else:
-            sys.modules["torch"] = torch
+        del modules["torch"]
+        modules.update(kept)

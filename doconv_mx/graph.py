@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +17,22 @@ from typing import Any
 import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
+from mxnet.gluon.nn.basic_layers import _BatchNorm
+from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 from mxnet.util import is_np_array
 
-from doconv_mx.view import overridden, walk
+from doconv_core.models.report import SHARED
+from doconv_core.models.view import Flow
+from doconv_mx.tree import is_replaced, own_parameters, walk
 
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
 TRANSPOSED = {"Deconvolution", "_npx_deconvolution"}
 NORMS = {"BatchNorm", "_npx_batch_norm", "_contrib_SyncBatchNorm"}
+
+# Why it cannot be told what a layer follows.
+HIDDEN = "called by a forward that cannot be traced without data"
+SAME_NAME = "another parameter has the name of one of its own or of its convolution's"
 
 
 @dataclass
@@ -49,6 +57,32 @@ class Calls:
             self.before.setdefault(gamma, set()).add(weight)
 
 
+def flow(model: Block, owned: Mapping[int, Sequence[Block]], names: Mapping[Any, int]) -> Flow:
+    """Return which convolutions and batch norms follow each other in inference.
+
+    owned: the blocks that own each parameter, by its id. names: how many of the model's parameters
+    have each name: the calls are known by names alone, so that those of two parameters of one name,
+    or of two layers of one weight, cannot be told apart.
+    """
+    seen, blocks, found = calls(model), [block for _, block in walk(model)], Flow()
+    convolutions = {block.weight.name: block for block in blocks if isinstance(block, _Conv)}
+    norms = {block.gamma.name: block for block in blocks if isinstance(block, _BatchNorm)}
+    for block in blocks:
+        if isinstance(block, _Conv):
+            after = seen.after.get(block.weight.name, ())
+            found.after[id(block)] = [norms.get(name) for name in after]
+            if len(owned[id(block.weight)]) > 1:
+                found.unseen[id(block)] = SHARED
+        elif isinstance(block, _BatchNorm):
+            before = seen.before.get(block.gamma.name, ())
+            found.before[id(block)] = [convolutions.get(name) for name in before]
+            near = {*before, *(parameter.name for parameter in own_parameters(block))}
+            if any(names[name] > 1 for name in near):
+                found.unseen[id(block)] = SAME_NAME
+    found.unseen |= dict.fromkeys(seen.hidden, HIDDEN)
+    return found
+
+
 def calls(model: Block) -> Calls:
     """Return the calls that can be seen of the model's layers in inference."""
     found = Calls()
@@ -66,7 +100,7 @@ def calls(model: Block) -> Calls:
             _read(graph, found)
             return
         children = list(block._children.values())
-        if type(block) in (nn.Sequential, nn.HybridSequential) and not overridden(block):
+        if type(block) in (nn.Sequential, nn.HybridSequential) and not is_replaced(block):
             _read_in_order(children, found)
         else:
             found.hidden.update(map(id, children))
@@ -99,12 +133,12 @@ def _read(graph: Symbol, found: Calls) -> None:
     convolutions = CONVOLUTIONS | TRANSPOSED
     described = json.loads(graph.tojson())
     nodes, heads = described["nodes"], described["heads"]
-    users: list[list[tuple[int | None, int]]] = [[] for _ in nodes]
+    users: list[list[tuple[int, int]]] = [[] for _ in nodes]  # -1 is none: the output
     for index, node in enumerate(nodes):
         for position, (source, *_) in enumerate(node["inputs"]):
             users[source].append((index, position))
     for source, *_ in heads:
-        users[source].append((None, 0))
+        users[source].append((-1, 0))
 
     def variable(index: int, position: int) -> str | None:
         source = nodes[nodes[index]["inputs"][position][0]]
@@ -113,13 +147,13 @@ def _read(graph: Symbol, found: Calls) -> None:
     for index, node in enumerate(nodes):
         if node["op"] == "null":  # an input or a parameter
             for user, position in users[index]:
-                kind = None if user is None else nodes[user]["op"]
+                kind = None if user < 0 else nodes[user]["op"]
                 if not ((kind in convolutions or kind in NORMS) and position > 0):
                     found.note(node["name"], None)
                     found.note(None, node["name"])
         elif node["op"] in convolutions:
             for user, position in users[index]:
-                is_norm = user is not None and nodes[user]["op"] in NORMS and position == 0
+                is_norm = user >= 0 and nodes[user]["op"] in NORMS and position == 0
                 found.note(variable(index, 1), variable(user, 1) if is_norm else None)
         elif node["op"] in NORMS:
             source = node["inputs"][0][0]

@@ -21,11 +21,10 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D
-from doconv_mx.ordinary import is_channels_last, spec_of
-from doconv_mx.view import overridden
-
-_DO_CONVS = (DOConv1D, DOConv2D, DOConv3D)
+from doconv_mx.composed import ComposedLayers
+from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, spec_of
+from doconv_mx.tree import is_replaced
 
 
 def form_of(path: str, block: Block) -> LayerForm:
@@ -34,17 +33,17 @@ def form_of(path: str, block: Block) -> LayerForm:
     Raises TypeError, by the path, for a block without a counterpart, with a forward of its own, or
     with other parameters than its kind has; ValueError for parameters that have no values yet.
     """
-    own = _own(block)
-    reason = REPLACED if overridden(block) and type(block) in FORMS else REASONS.get(type(block))
+    own, read = _own(block), _reader(type(block))
+    reason = REPLACED if is_replaced(block) and read is not None else REASONS.get(type(block))
     if type(block) is nn.LayerNorm and block._axis != -1:
         reason = (
             f"a layer norm over axis {block._axis} has no counterpart; if it is the last, say "
             "axis=-1"
         )
-    if reason or type(block) not in FORMS:
+    if reason or read is None:
         raise unsupported_layer(path, block, own, reason)
     _require_values(path, block)
-    form = FORMS[type(block)](block)
+    form = read(block)
     if form.kind == "batch_norm" and not form.scale:
         own.remove("gamma")  # which the block has, but does not compute with
     check_owned(path, block, own, form.shapes)
@@ -71,7 +70,7 @@ def check_axes(block: Block, path: str = "") -> None:
     for name, child in block._children.items():
         place = entry(path, name)
         check_axes(child, place)
-        if type(child) in _CONVS:
+        if _reader(type(child)) in (_conv, _composed, _transposed):
             rank = len(child._kwargs["kernel"]) + 2
             axes = (-1, rank - 1) if is_channels_last(child) else (1, 1 - rank)
         elif type(child) in _CHANNEL_NORMS:
@@ -106,13 +105,24 @@ def _require_values(path: str, block: Block) -> None:
             ) from None
 
 
-def _conv(block: Any) -> LayerForm:
+def _reader(cls: type[Block]) -> Callable[[Any], LayerForm] | None:
+    """Return what makes the form of blocks of this very class; None where they have none."""
+    kinds = (kind for kind in LAYER_KINDS.values() if isinstance(kind, ComposedLayers))
+    return _composed if any(cls in kind.types.values() for kind in kinds) else FORMS.get(cls)
+
+
+def _geometry(block: Any) -> Geometry:
     options = block._kwargs
-    geometry = Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
-    if type(block) in _DO_CONVS:
-        over_parameterized = block.depthwise_weight is not None
-        return LayerForm(block.spec, over_parameterized, _has_bias(block), geometry=geometry)
-    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=geometry)
+    return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
+
+
+def _conv(block: Any) -> LayerForm:
+    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=_geometry(block))
+
+
+def _composed(block: Any) -> LayerForm:
+    geometry = _geometry(block)
+    return LayerForm(block.spec, block.kind.name, _has_bias(block), geometry=geometry)
 
 
 def _transposed(block: Any) -> LayerForm:
@@ -159,8 +169,8 @@ def _has_bias(block: Any) -> bool:
 
 
 FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1D, nn.Conv2D, nn.Conv3D, *_DO_CONVS), _conv),
-    **dict.fromkeys((nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose), _transposed),
+    **dict.fromkeys(ORDINARY, _conv),
+    **dict.fromkeys(TRANSPOSES, _transposed),
     **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
     nn.Dense: _linear,
     nn.LayerNorm: _layer_norm,
@@ -168,8 +178,6 @@ FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
     nn.PReLU: _prelu,
     nn.Embedding: _embedding,
 }
-_CONVS = (*_DO_CONVS, nn.Conv1D, nn.Conv2D, nn.Conv3D)
-_CONVS += (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
 _CHANNEL_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, nn.InstanceNorm)
 _KEEP_AXES = (
     nn.Activation, nn.Dropout, nn.ELU, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.SELU, nn.Swish,

@@ -1,33 +1,38 @@
-"""Whole Gluon models: over-parameterized, and folded."""
+"""Whole Gluon models: over-parameterized, folded, and with blueprint separable convolutions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mxnet.gluon import Block
 
-from doconv_core.kinds.bsconv_model import FoldReport, as_form
-from doconv_core.maths.spec import as_integer
-from doconv_core.models.report import Converted, Report, Selection, Where
-from doconv_mx.batchnorm import fuse_batchnorms
-from doconv_mx.bsconv_convert import fold_bsconvs, plan_bsconvs
-from doconv_mx.plan import places, plan_folding, plan_over_parameterization
-from doconv_mx.surgery import fold_layers, over_parameterize_layers
-from doconv_mx.symbols import fold_nodes, over_parameterize_nodes
-from doconv_mx.view import copied, count, forget_graphs, require_block, walk
+from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
+from doconv_core.models import convert
+from doconv_core.models.fold import fold as fold_layers
+from doconv_core.models.report import Converted
+from doconv_core.models.select import Where
+from doconv_mx.bsconv import BN_OPTIONS
+from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.view import View
 
 
 def over_parameterize(
     model: Block,
     *,
+    kind: str = "doconv",
     where: Where = None,
-    depth_multiplier: int | None = None,
     inplace: bool = False,
+    **options: Any,
 ) -> Converted:
     """Make the model's convolutions DO-Conv layers that compute the same; return it and a report.
 
     model: any block; its `nn.Conv1D`, `Conv2D` and `Conv3D` of more than one tap are meant, at any
     depth, initialized or not, and the convolutions in the graphs of `SymbolBlock`s. where: which of
     them, as in `doconv_core.Selection`; paths are those of `save_parameters`, and of a layer in
-    several places one of them is enough. depth_multiplier: S for all; None for each layer's taps M.
+    several places one of them is enough. kind: what they become; "doconv", or another registered
+    kind that changes no output. options: the kind's, for all of them; of "doconv" depth_multiplier,
+    S, or None for each layer's taps M.
     inplace: change the model itself, not a copy; then a layer stays the object it was, and where
     `S == M` its weight too.
     The output does not change, in float32 where `S == M` not by one bit. What the layers share
@@ -36,30 +41,24 @@ def over_parameterize(
     selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
     be copied or is no selection; ValueError, by path, for a depth multiplier below a layer's taps.
     """
-    require_block(model)
-    if depth_multiplier is not None:
-        depth_multiplier = as_integer("depth_multiplier", depth_multiplier)
-    selection = Selection(where)
-    plan = plan_over_parameterization(model, selection, depth_multiplier)
-    target = model if inplace else copied(model)
-    selection.warn()
-    blocks, before = dict(walk(target)), count(target)
-    for paths, spec in plan.groups:
-        over_parameterize_layers([blocks[path] for path in paths], spec)
-    for path, chosen in plan.nodes.items():
-        over_parameterize_nodes(blocks[path], chosen)
-    forget_graphs(target)
-    changed, left = tuple(plan.changed), tuple(plan.left)
-    return Converted(target, Report("over-parameterized", changed, left, before, count(target)))
+    return convert.over_parameterize(
+        View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
+    )
 
 
 def fold(
-    model: Block, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+    model: Block,
+    *,
+    form: str | Mapping[str, str] | None = None,
+    fuse_batchnorm: bool = False,
+    inplace: bool = False,
 ) -> Converted:
     """Make the model's DO-Conv and BSConv layers ordinary ones that compute the same; return it and
     a report.
 
-    bsconv: what BSConv layers become. "keep": an `nn.HybridSequential` of the same parts. "merge":
+    form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
+    it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):
+    an `nn.HybridSequential` of the same parts. "merge":
     one of a pointwise and a depthwise convolution, with batch norms in the former, for inference.
     "dense": one convolution. Each is exact, but none is always fastest: the report, a `FoldReport`,
     has the cost of all three. Merging makes two pointwise convolutions one with more operations
@@ -76,24 +75,47 @@ def fold(
     form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
     BSConv that is kept need not have.
     """
-    require_block(model)
-    form = as_form(bsconv)
-    plan, bsconvs = plan_folding(model), plan_bsconvs(model, form)
-    target = model if inplace else copied(model)
-    blocks, before = dict(walk(target)), count(target)
-    for paths in plan.groups:
-        fold_layers([blocks[path] for path in paths])
-    for path in plan.symbols:
-        fold_nodes(blocks[path])
-    changed, left = [*plan.changed, *fold_bsconvs(blocks, bsconvs)], [*bsconvs.left]
-    if fuse_batchnorm:
-        fused, kept = fuse_batchnorms(target)
-        changed, left = [*changed, *fused], [*left, *kept]
-    if fuse_batchnorm or bsconvs.layers:
-        order = places(target)  # in which a part of a BSConv that is dense now is no more
-        changed = sorted((c for c in changed if c.path in order), key=lambda c: order[c.path])
-    forget_graphs(target)
-    parts = tuple(changed), tuple(left), before, count(target)
-    if bsconvs.choices:
-        return Converted(target, FoldReport("folded", *parts, form, bsconvs.choices))
-    return Converted(target, Report("folded", *parts))
+    return fold_layers(
+        View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
+    )
+
+
+def to_bsconv(
+    model: Block,
+    variant: str = "u",
+    *,
+    kernel_sizes: Any = KERNEL_SIZES,
+    p: float = P,
+    min_mid_channels: int = MIN_MID_CHANNELS,
+    with_bn: bool = False,
+    bn_options: Mapping[str, Any] | None = None,
+    where: Where = None,
+    start: str = "weights",
+    inplace: bool = False,
+) -> Converted:
+    """Return the model with BSConvs for its convolutions, and a report of what was done.
+
+    Every `nn.Conv1D`, `Conv2D` and `Conv3D`, exactly, with groups=1 and one of the kernel sizes,
+    becomes the BSConv with its arguments. The function changes: train the model on. What is left as
+    it is, is in the report with its reason.
+
+    variant: "u" or "s". kernel_sizes: which; an entry that is an integer stands for that size in
+    each number of dimensions. p, min_mid_channels, with_bn, bn_options: as the layers take them.
+    where, inplace: as in `over_parameterize`, which comes after this one.
+    start: "weights" begins with the BSConv that is nearest to each trained kernel, and the report
+    says how much of its variance that explains; "random" throws the kernels away, and does with a
+    model that has no values yet.
+
+    In place, layers stay the same objects, with their hooks, names and attributes, and so do
+    biases; all other parameters are new: create the trainer anew.
+    Raises TypeError and ValueError for arguments that give no layer, and, with its path, for a
+    kernel that is not finite or has no values yet; before anything is changed. Warns where `where`
+    matches nothing.
+    Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+    """
+    view = View(model)
+    options = replacement(
+        variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
+        bn_options=bn_options, allowed=BN_OPTIONS, start=start,
+    )  # fmt: skip
+    return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)

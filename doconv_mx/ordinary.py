@@ -1,28 +1,59 @@
-"""Gluon's ordinary convolutions: what one is, and how to make one like another."""
+"""Gluon's ordinary convolutions: what one is, why one is left, and how to make one like another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mxnet as mx
-from mxnet import autograd
-from mxnet.gluon import HybridBlock, Parameter, ParameterDict
-from mxnet.gluon.block import _BlockScope
+from mxnet.gluon import Block, HybridBlock, Parameter, ParameterDict, SymbolBlock, nn
 from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import NOT_PLAIN, REPLACED, SUBCLASS, TRANSPOSED
+from doconv_mx.parameter import put
+from doconv_mx.private import no_name_scope
+from doconv_mx.tree import is_replaced, own_parameters
+
+OTHER = "another operation than an ordinary convolution"
+
+ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
+TRANSPOSES = (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
 
 
-def spec_of(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:
-    """Return the sizes of an ordinary layer whose input channels are known."""
+def is_convolution(block: Block) -> bool:
+    """Return whether a block is, or is called, a convolution of any kind."""
+    if isinstance(block, SymbolBlock):
+        return False
+    named = "conv" in type(block).__name__.lower() and bool(own_parameters(block))
+    return isinstance(block, _Conv) or named
+
+
+def obstacle(block: Any) -> str | None:
+    """Return why a convolution cannot be replaced; None where it can. Not of a kind's layers."""
+    if type(block) in ORDINARY:
+        if is_replaced(block):
+            return REPLACED
+        plain = type(block.weight) is Parameter and block.weight._stype == "default"
+        return None if plain else NOT_PLAIN
+    if type(block) in TRANSPOSES:
+        return TRANSPOSED
+    return SUBCLASS if isinstance(block, _Conv) else OTHER
+
+
+def outline(layer: _Conv) -> ConvSpec:
+    """Return an ordinary layer's sizes; where it infers its input channels, as many as groups."""
     options, groups = layer._kwargs, layer._kwargs["num_group"]
-    return ConvSpec(
-        channels_per_group(layer) * groups, options["num_filter"], tuple(options["kernel"]), groups,
-        depth_multiplier,
-    )  # fmt: skip
+    channels = (channels_per_group(layer) or 1) * groups
+    return ConvSpec(channels, options["num_filter"], tuple(options["kernel"]), groups)
+
+
+def spec_of(layer: _Conv) -> ConvSpec:
+    """Return the sizes of an ordinary layer; ValueError where it has yet to infer some."""
+    options, groups = layer._kwargs, layer._kwargs["num_group"]
+    channels = channels_per_group(layer) * groups
+    return ConvSpec(channels, options["num_filter"], tuple(options["kernel"]), groups)
 
 
 def is_channels_last(layer: _Conv) -> bool:
@@ -32,7 +63,7 @@ def is_channels_last(layer: _Conv) -> bool:
 
 def channels_per_group(layer: _Conv) -> int:
     """Return `I/g`; 0 where it is unknown, which with `mx.npx.set_np` MXNet writes as -1."""
-    return max(layer.weight.shape[-1 if is_channels_last(layer) else 1], 0)
+    return max(int(layer.weight.shape[-1 if is_channels_last(layer) else 1]), 0)
 
 
 def has_values(parameter: Parameter) -> bool:
@@ -66,7 +97,7 @@ def require_values(parameters: Iterable[Parameter], purpose: str) -> None:
             ) from None
 
 
-def require_ordinary(cls: Any, conv: Any) -> None:
+def check_ordinary(cls: Any, conv: Any) -> None:
     """Raise TypeError for what is not exactly the ordinary layer that `cls` stands in for."""
     if type(conv) is not cls.ordinary:
         raise TypeError(
@@ -76,47 +107,40 @@ def require_ordinary(cls: Any, conv: Any) -> None:
 
 
 def filled(
-    cls: type[Any], like: _Conv, options: dict[str, Any], **values: tuple[list[NDArray], str]
+    cls: type[Any],
+    like: _Conv,
+    options: dict[str, Any],
+    kernels: list[NDArray],
+    grad_req: str,
+    as_kept: Callable[[Any, NDArray], NDArray] = lambda layer, kernel: kernel,
 ) -> Any:
-    """Return a new `cls` with the arguments, bias, names and mode of `like`, and the given values.
+    """Return a new `cls` with the arguments, bias, names and mode of `like`, and these kernels.
 
-    values: for each parameter its arrays, one for each context, and its `grad_req`. No random
-    number is drawn.
+    kernels: one for each context. grad_req: of all parameters but the bias. as_kept: returns what
+    the layer keeps of a kernel. No random number is drawn.
     """
-    kwargs, ctx = like._kwargs, like.weight.list_ctx()
+    kwargs, ctx, bias = like._kwargs, like.weight.list_ctx(), like.bias
     with no_name_scope():
         layer = cls(
-            in_channels=spec_of(like).in_channels, channels=kwargs["num_filter"],
-            kernel_size=kwargs["kernel"], strides=kwargs["stride"], padding=kwargs["pad"],
-            dilation=kwargs["dilate"], groups=kwargs["num_group"], layout=kwargs["layout"],
-            activation=like.act and like.act._act_type, use_bias=like.bias is not None,
-            weight_initializer=like.weight.init,
-            bias_initializer=like.bias.init if like.bias is not None else "zeros",
+            in_channels=channels_per_group(like) * kwargs["num_group"],
+            channels=kwargs["num_filter"], kernel_size=kwargs["kernel"], strides=kwargs["stride"],
+            padding=kwargs["pad"], dilation=kwargs["dilate"], groups=kwargs["num_group"],
+            layout=kwargs["layout"], activation=like.act and like.act._act_type,
+            use_bias=bias is not None, weight_initializer=like.weight.init,
+            bias_initializer="zeros" if bias is None else bias.init,
             prefix=like.prefix, params=ParameterDict(like.params.prefix), **options,
         )  # fmt: skip
-    if like.bias is not None:
-        values["bias"] = (like.bias.list_data(), like.bias.grad_req)
-    for name, (arrays, grad_req) in values.items():
-        model = like.bias if name == "bias" else like.weight
-        parameter = getattr(layer, name)
+    for name, parameter in layer._reg_params.items():
+        model = bias if name == "bias" else like.weight
         parameter.cast(model.dtype)
-        parameter.grad_req = grad_req
+        parameter.grad_req = bias.grad_req if name == "bias" else grad_req
         parameter.lr_mult, parameter.wd_mult = model.lr_mult, model.wd_mult
-        parameter.initialize(init=mx.init.Zero(), ctx=ctx)
-        with autograd.pause():
-            for c, array in zip(ctx, arrays, strict=True):
-                parameter.data(c)[:] = array
+        if name == "weight":
+            put(parameter, {c: as_kept(layer, k) for c, k in zip(ctx, kernels, strict=True)})
+        elif name == "bias":
+            put(parameter, dict(zip(ctx, bias.list_data(), strict=True)))
+        else:
+            parameter.initialize(ctx=ctx)  # as the constant that it starts as
     if like._active:
         layer.hybridize(backend=like._backend, **dict(like._flags))
     return layer
-
-
-@contextmanager
-def no_name_scope() -> Iterator[None]:
-    """Let a block's prefix be the one it is given, in whichever block's `name_scope()` this is."""
-    scope = getattr(_BlockScope._current, "value", None)
-    _BlockScope._current.value = None
-    try:
-        yield
-    finally:
-        _BlockScope._current.value = scope

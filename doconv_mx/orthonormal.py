@@ -13,9 +13,9 @@ from mxnet.ndarray import NDArray
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
 from doconv_mx.bsconv import _BSConvS
-from doconv_mx.compose import native
 from doconv_mx.ordinary import require_values
-from doconv_mx.view import require_block, walk
+from doconv_mx.parameter import native
+from doconv_mx.tree import check_model, walk
 
 
 def orthonormality_loss(
@@ -40,7 +40,7 @@ def orthonormality_loss(
     that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
     """
-    require_block(model)
+    check_model(model)
     alpha = as_number("alpha", alpha)
     weights = list(_weights(model))
     if not weights:

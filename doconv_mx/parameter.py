@@ -1,67 +1,69 @@
-"""W as a Gluon parameter, which knows what to do with the kernel of an ordinary layer's file.
-
-And how one parameter is made like another.
-"""
+"""The parameters of layers that compose a kernel; and how one is made like another."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, Parameter
+from mxnet.gluon import Parameter
 from mxnet.ndarray import NDArray
+from mxnet.util import is_np_array
 
-from doconv_mx.compose import as_w, native
-from doconv_mx.ordinary import is_channels_last
+from doconv_mx.private import loading, tell_of_loads
+
+tell_of_loads()
 
 
-class Weight(Parameter):
-    """The parameter W of a DO-Conv layer; wherever W is loaded without D, D becomes zero.
+class Entry(Parameter):
+    """A parameter of a layer that composes its kernel.
 
-    So the layer computes what was loaded, be it alone or deep in a network. MXNet loads one
-    parameter after the other, in the order of the file, by the `_load_init` of each.
+    Wherever `weight` is loaded without the others, these become what they start as: so the layer
+    computes what was loaded, an ordinary layer's kernel, be it alone or deep in a network.
     """
 
-    def __init__(self, name: str, layer: HybridBlock, **options: Any) -> None:
+    def __init__(self, name: str, layer: Any, **options: Any) -> None:
         super().__init__(name, **options)
         self._layer = layer
 
     def _load_init(self, data: NDArray, *args: Any, **options: Any) -> None:
-        layer, depthwise = self._layer, self._layer.depthwise_weight
-        if depthwise is None:
-            super()._load_init(data, *args, **options)
-            return
-        alone = not _loads(sys._getframe(1), depthwise, self)
-        last, in_channels = is_channels_last(layer), layer._inferred_in_channels()
-        super()._load_init(as_w(data, layer._outline, last, in_channels), *args, **options)
-        if alone:
-            zeros = native(mx.nd.zeros(layer.spec.depthwise_shape, dtype=self.dtype))
-            depthwise._load_init(zeros, self.list_ctx(), True, "saved")
+        loaded, others = loading(), list(self._others().values())
+        if others:
+            if loaded is None:
+                raise RuntimeError(
+                    f"{self.name!r} is being loaded by itself, so that it is not known whether "
+                    f"{others[0].name!r} is loaded as well; use the model's load_parameters(), or "
+                    "load() or load_dict() of its collect_params()."
+                )
+            data = self._layer.as_weight(data)
+        super()._load_init(data, *args, **options)
+        if loaded is not None:
+            loaded.append(self)
+
+    def settle(self, loaded: Sequence[Parameter]) -> None:
+        """Let the others start anew if this is `weight`, which was loaded without any of them."""
+        layer, others = self._layer, self._others()
+        if others and not any(p is other for p in loaded for other in others.values()):
+            shapes = layer.shapes(layer.inferred_in_channels())
+            for name, other in others.items():
+                start = mx.nd.full(shapes[name], layer.kind.constants[name], dtype=self.dtype)
+                Parameter._load_init(other, native(start), self.list_ctx(), True, "saved")
+
+    def _others(self) -> dict[str, Parameter]:
+        """Return the layer's entries beside `weight`, by name, if this is that; else none."""
+        entries: dict[str, Parameter] = self._layer.entries()
+        return entries if entries.pop("weight") is self else {}
 
 
-def _loads(call: FrameType, parameter: Parameter, weight: Parameter) -> bool:
-    """Whether the running `call`, which loads `weight`, loads `parameter` as well.
+def initializer(constant: float) -> Any:
+    """Return what makes a parameter one number throughout, with Gluon's word for that of zero."""
+    return mx.init.Constant(constant) if constant else "zeros"
 
-    MXNet tells a parameter nothing about the call that loads it, and what a layer might remember
-    of one call would be wrong in the next. So this looks into the call itself: the two functions
-    through which MXNet 1.9.1, its last release, loads every file. Raises RuntimeError for others.
-    """
-    route = call.f_globals.get("__name__"), call.f_code.co_name
-    if route == ("mxnet.gluon.block", "load_parameters"):
-        names, parameters = call.f_locals["loaded"], call.f_locals["params"]
-    elif route == ("mxnet.gluon.parameter", "load_dict"):
-        names, parameters = call.f_locals["arg_dict"], call.f_locals["self"]._params
-    else:
-        raise RuntimeError(
-            f"{weight.name!r} is being loaded by {'.'.join(map(str, route))}, of which doconv_mx "
-            f"cannot tell whether it loads {parameter.name!r} as well; use the model's "
-            "load_parameters(), or load() or load_dict() of its collect_params()."
-        )
-    return any(parameters.get(name) is parameter for name in names)
+
+def native(array: Any) -> Any:
+    """Return an `mx.nd` array or symbol as the kind in use: `mx.np`'s after `mx.npx.set_np()`."""
+    return array.as_np_ndarray() if is_np_array() else array
 
 
 def options_of(parameter: Parameter) -> dict[str, Any]:

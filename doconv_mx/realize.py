@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from mxnet.gluon import HybridBlock, nn
 
+from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
+from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.lowering import parts
-from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.networks.shapes import Placed, children, infer, padding
 from doconv_core.state.file import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
-from doconv_mx.bsconv import BSConvS2D, BSConvU2D
-from doconv_mx.do_conv import DOConv2D
+from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.orthonormal import mark_orthonormal
 from doconv_mx.state import load_state
 
@@ -26,8 +28,8 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
     Raises ValueError, by path, for a description that gives no network.
     """
-    placed = infer(network, input_shape)
-    return _filled(Network(network.name), placed, "")
+    made: Network = _filled(Network(network.name), infer(network, input_shape), "")
+    return made
 
 
 def get_model(
@@ -46,23 +48,16 @@ def get_model(
     `collect_params().reset_ctx()` puts it elsewhere.
     Raises ValueError for a name, or a size, of which there is no network.
     """
-    from doconv_core.networks.initialize import initialize
-    from doconv_core.networks.names import describe
 
-    described = describe(name, num_classes=num_classes, in_channels=in_channels)
-    network = for_input(described, input_shape)
-    state = initialize(network, seed)
-    model = build(network)
-    model.initialize()
-    load_state(model, state)
-    return model
+    def initialized(network: nodes.Network) -> Network:
+        model = build(network)
+        model.initialize()
+        return model
 
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names that `get_model` knows, of those that a glob pattern matches."""
-    from doconv_core.networks.names import list_models as known
-
-    return known(pattern)
+    return build_named(
+        initialized, load_state, name, num_classes=num_classes, in_channels=in_channels,
+        input_shape=input_shape, seed=seed,
+    )  # fmt: skip
 
 
 class Network(nn.HybridSequential):
@@ -74,7 +69,7 @@ class Network(nn.HybridSequential):
         super().__init__(prefix=prefix, params=params)
 
     def _alias(self) -> str:
-        return self._name_hint
+        return str(self._name_hint)
 
 
 class _Block(HybridBlock):
@@ -131,33 +126,19 @@ def _block(placed: dict[str, Placed], path: str, prefix: str) -> HybridBlock:
 
 def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     conv = placed.node
-    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
-    return CONVOLUTIONS[kind](placed, prefix)
-
-
-def _ordinary(placed: Placed, prefix: str, cls: Any = nn.Conv2D, **options: Any) -> HybridBlock:
-    conv, channels = placed.node, placed.before[0]
-    layer = cls(
+    channels = placed.before[0]
+    cls: Any = nn.Conv2D
+    options: dict[str, Any] = {}
+    kind = of_word(conv.kind.name)
+    if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
+        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
+        cls, options = LAYER_KINDS[kind.name].realize(cls, conv.kind)
+    layer: HybridBlock = cls(
         in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
         strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,
         use_bias=conv.bias, prefix=prefix, **options,
     )  # fmt: skip
     return mark_orthonormal(layer) if conv.orthonormal else layer
-
-
-def _do_conv(placed: Placed, prefix: str) -> HybridBlock:
-    return _ordinary(placed, prefix, DOConv2D)
-
-
-def _bsconv(placed: Placed, prefix: str) -> HybridBlock:
-    parts(placed.path, placed.node, placed.before)  # refuses groups, by path
-    kind = placed.node.kind
-    if kind.name == "bsconvu":
-        return _ordinary(placed, prefix, BSConvU2D, with_bn=kind.with_bn)
-    return _ordinary(
-        placed, prefix, BSConvS2D, p=kind.p, min_mid_channels=kind.min_mid_channels,
-        with_bn=kind.with_bn,
-    )  # fmt: skip
 
 
 def _batch_norm(placed: Placed, prefix: str) -> HybridBlock:
@@ -185,26 +166,20 @@ def _linear(placed: Placed, prefix: str) -> HybridBlock:
     return nn.Dense(linear.features, use_bias=linear.bias, in_units=placed.before[0], prefix=prefix)
 
 
-CONVOLUTIONS = {
-    "conv": _ordinary,
-    "doconv": _do_conv,
-    "bsconvu": _bsconv,
-    "bsconvs": _bsconv,
-}
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., HybridBlock]] = {
     "relu": lambda prefix: nn.Activation("relu", prefix=prefix),
     "relu6": ReLU6,
     "hard_swish": HardSwish,
     "hard_sigmoid": HardSigmoid,
     "tanh": lambda prefix: nn.Activation("tanh", prefix=prefix),
 }
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[..., HybridBlock]] = {
     nodes.Sequence: nn.HybridSequential,
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[[Placed, str], HybridBlock]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _activation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import mxnet as mx
 import numpy as np
@@ -11,13 +12,15 @@ from mxnet.gluon import Block, Parameter
 
 from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.networks.names import known_name
-from doconv_core.state.file import State, entry, origin_of
-from doconv_core.state.layers import LayerForm, suspect_flattening
-from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
-from doconv_mx.compose import native
+from doconv_core.state.exchange import Holder, export_from, load_into
+from doconv_core.state.file import Array, State, entry
+from doconv_core.state.layers import suspect_flattening
+from doconv_core.state.match import Assignment, Match
 from doconv_mx.layers import check_axes, form_of, layout_of
+from doconv_mx.parameter import native
+from doconv_mx.tree import own_parameters, walk
 
-FRAMEWORK = "mxnet"
+LAST = ("O*I", "I*O")  # layouts of kernels with their channels last
 
 
 def export_state(model: Block) -> State:
@@ -27,18 +30,13 @@ def export_state(model: Block) -> State:
     which blocks were added to theirs. Of several contexts the first is read. Raises TypeError for a
     block without a counterpart in a state or with other parameters, by its path; ValueError for one
     that has no values yet.
+
+    >>> net = mx.gluon.nn.Conv2D(8, 3, in_channels=3)
+    >>> net.initialize()
+    >>> {name: array.shape for name, array in export_state(net).arrays.items()}
+    {'weight': (8, 3, 9), 'bias': (8,)}
     """
-    blocks = _layers(model)
-    layers = _forms(blocks)
-    arrays = {}
-    for path, block in blocks.items():
-        for name, shape in layers[path].shapes.items():
-            array = getattr(block, name).list_data()[0].asnumpy()
-            if name == "weight":
-                array = to_canonical(array, layout_of(block))
-            arrays[entry(path, name)] = array.reshape(shape)
-    network = known_name(getattr(model, "network_name", None))
-    return State(layers, arrays, origin_of(FRAMEWORK, mx.__version__, network))
+    return export_from(_Blocks(model))
 
 
 def load_state(
@@ -51,56 +49,59 @@ def load_state(
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
     a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
     a batch norm's momentum differs.
+
+    >>> net, trained = (mx.gluon.nn.Dense(2, in_units=3) for _ in range(2))
+    >>> net.initialize(), trained.initialize()
+    (None, None)
+    >>> load_state(net, export_state(trained))
+    >>> bool((net.weight.data() == trained.weight.data()).asnumpy().all())
+    True
     """
-    blocks = _layers(model)
-    network = known_name(getattr(model, "network_name", None))
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
-    fitted = fit_state(state, _forms(blocks), **options)
-    assignments = []
-    for path, arrays in fitted.items():
-        for name, array in arrays.items():
-            parameter = getattr(blocks[path], name)
-            if name == "weight":
-                array = _as_kept(array, parameter, layout_of(blocks[path]))
-            dtype = np.dtype(parameter.dtype).name
-            assignments.append(Assignment(entry(path, name), parameter, dtype, array))
-    check_assignments(assignments)
-    with autograd.pause():
-        for _, parameter, dtype, array, _ in assignments:
+    load_into(_Blocks(model), state, match=match, ignore=ignore)
+
+
+class _Blocks(Holder):
+    """The blocks of a model that own parameters. Raises as `export_state` says."""
+
+    framework, version = "mxnet", mx.__version__
+
+    def __init__(self, model: Block) -> None:
+        if not isinstance(model, Block):
+            raise TypeError(f"model must be a Gluon Block; received {type(model).__qualname__}.")
+        self.network = known_name(getattr(model, "network_name", None))
+        check_axes(model)
+        self._blocks = {path: block for path, block in walk(model) if own_parameters(block)}
+        forms = {path: form_of(path, block) for path, block in self._blocks.items()}
+        last = any(layout_of(block) in LAST for block in self._blocks.values())
+        self.layers = suspect_flattening(forms, forms if last else ())
+
+    def get(self, path: str, name: str) -> Array:
+        """Return a copy of an entry, in the first context, as an array."""
+        block = self._blocks[path]
+        array: Array = getattr(block, name).list_data()[0].asnumpy()
+        return to_canonical(array, layout_of(block)) if name == "weight" else array
+
+    def assignment(self, path: str, name: str, array: Array) -> Assignment:
+        """Return what gives an entry this array."""
+        block = self._blocks[path]
+        parameter = getattr(block, name)
+        if name == "weight":
+            array = _as_kept(array, parameter, layout_of(block))
+        return Assignment(entry(path, name), parameter, np.dtype(parameter.dtype).name, array)
+
+    def put(self, assignment: Assignment) -> None:
+        """Copy an array to where its entry is, in every context."""
+        _, parameter, dtype, array, _ = assignment
+        with autograd.pause():
             # Not the NumPy array itself: what has run on a CPU may lie in memory in an order of
             # oneDNN's, over which MXNet copies no other memory.
             values = mx.nd.from_numpy(np.array(array, dtype, order="C"))
             parameter.set_data(native(values))
 
 
-def _layers(model: Block) -> dict[str, Block]:
-    """Return the blocks that own parameters, by path; one that occurs twice by its first."""
-    if not isinstance(model, Block):
-        raise TypeError(f"model must be a Gluon Block; received {type(model).__qualname__}.")
-    found: dict[str, Block] = {}
-
-    def visit(path: str, block: Block) -> None:
-        if block in found.values():
-            return
-        if block.params.keys() or block._reg_params:
-            found[path] = block
-        for name, child in block._children.items():
-            visit(entry(path, name), child)
-
-    visit("", model)
-    check_axes(model)
-    return found
-
-
-def _forms(blocks: dict[str, Block]) -> dict[str, LayerForm]:
-    forms = {path: form_of(path, block) for path, block in blocks.items()}
-    channels_last = any(layout_of(block) in ("O*I", "I*O") for block in blocks.values())
-    return suspect_flattening(forms, forms if channels_last else ())
-
-
-def _as_kept(weight: np.ndarray, parameter: Parameter, layout: str) -> np.ndarray:
+def _as_kept(weight: Array, parameter: Parameter, layout: str) -> Any:
     """Return a canonical weight in the parameter's shape and layout."""
-    if layout in ("O*I", "I*O"):
+    if layout in LAST:
         body = parameter.shape[1:-1]
         weight = from_canonical(weight.reshape(*weight.shape[:2], *body), layout)
     return weight.reshape(parameter.shape)

@@ -1,4 +1,4 @@
-"""Layers that become others where they stand: ordinary convolutions DO-Conv ones, and back.
+"""Making a block another one where it stands, and copying a model.
 
 A block may be known by more than its parent: by a list, a hook, a closure, under a second name. Who
 exchanged it could not find them all, and the model would go on computing with the old one, which
@@ -7,23 +7,22 @@ nobody trains. So the block stays, and changes its class and parameters.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import mxnet as mx
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, Parameter, nn
-from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.gluon import Block, HybridBlock, Parameter
 
-from doconv_core.maths.spec import ConvSpec
-from doconv_mx.compose import as_w
-from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D, _DOConv
 from doconv_mx.ordinary import channels_per_group, has_values, is_channels_last
-from doconv_mx.parameter import Weight, fill, options_of
+from doconv_mx.parameter import Entry, fill, initializer, options_of
+from doconv_mx.tree import parameters, walk
 
-DO_CONV = {nn.Conv1D: DOConv1D, nn.Conv2D: DOConv2D, nn.Conv3D: DOConv3D}
-
-# What the layers of Gluon and of this package make, and layers of another type may lack.
+# What Gluon's convolutions and BSConvs make, and layers of another type may lack.
 _MADE = (
     "_channels", "_in_channels", "_op_name", "_kwargs", "act", "weight", "bias", "_outline",
-    "depthwise_weight", "_in_batches", "_layout", "_deferred", "explained",
+    "_layout", "_deferred", "explained",
 )  # fmt: skip
 # What a block is besides a layer of its type.
 _KEPT = (
@@ -32,48 +31,64 @@ _KEPT = (
 )  # fmt: skip
 
 
-def outline(layer: _Conv, depth_multiplier: int | None = None) -> ConvSpec:
-    """Return an ordinary layer's sizes; where it infers its input channels, as many as groups.
+def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: Any) -> None:
+    """Turn ordinary layers that share one weight into layers of a kind that share their entries.
 
-    Raises ValueError for a depth multiplier below the number of taps.
+    layers: of Gluon's own, alike. types: the kind's, by the ordinary ones. spec: their sizes to be.
+    Where the shape stays, `weight` is the very parameter that it was, so that a trainer keeps it;
+    else a new one. Layers that have no values yet have none afterwards.
     """
-    options, per_group = layer._kwargs, channels_per_group(layer) or 1
-    groups = options["num_group"]
-    return ConvSpec(
-        per_group * groups, options["num_filter"], tuple(options["kernel"]), groups,
-        depth_multiplier,
-    )  # fmt: skip
+    first, old = layers[0], layers[0].weight
+    in_channels = channels_per_group(first) * first._kwargs["num_group"]
+    for layer in layers:
+        layer.__class__, layer._outline = types[type(layer)], spec
+    kind, shapes = first.kind, first.shapes(in_channels)
+    if kind.parameter_shape(spec) == kind.conv(spec).kernel_shape:
+        old.__class__, old._layer = Entry, first
+        _unblock(old)
+        made = {"weight": old}
+    else:
+        made = {"weight": Entry(old.name, first, shape=shapes["weight"], **options_of(old))}
+        fill(made["weight"], old, first.as_weight)
+    for name in kind.names[1:]:
+        if name in shapes:
+            start = {"init": initializer(kind.constants[name]), "allow_deferred_init": True}
+            options = {**options_of(old), **start, "shape": shapes[name]}
+            made[name] = Entry(f"{first.params.prefix}{name}", first, **options)
+            if has_values(old) or old._deferred_init:
+                made[name].initialize(ctx=old.list_ctx())
+    for layer in layers:
+        vars(layer).update(dict.fromkeys(kind.names[1:]))
+        for name, parameter in made.items():
+            set_parameter(layer, name, parameter)
 
 
-def over_parameterize_layers(layers: list[_Conv], spec: ConvSpec) -> None:
-    """Turn ordinary layers that share one weight into DO-Conv layers that share W and D.
+def fold_layers(layers: Sequence[Any]) -> None:
+    """Turn layers of a kind that share their entries into ordinary ones that share the kernel.
 
-    layers: of Gluon's own, alike, of more than one tap. spec: their `outline`. Where `S == M` W is
-    the very parameter that the weight was, so that a trainer keeps it; else a new one. Layers that
-    have no values yet have none afterwards.
+    The kernel is a new parameter, as the entries may be in use elsewhere. Layers that have no
+    values yet have none afterwards.
     """
     first = layers[0]
-    old, in_channels = first.weight, channels_per_group(first) * spec.groups
-    for layer in layers:
-        layer.__class__ = DO_CONV[type(layer)]
-        layer._outline = spec
-    weight_shape, depthwise_shape = first._shapes(in_channels)
-    if spec.depth_multiplier == spec.taps:
-        weight = old
-        weight.__class__, weight._layer = Weight, first
-        _unblock(weight)
+    old = weight = first.weight
+    if not first.composes():
+        if isinstance(weight, Entry):
+            weight.__class__ = Parameter
+            del weight._layer
+    elif has_values(old):
+        weight = first.fold().weight
     else:
-        weight = Weight(old.name, first, **options_of(old), shape=weight_shape)
-        last = is_channels_last(first)
-        fill(weight, old, lambda kernel: as_w(kernel, spec, last, in_channels))
-    options = {**options_of(old), "init": "zeros", "allow_deferred_init": True}
-    name = f"{first.params.prefix}depthwise_weight"
-    depthwise = Parameter(name, shape=depthwise_shape, **options)
-    if has_values(old) or old._deferred_init:
-        depthwise.initialize(default_init=mx.init.Zero(), ctx=old.list_ctx())
+        per_group, size = channels_per_group(first), first._kwargs["kernel"]
+        body = (*size, per_group) if is_channels_last(first) else (per_group, *size)
+        weight = Parameter(old.name, shape=(old.shape[0], *body), **options_of(old))
+        weight._deferred_init = old._deferred_init
     for layer in layers:
         set_parameter(layer, "weight", weight)
-        set_parameter(layer, "depthwise_weight", depthwise)
+        for name in layer.kind.names[1:]:
+            remove_parameter(layer, name)
+        for name in layer.made:
+            vars(layer).pop(name, None)
+        layer.__class__ = layer.ordinary
 
 
 def _unblock(weight: Parameter) -> None:
@@ -86,33 +101,6 @@ def _unblock(weight: Parameter) -> None:
         for array in weight._data or ():
             plain = array.as_nd_ndarray()
             mx.nd.identity(plain.copy(), out=plain)
-
-
-def fold_layers(layers: list[_DOConv]) -> None:
-    """Turn DO-Conv layers that share W and D into ordinary ones that share the kernel.
-
-    The kernel is a new parameter, as W and D may be in use elsewhere. Layers that have no values
-    yet have none afterwards.
-    """
-    first = layers[0]
-    old, spec, per_group = first.weight, first._outline, channels_per_group(first)
-    if first.depthwise_weight is None:
-        weight = old
-        if isinstance(weight, Weight):
-            weight.__class__ = Parameter
-            del weight._layer
-    elif has_values(old):
-        weight = first.fold().weight
-    else:
-        last, size = is_channels_last(first), spec.kernel_size
-        shape = (spec.out_channels, *((*size, per_group) if last else (per_group, *size)))
-        weight = Parameter(old.name, shape=shape, **options_of(old))
-        weight._deferred_init = old._deferred_init
-    for layer in layers:
-        set_parameter(layer, "weight", weight)
-        remove_parameter(layer, "depthwise_weight")
-        del vars(layer)["_outline"]
-        layer.__class__ = layer.ordinary
 
 
 def set_parameter(block: HybridBlock, name: str, parameter: Parameter) -> None:
@@ -140,3 +128,53 @@ def become(block: HybridBlock, other: HybridBlock) -> None:
         vars(block).pop(name, None)
     vars(block).update({**vars(other), **kept})
     block.__class__ = type(other)
+
+
+def copied(model: Block) -> Block:
+    """Return a copy of the model that shares no array with it and can be trained on its own.
+
+    Gluon's blocks cannot all be deep-copied as they are: a hybridized one that has run holds a
+    compiled graph, and a parameter holds its trainer, with the optimizer. The copy has neither. Its
+    gradients are its own, which a copied array would not have.
+    Raises TypeError where the model holds something else that Python cannot copy.
+    """
+    apart: dict[int, Any] = {}  # what copy.deepcopy is to take for the copies of these objects
+    for _, block in walk(model):
+        if isinstance(block, HybridBlock) and block._cached_op is not None:
+            apart[id(block._cached_op)] = None
+    apart |= dict.fromkeys(_outer_scopes(model))
+    with autograd.pause():
+        for parameter in parameters(model):
+            if parameter._trainer is not None:
+                apart[id(parameter._trainer)] = None
+            for array in (*(parameter._data or ()), *(parameter._grad or ())):
+                apart[id(array)] = array.copy()
+        try:
+            new = copy.deepcopy(model, apart)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{type(model).__name__} holds something that cannot be copied ({error}); with "
+                "inplace=True the model itself is changed."
+            ) from error
+    for parameter in parameters(new):
+        if parameter._grad is not None:
+            autograd.mark_variables(parameter._data, parameter._grad, parameter.grad_req)
+    forget_graphs(new)
+    return new
+
+
+def _outer_scopes(model: Block) -> set[int]:
+    """Return the ids of the name scopes around the model in which its blocks were made.
+
+    A block remembers the scope, and by it the block around it, with everything in that one.
+    """
+    own = [block._scope for _, block in walk(model)]
+    outer = {id(scope._old_scope) for scope in own if scope._old_scope is not None}
+    return outer - set(map(id, own))
+
+
+def forget_graphs(model: Block) -> None:
+    """Let every hybridized block build its graph anew when it is called next."""
+    for _, block in walk(model):
+        if isinstance(block, HybridBlock):
+            block._clear_cached_op()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import copy
 import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import mxnet as mx
@@ -19,32 +19,38 @@ from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import ALREADY, COMPUTED, ONE_TAP, REPLACED, SUBCLASS, TIED, place
-from doconv_mx.compose import tied
+from doconv_core.models.report import ALREADY, COMPUTED, REPLACED, SUBCLASS, TIED, place
 from doconv_mx.graph import CONVOLUTIONS, NORMS
-from doconv_mx.ordinary import channels_per_group, no_name_scope
-from doconv_mx.surgery import fold_layers, over_parameterize_layers, set_parameter
-from doconv_mx.view import overridden
+from doconv_mx.ordinary import channels_per_group
+from doconv_mx.private import no_name_scope
+from doconv_mx.surgery import compose_layers, fold_layers, set_parameter
+from doconv_mx.tree import is_replaced
 
 _LAYERS = {1: nn.Conv1D, 2: nn.Conv2D, 3: nn.Conv3D}
-# What takes a D in the graphs of DO-Conv layers; an ordinary graph may have a weight of that name.
-_COMPOSING = {"batch_dot", "broadcast_add", "elemwise_add", "_identity_with_attr_like_rhs"}
+# Why a batch norm of a graph is not fused.
+IN_A_SYMBOL = "an operator of a symbol, where convolutions alone are replaced"
 
 
 @dataclass
 class Node:
-    """A convolution in a graph.
+    """A convolution or a batch norm in a graph.
 
-    name: its weight's in `save_parameters`, without `_weight`. key: that name as it is. layer: one
-    like it. weight: the block's parameter, if it is one. reason: why it is to be left, or None.
+    block: whose graph. name: its weight's or gamma's in `save_parameters`, without `_weight` or
+    `_gamma`. key: that name as it is. layer: an ordinary layer like it. weight: the block's
+    parameter, if it is one. reason: why it is to be left, or None.
     """
 
+    block: SymbolBlock
     name: str
     key: str
-    layer: _Conv
+    layer: Any
     weight: Parameter | None
     reason: str | None
+
+
+def node_of(layer: Any) -> Node | None:
+    """Return the node that a layer describes; None for one of a model's own."""
+    return getattr(layer, "_node", None)
 
 
 def nodes(block: SymbolBlock) -> list[Node]:
@@ -66,27 +72,30 @@ def nodes(block: SymbolBlock) -> list[Node]:
         alike = len({_sizes(user) for user in users[source]}) == 1
         reason = (
             COMPUTED if parameter is None
-            else REPLACED if overridden(block)
+            else REPLACED if is_replaced(block)
             else SUBCLASS if type(block).forward is not SymbolBlock.forward
-            else ONE_TAP if prod(layer._kwargs["kernel"]) == 1
             else None if alike else TIED
         )  # fmt: skip
         key = node["name"] if parameter is None else _key(block, parameter)
         name = key if parameter is None else key.removesuffix("weight").removesuffix("_")
         if composed is not None and name in composed.layers:
             layer, reason = composed.layers[name], ALREADY
-        found.setdefault(key, Node(name, key, layer, parameter, reason))
+        if key not in found:
+            found[key] = layer._node = Node(block, name, key, layer, parameter, reason)
     return list(found.values())
 
 
-def norms(block: SymbolBlock) -> list[tuple[str, str]]:
-    """Return the names and the operators of the batch norms in a block's graph."""
+def norms(block: SymbolBlock) -> list[Node]:
+    """Return the batch norms in a block's graph."""
     described = json.loads(block._cached_graph[1].tojson())["nodes"]
     found = []
     for node in (node for node in described if node["op"] in NORMS):
         gamma = block.params._params.get(described[node["inputs"][1][0]]["name"])
-        name = node["name"] if gamma is None else _key(block, gamma).removesuffix("_gamma")
-        found.append((name, node["op"]))
+        key = node["name"] if gamma is None else _key(block, gamma)
+        layer = nn.BatchNorm(prefix="")
+        name = key if gamma is None else key.removesuffix("_gamma")
+        layer._node = Node(block, name, key, layer, None, IN_A_SYMBOL)
+        found.append(layer._node)
     return found
 
 
@@ -149,59 +158,83 @@ class DOSymbolBlock(SymbolBlock):
 
 def _kernel(layer: Any) -> Symbol:
     """Return the composed kernel as a symbol."""
-    w, d = layer.weight.var(), layer.depthwise_weight.var()
+    entries = {name: parameter.var() for name, parameter in layer.entries().items()}
     with mx.name.Prefix(f"{layer.weight.name}_"):
-        if not channels_per_group(layer):  # only where S == M
-            w, d = tied(mx.sym, None, w, d, layer._outline, layer._kwargs["layout"].find("C"))
-        return layer._compose(mx.sym, w, d)
+        if not channels_per_group(layer):  # only of layers that need no input for it
+            entries = layer.tied(mx.sym, None, entries)
+        return layer.compose(mx.sym, entries)
 
 
-def over_parameterize_nodes(block: SymbolBlock, chosen: list[tuple[str, ConvSpec]]) -> None:
-    """Over-parameterize, in place, the convolutions of these names with these sizes."""
-    found = {node.name: node for node in nodes(block)}
-    if not isinstance(block, DOSymbolBlock):
-        vars(block)["_composed"] = _Composed(type(block), block._cached_graph, {})
-        block.__class__ = DOSymbolBlock
-    for name, spec in chosen:
-        key, layer, weight = found[name].key, found[name].layer, found[name].weight
+def compose_nodes(nodes: Iterable[tuple[Node, Any]], types: Mapping[Any, type[Any]]) -> None:
+    """Over-parameterize nodes in their blocks, in place, to these sizes.
+
+    types: of a kind's layers, by the ordinary ones.
+    """
+    changed = {}
+    for node, spec in nodes:
+        block, layer, weight = node.block, node.layer, node.weight
+        assert weight is not None  # or it would have been left
+        if not isinstance(block, DOSymbolBlock):
+            vars(block)["_composed"] = _Composed(type(block), block._cached_graph, {})
+            block.__class__ = DOSymbolBlock
         if weight.shape is None:
             weight.shape = layer.weight.shape
         set_parameter(layer, "weight", weight)
-        over_parameterize_layers([layer], spec)
-        _set(block, key, layer.weight)
-        _set(block, f"{key.removesuffix('weight')}depthwise_weight", layer.depthwise_weight)
-        block._composed.layers[name] = layer
-    block._put_kernels()
+        compose_layers([layer], types, spec)
+        for name, parameter in layer.entries().items():
+            key = node.key if name == "weight" else f"{node.key.removesuffix('weight')}{name}"
+            _set(block, key, parameter)
+        del layer._node  # of the graph as it was
+        block._composed.layers[node.name] = layer
+        changed[id(block)] = block
+    for block in changed.values():
+        block._put_kernels()
 
 
-def fold_nodes(block: DOSymbolBlock) -> None:
-    """Make a block, in place, what it was before, with the folded kernels."""
-    composed = vars(block).pop("_composed")
-    for layer in composed.layers.values():
-        key = _key(block, layer.weight)
-        del block._reg_params[_key(block, layer.depthwise_weight)]
-        del block.params._params[layer.depthwise_weight.name]
+def fold_nodes(nodes: Iterable[Node]) -> None:
+    """Fold nodes in their blocks, in place; a block without composed kernels is what it was."""
+    changed: dict[int, Any] = {}
+    for node in nodes:
+        block: Any = node.block
+        layer = block._composed.layers.pop(node.name)
+        first, *others = layer.entries().values()
+        key = _key(block, first)
+        for parameter in others:
+            del block._reg_params[_key(block, parameter)]
+            del block.params._params[parameter.name]
         fold_layers([layer])
         _set(block, key, layer.weight)
-    block._cached_graph = composed.graph
-    block.__class__ = composed.kind
-    block._clear_cached_op()
+        changed[id(block)] = block
+    for block in changed.values():
+        if block._composed.layers:
+            block._put_kernels()
+        else:
+            composed = vars(block).pop("_composed")
+            block._cached_graph = composed.graph
+            block.__class__ = composed.kind
+            block._clear_cached_op()
 
 
-def refuse_composition(path: str, block: SymbolBlock) -> None:
-    """Raise NotFoldable for a graph that was made of DO-Conv layers, as of an exported network."""
+def refuse_composition(
+    path: str, block: SymbolBlock, names: Collection[str], operators: Collection[str]
+) -> None:
+    """Raise NotFoldable for a graph that was made of a kind's layers, as of an exported network.
+
+    names: of their entries beside `weight`; an ordinary graph may have a weight of such a name.
+    operators: what takes one of them to compose a kernel.
+    """
     described = json.loads(block._cached_graph[1].tojson())["nodes"]
 
     def users(index: int) -> set[str]:
-        found = set()
+        found: set[str] = set()
         for other, node in enumerate(described):
             if any(source == index for source, *_ in node["inputs"]):
                 found |= users(other) if node["op"] == "Cast" else {node["op"]}
         return found
 
     for index, node in enumerate(described):
-        is_d = node["op"] == "null" and node["name"].endswith("depthwise_weight")
-        if is_d and users(index) & _COMPOSING:
+        entry = node["op"] == "null" and node["name"].endswith(tuple(names))
+        if entry and not users(index).isdisjoint(operators):
             raise NotFoldable(
                 f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
                 "holds no layers: fold the network before it is exported or its features are "
@@ -210,7 +243,7 @@ def refuse_composition(path: str, block: SymbolBlock) -> None:
 
 
 def _key(block: SymbolBlock, parameter: Parameter) -> str:
-    return next(k for k, v in block._reg_params.items() if v is parameter)
+    return next(str(k) for k, v in block._reg_params.items() if v is parameter)
 
 
 def _set(block: SymbolBlock, key: str, parameter: Parameter) -> None:

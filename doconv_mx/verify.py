@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from mxnet.gluon import Block
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.report import largest_difference
-from doconv_mx.view import parameters, within
+from doconv_core.models.verify import flat, largest_difference
+from doconv_mx.tree import parameters
 
 
 def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:
@@ -52,7 +52,7 @@ def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any
             f"{name} had no values for {drawn[0]!r} before this run, which has drawn them at "
             "random: run a model once before it is over-parameterized, folded or compared."
         )
-    return dict(_arrays("", output))
+    return flat(output, _as_array, "arrays")
 
 
 def _own(inputs: Any) -> Any:
@@ -66,18 +66,5 @@ def _own(inputs: Any) -> Any:
     return inputs
 
 
-def _arrays(at: str, output: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of a nested output by their place in it, such as `boxes.0`."""
-    if isinstance(output, NDArray):
-        yield at, output.asnumpy()
-    elif isinstance(output, (bool, int, float, np.generic, np.ndarray)):
-        yield at, np.asarray(output)
-    elif isinstance(output, (tuple, list, Mapping)):
-        parts = output.items() if isinstance(output, Mapping) else enumerate(output)
-        for name, part in parts:
-            yield from _arrays(within(at, str(name)), part)
-    elif output is not None:
-        raise TypeError(
-            f"output {at!r} is a {type(output).__module__}.{type(output).__qualname__}; expected "
-            "arrays or numbers, or tuples, lists and dictionaries of them."
-        )
+def _as_array(value: Any) -> Any:
+    return value.asnumpy() if isinstance(value, NDArray) else None

@@ -1,140 +1,131 @@
-"""A Gluon model as a tree of blocks: walking, counting, copying."""
+"""A Gluon model as the core's tools see it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from math import prod
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, Parameter
+from mxnet.gluon import Block, SymbolBlock
+from mxnet.gluon.nn.basic_layers import _BatchNorm
+from mxnet.gluon.nn.conv_layers import _Conv
 
-_METHODS = ("__call__", "forward", "hybrid_forward")
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.view import Flow, ModelView, Site
+from doconv_core.state.file import entry
+from doconv_mx import batchnorm, graph, symbols
+from doconv_mx.composed import ComposedLayers
+from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.ordinary import is_convolution, obstacle, outline
+from doconv_mx.surgery import copied, forget_graphs
+from doconv_mx.tree import check_model, count, owners, parameters, places, walk
 
 
-def walk(model: Block) -> Iterator[tuple[str, Block]]:
-    """Yield every block once, with the path at which it is met first; a parent before its children.
+class View(ModelView):
+    """A block and all below it, with what is in the graphs of its `SymbolBlock`s.
 
-    A path is what `save_parameters` puts before a parameter's name: the model's own is empty.
+    Of these the convolutions and batch norms are sites of their own. Raises TypeError for what is
+    no block.
     """
-    seen: set[int] = set()
 
-    def visit(path: str, block: Block) -> Iterator[tuple[str, Block]]:
-        if id(block) in seen:
-            return
-        seen.add(id(block))
-        yield path, block
-        for name, child in block._children.items():
-            yield from visit(within(path, name), child)
+    model: Block
 
-    return visit("", model)
+    def __init__(self, model: Block) -> None:
+        check_model(model)
+        self.model = model
+        self._owners: dict[int, list[Block]] | None = None
 
+    def sites(self) -> list[Site]:
+        """Return every block once, a parent before its children, and nodes behind their block."""
+        self._owners = None
+        found = []
+        for block, paths in places(self.model):
+            found.append(Site(paths[0], paths, block))
+            if isinstance(block, SymbolBlock):
+                for node in (*symbols.nodes(block), *symbols.norms(block)):
+                    at = tuple(entry(path, node.name) for path in paths)
+                    found.append(Site(at[0], at, node.layer, block))
+        return found
 
-def all_paths(model: Block) -> dict[int, list[str]]:
-    """Return every path of each block, by its id; of a block in several places, all of them."""
-    found: dict[int, list[str]] = {}
+    def below(self, layer: Block) -> list[Block]:
+        """Return the blocks inside a block."""
+        return [block for _, block in walk(layer)][1:]
 
-    def visit(path: str, block: Block) -> None:
-        found.setdefault(id(block), []).append(path)
-        for name, child in block._children.items():
-            visit(within(path, name), child)
+    def is_convolution(self, layer: Block) -> bool:
+        """Return whether a block is, or is called, a convolution of any kind."""
+        return is_convolution(layer)
 
-    visit("", model)
-    return found
+    def obstacle(self, layer: Any) -> str | None:
+        """Return why a convolution cannot be replaced."""
+        node = symbols.node_of(layer)
+        return obstacle(layer) if node is None else node.reason
 
+    def outline(self, layer: Any) -> ConvSpec:
+        """Return the sizes of an ordinary convolution; of inferred channels as many as groups."""
+        return outline(layer)
 
-def within(path: str, name: str) -> str:
-    """Return the path of what is called `name` in the block at `path`."""
-    return f"{path}.{name}" if path else name
+    def holders(self, layer: Any) -> list[Any]:
+        """Return the layers that have the very weight; None for other uses and other layouts."""
+        if self._owners is None:
+            self._owners = owners(self.model)
+        node = symbols.node_of(layer)
+        if node is not None:  # which shares it with nothing that could be converted with it
+            return [layer if b is node.block else None for b in self._owners[id(node.weight)]]
+        return [
+            block if _is_alike(block, layer) else None for block in self._owners[id(layer.weight)]
+        ]
 
+    def count(self) -> int:
+        """Return how many numbers the parameters have; those of unknown shape have none yet."""
+        return count(self.model)
 
-def own_parameters(block: Block) -> list[Parameter]:
-    """Return the block's own parameters, each once, whether they are its attributes or not."""
-    found = {id(p): p for p in (*block._reg_params.values(), *block.params.values())}
-    return list(found.values())
+    def copied(self, given_up: Sequence[Any] = ()) -> View:
+        """Return the view of a copy; TypeError where the model cannot be copied."""
+        return View(copied(self.model))
 
+    def check_known(self, site: Site, forms: Mapping[str, str]) -> None:
+        """Raise NotFoldable for a symbol that was made of a kind's layers."""
+        if isinstance(site.layer, SymbolBlock) and not isinstance(
+            site.layer, symbols.DOSymbolBlock
+        ):
+            for layers in LAYER_KINDS.values():
+                if isinstance(layers, ComposedLayers):
+                    names, operators = layers.kind.names[1:], layers.operators
+                    symbols.refuse_composition(site.path, site.layer, names, operators)
 
-def parameters(model: Block) -> list[Parameter]:
-    """Return the parameters of the whole model, each once."""
-    found = {id(p): p for _, block in walk(model) for p in own_parameters(block)}
-    return list(found.values())
+    def finish(self, *, changed: bool) -> None:
+        """Let every hybridized block build its graph anew."""
+        forget_graphs(self.model)
 
+    def is_batch_norm(self, layer: Block) -> bool:
+        """Return whether a block is a batch norm."""
+        return isinstance(layer, _BatchNorm)
 
-def count(model: Block) -> int:
-    """Return the number of entries of all parameters; of one whose shape is not known, none."""
-    shapes = (p.shape for p in parameters(model))
-    return sum(prod(shape) for shape in shapes if shape is not None and min(shape, default=1) > 0)
+    def norm_obstacle(self, norm: Any) -> str | None:
+        """Return why a batch norm cannot be fused, wherever it stands."""
+        node = symbols.node_of(norm)
+        return batchnorm.norm_obstacle(norm) if node is None else node.reason
 
+    def flow(self) -> Flow:
+        """Return who follows whom, as far as it can be seen without data."""
+        self._owners = owners(self.model)
+        self._names = Counter(p.name for p in parameters(self.model))
+        return graph.flow(self.model, self._owners, self._names)
 
-def owners(model: Block) -> dict[int, list[Block]]:
-    """Return which blocks own each parameter, by the parameter's id."""
-    found: dict[int, list[Block]] = {}
-    for _, block in walk(model):
-        for parameter in own_parameters(block):
-            found.setdefault(id(parameter), []).append(block)
-    return found
+    def pair_obstacle(self, conv: Any, norm: Any) -> str | None:
+        """Return why this convolution and this batch norm cannot be fused."""
+        assert self._owners is not None  # as `flow` was asked before
+        return batchnorm.pair_obstacle(conv, norm, self._owners, self._names)
 
-
-def overridden(block: Block) -> bool:
-    """Whether this one block has a method of its own in the place of its class's forward."""
-    return any(name in vars(block) for name in _METHODS)
-
-
-def require_block(model: Any) -> None:
-    """Raise TypeError for what is not a Gluon block."""
-    if not isinstance(model, Block):
-        raise TypeError(
-            "model must be a mxnet.gluon.Block; received "
-            f"{type(model).__module__}.{type(model).__qualname__}."
-        )
-
-
-def copied(model: Block) -> Block:
-    """Return a copy of the model that shares no array with it and can be trained on its own.
-
-    Gluon's blocks cannot all be deep-copied as they are: a hybridized one that has run holds a
-    compiled graph, and a parameter holds its trainer, with the optimizer. The copy has neither. Its
-    gradients are its own, which a copied array would not have.
-    Raises TypeError where the model holds something else that Python cannot copy.
-    """
-    apart: dict[int, Any] = {}  # what copy.deepcopy is to take for the copies of these objects
-    for _, block in walk(model):
-        if isinstance(block, HybridBlock) and block._cached_op is not None:
-            apart[id(block._cached_op)] = None
-    apart |= dict.fromkeys(_outer_scopes(model))
-    with autograd.pause():
-        for parameter in parameters(model):
-            if parameter._trainer is not None:
-                apart[id(parameter._trainer)] = None
-            for array in (*(parameter._data or ()), *(parameter._grad or ())):
-                apart[id(array)] = array.copy()
-        try:
-            new = copy.deepcopy(model, apart)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{type(model).__name__} holds something that cannot be copied ({error}); with "
-                "inplace=True the model itself is changed."
-            ) from error
-    for parameter in parameters(new):
-        if parameter._grad is not None:
-            autograd.mark_variables(parameter._data, parameter._grad, parameter.grad_req)
-    forget_graphs(new)
-    return new
+    def fuse(self, conv: Any, norm: Any) -> str | None:
+        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
+        return batchnorm.fuse(conv, norm)
 
 
-def _outer_scopes(model: Block) -> set[int]:
-    """Return the ids of the name scopes around the model in which its blocks were made.
-
-    A block remembers the scope, and by it the block around it, with everything in that one.
-    """
-    own = [block._scope for _, block in walk(model)]
-    outer = {id(scope._old_scope) for scope in own if scope._old_scope is not None}
-    return outer - set(map(id, own))
-
-
-def forget_graphs(model: Block) -> None:
-    """Let every hybridized block build its graph anew when it is called next."""
-    for _, block in walk(model):
-        if isinstance(block, HybridBlock):
-            block._clear_cached_op()
+def _is_alike(block: Block, layer: Any) -> bool:
+    """Return whether a block has a layer's weight as a convolution of the same layout."""
+    return (
+        isinstance(block, _Conv)
+        and block.weight is layer.weight
+        and block._kwargs["layout"] == layer._kwargs["layout"]
+    )

@@ -1,6 +1,7 @@
 """DO-Conv and BSConv for Keras 3: drop-ins for its convolution layers."""
 
 from doconv_core.backends import require_framework
+from doconv_core.networks.names import list_models
 
 require_framework("tf", "keras")
 
@@ -23,7 +24,6 @@ from doconv_tf.bsconv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
-from doconv_tf.bsconv_model import to_bsconv  # noqa: E402
 from doconv_tf.depthwise_conv import (  # noqa: E402
     DODepthwiseConv1D,
     DODepthwiseConv2D,
@@ -31,13 +31,13 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
     DOSeparableConv2D,
 )
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_tf.model import fold, over_parameterize  # noqa: E402
+from doconv_tf.model import fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_tf.orthonormal import (  # noqa: E402
     add_orthonormality,
     mark_orthonormal,
     orthonormality_loss,
 )
-from doconv_tf.realize import build, get_model, list_models  # noqa: E402
+from doconv_tf.realize import build, get_model  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 

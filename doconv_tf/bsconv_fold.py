@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from doconv_core.kinds.bsconv import FORMS, as_choice
 from doconv_core.kinds.bsconv_fold import (
     Folded,
     Normalization,
@@ -17,25 +18,23 @@ from doconv_core.kinds.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.kinds.bsconv_model import as_form
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
-from doconv_core.models.report import AXIS, ONE_TAP, REPLACED, SUBCLASS
+from doconv_core.models.report import REPLACED
+from doconv_tf.batchnorm import axis_obstacle, norm_obstacle
 from doconv_tf.bsconv_parts import DEPTHWISE, PADDING, ZERO_PADDING, pointwise
-from doconv_tf.convolutions import is_replaced, obstacle
+from doconv_tf.composed import ComposedConv
 from doconv_tf.copying import copied
-from doconv_tf.layers import pads
-from doconv_tf.ordinary import like, name_scopes, policy_of
+from doconv_tf.ordinary import is_replaced, like, name_scopes, obstacle, pads, policy_of
 from doconv_tf.orthonormal import unmark
-from doconv_tf.over_parameterized import OverParameterized
 
 _LINEAR = (None, keras.activations.linear)
 
 
-def folded(layer: Any, bsconv: str) -> keras.Layer:
+def folded(layer: Any, form: str) -> keras.Layer:
     """Return the new layers that a BSConv layer folds to, as its `fold` says."""
-    form = as_form(bsconv)
+    as_choice("form", form, FORMS)
     if form == "keep":
         return _sequence(layer, [_ordinary(part) for part in layer.layers])
     check_layer(layer)
@@ -57,7 +56,7 @@ def check_layer(layer: Any) -> None:
     if cls.call is not keras.Sequential.call or is_replaced(layer):
         raise NotFoldable(
             f"{cls.__module__}.{cls.__qualname__} has a call of its own, so the convolution it "
-            "would be folded to might compute something else; bsconv='keep' leaves it."
+            "would be folded to might compute something else; form='keep' leaves it."
         )
     found, expected = [part.name for part in layer.layers], list(layer.spec.names)
     if any(layer.around):
@@ -75,7 +74,7 @@ def is_changed(layer: Any) -> bool:
 
 
 def _ordinary(part: keras.Layer) -> keras.Layer:
-    new = part.fold() if isinstance(part, OverParameterized) else copied(part)
+    new = part.fold() if isinstance(part, ComposedConv) else copied(part)
     unmark(new)
     return new
 
@@ -113,13 +112,7 @@ def _steps(layer: Any) -> list[Step]:
 
 
 def _normalization(norm: Any, layer: Any) -> Normalization:
-    reason, last = None, layer.rank + 1
-    if type(norm) is not keras.layers.BatchNormalization:
-        reason = SUBCLASS
-    elif is_replaced(norm):
-        reason = REPLACED
-    elif norm.axis % (last + 1) != (last if layer.data_format == "channels_last" else 1):
-        reason = AXIS
+    reason = norm_obstacle(norm) or axis_obstacle(layer, norm)
     if reason is not None:
         raise NotFoldable(f"its {norm.name} cannot be folded: {reason}.")
     variables = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
@@ -129,7 +122,7 @@ def _normalization(norm: Any, layer: Any) -> Normalization:
 
 def _depthwise(layer: Any) -> Any:
     part = layer.depthwise
-    if isinstance(part, OverParameterized):
+    if isinstance(part, ComposedConv):
         if is_replaced(part):
             raise NotFoldable(f"its depthwise cannot be folded: {REPLACED}.")
         part.check_foldable()
@@ -146,7 +139,7 @@ def _depthwise(layer: Any) -> Any:
 
 def _check_convolution(part: keras.Layer, known: tuple[type, ...]) -> None:
     reason = obstacle(part) if type(part) in known else f"it is a {type(part).__name__}"
-    if reason not in (None, ONE_TAP):
+    if reason is not None:
         names = " or a ".join(f"keras.layers.{cls.__name__}" for cls in dict.fromkeys(known))
         raise NotFoldable(f"its {part.name} cannot be folded: {reason}; expected a {names}.")
 
@@ -177,7 +170,7 @@ def _merged(layer: Any, values: Folded) -> keras.Layer:
 
 
 def _dense(layer: Any, before: Folded, depthwise: Any) -> keras.Layer:
-    if isinstance(depthwise, OverParameterized):
+    if isinstance(depthwise, ComposedConv):
         depthwise = depthwise.fold()
     kernel = as_array(depthwise.kernel, _layout(depthwise)).reshape(layer.filters, -1)
     dense = fold_dense(before, kernel, as_array(depthwise.bias), _geometry(layer, depthwise))

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_tf.private import has_onednn
 
 
 class Rule(NamedTuple):
@@ -49,8 +50,8 @@ def compose(weight: Any, depthwise: Any, spec: ConvSpec) -> Any:
     """
     dtype = keras.backend.standardize_dtype(weight.dtype)
     if dtype in ("float16", "bfloat16"):
-        wide = (ops.cast(array, "float32") for array in (weight, depthwise))
-        return ops.cast(compose(*wide, spec), dtype)
+        weight, depthwise = ops.cast(weight, "float32"), ops.cast(depthwise, "float32")
+        return ops.cast(compose(weight, depthwise, spec), dtype)
     g, i, o = spec.groups, spec.in_channels_per_group, spec.out_channels_per_group
     w = ops.reshape(weight, (spec.depth_multiplier, i, g, o))
     d = ops.reshape(depthwise, (g, i, spec.taps, spec.depth_multiplier))
@@ -81,15 +82,13 @@ def cut(spec: ConvSpec) -> Cut:
 @cache
 def rule() -> Rule:
     """Return the rule for this process's TensorFlow."""
-    # The only place that tells what was built, asked for by TF_ENABLE_ONEDNN_OPTS, and possible.
-    from tensorflow.python.util import _pywrap_util_port
-
-    return ONEDNN if _pywrap_util_port.IsMklEnabled() else EIGEN
+    return ONEDNN if has_onednn() else EIGEN
 
 
 def _composed(w: Any, d: Any, spec: ConvSpec, blocks: int) -> Any:
     """Return the kernel's `(M, i, g, o)` for W's `(S, i, g, o)` and D's `(g, i, M, S)`."""
     taps, tiles = spec.taps, spec.depth_multiplier // spec.taps
+    back: tuple[int, ...]
     _, i, g, o = shape = w.shape
     if blocks == 1:
         w, back = ops.transpose(w, (2, 1, 0, 3)), (2, 1, 0, 3)

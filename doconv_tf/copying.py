@@ -12,13 +12,26 @@ import copy
 import enum
 import inspect
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from typing import Any
 
 import keras
-from keras.src.ops.function import make_node_key
 
-from doconv_tf.compiled import compiled_parts, uncompile
+from doconv_tf.ordinary import first_occurrences
+from doconv_tf.private import (
+    BOUND,
+    NODES,
+    OF_A_CALL,
+    compiled_parts,
+    has_maker,
+    is_tracked,
+    list_parameters,
+    maker_of,
+    recount,
+    set_keys,
+    set_maker,
+)
+from doconv_tf.surgery import uncompile_all
 
 # What is not copied: what cannot change, and code.
 _ATOMIC = (
@@ -31,10 +44,6 @@ _NOTHING_SPECIAL = {
     None, object.__reduce__, object.__reduce_ex__, getattr(object, "__getstate__", None),
     keras.Layer.__reduce__,
 }  # fmt: skip
-# What Keras gives to each layer on its own: functions that hold the layer.
-_BOUND = ("build", "quantize")
-# What is left of the last call. Its tensors may belong to a graph that is gone.
-_OF_A_CALL = {"_losses": list, "_loss_ids": set, "_losses_override": list}
 
 
 def copied(model: keras.Layer) -> keras.Layer:
@@ -61,8 +70,9 @@ class _Copier:
 
     def copy(self, model: keras.Layer) -> keras.Layer:
         """Return the copy of the model, and of all that it holds."""
-        for part in compiled_parts(model):
-            self._memo[id(part)] = part  # the copy is not compiled, see the end
+        for _, layer in first_occurrences(model):
+            for part in compiled_parts(layer) if isinstance(layer, keras.Model) else ():
+                self._memo[id(part)] = part  # the copy is not compiled, see the end
         copied_model = self._copy(model)
         while self._todo:  # not by recursion: a graph is deeper than Python's stack
             old, new = self._todo.pop()
@@ -72,8 +82,8 @@ class _Copier:
         self._connect_tensors()
         for _, new in reversed(self._done):
             if isinstance(new, keras.Layer) and new.built:
-                new._post_build()  # where Keras runs on PyTorch, it lists the parameters
-        uncompile(copied_model)
+                list_parameters(new)
+        uncompile_all(copied_model)
         return copied_model
 
     def _copy(self, value: Any) -> Any:
@@ -91,16 +101,14 @@ class _Copier:
         if isinstance(value, tuple):
             items = [self._copy(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if type(value) in _CONTAINERS or _is_tracked(value):
+        if type(value) in _CONTAINERS or is_tracked(value):
             return self._container(type(value)(), value)
-        if type(value) is defaultdict:
-            return self._container(defaultdict(value.default_factory), value)
         if _is_plain(value):
             new = _empty(value)
             self._todo.append((value, new))
         else:
             if isinstance(value, (list, dict, set)):  # of another class: their items come first
-                for item in value.values() if isinstance(value, dict) else value:
+                for item in (*value, *value.values()) if isinstance(value, dict) else value:
                     self._copy(item)
             new = copy.deepcopy(value, self._memo)
         self._memo[id(value)] = new
@@ -115,7 +123,7 @@ class _Copier:
             put = new.add if isinstance(old, set) else new.append
             for item in old:
                 put(self._copy(item))
-        if _is_tracked(old):
+        if is_tracked(old):
             new.tracker = self._copy(old.tracker)
         return new
 
@@ -124,62 +132,38 @@ class _Copier:
         for name, value in _slots(old).items():
             object.__setattr__(new, name, self._copy(value))
         for name, value in getattr(old, "__dict__", {}).items():
-            if isinstance(old, keras.Operation) and name in ("_inbound_nodes", "_outbound_nodes"):
+            if isinstance(old, keras.Operation) and name in NODES:
                 continue  # these lead to other models, too
-            if layer and name in _BOUND and name in vars(new):
+            if layer and name in BOUND and name in vars(new):
                 continue
-            if layer and name in _OF_A_CALL:
-                vars(new)[name] = _OF_A_CALL[name]()
+            if layer and name in OF_A_CALL:
+                vars(new)[name] = OF_A_CALL[name]()
                 continue
             try:
                 vars(new)[name] = self._copy(value)
             except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 raise _not_copied(old, f"its attribute {name!r}: {error}") from error
-        if _has_origin(old):
-            self._copy(_node_of(old))
+        if has_maker(old):
+            self._copy(maker_of(old))
 
     def _connect_operations(self) -> None:
         """Give each operation its copied nodes, and each tracker the ids of what it tracks."""
         for old, new in self._done:
             if isinstance(old, keras.Operation):
-                for name in ("_inbound_nodes", "_outbound_nodes"):
+                for name in NODES:
                     nodes = [self._memo.get(id(node)) for node in getattr(old, name)]
                     vars(new)[name] = [node for node in nodes if node is not None]
         for _, new in self._done:
-            if hasattr(new, "stored_ids"):
-                for name, (_, store) in new.config.items():
-                    new.stored_ids[name] = {id(value) for value in store}
+            recount(new)
 
     def _connect_tensors(self) -> None:
         """Give each symbolic tensor its origin, and each function the keys of its nodes."""
         for old, new in self._done:
-            if _has_origin(old):
-                node = self._memo[id(_node_of(old))]
-                new._keras_history = old._keras_history._replace(
-                    operation=node.operation, node_index=_index(node)
-                )
+            if has_maker(old):
+                set_maker(new, old, self._memo[id(maker_of(old))])
         for _, new in self._done:
             if isinstance(new, keras.Function):
-                nodes = [node for nodes in new._nodes_by_depth.values() for node in nodes]
-                new._nodes = {make_node_key(node.operation, _index(node)) for node in nodes}
-
-
-def _is_tracked(value: Any) -> bool:
-    """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
-    return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")
-
-
-def _has_origin(value: Any) -> bool:
-    return getattr(getattr(value, "_keras_history", None), "operation", None) is not None
-
-
-def _node_of(tensor: Any) -> Any:
-    history = tensor._keras_history
-    return history.operation._inbound_nodes[history.node_index]
-
-
-def _index(node: Any) -> int:
-    return next(i for i, other in enumerate(node.operation._inbound_nodes) if other is node)
+                set_keys(new)
 
 
 def _is_plain(value: Any) -> bool:

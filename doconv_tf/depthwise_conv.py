@@ -2,89 +2,37 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
+from doconv_core.maths.spec import ConvSpec, as_depth_multiplier
+from doconv_tf.composed import ComposedConv, ComposedLayers
+from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_tf.over_parameterized import OverParameterized
 
 
 class _Depthwise(OverParameterized):
     """What all of them share: the names of their arguments, and groups of one channel each."""
 
-    layout, multiplier_name = "*CN", "d_multiplier"
-    w_prefix, d_prefix = "depthwise", "d"
-
-    def _standardized(self, **options: Any) -> dict[str, Any]:
-        for name in ("kernel_size", "strides", "dilation_rate"):
-            options[name] = as_tuple(name, options[name], self.rank)
-        options["depth_multiplier"] = as_integer("depth_multiplier", options["depth_multiplier"])
-        return options
+    layout = "*CN"
+    option_names = MappingProxyType({"depth_multiplier": "d_multiplier"})
+    prefixes = MappingProxyType({"weight": "depthwise", "depthwise_weight": "d"})
 
     @classmethod
-    def from_conv(cls, conv: keras.Layer, *, d_multiplier: int | None = None) -> Any:
-        """Return a new layer, built, with the function of a trained ordinary layer.
-
-        As `DOConv2D.from_conv`, for the layer that this one stands in for. d_multiplier: S.
-        """
-        return cls._from_conv(conv, d_multiplier)
-
-    def _spec(self, in_channels: int) -> ConvSpec:
-        in_channels = as_integer("in_channels", in_channels)
-        out_channels = in_channels * self.depth_multiplier
-        sizes = (in_channels, out_channels, self.kernel_size, in_channels, self.d_multiplier)
-        try:
-            return ConvSpec(*sizes)
-        except (TypeError, ValueError) as error:  # what the core says of S, by the name it has here
-            message = str(error).replace("depth_multiplier", "d_multiplier")
-            raise type(error)(message) from None
-
-
-class _DODepthwiseConv(_Depthwise):
-    """What `DODepthwiseConv1D` and `DODepthwiseConv2D` share."""
-
-    def __init__(
-        self,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        depth_multiplier: int = 1,
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        depthwise_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        depthwise_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        depthwise_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        d_multiplier: int | None = None,
-        d_initializer: Any = "zeros",
-        d_regularizer: Any = None,
-        d_constraint: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        sizes = self._standardized(
-            kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier,
-        )  # fmt: skip
-        super().__init__(
-            **sizes, padding=padding, data_format=data_format, activation=activation,
-            use_bias=use_bias, depthwise_initializer=depthwise_initializer,
-            bias_initializer=bias_initializer, depthwise_regularizer=depthwise_regularizer,
-            bias_regularizer=bias_regularizer, activity_regularizer=activity_regularizer,
-            depthwise_constraint=depthwise_constraint, bias_constraint=bias_constraint, **kwargs,
-        )  # fmt: skip
-        self.d_multiplier = d_multiplier
-        self._set_depthwise(self._spec(1), d_initializer, d_regularizer, d_constraint)
+    def _taken(
+        cls, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments, S by the name that it has here."""
+        given, own = super()._taken(args, options)
+        size = given["kernel_size"]
+        own["d_multiplier"] = as_depth_multiplier(own["d_multiplier"], size, name="d_multiplier")
+        return given, own
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv1D(_DODepthwiseConv, keras.layers.DepthwiseConv1D):
+class DODepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv1D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv1D`'s arguments, and by keyword only those of D as in
@@ -93,13 +41,19 @@ class DODepthwiseConv1D(_DODepthwiseConv, keras.layers.DepthwiseConv1D):
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DODepthwiseConv1D(3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 4)
+    >>> type(layer.fold()).__name__
+    'DepthwiseConv1D'
     """
 
     ordinary, rank = keras.layers.DepthwiseConv1D, 1
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv2D(_DODepthwiseConv, keras.layers.DepthwiseConv2D):
+class DODepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv2D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv2D`'s arguments. There `depth_multiplier` already is the number
@@ -113,6 +67,12 @@ class DODepthwiseConv2D(_DODepthwiseConv, keras.layers.DepthwiseConv2D):
     `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DODepthwiseConv2D(3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 4)
+    >>> type(layer.fold()).__name__
+    'DepthwiseConv2D'
     """
 
     ordinary, rank = keras.layers.DepthwiseConv2D, 2
@@ -124,57 +84,13 @@ class _DOSeparableConv(_Depthwise):
     The depthwise kernel is composed; the pointwise kernel has one tap, and is a plain variable.
     """
 
-    kernel_name = w_name = "depthwise_kernel"
-    d_name = "d_kernel"
+    kernel_name = "depthwise_kernel"
+    attributes = MappingProxyType({"depthwise_weight": "d_kernel"})
 
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        depth_multiplier: int = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        depthwise_initializer: Any = "glorot_uniform",
-        pointwise_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        depthwise_regularizer: Any = None,
-        pointwise_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        depthwise_constraint: Any = None,
-        pointwise_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        d_multiplier: int | None = None,
-        d_initializer: Any = "zeros",
-        d_regularizer: Any = None,
-        d_constraint: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        sizes = self._standardized(
-            kernel_size=kernel_size, strides=strides, dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier,
-        )  # fmt: skip
-        super().__init__(
-            as_integer("filters", filters), **sizes, padding=padding, data_format=data_format,
-            activation=activation, use_bias=use_bias, depthwise_initializer=depthwise_initializer,
-            pointwise_initializer=pointwise_initializer, bias_initializer=bias_initializer,
-            depthwise_regularizer=depthwise_regularizer,
-            pointwise_regularizer=pointwise_regularizer, bias_regularizer=bias_regularizer,
-            activity_regularizer=activity_regularizer, depthwise_constraint=depthwise_constraint,
-            pointwise_constraint=pointwise_constraint, bias_constraint=bias_constraint, **kwargs,
-        )  # fmt: skip
-        self.d_multiplier = d_multiplier
-        self._set_depthwise(self._spec(1), d_initializer, d_regularizer, d_constraint)
+    depthwise_kernel = ComposedConv.kernel
 
-    depthwise_kernel = OverParameterized.kernel
-
-    def _add_ordinary(self, spec: ConvSpec) -> None:
-        shape = (*(1,) * self.rank, spec.out_channels, self.filters)
+    def _add_ordinary(self, conv: ConvSpec) -> None:
+        shape = (*(1,) * self.rank, conv.out_channels, self.filters)
         self.pointwise_kernel = self._add("pointwise_kernel", shape, "pointwise", True)
         self.bias = self._add("bias", (self.filters,), "bias", True) if self.use_bias else None
 
@@ -194,6 +110,12 @@ class DOSeparableConv1D(_DOSeparableConv, keras.layers.SeparableConv1D):
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DOSeparableConv1D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 8)
+    >>> type(layer.fold()).__name__
+    'SeparableConv1D'
     """
 
     ordinary, rank = keras.layers.SeparableConv1D, 1
@@ -212,6 +134,18 @@ class DOSeparableConv2D(_DOSeparableConv, keras.layers.SeparableConv2D):
     `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
+
+    >>> layer = DOSeparableConv2D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 8)
+    >>> type(layer.fold()).__name__
+    'SeparableConv2D'
     """
 
     ordinary, rank = keras.layers.SeparableConv2D, 2
+
+
+DO_CONVS = ComposedLayers(
+    DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D, DOSeparableConv1D,
+    DOSeparableConv2D,
+)  # fmt: skip

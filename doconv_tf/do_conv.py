@@ -2,81 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec, as_integer, as_tuple
 from doconv_tf.over_parameterized import OverParameterized
 
 
 class _DOConv(OverParameterized):
-    """What `DOConv1D`, `DOConv2D` and `DOConv3D` share."""
+    """What `DOConv1D`, `DOConv2D` and `DOConv3D` share: the names of D's arguments."""
 
-    layout, multiplier_name = "*IO", "depth_multiplier"
-    w_prefix, d_prefix = "kernel", "depthwise"
-
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int | tuple[int, ...],
-        strides: int | tuple[int, ...] = 1,
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        activation: Any = None,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
-        *,
-        depth_multiplier: int | None = None,
-        depthwise_initializer: Any = "zeros",
-        depthwise_regularizer: Any = None,
-        depthwise_constraint: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        for name in ("lora_rank", "lora_alpha"):
-            if kwargs.get(name) is not None:
-                raise ValueError(self._advice(f"takes no {name}"))
-        filters, groups = as_integer("filters", filters), as_integer("groups", groups)
-        rank = self.rank
-        super().__init__(
-            filters, as_tuple("kernel_size", kernel_size, rank),
-            as_tuple("strides", strides, rank), padding, data_format,
-            as_tuple("dilation_rate", dilation_rate, rank), groups, activation, use_bias,
-            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-            activity_regularizer, kernel_constraint, bias_constraint, **kwargs,
-        )  # fmt: skip
-        self._set_depthwise(
-            ConvSpec(groups, filters, self.kernel_size, groups, depth_multiplier),
-            depthwise_initializer, depthwise_regularizer, depthwise_constraint,
-        )  # fmt: skip
-
-    @classmethod
-    def from_conv(cls, conv: keras.Layer, *, depth_multiplier: int | None = None) -> _DOConv:
-        """Return a new layer, built, with the function of a trained ordinary layer.
-
-        conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied, and
-        those of an activation that is a layer. Name, dtype policy and configuration are kept. D is
-        zero.
-        Raises TypeError for any other layer: a subclass, or one with LoRA, may compute something
-        else. Raises ValueError if it is not built.
-        """
-        return cls._from_conv(conv, depth_multiplier)
-
-    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: Keras would add LoRA's product to W, in a shape that W need not have."""
-        raise NotImplementedError(self._advice("cannot have LoRA"))
-
-    def _spec(self, in_channels: int) -> ConvSpec:
-        sizes = (in_channels, self.filters, self.kernel_size, self.groups, self.depth_multiplier)
-        return ConvSpec(*sizes)
+    prefixes = MappingProxyType({"weight": "kernel", "depthwise_weight": "depthwise"})
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -95,6 +31,12 @@ class DOConv1D(_DOConv, keras.layers.Conv1D):
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv1D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
+    (2, 8, 8)
+    >>> type(layer.fold()).__name__
+    'Conv1D'
     """
 
     ordinary, rank = keras.layers.Conv1D, 1
@@ -111,6 +53,12 @@ class DOConv2D(_DOConv, keras.layers.Conv2D):
     `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv2D(8, 3)
+    >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
+    (2, 8, 8, 8)
+    >>> type(layer.fold()).__name__
+    'Conv2D'
     """
 
     ordinary, rank = keras.layers.Conv2D, 2
@@ -127,6 +75,12 @@ class DOConv3D(_DOConv, keras.layers.Conv3D):
     `(B, O, D', H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv3D(8, 3)
+    >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)
+    (1, 4, 4, 4, 8)
+    >>> type(layer.fold()).__name__
+    'Conv3D'
     """
 
     ordinary, rank = keras.layers.Conv3D, 3

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import keras
 
 from doconv_core.state.layers import OWN
-from doconv_tf.graph import Connections
-from doconv_tf.over_parameterized import OverParameterized
+from doconv_tf.graph import Graph
+from doconv_tf.private import is_operation
 
 _layers = keras.layers
 Flattening: TypeAlias = "tuple[int, ...] | str | None"
@@ -30,8 +30,10 @@ _ELEMENTWISE = (
     _layers.UnitNormalization,
 )  # fmt: skip
 _ELEMENTWISE_OPERATIONS = ("Relu", "Relu6", "Sigmoid", "Silu", "Tanh", "Gelu", "Softplus", "Elu")
-_MERGES = (_layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum, _layers.Multiply)
-_MERGES += (_layers.Subtract,)
+_MERGES = (
+    _layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum, _layers.Multiply,
+    _layers.Subtract,
+)  # fmt: skip
 _MERGING_OPERATIONS = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
 # What has its features on the last axis in every framework.
 _FEATURES_LAST = (
@@ -53,13 +55,12 @@ _SPATIAL = tuple(
 class Flattenings:
     """What is known of the features of a model's layers."""
 
-    def __init__(self, model: keras.Layer, connections: Connections) -> None:
-        self._connections = connections
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
         self._unseen = [
             layer
-            for layer in (model, *model._flatten_layers(include_self=False))
-            if isinstance(layer, (_layers.Flatten, _layers.Reshape))
-            and not connections.calls(layer)
+            for layer in graph.layers
+            if isinstance(layer, (_layers.Flatten, _layers.Reshape)) and not graph.calls(layer)
         ]
 
     def of(self, layer: keras.Layer, features: int) -> Flattening:
@@ -68,7 +69,7 @@ class Flattenings:
         None where it is none, or of one position or one channel, so that the order is the same
         everywhere; `OWN` where that cannot be told. features: of the layer's input.
         """
-        calls = self._connections.calls(layer)
+        calls = self._graph.calls(layer)
         if not calls:
             # Convolutions behind a reshaping are seldom of mixed channels: those are not suspected.
             suspect = not hasattr(layer, "kernel_size")
@@ -91,7 +92,7 @@ class Flattenings:
             if id(image) in seen:
                 continue
             seen.add(id(image))
-            for maker in self._connections.makers(image):
+            for maker in self._graph.makers(image):
                 operation, output = maker.operation, maker.outputs[0]
                 if isinstance(operation, _FEATURES_LAST):
                     continue
@@ -137,7 +138,7 @@ class Flattenings:
             if (id(vector), kept) in seen:
                 continue
             seen.add((id(vector), kept))
-            for maker in self._connections.makers(vector):
+            for maker in self._graph.makers(vector):
                 vectors = [each for each in maker.input_tensors if len(each.shape) == 2]
                 mixing = isinstance(maker.operation, _MIXING)
                 if mixing or not vectors or len(vectors) < len(maker.input_tensors):
@@ -161,7 +162,7 @@ class Flattenings:
         shape = tensor.shape[1:]
         if sum(n != 1 for n in shape) < 2:
             return None
-        format_, first = self.format_of(tensor), getattr(operation, "_channels_first", False)
+        format_, first = self.format_of(tensor), _puts_channels_first(operation)
         if self._is_turned(tensor) and not first:
             return None
         if format_ in (None, OWN):
@@ -184,7 +185,7 @@ class Flattenings:
             to_first = tuple(operation.dims) == (rank, *range(1, rank))
             return to_first and self.format_of(given[0]) == "channels_last"
 
-        return all(map(turned, self._connections.makers(tensor)))
+        return all(map(turned, self._graph.makers(tensor)))
 
     def format_of(self, tensor: Any) -> str | None:
         """Return a tensor's image format; None for what is no image, `OWN` where it is unknown."""
@@ -195,7 +196,7 @@ class Flattenings:
             if id(image) in seen:
                 continue
             seen.add(id(image))
-            for maker in self._connections.makers(image):
+            for maker in self._graph.makers(image):
                 operation = maker.operation
                 if maker.input_tensors and _keeps_format(operation):
                     stack += maker.input_tensors
@@ -211,7 +212,7 @@ class Flattenings:
             if id(vector) in seen:
                 continue
             seen.add(id(vector))
-            for node in self._connections.consumers(vector):
+            for node in self._graph.consumers(vector):
                 output = node.outputs[0]
                 if _reshapes(node.operation) and sum(n != 1 for n in output.shape[1:]) > 1:
                     return True
@@ -224,7 +225,7 @@ def _format_of(maker: Any) -> str | None:
     """Return the image format of what a call gives, as far as the layer called tells it."""
     operation = maker.operation
     if hasattr(operation, "data_format") and not isinstance(operation, _layers.Flatten):
-        return operation.data_format
+        return str(operation.data_format)
     if maker.input_tensors:
         return None if isinstance(operation, _FEATURES_LAST) else OWN
     shape = maker.outputs[0].shape
@@ -234,27 +235,28 @@ def _format_of(maker: Any) -> str | None:
     return next((name for name, channels in formats.items() if channels == 1), OWN)
 
 
-def _is(operation: Any, names: tuple[str, ...]) -> bool:
-    """Return whether this is one of Keras' own operations, which have no public types."""
-    cls = type(operation)
-    return cls.__name__ in names and cls.__module__.startswith("keras.src.ops")
+def _puts_channels_first(operation: Any) -> bool:
+    """Return whether this flattens an image of channels first as one of channels last."""
+    return isinstance(operation, _layers.Flatten) and operation.data_format == "channels_first"
 
 
 def _reshapes(operation: Any) -> bool:
-    return isinstance(operation, (_layers.Flatten, _layers.Reshape)) or _is(operation, ("Reshape",))
+    return isinstance(operation, (_layers.Flatten, _layers.Reshape)) or is_operation(
+        operation, ("Reshape",)
+    )
 
 
 def _keeps_order(operation: Any) -> bool:
-    if isinstance(operation, (*_ELEMENTWISE, *_MERGES)):
-        return not isinstance(operation, OverParameterized)
-    return _is(operation, (*_ELEMENTWISE_OPERATIONS, *_MERGING_OPERATIONS))
+    return isinstance(operation, (*_ELEMENTWISE, *_MERGES)) or is_operation(
+        operation, (*_ELEMENTWISE_OPERATIONS, *_MERGING_OPERATIONS)
+    )
 
 
 def _keeps_format(operation: Any) -> bool:
     return (
         _keeps_order(operation)
         or isinstance(operation, _layers.Concatenate)
-        or _is(operation, ("Concatenate",))
+        or is_operation(operation, ("Concatenate",))
     )
 
 
@@ -268,4 +270,4 @@ def _may_give(layer: keras.Layer, features: int) -> bool:
     shape = (layer.get_build_config() or {}).get("input_shape")
     if not shape or any(n is None for n in shape[1:]):
         return True
-    return prod(shape[1:]) == features and sum(n != 1 for n in shape[1:]) > 1
+    return bool(prod(shape[1:]) == features) and sum(n != 1 for n in shape[1:]) > 1

@@ -1,17 +1,29 @@
 """How the layers of functional and sequential Keras models are connected, nested ones too.
 
-Inside a subclassed model or layer nothing is known: what its `call` does cannot be seen.
+Inside a subclassed model or layer nothing is known: what its `call` does cannot be seen, nor how it
+calls the models inside it. A call is one of Keras' nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
-from doconv_core.maths.geometry import Extra, padded
-from doconv_tf.view import children
+from doconv_core.maths.geometry import Extra
+from doconv_core.models.view import Flow
+from doconv_tf.ordinary import first_occurrences
+from doconv_tf.private import (
+    children,
+    follows_graph,
+    graph_of,
+    is_operation,
+    maker_of,
+    nodes_of,
+    position_of,
+)
 
 _layers, _activations = keras.layers, keras.activations
 _ZERO_PADS = (_layers.ZeroPadding1D, _layers.ZeroPadding2D, _layers.ZeroPadding3D)
@@ -29,29 +41,63 @@ _ZERO_AT_ZERO = (
 _OPERATIONS = ("Elu", "Gelu", "Identity", "LeakyRelu", "Relu", "Relu6", "Selu", "Silu", "Tanh")
 
 
-class Connections:
+UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
+
+
+@dataclass
+class Seen(Flow):
+    """Who follows whom, as the graphs tell.
+
+    times: how often a layer is called, by its id; once more where several layers hold it, since
+    what else they do with it is not known. training: the ids of layers that are asked to train,
+    whatever the model does.
+    """
+
+    times: Counter[int] = field(default_factory=Counter)
+    training: set[int] = field(default_factory=set)
+
+    def add(self, function: keras.Function) -> None:
+        """Add the calls of a graph."""
+        nodes = nodes_of(function)
+        made = {id(tensor): node.operation for node in nodes for tensor in node.outputs}
+        takers: dict[int, list[Any]] = {id(tensor): [None] for tensor in function.outputs}
+        for node in nodes:
+            for tensor in node.input_tensors:
+                takers.setdefault(id(tensor), []).append(node.operation)
+        for node in nodes:
+            key, others = id(node.operation), node.input_tensors[1:]
+            before = [made.get(id(tensor)) for tensor in node.input_tensors]
+            self.before.setdefault(key, []).extend([*before, None] if others else before)
+            after = [taker for tensor in node.outputs for taker in takers.get(id(tensor), [])]
+            self.after.setdefault(key, []).extend(after)
+            self.times[key] += 1
+            if node.arguments.kwargs.get("training") is True:
+                self.training.add(key)
+
+
+class Graph:
     """The calls in all graphs of a model: who gave a layer its input, and who takes its output.
 
-    A call is one of Keras' nodes. Where a graph is nested in another, what is asked for is looked
-    up through its border.
+    Where a graph is nested in another, what is asked for is looked up through its border.
     """
 
     def __init__(self, model: keras.Layer) -> None:
         self._calls: dict[int, list[Any]] = {}
         self._consumers: dict[int, list[Any]] = {}
         self._fed_by: dict[int, list[Any]] = {}
-        for function in _functions(model):
-            for node in _nodes(function):
+        self.layers = [layer for _, layer in first_occurrences(model)]
+        for function in filter(None, map(graph_of, self.layers)):
+            for node in nodes_of(function):
                 self._add(node)
 
     def _add(self, node: Any) -> None:
         self._calls.setdefault(id(node.operation), []).append(node)
         for tensor in node.input_tensors:
             self._consumers.setdefault(id(tensor), []).append(node)
-        inner = _function(node.operation)
+        inner = graph_of(node.operation)
         if inner is not None and len(inner.inputs) == len(node.input_tensors):
             for inside, outside in zip(inner.inputs, node.input_tensors, strict=True):
-                self._fed_by.setdefault(id(_maker(inside)), []).append(outside)
+                self._fed_by.setdefault(id(maker_of(inside)), []).append(outside)
 
     def calls(self, layer: keras.Layer) -> list[Any]:
         """Return the calls of a layer in the model's graphs; none of one that is in no graph."""
@@ -59,10 +105,10 @@ class Connections:
 
     def makers(self, tensor: Any) -> list[Any]:
         """Return the calls that may have made a tensor; more than one in a graph called twice."""
-        node = _maker(tensor)
-        inner = _function(node.operation)
+        node = maker_of(tensor)
+        inner = graph_of(node.operation)
         if inner is not None:
-            return self.makers(inner.outputs[tensor._keras_history.tensor_index])
+            return self.makers(inner.outputs[position_of(tensor)])
         outside = self._fed_by.get(id(node), [])
         return [maker for each in outside for maker in self.makers(each)] or [node]
 
@@ -88,9 +134,41 @@ class Connections:
                 found.add(())
                 continue
             own = (pad.padding,) if isinstance(pad, _ZERO_PADS[0]) else pad.padding
-            own = tuple((before, after) for before, after in own)
-            found |= {padded(own, [more]) for more in self._zeros(maker.input_tensors[0])}
+            for more in self._zeros(maker.input_tensors[0]):
+                both = zip(own, more or [(0, 0)] * len(own), strict=True)
+                found.add(tuple((b + before, a + after) for (b, a), (before, after) in both))
         return found
+
+    def flow(self) -> Seen:
+        """Return who follows whom, where a graph alone says how its layers are called."""
+        seen, opaque = Seen(), self._opaque()
+        for layer in self.layers:
+            function = graph_of(layer)
+            if function is not None and follows_graph(layer) and id(layer) not in opaque:
+                seen.add(function)
+        held = Counter(id(child) for layer in self.layers for child in children(layer))
+        for key, count in held.items():
+            if count > 1 and seen.times[key]:
+                seen.times[key] += 1
+        for layer in self.layers:
+            if id(layer) in seen.training:
+                seen.training |= {id(inner) for _, inner in first_occurrences(layer)}
+        seen.unseen = {id(layer): UNKNOWN for layer in self.layers if not seen.times[id(layer)]}
+        return seen
+
+    def _opaque(self) -> set[int]:
+        """Return the ids of the layers that are called, at any depth, by a `call` in no structure.
+
+        It may train a model inside it, whatever itself is asked for, or take a single layer out of
+        it. `TimeDistributed` calls what it holds plainly, and passes `training` on.
+        """
+        opaque: set[int] = set()
+        for layer in self.layers:
+            seen = graph_of(layer) is not None and follows_graph(layer)
+            plain = type(layer) is _layers.TimeDistributed and "call" not in vars(layer)
+            if not (seen or plain):
+                opaque |= {id(inner) for _, inner in first_occurrences(layer)[1:]}
+        return opaque
 
 
 def _keeps_zeros(operation: Any) -> bool:
@@ -99,9 +177,7 @@ def _keeps_zeros(operation: Any) -> bool:
         return operation.activation in _ZERO_AT_ZERO
     if type(operation) is _layers.ReLU:
         return not operation.threshold
-    own = type(operation).__module__.startswith("keras.src.ops")
-    named = own and type(operation).__name__ in _OPERATIONS
-    return named or type(operation) in _KEEP_ZEROS
+    return type(operation) in _KEEP_ZEROS or is_operation(operation, _OPERATIONS)
 
 
 def ordered_children(layer: keras.Layer) -> list[keras.Layer]:
@@ -117,35 +193,10 @@ def ordered_children(layer: keras.Layer) -> list[keras.Layer]:
     return sorted(held, key=lambda child: place.get(id(child), len(place)))
 
 
-def _functions(layer: keras.Layer) -> Iterator[keras.Function]:
-    for each in (layer, *layer._flatten_layers(include_self=False)):
-        function = _function(each)
-        if function is not None:
-            yield function
-
-
-def _function(operation: Any) -> keras.Function | None:
-    """Return the graph of a functional or sequential model; None for anything else."""
-    if isinstance(operation, keras.Function):
-        return operation
-    if isinstance(operation, keras.Sequential):
-        return operation._functional
-    return None
-
-
-def _nodes(function: keras.Function) -> list[Any]:
-    return [node for nodes in function._nodes_by_depth.values() for node in nodes]
-
-
-def _maker(tensor: Any) -> Any:
-    history = tensor._keras_history
-    return history.operation._inbound_nodes[history.node_index]
-
-
 def _in_order(function: keras.Function) -> list[Any]:
     """Return a graph's calls, depth first from its outputs, each after those that it depends on."""
-    inside, done, order = {id(node) for node in _nodes(function)}, set(), []
-    stack = [(_maker(tensor), False) for tensor in reversed(function.outputs)]
+    inside, done, order = {id(node) for node in nodes_of(function)}, set(), []
+    stack = [(maker_of(tensor), False) for tensor in reversed(function.outputs)]
     while stack:
         node, expanded = stack.pop()
         if id(node) in done or id(node) not in inside:
@@ -155,5 +206,5 @@ def _in_order(function: keras.Function) -> list[Any]:
             order.append(node)
             continue
         stack.append((node, True))
-        stack += [(_maker(tensor), False) for tensor in reversed(node.input_tensors)]
+        stack += [(maker_of(tensor), False) for tensor in reversed(node.input_tensors)]
     return order

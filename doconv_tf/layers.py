@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from doconv_core.maths.geometry import Geometry, Pad, causal, cropped, padded, same, symmetric
+from doconv_core.maths.geometry import Geometry, cropped, padded, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import REPLACED
 from doconv_core.state.layers import (
@@ -24,18 +24,12 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import unsupported_layer
-from doconv_tf.convolutions import is_replaced
-from doconv_tf.depthwise_conv import (
-    DODepthwiseConv1D,
-    DODepthwiseConv2D,
-    DOSeparableConv1D,
-    DOSeparableConv2D,
-)
-from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
+from doconv_tf.composed import ComposedConv, ComposedLayers
 from doconv_tf.flattening import Flattenings
-from doconv_tf.graph import Connections
-from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.view import children
+from doconv_tf.graph import Graph
+from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.ordinary import CONVS, DEPTHWISE_CONVS, SEPARABLE_CONVS, is_replaced, pads, spec_of
+from doconv_tf.private import children
 
 _layers = keras.layers
 
@@ -56,14 +50,14 @@ class Part(NamedTuple):
 class Surroundings(NamedTuple):
     """What a model tells of its layers' neighbours."""
 
-    connections: Connections
+    graph: Graph
     flattenings: Flattenings
 
 
 def surroundings(model: keras.Layer) -> Surroundings:
     """Return what the model's graphs, if it has any, tell of its layers' neighbours."""
-    connections = Connections(model)
-    return Surroundings(connections, Flattenings(model, connections))
+    graph = Graph(model)
+    return Surroundings(graph, Flattenings(graph))
 
 
 def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, Part]:
@@ -76,7 +70,7 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     own = own_weights(layer)
     names = [weight.name for weight in own]
     path = path or layer.name
-    function = FORMS.get(type(layer))
+    function = reader_of(layer)
     if function is None:
         raise unsupported_layer(path, layer, names)
     if is_replaced(layer):
@@ -110,116 +104,100 @@ class _NoCounterpart(Exception):
     """Why a layer of a known type has no counterpart."""
 
 
-def _part(form: LayerForm, layout: str = "", positions: Any = None, **variables: Any) -> Part:
-    variables = {name: variable for name, variable in variables.items() if variable is not None}
-    return Part(form, variables, layout, positions)
+def _part(
+    layer: Any,
+    around: Surroundings,
+    spec: Any,
+    layout: str = "",
+    *,
+    features: int | None = None,
+    kind: bool | str = False,
+    geometry: Geometry | None = None,
+    **variables: Any,
+) -> Part:
+    """Return a layer as a state has it, with the variables that there are.
+
+    features: of its input, where that may be a flattened image. kind: that composes its kernel.
+    """
+    given = {name: variable for name, variable in variables.items() if variable is not None}
+    found = None if features is None else around.flattenings.of(layer, features)
+    positions = found if isinstance(found, tuple) and geometry is None else None
+    flattening = CHANNELS_FIRST if isinstance(found, tuple) else found
+    bias = not given.keys().isdisjoint({"bias", "beta"})
+    form = LayerForm(spec, kind, bias, "gamma" in given, geometry, flattening)
+    return Part(form, given, layout, positions)
 
 
-def pads(layer: Any) -> tuple[Pad, ...]:
-    """Return the padding of a convolution, which Keras says in words."""
-    size, dilation = layer.kernel_size, layer.dilation_rate
-    if layer.padding == "same":
-        return same(size, layer.strides, dilation)
-    if layer.padding == "causal":
-        return causal(size, dilation)
-    return symmetric([0] * len(size))
-
-
-def _geometry(layer: Any, around: Surroundings) -> Geometry:
-    padding = padded(pads(layer), around.connections.zeros_before(layer))
-    return Geometry(layer.strides, layer.dilation_rate, padding)
+def _convolution(
+    layer: Any, around: Surroundings, spec: Any, layout: str, **variables: Any
+) -> Part:
+    """Return a convolution as a state has it, with the zeros that are added before it."""
+    padding = padded(pads(layer), around.graph.zeros_before(layer))
+    geometry = Geometry(layer.strides, layer.dilation_rate, padding)
+    composed = isinstance(layer, ComposedConv)
+    features = (layer.kind.conv(spec) if composed else spec).in_channels
+    kind = layer.kind.name if composed else False
+    return _part(
+        layer, around, spec, layout, features=features, kind=kind, geometry=geometry, **variables
+    )
 
 
 def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
-    if isinstance(layer, OverParameterized):
-        return {"": _over_parameterized(layer, around, layer.bias)}
-    if isinstance(layer, (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)):
-        return {"": _depthwise(layer, layer.kernel, around, layer.bias)}
-    channels, outputs = layer.kernel.shape[-2:]
-    spec = ConvSpec(channels * layer.groups, outputs, layer.kernel_size, layer.groups)
-    options = _options(layer, channels * layer.groups, around)
-    form = LayerForm(spec, bias=layer.bias is not None, **options)
-    return {"": _part(form, "*IO", weight=layer.kernel, bias=layer.bias)}
-
-
-def _options(layer: Any, channels: int, around: Surroundings) -> dict[str, Any]:
-    """Return what a convolution's place in the model tells of its form."""
-    flattening, _ = _flattening(layer, channels, around)
-    return {"geometry": _geometry(layer, around), "flattening": flattening}
-
-
-def _over_parameterized(layer: Any, around: Surroundings, bias: Any) -> Part:
-    depthwise = getattr(layer, layer.d_name)
-    options = _options(layer, layer.spec.in_channels, around)
-    form = LayerForm(layer.spec, depthwise is not None, bias is not None, **options)
-    weights = {"weight": layer._kernel, "depthwise_weight": depthwise}
-    return _part(form, layer.layout, **weights, bias=bias)
-
-
-def _depthwise(layer: Any, kernel: Any, around: Surroundings, bias: Any) -> Part:
-    channels, each = kernel.shape[-2:]
-    spec = ConvSpec(channels, channels * each, layer.kernel_size, channels)
-    form = LayerForm(spec, bias=bias is not None, **_options(layer, channels, around))
-    return _part(form, "*CN", weight=kernel, bias=bias)
+    if isinstance(layer, ComposedConv):
+        found = layer.spec, layer.layout, layer.entries()
+    else:
+        layout = "*CN" if isinstance(layer, DEPTHWISE_CONVS) else "*IO"
+        found = spec_of(layer), layout, {"weight": layer.kernel}
+    spec, layout, weights = found
+    return {"": _convolution(layer, around, spec, layout, **weights, bias=layer.bias)}
 
 
 def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
     """Return the two convolutions that a separable one is, as other frameworks have it."""
-    if isinstance(layer, OverParameterized):
-        depthwise = _over_parameterized(layer, around, None)
+    if isinstance(layer, ComposedConv):
+        spec, weights = layer.spec, layer.entries()
     else:
-        depthwise = _depthwise(layer, layer.depthwise_kernel, around, None)
+        spec, weights = spec_of(layer), {"weight": layer.depthwise_kernel}
+    depthwise = _convolution(layer, around, spec, "*CN", **weights)
     ones, none = (1,) * layer.rank, symmetric((0,) * layer.rank)
-    spec = ConvSpec(depthwise.form.spec.out_channels, layer.filters, ones)
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=Geometry(ones, ones, none))
-    pointwise = _part(form, "*IO", weight=layer.pointwise_kernel, bias=layer.bias)
+    kernel = layer.pointwise_kernel
+    spec = ConvSpec(kernel.shape[-2], layer.filters, ones)
+    geometry = Geometry(ones, ones, none)
+    pointwise = _part(layer, around, spec, "*IO", geometry=geometry, weight=kernel, bias=layer.bias)
     return {"depthwise": depthwise, "pointwise": pointwise}
 
 
 def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     outputs, channels = layer.kernel.shape[-2:]
-    spec = TransposedConvSpec(channels, outputs, layer.kernel_size)
     given = layer.output_padding or (None,) * len(layer.kernel_size)
     numbers = zip(layer.kernel_size, layer.strides, layer.dilation_rate, given, strict=True)
     crops = tuple(cropped(layer.padding, *each) for each in numbers)
     # A zero before the input is as many positions of output as the stride.
     uses = {
         tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
-        for use in around.connections.zeros_before(layer)
+        for use in around.graph.zeros_before(layer)
     }
-    geometry = Geometry(layer.strides, layer.dilation_rate, padded(crops, uses))
-    flattening, _ = _flattening(layer, channels, around)
-    form = LayerForm(spec, bias=layer.bias is not None, geometry=geometry, flattening=flattening)
-    return {"": _part(form, "*OI", weight=layer.kernel, bias=layer.bias)}
+    part = _part(
+        layer, around, TransposedConvSpec(channels, outputs, layer.kernel_size), "*OI",
+        features=channels, weight=layer.kernel, bias=layer.bias,
+        geometry=Geometry(layer.strides, layer.dilation_rate, padded(crops, uses)),
+    )  # fmt: skip
+    return {"": part}
 
 
 def _linear(layer: Any, around: Surroundings) -> dict[str, Part]:
     features, units = layer.kernel.shape
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        LinearSpec(features, units), bias=layer.bias is not None, flattening=flattening
-    )
-    return {"": _part(form, "IO", positions, weight=layer.kernel, bias=layer.bias)}
-
-
-def _flattening(layer: Any, features: int, around: Surroundings) -> tuple[str | None, Any]:
-    found = around.flattenings.of(layer, features)
-    if found is None or found == OWN:
-        return found, None
-    return CHANNELS_FIRST, found
+    weights = {"weight": layer.kernel, "bias": layer.bias}
+    spec = LinearSpec(features, units)
+    return {"": _part(layer, around, spec, "IO", features=features, **weights)}
 
 
 def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
-    features = layer.moving_mean.shape[0]
     _check_axis(layer, around)
-    # Keras' momentum is the weight of the old statistics.
-    spec = BatchNormSpec(features, layer.epsilon, 1 - layer.momentum)
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        spec, bias=layer.beta is not None, scale=layer.gamma is not None, flattening=flattening
-    )
     statistics = {"running_mean": layer.moving_mean, "running_var": layer.moving_variance}
-    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta, **statistics)}
+    # Keras' momentum is the weight of the old statistics.
+    spec = BatchNormSpec(layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum)
+    return _norm(layer, around, spec, **statistics)
 
 
 def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -232,12 +210,12 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
         raise _NoCounterpart(
             f"a layer norm over axis {axis} of {rank}, which is not the last, has no counterpart"
         )
-    return _norm(layer, around, lambda features: LayerNormSpec(features, layer.epsilon))
+    return _norm(layer, around, LayerNormSpec(_features(layer), layer.epsilon))
 
 
 def _check_axis(layer: Any, around: Surroundings) -> None:
     """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
-    for call in around.connections.calls(layer):
+    for call in around.graph.calls(layer):
         tensor = call.input_tensors[0]
         rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
         channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
@@ -250,10 +228,7 @@ def _check_axis(layer: Any, around: Surroundings) -> None:
 
 def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     _check_axis(layer, around)
-
-    def spec(features: int) -> GroupNormSpec:
-        return GroupNormSpec(features, layer.groups, layer.epsilon)
-
+    spec = GroupNormSpec(_features(layer), layer.groups, layer.epsilon)
     part = _norm(layer, around, spec)[""]
     if part.positions is None:
         return {"": part}
@@ -261,17 +236,14 @@ def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     return {"": part._replace(form=replace(part.form, flattening=OWN), positions=None)}
 
 
-def _norm(layer: Any, around: Surroundings, spec: Callable[[int], Any]) -> dict[str, Part]:
-    like = layer.gamma if layer.gamma is not None else layer.beta
-    features = like.shape[0]
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(
-        spec(features),
-        bias=layer.beta is not None,
-        scale=layer.gamma is not None,
-        flattening=flattening,
-    )
-    return {"": _part(form, "", positions, gamma=layer.gamma, beta=layer.beta)}
+def _features(norm: Any) -> int:
+    features: int = (norm.gamma if norm.gamma is not None else norm.beta).shape[0]
+    return features
+
+
+def _norm(layer: Any, around: Surroundings, spec: Any, **statistics: Any) -> dict[str, Part]:
+    weights = {"gamma": layer.gamma, "beta": layer.beta, **statistics}
+    return {"": _part(layer, around, spec, features=spec.features, **weights)}
 
 
 def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -283,23 +255,18 @@ def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
         raise _NoCounterpart(
             "a slope for each position has no counterpart; name the spatial axes in shared_axes"
         )
-    features = sizes[0] if sizes else 1
-    flattening, positions = _flattening(layer, features, around)
-    form = LayerForm(PReLUSpec(features), flattening=flattening)
-    return {"": _part(form, "", positions, alpha=layer.alpha)}
+    spec = PReLUSpec(sizes[0] if sizes else 1)
+    return {"": _part(layer, around, spec, features=spec.features, alpha=layer.alpha)}
 
 
 def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
     spec = EmbeddingSpec(*layer.embeddings.shape)
-    return {"": _part(LayerForm(spec), "", weight=layer.embeddings)}
+    return {"": _part(layer, around, spec, weight=layer.embeddings)}
 
 
 FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
-    **dict.fromkeys((_layers.Conv1D, _layers.Conv2D, _layers.Conv3D), _conv),
-    **dict.fromkeys((_layers.DepthwiseConv1D, _layers.DepthwiseConv2D), _conv),
-    **dict.fromkeys((_layers.SeparableConv1D, _layers.SeparableConv2D), _separable),
-    **dict.fromkeys((DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv1D, DODepthwiseConv2D), _conv),
-    **dict.fromkeys((DOSeparableConv1D, DOSeparableConv2D), _separable),
+    **dict.fromkeys((*CONVS, *DEPTHWISE_CONVS), _conv),
+    **dict.fromkeys(SEPARABLE_CONVS, _separable),
     **dict.fromkeys(
         (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose), _transposed
     ),
@@ -310,3 +277,12 @@ FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
     _layers.PReLU: _prelu,
     _layers.Embedding: _embedding,
 }
+
+
+def reader_of(layer: keras.Layer) -> Callable[[Any, Surroundings], dict[str, Part]] | None:
+    """Return the function for a layer of this very type; None where it has no counterpart."""
+    cls = type(layer)
+    for layers in LAYER_KINDS.values():
+        if isinstance(layers, ComposedLayers) and cls in layers.types.values():
+            cls = cls.ordinary
+    return FORMS.get(cls)

@@ -1,4 +1,4 @@
-"""Whole Keras models: over-parameterize every convolution, fold all of them again, compare.
+"""Whole Keras models: over-parameterize every convolution, fold all of them again.
 
 A layer is converted where it stands, so that it stays the same object: wherever it is used, in a
 functional model's graph, in lists and attributes, in wrappers or by several models, that holds on.
@@ -6,38 +6,28 @@ functional model's graph, in lists and attributes, in wrappers or by several mod
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
-from doconv_core.kinds.bsconv_model import FoldReport, as_form
-from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import (
-    NOT_SELECTED,
-    REPLACED,
-    TIED,
-    Converted,
-    Left,
-    Report,
-    Selection,
-    Where,
-    place,
-)
-from doconv_tf.batchnorm import fuse_batchnorms
-from doconv_tf.bsconv_convert import plan_bsconvs
-from doconv_tf.convolutions import CONVOLUTIONS, REPLACEMENTS, is_replaced, obstacle
-from doconv_tf.orthonormal import is_marked, unmark
-from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.surgery import count_parameters, finish, replaced, require_built
-from doconv_tf.view import first_occurrences
+from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
+from doconv_core.models import convert
+from doconv_core.models.fold import fold as fold_layers
+from doconv_core.models.report import Converted
+from doconv_core.models.select import Where
+from doconv_tf.bsconv import BN_OPTIONS
+from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.view import View
 
 
 def over_parameterize(
     model: keras.Layer,
     *,
+    kind: str = "doconv",
     where: Where = None,
-    depth_multiplier: int | None = None,
     inplace: bool = False,
+    **options: Any,
 ) -> Converted:
     """Return the model with DO layers for its convolutions, and a report of what was done.
 
@@ -49,8 +39,10 @@ def over_parameterize(
 
     where: which of them; a glob pattern on the path or several, a type, or a predicate on (path,
     layer), as `doconv_core.Selection` takes it. A path is made of the layers' names, which need not
-    be unique in a subclassed model; a pattern then means all of its path.
-    depth_multiplier: S, for all of them; None for each one's number of taps M.
+    be unique in a subclassed model; a pattern then means all of its path. A layer that several
+    layers hold is asked for by each path.
+    kind: what they become; "doconv", or another registered kind that changes no output. options:
+    the kind's, for all of them; of "doconv" depth_multiplier, S, or None for each one's taps M.
     inplace: change the model itself, whose layers stay the objects they were; otherwise a copy is
     made, and `model` stays as it was.
 
@@ -61,22 +53,25 @@ def over_parameterize(
     that would go on with the former layers; ValueError for what is not built, and, with the layer's
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
     matches nothing.
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    >>> trained, report = over_parameterize(model)
+    >>> print(report)
+    over-parameterized 1 layer, left 0; parameters: 112 before, 355 after (+216.96%)
+      Conv2D -> DOConv2D (1)
+        conv
     """
-    require_built("", model)
-    selection = Selection(where)
-    chosen, left = _choose(model, selection)
-    selection.warn()
-    new = {id(layer): _over_parameterized(path, layer, depth_multiplier) for path, layer in chosen}
-    before = count_parameters(model)
-    target, changed = replaced(model, new, inplace)
-    if changed:
-        finish(target)
-    parts = tuple(changed), tuple(left), before, count_parameters(target)
-    return Converted(target, Report("over-parameterized", *parts))
+    return convert.over_parameterize(
+        View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
+    )
 
 
 def fold(
-    model: keras.Layer, *, fuse_batchnorm: bool = False, bsconv: str = "keep", inplace: bool = False
+    model: keras.Layer,
+    *,
+    form: str | Mapping[str, str] | None = None,
+    fuse_batchnorm: bool = False,
+    inplace: bool = False,
 ) -> Converted:
     """Return the model with ordinary layers for its DO and BSConv layers, and a report.
 
@@ -84,12 +79,14 @@ def fold(
     nothing of this package is left in the model, in its configuration or in its files, no
     orthonormality loss either. A model without such layers is returned as it is.
 
-    bsconv: what BSConv layers become. "keep": a `keras.Sequential` of the same parts. "merge": one
-    of a pointwise and a depthwise convolution, with batch norms in the former. "dense": one
-    convolution; where it has zeros `around`, a `keras.Sequential` of zero padding and that. Each is
-    exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
-    Merging makes two pointwise convolutions one with more operations where the channels between are
-    few; dense has about as many times more as the kernel has taps.
+    form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
+    it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):
+    a `keras.Sequential` of the same parts; "merge": one of a pointwise and a depthwise convolution,
+    with batch norms in the former; "dense": one convolution, and where it has zeros `around`, a
+    `keras.Sequential` of zero padding and that. Each is exact, but none is always fastest: the
+    report, a `FoldReport`, has the cost of all three. Merging makes two pointwise convolutions one
+    with more operations where the channels between are few; dense has about as many times more as
+    the kernel has taps.
 
     fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
     of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
@@ -100,77 +97,58 @@ def fold(
     `training=False`, which is what calling, `predict` and `verify` do.
 
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
-    computes exactly, ValueError for another form of BSConv, and TypeError and ValueError as
+    computes exactly, ValueError for a form that there is not, and TypeError and ValueError as
     `over_parameterize` does; before anything is changed.
+
+    >>> from doconv_tf import DOConv2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), DOConv2D(4, 3, name="conv")])
+    >>> folded, report = fold(model)
+    >>> report.changed
+    (Change(path='conv', before='DOConv2D', after='Conv2D'),)
     """
-    require_built("", model)
-    form = as_form(bsconv)
-    new: dict[int, keras.Layer | None] = {
-        id(layer): _folded(path, layer)
-        for path, layer in first_occurrences(model)
-        if isinstance(layer, OverParameterized)
-    }
-    plan = plan_bsconvs(model, form)
-    before = count_parameters(model)
-    order = {path: n for n, (path, _) in reversed(list(enumerate(first_occurrences(model))))}
-    target, changed = replaced(model, new | plan.layers, inplace)
-    left = list(plan.left)
-    marked = [layer for _, layer in first_occurrences(target) if is_marked(layer)]
-    for layer in marked:
-        unmark(layer)
-    if fuse_batchnorm:
-        fused, kept = fuse_batchnorms(target)
-        changed, left = [*changed, *fused], [*left, *kept]
-        changed = sorted(changed, key=lambda change: order.get(change.path, len(order)))
-    if changed or marked:
-        finish(target)
-    parts = tuple(changed), tuple(left), before, count_parameters(target)
-    if plan.choices:
-        return Converted(target, FoldReport("folded", *parts, form, plan.choices))
-    return Converted(target, Report("folded", *parts))
-
-
-def _choose(
-    model: keras.Layer, selection: Selection
-) -> tuple[list[tuple[str, keras.Layer]], list[Left]]:
-    """Return the layers to replace and those to leave, with their paths, in the model's order."""
-    layers = first_occurrences(model)
-    owners = Counter(
-        id(variable)
-        for _, layer in layers
-        for variable in (*layer._trainable_variables, *layer._non_trainable_variables)
+    return fold_layers(
+        View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
-    chosen, left = [], []
-    for path, layer in layers:
-        if not isinstance(layer, CONVOLUTIONS):
-            continue
-        reason = obstacle(layer)
-        if reason is None and any(owners[id(variable)] > 1 for variable in layer.variables):
-            reason = TIED
-        if reason is None and not selection(path, layer):
-            reason = NOT_SELECTED
-        if reason is None:
-            chosen.append((path, layer))
-        else:
-            left.append(Left(path, type(layer).__name__, reason))
-    return chosen, left
 
 
-def _over_parameterized(path: str, layer: keras.Layer, depth_multiplier: int | None) -> keras.Layer:
-    require_built(path, layer)
-    cls = REPLACEMENTS[type(layer)]
-    try:
-        return cls.from_conv(layer, **{cls.multiplier_name: depth_multiplier})
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("d_multiplier", "depth_multiplier")
-        raise type(error)(f"{place(path)}: {message}") from None
+def to_bsconv(
+    model: keras.Layer,
+    variant: str = "u",
+    *,
+    kernel_sizes: Any = KERNEL_SIZES,
+    p: float = P,
+    min_mid_channels: int = MIN_MID_CHANNELS,
+    with_bn: bool = False,
+    bn_options: Mapping[str, Any] | None = None,
+    where: Where = None,
+    start: str = "weights",
+    inplace: bool = False,
+) -> Converted:
+    """Return the model with BSConvs for its convolutions, and a report of what was done.
 
+    Every `keras.layers.Conv1D`, `Conv2D` and `Conv3D`, exactly, with groups=1 and one of the kernel
+    sizes, becomes the BSConv with its arguments. The function changes: train the model on. What is
+    left as it is, is in the report with its reason.
 
-def _folded(path: str, layer: OverParameterized) -> keras.Layer:
-    require_built(path, layer)
-    try:
-        if is_replaced(layer):
-            raise NotFoldable(f"{REPLACED}.")
-        return layer.fold()
-    except NotFoldable as error:
-        raise NotFoldable(f"{place(path)}: {error}") from None
+    variant: "u" or "s". kernel_sizes: which; an entry that is an integer stands for that size in
+    each number of dimensions. p, min_mid_channels, with_bn, bn_options: as the layers take them.
+    where, inplace, and what is kept: as in `over_parameterize`, which comes after this one.
+    start: "weights" begins with the BSConv that is nearest to each trained kernel, and the report
+    says how much of its variance that explains; "random" throws the kernels away.
+
+    Raises TypeError and ValueError for arguments that give no layer, for a model that is not built,
+    and for a kernel that is not finite, with its path; before anything is changed. Warns where
+    `where` matches nothing.
+    Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    >>> model, report = to_bsconv(model, "s")
+    >>> report.changed
+    (Change(path='conv', before='Conv2D', after='BSConvS2D'),)
+    """
+    view = View(model)
+    options = replacement(
+        variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
+        bn_options=bn_options, allowed=BN_OPTIONS, start=start,
+    )  # fmt: skip
+    return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)

@@ -1,14 +1,134 @@
-"""Making a layer like another: between Keras' ordinary layers and those that stand in for them."""
+"""Keras' ordinary layers: which of a model are convolutions, and making one like another."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
 from keras import ops
+
+from doconv_core.maths.geometry import Pad, causal, same, symmetric
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import QUANTIZED, REPLACED, SUBCLASS, TRANSPOSED, place
+from doconv_tf.private import children
+
+_layers = keras.layers
+CONVS = (_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
+DEPTHWISE_CONVS = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
+SEPARABLE_CONVS = (_layers.SeparableConv1D, _layers.SeparableConv2D)
+ORDINARY = (*CONVS, *DEPTHWISE_CONVS, *SEPARABLE_CONVS)
+_TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose)
+_RECURRENT = (_layers.ConvLSTM1D, _layers.ConvLSTM2D, _layers.ConvLSTM3D)
+CONVOLUTIONS = (*ORDINARY, *_TRANSPOSED, *_RECURRENT)
+
+
+def walk(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
+    """Yield the layer and all below it, with their paths; a shared one wherever it occurs."""
+    yield path, layer
+    for child in children(layer):
+        yield from walk(child, below(path, child))
+
+
+def first_occurrences(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
+    """Return what `walk` yields, a layer that occurs several times by its first path alone."""
+    found: dict[int, tuple[str, keras.Layer]] = {}
+    todo = [("", layer)]
+    while todo:
+        path, each = todo.pop()
+        if id(each) not in found:  # or else what is below it has been found, too
+            found[id(each)] = (path, each)
+            todo += reversed([(below(path, child), child) for child in children(each)])
+    return list(found.values())
+
+
+def below(path: str, child: keras.Layer) -> str:
+    """Return the path of a layer that the layer at `path` holds."""
+    return f"{path}.{child.name}" if path else str(child.name)
+
+
+def require_built(path: str, layer: keras.Layer) -> None:
+    """Raise TypeError for what is not a layer, ValueError for one that is not built."""
+    if not isinstance(layer, keras.Layer):
+        raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
+    if not layer.built:
+        raise ValueError(
+            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its "
+            "layers or their weights are not there yet; call the model on data, or its build(), "
+            "first."
+        )
+
+
+def count_parameters(model: keras.Layer) -> int:
+    """Return the number of the model's parameters, moving statistics included."""
+    return sum(math.prod(variable.shape) for variable in model.weights)
+
+
+def obstacle(layer: keras.Layer) -> str | None:
+    """Return why a convolution cannot be replaced, whatever it is to become; None where it can."""
+    if type(layer) in _TRANSPOSED:
+        return TRANSPOSED
+    if type(layer) in _RECURRENT:
+        return "recurrent"
+    if type(layer) not in ORDINARY:
+        return SUBCLASS
+    if layer.quantization_mode is not None:
+        return QUANTIZED
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled"
+    return REPLACED if is_replaced(layer) else None
+
+
+def is_replaced(layer: keras.Layer) -> bool:
+    """Return whether this one layer has a method of its own in the place of its class's call."""
+    return not vars(layer).keys().isdisjoint(("call", "convolution_op"))
+
+
+def spec_of(layer: Any) -> ConvSpec:
+    """Return the sizes of an ordinary convolution, of a separable one those of its depthwise part.
+
+    Of one that is not built, with as few channels as there can be.
+    """
+    if isinstance(layer, (*DEPTHWISE_CONVS, *SEPARABLE_CONVS)):
+        separable = isinstance(layer, SEPARABLE_CONVS)
+        kernel = "depthwise_kernel" if separable else "kernel"
+        channels = getattr(layer, kernel).shape[-2] if layer.built else 1
+        outputs = channels * layer.depth_multiplier
+        return ConvSpec(channels, outputs, layer.kernel_size, channels)
+    channels = layer.kernel.shape[-2] * layer.groups if layer.built else layer.groups
+    return ConvSpec(channels, layer.filters, layer.kernel_size, layer.groups)
+
+
+def pads(layer: Any) -> tuple[Pad, ...]:
+    """Return the padding of a convolution, which Keras says in words."""
+    size, dilation = layer.kernel_size, layer.dilation_rate
+    if layer.padding == "same":
+        return same(size, layer.strides, dilation)
+    if layer.padding == "causal":
+        return causal(size, dilation)
+    return symmetric([0] * len(size))
+
+
+def check_ordinary(cls: type[Any], conv: keras.Layer) -> None:
+    """Raise TypeError or ValueError where `cls.from_conv` cannot take over this layer."""
+    if type(conv) is not cls.ordinary:
+        raise TypeError(
+            f"{cls.__name__}.from_conv takes over a keras.layers.{cls.ordinary.__name__}, "
+            f"exactly; received {type(conv).__module__}.{type(conv).__qualname__}."
+        )
+    if getattr(conv, "lora_enabled", False) or conv.quantization_mode is not None:
+        raise TypeError(
+            f"{cls.__name__}.from_conv needs a layer whose kernel is a plain variable; layer "
+            f"{conv.name!r} is quantized or has LoRA enabled."
+        )
+    if not conv.built:
+        raise ValueError(
+            f"layer {conv.name!r} is not built, so it has no kernel to take over. Build it, or "
+            f"create a {cls.__name__} in its place."
+        )
 
 
 def policy_of(layer: keras.Layer) -> Any:
@@ -19,9 +139,7 @@ def policy_of(layer: keras.Layer) -> Any:
     return policy
 
 
-def like(
-    old: keras.Layer, cls: type[keras.Layer], options: dict[str, Any] | None = None
-) -> keras.Layer:
+def like(old: keras.Layer, cls: type[Any], options: dict[str, Any] | None = None) -> Any:
     """Return a new, built `cls` with the arguments of `old`, and all its variables but the kernel.
 
     options: further arguments, or others.

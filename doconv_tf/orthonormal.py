@@ -6,7 +6,6 @@ with a layer, and what it adds to a model's losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,9 +13,8 @@ from keras import ops
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
-from doconv_tf.view import first_occurrences
-
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+from doconv_tf.ordinary import CONVS, first_occurrences
+from doconv_tf.private import kernel_variable
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -57,6 +55,11 @@ def orthonormality_loss(model: keras.Layer, alpha: float = ALPHA) -> Any:
     Raises ValueError for a model that has no such weight, as a sum of nothing would hide it;
     TypeError for what is not a layer and for an alpha that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> from doconv_tf import BSConvS2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
+    >>> float(orthonormality_loss(model)) > 0
+    True
     """
     alpha = as_number("alpha", alpha)
     total, *norms = [norm(conv.kernel) for conv in _marked(model)]
@@ -73,6 +76,12 @@ def add_orthonormality(model: keras.Layer, alpha: float = ALPHA) -> None:
     it again sets another weight; 0 takes the loss out. `fit` compiles its step anew; a model that
     holds this one and was fitted before has to be compiled again.
     Raises as `orthonormality_loss` does.
+
+    >>> from doconv_tf import BSConvS2D
+    >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
+    >>> add_orthonormality(model, 0.1)
+    >>> len(model.losses)
+    1
     """
     alpha = as_number("alpha", alpha)
     for conv in _marked(model):
@@ -89,8 +98,13 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
     its kernel, around the one that it has; copies and files of the model have it too.
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+
+    >>> conv = mark_orthonormal(keras.layers.Conv2D(4, 1))
+    >>> conv.build((None, 8, 8, 4))
+    >>> float(orthonormality_loss(conv)) > 0
+    True
     """
-    if not isinstance(conv, _CONVOLUTIONS):
+    if not isinstance(conv, CONVS):
         raise TypeError(
             f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
         )
@@ -113,7 +127,7 @@ def unmark(conv: keras.Layer) -> None:
 def is_marked(layer: keras.Layer) -> bool:
     """Return whether `orthonormality_loss` counts the layer's weight."""
     regularizer = getattr(layer, "kernel_regularizer", None)
-    return isinstance(layer, _CONVOLUTIONS) and isinstance(regularizer, Orthonormality)
+    return isinstance(layer, CONVS) and isinstance(regularizer, Orthonormality)
 
 
 def norm(kernel: Any) -> Any:
@@ -138,31 +152,23 @@ def _wide(dtype: Any) -> str:
 def _regularize(conv: keras.Layer, regularizer: Any) -> None:
     conv.kernel_regularizer = regularizer
     if conv.built:
-        conv._kernel.regularizer = regularizer
+        kernel_variable(conv).regularizer = regularizer
 
 
 def _marked(model: keras.Layer) -> list[Any]:
     """Return the convolutions that count; the errors are those of `orthonormality_loss`."""
     if not isinstance(model, keras.Layer):
         raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
-    found = list(_distinct(layer for _, layer in first_occurrences(model) if is_marked(layer)))
+    found = [layer for _, layer in first_occurrences(model) if is_marked(layer)]
     if not found:
         raise ValueError(
             f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1D, "
             "BSConvS2D or BSConvS3D that is built, nor a convolution that was given to "
             "mark_orthonormal."
         )
+    distinct: dict[int, Any] = {}  # a weight that is tied counts once
     for conv in found:
         if not conv.built:
             raise ValueError(f"layer {conv.name!r} is not built; call the model on data first.")
-    return found
-
-
-def _distinct(convs: Iterator[keras.Layer]) -> Iterator[keras.Layer]:
-    """Yield those whose kernels differ: a weight that is tied counts once."""
-    seen: set[int] = set()
-    for conv in convs:
-        key = id(conv._kernel) if conv.built else id(conv)
-        if key not in seen:
-            seen.add(key)
-            yield conv
+        distinct.setdefault(id(kernel_variable(conv)), conv)
+    return list(distinct.values())

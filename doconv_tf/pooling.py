@@ -12,7 +12,7 @@ from doconv_core.maths.spec import as_integer
 _PACKAGE = "doconv"
 
 
-class _Padded:
+class _Padded(keras.layers.Layer):
     """What both poolings share; `around`: rows and columns added on every side."""
 
     def __init__(

@@ -8,13 +8,13 @@ from typing import Any
 
 import keras
 
+from doconv_core.kinds.base import SeparableKind, of_word
 from doconv_core.networks import nodes
+from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.lowering import parts
-from doconv_core.networks.shapes import Placed, children, for_input, infer, padding
+from doconv_core.networks.shapes import Placed, children, infer, padding
 from doconv_core.state.file import entry
-from doconv_tf.bsconv import BSConvS2D, BSConvU2D
-from doconv_tf.depthwise_conv import DODepthwiseConv2D
-from doconv_tf.do_conv import DOConv2D
+from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.orthonormal import mark_orthonormal
 from doconv_tf.pooling import PaddedAveragePooling2D, PaddedMaxPooling2D
 from doconv_tf.state import load_state
@@ -32,6 +32,10 @@ def build(
     None for the network's own. Keras initializes the weights;
     `doconv_core.networks.initialize` does as the papers do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> from doconv_core.networks.names import describe
+    >>> build(describe("resnet18_doconv", num_classes=5)).output_shape
+    (None, 5)
     """
     return _model(infer(network, input_shape), "", network.name)
 
@@ -50,23 +54,15 @@ def get_model(
     in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
     None for the network's own. seed: of the weights, which are the same in every framework.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> model = get_model("cifar_resnet20_doconv", num_classes=10)
+    >>> model.output_shape
+    (None, 10)
     """
-    from doconv_core.networks.initialize import initialize
-    from doconv_core.networks.names import describe
-
-    described = describe(name, num_classes=num_classes, in_channels=in_channels)
-    network = for_input(described, input_shape)
-    state = initialize(network, seed)
-    model = build(network)
-    load_state(model, state)
-    return model
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names that `get_model` knows, of those that a glob pattern matches."""
-    from doconv_core.networks.names import list_models as known
-
-    return known(pattern)
+    return build_named(
+        build, load_state, name, num_classes=num_classes, in_channels=in_channels,
+        input_shape=input_shape, seed=seed,
+    )  # fmt: skip
 
 
 class _Names:
@@ -102,7 +98,7 @@ def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _channels_first() -> bool:
-    return keras.config.image_data_format() == "channels_first"
+    return bool(keras.config.image_data_format() == "channels_first")
 
 
 def _axis(shape: tuple[int, ...]) -> int:
@@ -146,38 +142,29 @@ def _concat(placed: dict[str, Placed], path: str, x: Any, names: _Names) -> Any:
 
 
 def _convolution(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    conv = placed.node
-    kind = conv.kind.name if prod(conv.kernel_size) > 1 else "conv"  # which has nothing to separate
-    return CONVOLUTIONS[kind](placed, name, x, names)
-
-
-def _ordinary(
-    placed: Placed,
-    name: str,
-    x: Any,
-    names: _Names,
-    dense: type[keras.Layer] = _layers.Conv2D,
-    depthwise: type[keras.Layer] = _layers.DepthwiseConv2D,
-) -> Any:
     conv, channels = placed.node, placed.before[0]
-    pad, x = _padded(conv, name, x, names)
-    options = {"strides": conv.stride, "padding": pad, "use_bias": conv.bias, "name": name}
     groups = conv.groups or channels
-    if groups == channels > 1 and conv.channels % channels == 0:
-        layer = depthwise(conv.kernel_size, depth_multiplier=conv.channels // channels, **options)
-    else:
-        layer = dense(conv.channels, conv.kernel_size, groups=groups, **options)
-    if conv.orthonormal:
-        mark_orthonormal(layer)
-    return layer(x)
-
-
-def _padded(conv: nodes.Conv, name: str, x: Any, names: _Names) -> tuple[str, Any]:
-    """Return Keras' word for a convolution's padding, and its input, padded where need be."""
     word, pads = _padding(conv)
+    options = {"strides": conv.stride, "padding": word, "use_bias": conv.bias, "name": name}
+    kind = of_word(conv.kind.name) if prod(conv.kernel_size) > 1 else None  # nothing to separate
+    depthwise = groups == channels > 1 and conv.channels % channels == 0
+    cls: Any = _layers.DepthwiseConv2D if depthwise else _layers.Conv2D
+    if isinstance(kind, SeparableKind):  # whose padding is to come behind its first parts
+        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
+        options["around"], pads, cls = pads, (0, 0), _layers.Conv2D
+    elif depthwise:
+        options["depth_multiplier"] = conv.channels // channels
+    else:
+        options["groups"] = groups
+    if kind is not None:
+        cls, more = LAYER_KINDS[kind.name].realize(cls, conv.kind)
+        options |= more
     if any(pads):
         x = _layers.ZeroPadding2D(pads, name=names.free(f"{name}_pad"))(x)
-    return word, x
+    if not issubclass(cls, _layers.DepthwiseConv2D):
+        options["filters"] = conv.channels
+    layer = cls(kernel_size=conv.kernel_size, **options)
+    return (mark_orthonormal(layer) if conv.orthonormal else layer)(x)
 
 
 def _padding(conv: nodes.Conv) -> tuple[str, tuple[int, ...]]:
@@ -190,34 +177,11 @@ def _padding(conv: nodes.Conv) -> tuple[str, tuple[int, ...]]:
     return "valid", pads
 
 
-def _do_conv(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    return _ordinary(placed, name, x, names, DOConv2D, DODepthwiseConv2D)
-
-
-def _bsconv(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    conv, kind = placed.node, placed.node.kind
-    described = dict(parts(placed.path, conv, placed.before).children)
-    norm = described.get("batch_norm", described.get("batch_norm1"))
-    word, pads = _padding(conv)
-    options = {"padding": word, "around": pads, "use_bias": conv.bias, "name": name}
-    if norm is not None:
-        options |= {"with_bn": True, "bn_options": _norm_options(norm)}
-    if kind.name == "bsconvu":
-        return BSConvU2D(conv.channels, conv.kernel_size, conv.stride, **options)(x)
-    options |= {"p": kind.p, "min_mid_channels": kind.min_mid_channels}
-    return BSConvS2D(conv.channels, conv.kernel_size, conv.stride, **options)(x)
-
-
 def _batch_norm(placed: Placed, name: str, x: Any, names: _Names) -> Any:
-    options = _norm_options(placed.node)
-    return _layers.BatchNormalization(_axis(placed.before), **options, name=name)(x)
-
-
-def _norm_options(norm: nodes.BatchNorm) -> dict[str, Any]:
-    return {
-        "momentum": 1 - norm.momentum, "epsilon": norm.epsilon, "center": norm.affine,
-        "scale": norm.affine,
-    }  # fmt: skip
+    norm = placed.node
+    return _layers.BatchNormalization(
+        _axis(placed.before), 1 - norm.momentum, norm.epsilon, norm.affine, norm.affine, name=name
+    )(x)
 
 
 def _pool(placed: Placed, name: str, x: Any, names: _Names) -> Any:
@@ -243,12 +207,6 @@ def _layer(make: Callable[[Any, str], keras.Layer]) -> Callable[..., Any]:
     return lambda placed, name, x, names: make(placed.node, name)(x)
 
 
-CONVOLUTIONS = {
-    "conv": _ordinary,
-    "doconv": _do_conv,
-    "bsconvu": _bsconv,
-    "bsconvs": _bsconv,
-}
 BLOCKS = {
     nodes.Sequence: _through,
     nodes.Residual: _residual,

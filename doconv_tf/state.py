@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from doconv_core.kinds.base import Array
 from doconv_core.maths.layout import (
     from_canonical,
     from_channels_first,
@@ -20,7 +21,7 @@ from doconv_core.state.file import State, entry, origin_of
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
 from doconv_tf.graph import ordered_children
-from doconv_tf.layers import FORMS, Part, own_weights, parts_of, surroundings
+from doconv_tf.layers import Part, own_weights, parts_of, reader_of, surroundings
 
 FRAMEWORK = "keras"
 
@@ -33,6 +34,10 @@ def export_state(model: keras.Layer) -> State:
     assigned; in a functional model that in which data meets them, one branch after the other.
     Raises TypeError for a layer without a counterpart in a state or with other weights, ValueError
     for one that is not built or shares its path, by its path.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    >>> {name: array.shape for name, array in export_state(model).arrays.items()}
+    {'head.weight': (2, 4), 'head.bias': (2,)}
     """
     parts = _parts(model)
     arrays = {
@@ -55,12 +60,20 @@ def load_state(
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
     a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
     a batch norm's momentum differs.
+
+    >>> model, other = (keras.Sequential([keras.layers.Dense(2)]) for _ in range(2))
+    >>> for each in (model, other):
+    ...     each.build((None, 4))
+    >>> load_state(other, export_state(model), match="order")
+    >>> bool(ops.all(model.layers[0].kernel == other.layers[0].kernel))
+    True
     """
     parts = _parts(model)
     forms = {path: part.form for path, part in parts.items()}
     network = known_name(model.name)
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
-    fitted = fit_state(state, forms, **options)
+    fitted = fit_state(
+        state, forms, match=match, ignore=ignore, framework=FRAMEWORK, network=network
+    )
     assignments = []
     for path, part in parts.items():
         for name, variable in part.variables.items():
@@ -80,7 +93,7 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
         for below, part in parts_of(path, layer, around).items():
             place = entry(path, below) if below else path
             parts[place] = part
-            if not around.connections.calls(layer):
+            if not around.graph.calls(layer):
                 unseen.add(place)
     forms = suspect_flattening({path: part.form for path, part in parts.items()}, unseen)
     return {path: part._replace(form=forms[path]) for path, part in parts.items()}
@@ -93,8 +106,7 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):
-        known = isinstance(layer, tuple(FORMS))
-        if not layer.built and (not path or known):
+        if not layer.built and (not path or reader_of(layer) is not None):
             name = path or layer.name
             raise ValueError(f"layer {name!r} is not built; call the model, or its build(), first.")
         if id(layer) in seen or not own_weights(layer):
@@ -115,28 +127,31 @@ def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
         yield from _walk(entry(path, child.name), child)
 
 
-def _to_array(variable: Any, part: Part, name: str) -> np.ndarray:
-    array = ops.convert_to_numpy(variable)
+def _to_array(variable: Any, part: Part, name: str) -> Array:
+    array: Array = ops.convert_to_numpy(variable)
     if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
         array = array.astype(np.float32)
     if name == "weight" and part.layout:
         array = to_canonical(array, part.layout)
     array = array.reshape(part.form.shapes[name])
-    if _is_flattened(part, name):
-        array = to_channels_first(array, part.positions)
-    return array.copy()
+    positions = _positions(part, name)
+    return array.copy() if positions is None else to_channels_first(array, positions).copy()
 
 
-def _from_array(array: np.ndarray, part: Part, name: str) -> np.ndarray:
-    if _is_flattened(part, name):
-        array = from_channels_first(array, part.positions)
+def _from_array(array: Array, part: Part, name: str) -> Array:
+    positions = _positions(part, name)
+    if positions is not None:
+        array = from_channels_first(array, positions)
     if name == "weight" and part.layout:
-        spec = part.form.spec
-        shape = getattr(spec, "parameter_shape", None) or getattr(spec, "kernel_shape", array.shape)
+        form = part.form
+        spec, composed = form.spec, form.composed
+        shape = getattr(spec, "kernel_shape", array.shape)
+        if composed is not None:
+            shape, spec = composed.parameter_shape(spec), composed.conv(spec)
         return from_canonical(array.reshape(shape), part.layout, getattr(spec, "groups", 1))
     return array.reshape(part.variables[name].shape)
 
 
-def _is_flattened(part: Part, name: str) -> bool:
-    """Whether the entry's last axis is a flattened image, to be reordered."""
-    return part.positions is not None and not (part.form.kind == "linear" and name == "bias")
+def _positions(part: Part, name: str) -> tuple[int, ...] | None:
+    """Return the size of the image that the entry's last axis is, flattened, to be reordered."""
+    return None if part.form.kind == "linear" and name == "bias" else part.positions

@@ -1,81 +1,135 @@
-"""Replacing layers of a Keras model, where they stand or in a copy."""
+"""Making a layer of a Keras model another kind of layer, where it stands, and what that asks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import functools
+import inspect
+import types
+from typing import Any
 
 import keras
 
-from doconv_core.models.report import Change, place
-from doconv_tf.become import become, keep_parts
-from doconv_tf.bsconv_layer import _BSConv
-from doconv_tf.compiled import check_functions, uncompile
-from doconv_tf.copying import copied
-from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.view import first_occurrences
+from doconv_tf.ordinary import first_occurrences
+from doconv_tf.private import (
+    PLACE,
+    UNCOMPILED,
+    calls_of,
+    children,
+    exchange_activation,
+    list_parameters,
+    uncompile,
+)
 
 
-def replaced(
-    model: keras.Layer, new: Mapping[int, keras.Layer | None], inplace: bool
-) -> tuple[keras.Layer, list[Change]]:
-    """Return the model, or a copy, with layers replaced; and what was, in the model's order.
+def become(layer: keras.Layer, new: keras.Layer, forgotten: frozenset[str] = frozenset()) -> None:
+    """Make `layer` what `new` is: its class, variables and attributes. `new` is then used up.
 
-    new: what a layer becomes, by the layer's id; None for a BSConv that becomes the sequence of the
-    same parts. A model in which anything was replaced is not compiled any more: `finish` it.
+    It stays the same object, so that wherever it is used or kept, that holds on. Attributes that
+    `new` does not have, such as a user's own, stay, but those of the layers' own making, and those
+    in `forgotten`.
     """
-    check_functions(model, inplace)
-    target = model if inplace else copied(model)
-    changed = []
-    pairs = zip(first_occurrences(model), first_occurrences(target), strict=True)
-    for (path, old), (_, layer) in list(pairs):
-        if id(old) not in new:
-            continue
-        replacement, kind = new[id(old)], type(old).__name__
-        forgotten = frozenset().union(*map(_own_names, (layer, replacement)))
-        if replacement is None:
-            keep_parts(layer, forgotten)
-        else:
-            become(layer, replacement, forgotten)
-            _forget_arguments(layer)
-        changed.append(Change(path, kind, type(layer).__name__))
-    there = {path for path, _ in first_occurrences(target)}  # parts of what is dense now are not
-    return target, [change for change in changed if change.path in there]
-
-
-def _forget_arguments(layer: keras.Layer) -> None:
-    """Let graphs pass the layer only what it takes: a sequence was given a mask as well."""
-    for node in layer._inbound_nodes:
-        given, known = node.arguments, layer.call_signature_parameters
+    forgotten |= _own_names(layer) | _own_names(new)
+    _take_activation(layer, new)
+    state = vars(new)
+    for name, value in vars(layer).items():
+        if name in PLACE or (name not in state and name not in forgotten):
+            state[name] = value
+    for name, value in state.items():
+        if isinstance(value, types.FunctionType):
+            state[name] = _rebound(value, new, layer)
+    state = dict(state)
+    vars(layer).clear()
+    layer.__class__ = type(new)
+    vars(layer).update(state)
+    for node in calls_of(layer):  # which may have passed what the new layer does not take, a mask
+        given, known = node.arguments, inspect.signature(layer.call).parameters
         kept = {name: value for name, value in given.kwargs.items() if name in known}
-        node.arguments = type(given)(*given.args, **kept)
+        node.arguments = type(given)(*given.args[: len(known)], **kept)
 
 
-def _own_names(layer: keras.Layer | None) -> frozenset[str]:
-    """Return the names of the attributes that a layer has, and one in its place has not."""
-    return layer.own_names() if isinstance(layer, (OverParameterized, _BSConv)) else frozenset()
+def _own_names(layer: Any) -> frozenset[str]:
+    """Return the names of the attributes that a layer of a kind has for itself."""
+    return layer.own_names() if hasattr(layer, "own_names") else frozenset()
 
 
-def finish(target: keras.Layer) -> None:
+def _take_activation(layer: keras.Layer, new: keras.Layer) -> None:
+    """Give `new` the very activation of `layer`, where it has a clone of that: it may be shared."""
+    old, clone = getattr(layer, "activation", None), getattr(new, "activation", None)
+    if not (isinstance(old, keras.Layer) and isinstance(clone, keras.Layer)) or old is clone:
+        return
+    for each in (new, *children(new)):  # a part of it has the activation, perhaps
+        if getattr(each, "activation", None) is clone:
+            exchange_activation(each, clone, old)
+
+
+def _rebound(function: Any, old: Any, new: Any) -> Any:
+    """Return a function that holds `new` where this one holds `old`, or a method of it."""
+    if not function.__closure__:
+        return function
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, types.MethodType) and value.__self__ is old:
+            value = types.MethodType(value.__func__, new)
+        return types.CellType(new if value is old else value)
+
+    cells = tuple(cell(each.cell_contents) for each in function.__closure__)
+    rebound = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(rebound, function)
+
+
+def keep_parts(layer: Any) -> None:
+    """Make a layer that is a kind of `keras.Sequential` just that, of the same layers.
+
+    It loses the attributes of its type's making, but those that every `Sequential` has.
+    """
+    if layer.activity_regularizer is not None:
+        layer.layers[-1].activity_regularizer = layer.activity_regularizer
+        layer.activity_regularizer = None
+    layer.input_spec = None
+    plain = keras.Sequential(name=layer.name)
+    for name in vars(layer).keys() & _own_names(layer) - vars(plain).keys():
+        delattr(layer, name)
+    layer.__class__ = keras.Sequential
+    for name, value in vars(plain).items():
+        if isinstance(value, types.FunctionType):
+            vars(layer)[name] = _rebound(value, plain, layer)
+
+
+def check_functions(model: keras.Layer, *, inplace: bool) -> None:
+    """Raise TypeError for a function that was compiled of the model: it goes on with the former.
+
+    One that is the class's own, as by a decorator, is compiled for each model anew; so that it is
+    in the way only where the model itself is changed.
+    """
+    for _, layer in first_occurrences(model):
+        for name in {*dir(type(layer)), *vars(layer)} - UNCOMPILED.keys():
+            own = name in vars(layer)
+            member = vars(layer)[name] if own else getattr(type(layer), name, None)
+            if hasattr(member, "get_concrete_function") and (own or inplace):
+                advice = (
+                    "Delete it, and compile it anew afterwards."
+                    if own
+                    else "Leave inplace out, and go on with the model that is returned."
+                )
+                raise TypeError(
+                    f"{type(layer).__name__}.{name} is a compiled function, which would go on with "
+                    f"the former layers. {advice}"
+                )
+
+
+def uncompile_all(model: keras.Layer) -> None:
+    """Make the model, and those inside it, such that were never compiled."""
+    for _, layer in first_occurrences(model):
+        if isinstance(layer, keras.Model):
+            uncompile(layer)
+
+
+def finish(model: keras.Layer) -> None:
     """Make a model in which layers were replaced one that was never compiled."""
-    uncompile(target)
-    for _, layer in reversed(first_occurrences(target)):
+    uncompile_all(model)
+    for _, layer in reversed(first_occurrences(model)):
         if layer.built:
-            layer._post_build()  # where Keras runs on PyTorch, it lists the parameters
-
-
-def require_built(path: str, layer: keras.Layer) -> None:
-    """Raise TypeError for what is not a layer, ValueError for one that is not built."""
-    if not isinstance(layer, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
-    if not layer.built:
-        raise ValueError(
-            f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its "
-            "layers or their weights are not there yet; call the model on data, or its build(), "
-            "first."
-        )
-
-
-def count_parameters(model: keras.Layer) -> int:
-    """Return the number of the model's parameters, moving statistics included."""
-    return sum(math.prod(variable.shape) for variable in model.weights)
+            list_parameters(layer)

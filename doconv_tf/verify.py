@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.report import largest_difference
+from doconv_core.models.verify import flat, largest_difference
 
 
 def verify(a: Any, b: Any, inputs: Any) -> Difference:
@@ -24,6 +23,10 @@ def verify(a: Any, b: Any, inputs: Any) -> Difference:
     random numbers even then differ from call to call, and their seed generators move on.
     Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
     another kind.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> verify(model, model, np.ones((1, 4), "float32"))
+    Difference(absolute=0.0, relative=0.0)
     """
     return largest_difference(_outputs(b, inputs), _outputs(a, inputs))
 
@@ -40,25 +43,5 @@ def _as_tensor(value: Any) -> Any:
     return ops.convert_to_tensor(value) if numbers else value
 
 
-def _flat(output: Any, place: str = "") -> dict[str, Any]:
-    """Return the arrays of an output by their place in it, such as `boxes.0`."""
-    if output is None:
-        return {}
-    if isinstance(output, Mapping):
-        parts = dict(output)
-    elif isinstance(output, (list, tuple)):
-        parts = dict(enumerate(output))
-    elif ops.is_tensor(output):
-        return {place: ops.convert_to_numpy(output)}
-    elif isinstance(output, (bool, int, float, np.ndarray, np.generic)):
-        return {place: np.asarray(output)}
-    else:
-        raise TypeError(
-            f"output {place!r} is a {type(output).__qualname__}; expected tensors, arrays or "
-            "numbers, or dicts, lists and tuples of them."
-        )
-    return {
-        inner: array
-        for name, part in parts.items()
-        for inner, array in _flat(part, f"{place}.{name}" if place else str(name)).items()
-    }
+def _flat(output: Any) -> dict[str, Any]:
+    return flat(output, lambda v: ops.convert_to_numpy(v) if ops.is_tensor(v) else None, "tensors")

@@ -1,32 +1,124 @@
-"""The layers of a Keras model, by path."""
+"""A Keras model as the core's tools see it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.view import ModelView, Site
+from doconv_tf import batchnorm, graph
+from doconv_tf.copying import copied
+from doconv_tf.ordinary import (
+    CONVOLUTIONS,
+    below,
+    count_parameters,
+    first_occurrences,
+    obstacle,
+    require_built,
+    spec_of,
+)
+from doconv_tf.orthonormal import is_marked, unmark
+from doconv_tf.private import children, own_variables
+from doconv_tf.surgery import check_functions, finish
 
-def children(layer: keras.Layer) -> list[keras.Layer]:
-    """Return the layers that this layer holds, each once, in its order."""
-    return layer._flatten_layers(include_self=False, recursive=False)
 
+class View(ModelView):
+    """A layer and all below it. Raises TypeError for what is none, ValueError if it is not built.
 
-def walk(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """Yield the layer and all below it, with their paths; a shared one wherever it occurs."""
-    yield path, layer
-    for child in children(layer):
-        yield from walk(child, f"{path}.{child.name}" if path else child.name)
+    A path is made of the layers' names. A layer has one by each layer that holds it.
+    """
 
+    model: keras.Layer
 
-def first_occurrences(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
-    """Return what `walk` yields, a layer that occurs several times by its first path alone."""
-    found: dict[int, tuple[str, keras.Layer]] = {}
-    todo = [("", layer)]
-    while todo:
-        path, each = todo.pop()
-        if id(each) not in found:  # or else what is below it has been found, too
-            found[id(each)] = (path, each)
-            below = [(f"{path}.{c.name}" if path else c.name, c) for c in children(each)]
-            todo += reversed(below)
-    return list(found.values())
+    def __init__(self, model: keras.Layer) -> None:
+        require_built("", model)
+        self.model = model
+        self._seen = graph.Seen()
+        self._holders: dict[int, list[Any]] | None = None
+
+    def sites(self) -> list[Site]:
+        """Return every layer once, each before those that it holds, in their order."""
+        found = first_occurrences(self.model)
+        paths: dict[int, list[str]] = {id(self.model): [""]}
+        for path, layer in found:
+            for child in children(layer):
+                paths.setdefault(id(child), []).append(below(path, child))
+        return [Site(path, tuple(paths[id(layer)]), layer) for path, layer in found]
+
+    def below(self, layer: keras.Layer) -> list[Any]:
+        """Return the layers inside a layer."""
+        return [each for _, each in first_occurrences(layer)[1:]]
+
+    def is_convolution(self, layer: keras.Layer) -> bool:
+        """Return whether a layer is a convolution of any kind, recurrent ones too."""
+        return isinstance(layer, CONVOLUTIONS)
+
+    def obstacle(self, layer: keras.Layer) -> str | None:
+        """Return why a convolution cannot be replaced."""
+        return obstacle(layer)
+
+    def outline(self, layer: keras.Layer) -> ConvSpec:
+        """Return the sizes of an ordinary convolution; of a separable one, its depthwise part's."""
+        return spec_of(layer)
+
+    def holders(self, layer: keras.Layer) -> list[Any]:
+        """Return the layers that have one of its variables as theirs."""
+        if self._holders is None:
+            self._holders = {}
+            for _, each in first_occurrences(self.model):
+                for variable in own_variables(each):
+                    self._holders.setdefault(id(variable), []).append(each)
+        return [each for v in own_variables(layer) for each in self._holders[id(v)]]
+
+    def count(self) -> int:
+        """Return how many numbers the weights have, moving statistics included."""
+        return count_parameters(self.model)
+
+    def copied(self, given_up: Sequence[Any] = ()) -> View:
+        """Return the view of a copy; TypeError where the model cannot be copied."""
+        check_functions(self.model, inplace=False)
+        return View(copied(self.model))
+
+    def check_ready(self, site: Site) -> None:
+        """Raise ValueError for a layer that is not built."""
+        require_built(site.path, site.layer)
+
+    def check_inplace(self) -> None:
+        """Raise TypeError for functions that were compiled of the model."""
+        check_functions(self.model, inplace=True)
+
+    def finish(self, *, changed: bool) -> None:
+        """Leave the model as one that was never compiled, where it was changed."""
+        if changed:
+            finish(self.model)
+
+    def settle(self) -> bool:
+        """Take the orthonormality loss off; return whether there was any."""
+        marked = [layer for _, layer in first_occurrences(self.model) if is_marked(layer)]
+        for layer in marked:
+            unmark(layer)
+        return bool(marked)
+
+    def is_batch_norm(self, layer: keras.Layer) -> bool:
+        """Return whether a layer is a batch norm."""
+        return isinstance(layer, keras.layers.BatchNormalization)
+
+    def norm_obstacle(self, norm: keras.Layer) -> str | None:
+        """Return why a batch norm cannot be fused, wherever it stands."""
+        return batchnorm.norm_obstacle(norm)
+
+    def flow(self) -> graph.Seen:
+        """Return who follows whom in the model's graphs."""
+        self._seen = graph.Graph(self.model).flow()
+        return self._seen
+
+    def pair_obstacle(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
+        """Return why this convolution and this batch norm cannot be fused."""
+        return batchnorm.pair_obstacle(conv, norm, self._seen)
+
+    def fuse(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
+        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
+        return batchnorm.fuse(conv, norm)

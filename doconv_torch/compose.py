@@ -29,7 +29,9 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
             return plain(weight, depthwise, spec)
         recorded = torch.is_grad_enabled() and (weight.requires_grad or depthwise.requires_grad)
         if recorded or is_transformed():
-            return _Composition.apply(weight, depthwise, spec, form)
+            arguments = weight, depthwise, spec, form
+            kernel: Tensor = _Composition.apply(*arguments)  # type: ignore[no-untyped-call]
+            return kernel
         return form.kernel(weight, depthwise)
 
 
@@ -73,7 +75,8 @@ class _Composition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradients(*ctx.saved_tensors, ctx.spec, gradient, ctx.needs_input_grad[:2])
+        weight, depthwise = ctx.saved_tensors
+        found = gradients(weight, depthwise, ctx.spec, gradient, ctx.needs_input_grad[:2])
         return *found, None, None
 
     @staticmethod
@@ -122,7 +125,8 @@ def plain(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
 def _product(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     """Return `W·Dᵀ`, `(g, O/g, I/g, *kernel_size)`."""
     product = torch.bmm(as_matrices(weight, spec), depthwise.transpose(1, 2))
-    return from_matrices(product, spec).unflatten(-1, spec.kernel_size)
+    kernels: Tensor = from_matrices(product, spec).unflatten(-1, spec.kernel_size)
+    return kernels
 
 
 def _gradients(

@@ -8,7 +8,7 @@ bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from doconv_torch import matrix_products
 from doconv_torch.compose import compose, gradients, is_transformed
 
-_CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
+    1: nn.functional.conv1d,
+    2: nn.functional.conv2d,
+    3: nn.functional.conv3d,
+}
 # Composing costs as many operations as the convolution at `taps` positions of its output, of which
 # there are three passes: at this many times as many positions, half a hundredth of them.
 POSITIONS = 64
@@ -56,7 +60,9 @@ def convolve(layer: Any, x: Tensor, form: matrix_products.Compiled) -> Tensor:
     """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
     geometry = layer.stride, layer.padding, layer.dilation
     parameters = layer.weight, layer.depthwise_weight, layer.bias
-    return _Convolution.apply(x, *parameters, form, *geometry)
+    arguments = x, *parameters, form, *geometry
+    output: Tensor = _Convolution.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Convolution(torch.autograd.Function):

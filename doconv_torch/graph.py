@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from doconv_core.models import view
+from doconv_core.models.report import place
 from doconv_torch.ordinary import HOOKS, is_convolution, is_plain
+
+UNCALLED = "the model's forward pass does not call it"
+ASKS = "its code asks whether a value is a tensor"
+# So many values may be asked about in a pass, for which every combination of answers is tried.
+QUESTIONS = 4
 
 
 @dataclass
-class Flow:
-    """What was seen of the modules in forward passes.
+class Flow(view.Flow):
+    """Who follows whom. touched: modules whose parameters are used other than by calling them."""
 
-    sources: the modules with whose outputs a module is called; users: the modules that are called
-    with a module's output. None stands among them for everything else: an operation, an argument,
-    the model's output. touched: modules whose parameters are used other than by calling them.
-    untraced: modules whose own forward could not be traced, and why.
-    """
-
-    sources: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
-    users: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
     touched: set[nn.Module] = field(default_factory=set)
-    untraced: dict[nn.Module, str] = field(default_factory=dict)
-
-    def add(self, other: Flow) -> None:
-        """Add what was seen in another pass."""
-        for mine, theirs in ((self.sources, other.sources), (self.users, other.users)):
-            for module, ends in theirs.items():
-                mine.setdefault(module, set()).update(ends)
-        self.touched |= other.touched
 
 
 def flow(model: nn.Module) -> Flow:
@@ -50,15 +40,45 @@ def flow(model: nn.Module) -> Flow:
     What is traced is a copy without hooks, whose parameters take no memory, since a forward pass
     may change its modules.
     """
-    parts = _Parts()
-    found = Flow()
+    parts, seen = _Parts(), _Seen()
     # Where a model draws random numbers or warns, it does so when it is traced.
     with torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for seen in parts.of(model).values():
-            found.add(seen)
-    found.untraced = parts.untraced
-    return found
+        for part in parts.of(model).values():
+            seen.add(part)
+    paths = {module: path for path, module in model.named_modules()}
+    untraced = {paths[module]: reason for module, reason in parts.untraced.items()}
+    return Flow(
+        {id(module): list(ends) for module, ends in seen.sources.items()},
+        {id(module): list(ends) for module, ends in seen.users.items()},
+        {id(m): _why(untraced, path) for m, path in paths.items() if m not in seen.sources},
+        seen.touched,
+    )
+
+
+def _why(untraced: dict[str, str], path: str) -> str:
+    """Return why the module at `path` was not seen. untraced: why parts could not be traced."""
+    above = [part for part in untraced if not part or path.startswith(f"{part}.")]
+    if not above:
+        return UNCALLED
+    nearest = max(above, key=len)
+    return f"{place(nearest)} cannot be traced ({untraced[nearest]})"
+
+
+@dataclass
+class _Seen:
+    """What was seen of the modules in forward passes, with None for what is no module."""
+
+    sources: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
+    users: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
+    touched: set[nn.Module] = field(default_factory=set)
+
+    def add(self, other: _Seen) -> None:
+        """Add what was seen in another pass."""
+        for mine, theirs in ((self.sources, other.sources), (self.users, other.users)):
+            for module, ends in theirs.items():
+                mine.setdefault(module, set()).update(ends)
+        self.touched |= other.touched
 
 
 class _Parts:
@@ -66,63 +86,97 @@ class _Parts:
 
     def __init__(self) -> None:
         self.untraced: dict[nn.Module, str] = {}
-        self._known: dict[nn.Module, dict[nn.Module, Flow]] = {}
+        self._asking: set[nn.Module] = set()
+        self._known: dict[nn.Module, dict[nn.Module, _Seen]] = {}
 
-    def of(self, module: nn.Module) -> dict[nn.Module, Flow]:
+    def of(self, module: nn.Module) -> dict[nn.Module, _Seen]:
         """Return the parts in `module`, itself perhaps."""
         if module not in self._known:
             self._known[module] = {}  # for modules that contain themselves
             self._known[module] = self._of(module)
         return self._known[module]
 
-    def _of(self, module: nn.Module) -> dict[nn.Module, Flow]:
-        inner: dict[nn.Module, Flow] = {}
+    def _of(self, module: nn.Module) -> dict[nn.Module, _Seen]:
+        inner: dict[nn.Module, _Seen] = {}
         if (
             getattr(module.forward, "__func__", None) is nn.Module.forward
         ):  # a list or dict of modules
             for child in module.children():
                 inner.update(self.of(child))
             return inner
-        seen, leaves, reason = self._trace(module)
+        seen, reason = self._trace(module)
         if seen is None:
             before = len(self.untraced)
             for child in module.children():
                 if not _is_atom(child):
                     inner.update(self.of(child))
             if len(self.untraced) > before:
-                seen, leaves, reason = self._trace(module)
+                seen, reason = self._trace(module)
         if seen is None:
             self.untraced[module] = reason
             return inner
         parts = {module: seen}
-        for leaf in leaves:
+        for leaf in seen.users:
             if not _is_atom(leaf):
                 parts.update(self.of(leaf))
         return parts
 
-    def _trace(self, part: nn.Module) -> tuple[Flow | None, list[nn.Module], str]:
-        """Return what was seen in a part and the modules called there, or why it fails."""
-        total, leaves, reason = None, [], ""
+    def _trace(self, part: nn.Module) -> tuple[_Seen | None, str]:
+        """Return what was seen in a part, or why it cannot be traced."""
+        total, reason = None, ""
         for arguments in _ways_to_call(part):
             try:
-                ghost = _ghost(part)
-                originals = _originals(ghost, part)
-                tracer = _Tracer({m for m, o in originals.items() if self._is_opaque(o)})
-                graph = tracer.trace(ghost, arguments)
-            except _AskedForTensor as error:
-                return None, [], str(error)
+                seen = self._whatever_is_told(part, arguments)
+            except _Asks as error:
+                inner = error.asking - {part} - self._asking
+                if not inner:
+                    return None, ASKS
+                self._asking |= inner
+                return self._trace(part)
             except Exception as error:  # whatever the model's code raises when it meets a proxy
                 reason = reason or f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
                 continue
-            seen, called = _read(graph, ghost, originals)
-            total = total or Flow()
+            total = total or _Seen()
             total.add(seen)
-            leaves += called
-        return total, leaves, reason
+        return total, reason
 
-    def _is_opaque(self, module: nn.Module) -> bool:
+    def _whatever_is_told(self, part: nn.Module, arguments: dict[str, Any] | None) -> _Seen:
+        """Return what is seen in a part, where that does not depend on which values are tensors.
+
+        Raises _Asks where it does, or may, as too many are asked about; what tracing raises.
+        """
+        found: _Seen | None = None
+        answers: list[bool] | None = []
+        while answers is not None:
+            ghost = _ghost(part)
+            originals = _originals(ghost, part)
+            opaque = {m for m, original in originals.items() if self._is_opaque(original, part)}
+            tracer = _Tracer(opaque, answers)
+            try:
+                seen = _read(tracer.trace(ghost, arguments), ghost, originals)
+            except _TooMany:
+                raise _Asks({originals[m] for m in tracer.asking}) from None
+            except Exception:
+                if found is None:
+                    raise
+                raise _Asks(set()) from None
+            if found is not None and seen != found:
+                raise _Asks(set())
+            found, answers = seen, _next(tracer.given)
+        assert found is not None  # as the first pass raises, or is seen
+        return found
+
+    def _is_opaque(self, module: nn.Module, part: nn.Module) -> bool:
         # A hook may change what goes in or out, and is not to be called with proxies.
-        return module in self.untraced or any(getattr(module, name) for name in HOOKS)
+        told = module in self.untraced or (module in self._asking and module is not part)
+        return told or any(getattr(module, name) for name in HOOKS)
+
+
+def _next(given: list[bool]) -> list[bool] | None:
+    """Return the answers to begin the next pass with; None after every combination."""
+    while given and not given[-1]:
+        given = given[:-1]
+    return [*given[:-1], False] if given else None
 
 
 def _is_atom(module: nn.Module) -> bool:
@@ -165,51 +219,105 @@ def _originals(ghost: nn.Module, part: nn.Module) -> dict[nn.Module, nn.Module]:
     return {module: modules[path] for path, module in ghost.named_modules()}
 
 
+class _Asks(Exception):
+    """What is seen of a part may depend on whether values are tensors. asking: whose code asks."""
+
+    def __init__(self, asking: set[nn.Module]) -> None:
+        super().__init__(ASKS)
+        self.asking = asking
+
+
+class _TooMany(Exception):
+    """A pass asks about more values than `QUESTIONS`."""
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, opaque: set[nn.Module]) -> None:
+    """Traces a module, and answers its questions whether values are tensors.
+
+    opaque: modules that are not looked into. answers: those to the first questions; every further
+    answer is yes. given: all answers of the pass. asking: the modules whose code asked.
+    """
+
+    def __init__(self, opaque: set[nn.Module], answers: list[bool]) -> None:
         super().__init__()
-        self._opaque = opaque
+        self._opaque, self._answers = opaque, answers
+        self._running: list[nn.Module] = []
+        self.given: list[bool] = []
+        self.asking: set[nn.Module] = set()
+
+    def answer(self) -> bool:
+        """Return whether a value is to be a tensor that is asked about for the first time."""
+        self.asking.add(self._running[-1] if self._running else self.root)
+        if len(self.given) == QUESTIONS:
+            raise _TooMany
+        known = len(self.given) < len(self._answers)
+        self.given.append(self._answers[len(self.given)] if known else True)
+        return self.given[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Of a convolution of one's own it is told what it is, not what it is made of.
         known = m in self._opaque or is_convolution(m)
         return known or super().is_leaf_module(m, module_qualified_name)
 
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self._running.append(m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._running.pop()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
 
-
-class _AskedForTensor(Exception):
-    """A model asked what a proxy cannot answer."""
+    def create_arg(self, a: Any) -> Any:
+        # First, as the tracer's own questions to a value are not the model's.
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
 class _Value(fx.Proxy):
-    """A proxy that does not let the model ask whether it is a tensor: it would hear no."""
+    """A proxy that answers `isinstance`, by which a model asks whether a value is a tensor.
 
-    @property
+    Which that is, a proxy cannot know. `isinstance` asks an object's `__class__` where its type is
+    no answer, as it does of the objects of `unittest.mock`.
+    """
+
+    tracer: _Tracer
+    _is_param = _is_buffer = False  # which `isinstance` asks of a tensor for PyTorch's subclasses
+
+    @property  # type: ignore[misc]  # an object's own can be assigned
     def __class__(self) -> type:
-        # `isinstance` asks for this, in the frame of the code that calls it.
-        frame = sys._getframe(1)
-        names, caller = frame.f_code.co_names, frame
-        asks = "isinstance" in names and "Tensor" in names
-        if frame.f_code is torch.is_tensor.__code__ and frame.f_back is not None:
-            asks, caller = True, frame.f_back
-        if asks and caller.f_globals.get("__name__", "").partition(".")[0] != "torch":
-            raise _AskedForTensor("its code asks whether a value is a tensor")
-        return _Value
+        if "_is_tensor" not in vars(self):
+            self._is_tensor = self.tracer.answer()
+        return Tensor if self._is_tensor else type(self)
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> fx.Proxy:
+        # Of proxies in general, as it asks whether arguments are of the class it is called of.
+        return fx.Proxy.__torch_function__(*args, **kwargs)
 
 
-def _read(
-    graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]
-) -> tuple[Flow, list[nn.Module]]:
-    """Return what a graph says of the modules, and those that it calls."""
-    seen = Flow()
+class _Attribute(fx.proxy.Attribute, _Value):
+    """An attribute of a value, which is asked as a value is."""
+
+
+def _read(graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]) -> _Seen:
+    """Return what a graph says of the modules."""
+    seen = _Seen()
     kept = set(_proxies([vars(module) for module in ghost.modules()]))
 
     def called(node: Any) -> nn.Module | None:
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
-        return originals[ghost.get_submodule(node.target)]
+        return originals[ghost.get_submodule(str(node.target))]
 
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -222,7 +330,7 @@ def _read(
             users |= {called(user) if _only_argument(user) else None for user in node.users}
             if node in kept:
                 users.add(None)
-    return seen, list(seen.users)
+    return seen
 
 
 def _only_argument(node: fx.Node) -> Any:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doconv_core.maths.spec import ConvSpec
 from doconv_torch.compose import compose, gradients
+from doconv_torch.matrix_products import is_tracing
 
 
 @contextmanager
@@ -32,6 +33,11 @@ def composed_once(model: nn.Module) -> Iterator[None]:
     plain parameter (parametrized layers, `functional_call`). Where `torch.utils.checkpoint` is
     used, `backward()` belongs in the block too.
     Raises TypeError for what is not a module.
+
+    >>> model = over_parameterize(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))[0]
+    >>> with composed_once(model):
+    ...     model[0].composed_kernel() is model[0].composed_kernel()
+    True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
@@ -118,7 +124,8 @@ class _Block:
                 return known.kernel if with_graph else known.kernel.detach()
         # A kernel made in inference mode would be of no use after it.
         with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
-            kernel = _Composition.apply(weight, depthwise, spec)
+            arguments = weight, depthwise, spec
+            kernel: Tensor = _Composition.apply(*arguments)  # type: ignore[no-untyped-call]
             memory = (weight.detach(), depthwise.detach())
         if type(kernel) is Tensor:
             self._kernels[layer, with_graph] = _Kernel(
@@ -135,7 +142,7 @@ def _reusable(parameter: Tensor) -> bool:
     return (
         issubclass(type(parameter), nn.Parameter)
         and not parameter.is_inference()  # it has no version
-        and not torch.jit.is_tracing()
+        and not is_tracing()
         # There is no public way to ask this; autograd.Function itself asks so.
         and not torch._C._are_functorch_transforms_active()
         and not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())

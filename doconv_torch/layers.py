@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence, Set
+from typing import Any, TypeAlias, cast
 
-import torch
 from torch import Tensor, nn
 
-from doconv_core.maths.geometry import Extra, Geometry, padded, same, symmetric
-from doconv_core.maths.spec import ConvSpec
+from doconv_core.maths.geometry import Extra, Geometry, Pad, padded, same, symmetric
 from doconv_core.models.report import REPLACED
 from doconv_core.state.file import entry
 from doconv_core.state.layers import (
@@ -23,18 +21,17 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d
-from doconv_torch.ordinary import is_replaced
+from doconv_torch.composed import ComposedLayers
+from doconv_torch.kinds import LAYER_KINDS
+from doconv_torch.ordinary import DTYPES, is_replaced, spec_of
 
 Uses: TypeAlias = "Set[Extra]"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where PyTorch's name for an entry is not the state's.
 ATTRIBUTES = {"gamma": "weight", "beta": "bias", "alpha": "weight"}
 # What counts batches only: with a momentum it takes no part in a batch norm's computation.
 UNSTORED = "num_batches_tracked"
 
-_DO_CONVS = (DOConv1d, DOConv2d, DOConv3d)
 _ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 # What acts on each position alone and keeps a zero: with it, zeros around go on to the next layer.
@@ -52,19 +49,24 @@ def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm
     counterpart, with a forward pass of its own, or with other parameters than its kind has;
     ValueError for parameters on the meta device.
     """
-    own = owned(module)
-    if type(module) in FORMS and is_replaced(module):
-        raise unsupported_layer(path, module, own, REPLACED)
-    if type(module) in FORMS:
-        try:
-            form = FORMS[type(module)](module, uses)
-        except _NoCounterpart as error:
-            raise unsupported_layer(path, module, own, str(error)) from None
-    else:
+    own, read = owned(module), _reader(type(module))
+    if read is None:
         raise unsupported_layer(path, module, own)
+    if is_replaced(module):
+        raise unsupported_layer(path, module, own, REPLACED)
+    try:
+        form = read(module, uses)
+    except _NoCounterpart as error:
+        raise unsupported_layer(path, module, own, str(error)) from None
     check_owned(path, module, own, [attribute(name) for name in form.shapes])
     _check_values(path, own)
     return form
+
+
+def _reader(cls: type[nn.Module]) -> Callable[[Any, Uses], LayerForm] | None:
+    """Return what makes the form of modules of this very class; None where they have none."""
+    kinds = (kind for kind in LAYER_KINDS.values() if isinstance(kind, ComposedLayers))
+    return _composed if any(cls in kind.types.values() for kind in kinds) else FORMS.get(cls)
 
 
 def attribute(name: str) -> str:
@@ -101,42 +103,47 @@ def paddings(model: nn.Module) -> dict[int, set[Extra]]:
     return found
 
 
-def _zeros(module: nn.Module, before: Extra) -> Extra:
+def _zeros(module: Any, before: Extra) -> Extra:
     """Return the zeros that this module gives the next one, whose own input has those `before`."""
     if type(module) in _KEEP_ZEROS:
         return before
-    zero = type(module) in _ZERO_PADS
-    zero = zero or (type(module) in _CONSTANT_PADS and module.value == 0)
-    if not zero:
+    constant = type(module) in _CONSTANT_PADS and module.value == 0
+    if not (constant or type(module) in _ZERO_PADS):
         return ()
     own = tuple(zip(module.padding[::2], module.padding[1::2], strict=True))[::-1]
-    return padded(own, [before])
+    return cast(Extra, padded(own, [before]))  # of zeros on zeros: pairs, and no words
 
 
 class _NoCounterpart(Exception):
     """Why a layer of a known type has no counterpart."""
 
 
-def _conv(module: Any, uses: Uses) -> LayerForm:
+def _geometry(module: Any, uses: Uses) -> Geometry:
     stride, dilation, size = module.stride, module.dilation, module.kernel_size
     if module.padding == "same":
         pads = same(size, stride, dilation)
     else:
         pads = symmetric([0] * len(size) if module.padding == "valid" else module.padding)
     pads = padded(pads, uses, module.padding_mode)
-    geometry = Geometry(stride, dilation, pads, module.padding_mode)
-    if type(module) in _DO_CONVS:
-        spec, over = module.spec, module.depthwise_weight is not None
-    else:
-        spec, over = ConvSpec(module.in_channels, module.out_channels, size, module.groups), False
-    return LayerForm(spec, over, _has_bias(module), geometry=geometry)
+    return Geometry(stride, dilation, pads, module.padding_mode)
+
+
+def _conv(module: Any, uses: Uses) -> LayerForm:
+    return LayerForm(spec_of(module), bias=_has_bias(module), geometry=_geometry(module, uses))
+
+
+def _composed(module: Any, uses: Uses) -> LayerForm:
+    geometry = _geometry(module, uses)
+    return LayerForm(module.spec, module.kind.name, _has_bias(module), geometry=geometry)
 
 
 def _transposed(module: Any, uses: Uses) -> LayerForm:
     spec = TransposedConvSpec(
         module.in_channels, module.out_channels, module.kernel_size, module.groups
     )
-    pads = tuple((p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True))
+    pads: Sequence[Pad] = tuple(
+        (p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True)
+    )
     # A zero before the input is as many positions of output as the stride.
     pads = padded(
         pads,
@@ -199,7 +206,7 @@ def _has_bias(module: Any) -> bool:
 
 
 FORMS: dict[type[nn.Module], Callable[[Any, Uses], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_DO_CONVS), _conv),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     **dict.fromkeys(
         (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _batch_norm

@@ -9,7 +9,7 @@ but `n` channels with their D as the blocks of a diagonal, `(O, n·S)·(n·S, n�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,9 @@ from doconv_core.maths.spec import ConvSpec
 try:
     from doconv_torch import _composition
 except ImportError:  # installed without a compiler
-    _composition = None
+    _composition = None  # type: ignore[assignment]
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # Beyond so many taps, D of 32 channels no longer fits in a core's second cache, for W to stream by.
 # A product of PyTorch's is to have about so many columns.
@@ -64,7 +66,7 @@ def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
         or not weight.is_contiguous()
         or not depthwise.is_contiguous()
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_tracing()
         # There is no public way to ask whether operations are counted, faked or traced.
         or torch._C._len_torch_dispatch_stack()
     )
@@ -110,14 +112,27 @@ class Compiled(NamedTuple):
         self._call(gradient, weight, depthwise, by_weight, by_depthwise)
         return by_weight, by_depthwise
 
-    def _call(self, *arrays: Tensor | None) -> None:
-        addresses = (0 if array is None else array.data_ptr() for array in arrays)
+    def _call(
+        self,
+        gradient: Tensor | None,
+        weight: Tensor,
+        depthwise: Tensor,
+        result: Tensor | None,
+        by_depthwise: Tensor | None,
+    ) -> None:
         spec = self.spec
         sizes = spec.out_channels_per_group, spec.in_channels_per_group, spec.taps, spec.groups
         if spec.in_channels_per_group == spec.out_channels_per_group == 1:
             # In memory the same as one group of one row, whose channels are treated side by side.
             sizes = 1, spec.in_channels, spec.taps, 1
-        _composition.compose(*addresses, *sizes, torch.get_num_threads())
+        _composition.compose(
+            _address(gradient), _address(weight), _address(depthwise), _address(result),
+            _address(by_depthwise), *sizes, torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _address(array: Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr()
 
 
 class Blocks(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
 from doconv_torch.bsconv import _BSConvS
+
+Conv = TypeVar("Conv", bound=_ConvNd)
 
 
 def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
@@ -27,6 +30,11 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     Raises ValueError for a model that has no such weight, as a sum of nothing would hide it;
     TypeError for what is not a module and for an alpha that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> conv = torch.nn.Conv2d(2, 1, 1)
+    >>> conv.weight = torch.nn.Parameter(torch.ones(1, 2, 1, 1))
+    >>> orthonormality_loss(mark_orthonormal(conv), alpha=0.5).item()  # |1·1 + 1·1 - 1| / 2
+    0.5
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
@@ -43,13 +51,16 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     return alpha * total
 
 
-def mark_orthonormal(conv: _ConvNd) -> _ConvNd:
+def mark_orthonormal(conv: Conv) -> Conv:
     """Let `orthonormality_loss` count this convolution's weight; return the convolution.
 
     For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is the attribute
     `orthonormal`; copies and files of the module have it too.
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+
+    >>> mark_orthonormal(torch.nn.Conv2d(8, 4, 1)).orthonormal
+    True
     """
     if not isinstance(conv, _ConvNd) or isinstance(conv, _ConvTransposeNd):
         raise TypeError(
@@ -60,14 +71,14 @@ def mark_orthonormal(conv: _ConvNd) -> _ConvNd:
             "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
             f"received kernel_size={conv.kernel_size}, groups={conv.groups}."
         )
-    conv.orthonormal = True
+    conv.orthonormal = True  # type: ignore[assignment]  # modules are said to have tensors only
     return conv
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
-    seen: list[nn.Module] = []
+    seen: list[Any] = []
     for module in model.modules():
-        layer = module.pointwise1 if isinstance(module, _BSConvS) else module
+        layer: Any = module.pointwise1 if isinstance(module, _BSConvS) else module
         marked = isinstance(module, _ConvNd) and getattr(module, "orthonormal", False) is True
         if (layer is not module or marked) and not any(layer is other for other in seen):
             seen.append(layer)
@@ -79,4 +90,5 @@ def _norm(weight: Tensor) -> Tensor:
         w = weight.flatten(1)
         w = w.float() if w.dtype.itemsize < 4 else w
         excess = w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device)
-        return torch.linalg.vector_norm(excess)
+        norm: Tensor = torch.linalg.vector_norm(excess)
+        return norm

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.networks.names import known_name
-from doconv_core.state.file import State, entry, origin_of
-from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
+from doconv_core.state.exchange import Holder, export_from, load_into
+from doconv_core.state.file import Array, State, entry
+from doconv_core.state.match import Assignment, Match
 from doconv_torch.layers import attribute, form_of, owned, paddings
-
-FRAMEWORK = "torch"
 
 
 def export_state(model: nn.Module) -> State:
@@ -23,16 +22,12 @@ def export_state(model: nn.Module) -> State:
     `named_modules`. A batch norm's `num_batches_tracked` is left out. Raises TypeError for a layer
     without a counterpart in a state or with other parameters, by its path, and for what is no
     module; ValueError for parameters on the meta device, which hold nothing.
+
+    >>> state = export_state(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+    >>> {name: array.shape for name, array in state.arrays.items()}
+    {'0.weight': (8, 3, 9), '0.bias': (8,)}
     """
-    modules = _layers(model)
-    layers = _forms(model, modules)
-    arrays = {
-        entry(path, name): _to_numpy(_tensor(modules[path], name)).reshape(shape)
-        for path, form in layers.items()
-        for name, shape in form.shapes.items()
-    }
-    network = known_name(getattr(model, "network_name", None))
-    return State(layers, arrays, origin_of(FRAMEWORK, torch.__version__, network))
+    return export_from(_Modules(model))
 
 
 def load_state(
@@ -45,38 +40,56 @@ def load_state(
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
     a state that is not this model's; TypeError and ValueError as `export_state` does. Warns where
     a batch norm's momentum differs.
+
+    >>> trained, model = torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> load_state(model, export_state(trained), match={"": "0"})
+    >>> bool((model[0].weight == trained.weight).all())
+    True
     """
-    modules = _layers(model)
-    network = known_name(getattr(model, "network_name", None))
-    options = {"match": match, "ignore": ignore, "framework": FRAMEWORK, "network": network}
-    fitted = fit_state(state, _forms(model, modules), **options)
-    assignments = []
-    for path, arrays in fitted.items():
-        for name, array in arrays.items():
-            tensor = _tensor(modules[path], name)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            array = array.reshape(tensor.shape)
-            assignments.append(Assignment(entry(path, name), tensor, dtype, array, _memory(tensor)))
-    check_assignments(assignments)
-    with torch.no_grad():
-        for assignment in assignments:
+    load_into(_Modules(model), state, match=match, ignore=ignore)
+
+
+class _Modules(Holder):
+    """The modules of a model that own parameters or persistent buffers.
+
+    Raises TypeError for what is no module, and as `form_of` does.
+    """
+
+    framework, version = "torch", torch.__version__
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module; received {type(model).__qualname__}."
+            )
+        self.network = known_name(getattr(model, "network_name", None))
+        self._modules = {path: module for path, module in model.named_modules() if owned(module)}
+        uses = paddings(model)
+        self.layers = {
+            path: form_of(path, module, uses[id(module)]) for path, module in self._modules.items()
+        }
+
+    def get(self, path: str, name: str) -> Array:
+        """Return a copy of an entry as an array; bfloat16 as float32."""
+        value = self._tensor(path, name).detach().cpu()
+        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
+        return array
+
+    def assignment(self, path: str, name: str, array: Array) -> Assignment:
+        """Return what gives an entry this array."""
+        tensor = self._tensor(path, name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        array = array.reshape(tensor.shape)
+        return Assignment(entry(path, name), tensor, dtype, array, _memory(tensor))
+
+    def put(self, assignment: Assignment) -> None:
+        """Copy an array to where its entry is."""
+        with torch.no_grad():
             assignment.parameter.copy_(torch.from_numpy(assignment.array.copy()))
 
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that own parameters or persistent buffers, by path."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
-    return {path: module for path, module in model.named_modules() if owned(module)}
-
-
-def _forms(model: nn.Module, modules: dict[str, nn.Module]) -> Any:
-    uses = paddings(model)
-    return {path: form_of(path, module, uses[id(module)]) for path, module in modules.items()}
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    return getattr(module, attribute(name))
+    def _tensor(self, path: str, name: str) -> Tensor:
+        tensor: Tensor = getattr(self._modules[path], attribute(name))
+        return tensor
 
 
 def _memory(tensor: Tensor) -> Any:
@@ -84,8 +97,3 @@ def _memory(tensor: Tensor) -> Any:
     if not tensor.numel() or not tensor.data_ptr():  # which share nothing, or cannot tell
         return None
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _to_numpy(parameter: Tensor) -> Any:
-    value = parameter.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.verify import largest_difference
-
-NUMBERS = (bool, int, float, np.ndarray, np.number, np.bool_)
+from doconv_core.models.verify import flat, largest_difference
 
 
 def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:
@@ -29,15 +25,19 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     Runs both in evaluation mode, without gradients, and restores each module's mode afterwards.
     Raises ValueError where the outputs differ in structure or shape, TypeError for an output of
     another kind.
+
+    >>> conv = torch.nn.Conv2d(3, 8, 3)
+    >>> verify(conv, conv, torch.ones(1, 3, 5, 5))
+    Difference(absolute=0.0, relative=0.0)
     """
     devices = {t.device.index for t in _tensors(inputs) if t.is_cuda}
     with torch.no_grad(), _evaluating(a, b), torch.random.fork_rng(sorted(devices)):
         start = torch.get_rng_state(), [torch.cuda.get_rng_state(n) for n in sorted(devices)]
-        expected = _flat(_called(a, inputs))
+        expected = flat(_called(a, inputs), _array, "tensors")
         torch.set_rng_state(start[0])
         for device, state in zip(sorted(devices), start[1], strict=True):
             torch.cuda.set_rng_state(state, device)
-        found = _flat(_called(b, inputs))
+        found = flat(_called(b, inputs), _array, "tensors")
     return largest_difference(found, expected)
 
 
@@ -85,33 +85,10 @@ def _tensors(inputs: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _flat(output: Any, place: str = "") -> dict[str, Any]:
-    """Return the arrays of an output by their place in it, such as `boxes.0`."""
-    if output is None:
-        return {}
-    if isinstance(output, Tensor):
-        return {place: _array(output)}
-    if isinstance(output, NUMBERS):
-        return {place: np.asarray(output)}
-    if isinstance(output, Mapping):
-        parts = dict(output)
-    elif isinstance(output, (list, tuple)):
-        parts = dict(enumerate(output))
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    else:
-        raise TypeError(
-            f"output {place!r} is a {type(output).__qualname__}; expected tensors, numbers, or "
-            "dicts, lists, tuples and dataclasses of them."
-        )
-    return {
-        inner: array
-        for name, part in parts.items()
-        for inner, array in _flat(part, f"{place}.{name}" if place else str(name)).items()
-    }
-
-
-def _array(tensor: Tensor) -> Any:
+def _array(tensor: Any) -> Any:
+    """Return a tensor as an array, and None of anything else."""
+    if not isinstance(tensor, Tensor):
+        return None
     if tensor.is_quantized:
         tensor = tensor.dequantize()
     tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()

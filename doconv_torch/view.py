@@ -120,16 +120,7 @@ class View(ModelView):
     def flow(self) -> Flow:
         """Return who follows whom, by symbolic tracing."""
         self._flow, self._owners = graph.flow(self.model), owners(self.model)
-        found = self._flow
-        before = {id(module): list(each) for module, each in found.sources.items()}
-        after = {id(module): list(each) for module, each in found.users.items()}
-        paths = {module: path for path, module in self.model.named_modules()}
-        unseen = {
-            id(module): _why_unseen(found, module, paths)
-            for module in paths
-            if self.is_batch_norm(module) and not before.get(id(module))
-        }
-        return Flow(before, after, unseen)
+        return self._flow
 
     def pair_obstacle(self, conv: nn.Module, norm: nn.Module) -> str | None:
         """Return why this convolution and this batch norm cannot be fused."""
@@ -138,19 +129,6 @@ class View(ModelView):
     def fuse(self, conv: nn.Module, norm: nn.Module) -> str | None:
         """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
         return batchnorm.fuse(conv, norm)
-
-
-def _why_unseen(found: graph.Flow, norm: nn.Module, paths: dict[nn.Module, str]) -> str:
-    path = paths[norm]
-    above = [
-        (paths[module], reason)
-        for module, reason in found.untraced.items()
-        if path.startswith(f"{paths[module]}.") or not paths[module]
-    ]
-    if not above:
-        return "the model's forward pass does not call it"
-    nearest, reason = max(above, key=lambda entry: len(entry[0]))
-    return f"{place(nearest)} cannot be traced ({reason})"
 
 
 def _varies(module: nn.Module) -> bool:

@@ -9,8 +9,8 @@ from keras import layers, ops
 from keras_layers import array
 
 from doconv_tf import over_parameterize, verify
+from doconv_tf.ordinary import first_occurrences, walk
 from doconv_tf.over_parameterized import OverParameterized
-from doconv_tf.view import first_occurrences, walk
 
 SHAPE = (2, 9, 9, 3)
 

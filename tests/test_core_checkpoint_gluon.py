@@ -10,12 +10,9 @@ from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
 from frameworks import need
 
 from doconv_core import ConvSpec, NotFoldable, difference
-from doconv_core.files.checkpoint import (
-    CONVOLUTION,
-    CheckpointError,
-    fold_checkpoint,
-    open_checkpoint,
-)
+from doconv_core.files.entries import CONVOLUTION, CheckpointError
+from doconv_core.files.folding import fold_checkpoint
+from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.gluon import V1, V2, V3, write_params
 
 need("mx")

@@ -34,7 +34,7 @@ from mxnet import autograd  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
 from doconv_core import NotFoldable, orthonormality, orthonormality_gradient  # noqa: E402
-from doconv_mx.view import copied  # noqa: E402
+from doconv_mx.surgery import copied  # noqa: E402
 
 BOTH = pytest.mark.parametrize("cls", [BSConvU2D, BSConvS2D])
 TWO = [mx.cpu(0), mx.cpu(1)]

@@ -36,8 +36,8 @@ from mxnet.gluon.nn.basic_layers import _BatchNorm  # noqa: E402
 from doconv_core import BSConvReport, Converted, FoldReport, Left, NotFoldable, Report  # noqa: E402
 from doconv_core.kinds.bsconv import GROUPED, OVER_PARAMETERIZED, PART, SHARES  # noqa: E402
 from doconv_core.models.report import NOT_SELECTED, SUBCLASS  # noqa: E402
-from doconv_mx.bsconv_model import IN_A_SYMBOL  # noqa: E402
-from doconv_mx.view import count, walk  # noqa: E402
+from doconv_mx.bsconv_kind import IN_A_SYMBOL  # noqa: E402
+from doconv_mx.tree import count, walk  # noqa: E402
 
 FORMS = ["keep", "merge", "dense"]
 # What `Net` has that becomes a BSConv.

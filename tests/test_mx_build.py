@@ -17,7 +17,7 @@ from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 from networks.described import NETWORKS, SHAPE  # noqa: E402
 
 from doconv_core.networks.nodes import Conv, Network, sequence  # noqa: E402
-from doconv_mx.view import copied  # noqa: E402
+from doconv_mx.surgery import copied  # noqa: E402
 
 X = np.random.default_rng(0).standard_normal((4, *SHAPE)).astype(np.float32)
 

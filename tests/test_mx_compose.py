@@ -97,7 +97,7 @@ def choice(in_channels, channels, kernel, groups=1, dtype="float32", initialized
     layer.cast(dtype)
     if initialized:
         layer.initialize()
-    return grouped(layer.weight, layer._outline, layer._inferred_in_channels())
+    return grouped(layer.weight, layer._outline, layer.inferred_in_channels())
 
 
 def test_a_large_w_is_composed_by_a_convolution():

@@ -35,7 +35,7 @@ from doconv_core.models.report import (  # noqa: E402
     TIED,
     TRANSPOSED,
 )
-from doconv_mx.convolutions import OTHER  # noqa: E402
+from doconv_mx.ordinary import OTHER  # noqa: E402
 
 
 @pytest.mark.parametrize("where", ["0", "1.1", ["1.1"], lambda path, layer: path == "1.1"])

@@ -40,7 +40,7 @@ from doconv_core.models.report import (  # noqa: E402
     TIED,
     TRANSPOSED,
 )
-from doconv_mx.batchnorm import IN_A_SYMBOL  # noqa: E402
+from doconv_mx.symbols import IN_A_SYMBOL  # noqa: E402
 
 # MXNet says so of every block that is made from symbols.
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot decide type:UserWarning")

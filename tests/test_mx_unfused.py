@@ -43,7 +43,8 @@ from doconv_core.models.report import (  # noqa: E402
     TRANSPOSED,
     behind,
 )
-from doconv_mx.batchnorm import HIDDEN, NO_VALUES, SAME_NAME  # noqa: E402
+from doconv_mx.batchnorm import NO_VALUES  # noqa: E402
+from doconv_mx.graph import HIDDEN, SAME_NAME  # noqa: E402
 
 
 def fused(model, **options):

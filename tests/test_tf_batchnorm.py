@@ -36,7 +36,7 @@ from doconv_core.models.report import (  # noqa: E402
     behind,
 )
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
+from doconv_tf.ordinary import walk  # noqa: E402
 
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []

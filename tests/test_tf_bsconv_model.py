@@ -31,8 +31,8 @@ from doconv_tf import (  # noqa: E402
     to_bsconv,
     verify,
 )
-from doconv_tf.bsconv_model import SEPARABLE  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
+from doconv_tf.bsconv_kind import SEPARABLE  # noqa: E402
+from doconv_tf.ordinary import walk  # noqa: E402
 
 FORMS = ["keep", "merge", "dense"]
 REPLACED = ["first", "block.conv", "last"]

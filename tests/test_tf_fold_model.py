@@ -31,7 +31,7 @@ from keras_models import (  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
 from doconv_tf import DOConv2D, fold, verify  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
+from doconv_tf.ordinary import walk  # noqa: E402
 
 
 @EACH_KIND

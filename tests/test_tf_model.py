@@ -31,7 +31,7 @@ from keras_models import (  # noqa: E402
 
 from doconv_core import Report  # noqa: E402
 from doconv_tf import DOConv2D, over_parameterize, verify  # noqa: E402
-from doconv_tf.view import walk  # noqa: E402
+from doconv_tf.ordinary import walk  # noqa: E402
 
 DOUBLE = [] if BACKEND == "jax" else ["float64"]  # which JAX has by a switch for all of a process
 CONVERTED = {

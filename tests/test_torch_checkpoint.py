@@ -18,7 +18,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from doconv_core import ConvSpec, NotFoldable  # noqa: E402
-from doconv_core.files.checkpoint import CheckpointError, fold_checkpoint, open_checkpoint  # noqa: E402
+from doconv_core.files.entries import CheckpointError  # noqa: E402
+from doconv_core.files.folding import fold_checkpoint  # noqa: E402
+from doconv_core.files.formats import open_checkpoint  # noqa: E402
 from doconv_torch import DOConv2d  # noqa: E402
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -343,8 +345,8 @@ def test_a_missing_framework_is_told(file, monkeypatch):
     def missing(self):
         raise ImportError("doconv_torch needs torch, which is not installed.")
 
-    monkeypatch.setattr("importlib.metadata.EntryPoint.load", missing)
-    with pytest.raises(CheckpointError, match=r"is a pytorch file\. doconv_torch needs torch"):
+    monkeypatch.setattr("doconv_core.files.pytorch._backend", lambda: missing(None))
+    with pytest.raises(CheckpointError, match=r"is a PyTorch file\. doconv_torch needs torch"):
         open_checkpoint(file)
 
 

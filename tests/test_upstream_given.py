@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import numbers, only_line
 from frameworks import need
 
-from doconv_core.files.checkpoint import CheckpointError
+from doconv_core.files.entries import CheckpointError
 from doconv_core.files.upstream import read_upstream
 
 

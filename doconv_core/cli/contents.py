@@ -19,22 +19,14 @@ from doconv_core.cli.recognised import (
     GLUON,
     NORM,
     TRANSPOSED,
-    framework_of,
     group_of,
-    nodes_of,
     recognised_layers,
     seems_channels_last,
-    tells_order,
     weight_of,
 )
-from doconv_core.files.checkpoint import (
-    BATCH_NORM,
-    CONVOLUTION,
-    LINEAR,
-    Checkpoint,
-    Layer,
-    check_finite,
-)
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
+from doconv_core.files.folding import check_finite
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
@@ -70,14 +62,13 @@ class Contents:
         self.checkpoint, self.path = checkpoint, checkpoint.path
         self.entries = checkpoint.entries
         self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
-        self.framework = framework_of(checkpoint)
-        self.ordered = tells_order(checkpoint)
+        self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
         self.layers: tuple[Layer, ...] = recognised_layers(checkpoint)
 
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
         """What the file tells of each layer beyond its arrays, by name."""
-        nodes = nodes_of(self.checkpoint)
+        nodes = self.checkpoint.nodes or {}
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:

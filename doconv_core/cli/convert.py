@@ -33,23 +33,16 @@ from doconv_core.cli.output import counted, print_json, print_table, progress, s
 from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_side_by_side
 from doconv_core.cli.parse import KernelSizes, flatten_option, matches
 from doconv_core.cli.plan import Conversion, Plan
-from doconv_core.cli.recognised import GLUON, KERAS, PYTORCH, STATE
-from doconv_core.files.checkpoint import Layer
+from doconv_core.cli.recognised import KERAS, STATE
+from doconv_core.files.entries import Layer
 from doconv_core.files.folding import check_understood
+from doconv_core.files.formats import formats
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 
 Write = Callable[[Path, Plan, writing.Step], None]
-# Of each name that `--to` takes: the framework whose names the file has, and what writes it.
-TARGETS: dict[str, tuple[str, Write]] = {
-    "pytorch": (PYTORCH, writing.write_pytorch),
-    "safetensors": (PYTORCH, writing.write_safetensors),
-    "gluon": (GLUON, writing.write_gluon),
-}
-SUFFIXES = {
-    ".pt": "pytorch", ".pth": "pytorch", ".bin": "pytorch", ".ckpt": "pytorch",
-    ".safetensors": "safetensors", ".params": "gluon", ".keras": "keras", ".h5": "keras",
-}  # fmt: skip
+# What `--to` takes, of formats whose names and layouts are not those of one network.
+TARGETS = ("pytorch", "safetensors", "gluon")
 
 
 @click.command(short_help="Convert a checkpoint to another framework's.")
@@ -64,7 +57,7 @@ SUFFIXES = {
     help="How the layers of IN are paired with those of --like.",
 )  # fmt: skip
 @click.option(
-    "--to", "name", type=click.Choice([*TARGETS]), help="Format of OUT, where no suffix tells it."
+    "--to", "name", type=click.Choice(TARGETS), help="Format of OUT, where no suffix tells it."
 )
 @click.option("--fold", "folded", is_flag=True, help="Fold over-parameterized layers on the way.")
 @click.option("--part", help="Of several copies of a model in IN, such as an average, which one.")
@@ -185,21 +178,23 @@ def _like(
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
     """Return the framework whose names OUT will have, and what writes it, without a template."""
-    name = name or SUFFIXES.get(target.suffix.lower())
-    if name is None:
+    known = formats()
+    # The longest suffix: that of a sharded file ends in others'.
+    by_suffix = {suffix: each for each in known.values() for suffix in each.SUFFIXES}
+    fitting = [suffix for suffix in by_suffix if target.name.lower().endswith(suffix)]
+    if name is None and not fitting:
         raise click.UsageError(f"the suffix of {target} tells no format; give it with --to.")
-    if name not in TARGETS:
+    form = by_suffix[max(fitting, key=len)] if name is None else known[name]
+    if form.FRAMEWORK == KERAS:
         raise click.UsageError(
             f"{target}: a Keras file's names and layouts are those of one network; save it, as "
             "initialised, and give that file with --like."
         )
-    return TARGETS[name]
+    return form.FRAMEWORK, partial(writing.write, form=form)
 
 
 def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Write:
     """Return what writes a file of the template's format."""
-    if template.framework == KERAS:
-        return partial(writing.write_keras_like, template=template.path)
     if template.framework == STATE:
         forms, known = dict(template.forms), contents.forms
         for layer, other in paired.both:
@@ -207,10 +202,8 @@ def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Writ
                 forms[other.path] = _with_known(forms[other.path], known[layer.path])
         origin = contents.checkpoint.origin or {}
         return partial(writing.write_state_like, forms=forms, origin=origin)
-    if template.framework == GLUON:
-        return writing.write_gluon
-    is_safetensors = template.checkpoint.format == "safetensors"
-    return writing.write_safetensors if is_safetensors else writing.write_pytorch
+    file = template.checkpoint
+    return partial(writing.write, form=file.module, like=file)
 
 
 def _with_known(form: LayerForm, known: LayerForm) -> LayerForm:

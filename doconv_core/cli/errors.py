@@ -6,7 +6,7 @@ from typing import Final
 
 import click
 
-from doconv_core.files.checkpoint import CheckpointError
+from doconv_core.files.entries import CheckpointError
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError

@@ -15,7 +15,8 @@ from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import NORM
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Values

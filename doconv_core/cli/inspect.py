@@ -23,7 +23,8 @@ from doconv_core.cli.measures import Measures, measure
 from doconv_core.cli.output import counted, number, print_json, print_table, progress, size
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.files.checkpoint import OTHER, Checkpoint, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import OTHER, Layer
 
 
 @click.command(short_help="Show what is in a checkpoint.")

@@ -23,7 +23,7 @@ from doconv_core.cli.metadata import sides
 from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.parse import matches
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-from doconv_core.files.checkpoint import CONVOLUTION, LINEAR, OTHER, Checkpoint, Layer
-from doconv_core.files.keras_names import snake_case, stem_of, stored_nodes
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CONVOLUTION, LINEAR, OTHER, Layer
+from doconv_core.files.keras_names import snake_case, stem_of
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.maths.layout import to_canonical
 from doconv_core.state.layers import LayerForm
@@ -23,26 +24,17 @@ _NORMS = ("layer_normalization", "group_normalization")
 _TRANSPOSED = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
 
 
-def framework_of(checkpoint: Checkpoint) -> str:
-    """Return whose names and layouts a file has. A plain safetensors file has PyTorch's."""
-    if checkpoint.format.startswith("Gluon"):
-        return GLUON
-    if checkpoint.format.startswith("Keras"):
-        return KERAS
-    return PYTORCH if checkpoint.forms is None else STATE
-
-
 def recognised_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     """Return the layers in the model's order, as far as that is told, norms known as such.
 
     Embeddings are linear layers, as they are where only shapes tell. A layer of another kind stays
     what it is.
     """
-    framework = framework_of(checkpoint)
+    framework = checkpoint.framework
     if framework == KERAS:
         return _keras(checkpoint)
-    if checkpoint.forms is not None:
-        forms = checkpoint.forms
+    if framework == STATE:
+        forms = checkpoint.forms or {}
         return tuple(_of_state(layer, forms[layer.path]) for layer in checkpoint.layers)
     return tuple(_norm(checkpoint, layer, framework) for layer in checkpoint.layers)
 
@@ -65,20 +57,6 @@ def seems_channels_last(layer: Layer) -> bool:
     if all(n == 1 for n in (first, *between)):
         return False  # channels-last, it would be one tap, whose numbers lie in the same order
     return all(n == first for n in between) and last > 2 * first and last >= 8
-
-
-def tells_order(checkpoint: Checkpoint) -> bool:
-    """Return whether the file's layers are in the model's order, not sorted by their names.
-
-    HDF5 sorts, and so do the libraries that write safetensors; the header of a canonical state
-    tells, and so does the config of a `.keras` file, unless the model, or a part of it, is of a
-    class of one's own.
-    """
-    if checkpoint.config is not None:
-        nodes = nodes_of(checkpoint)
-        return all(group_of(layer) in nodes for layer in checkpoint.layers)
-    sorting = checkpoint.format == "safetensors" or framework_of(checkpoint) == KERAS
-    return not sorting
 
 
 def _norm(checkpoint: Checkpoint, layer: Layer, framework: str) -> Layer:
@@ -115,16 +93,10 @@ def group_of(layer: Layer) -> str:
     return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
-def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    """Return the config of each group that the config of a `.keras` file tells."""
-    stored = () if checkpoint.config is None else stored_nodes(checkpoint.config)
-    return {group: node for group, _, node in stored}
-
-
 def _classes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the class, in snake case, of each group that the config of a `.keras` file tells."""
-    nodes = nodes_of(checkpoint)
-    return {group: snake_case(node["class_name"]) for group, node in nodes.items()}
+    nodes = checkpoint.nodes or {}
+    return {group: snake_case(n["class_name"]) for group, n in nodes.items()}
 
 
 def _of_keras(checkpoint: Checkpoint, layer: Layer, classes: dict[str, str]) -> Layer:

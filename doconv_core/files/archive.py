@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from doconv_core.files.arrays import COPIED_AT_ONCE
-from doconv_core.files.checkpoint import CheckpointError
-from doconv_core.files.names import check_names, shown
+from doconv_core.files.entries import COPIED_AT_ONCE, CheckpointError, check_names, shown
 
 # What zipfile raises where a member is not what the archive says.
 DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)

@@ -1,37 +1,31 @@
-"""Composing a checkpoint's layers, and what becomes of each of its entries when it is folded."""
+"""Folding a checkpoint file: what becomes of each of its entries."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from doconv_core.files.arrays import from_storage
-from doconv_core.files.checkpoint import (
+from doconv_core.atomic import check_absent, replacing
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import (
     OTHER,
-    Checkpoint,
+    Array,
     CheckpointError,
+    KernelSizes,
     Layer,
-    check_finite,
+    Progress,
+    all_finite,
 )
-from doconv_core.files.composition import (
-    canonical_upstream,
-    compose_blocks,
-    compose_upstream,
-)
+from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.reference import ORIGIN
 from doconv_core.files.shapes import Shape, kept_shape
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import Change, Left, Report
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -56,54 +50,9 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
             raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
 
 
-def pair(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array | None]:
-    """As `Checkpoint.pair`."""
-    weight = to_canonical(checkpoint.read(layer.entries["weight"]), layer.layout)
-    if not layer.over_parameterized:
-        if layer.kernel_shape is not None:
-            weight = weight.reshape(layer.kernel_shape)
-        return weight, None
-    depthwise = checkpoint.read(layer.entries["depthwise_weight"])
-    if layer.origin.startswith(ORIGIN):
-        framework = layer.origin.removeprefix(ORIGIN)
-        name = layer.entries.get("identity")
-        identity = None if name is None else checkpoint.read(name)
-        try:
-            return canonical_upstream(framework, weight, depthwise, identity)
-        except NotFoldable as error:
-            raise NotFoldable(f"layer {layer.name!r}: {error}") from None
-    return weight.reshape(*weight.shape[:2], -1), depthwise
-
-
-def kernel(checkpoint: Checkpoint, layer: Layer, *, as_stored: bool = False) -> Array:
-    """As `Checkpoint.kernel`. as_stored: whether a kernel of bfloat16 is rounded to that."""
-    if layer.kernel_shape is None:
-        problem = layer.note or f"its kind, {layer.kind}, has no kernel"
-        raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {problem}.")
-    weight = to_canonical(checkpoint.read_stored(layer.entries["weight"]), layer.layout)
-    if layer.over_parameterized:
-        with np.errstate(all="ignore"):  # what overflows is in the result
-            weight = _composed(checkpoint, layer, weight, as_stored)
-    elif not as_stored:
-        weight = from_storage(weight)
-    return weight.reshape(layer.kernel_shape)
-
-
-def _composed(checkpoint: Checkpoint, layer: Layer, weight: Array, as_stored: bool) -> Array:
-    """Return the kernel of a canonical W, as it is stored, with the layer's D."""
-    depthwise = checkpoint.read_stored(layer.entries["depthwise_weight"])
-    if not layer.origin.startswith(ORIGIN):
-        weight = weight.reshape(*weight.shape[:2], -1)
-        return compose_blocks(weight, depthwise, as_stored=as_stored)
-    framework = layer.origin.removeprefix(ORIGIN)
-    name = layer.entries.get("identity")
-    identity = None if name is None else checkpoint.read_stored(name)
-    return compose_upstream(framework, weight, depthwise, identity, as_stored=as_stored)
-
-
 def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
     """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
-    composed = check_finite(layer, kernel(checkpoint, layer, as_stored=True))
+    composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
     return from_canonical(composed, layer.layout, _groups(layer)).reshape(shape)
 
 
@@ -201,3 +150,57 @@ def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
         before = f"over-parameterized, S = {multiplier}{origin}"
     after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
     return before, after
+
+
+def fold_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    kernel_sizes: KernelSizes | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write to `target` the file at `source` with every over-parameterized layer folded.
+
+    Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
+    entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
+    ordinary one of the framework, and its `W` is named `weight`. Returns what was done; a layer's
+    path there is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
+
+    kernel_sizes: as in `open_checkpoint`. overwrite: whether `target` may exist. progress: called
+    with the number of layers folded and of layers to fold.
+    Raises FileExistsError; NotFoldable, before anything is written, for a layer that cannot be
+    folded exactly or whose kernel is not finite; and what `open_checkpoint` raises.
+
+    >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
+    >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
+    >>> write_state(State({"conv": form}, arrays), "trained.safetensors")
+    >>> fold_checkpoint("trained.safetensors", "folded.safetensors").changed[0].path
+    'conv'
+    """
+    check_absent(target, overwrite)
+    with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
+        report = report_on(checkpoint)
+        done, total = 0, len(report.changed)
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        if progress is not None:
+            progress(0, total)
+        with replacing(target, overwrite=overwrite) as temporary:
+            checkpoint.write_folded(temporary, count)
+    return report
+
+
+def check_finite(layer: Layer, kernel: Array) -> Array:
+    """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
+    if not all_finite(kernel):
+        raise NotFoldable(
+            f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
+            "overflowed."
+        )
+    return kernel

@@ -1,107 +1,132 @@
-"""Which format a file has, by its content, and what reads it."""
+"""Formats of checkpoint files: each is one module, which the entry-point group names.
+
+The group is `doconv.formats`. A format's module has what `Format` says; a file is of the format
+whose `sniff` knows its first bytes. No list of formats stands here.
+"""
 
 from __future__ import annotations
 
-import pickletools
+import os
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from doconv_core.files.checkpoint import CheckpointError
-from doconv_core.files.names import shown
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import Array, CheckpointError, Entry, KernelSizes
 
-GROUP = "doconv.checkpoints"
-SAFETENSORS, GLUON, KERAS, HDF5 = "safetensors", "gluon", "keras", "hdf5"
-PYTORCH, PICKLE = "pytorch", "pickle"
-
-# How the number begins a file of torch.save from before it wrote archives.
-TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+GROUP = "doconv.formats"
 LOOKED_AT = 1 << 16
 
-KNOWN = (
-    "safetensors, PyTorch (.pt, .pth, .bin), Keras (.keras, .weights.h5) and Gluon (.params) files"
-)
 
+@dataclass(frozen=True)
+class Beginning:
+    """What tells a file's format. head: its first bytes, at most 64 KiB."""
 
-def find_format(path: Path) -> Any:
-    """Return what opens the file at `path`: a callable of the path and the kernel sizes.
+    path: Path
+    head: bytes
 
-    It is the entry point of the format's name in the group `doconv.checkpoints`. Raises
-    CheckpointError for a file of no known format, or one whose package is missing.
-    """
-    name = recognise(path)
-    for entry in metadata.entry_points(group=GROUP, name=name):
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The names in a zip archive; none in another file. CheckpointError for a damaged one."""
+        if self.head[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+            return frozenset()
         try:
-            return entry.load()
-        except ImportError as error:
-            raise CheckpointError(f"{path} is a {name} file. {error}") from error
-    raise CheckpointError(
-        f"{path} is a {name} file, and no installed package reads it: none is named {name!r} in "
-        f"the entry-point group {GROUP}."
-    )
+            with zipfile.ZipFile(self.path) as archive:
+                return frozenset(archive.namelist())
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{self.path} is not a whole zip archive: {error}.") from error
 
 
-def recognise(path: Path) -> str:
-    """Return the format of the file at `path`, by its first bytes, or CheckpointError."""
+class Format(Protocol):
+    """What a format's module has.
+
+    NAME: in words. SUFFIXES: by which a file to be written is told to be of it. FRAMEWORK: whose
+    names and layouts its files have. TYPES: of the arrays that it can write.
+    """
+
+    NAME: str
+    SUFFIXES: tuple[str, ...]
+    FRAMEWORK: str
+    TYPES: frozenset[str]
+
+    def sniff(self, begin: Beginning) -> bool:
+        """Return whether a file is of this format; nothing in it is believed yet."""
+
+    def read(self, path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+        """Return the open file; CheckpointError, of one line, for one damaged or hostile."""
+
+    def write(
+        self,
+        path: Path,
+        entries: Sequence[Entry],
+        arrays: Mapping[str, Array],
+        like: Checkpoint | None = None,
+    ) -> None:
+        """Write these entries, whose arrays are read in their order, each once.
+
+        like: an open file of the same format whose form the new one is to have. Files beside `path`
+        that belong to it are written there, too.
+        """
+
+
+def formats() -> dict[str, Format]:
+    """Return the modules of all registered formats, by name. Raises ImportError where one fails."""
+    entries = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    if not entries:
+        raise ImportError(
+            f"no installed package reads files: the entry-point group {GROUP} is empty; install "
+            "doconv with pip."
+        )
+    return {entry.name: entry.load() for entry in entries}
+
+
+def format_of(path: Path) -> Format:
+    """Return the format of the file at `path`, by its first bytes; CheckpointError for none."""
     with path.open("rb") as file:
-        head = file.read(16)
-    if not head:
+        begin = Beginning(path, file.read(LOOKED_AT))
+    if not begin.head:
         raise CheckpointError(f"{path} is empty.")
-    if head[:8] == b"\x89HDF\r\n\x1a\n":
-        return HDF5
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return _recognise_archive(path)
-    if head[:4] == b"\x12\x01\x00\x00" and head[4:16] in (bytes(12), bytes(4) + head[8:16]):
-        return GLUON
-    if head[8:9] == b"{":
-        return SAFETENSORS
-    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
-        return _recognise_pickle(path)
+    known = formats().values()
+    for each in known:
+        if each.sniff(begin):
+            return each
+    if begin.members:
+        raise CheckpointError(
+            f"{path} is a zip archive, but neither a PyTorch nor a Keras file: it has no data.pkl "
+            "and no config.json."
+        )
+    *most, last = [f"{each.NAME} ({', '.join(each.SUFFIXES)})" for each in known]
     raise CheckpointError(
-        f"{path} is no checkpoint that is known here; {KNOWN} are. A truncated file may look so."
+        f"{path} is no checkpoint that is known here; {', '.join(most)} and {last} files are. A "
+        "truncated file may look so."
     )
 
 
-def _recognise_pickle(path: Path) -> str:
-    """Return PICKLE for a file of `torch.save`; CheckpointError for any other pickle."""
-    with path.open("rb") as file:
-        begin = file.read(LOOKED_AT)
-    if TORCH_MAGIC in begin[:64]:
-        return PICKLE
-    raise CheckpointError(
-        f"{path} is a pickle that torch.save did not write{_calls(begin)}; unpickling could run "
-        "any code, so it is not read."
-    )
+def open_checkpoint(
+    path: str | os.PathLike[str], *, kernel_sizes: KernelSizes | None = None
+) -> Checkpoint:
+    """Return the checkpoint at `path`, open.
 
+    kernel_sizes: for layers whose kernel size is not in the file, by glob pattern on `Layer.name`
+    or `Layer.path`; the first that matches counts.
+    Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
+    format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
+    pattern that matches no over-parameterized layer or a kernel size that does not fit.
 
-def _calls(begin: bytes) -> str:
-    """Return what a pickle's first global is, to tell; nothing is unpickled."""
-    texts: list[str] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(begin):
-            if opcode.name in ("GLOBAL", "INST"):
-                return f", and needs {shown(str(argument).replace(' ', '.'))}"
-            if opcode.name == "STACK_GLOBAL" and len(texts) > 1:
-                return f", and needs {shown('.'.join(texts[-2:]))}"
-            if isinstance(argument, str) and opcode.name != "PUT":
-                texts.append(argument)
-    except ValueError:  # truncated, perhaps by us
-        return ""
-    return ""
-
-
-def _recognise_archive(path: Path) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is not a whole zip archive: {error}.") from error
-    if "config.json" in names and "metadata.json" in names:
-        return KERAS
-    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
-        return PYTORCH
-    raise CheckpointError(
-        f"{path} is a zip archive, but neither a PyTorch nor a Keras file: it has no data.pkl and "
-        "no config.json."
-    )
+    >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
+    >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
+    >>> with open_checkpoint("state.safetensors") as checkpoint:
+    ...     checkpoint.read("fc.weight").shape
+    (2, 3)
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a checkpoint file.")
+    module = format_of(file)
+    checkpoint = module.read(file, dict(kernel_sizes or {}))
+    checkpoint.module = module
+    return checkpoint

@@ -9,7 +9,7 @@ versions lack some of it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,20 +17,24 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from doconv_core.files.arrays import (
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import (
     BFLOAT16,
     BITS,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    check_names,
     copy_bytes,
     from_storage,
     read_array,
     storage_dtype,
     to_storage,
 )
-from doconv_core.files.checkpoint import Checkpoint, CheckpointError, Entry
 from doconv_core.files.folding import folded_kernel, outputs
+from doconv_core.files.formats import Beginning
 from doconv_core.files.layers import find_layers
-from doconv_core.files.names import check_names
-from doconv_core.files.sizes import Sizes
+from doconv_core.files.shapes import Sizes
 
 Array = NDArray[Any]
 
@@ -44,6 +48,47 @@ DTYPES = (
 MAX_NDIM, MAX_ARRAYS = 32, 1 << 20
 INDICES = {0: 0, 1: 1, 2: 2}  # how many arrays of indices each storage type has beside its data
 MAX_NAME = 1 << 16
+
+
+NAME, SUFFIXES, FRAMEWORK = "Gluon", (".params",), "Gluon"
+TYPES = frozenset(DTYPES) - {BFLOAT16}
+
+
+def sniff(begin: Beginning) -> bool:
+    """Return whether MXNet's magic number and a reserved one begin the file."""
+    head = begin.head
+    return head[:4] == b"\x12\x01\x00\x00" and head[4:16] in (bytes(12), bytes(4) + head[8:16])
+
+
+def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+    """Return the open file."""
+    return GluonCheckpoint(path, kernel_sizes)
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    arrays: Mapping[str, Array],
+    like: Checkpoint | None = None,
+) -> None:
+    """Write parameters as `save_parameters` does, one array in memory at a time."""
+    write_params(path, _Stored(entries, arrays))
+
+
+class _Stored(Mapping[str, Array]):
+    """Arrays, each made when it is asked for, in the type in which it is to be stored."""
+
+    def __init__(self, entries: Sequence[Entry], arrays: Mapping[str, Array]) -> None:
+        self._dtypes, self._arrays = {entry.name: entry.dtype for entry in entries}, arrays
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name].astype(self._dtypes[name], copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
+
+    def __len__(self) -> int:
+        return len(self._dtypes)
 
 
 @dataclass(frozen=True)
@@ -109,7 +154,7 @@ class GluonCheckpoint(Checkpoint):
     """An open `.params` file. Raises CheckpointError where it is damaged or hostile."""
 
     def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path, self.format = path, "Gluon parameters"
+        self.path, self.format, self.framework = path, "Gluon parameters", FRAMEWORK
         self._file = path.open("rb")
         try:
             self._named, self._records = _read_list(_Reader(self._file, path))

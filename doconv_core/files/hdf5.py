@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from doconv_core.files.arrays import BFLOAT16, BITS, storage_dtype
-from doconv_core.files.checkpoint import CheckpointError
-from doconv_core.files.hdf5_files import Written
-from doconv_core.files.hdf5_raw import check_heaps, creation_order
-from doconv_core.files.names import check_names, shown
-
-Array = NDArray[Any]
+from doconv_core.files.entries import (
+    BFLOAT16,
+    BITS,
+    Array,
+    CheckpointError,
+    Entry,
+    check_names,
+    shown,
+    storage_dtype,
+    to_storage,
+)
+from doconv_core.files.hdf5_order import creation_order
 
 MAX_DEPTH, MAX_OBJECTS = 64, 1 << 20
 SMALL = 1 << 20  # bytes that an array may have however few of them are stored
@@ -33,17 +39,15 @@ class Hdf5:
     kept elsewhere, and arrays far larger than what is stored of them.
     """
 
-    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path, stored: Path | None = None) -> None:
         h5py = _h5py(path)
-        self.path, self._stream = path, file
+        self.path, self._stored = path, stored or path
         self.groups: dict[str, Any] = {}
         self.arrays: dict[str, Any] = {}
         self._seen: set[Any] = set()
-        with self._raw() as raw:
-            if not check_heaps(raw):
-                raise CheckpointError(f"{path} is not a whole HDF5 file: a heap is damaged.")
+        _probe(path, self._stored)
         try:
-            self.file = h5py.File(path if file is None else file, "r")
+            self.file = h5py.File(self._stored, "r")
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not a whole HDF5 file: {error}.") from error
         try:
@@ -106,14 +110,11 @@ class Hdf5:
         dtype = self.arrays[path].dtype
         return BFLOAT16 if dtype.kind == "V" else str(dtype.newbyteorder("="))
 
-    def _raw(self) -> AbstractContextManager[Any]:
-        return nullcontext(self._stream) if self._stream is not None else self.path.open("rb")
-
     def made(self, path: str) -> list[str] | None:
         """Return a group's members in the order of their making, None where that is lost."""
         group = self.groups[path]
         address = _h5py(self.path).h5o.get_info(group.id).addr
-        with self._raw() as file:
+        with self._stored.open("rb") as file:
             return creation_order(file, address, list(group))
 
     def read(self, path: str) -> Array:
@@ -143,24 +144,24 @@ class Hdf5:
         names: Mapping[str, str],
         replaced: Mapping[str, Callable[[], Array]],
         dropped: set[str],
+        size: int,
     ) -> None:
         """Write the file to `target` with changes.
 
         names: the new name, within its group, of a group. replaced: what gives an array's new
         values, as stored. dropped: the arrays that go; an attribute `weight_names`, of older
-        files, that lists them, is changed with them. Raises OSError where `target` cannot be
-        written, CheckpointError where the file is damaged.
+        files, that lists them, is changed with them. size: of all arrays then, in bytes. Raises
+        OSError where `target` cannot be written, CheckpointError where the file is damaged.
         """
 
-        def visit(path: str, new: Any, check: Callable[[], None]) -> None:
+        def visit(path: str, new: Any) -> None:
             group = self.groups[path]
             gone = {name.removeprefix(f"{path}/") for name in dropped}
             self._copy_attributes(path, group, new, gone)
             for name in self.made(path) or group:
-                check()
                 inner = f"{path}/{name}" if path else name
                 if inner in self.groups:
-                    visit(inner, new.create_group(names.get(inner, name)), check)
+                    visit(inner, new.create_group(names.get(inner, name)))
                 elif inner in replaced:
                     values = replaced[inner]()
                     if self.arrays[inner].dtype.kind == "V":
@@ -170,13 +171,13 @@ class Hdf5:
                 elif inner not in dropped:
                     group.copy(name, new)
 
-        with Written(target, "w+b") as written:
-            try:
-                with _h5py(self.path).File(written, "w") as file:
-                    visit("", file, written.check)
-            except (OSError, RuntimeError, KeyError, UnicodeError) as error:
-                written.check()
-                raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
+        _reserve(target, size)
+        try:
+            with _h5py(self.path).File(target, "w") as file:
+                visit("", file)
+        except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+            _reserve(target, size + SMALL)  # what the library says of a full disk is like damage
+            raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
     def _copy_attributes(self, path: str, old: Any, new: Any, gone: set[str]) -> None:
         try:
@@ -202,5 +203,39 @@ def _h5py(path: Path) -> Any:
         ) from error
 
 
+def _probe(path: Path, stored: Path) -> None:
+    """Raise CheckpointError where HDF5's library does not survive the file, or find its end."""
+    # Not run as a module of this package, all of which it would have to import.
+    command = [sys.executable, "-I", str(Path(__file__).with_name("hdf5_probe.py")), str(stored)]
+    try:
+        code = subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = -1
+    if code < 0:
+        raise CheckpointError(
+            f"{path} is not a whole HDF5 file: HDF5's library takes too long or too much memory to "
+            "read it, or crashes."
+        )
+
+
+def _reserve(target: Path, size: int) -> None:
+    """Raise OSError where there is no room for a file of `size` bytes; what is there is lost.
+
+    The library cannot close a file that it could not write, and may crash when the process ends.
+    """
+    with target.open("wb") as file:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def fill(path: Path, entries: Sequence[Entry], arrays: Mapping[str, Array]) -> None:
+    """Give arrays of an HDF5 file, that are there, other values of the same shapes and types."""
+    with _h5py(path).File(path, "r+") as file:
+        for entry in entries:
+            values = to_storage(arrays[entry.name], entry.dtype)
+            dataset = file[entry.name]
+            dataset[...] = values.view(dataset.dtype) if dataset.dtype.kind == "V" else values

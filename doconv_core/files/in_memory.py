@@ -9,11 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.files.arrays import BFLOAT16
-from doconv_core.files.checkpoint import Checkpoint, CheckpointError, Entry, KernelSizes
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import (
+    AVERAGED,
+    BFLOAT16,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    shown,
+    without_wrappers,
+)
 from doconv_core.files.layers import find_layers
-from doconv_core.files.names import AVERAGED, shown, without_wrappers
-from doconv_core.files.sizes import Sizes
+from doconv_core.files.shapes import Sizes
 from doconv_core.files.state_dicts import MAX_DEPTH, StateDicts
 
 Array = NDArray[Any]

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from doconv_core.files.arrays import FLOATS
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, OTHER, Entry, Layer
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, FLOATS, LINEAR, OTHER, Entry, Layer
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.keras_names import STEMS, own_class, snake_case, stem_of
-from doconv_core.files.shapes import canonical_shape, over_parameterized, unlike
-from doconv_core.files.sizes import Sizes
+from doconv_core.files.shapes import Sizes, canonical_shape, over_parameterized, unlike
 from doconv_core.maths.spec import ConvSpec
 
 D_ENTRY = "depthwise_kernel"

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from doconv_core.files.arrays import FLOATS
-from doconv_core.files.checkpoint import BATCH_NORM, CONVOLUTION, LINEAR, OTHER, Entry, Layer
+from doconv_core.files.entries import (
+    BATCH_NORM,
+    CONVOLUTION,
+    FLOATS,
+    LINEAR,
+    OTHER,
+    Entry,
+    Layer,
+)
 from doconv_core.files.reference import find_reference
-from doconv_core.files.shapes import over_parameterized, unlike
-from doconv_core.files.sizes import Sizes
+from doconv_core.files.shapes import Sizes, over_parameterized, unlike
 
 # What ends an entry's name, and the role that it has. Those of batch norms, by framework.
 ROLES = {

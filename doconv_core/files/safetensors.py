@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,26 +11,29 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from doconv_core.files.arrays import (
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import (
+    CONVOLUTION,
+    OTHER,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    Layer,
+    check_names,
     copy_bytes,
     from_storage,
+    once,
     read_array,
     storage_dtype,
     to_storage,
-)
-from doconv_core.files.checkpoint import (
-    CONVOLUTION,
-    OTHER,
-    Checkpoint,
-    CheckpointError,
-    Entry,
-    Layer,
+    without_wrappers,
 )
 from doconv_core.files.folding import Output, folded_kernel, outputs
+from doconv_core.files.formats import Beginning
 from doconv_core.files.layers import find_layers
-from doconv_core.files.names import check_names, once, without_wrappers
-from doconv_core.files.sizes import Sizes
-from doconv_core.state.file import FORMAT, StateError, entry, read_header
+from doconv_core.files.shapes import Sizes
+from doconv_core.state.file import FORMAT, StateError, read_header
+from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
@@ -40,6 +43,49 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+
+
+NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), "PyTorch"
+TYPES = frozenset(DTYPES.values())
+STATE = "doconv state"
+
+
+def sniff(begin: Beginning) -> bool:
+    """Return whether a JSON object follows a length."""
+    return begin.head[8:9] == b"{"
+
+
+def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+    """Return the open file, a plain state dict or a canonical state."""
+    return SafetensorsCheckpoint(path, kernel_sizes)
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    arrays: Mapping[str, Array],
+    like: Checkpoint | None = None,
+) -> None:
+    """Write a plain safetensors file, one array in memory at a time."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    position = 0
+    for entry in entries:
+        end = position + entry.size * storage_dtype(entry.dtype).itemsize
+        header[entry.name] = {
+            "dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [position, end]
+        }  # fmt: skip
+        position = end
+    with path.open("wb") as file:
+        _write_header(file, header)
+        for entry in entries:
+            file.write(to_storage(arrays[entry.name], entry.dtype).data)
+
+
+def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -55,6 +101,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.entries = {name: self._entry(name) for name in names}
         self._is_state = self._metadata.get("format") == FORMAT
         sizes = Sizes(kernel_sizes)
+        self.framework = STATE if self._is_state else FRAMEWORK
+        self.ordered = self._is_state  # the libraries that write the others sort
         if self._is_state:
             self.format = "doconv state (safetensors)"
             self.layers = self._state_layers(sizes)
@@ -77,7 +125,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(str(error)) from error
         self.forms, layers = forms, []
         for path, form in forms.items():
-            roles = {name: entry(path, name) for name in form.shapes}
+            roles = {name: entry_name(path, name) for name in form.shapes}
             for name, shape in form.shapes.items():
                 found = self.entries.get(roles[name])
                 if found is None or found.shape != shape:
@@ -125,10 +173,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 "dtype": code, "shape": list(output.shape), "data_offsets": offsets
             }  # fmt: skip
             position += size
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         with target.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            _write_header(file, header)
             for output in planned:
                 if output.layer is None:
                     self._copy(output.source, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from doconv_core.files.names import NO_MODEL
+from doconv_core.files.entries import NO_MODEL
 
 MAX_DEPTH = 8  # of dicts and lists in each other, among which state dicts are looked for
 

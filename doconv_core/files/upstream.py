@@ -13,16 +13,11 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from doconv_core.files.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    KernelSizes,
-    Layer,
-    open_checkpoint,
-)
-from doconv_core.files.composition import canonical_upstream, compose_upstream
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import CheckpointError, KernelSizes, Layer
+from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.in_memory import InMemory
-from doconv_core.files.reference import FRAMEWORKS, ORIGIN
+from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
@@ -42,6 +37,10 @@ class Upstream(NamedTuple):
     where it is in `folded`, as an ordinary convolution; a DO-Conv layer takes either. carried: the
     paths of the layers whose W and D are as they were trained. folded: by path, why a layer's
     kernel alone could be kept; in `entries` its W is that kernel, and its D is zero.
+
+    >>> arrays = {"conv.W": np.ones((4, 3, 9)), "conv.D": np.zeros((3, 9, 9))}
+    >>> read_upstream(arrays).carried
+    ('conv',)
     """
 
     entries: Mapping[str, Array]
@@ -65,6 +64,10 @@ def read_upstream(
     taken to be a square kernel.
     Raises CheckpointError where there is no layer of the reference implementation or a kernel size
     is not known, ValueError for another framework, and what `open_checkpoint` raises.
+
+    >>> arrays = {"conv.W": np.ones((4, 3, 9)), "conv.D": np.zeros((3, 9, 9))}
+    >>> list(read_upstream(arrays, "PyTorch").entries)
+    ['conv.weight', 'conv.depthwise_weight']
     """
     if framework not in (None, *FRAMEWORKS):
         raise ValueError(

@@ -53,6 +53,9 @@ def mid_channels(in_channels: int, p: float = P, min_mid_channels: int = MIN_MID
     point gives it. p: the share of the input channels to keep, above 0 and at most 1.
     Raises TypeError for what is not a number, ValueError for one that gives no layer.
     Source: BSConv, arXiv 2003.13549, subspace BSConv.
+
+    >>> mid_channels(64), mid_channels(8), mid_channels(64, p=1 / 6)
+    (16, 4, 11)
     """
     in_channels = as_integer("in_channels", in_channels)
     least = as_integer("min_mid_channels", min_mid_channels)
@@ -93,6 +96,9 @@ class BSConvSpec:
     with_bn: whether a batch norm follows each pointwise convolution.
     Raises TypeError or ValueError for what gives no layer.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> BSConvSpec(64, 128, (3, 3), "s", p=0.25).pointwise_shapes
+    ((16, 64), (128, 16))
     """
 
     in_channels: int
@@ -164,6 +170,10 @@ def merge_pointwise(first: ArrayLike, second: ArrayLike) -> Array:
 
     first: `W1`, `(mid, I)`. second: `W2`, `(O, mid)`. Returns `(O, I)`, in W2's dtype; half types
     are computed in float32 and rounded once. Raises ValueError where the shapes do not agree.
+
+    >>> merge_pointwise(np.array([[1.0, 2.0]]), np.array([[1.0], [3.0]]))
+    array([[1., 2.],
+           [3., 6.]])
     """
     w1, w2 = _pair(first, second)
     merged: Array = widened(w2) @ widened(w1)
@@ -173,7 +183,13 @@ def merge_pointwise(first: ArrayLike, second: ArrayLike) -> Array:
 def merge_pointwise_gradient(
     first: ArrayLike, second: ArrayLike, gradient: ArrayLike
 ) -> tuple[Array, Array]:
-    """Return the gradients with respect to `W1` and `W2`, from that of `W2·W1`, `(O, I)`."""
+    """Return the gradients with respect to `W1` and `W2`, from that of `W2·W1`, `(O, I)`.
+
+    >>> first, second = np.array([[1.0, 2.0]]), np.array([[1.0], [3.0]])
+    >>> merge_pointwise_gradient(first, second, np.ones((2, 2)))
+    (array([[4., 4.]]), array([[3.],
+           [3.]]))
+    """
     w1, w2 = _pair(first, second)
     product = widened(_shaped("gradient", gradient, (len(w2), w1.shape[1])))
     return (
@@ -189,6 +205,10 @@ def compose_bsconv(pointwise: ArrayLike, depthwise: ArrayLike, spec: BSConvSpec)
     depthwise: `(O, M)`. Returns `(O, I, *kernel_size)`, in pointwise's dtype.
     Raises ValueError where a shape disagrees with `spec`, TypeError for dtypes that are not float.
     Source: BSConv, arXiv 2003.13549, unconstrained BSConv.
+
+    >>> compose_bsconv(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0, 5.0]]), BSConvSpec(2, 1, (3,)))
+    array([[[ 3.,  4.,  5.],
+            [ 6.,  8., 10.]]])
     """
     pw, dw = _checked(pointwise, depthwise, spec)
     kernel: Array = widened(pw)[:, :, None] * widened(dw)[:, None, :]
@@ -202,6 +222,10 @@ def compose_bsconv_gradient(
     """Return the gradients with respect to `pw` and `dw`, from that of `compose_bsconv`'s kernel.
 
     kernel_gradient: `(O, I, *kernel_size)`. Raises ValueError where a shape disagrees.
+
+    >>> pointwise, depthwise, spec = np.array([[1.0, 2.0]]), np.ones((1, 3)), BSConvSpec(2, 1, (3,))
+    >>> compose_bsconv_gradient(pointwise, depthwise, np.ones((1, 2, 3)), spec)
+    (array([[3., 3.]]), array([[3., 3., 3.]]))
     """
     pw, dw = _checked(pointwise, depthwise, spec)
     shape = spec.dense.kernel_shape
@@ -252,6 +276,9 @@ class BSConvCost(NamedTuple):
 
     keep: as it is trained. merge: one pointwise and the depthwise convolution, with no batch norm
     between. dense: one ordinary convolution.
+
+    >>> bsconv_cost(BSConvSpec(64, 64, (3, 3)), 100).dense
+    Cost(parameters=36928, macs=3686400)
     """
 
     keep: Cost
@@ -268,6 +295,9 @@ def bsconv_cost(
     input_positions: those at which the pointwise ones are; as many where not given, which a stride
     makes more. Biases and batch norms count as parameters, not as multiply-accumulates.
     Raises TypeError or ValueError for what is not a positive integer.
+
+    >>> bsconv_cost(BSConvSpec(64, 64, (3, 3)), 100, bias=False).keep
+    Cost(parameters=4672, macs=467200)
     """
     out = as_integer("positions", positions)
     into = out if input_positions is None else as_integer("input_positions", input_positions)

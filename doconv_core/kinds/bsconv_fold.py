@@ -21,14 +21,23 @@ Array = NDArray[Any]
 
 
 class Pointwise(NamedTuple):
-    """A pointwise convolution. weight: `(O, I)`. bias: `(O,)`, or None."""
+    """A pointwise convolution. weight: `(O, I)`. bias: `(O,)`, or None.
+
+    >>> fold_pointwise([Pointwise([[1.0, 2.0]]), Pointwise([[3.0]], bias=[1.0])])
+    Folded(kernel=array([[3., 6.]]), bias=array([1.]))
+    """
 
     weight: ArrayLike
     bias: ArrayLike | None = None
 
 
 class Normalization(NamedTuple):
-    """A batch norm of inference, as `fuse_batchnorm` takes it; each array is `(O,)`."""
+    """A batch norm of inference, as `fuse_batchnorm` takes it; each array is `(O,)`.
+
+    >>> norm = Normalization(mean=[2.0], variance=[4.0], epsilon=0.0)
+    >>> fold_pointwise([Pointwise([[1.0, 2.0]]), norm])
+    Folded(kernel=array([[0.5, 1. ]]), bias=array([-1.]))
+    """
 
     mean: ArrayLike
     variance: ArrayLike
@@ -41,7 +50,11 @@ Step: TypeAlias = "Pointwise | Normalization"
 
 
 class Folded(NamedTuple):
-    """A kernel and its bias, or None, in float64. kernel: `(O, I)`, or `(O, I, M)` of a dense."""
+    """A kernel and its bias, or None, in float64. kernel: `(O, I)`, or `(O, I, M)` of a dense.
+
+    >>> fold_pointwise([Pointwise([[1.0, 2.0]])])
+    Folded(kernel=array([[1., 2.]]), bias=None)
+    """
 
     kernel: Array
     bias: Array | None
@@ -53,6 +66,9 @@ def fold_pointwise(steps: Sequence[Step]) -> Folded:
     steps: what comes before the depthwise convolution; the first is a pointwise one.
     Raises ValueError for steps that do not follow each other, NotFoldable where the result is not
     finite.
+
+    >>> fold_pointwise([Pointwise([[1.0, 2.0]]), Pointwise([[3.0]])]).kernel
+    array([[3., 6.]])
     """
     if not steps or not isinstance(steps[0], Pointwise):
         raise ValueError("steps must begin with a pointwise convolution.")
@@ -80,6 +96,10 @@ def fold_dense(
 
     depthwise: `(O, M)`, and its bias, `(O,)` or None. geometry: the depthwise one's, which becomes
     the dense one's. Raises NotFoldable where it would not be exact.
+
+    >>> pointwise, geometry = fold_pointwise([Pointwise([[2.0]])]), Geometry((1,), (1,), ((1, 1),))
+    >>> fold_dense(pointwise, [[1.0, 0.0, 3.0]], None, geometry).kernel
+    array([[[2., 0., 6.]]])
     """
     if pointwise.bias is not None:
         check_dense(geometry)
@@ -96,6 +116,12 @@ def check_dense(geometry: Geometry) -> None:
 
     Without padding there is nothing to meet; reflected, replicated and circular padding repeats
     what has been shifted.
+
+    >>> check_dense(Geometry((1,), (1,), ((1, 1),), "reflect"))
+    >>> check_dense(Geometry((1,), (1,), ((1, 1),)))
+    Traceback (most recent call last):
+        ...
+    doconv_core.maths.batchnorm.NotFoldable: the batch norm, or bias, between ...
     """
     if geometry.padding_mode == "zeros" and any(
         isinstance(pad, str) or any(pad) for pad in geometry.padding

@@ -29,6 +29,10 @@ class Blueprints(NamedTuple):
     pointwise: weights in the order of their use: `pw` `(O, I)`, or `W1` `(mid, I)`, whose rows are
     orthonormal, and `W2` `(O, mid)`. depthwise: `dw`, `(O, M)`. explained: the share of the
     kernel's squared Frobenius norm, 0 to 1; 1 for a kernel of zeros.
+
+    >>> found = blueprints(np.array([[[4.0, 0.0], [4.0, 0.0]]]), BSConvSpec(2, 1, (2,)))
+    >>> round(found.explained, 6), found.depthwise.shape
+    (1.0, (1, 2))
     """
 
     pointwise: tuple[Array, ...]
@@ -48,6 +52,10 @@ def blueprints(kernel: ArrayLike, spec: BSConvSpec) -> Blueprints:
 
     kernel: `(O, I, *kernel_size)`. Computed in float64 and rounded once.
     Raises ValueError where the shape disagrees with `spec` or an entry is not finite.
+
+    >>> alike = np.array([[[1.0, 2.0], [2.0, 4.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    >>> round(blueprints(alike, BSConvSpec(2, 2, (2,))).explained, 3)  # one filter has two images
+    0.963
     """
     original = as_floats("kernel", kernel)
     shape = spec.dense.kernel_shape

@@ -26,6 +26,10 @@ def identity(spec: ConvSpec, dtype: Any = np.float64) -> Array:
 
     `E[m, s]` is 1 where `s % M == m` and `s` lies in a whole tile of `M`, else 0: the unit matrix
     where `S == M`, as many of them side by side as fit where `S > M`.
+
+    >>> identity(ConvSpec(1, 1, (2,), depth_multiplier=5), int)
+    array([[1, 0, 1, 0, 0],
+           [0, 1, 0, 1, 0]])
     """
     taps, multiplier = spec.taps, spec.depth_multiplier
     tiled = np.arange(multiplier) < taps * (multiplier // taps)
@@ -41,6 +45,10 @@ def compose(weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec) -> A
     once. Returns `(O, I/g, *kernel_size)`, in weight's dtype.
     Raises ValueError where a shape disagrees with `spec`, TypeError for dtypes that are not float.
     Source: DO-Conv, arXiv 2006.12030, kernel composition.
+
+    >>> spec = ConvSpec(1, 1, (2,))
+    >>> compose(np.array([[[3.0, 4.0]]]), np.array([[[0.0, 1.0], [0.0, 0.0]]]), spec)
+    array([[[7., 4.]]])
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     if depthwise is None:
@@ -58,6 +66,11 @@ def compose_gradient(
     kernel_gradient: `(O, I/g, *kernel_size)`. Returns arrays of `weight`'s and `depthwise`'s shapes
     and dtypes; None in place of the second for a kernel of one tap.
     Raises ValueError where a shape disagrees with `spec`.
+
+    >>> weight, spec = np.array([[[3.0, 4.0]]]), ConvSpec(1, 1, (2,))
+    >>> compose_gradient(weight, np.zeros((1, 2, 2)), np.array([[[1.0, 0.0]]]), spec)
+    (array([[[1., 0.]]]), array([[[3., 4.],
+            [0., 0.]]]))
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     gradient = _of_shape("kernel_gradient", kernel_gradient, spec.kernel_shape)
@@ -79,6 +92,11 @@ def from_kernel(kernel: ArrayLike, spec: ConvSpec) -> tuple[Array, Array | None]
     kernel: `(O, I/g, *kernel_size)`. Its taps become the first `M` entries of `W`, the rest is
     zero. Returns `(O, I/g, S)` and `(I, M, S)`, in kernel's dtype; None in place of the second for
     a kernel of one tap. Raises ValueError where the shape disagrees with `spec`.
+
+    >>> kernel, spec = np.array([[[1.0, 2.0]]]), ConvSpec(1, 1, (2,), depth_multiplier=3)
+    >>> weight, depthwise = from_kernel(kernel, spec)
+    >>> weight, compose(weight, depthwise, spec)
+    (array([[[1., 2., 0.]]]), array([[[1., 2.]]]))
     """
     kernel = _of_shape("kernel", kernel, spec.kernel_shape)
     weight = np.zeros(spec.weight_shape, kernel.dtype)
@@ -109,6 +127,13 @@ def feature_compose(
     x: `(B, I, *spatial)`. bias: `(O,)`. Stride, padding, dilation and padding mode as in
     `convolve`; they belong to the depthwise convolution. Returns `(B, O, *out)`, in x's dtype.
     Source: DO-Conv, arXiv 2006.12030, feature composition.
+
+    >>> spec, x = ConvSpec(1, 1, (2,)), np.array([[[1.0, 2.0, 3.0]]])
+    >>> weight, depthwise = np.array([[[3.0, 4.0]]]), np.array([[[0.0, 1.0], [0.0, 0.0]]])
+    >>> feature_compose(x, weight, depthwise, spec)
+    array([[[15., 26.]]])
+    >>> convolve(x, compose(weight, depthwise, spec))
+    array([[[15., 26.]]])
     """
     weight, depthwise = _checked(weight, depthwise, spec)
     multiplier = spec.depth_multiplier
@@ -184,6 +209,10 @@ class LayerCost(NamedTuple):
     ordinary: the convolution it replaces. kernel_composed: in training, composing the kernel once
     for the whole batch. feature_composed: in training, a depthwise then a pointwise convolution of
     the data. folded: the ordinary convolution it becomes, so the same as `ordinary`.
+
+    >>> cost = layer_cost(ConvSpec(8, 8, (3, 3)), 100, bias=False)
+    >>> cost.kernel_composed, cost.folded
+    (Cost(parameters=1224, macs=62784), Cost(parameters=576, macs=57600))
     """
 
     ordinary: Cost
@@ -199,6 +228,9 @@ def layer_cost(spec: ConvSpec, positions: int, *, batch: int = 1, bias: bool = T
     Biases count as parameters, not as multiply-accumulates. A kernel of one tap has no D, and all
     forms cost the same. Raises TypeError or ValueError for what is not a positive integer.
     Source: DO-Conv, arXiv 2006.12030, section on training and inference cost.
+
+    >>> layer_cost(ConvSpec(8, 8, (3, 3)), 100).ordinary
+    Cost(parameters=584, macs=57600)
     """
     images = as_integer("positions", positions) * as_integer("batch", batch)
     biases = spec.out_channels if bias else 0

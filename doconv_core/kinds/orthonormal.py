@@ -22,6 +22,9 @@ def orthonormality(weight: ArrayLike) -> float:
     weight, such as the linear one of a MobileNetV2 block.
     Raises ValueError for another number of axes.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> orthonormality(np.array([[1.0, 0.0], [0.0, 3.0]]))
+    8.0
     """
     return float(np.linalg.norm(_excess(widened(as_matrix("weight", weight)))))
 
@@ -30,6 +33,10 @@ def orthonormality_gradient(weight: ArrayLike) -> Array:
     """Return the gradient of `orthonormality`, `(mid, I)`: `2·G·W / |G|`, `G` being `W·Wᵀ - I`.
 
     Zero where the rows are orthonormal: the norm has a kink there, at its least value.
+
+    >>> orthonormality_gradient(np.array([[1.0, 0.0], [0.0, 3.0]]))
+    array([[0., 0.],
+           [0., 6.]])
     """
     original = as_matrix("weight", weight)
     w = widened(original)

@@ -13,7 +13,13 @@ Array = NDArray[Any]
 
 
 class NotFoldable(TypeError):
-    """A layer or model that no ordinary one computes exactly: which, and why not."""
+    """A layer or model that no ordinary one computes exactly: which, and why not.
+
+    >>> raise NotFoldable("layer 'stem' has a forward of its own")
+    Traceback (most recent call last):
+        ...
+    doconv_core.maths.batchnorm.NotFoldable: layer 'stem' has a forward of its own
+    """
 
 
 def fuse_batchnorm(
@@ -34,6 +40,10 @@ def fuse_batchnorm(
     `(y - mean) / sqrt(variance + epsilon) * scale + offset`, for each output channel.
     Computed in float64 and rounded once, to kernel's dtype.
     Raises ValueError where a shape disagrees with the kernel's output channels.
+
+    >>> kernel, mean, variance = np.ones((1, 1, 3)), np.array([2.0]), np.array([4.0])
+    >>> fuse_batchnorm(kernel, None, mean=mean, variance=variance, epsilon=0)
+    (array([[[0.5, 0.5, 0.5]]]), array([-1.]))
     """
     kernel = as_floats("kernel", kernel)
     channels = kernel.shape[0] if kernel.ndim else 0

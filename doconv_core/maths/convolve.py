@@ -43,6 +43,9 @@ def convolve(
     padding_mode: "zeros", "reflect", "replicate" or "circular".
     Returns `(B, O, *out)`, in x's dtype; half types are computed in float32 and rounded once.
     Raises ValueError or TypeError for shapes and arguments that do not fit together.
+
+    >>> convolve(np.array([[[1.0, 2.0, 3.0]]]), np.array([[[1.0, 10.0]]]), padding=[(1, 0)])
+    array([[[10., 21., 32.]]])
     """
     x, kernel = as_floats("x", x), as_floats("kernel", kernel)
     g = _geometry(x, kernel, stride, padding, dilation, groups, padding_mode)
@@ -58,7 +61,13 @@ def convolve(
 
 
 class ConvolutionGradients(NamedTuple):
-    """Gradients of a loss with respect to a convolution's input, kernel and bias."""
+    """Gradients of a loss with respect to a convolution's input, kernel and bias.
+
+    >>> x, kernel = np.array([[[1.0, 2.0, 3.0]]]), np.array([[[1.0, 10.0]]])
+    >>> gradients = convolve_gradient(x, kernel, np.ones((1, 1, 2)))
+    >>> gradients.kernel, gradients.bias
+    (array([[[3., 5.]]]), array([2.]))
+    """
 
     x: Array
     kernel: Array
@@ -81,6 +90,10 @@ def convolve_gradient(
     output_gradient: `(B, O, *out)`, the loss's gradient with respect to `convolve`'s result; the
     other arguments are those given to `convolve`. Returns arrays of the arguments' shapes, in x's
     dtype. Raises ValueError where output_gradient's shape is not that of the result.
+
+    >>> x, kernel = np.array([[[1.0, 2.0, 3.0]]]), np.array([[[1.0, 10.0]]])
+    >>> convolve_gradient(x, kernel, np.ones((1, 1, 2))).x
+    array([[[ 1., 11., 10.]]])
     """
     x, kernel = as_floats("x", x), as_floats("kernel", kernel)
     dy = as_floats("output_gradient", output_gradient)
@@ -99,7 +112,11 @@ def convolve_gradient(
 
 
 def pad(x: ArrayLike, padding: Any, padding_mode: str = "zeros") -> Array:
-    """Return `x`, `(B, C, *spatial)`, padded in its spatial dimensions as `convolve` pads it."""
+    """Return `x`, `(B, C, *spatial)`, padded in its spatial dimensions as `convolve` pads it.
+
+    >>> pad(np.array([[[1, 2, 3]]]), 2, "reflect")
+    array([[[3, 2, 1, 2, 3, 2, 1]]])
+    """
     x = np.asarray(x)
     if x.ndim < 3:
         raise ValueError(f"x must have axes (B, C, *spatial); received shape {x.shape}.")
@@ -116,6 +133,9 @@ def pad_gradient(
 
     size: the spatial sizes before padding. Every padded position hands its gradient back to the
     position it was copied from; zeros hand back nothing.
+
+    >>> pad_gradient(np.array([[[1, 1, 1, 1, 1, 1, 1]]]), (3,), 2, "reflect")
+    array([[[2, 3, 2]]])
     """
     gradient = np.asarray(padded_gradient)
     pairs = as_padding(padding, len(size))

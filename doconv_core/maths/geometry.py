@@ -31,6 +31,10 @@ class Geometry:
     convolution, the pair is positions taken from the full output, `(n - 1) * stride + extent`;
     a negative number adds some. padding_mode: with what the input is padded, one of PyTorch's
     words. Raises TypeError or ValueError for anything else.
+
+    >>> here, there = Geometry((1,), (1,), ((1, 1),)), Geometry((2,), (1,), ((1, 1),))
+    >>> here.differences(there)
+    {'stride': ((1,), (2,))}
     """
 
     stride: tuple[int, ...]

@@ -38,6 +38,9 @@ def from_canonical(weight: Array, layout: str, groups: int = 1) -> Array:
 
     groups: the layer's, which "*CN" alone needs; there it is the number of input channels.
     Raises ValueError for a layout that is not in LAYOUTS, and for "*CN" where `I/g` is not 1.
+
+    >>> from_canonical(np.zeros((16, 8, 3, 3)), "*IO").shape  # as Keras has it
+    (3, 3, 8, 16)
     """
     if layout in _CANONICAL:
         return weight
@@ -59,6 +62,9 @@ def to_canonical(weight: Array, layout: str) -> Array:
     """Return a weight kept in `layout` in canonical order, `(O, I/g, taps…)`.
 
     Raises ValueError for a layout that is not in LAYOUTS.
+
+    >>> to_canonical(np.zeros((3, 3, 8, 16)), "*IO").shape
+    (16, 8, 3, 3)
     """
     if layout in _CANONICAL:
         return weight

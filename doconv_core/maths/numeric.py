@@ -30,6 +30,9 @@ class Difference(NamedTuple):
     absolute: the largest difference of two entries. relative: the same, divided by the largest
     magnitude of any expected entry; so an entry near zero does not decide. Both are infinite where
     one result has a NaN or an infinity that the other lacks.
+
+    >>> Difference(absolute=0.5, relative=0.25).relative
+    0.25
     """
 
     absolute: float
@@ -42,6 +45,9 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
     Two results are equal "exactly" where both are 0, and equal "to r relative" where `relative` is
     at most r. Empty arrays are equal. Raises ValueError where the shapes differ, TypeError for
     complex numbers.
+
+    >>> difference([1.0, 2.5], [1.0, 2.0])
+    Difference(absolute=0.5, relative=0.25)
     """
     a, b = np.asarray(found), np.asarray(expected)
     if a.shape != b.shape:

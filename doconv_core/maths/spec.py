@@ -37,11 +37,42 @@ def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, 
     return (as_integer(name, value, least=least),) * rank
 
 
+def check_divisible(name: str, channels: int, groups: int) -> None:
+    """Raise ValueError, with the argument's name, for channels that are not divisible by groups."""
+    if channels % groups:
+        raise ValueError(
+            f"{name} must be divisible by groups; received {name}={channels}, groups={groups}."
+        )
+
+
 def is_sequence(value: Any) -> bool:
     """Return whether `value` has entries in an order: a sequence or a 1-D array, but not text."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def as_depth_multiplier(
+    value: Any, kernel_size: Sequence[int], *, name: str = "depth_multiplier"
+) -> int:
+    """Return `S` for a kernel of this size; None means its number of taps `M`.
+
+    name: of the argument, where another has that of `S`. Raises TypeError for what is no integer,
+    ValueError for one below `M`.
+    """
+    taps = prod(kernel_size)
+    if value is None:
+        return taps
+    multiplier = as_integer(name, value)
+    if taps == 1:
+        return 1
+    if multiplier < taps:
+        raise ValueError(
+            f"{name} must be at least the number of kernel taps, or some kernels cannot be "
+            f"expressed; received {name}={multiplier} for kernel_size={tuple(kernel_size)}, which "
+            f"has {taps} taps."
+        )
+    return multiplier
 
 
 @dataclass(frozen=True)
@@ -55,6 +86,10 @@ class ConvSpec:
 
     Raises TypeError for what is not an integer, ValueError for sizes that give no layer.
     Source: DO-Conv, arXiv 2006.12030, section "Depthwise over-parameterized convolutional layer".
+
+    >>> spec = ConvSpec(8, 16, (3, 3), groups=2, depth_multiplier=12)
+    >>> spec.weight_shape, spec.depthwise_shape, spec.kernel_shape
+    ((16, 4, 12), (8, 9, 12), (16, 4, 3, 3))
     """
 
     in_channels: int
@@ -70,12 +105,9 @@ class ConvSpec:
             put(self, name, as_integer(name, getattr(self, name)))
         put(self, "kernel_size", self._validated_kernel_size())
         for name in ("in_channels", "out_channels"):
-            if getattr(self, name) % self.groups:
-                raise ValueError(
-                    f"{name} must be divisible by groups; received "
-                    f"{name}={getattr(self, name)}, groups={self.groups}."
-                )
-        put(self, "depth_multiplier", self._validated_depth_multiplier())
+            check_divisible(name, getattr(self, name), self.groups)
+        multiplier = as_depth_multiplier(self.depth_multiplier, self.kernel_size)
+        put(self, "depth_multiplier", multiplier)
 
     def _validated_kernel_size(self) -> tuple[int, ...]:
         size = self.kernel_size
@@ -90,20 +122,6 @@ class ConvSpec:
                 f"received kernel_size={tuple(size)!r}."
             )
         return tuple(as_integer(f"kernel_size[{d}]", k) for d, k in enumerate(size))
-
-    def _validated_depth_multiplier(self) -> int:
-        if self.depth_multiplier is None:
-            return self.taps
-        multiplier = as_integer("depth_multiplier", self.depth_multiplier)
-        if self.taps == 1:
-            return 1
-        if multiplier < self.taps:
-            raise ValueError(
-                "depth_multiplier must be at least the number of kernel taps, or some kernels "
-                f"cannot be expressed; received depth_multiplier={multiplier} for "
-                f"kernel_size={self.kernel_size}, which has {self.taps} taps."
-            )
-        return multiplier
 
     @property
     def rank(self) -> int:

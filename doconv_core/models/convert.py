@@ -114,6 +114,7 @@ def convert(
     chosen = []
     for index, site in enumerate(sites):
         if index in reasons and reasons[index] is None:
+            view.check_ready(site)
             try:
                 chosen.append(Chosen(index, site, _prepared(view, layers, site, options)))
             except Leave as reason:

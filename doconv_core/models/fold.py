@@ -114,6 +114,7 @@ def _planned(
         if owner is None:
             view.check_known(site, forms)
             continue
+        view.check_ready(site)
         layers = layer_kinds[owner]
         try:
             planned[owner][index] = layers.plan(view, site, forms[owner])

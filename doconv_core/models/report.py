@@ -57,7 +57,11 @@ def listed(names: Iterable[str]) -> str:
 
 
 class Change(NamedTuple):
-    """A layer that was replaced. path: where it is. before, after: what it was and has become."""
+    """A layer that was replaced. path: where it is. before, after: what it was and has become.
+
+    >>> Change("stem.conv", "Conv2d", "DOConv2d").path
+    'stem.conv'
+    """
 
     path: str
     before: str
@@ -65,7 +69,11 @@ class Change(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A layer that was left as it was. path: where it is. kind: what it is. reason: why."""
+    """A layer that was left as it was. path: where it is. kind: what it is. reason: why.
+
+    >>> Left("head", "Conv2d", "one tap, nothing to over-parameterize").reason
+    'one tap, nothing to over-parameterize'
+    """
 
     path: str
     kind: str
@@ -79,6 +87,11 @@ class Report:
     action: in one word, such as "over-parameterized". changed, left: the layers that it replaced
     and left, in the model's order. parameters_before, parameters_after: the model's parameters, as
     its framework counts them, each once.
+
+    >>> print(Report("folded", (Change("stem", "DOConv2d", "Conv2d"),), (), 305, 224))
+    folded 1 layer, left 0; parameters: 305 before, 224 after (-26.56%)
+      DOConv2d -> Conv2d (1)
+        stem
     """
 
     action: str
@@ -125,7 +138,12 @@ def grouped(entries: Iterable[tuple[str, str]]) -> list[str]:
 
 
 class Converted(NamedTuple):
-    """What the whole-model tools return. model: the new one, or with `inplace` the one given."""
+    """What the whole-model tools return. model: the new one, or with `inplace` the one given.
+
+    >>> model, report = Converted("the new model", Report("folded", (), (), 0, 0))
+    >>> print(report)
+    folded 0 layers, left 0; parameters: 0 before, 0 after
+    """
 
     model: Any
     report: Report
@@ -135,6 +153,9 @@ class Explained(NamedTuple):
     """How much of a layer's trained kernel the layer that replaced it started with.
 
     path: where the layer is. share: of the kernel's squared Frobenius norm, 0 to 1.
+
+    >>> Explained("stem", 0.75).share
+    0.75
     """
 
     path: str
@@ -143,7 +164,16 @@ class Explained(NamedTuple):
 
 @dataclass(frozen=True)
 class BSConvReport(Report):
-    """What `to_bsconv` did. explained: of each layer that started from its trained weights."""
+    """What `to_bsconv` did. explained: of each layer that started from its trained weights.
+
+    >>> change, explained = Change("stem", "Conv2d", "BSConvU2d"), Explained("stem", 0.75)
+    >>> print(BSConvReport("replaced", (change,), (), 224, 64, (explained,)))
+    replaced 1 layer, left 0; parameters: 224 before, 64 after (-71.43%)
+      Conv2d -> BSConvU2d (1)
+        stem
+    explained variance of the trained kernels, 75.0% on average:
+       75.0%  stem
+    """
 
     explained: tuple[Explained, ...] = ()
 
@@ -185,6 +215,10 @@ class FoldReport(Report):
 
     forms: the one that each kind was folded to, by the kind's name. choices: what each form of each
     layer costs.
+
+    >>> report = FoldReport("folded", (), (), 64, 64, forms={"doconv": "dense", "bsconv": "keep"})
+    >>> report.forms["bsconv"]
+    'keep'
     """
 
     forms: Mapping[str, str] = field(default_factory=dict)

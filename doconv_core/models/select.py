@@ -21,6 +21,10 @@ class Selection:
     where: None for all; a glob pattern on the path, or several of them, in which `*` matches any
     characters, dots too, and upper and lower case differ; a type of layer, or several; or a
     predicate on (path, layer). Raises TypeError for anything else.
+
+    >>> selected = Selection("stages.*.conv?")
+    >>> selected("stages.0.conv1", None), selected("stem.conv", None)
+    (True, False)
     """
 
     def __init__(self, where: Where = None) -> None:

@@ -40,7 +40,7 @@ def flat(
         parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     else:
         raise TypeError(
-            f"output {place!r} is a {type(output).__module__}.{type(output).__qualname__}; "
+            f"output {place!r} is a {type(output).__qualname__}; "
             f"expected {tensors}, numbers, or dicts, lists, tuples and dataclasses of them."
         )
     return {
@@ -59,6 +59,9 @@ def largest_difference(
 
     found, expected: arrays by their place in the output. The two maxima may be of different arrays.
     Raises ValueError where the places or the shapes differ.
+
+    >>> largest_difference({"0": [1.0, 2.5], "1": [3.0]}, {"0": [1.0, 2.0], "1": [3.0]})
+    Difference(absolute=0.5, relative=0.25)
     """
     if found.keys() != expected.keys():
         raise ValueError(

@@ -90,6 +90,9 @@ class ModelView(ABC):
     def copied(self, given_up: Sequence[Any] = ()) -> ModelView:
         """Return the view of a copy. given_up: parameters that the copy is to lose at once."""
 
+    def check_ready(self, site: Site) -> None:
+        """Raise ValueError, with the path, for a chosen layer whose weights are not there yet."""
+
     def check_known(self, site: Site, forms: Mapping[str, str]) -> None:
         """Raise NotFoldable for what has a kind's layers in it and is none: a compiled one, say."""
 

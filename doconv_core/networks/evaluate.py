@@ -18,7 +18,14 @@ from doconv_core.state.file import State, entry
 
 
 class NetworkGradients(NamedTuple):
-    """A loss's gradients: by entry of the state for what is trained, and of the input."""
+    """A loss's gradients: by entry of the state for what is trained, and of the input.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> network, x = describe("cifar_resnet20"), np.zeros((1, 3, 32, 32))
+    >>> found = gradients(network, initialize(network), x, np.ones((1, 100)))
+    >>> found.x.shape, found.parameters["input_bn.gamma"].shape
+    ((1, 3, 32, 32), (3,))
+    """
 
     parameters: dict[str, Array]
     x: Array
@@ -31,6 +38,11 @@ def evaluate(network: Network, state: State, x: ArrayLike, *, training: bool = F
     batch's own statistics; the running ones are left as they are.
     Raises StateError for another network's state; ValueError and TypeError for an input that does
     not fit, and in training for a network with dropout.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> network = describe("cifar_resnet20")
+    >>> evaluate(network, initialize(network), np.zeros((2, 3, 32, 32))).shape
+    (2, 100)
     """
     x = _checked(x)
     run, body = _start(network, state, x, training, keep=False)
@@ -51,6 +63,11 @@ def gradients(
     other arguments, and the errors, are those of `evaluate`. In training a batch norm's gradient
     goes through the batch's statistics. An ordinary convolution's state in a DO-Conv layer gives
     gradients of `weight` and `depthwise_weight`.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> network, x = describe("cifar_resnet20"), np.zeros((1, 3, 32, 32))
+    >>> gradients(network, initialize(network), x, np.ones((1, 100))).parameters["input_bn.beta"]
+    array([0., 0., 0.])
     """
     x = _checked(x)
     run, body = _start(network, state, x, training, keep=True)

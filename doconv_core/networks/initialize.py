@@ -32,6 +32,11 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     network's own. Raises TypeError or ValueError for another seed.
     Source: the networks of BSConv, arXiv 2003.13549; Kaiming, arXiv 1502.01852; Xavier, Glorot and
     Bengio 2010.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> state = initialize(describe("cifar_resnet20"), seed=1)
+    >>> state.arrays["input_bn.gamma"]
+    array([1., 1., 1.], dtype=float32)
     """
     seed = as_integer("seed", seed, least=0)
     forms = layers(network, input_shape)

@@ -36,6 +36,10 @@ def describe(
     1000 of ImageNet, 100 of CIFAR, or 10 digits. in_channels: of its input; None for the data
     set's. Raises ValueError for a name that gives no network, with what is allowed and the nearest
     names, and for a number below 1; TypeError for what is no name or no integer.
+
+    >>> network = describe("mobilenetv1_w1d2_bsconvu", num_classes=10)
+    >>> network.input_shape, [name for name, _ in network.body.children][:3]
+    ((3, 224, 224), ['input_bn', 'stem', 'stage1'])
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string; received {name!r}.")
@@ -69,6 +73,9 @@ def list_models(pattern: str = "*") -> list[str]:
     pattern: as in a shell, such as "cifar_*_bsconvu". Of families with free numbers the usual
     are listed: `describe` knows other widths of MobileNets and wide ResNets, and other shares p.
     Raises TypeError for what is no string.
+
+    >>> list_models("cifar_resnet20_bs*")
+    ['cifar_resnet20_bsconvu', 'cifar_resnet20_bsconvs_p1d4']
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string; received {pattern!r}.")

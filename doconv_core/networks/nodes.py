@@ -159,7 +159,11 @@ Node: TypeAlias = (
 
 @dataclass(frozen=True)
 class Network:
-    """A network. input_shape: `(C, H, W)`, for which it was designed; others may do as well."""
+    """A network. input_shape: `(C, H, W)`, for which it was designed; others may do as well.
+
+    >>> describe("cifar_resnet20").input_shape
+    (3, 32, 32)
+    """
 
     name: str
     body: Sequence

@@ -49,7 +49,13 @@ _FIELDS = {"1": _FIELDS_1, "2": _FIELDS_2}
 
 
 class StateError(ValueError):
-    """A state that is damaged, foreign or not this model's: the entry, found and expected."""
+    """A state that is damaged, foreign or not this model's: the entry, found and expected.
+
+    >>> State({"fc": LayerForm(LinearSpec(3, 2), bias=False)}, {})
+    Traceback (most recent call last):
+        ...
+    doconv_core.state.file.StateError: entry 'fc.weight' is missing; expected shape (2, 3).
+    """
 
 
 def entry(path: str, name: str) -> str:
@@ -65,6 +71,10 @@ class State:
     `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and
     as `"network"` the name of one that `describe` knows; empty where that is not known.
     Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
+
+    >>> form = LayerForm(LinearSpec(3, 2), bias=False)
+    >>> State({"fc": form}, {"fc.weight": np.zeros((2, 3))}).layers["fc"].shapes
+    {'weight': (2, 3)}
     """
 
     layers: Mapping[str, LayerForm]
@@ -103,7 +113,13 @@ def origin_of(framework: str, version: str, network: str | None) -> dict[str, st
 
 
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
-    """Write `state` to `path` as one safetensors file, atomically."""
+    """Write `state` to `path` as one safetensors file, atomically.
+
+    >>> form = LayerForm(LinearSpec(3, 2), bias=False)
+    >>> write_state(State({"fc": form}, {"fc.weight": np.zeros((2, 3))}), "state.safetensors")
+    >>> list(read_state("state.safetensors").arrays)
+    ['fc.weight']
+    """
     layers = {name: _as_json(form) for name, form in state.layers.items()}
     header = {
         "format": FORMAT,
@@ -123,6 +139,10 @@ def read_state(path: str | os.PathLike[str]) -> State:
 
     Raises StateError for a file that is truncated, not a safetensors file, not one of this package,
     of a newer version, or inconsistent in itself; FileNotFoundError where there is none.
+
+    >>> write_state(State({}, {}, {"framework": "torch"}), "state.safetensors")
+    >>> read_state("state.safetensors").origin
+    {'framework': 'torch'}
     """
     file = os.fspath(path)
     if os.path.isdir(file):

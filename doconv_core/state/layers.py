@@ -22,7 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The sizes of a linear (dense) layer. Its weight is `(out_features, in_features)`."""
+    """The sizes of a linear (dense) layer. Its weight is `(out_features, in_features)`.
+
+    >>> LayerForm(LinearSpec(in_features=3, out_features=2)).shapes
+    {'weight': (2, 3), 'bias': (2,)}
+    """
 
     in_features: int
     out_features: int
@@ -37,6 +41,9 @@ class TransposedConvSpec:
     """The sizes of a transposed convolution. Its weight is `(I, O/g, M)`.
 
     Fields and errors as in `ConvSpec`; there is no over-parameterized one.
+
+    >>> LayerForm(TransposedConvSpec(8, 16, (3, 3))).shapes
+    {'weight': (8, 16, 9), 'bias': (16,)}
     """
 
     in_channels: int
@@ -61,6 +68,9 @@ class BatchNormSpec:
     """A batch norm: its channels, what it adds to the variance, and how fast its statistics move.
 
     momentum: the weight of the new batch in the running statistics, as in PyTorch.
+
+    >>> LayerForm(BatchNormSpec(8, epsilon=1e-5, momentum=0.1), scale=False).shapes
+    {'beta': (8,), 'running_mean': (8,), 'running_var': (8,)}
     """
 
     features: int
@@ -75,7 +85,11 @@ class BatchNormSpec:
 
 @dataclass(frozen=True)
 class LayerNormSpec:
-    """A layer norm over one axis: its entries, and what it adds to the variance."""
+    """A layer norm over one axis: its entries, and what it adds to the variance.
+
+    >>> LayerForm(LayerNormSpec(8, epsilon=1e-5)).shapes
+    {'gamma': (8,), 'beta': (8,)}
+    """
 
     features: int
     epsilon: float
@@ -91,6 +105,11 @@ class GroupNormSpec:
     """A group norm: channels, groups, and what it adds to the variance.
 
     An instance norm is one with as many groups as channels.
+
+    >>> GroupNormSpec(8, groups=3, epsilon=1e-5)
+    Traceback (most recent call last):
+        ...
+    ValueError: features must be divisible by groups; received features=8, groups=3.
     """
 
     features: int
@@ -110,7 +129,11 @@ class GroupNormSpec:
 
 @dataclass(frozen=True)
 class PReLUSpec:
-    """A PReLU: how many slopes it has, one or one for each channel."""
+    """A PReLU: how many slopes it has, one or one for each channel.
+
+    >>> LayerForm(PReLUSpec(8)).shapes
+    {'alpha': (8,)}
+    """
 
     features: int
 
@@ -121,7 +144,11 @@ class PReLUSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """An embedding. Its weight is `(entries, features)`: one row for each index."""
+    """An embedding. Its weight is `(entries, features)`: one row for each index.
+
+    >>> LayerForm(EmbeddingSpec(entries=100, features=8)).shapes
+    {'weight': (100, 8)}
+    """
 
     entries: int
     features: int
@@ -204,6 +231,9 @@ class LayerForm:
     convolution's, or None where it is not known and not to be compared. flattening: None where the
     layer's features are no flattened image, as far as is known; else one of this module's words.
     Raises TypeError or ValueError for anything else.
+
+    >>> LayerForm(ConvSpec(3, 8, (3, 3)), "doconv", bias=False).shapes
+    {'weight': (8, 3, 9), 'depthwise_weight': (3, 9, 9)}
     """
 
     spec: Any

@@ -66,6 +66,11 @@ def fit_state(
     raises StateError for a layer that one side lacks, or that differs, and with "order" shows both
     sides; TypeError and ValueError for other arguments. Warns where a batch norm's momentum
     differs, as that concerns training only.
+
+    >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
+    >>> state = State({"fc": form}, {"fc.weight": weight})
+    >>> fit_state(state, {"head": form}, match="order")["head"]["weight"].shape
+    (2, 3)
     """
     if not isinstance(state, State):
         raise TypeError(f"state must be a State; received {type(state).__name__}.")

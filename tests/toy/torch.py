@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from toy.core import SCALED
 from torch import nn
 
 from doconv_torch.composed import ComposedConv, ComposedLayers
 from doconv_torch.kinds import register
+from toy.core import SCALED
 
 
 class _ScaledConv(ComposedConv):

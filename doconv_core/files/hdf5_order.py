@@ -1,9 +1,10 @@
-"""What HDF5's library does not tell of a file, or does not survive: read from its bytes.
+"""In which order the members of an HDF5 group were made, which its library does not tell.
 
-The library gives a group's members by name. But a group of the older kind, which is what it writes
+Folding a `.weights.h5` file needs it: Keras numbers the layers of a list by class, in the list's
+order. The library gives members by name. But a group of the older kind, which is what it writes
 unless asked otherwise, keeps the names in a heap of its own, one after the other as they came.
 Source: the HDF5 file format specification, version 2.0: superblock, object header, symbol table,
-local heap, global heap.
+local heap.
 """
 
 from __future__ import annotations
@@ -13,38 +14,6 @@ from typing import Any
 
 SYMBOL_TABLE, CONTINUATION = 0x11, 0x10
 MAX_MESSAGES, MAX_HEAP = 64, 1 << 26
-GLOBAL_HEAP, SEARCHED_AT_ONCE = b"GCOL\1\0\0\0", 1 << 20
-
-
-def check_heaps(file: Any) -> bool:
-    """Return whether the global heaps, which hold texts, are whole.
-
-    The library (1.14.6) searches forever in one whose free space is said to have no bytes.
-    """
-    begin, overlap = 0, len(GLOBAL_HEAP) - 1
-    while True:
-        block = _at(file, begin, SEARCHED_AT_ONCE + overlap)
-        found = block.find(GLOBAL_HEAP)
-        while found >= 0:
-            if not _is_whole(file, begin + found):
-                return False
-            found = block.find(GLOBAL_HEAP, found + 1)
-        if len(block) <= SEARCHED_AT_ONCE:
-            return True
-        begin += SEARCHED_AT_ONCE
-
-
-def _is_whole(file: Any, begin: int) -> bool:
-    """Return whether the objects of a global heap fill it, the last one being the free space."""
-    size = _number(_at(file, begin + 8, 8))
-    heap = _at(file, begin, min(size, MAX_HEAP))
-    position = 16
-    while len(heap) - position >= 16:
-        length = _number(heap[position + 8 : position + 16])
-        if heap[position : position + 2] == b"\0\0":
-            return length == len(heap) - position == size - position
-        position += 16 + (length + 7) // 8 * 8
-    return position <= len(heap) == size
 
 
 def creation_order(file: Any, address: int, names: Collection[str]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""PyTorch's files: state dicts in zip archives and legacy pickles; `weights_only=True` always."""
+"""PyTorch's files, read and written: archives and legacy pickles; `weights_only=True` always."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import copy
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doconv_core.files.archive import open_archive
-from doconv_core.files.arrays import BITS
-from doconv_core.files.checkpoint import Checkpoint, CheckpointError, Entry, Layer
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import (
+    AVERAGED,
+    BITS,
+    CheckpointError,
+    Entry,
+    Layer,
+    check_names,
+    without_wrappers,
+)
 from doconv_core.files.folding import Output, folded_kernel, outputs
-from doconv_core.files.formats import PYTORCH, recognise
 from doconv_core.files.layers import find_layers
-from doconv_core.files.names import AVERAGED, check_names, without_wrappers
-from doconv_core.files.sizes import Sizes
+from doconv_core.files.shapes import Sizes
 from doconv_core.files.state_dicts import (
     MAX_DEPTH,
     StateDicts,
@@ -29,8 +36,12 @@ from doconv_core.files.state_dicts import (
     items_of,
     joined,
 )
-from doconv_torch.writing import save
 
+# What PyTorch's writer says, in RuntimeErrors, where the system has refused to take more bytes.
+_REFUSED = re.compile(
+    r"iostream error|inline_container|PytorchStreamWriter|write\(\): fd \d+ failed"
+)
+Array: TypeAlias = "NDArray[Any]"
 MAX_NDIM = 32  # of NumPy's arrays
 EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
 
@@ -42,10 +53,13 @@ class PyTorchCheckpoint(Checkpoint):
     plain containers, or no state dict.
     """
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path = path
-        self._zipped = recognise(path) == PYTORCH
-        self.format = "PyTorch" if self._zipped else "PyTorch (legacy)"
+    framework = "PyTorch"
+
+    def __init__(
+        self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]], *, zipped: bool
+    ) -> None:
+        self.path, self._zipped = path, zipped
+        self.format = "PyTorch" if zipped else "PyTorch (legacy)"
         stored, mapped = path.stat().st_size, False
         if self._zipped:
             stored, mapped = _stored_bytes(path)
@@ -106,14 +120,14 @@ class PyTorchCheckpoint(Checkpoint):
         found = self._states.nameless(shapes)
         return tuple((path, reason.format(count)) for path, count in found.items())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
         tensor = self._readable(name)
         if tensor.dtype.is_floating_point and tensor.element_size() < 4:
             tensor = tensor if tensor.dtype == torch.float16 else tensor.float()
         return tensor.numpy()
 
-    def read_stored(self, name: str) -> np.ndarray:
+    def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
         if self._tensors[name].dtype != torch.bfloat16:
             return self.read(name)
@@ -145,8 +159,8 @@ class PyTorchCheckpoint(Checkpoint):
             if not self._states.holds(value) or id(value) in copies:
                 return copies.get(id(value), value)
             if isinstance(value, tuple):
-                copies[id(value)] = new = tuple(map(rebuilt, value))
-                return new
+                copies[id(value)] = tuple(map(rebuilt, value))
+                return copies[id(value)]
             if id(value) in parts:
                 new = self._folded_state(parts[id(value)], planned, done, report)
             else:
@@ -202,11 +216,11 @@ class PyTorchCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Release what was read."""
-        self._content = self._states = None
+        self._content, self._states = None, StateDicts(None, _is_tensor)
         self._dicts, self._tensors = {}, {}
 
 
-def _as_tensor(stored: np.ndarray) -> Tensor:
+def _as_tensor(stored: Array) -> Tensor:
     if stored.dtype != BITS:
         return torch.from_numpy(stored)
     return torch.from_numpy(stored.view("<i2").astype(np.int16, copy=False)).view(torch.bfloat16)
@@ -277,3 +291,31 @@ def _problem(error: Exception) -> str:
         )
     said = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
     return f"is no whole PyTorch file: {said.strip().rstrip('.') or type(error).__name__}"
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    arrays: Mapping[str, Any],
+    like: Checkpoint | None = None,
+) -> None:
+    """Write arrays as a state dict that `torch.load(path, weights_only=True)` reads.
+
+    Of bfloat16, which NumPy lacks, the array is float32. Raises OSError where the file cannot be
+    written whole.
+    """
+    tensors = {
+        entry.name: torch.from_numpy(np.array(arrays[entry.name])).to(getattr(torch, entry.dtype))
+        for entry in entries
+    }
+    save(tensors, path)
+
+
+def save(content: Any, path: Path, **options: Any) -> None:
+    """Write as `torch.save` does, which has the options; OSError where the disk takes no more."""
+    try:
+        torch.save(content, path, **options)
+    except RuntimeError as error:
+        if not _REFUSED.search(str(error)):
+            raise
+        raise OSError("the disk takes no more bytes") from error

@@ -1,0 +1,176 @@
+"""What this package uses of Keras that Keras does not document, each with the reason for it.
+
+Nothing else in the package names a private part of Keras; a new version of Keras is checked here.
+Written for Keras 3.10 to 3.15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src.ops.function import make_node_key
+
+# A functional model's place in other graphs, what a layer was told, and that it was called: what a
+# layer has to keep that becomes another kind of layer where it stands.
+PLACE = ("_inbound_nodes", "_outbound_nodes", "_called", "_supports_masking", "_remat_mode")
+# The calls of an operation, which lead to other models, too.
+NODES = ("_inbound_nodes", "_outbound_nodes")
+# Functions that Keras gives to each layer on its own, and that hold the layer.
+BOUND = ("build", "quantize")
+# What is left of the last call. Its tensors may belong to a graph that is gone.
+OF_A_CALL = {"_losses": list, "_loss_ids": set, "_losses_override": list}
+# A model that is not compiled. What compiling adds belongs to the variables of then, and there is
+# no public way back.
+UNCOMPILED = {
+    "compiled": False, "loss": None, "steps_per_execution": 1, "_compile_loss": None,
+    "_compile_metrics": None, "_loss_tracker": None, "_jit_compile": None, "_run_eagerly": False,
+    "train_function": None, "test_function": None, "predict_function": None,
+}  # fmt: skip
+COMPILED = UNCOMPILED.keys() | {
+    "optimizer", "stop_training", "_compile_config", "_compiled_trainable_state",
+}  # fmt: skip
+
+
+def children(layer: keras.Layer) -> list[keras.Layer]:
+    """Return the layers that this layer holds, each once, in its order.
+
+    `Model.layers` is public, but of other layers there is no list.
+    """
+    found: list[keras.Layer] = layer._flatten_layers(include_self=False, recursive=False)
+    return found
+
+
+def own_variables(layer: keras.Layer) -> list[Any]:
+    """Return the variables that are the layer's own: `variables` has those of its layers, too."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def kernel_variable(conv: keras.Layer) -> Any:
+    """Return the variable of a convolution's kernel: `kernel` is no variable with LoRA."""
+    return conv._kernel
+
+
+def exchange_activation(layer: keras.Layer, old: keras.Layer, new: keras.Layer) -> None:
+    """Give a built layer another activation that is a layer: Keras has locked its parts by then."""
+    layer._tracker.unlock()
+    layer._tracker.untrack(old)
+    layer.activation = new
+    layer._tracker.lock()
+
+
+def is_tracked(value: Any) -> bool:
+    """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
+    return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")
+
+
+def recount(tracker: Any) -> None:
+    """Let the copy of a layer's tracker, if it is one, know what it tracks, which it has by id."""
+    if hasattr(tracker, "stored_ids"):
+        for name, (_, store) in tracker.config.items():
+            tracker.stored_ids[name] = {id(value) for value in store}
+
+
+def list_parameters(layer: keras.Layer) -> None:
+    """Let a layer whose variables were exchanged list them anew, where Keras runs on PyTorch.
+
+    There a layer is a `torch.nn.Module`, whose parameters Keras collects once it is built.
+    """
+    layer._post_build()
+
+
+def graph_of(operation: Any) -> keras.Function | None:
+    """Return the graph of a functional or sequential model; None for anything else.
+
+    A `Sequential` keeps it to itself.
+    """
+    if isinstance(operation, keras.Function):
+        return operation
+    return operation._functional if isinstance(operation, keras.Sequential) else None
+
+
+def nodes_of(function: keras.Function) -> list[Any]:
+    """Return the calls in a graph, of which only the operations are public."""
+    return [node for nodes in function._nodes_by_depth.values() for node in nodes]
+
+
+def has_maker(tensor: Any) -> bool:
+    """Return whether a tensor is a graph's, and knows the call that made it."""
+    return getattr(getattr(tensor, "_keras_history", None), "operation", None) is not None
+
+
+def maker_of(tensor: Any) -> Any:
+    """Return the call that made a graph's tensor."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
+
+
+def position_of(tensor: Any) -> int:
+    """Return which of its call's outputs a graph's tensor is."""
+    index: int = tensor._keras_history.tensor_index
+    return index
+
+
+def calls_of(operation: Any) -> list[Any]:
+    """Return the calls of an operation, in whatever graph."""
+    calls: list[Any] = operation._inbound_nodes
+    return calls
+
+
+def set_maker(tensor: Any, old: Any, node: Any) -> None:
+    """Let the copy of a tensor know the copy of the call that made it. old: the original."""
+    tensor._keras_history = old._keras_history._replace(
+        operation=node.operation, node_index=_index(node)
+    )
+
+
+def set_keys(function: keras.Function) -> None:
+    """Let the copy of a graph have the keys of its own calls, by which it finds them."""
+    function._nodes = {make_node_key(node.operation, _index(node)) for node in nodes_of(function)}
+
+
+def _index(node: Any) -> int:
+    return next(i for i, other in enumerate(node.operation._inbound_nodes) if other is node)
+
+
+def is_operation(operation: Any, names: tuple[str, ...]) -> bool:
+    """Return whether this is one of Keras' own operations of these names; they have no types."""
+    cls = type(operation)
+    return cls.__name__ in names and cls.__module__.startswith("keras.src.ops")
+
+
+def follows_graph(layer: keras.Layer) -> bool:
+    """Return whether a layer's call is Keras' own, which in a graph does what the graph says."""
+    return "call" not in vars(layer) and type(layer).call.__module__.startswith("keras.")
+
+
+def compiled_parts(model: keras.Model) -> list[object]:
+    """Return what compiling and `predict` left in a model.
+
+    TensorFlow's tracking keeps the function that `predict` compiled, also once compiling has
+    taken it from the model.
+    """
+    own = vars(model)
+    return [
+        held[name]
+        for held in (own, own.get("_self_unconditional_dependency_names", {}))
+        for name in held.keys() & COMPILED
+    ]
+
+
+def uncompile(model: keras.Model) -> None:
+    """Make a model one that was never compiled or called by `predict`."""
+    for name in vars(model).keys() & COMPILED:
+        delattr(model, name)  # which TensorFlow has on a list, too
+    vars(model).update(UNCOMPILED)
+
+
+def has_onednn() -> bool:
+    """Return whether this process's TensorFlow computes with oneDNN.
+
+    The only place that tells what was built, asked for by TF_ENABLE_ONEDNN_OPTS, and possible.
+    """
+    from tensorflow.python.util import _pywrap_util_port  # heavy, and not there on other backends
+
+    found: bool = _pywrap_util_port.IsMklEnabled()
+    return found

@@ -1,0 +1,99 @@
+"""A user's script, which is type-checked and not run: the public functions as they are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from doconv_core import (
+    Converted,
+    ConvSpec,
+    Difference,
+    FoldReport,
+    Network,
+    NetworkCost,
+    Report,
+    State,
+    count,
+    describe,
+    read_state,
+    write_state,
+)
+from doconv_torch import (
+    BSConvS2d,
+    BSConvU2d,
+    DOConv2d,
+    build,
+    composed_once,
+    export_state,
+    fold,
+    get_model,
+    list_models,
+    load_state,
+    mark_orthonormal,
+    orthonormality_loss,
+    over_parameterize,
+    to_bsconv,
+    verify,
+)
+
+
+class Classifier(nn.Module):
+    """A network of one's own, with an over-parameterized layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = DOConv2d(3, 16, 3, padding=1, depth_multiplier=12)
+        self.separable = BSConvU2d(16, 16, 3, padding=1)
+        self.subspace = BSConvS2d(16, 16, 3, padding=1, p=0.25)
+        self.linear = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        features = self.subspace(self.separable(self.conv(x)))
+        return torch.as_tensor(self.linear(features.mean((2, 3))))
+
+
+def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Take one step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with composed_once(model):
+        loss = nn.functional.cross_entropy(model(images), labels) + orthonormality_loss(model)
+        loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def deploy(model: Classifier, images: torch.Tensor) -> tuple[Difference, str]:
+    """Fold the model, and say how far its outputs then lie from what they were."""
+    folded, report = fold(model.eval(), form={"bsconv": "dense"}, fuse_batchnorm=True)
+    difference: Difference = verify(model, folded, images)
+    assert isinstance(report, FoldReport)
+    conv: nn.Conv2d = folded.conv
+    return difference, f"{report.forms}\n{conv}\n{difference.relative:g}"
+
+
+def convert(images: torch.Tensor) -> State:
+    """Convert networks that are there, and exchange their weights."""
+    name: str = list_models()[0]
+    description: Network = describe(name)
+    cost: NetworkCost = count(description, (3, 32, 32))
+    assert cost.macs > 0
+    model, report = over_parameterize(get_model(name, num_classes=10, seed=1))
+    changed: list[str] = [change.path for change in report.changed]
+    assert changed
+    other, _ = to_bsconv(build(description), "u", where=lambda path, module: "stem" not in path)
+    result: Converted = over_parameterize(nn.Sequential(nn.Conv2d(3, 8, 3)), inplace=True)
+    told: Report = result.report
+    assert told.changed
+    assert other(images).shape == model(images).shape
+    state: State = export_state(model)
+    write_state(state, "model.safetensors")
+    load_state(model, read_state("model.safetensors"), match="order", ignore="geometry")
+    return state
+
+
+layer: DOConv2d = DOConv2d.from_conv(nn.Conv2d(3, 8, 3), depth_multiplier=9)
+kernel: torch.Tensor = layer.composed_kernel()
+spec: ConvSpec = layer.spec
+pointwise: nn.Conv2d = mark_orthonormal(nn.Conv2d(8, 8, 1))
