@@ -123,7 +123,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
-        for path, node in self.nodes.items():
+        for path, node in (self.nodes or {}).items():
             for layer in self.layers if is_kept(node) else ():
                 if layer.over_parameterized and layer.entries["weight"].startswith(f"{path}/"):
                     raise NotFoldable(
