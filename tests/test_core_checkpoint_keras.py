@@ -14,12 +14,12 @@ need("tf")
 import h5py  # noqa: E402
 import keras  # noqa: E402
 import ml_dtypes  # noqa: E402
-from doconv_core.files.hdf5_raw import creation_order  # noqa: E402
 from keras_checkpoints import IMAGE, functional, images, randomized  # noqa: E402
 
 from doconv_core import ConvSpec, NotFoldable, difference  # noqa: E402
 from doconv_core.files.folding import fold_checkpoint  # noqa: E402
 from doconv_core.files.formats import open_checkpoint  # noqa: E402
+from doconv_core.files.hdf5_raw import creation_order  # noqa: E402
 from doconv_core.files.keras_names import numbered, snake_case, stem_of  # noqa: E402
 from doconv_tf import DOConv1D, DOConv2D  # noqa: E402
 
