@@ -18,12 +18,12 @@ from frameworks import need
 need("tf")
 
 import h5py  # noqa: E402
-from doconv_core.files.hdf5_files import Written  # noqa: E402
 
 from doconv_core.files.archive import copy_member, open_archive  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
 from doconv_core.files.folding import fold_checkpoint  # noqa: E402
 from doconv_core.files.formats import open_checkpoint  # noqa: E402
+from doconv_core.files.hdf5_files import Written  # noqa: E402
 
 ARRAYS = {f"layers/do_conv2d_{n}/vars/0": numbers(3, 3, 16, 16, seed=n) for n in range(1, 20)}
 
