@@ -349,7 +349,11 @@ def test_interrupted_it_leaves_nothing(number, tmp_path):
     waiting = "import time, doconv_core.atomic as f; f._rename_to_new = lambda *_: time.sleep(60)"
     program = [sys.executable, "-c", f"{waiting}; {PROGRAM[-1]}"]
     process = subprocess.Popen(
-        [*program, "fold", str(model), str(out)], stderr=subprocess.PIPE, text=True
+        [*program, "fold", str(model), str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests may ignore the signal, and a child would, too.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while not any(path.name.startswith(".out") for path in tmp_path.iterdir()):
         assert process.poll() is None  # it is still at work when it is interrupted

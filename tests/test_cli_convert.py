@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,66 @@ def test_to_gluon_and_back_no_bit_changes(model, tmp_path):
         for other in (found[GLUON.get(name, name)], back[name]):
             np.testing.assert_array_equal(other, array, err_msg=name, strict=True)
     doconv("verify", model, tmp_path / "model.params", *KERNEL_SIZE)
+
+
+# Runs commands, and prints how often each has opened a file, in openings by `open_checkpoint`, and
+# which arrays it has read.
+COUNTING = """
+import json, sys
+from collections import Counter
+from doconv_core.cli import doconv
+from doconv_core.files.formats import open_checkpoint
+
+opened, read, found = Counter(), [], []
+sys.addaudithook(lambda name, args: name == "open" and opened.update([str(args[0])]))
+for files, command in json.loads(sys.argv[1]):
+    once = {}
+    for file in files:
+        opened.clear()
+        with open_checkpoint(file) as checkpoint:
+            once[file], kind = opened[file], type(checkpoint)
+        if "counted" not in kind.__dict__:
+            def read_stored(self, name, own=kind.read_stored):
+                read.append([str(self.path), name])
+                return own(self, name)
+            kind.counted, kind.read_stored = True, read_stored
+    opened.clear(), read.clear()
+    doconv.main([*command, "--json"], standalone_mode=False)
+    found.append([[opened[file] / once[file] for file in files], list(read)])
+print("found:", json.dumps(found))
+"""
+
+
+def test_each_file_is_opened_once_and_each_array_read_once(tmp_path):
+    arrays = {name: array for name, array in state_dict().items() if "block.1" not in name}
+    commands = []
+    for kind in ("safetensors", "params", "state"):
+        pair = [str(tmp_path / f"{name}.{kind}") for name in ("in", "like")]
+        for file in pair:
+            if kind == "state":
+                write_state(state(), file)
+            elif kind == "params":
+                write_params(Path(file), {n: a for n, a in arrays.items() if a.ndim})
+            else:
+                save(file, arrays)
+        target = str(tmp_path / f"out.{kind}")
+        commands += [
+            (pair, ["convert", pair[0], target, "--like", pair[1]]),
+            (pair, ["convert", pair[0], str(tmp_path / f"{kind}.params")]),
+            (pair, ["convert", pair[0], str(tmp_path / f"{kind}.folded.params"), "--fold"]),
+            (pair, ["verify", *pair]),
+        ]
+    process = [sys.executable, "-c", COUNTING, json.dumps(commands)]
+    done = subprocess.run(process, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.rpartition("found:")[2])
+    for (pair, command), (opened, read) in zip(commands, found, strict=True):
+        assert opened == [1, 1 if pair[1] in command else 0], command
+        assert len(read) == len({*map(tuple, read)}), command
+        with open_checkpoint(pair[0]) as file:
+            expected = {(pair[0], name) for name in file.entries if "num_batches" not in name}
+        if command[0] == "verify":
+            expected |= {(pair[1], name) for _, name in expected}
+        assert {(file, name) for file, name in read if "num_batches" not in name} == expected
 
 
 def test_fold_on_the_way(model, tmp_path):
@@ -294,6 +356,26 @@ def test_like_another_file_by_name_and_by_order(tmp_path):
     write_params(tmp_path / "like.params", small)
     error = "'first.weight' is float64, and would lose digits as float32, which"
     doconv(*args, "--force", code=IMPOSSIBLE, error=error)
+
+
+def test_a_gamma_of_ones_and_a_beta_of_zeros_come_and_go(tmp_path):
+    spec, roles = BatchNormSpec(4, 1e-5, 0.1), ("running_mean", "running_var")
+    statistics = {f"a.{role}": np.full(4, 2, "float32") for role in roles}
+    neutral = {"a.gamma": np.ones(4, "float32"), "a.beta": np.zeros(4, "float32")}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("bare", "whole", "moved")}
+    write_state(State({"a": LayerForm(spec, bias=False, scale=False)}, statistics), files["bare"])
+    write_state(State({"a": LayerForm(spec)}, neutral | statistics), files["whole"])
+    moved = {**neutral, **statistics, "a.beta": neutral["a.gamma"]}
+    write_state(State({"a": LayerForm(spec)}, moved), files["moved"])
+    for source, like in (("bare", "whole"), ("whole", "bare")):
+        out = tmp_path / "out.safetensors"
+        doconv("convert", files[source], out, "--like", files[like], "--force")
+        made, wanted = read_state(out), read_state(files[like])
+        assert made.layers == wanted.layers
+        np.testing.assert_equal(dict(made.arrays), dict(wanted.arrays))
+    error = "entry 'a.beta' is there, and not 0 throughout; the layer in .*bare.* has no beta"
+    args = ["convert", files["moved"], out, "--force", "--like", files["bare"]]
+    doconv(*args, code=IMPOSSIBLE, error=error)
 
 
 def test_safetensors_tell_no_order(model, tmp_path):

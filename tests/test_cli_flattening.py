@@ -12,7 +12,7 @@ from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, write_state
 from doconv_core.cli.errors import Failure
-from doconv_core.cli.flattening import Flattenings, Told
+from doconv_core.cli.flattening import Flattenings, Images
 from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.gluon import write_params
@@ -358,7 +358,7 @@ def test_networks_of_a_zoo(name, tmp_path):
         layers = recognised_layers(file)
         if name.startswith("efficientnet"):  # 320 channels, of which a last convolution makes 1280
             with pytest.raises(Failure, match=r"may be .* such as 320x2x2 of .*=no', or --flatten"):
-                Flattenings(file, layers, Told(), ordered=True)
+                Flattenings(file, layers, Images(), ordered=True)
             return
-        assumed = Flattenings(file, layers, Told(), ordered=True).assumed
+        assumed = Flattenings(file, layers, Images(), ordered=True).assumed
     assert [*assumed.values()] == [NETWORKS[name]] * (NETWORKS[name] is not None)

@@ -67,7 +67,7 @@ class Doconv(click.Group):
             error.show()
             code = error.exit_code
         except click.ClickException as error:
-            click.echo(_told(error), err=True)
+            click.echo(_message(error), err=True)
             code = error.exit_code
         except click.Abort:
             click.echo("doconv: interrupted.", err=True)
@@ -75,7 +75,7 @@ class Doconv(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(error: click.ClickException) -> str:
+def _message(error: click.ClickException) -> str:
     """Return the error as one line that begins with the command, as it was called."""
     ctx = getattr(error, "ctx", None) or click.get_current_context(silent=True)
     path = ctx.command_path if ctx else "doconv"

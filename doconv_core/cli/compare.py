@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.cli.flattening import Sizes, channels_first, takes_image
+from doconv_core.cli.contents import Contents
+from doconv_core.cli.flattening import Sizes, takes_image
 from doconv_core.cli.parse import matching
-from doconv_core.cli.recognised import KERAS, TRANSPOSED, framework_of, weight_of
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.cli.recognised import KERAS, TRANSPOSED, weight_of
 from doconv_core.files.entries import CONVOLUTION, LINEAR, Layer
 from doconv_core.maths.numeric import difference
+from doconv_core.state.file import entry
+from doconv_core.state.flattening import channels_first
 
 Array = NDArray[Any]
 
@@ -46,9 +49,9 @@ class Compared(NamedTuple):
 
 
 def compare(
-    first: Checkpoint,
+    first: Contents,
     a: Layer,
-    second: Checkpoint,
+    second: Contents,
     b: Layer,
     tolerance: float | None = None,
     flattened: Sizes = (),
@@ -68,38 +71,41 @@ def compare(
             # A count of batches, which only one framework keeps, takes no part in the output.
             if role != "num_batches_tracked":
                 alone = first if there[0] else second
-                yield f"{_joined(a.name, role)} is in {alone.path} only"
+                yield f"{entry(a.name, role)} is in {alone.path} only"
             continue
         kernel = role == "weight" and a.kind == b.kind == CONVOLUTION
         x, y = _array(first, a, role, size), _array(second, b, role, size)
         allowed = tolerance
         if allowed is None:
             epsilons = [
-                _EPSILONS.get(checkpoint.entries[layer.entries[role]].dtype, 0.0)
-                for checkpoint, layer in ((first, a), (second, b))
+                _EPSILONS.get(file.entries[layer.entries[role]].dtype, 0.0)
+                for file, layer in ((first, a), (second, b))
             ]
             allowed = COMPOSED_ROUNDINGS * max(epsilons) if kernel and composed else 0.0
         yield _compared(a.name, "kernel" if kernel and composed else role, x, y, allowed)
 
 
-def _last(checkpoint: Checkpoint) -> bool:
-    return framework_of(checkpoint) == KERAS
+def _last(file: Contents) -> bool:
+    return file.framework == KERAS
 
 
-def _array(checkpoint: Checkpoint, layer: Layer, role: str, size: tuple[int, ...] | None) -> Array:
+def _array(file: Contents, layer: Layer, role: str, size: tuple[int, ...] | None) -> Array:
     """Return one of a layer's arrays, canonical; for W, the kernel."""
     if role == "weight" and layer.kind == CONVOLUTION:
-        return checkpoint.kernel(layer)
+        return file.checkpoint.kernel(layer)
     if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
-        values = weight_of(checkpoint, layer).reshape(layer.kernel_shape or ())
+        values = weight_of(file.checkpoint, layer).reshape(layer.kernel_shape or ())
     else:
-        values = checkpoint.read(layer.entries[role])
-    if not size or not _last(checkpoint) or not takes_image(layer, role):
+        values = file.checkpoint.read(layer.entries[role])
+    if not size or not _last(file) or not takes_image(layer, role):
         return values
     # A size by a pattern may be meant for other layers than this norm.
     if layer.kind != LINEAR and values.shape != (prod(size),):
         return values
-    return channels_first(values, size)
+    try:
+        return channels_first(values, size)
+    except ValueError as error:
+        raise click.UsageError(f"--flatten: {error}") from None
 
 
 def _roles(a: Layer, b: Layer) -> list[str]:
@@ -128,7 +134,3 @@ def _worst(x: Array, y: Array) -> int:
         apart = np.abs(a - b)
     apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
     return int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
-
-
-def _joined(path: str, role: str) -> str:
-    return f"{path}.{role}" if path else role

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,31 +25,20 @@ from doconv_core.cli.checkpoints import (
     target_argument,
     writing_to,
 )
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.flattening import Flattenings, Sizes, Told, fed_by_config, flatten_option
-from doconv_core.cli.like import Template
-from doconv_core.cli.listing import report
-from doconv_core.cli.naming import Renaming, matches
-from doconv_core.cli.output import progress
-from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, require_order
-from doconv_core.cli.parse import KernelSizes
-from doconv_core.cli.planning import Plan, needs_kernel_size
-from doconv_core.cli.recognised import (
-    GLUON,
-    KERAS,
-    STATE,
-    framework_of,
-    recognised_layers,
-    seems_channels_last,
-)
-from doconv_core.cli.told import Required, compare_told, required_without_template
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.cli.contents import Contents
+from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
+from doconv_core.cli.flattening import Flattenings, Images, Sizes
+from doconv_core.cli.metadata import OUT, Required, compare_metadata, required_of_target
+from doconv_core.cli.output import counted, print_json, print_table, progress, size
+from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_side_by_side
+from doconv_core.cli.parse import KernelSizes, flatten_option, matches
+from doconv_core.cli.plan import Conversion, Plan
+from doconv_core.cli.recognised import KERAS, STATE
 from doconv_core.files.entries import Layer
 from doconv_core.files.folding import check_understood
 from doconv_core.files.formats import formats
 from doconv_core.models.report import place
-from doconv_core.state.file import read_state
-from doconv_core.state.layers import CHANNELS_FIRST
+from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 
 Write = Callable[[Path, Plan, writing.Step], None]
 # What `--to` takes, of formats whose names and layouts are not those of one network.
@@ -117,71 +107,73 @@ def convert(
     """  # noqa: D301
     check_target(target, force)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(opened(source, kernel_sizes))
-        layers = _layers(checkpoint, part)
-        needed = [layer for layer in layers if needs_kernel_size(checkpoint, layer, folded)]
-        require_kernel_sizes(checkpoint, needed)
+        contents = Contents(stack.enter_context(opened(source, kernel_sizes)))
+        layers = contents.copy_of_model(part)
+        needed = [layer for layer in layers if contents.needs_kernel_size(layer, folded)]
+        require_kernel_sizes(contents.checkpoint, needed)
         if folded:
             check_understood(source, _unsettled(layers, [*keep, *drop]))
-        images = Told(flattened, ignored="flattening" in ignore)
-        _check_plain(checkpoint, layers, drop)
+        contents.check_plain(layers, drop)
+        images = Images(flattened, ignored="flattening" in ignore)
         if like is None:
-            how = _by_names(checkpoint, layers, _target(target, name), folded, keep, drop, images)
+            how = _by_names(contents, layers, _target(target, name), folded, keep, drop, images)
         else:
-            template = stack.enter_context(opened(like, ()))
+            template = Contents(stack.enter_context(opened(like, ())))
             layers = _unsettled(layers, drop)
-            how = _like(checkpoint, layers, template, folded, match, "geometry" in ignore, images)
+            how = _like(contents, layers, template, folded, match, "geometry" in ignore, images)
         new = replacing(target, overwrite=force)
         with progress("converting") as step, writing_to(target), new as temporary:
             how.write(temporary, how.plan, step)
-        report(source, target, checkpoint, how.plan, how.required, how.assumed, as_json)
+        _report(source, target, contents, how, as_json)
 
 
-class _Conversion(NamedTuple):
-    """How IN becomes OUT. required, assumed: as `listing.report` tells them."""
+class _How(NamedTuple):
+    """How IN becomes OUT. required: of the networks, for OUT to compute the same.
+
+    assumed: linear layers taken to be behind no flattened image, with the channels before them.
+    """
 
     write: Write
     plan: Plan
-    required: list[Required]
-    assumed: dict[str, int]
+    required: Sequence[Required]
+    assumed: Mapping[str, int]
 
 
 def _by_names(
-    checkpoint: Checkpoint,
+    contents: Contents,
     layers: Sequence[Layer],
     target: tuple[str, Write],
     folded: bool,
     keep: Sequence[str],
     drop: Sequence[str],
-    images: Told,
-) -> _Conversion:
+    images: Images,
+) -> _How:
     """Return how a file becomes one by the names of the target's framework."""
     framework, write = target
     pairs = [(layer, layer) for layer in layers]
-    flattenings = _flattenings(checkpoint, checkpoint, pairs, framework, images)
-    renaming = Renaming(framework_of(checkpoint), framework, folded, keep, drop, flattenings)
-    plan = renaming.plan(checkpoint, layers)
-    required = required_without_template(checkpoint, layers)
-    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
+    found = _flattenings(contents, contents, pairs, framework, images)
+    plan = Conversion(contents, folded, found, False).by_names(framework, layers, keep, drop)
+    required = required_of_target(contents, layers)
+    return _How(write, plan, required, found.assumed if found else {})
 
 
 def _like(
-    checkpoint: Checkpoint,
+    contents: Contents,
     layers: Sequence[Layer],
-    template: Checkpoint,
+    template: Contents,
     folded: bool,
     match: str,
     ignore_geometry: bool,
-    images: Told,
-) -> _Conversion:
+    images: Images,
+) -> _How:
     """Return how a file becomes one like the template."""
-    framework = framework_of(template)
-    paired = _paired(checkpoint, layers, template, match)
-    flattenings = _flattenings(checkpoint, template, paired.both, framework, images)
-    plan = Template(checkpoint, template, folded, flattenings, framework == KERAS).plan(paired)
-    required = compare_told(checkpoint, template, paired.both, ignore_geometry)
-    write = _writer_like(checkpoint, template, framework, paired)
-    return _Conversion(write, plan, required, flattenings.assumed if flattenings else {})
+    paired = _paired(contents, layers, template, match)
+    found = _flattenings(contents, template, paired.both, template.framework, images)
+    keras = template.framework == KERAS
+    plan = Conversion(contents, folded, found, keras).like(template, paired)
+    required = compare_metadata(contents, template, paired.both, ignore_geometry)
+    write = _writer_like(contents, template, paired)
+    return _How(write, plan, required, found.assumed if found else {})
 
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
@@ -201,35 +193,28 @@ def _target(target: Path, name: str | None) -> tuple[str, Write]:
     return form.FRAMEWORK, partial(writing.write, form=form)
 
 
-def _writer_like(
-    checkpoint: Checkpoint, template: Checkpoint, framework: str, paired: Paired
-) -> Write:
+def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Write:
     """Return what writes a file of the template's format."""
-    if framework == STATE:
-        source = checkpoint.path if framework_of(checkpoint) == STATE else None
-        paths = {other.path: layer.path for layer, other in paired.both}
-        return partial(writing.write_state_like, template=template.path, source=source, paths=paths)
-    return partial(writing.write, form=template.module, like=template)
+    if template.framework == STATE:
+        forms, known = dict(template.forms), contents.forms
+        for layer, other in paired.both:
+            if layer.path in known:
+                forms[other.path] = _with_known(forms[other.path], known[layer.path])
+        origin = contents.checkpoint.origin or {}
+        return partial(writing.write_state_like, forms=forms, origin=origin)
+    file = template.checkpoint
+    return partial(writing.write, form=file.module, like=file)
 
 
-def _layers(checkpoint: Checkpoint, part: str | None) -> list[Layer]:
-    """Return the layers of one copy of the model, the first unless another is asked for."""
-    parts = checkpoint.parts
-    if part is not None and part not in parts:
-        raise click.UsageError(
-            f"{checkpoint.path} has no part {part!r}; it has {', '.join(map(repr, parts))}."
-        )
-    chosen = parts[0] if part is None and parts else part
-    layers = [layer for layer in recognised_layers(checkpoint) if layer.part == chosen]
-    for layer in layers:
-        if framework_of(checkpoint) == GLUON and seems_channels_last(layer):
-            raise Failure(
-                f"{checkpoint.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
-                "like one of a channels-last network, which the file does not tell; load it in "
-                "Gluon, and carry it over with export_state.",
-                IMPOSSIBLE,
-            )
-    return layers
+def _with_known(form: LayerForm, known: LayerForm) -> LayerForm:
+    """Return a layer's form with what another tells beyond the shapes, which agree."""
+    norm = form.kind == known.kind == "batch_norm"
+    return replace(
+        form,
+        spec=known.spec if norm else form.spec,
+        geometry=form.geometry or known.geometry,
+        flattening=known.flattening,
+    )
 
 
 def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
@@ -241,64 +226,106 @@ def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     ]
 
 
-def _check_plain(checkpoint: Checkpoint, layers: Sequence[Layer], drop: Sequence[str]) -> None:
-    """Raise Failure for an entry that is no plain array and is not to be left out."""
-    for name in (name for layer in layers for name in layer.entries.values()):
-        entry = checkpoint.entries[name]
-        if not entry.is_plain and not matches(name, drop):
-            raise Failure(
-                f"{checkpoint.path}: the entry {name!r} is {entry.dtype}, no plain array, and is "
-                f"not converted; --drop '{literal(name)}' leaves it out.",
-                IMPOSSIBLE,
-            )
+def _paired(contents: Contents, layers: Sequence[Layer], template: Contents, match: str) -> Paired:
+    there = template.copy_of_model(None)
+    if match == "name":
+        return pair_by_name(layers, there)
+    paired = pair_by_order(contents, layers, template, there)
+    if paired.different is not None:
+        number, text = paired.different
+        print_side_by_side((contents.path, template.path), layers, there, number)
+        raise Failure(
+            f"{text}; layers can be paired by order only where kinds and sizes agree throughout.",
+            IMPOSSIBLE,
+        )
+    return paired
 
 
 def _flattenings(
-    checkpoint: Checkpoint,
-    template: Checkpoint,
+    contents: Contents,
+    template: Contents,
     pairs: Sequence[tuple[Layer, Layer]],
     framework: str,
-    images: Told,
+    images: Images,
 ) -> Flattenings | None:
     """Return what layers are behind, where IN and OUT order axes otherwise.
 
     pairs: layers with those of the template, which is IN itself where there is none.
     """
-    source, layers = framework_of(checkpoint), [layer for layer, _ in pairs]
-    if source == STATE:
-        images = images._replace(behind=_behind_images(checkpoint, layers))
-    if (source == KERAS) == (framework == KERAS):
+    images = images._replace(behind=_behind_images(contents, [layer for layer, _ in pairs]))
+    if (contents.framework == KERAS) == (framework == KERAS):
         return None
-    keras = checkpoint if source == KERAS else template
-    fed = fed_by_config(keras, [pair[keras is not checkpoint] for pair in pairs])
-    named = {layer.name: fed[number] for number, layer in enumerate(layers) if number in fed}
-    images = images._replace(fed=named, file=str(keras.path))
-    return Flattenings(checkpoint, layers, images, checkpoint.ordered)
+    keras = contents if contents.framework == KERAS else template
+    fed = {
+        layer.name: keras.fed[each.name]
+        for layer, other in pairs
+        if (each := layer if keras is contents else other).name in keras.fed
+    }
+    images = images._replace(fed=fed, file=str(keras.path))
+    layers = [layer for layer, _ in pairs]
+    return Flattenings(contents.checkpoint, layers, images, contents.ordered)
 
 
-def _behind_images(checkpoint: Checkpoint, layers: Sequence[Layer]) -> set[str]:
+def _behind_images(contents: Contents, layers: Sequence[Layer]) -> set[str]:
     """Return the layers of a state that are behind a flattened image, of a size it does not tell.
 
     Raises Failure for a layer whose inputs may be in Keras' order.
     """
-    forms = read_state(checkpoint.path).layers
+    behind = set()
     for layer in layers:
-        form = forms.get(layer.path)
-        if form is not None and form.flattening not in (None, CHANNELS_FIRST):
+        form = contents.forms.get(layer.path)
+        if form is None or form.flattening is None:
+            continue
+        if form.flattening != CHANNELS_FIRST:
             raise Failure(
-                f"{checkpoint.path}: nothing tells in which order the inputs of "
+                f"{contents.path}: nothing tells in which order the inputs of "
                 f"{place(layer.name)} are; load the state in Python, with load_state.",
                 IMPOSSIBLE,
             )
-    found = {path for path, form in forms.items() if form.flattening == CHANNELS_FIRST}
-    return {layer.name for layer in layers if layer.path in found}
+        behind.add(layer.name)
+    return behind
 
 
-def _paired(
-    checkpoint: Checkpoint, layers: Sequence[Layer], template: Checkpoint, match: str
-) -> Paired:
-    there = _layers(template, None)
-    if match == "name":
-        return pair_by_name(layers, there)
-    require_order(checkpoint, template)
-    return pair_by_order(checkpoint, layers, template, there)
+def _report(source: Path, target: Path, contents: Contents, how: _How, as_json: bool) -> None:
+    """Print what was written, from what, and what else must hold for it to compute the same."""
+    for name, channels in how.assumed.items():
+        # Where it is seen by whoever reads neither table nor JSON.
+        click.echo(one_line(_assumption(name, channels)), err=True)
+    used = {name for entry in how.plan.entries for name in entry.sources}
+    left_out = [name for name in contents.entries if name not in used]
+    left_out += contents.checkpoint.others
+    if as_json:
+        names = ("name", "shape", "dtype", "sources", "how")
+        entries = [{name: getattr(entry, name) for name in names} for entry in how.plan.entries]
+        print_json(
+            {
+                "source": str(source),
+                "target": str(target),
+                "entries": entries,
+                "left_out": left_out,
+                "required": [each._asdict() for each in how.required],
+                "no_image_assumed": dict(how.assumed),
+            }
+        )
+        return
+    rows = []
+    for entry in how.plan.entries:
+        sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
+        origin = ": ".join(part for part in (sources, entry.how) if part)
+        rows.append([entry.name, origin, size(entry.shape), entry.dtype])
+    print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
+    click.echo()
+    if left_out:
+        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+    for network, what, layers in how.required:
+        file = target if network == OUT else source
+        click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
+    click.echo(one_line(f"{target}: {counted(len(how.plan.entries), 'array')} written"))
+
+
+def _assumption(name: str, channels: int) -> str:
+    return (
+        f"assumed: the {channels} inputs of {place(name)} are the channels of the layer before it "
+        "in the file, not a flattened image; if they are one, give its channels and size, "
+        f"--flatten '{literal(name)}=CxHxW'"
+    )

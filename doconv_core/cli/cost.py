@@ -24,8 +24,8 @@ from doconv_core.cli.cost_network import (
     network_json,
     print_network,
 )
-from doconv_core.cli.described import GRAMMAR, DescribedLayer, described, is_described
 from doconv_core.cli.errors import one_line
+from doconv_core.cli.layer_text import GRAMMAR, LayerText, is_layer_text, parse_layer
 from doconv_core.cli.output import counted, number, print_json, print_table, size
 from doconv_core.cli.parse import KernelSizes, Place, places_option, size_option
 from doconv_core.kinds.do_conv import LayerCost, layer_cost
@@ -102,14 +102,14 @@ def cost(
     as_json: bool,
 ) -> None:
     """As the help text above has it."""
-    if not is_described(subject) and not Path(subject).is_file():
+    if not is_layer_text(subject) and not Path(subject).is_file():
         if places or kernel_sizes:
             raise click.UsageError(f"{subject!r} is no file, as --at and --kernel-size need one.")
         _network(subject, input_size, classes, batch, plot, force, as_json)
         return
     if classes is not None or plot is not None or force:
         raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
-    if is_described(subject):
+    if is_layer_text(subject):
         if places or kernel_sizes:
             raise click.UsageError("--at and --kernel-size are for files; a LAYER says it all.")
         _layer(subject, input_size, batch, as_json)
@@ -163,7 +163,7 @@ def _network(
 
 def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json: bool) -> None:
     try:
-        layer = described(subject)
+        layer = parse_layer(subject)
         if input_size is None:
             raise ValueError("give the size of its input, such as --input 56x56.")
         output = layer.output_size(_spatial(input_size, layer))
@@ -187,7 +187,7 @@ def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json
     _print_forms(found)
 
 
-def _spatial(input_size: tuple[int, ...], layer: DescribedLayer) -> tuple[int, ...]:
+def _spatial(input_size: tuple[int, ...], layer: LayerText) -> tuple[int, ...]:
     """Return the input size without its channels, which may stand before it."""
     if len(input_size) != layer.spec.rank + 1:
         return input_size

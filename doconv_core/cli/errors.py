@@ -9,6 +9,7 @@ import click
 
 from doconv_core.files.entries import CheckpointError
 from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError
 
 DIFFERENT: Final = 1
@@ -33,7 +34,7 @@ class Failure(click.ClickException):
 
 def as_failure(error: Exception) -> Failure | None:
     """Return what to tell the user of an error; None for one that is a fault of this package."""
-    if isinstance(error, NotFoldable):
+    if isinstance(error, (NotFoldable, Mismatch)):
         return Failure(str(error), IMPOSSIBLE)
     if isinstance(error, CheckpointError) and isinstance(error.__cause__, ImportError):
         return Failure(str(error), MISSING)
@@ -42,13 +43,13 @@ def as_failure(error: Exception) -> Failure | None:
     if isinstance(error, ImportError):
         return Failure(str(error), MISSING)
     if isinstance(error, FileExistsError):
-        return Failure(_told(error), TARGET)
+        return Failure(_message(error), TARGET)
     if isinstance(error, OSError):
-        return Failure(_told(error), TARGET if error.errno in FULL else USAGE)
+        return Failure(_message(error), TARGET if error.errno in FULL else USAGE)
     return None
 
 
-def _told(error: OSError) -> str:
+def _message(error: OSError) -> str:
     if error.strerror is None:  # one of ours, whose text is a sentence already
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""

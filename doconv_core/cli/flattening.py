@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.cli import output
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.keras_graph import Fed, fed_layers
-from doconv_core.cli.order import Order
-from doconv_core.cli.parse import matching, parse_size
-from doconv_core.cli.recognised import NORM, config_of, group_of
+from doconv_core.cli.parse import matching
+from doconv_core.cli.recognised import NORM
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, LINEAR, Layer
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
+from doconv_core.files.shapes import canonical_shape
 from doconv_core.models.report import place
+from doconv_core.state.agreement import Values
+from doconv_core.state.chain import Chain
+from doconv_core.state.flattening import (
+    Array,
+    Fed,
+    Size,
+    channels_first,
+    channels_last,
+    image_size,
+    is_same,
+)
 
-Array = NDArray[Any]
-Size = tuple[int, ...]
 Sizes = Sequence[tuple[str, Size]]
 
 
-def flatten_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--flatten`, which becomes pairs of pattern and channels-first size."""
-    return click.option(
-        "--flatten", "flattened", multiple=True, metavar="GLOB=CxHxW|no", callback=_parse,
-        help="Channels and size of the image that is flattened before a linear layer, or `no`, "
-        "where one of the files is Keras', whose channels are last.",
-    )(function)  # fmt: skip
-
-
-def _parse(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> list[tuple[str, tuple[int, ...]]]:
-    found = []
-    for value in values:
-        pattern, _, text = value.rpartition("=")
-        size = () if text == "no" else parse_size(text)
-        if size is None or len(size) == 1:
-            raise click.BadParameter(
-                f"{value!r} must end in the channels and size of what is flattened, as in "
-                "'fc=64x7x7', or in 'no' where nothing is.",
-                ctx, param,
-            )  # fmt: skip
-        found.append((pattern or "*", size))
-    return found
-
-
-class Told(NamedTuple):
+class Images(NamedTuple):
     """What is told of flattened images. sizes: as `--flatten` gives them.
 
     fed: what the config of `file` tells of layers, by the names of IN's. behind: the layers that
@@ -71,58 +53,53 @@ class Flattenings:
     """What the inputs of each layer were, for a conversion between orders of axes.
 
     ordered: whether the file's layers are in the model's order; then, where nothing is told, a
-    linear layer may be taken to be behind no flattened image, as `Order` has it: `assumed` has the
+    linear layer may be taken to be behind no flattened image, as `Chain` has it: `assumed` has the
     channels before it by its name. Raises Failure for a layer of which nothing tells, and for what
     cannot be reordered; UsageError where `--flatten` contradicts the layer, or the config.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: Sequence[Layer], told: Told, ordered: bool
+        self, checkpoint: Checkpoint, layers: Sequence[Layer], images: Images, ordered: bool
     ) -> None:
         self._sizes: dict[str, Size] = {}
         self.assumed: dict[str, int] = {}
-        order = Order(checkpoint)
+        chain, last = Chain(), None
         for layer in layers:
-            size = _told_size(checkpoint, layer, told)
-            if size is None and layer.kind != LINEAR and layer.name in told.behind:
+            size = _known_size(checkpoint, layer, images)
+            if size is None and layer.kind != LINEAR and layer.name in images.behind:
                 raise _nothing_tells(checkpoint, layer, features_of(checkpoint, layer))
             if size is None and layer.kind == LINEAR:
-                self.assumed[layer.name] = _assumed(checkpoint, layer, told, order, ordered)
+                self.assumed[layer.name] = _assumed(checkpoint, layer, images, chain, ordered)
             if size:
-                _check_norm_before(checkpoint, layer, size, order, self._sizes)
+                _check_norm_before(checkpoint, layer, size, last, self._sizes)
             if size is not None:
                 self._sizes[layer.name] = size
-            order.add(layer)
+            _add(chain, checkpoint, layer)
+            last = layer
 
-    def last(self, layer: Layer, values: Array) -> Array:
-        """Return a layer's array with what was flattened, its last axis, channels last."""
-        size = self._sizes.get(layer.name, ())
-        if not size:
-            return values
-        return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
+    def reordered(
+        self, layer: Layer, values: Mapping[str, Values], *, last: bool
+    ) -> dict[str, Values]:
+        """Return a layer's arrays with what was flattened, the last axis, in the other order.
 
-    def first(self, layer: Layer, values: Array) -> Array:
-        """Return a layer's array with what was flattened, its last axis, channels first."""
-        size = self._sizes.get(layer.name, ())
-        return channels_first(values, size) if size else values
-
-    def how(self, layer: Layer) -> str:
-        """Return what is done to a layer's array, in words; "" where nothing is."""
-        size = self._sizes.get(layer.name, ())
-        return "" if is_same(size) else f"an image of {output.size(size)} reordered"
-
-
-def fed_by_config(file: Checkpoint, layers: Sequence[Layer]) -> dict[int, Fed]:
-    """Return what the config of a file, if it has one, tells of layers, by their places."""
-    config = config_of(file)
-    told = {} if config is None else fed_layers(config)
-    groups = [group_of(layer) for layer in layers] if told else []
-    return {number: told[group] for number, group in enumerate(groups) if group in told}
+        last: whether channels are to be last; else they are to be first.
+        """
+        size, order = self._sizes.get(layer.name, ()), channels_last if last else channels_first
+        if is_same(size):
+            return dict(values)
+        how = f"an image of {output.size(size)} reordered"
+        return {
+            name: replace(each, read=partial(_reordered, each.read, order, size), how=how)
+            if takes_image(layer, name)
+            else each
+            for name, each in values.items()
+        }
 
 
-def is_same(size: Size) -> bool:
-    """Return whether an image of this size, flattened, has its numbers in one order everywhere."""
-    return not size or size[0] == 1 or prod(size[1:]) == 1
+def _reordered(
+    read: Callable[[], Array], order: Callable[[Array, Size], Array], size: Size
+) -> Array:
+    return order(read(), size)
 
 
 def takes_image(layer: Layer, role: str) -> bool:
@@ -130,17 +107,6 @@ def takes_image(layer: Layer, role: str) -> bool:
     if layer.kind == LINEAR:
         return role == "weight"
     return layer.kind in (BATCH_NORM, NORM) and role != "num_batches_tracked"
-
-
-def channels_first(values: Array, size: Size) -> Array:
-    """Return an array with its last axis, an image with channels last so far, in PyTorch's order.
-
-    size: channels and size of the image that was flattened. Raises UsageError where it is another
-    number of inputs.
-    """
-    if prod(size) != values.shape[-1]:
-        raise click.UsageError(f"--flatten: the layer has {values.shape[-1]} inputs; given {size}.")
-    return np.moveaxis(values.reshape(-1, *size[1:], size[0]), -1, 1).reshape(values.shape)
 
 
 def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
@@ -153,42 +119,26 @@ def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
     return shape[0] if len(shape) == 1 else None
 
 
-def config_size(fed: Fed | None, features: int | None) -> Size | None:
-    """Return the size of what is flattened before a layer, by a config; None where it tells none.
-
-    () where nothing is flattened. A size that is not known but for the channels becomes one axis.
-    """
-    image = fed.image if fed is not None else None
-    if not image or features is None:
-        return None if image is None else ()
-    channels, *positions = image
-    if channels is None or features % channels:
-        return None
-    known = [n for n in positions if n is not None]
-    exact = len(known) == len(positions) and channels * prod(known) == features
-    return (channels, *known) if exact else (channels, features // channels)
-
-
-def _told_size(checkpoint: Checkpoint, layer: Layer, told: Told) -> Size | None:
+def _known_size(checkpoint: Checkpoint, layer: Layer, images: Images) -> Size | None:
     """Return the size that is told of what a layer is behind; None where it is not."""
-    features, fed = features_of(checkpoint, layer), told.fed.get(layer.name)
-    by_config = config_size(fed, features)
+    features, fed = features_of(checkpoint, layer), images.fed.get(layer.name)
+    by_config = image_size(fed, features)
     if features is None:
         if fed is not None and fed.image:
             raise Failure(
-                f"{told.file}: {place(layer.name)} is behind a flattened image, and its numbers "
+                f"{images.file}: {place(layer.name)} is behind a flattened image, and its numbers "
                 "cannot be reordered here; carry it over in Python, with export_state.",
                 IMPOSSIBLE,
             )
         return None
-    if fed is not None and fed.outward and not told.ignored:
+    if fed is not None and fed.outward and not images.ignored:
         raise Failure(
-            f"{told.file}: what {place(layer.name)} gives becomes an image, which the other "
+            f"{images.file}: what {place(layer.name)} gives becomes an image, which the other "
             "framework orders otherwise, and is not reordered here; use --ignore flattening where "
             "the other network makes the same image of it.",
             IMPOSSIBLE,
         )
-    size = matching(layer.name, told.sizes)
+    size = matching(layer.name, images.sizes)
     if layer.kind != LINEAR and size and prod(size) != features:
         size = None  # which was meant for linear layers
     if size is None:
@@ -197,8 +147,8 @@ def _told_size(checkpoint: Checkpoint, layer: Layer, told: Told) -> Size | None:
         raise click.UsageError(
             f"--flatten: {place(layer.name)} has {features} inputs; received {size}."
         )
-    if by_config is not None and not told.ignored:
-        _check_agrees(layer, size, by_config, told.file)
+    if by_config is not None and not images.ignored:
+        _check_agrees(layer, size, by_config, images.file)
     return size
 
 
@@ -215,13 +165,15 @@ def _check_agrees(layer: Layer, size: Size, by_config: Size, file: str) -> None:
     )
 
 
-def _assumed(checkpoint: Checkpoint, layer: Layer, told: Told, order: Order, ordered: bool) -> int:
+def _assumed(
+    checkpoint: Checkpoint, layer: Layer, images: Images, chain: Chain, ordered: bool
+) -> int:
     """Return the channels before a linear layer that is taken to be behind no flattened image."""
     features, name = features_of(checkpoint, layer), literal(layer.name)
-    before = order.before if ordered and layer.name not in told.behind else None
+    before = chain.before if ordered and layer.name not in images.behind else None
     if before is None or before.outputs != features:
         raise _nothing_tells(checkpoint, layer, features)
-    image = order.image(features)
+    image = chain.image(features)
     if image is not None:
         raise Failure(
             f"{checkpoint.path}: the {features} inputs of {place(layer.name)} may be the channels "
@@ -245,10 +197,13 @@ def _nothing_tells(checkpoint: Checkpoint, layer: Layer, features: int | None) -
 
 
 def _check_norm_before(
-    checkpoint: Checkpoint, layer: Layer, size: Size, order: Order, sizes: Mapping[str, Size]
+    checkpoint: Checkpoint,
+    layer: Layer,
+    size: Size,
+    before: Layer | None,
+    sizes: Mapping[str, Size],
 ) -> None:
     """Raise Failure where a norm before a linear layer may have the flattened image, too."""
-    before = order.last
     if layer.kind != LINEAR or before is None or before.name in sizes or is_same(size):
         return
     if before.kind in (BATCH_NORM, NORM) and features_of(checkpoint, before) == prod(size):
@@ -259,3 +214,15 @@ def _check_norm_before(
             f"'{name}={text}', or --flatten '{name}=no'.",
             IMPOSSIBLE,
         )
+
+
+def _add(chain: Chain, checkpoint: Checkpoint, layer: Layer) -> None:
+    """Add a layer to those that may feed the next."""
+    features = features_of(checkpoint, layer) if layer.kind in (BATCH_NORM, NORM) else None
+    if layer.kind in (CONVOLUTION, LINEAR):
+        stored = checkpoint.entries[layer.entries["weight"]].shape
+        chain.add_weight(layer.name, layer.kernel_shape or canonical_shape(stored, layer.layout))
+    elif features is not None:
+        chain.add_norm(layer.name, features)
+    else:
+        chain.add_other()

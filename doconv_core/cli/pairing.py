@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
+from doconv_core.cli.contents import Contents
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.output import print_table, size
 from doconv_core.cli.recognised import TRANSPOSED
-from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import CONVOLUTION, OTHER, Layer
-
-AFTER = 4  # lines that a listing goes on behind the first difference
+from doconv_core.state.agreement import window
+from doconv_core.state.match import pairs
 
 
 class Paired(NamedTuple):
-    """The layers of two files: those of both, and those of the first or the second alone."""
+    """The layers of two files: those of both, and those of the first or the second alone.
+
+    different: of layers paired by order, the number of the first pair that does not agree, and what
+    it has; from there on, which layer is which cannot be told.
+    """
 
     both: list[tuple[Layer, Layer]]
     first: list[Layer]
     second: list[Layer]
+    different: tuple[int, str] | None = None
 
 
 def pair_by_name(first: Sequence[Layer], second: Sequence[Layer]) -> Paired:
     """Return the layers paired where their names are the same, in the order of the first."""
     ours, theirs = _by_name(first), _by_name(second)
+    found = pairs([*ours], [*theirs], {})
     return Paired(
-        both=[(layer, theirs[name]) for name, layer in ours.items() if name in theirs],
-        first=[layer for name, layer in ours.items() if name not in theirs],
-        second=[layer for name, layer in theirs.items() if name not in ours],
+        both=[(ours[a], theirs[b]) for a, b in found if a is not None and b is not None],
+        first=[ours[a] for a, b in found if a is not None and b is None],
+        second=[theirs[b] for a, b in found if a is None and b is not None],
     )
 
 
@@ -44,71 +50,41 @@ def _by_name(layers: Sequence[Layer]) -> dict[tuple[str, str], Layer]:
 
 
 def pair_by_order(
-    first: Checkpoint, a: Sequence[Layer], second: Checkpoint, b: Sequence[Layer]
+    first: Contents, a: Sequence[Layer], second: Contents, b: Sequence[Layer]
 ) -> Paired:
-    """Return the n-th layer of one file paired with the n-th of the other.
+    """Return the n-th layer of one file paired with the n-th of the other, as far as they agree.
 
-    Raises Failure, with both sides listed on stderr, unless kinds and sizes agree throughout.
+    Raises Failure for a file whose layers are not in the model's order.
     """
-    pairs = list(zip_longest(a, b))
-    for number, (x, y) in enumerate(pairs):
-        if x is None or y is None or not _alike(x, y):
-            _list(first, second, pairs, number)
-            raise Failure(
-                f"{_differing(first, second, pairs, number)}; layers can be paired by order only "
-                "where kinds and sizes agree throughout.",
-                IMPOSSIBLE,
-            )
-    return Paired(pairs, [], [])
-
-
-def alike_by_order(
-    first: Checkpoint, a: Sequence[Layer], second: Checkpoint, b: Sequence[Layer]
-) -> tuple[Paired, list[str]]:
-    """Return the layers paired by order up to the first that differs, and what differs there.
-
-    From there on, which layer is which cannot be told.
-    """
-    pairs = list(zip_longest(a, b))
-    for number, (x, y) in enumerate(pairs):
-        if x is None or y is None or not _alike(x, y):
-            found = f"{_differing(first, second, pairs, number)}; no more layers were compared"
-            return Paired(pairs[:number], [], []), [found]
-    return Paired(pairs, [], []), []
-
-
-def require_order(*checkpoints: Checkpoint) -> None:
-    """Raise Failure for a file whose layers are not in the model's order."""
-    for file in checkpoints:
+    for file in (first, second):
         if not file.ordered:
             raise Failure(
                 f"{file.path} has its layers in the order of their names, not of the model; a "
                 ".pt, .params or .keras file tells that order. Or use --match name.",
                 IMPOSSIBLE,
             )
+    found = pairs(range(len(a)), range(len(b)), "order")
+    both: list[tuple[Layer, Layer]] = []
+    for number, (i, j) in enumerate(found):
+        x, y = None if i is None else a[i], None if j is None else b[j]
+        if x is None or y is None or not _alike(x, y):
+            text = f"layer {number + 1} of {len(found)} differs: {_described(x)} in {first.path}, "
+            return Paired(both, [], [], (number, f"{text}{_described(y)} in {second.path}"))
+        both.append((x, y))
+    return Paired(both, [], [])
 
 
-def _differing(
-    first: Checkpoint, second: Checkpoint, pairs: Sequence[tuple[Layer | None, ...]], number: int
-) -> str:
-    x, y = pairs[number]
-    return (
-        f"layer {number + 1} of {len(pairs)} differs: {_told(x)} in {first.path}, "
-        f"{_told(y)} in {second.path}"
-    )
-
-
-def _list(
-    first: Checkpoint, second: Checkpoint, pairs: Sequence[tuple[Layer | None, ...]], wrong: int
+def print_side_by_side(
+    files: tuple[Path, Path], a: Sequence[Layer], b: Sequence[Layer], marked: int
 ) -> None:
-    """Print the layers side by side on stderr, up to a few behind the first that differs."""
-    rows = [
-        [">" if number == wrong else "", *map(_told, pair)]
-        for number, pair in enumerate(pairs[: wrong + AFTER])
-    ]
-    left = len(pairs) - len(rows)
-    rows += [["", f"and {left} more", ""]] * bool(left)
-    print_table(["", str(first.path), str(second.path)], rows, text_columns=3, err=True)
+    """Print the layers of two files on stderr, around those that differ."""
+    before, rows, after = window(pairs(range(len(a)), range(len(b)), "order"), marked)
+    table = [["", f"{before} before", ""]] * bool(before)
+    for number, (i, j) in enumerate(rows, before):
+        texts = _described(None if i is None else a[i]), _described(None if j is None else b[j])
+        table.append([">" if number == marked else "", *texts])
+    table += [["", f"and {after} more", ""]] * bool(after)
+    print_table(["", *map(str, files)], table, text_columns=3, err=True)
 
 
 def family(layer: Layer) -> str:
@@ -119,12 +95,10 @@ def family(layer: Layer) -> str:
 def _alike(a: Layer, b: Layer) -> bool:
     if family(a) != family(b):
         return False
-    if a.kernel_shape is not None and b.kernel_shape is not None:
-        return a.kernel_shape == b.kernel_shape
-    return True
+    return a.kernel_shape == b.kernel_shape or None in (a.kernel_shape, b.kernel_shape)
 
 
-def _told(layer: Layer | None) -> str:
+def _described(layer: Layer | None) -> str:
     if layer is None:
         return "nothing"
     kind = layer.kind if layer.kind != OTHER else f"other ({', '.join(layer.entries)})"

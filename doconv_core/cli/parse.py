@@ -6,7 +6,7 @@ The functions that end in `_option` are callbacks of click's options.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -36,24 +36,27 @@ def size_option(
     return found
 
 
-def sizes_option(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Return pattern and integers of each option such as `--kernel-size conv1=3x3`.
+def by_pattern(
+    parse: Callable[[str], T | None], problem: str
+) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[tuple[str, T]]]:
+    """Return the callback of an option such as `--kernel-size conv1=3x3`: a pattern and a value.
 
-    A size alone is for all layers.
+    A value alone is for all layers. problem: what to say of a text of which `parse` makes nothing.
     """
-    found = []
-    for value in values:
-        pattern, _, text = value.rpartition("=")
-        size = parse_size(text)
-        if size is None:
-            raise click.BadParameter(
-                f"{value!r} gives no size; write it as 'GLOB=3x3', or 3x3 for all layers.",
-                ctx, param,
-            )  # fmt: skip
-        found.append((pattern or "*", size))
-    return found
+
+    def parsed(
+        ctx: click.Context, param: click.Parameter, values: Sequence[str]
+    ) -> list[tuple[str, T]]:
+        found = []
+        for value in values:
+            pattern, _, text = value.rpartition("=")
+            made = parse(text)
+            if made is None:
+                raise click.BadParameter(f"{value!r} {problem}", ctx, param)
+            found.append((pattern or "*", made))
+        return found
+
+    return parsed
 
 
 class Place(NamedTuple):
@@ -71,23 +74,35 @@ class Place(NamedTuple):
         return tuple(-(-n // self.divisor) for n in input_size)
 
 
-def places_option(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> list[tuple[str, Place]]:
-    """Return pattern and place of each option such as `--at layer1.*=/4`."""
-    found = []
-    for value in values:
-        pattern, _, text = value.rpartition("=")
-        size = parse_size(text.removeprefix("/"))
-        relative = text.startswith("/")
-        if size is None or (relative and len(size) > 1):
-            raise click.BadParameter(
-                f"{value!r} gives no output size; write it as 'GLOB=56x56', or as 'GLOB=/4' for a "
-                "quarter of the input's.",
-                ctx, param,
-            )  # fmt: skip
-        found.append((pattern or "*", Place(divisor=size[0]) if relative else Place(size)))
-    return found
+def _place(text: str) -> Place | None:
+    size, relative = parse_size(text.removeprefix("/")), text.startswith("/")
+    if size is None or (relative and len(size) > 1):
+        return None
+    return Place(divisor=size[0]) if relative else Place(size)
+
+
+def _image(text: str) -> tuple[int, ...] | None:
+    size = () if text == "no" else parse_size(text)
+    return None if size is None or len(size) == 1 else size
+
+
+sizes_option = by_pattern(
+    parse_size, "gives no size; write it as 'GLOB=3x3', or 3x3 for all layers."
+)
+places_option = by_pattern(
+    _place,
+    "gives no output size; write it as 'GLOB=56x56', or as 'GLOB=/4' for a quarter of the input's.",
+)
+flatten_option = click.option(
+    "--flatten", "flattened", multiple=True, metavar="GLOB=CxHxW|no",
+    callback=by_pattern(
+        _image,
+        "must end in the channels and size of what is flattened, as in 'fc=64x7x7', or in 'no' "
+        "where nothing is.",
+    ),
+    help="Channels and size of the image that is flattened before a linear layer, or `no`, "
+    "where one of the files is Keras', whose channels are last.",
+)  # fmt: skip
 
 
 def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
@@ -97,3 +112,8 @@ def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
         if fnmatchcase(path, pattern):
             found = value
     return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches any of these glob patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

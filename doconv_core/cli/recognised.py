@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -13,7 +13,6 @@ from doconv_core.files.entries import CONVOLUTION, LINEAR, OTHER, Layer
 from doconv_core.files.keras_names import snake_case, stem_of
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.maths.layout import to_canonical
-from doconv_core.state.file import read_state
 from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
@@ -25,22 +24,17 @@ _NORMS = ("layer_normalization", "group_normalization")
 _TRANSPOSED = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
 
 
-def framework_of(checkpoint: Checkpoint) -> str:
-    """Return whose names and layouts a file has. A plain safetensors file has PyTorch's."""
-    return checkpoint.framework
-
-
 def recognised_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     """Return the layers in the model's order, as far as that is told, norms known as such.
 
     Embeddings are linear layers, as they are where only shapes tell. A layer of another kind stays
     what it is.
     """
-    framework = framework_of(checkpoint)
+    framework = checkpoint.framework
     if framework == KERAS:
         return _keras(checkpoint)
     if framework == STATE:
-        forms = read_state(checkpoint.path).layers
+        forms = checkpoint.forms or {}
         return tuple(_of_state(layer, forms[layer.path]) for layer in checkpoint.layers)
     return tuple(_norm(checkpoint, layer, framework) for layer in checkpoint.layers)
 
@@ -99,20 +93,10 @@ def group_of(layer: Layer) -> str:
     return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
-def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Return the config of a `.keras` file; None of another."""
-    return getattr(checkpoint, "config", None)
-
-
-def nodes_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    """Return the config of each group that the config of a `.keras` file tells."""
-    return getattr(checkpoint, "nodes", {})
-
-
 def _classes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the class, in snake case, of each group that the config of a `.keras` file tells."""
-    nodes = nodes_of(checkpoint)
-    return {group: snake_case(node["class_name"]) for group, node in nodes.items()}
+    nodes = checkpoint.nodes or {}
+    return {group: snake_case(n["class_name"]) for group, n in nodes.items()}
 
 
 def _of_keras(checkpoint: Checkpoint, layer: Layer, classes: dict[str, str]) -> Layer:

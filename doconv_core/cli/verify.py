@@ -19,21 +19,18 @@ from doconv_core.cli.checkpoints import (
     source_argument,
 )
 from doconv_core.cli.compare import Compared, compare
+from doconv_core.cli.contents import Contents
 from doconv_core.cli.errors import DIFFERENT, one_line
 from doconv_core.cli.flattening import (
     Sizes,
-    config_size,
     features_of,
-    fed_by_config,
-    flatten_option,
 )
 from doconv_core.cli.output import counted, print_json, print_table, progress, size
-from doconv_core.cli.pairing import alike_by_order, pair_by_name, require_order
-from doconv_core.cli.parse import KernelSizes
-from doconv_core.cli.recognised import recognised_layers
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.cli.pairing import pair_by_name, pair_by_order
+from doconv_core.cli.parse import KernelSizes, flatten_option
 from doconv_core.files.entries import Layer
 from doconv_core.files.formats import open_checkpoint
+from doconv_core.state.flattening import image_size
 
 
 @click.command(short_help="Compare two checkpoints, kernel by kernel.")
@@ -77,22 +74,21 @@ def verify(
     """  # noqa: D301
     with ExitStack() as stack:
         a, b = _open(stack, first, second, kernel_sizes)
-        x, y = recognised_layers(a), recognised_layers(b)
         compared: list[Compared] = []
         missing: list[str] = []
         if match == "name":
-            paired = pair_by_name(x, y)
+            paired = pair_by_name(a.layers, b.layers)
         else:
-            require_order(a, b)
-            paired, differs = alike_by_order(a, x, b, y)
-            missing += differs
+            paired = pair_by_order(a, a.layers, b, b.layers)
+            if paired.different is not None:
+                missing.append(f"{paired.different[1]}; no more layers were compared")
         missing += [
-            f"{entry} is in {checkpoint.path} only"
-            for checkpoint, layers in ((a, paired.first), (b, paired.second))
+            f"{entry} is in {file.path} only"
+            for file, layers in ((a, paired.first), (b, paired.second))
             for layer in layers
             for entry in layer.entries.values()
         ]
-        images = [*_told_images(a, b, paired.both), *flattened]
+        images = [*_known_images(a, b, paired.both), *flattened]
         with progress("comparing") as step:
             for number, (left, right) in enumerate(paired.both):
                 step(number, len(paired.both))
@@ -109,35 +105,36 @@ def verify(
 
 def _open(
     stack: ExitStack, first: Path, second: Path, kernel_sizes: KernelSizes
-) -> tuple[Checkpoint, Checkpoint]:
+) -> tuple[Contents, Contents]:
     """Open both files; a kernel size that one does not tell is taken from the other."""
-    with open_checkpoint(first) as a, open_checkpoint(second) as b:
-        layers = a.layers, b.layers
+    files = [stack.enter_context(open_checkpoint(file)) for file in (first, second)]
+    layers = files[0].layers, files[1].layers
     for pattern, _ in kernel_sizes:
         if not any(_asks(layer, pattern) for found in layers for layer in found):
             raise click.UsageError(
                 f"--kernel-size: {pattern!r} matches no over-parameterized layer."
             )
-    opened_both = []
-    for file, here, there in ((first, *layers), (second, *layers[::-1])):
+    both = []
+    for file, here, there in ((files[0], *layers), (files[1], *layers[::-1])):
         shapes = {layer.name: layer.kernel_shape for layer in there}
         sizes = [(p, s) for p, s in kernel_sizes if any(_asks(layer, p) for layer in here)]
         for layer in here:
             shape = shapes.get(layer.name)
             if layer.over_parameterized and layer.kernel_shape is None and shape is not None:
                 sizes.append((literal(layer.name), shape[2:]))
-        opened_both.append(stack.enter_context(opened(file, sizes)))
-        require_kernel_sizes(opened_both[-1], opened_both[-1].layers)
-    return opened_both[0], opened_both[1]
+        sized = stack.enter_context(opened(file.path, sizes)) if sizes else file
+        require_kernel_sizes(sized, sized.layers)
+        both.append(Contents(sized))
+    return both[0], both[1]
 
 
-def _told_images(a: Checkpoint, b: Checkpoint, pairs: Sequence[tuple[Layer, Layer]]) -> Sizes:
+def _known_images(a: Contents, b: Contents, pairs: Sequence[tuple[Layer, Layer]]) -> Sizes:
     """Return what is flattened before layers, by their names in A, as Keras' configs tell."""
     found = []
-    for file, place in ((a, 0), (b, 1)):
-        fed = fed_by_config(file, [pair[place] for pair in pairs])
-        for number, (left, _) in enumerate(pairs):
-            size = config_size(fed.get(number), features_of(a, left))
+    for file, number in ((a, 0), (b, 1)):
+        for pair in pairs:
+            left = pair[0]
+            size = image_size(file.fed.get(pair[number].name), features_of(a.checkpoint, left))
             if size is not None:
                 found.append((literal(left.name), size))
     return found

@@ -23,6 +23,7 @@ from doconv_core.files.entries import (
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_blocks, compose_upstream
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical
+from doconv_core.state.layers import LayerForm
 
 
 @dataclass
@@ -35,7 +36,9 @@ class Checkpoint(ABC):
     in the file's order. layers: in the order of their first entries. others: what else the file
     holds and a fold carries over as it is, such as "optimizer". unfolded: what of it may be a copy
     of the model nonetheless, and why that is not folded. parts: the copies of the model in it, the
-    main one first; one is named "".
+    main one first; one is named "". forms: of a canonical state, what it tells of its layers, by
+    path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of that, each
+    layer's, by its group. None of another file.
 
     >>> write_state(State({}, {}), "empty.safetensors")
     >>> with open_checkpoint("empty.safetensors") as checkpoint:
@@ -52,6 +55,10 @@ class Checkpoint(ABC):
     layers: tuple[Layer, ...] = ()
     others: tuple[str, ...] = ()
     unfolded: tuple[tuple[str, str], ...] = ()
+    forms: Mapping[str, LayerForm] | None = None
+    origin: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    nodes: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

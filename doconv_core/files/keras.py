@@ -69,17 +69,16 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
     """An open `.keras` file."""
 
     format = "Keras"
-    config: Mapping[str, Any]
 
     def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
         self._opened = ExitStack()
         self._archive = self._opened.enter_context(open_archive(path))
         try:
-            self.config = self._read_config()
-            stored = list(stored_nodes(self.config))
-            self._unknown = unknown_class(self.config)
-            self._folded_config = json.dumps(folded_config(self.config)).encode()
+            self.config = config = self._read_config()
+            stored = list(stored_nodes(config))
+            self._unknown = unknown_class(config)
+            self._folded_config = json.dumps(folded_config(config)).encode()
             nodes: dict[str, Any] = {}
             for old, _, node in stored:
                 nodes.setdefault(old, node)
@@ -131,7 +130,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
-        for path, node in self.nodes.items():
+        for path, node in (self.nodes or {}).items():
             for layer in self.layers if is_kept(node) else ():
                 if layer.over_parameterized and layer.entries["weight"].startswith(f"{path}/"):
                     raise NotFoldable(

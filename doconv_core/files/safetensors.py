@@ -120,10 +120,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _state_layers(self, sizes: Sizes) -> tuple[Layer, ...]:
         try:
-            forms = read_header(str(self.path), self._metadata)[0]
+            forms, self.origin = read_header(str(self.path), self._metadata)
         except StateError as error:
             raise CheckpointError(str(error)) from error
-        layers = []
+        self.forms, layers = forms, []
         for path, form in forms.items():
             roles = {name: entry_name(path, name) for name in form.shapes}
             for name, shape in form.shapes.items():

@@ -5,26 +5,41 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from doconv_core.kinds.do_conv import from_kernel
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
+from doconv_core.state.agreement import (
+    Sides,
+    Values,
+    check_epsilon,
+    check_geometry,
+    fit_arrays,
+    metadata_of,
+    window,
+)
 from doconv_core.state.file import Array, State, StateError, entry
 from doconv_core.state.layers import CHANNELS_FIRST, HELD, OWN, UNRECORDED, LayerForm
 
 Match: TypeAlias = "str | Mapping[str, str]"
 IGNORABLE = ("geometry", "flattening")
 
-# What a norm without the entry computes with.
-_NEUTRAL = {"gamma": 1.0, "beta": 0.0}
+_SIDES = Sides(
+    theirs="the state",
+    ours="the model",
+    layer="the model's layer",
+    rebuild=". Build the model's layer with {}",
+    ignore=". Build the model with the state's, or, if something that cannot be seen here makes up "
+    "for it (such as padding in a model's own code), load with ignore='geometry'",
+)
+T = TypeVar("T", bound=Hashable)
 _LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
 _LARGEST["bfloat16"] = (2 - 2**-7) * 2.0**127
-_SHOWN_BEFORE, _SHOWN_AFTER = 5, 10
 
 
 def fit_state(
@@ -98,7 +113,7 @@ def _fit(
             label = repr(path) if path == own_path else f"{path!r}, the model's {own_path!r},"
             fitted[own_path] = _fit_layer(path, label, state, wanted)
             if "geometry" not in ignored:
-                _check_geometry(label, found, wanted)
+                check_geometry(f"layer {label}", metadata_of(found), metadata_of(wanted), _SIDES)
             if "flattening" not in ignored:
                 _check_flattening(label, found, wanted, same_framework)
         except StateError as error:
@@ -139,38 +154,50 @@ def _of_momenta(momenta: list[str]) -> str:
     )
 
 
+def pairs(
+    theirs: Sequence[T], ours: Sequence[T], match: str | Mapping[T, T]
+) -> list[tuple[T | None, T | None]]:
+    """Return which layer of one side is which of the other, None where one side has none.
+
+    theirs, ours: what tells a layer, in order: the path, or more. match: "order" for the first and
+    the first and so on; a mapping, perhaps empty, for what has another path on the other side.
+    """
+    if isinstance(match, str):
+        return list(zip_longest(theirs, ours))
+    renamed = {path: match.get(path, path) for path in theirs}
+    there, taken = set(ours), set(renamed.values())
+    both = [(path, own if own in there else None) for path, own in renamed.items()]
+    return [*both, *((None, path) for path in ours if path not in taken)]
+
+
 def _pairs(
     theirs: Mapping[str, LayerForm], ours: Mapping[str, LayerForm], match: Match
 ) -> list[tuple[str | None, str | None]]:
-    """Return (state path, model path) of every layer; None where one side has run out."""
+    """Return (state path, model path) of every layer; by order, None where one side has run out."""
     if match == "order":
-        length = max(len(theirs), len(ours))
-        left, right = ([*layers, *[None] * (length - len(layers))] for layers in (theirs, ours))
-        return list(zip(left, right, strict=True))
-    if match == "path":
-        renamed = {path: path for path in theirs}
-    elif isinstance(match, Mapping):
-        renamed = {path: match.get(path, path) for path in theirs}
-        for path in match:
-            if path not in theirs:
-                raise StateError(_absent(path, "the state", theirs, "match names it"))
-    else:
+        return pairs([*theirs], [*ours], match)
+    if match != "path" and not isinstance(match, Mapping):
         raise ValueError(
             f"match must be 'path', 'order', or a mapping from the state's paths to the model's; "
             f"received match={match!r}."
         )
-    targets = Counter(renamed.values())
+    renamed = {} if isinstance(match, str) else match
+    for path in renamed:
+        if path not in theirs:
+            raise StateError(_absent(path, "the state", theirs, "match names it"))
+    targets = Counter(renamed.get(path, path) for path in theirs)
     twice = [path for path, count in targets.items() if count > 1]
     if twice:
         raise StateError(f"match gives {_listed(twice)} to more than one layer of the state.")
+    found = pairs([*theirs], [*ours], renamed)
     state = "the state" if match == "path" else "the state with its paths renamed"
-    for path in ours:
-        if path not in targets:
-            raise StateError(_absent(path, state, targets, "the model has it"))
-    for path in targets:
-        if path not in ours:
-            raise StateError(_absent(path, "the model", ours, "the state has it"))
-    return [(path, own_path) for path, own_path in renamed.items()]
+    for first, own in sorted(found, key=lambda pair: pair[0] is not None):
+        if first is None and own is not None:
+            raise StateError(_absent(own, state, targets, "the model has it"))
+        if first is not None and own is None:
+            missing = renamed.get(first, first)
+            raise StateError(_absent(missing, "the model", ours, "the state has it"))
+    return found
 
 
 def _absent(path: str, where: str, there: Collection[str], but: str) -> str:
@@ -198,45 +225,24 @@ def _side_by_side(
         [f"{path or '(root)'}: {_described(form)}" for path, form in layers.items()]
         for layers in (theirs, ours)
     ]
-    length = max(map(len, columns))
-    rows = range(max(0, marked - _SHOWN_BEFORE), min(length, marked + _SHOWN_AFTER + 1))
-    left, right = ([c[row] if row < len(c) else "-" for row in rows] for c in columns)
-    width = max(map(len, [*left, "the state"]))
+    before, rows, after = window(list(zip_longest(*columns, fillvalue="-")), marked)
+    width = max(len(text) for text in [*(left for left, _ in rows), "the state"])
     lines = [f"    {'the state':{width}}  the model"]
-    if rows.start:
-        lines.append(f"    … {rows.start} before")
+    lines += [f"    … {before} before"] * bool(before)
     lines += [
-        f"  {'>' if row == marked else ' '} {a:{width}}  {b}"
-        for row, a, b in zip(rows, left, right, strict=True)
+        f"  {'>' if row == marked else ' '} {left:{width}}  {right}"
+        for row, (left, right) in enumerate(rows, before)
     ]
-    if rows.stop < length:
-        lines.append(f"    … {length - rows.stop} more")
-    return "\n".join(lines)
+    return "\n".join([*lines, *[f"    … {after} more"] * bool(after)])
 
 
 def _described(form: LayerForm) -> str:
-    kind = "DO-Conv" if form.over_parameterized else form.kind.replace("_", " ")
+    kind = form.over_parameterized or form.kind.replace("_", " ")
+    kind = "DO-Conv" if kind is True else kind
     if not form.shapes:
         return kind
     (_, shape), *others = form.shapes.items()
     return f"{kind} {shape}" + (f" + {', '.join(name for name, _ in others)}" if others else "")
-
-
-def _check_geometry(label: str, found: LayerForm, wanted: LayerForm) -> None:
-    if found.geometry is None or wanted.geometry is None:
-        return
-    differences = found.geometry.differences(wanted.geometry)
-    if not differences:
-        return
-    told = "; ".join(
-        f"{name} is {theirs} in the state, {ours} in the model"
-        for name, (theirs, ours) in differences.items()
-    )
-    raise StateError(
-        f"layer {label} would compute something else with the same weights: {told}. Build the "
-        "model with the state's, or, if something that cannot be seen here makes up for it (such "
-        "as padding in a model's own code), load with ignore='geometry'."
-    )
 
 
 def _check_flattening(
@@ -267,65 +273,49 @@ def _order(flattening: str | None) -> str:
 def _fit_layer(path: str, label: str, state: State, wanted: LayerForm) -> dict[str, Array]:
     """Return the arrays for one layer; StateError where kind, sizes, epsilon or bias differ."""
     found = state.layers[path]
-    arrays = {name: state.arrays[entry(path, name)] for name in found.shapes}
     if found.kind != wanted.kind:
         raise StateError(f"layer {label} is of {found.spec}; expected {wanted.spec}.")
-    fit: Callable[..., dict[str, Array]] = _fit_norm if "norm" in wanted.kind else _fit_weight
-    return fit(path, label, found, wanted, arrays)
+    check = _check_norm if "norm" in wanted.kind else _check_weight
+    check(path, label, found, wanted)
+    theirs = {}
+    for name, shape in found.shapes.items():
+        source = entry(path, name)
+        array = state.arrays[source]
+        theirs[name] = Values(shape, array.dtype.name, partial(np.asarray, array), (source,))
+    fitted = fit_arrays(theirs, wanted.shapes, _SIDES, wanted.composed, wanted.spec)
+    return {name: values.read() for name, values in fitted.items()}
 
 
-def _fit_weight(
-    path: str, label: str, found: LayerForm, wanted: LayerForm, arrays: dict[str, Array]
-) -> dict[str, Array]:
-    spec = wanted.spec
+def _check_weight(path: str, label: str, found: LayerForm, wanted: LayerForm) -> None:
+    spec, kind = wanted.spec, found.composed
     if found.bias != wanted.bias:
         raise StateError(
             f"entry {entry(path, 'bias')!r} is {'there' if found.bias else 'missing'}; expected a "
             f"layer {'with' if wanted.bias else 'without'} bias."
         )
-    ordinary = not found.over_parameterized
-    if found.over_parameterized and not wanted.over_parameterized:
+    if kind is not None and kind is not wanted.composed:
         raise StateError(
-            f"entry {entry(path, 'depthwise_weight')!r} is for an over-parameterized layer; "
-            "expected an ordinary one. Fold the model before exporting its state."
+            f"entry {entry(path, [*kind.entries(found.spec)][-1])!r} is for an over-parameterized "
+            f"layer; expected an ordinary one{_of_kind(wanted)}. Fold the model before exporting "
+            "its state."
         )
-    expected = spec
-    if isinstance(spec, ConvSpec) and ordinary:
-        expected = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
+    ordinary = wanted.composed if kind is None else None
+    expected = spec if ordinary is None else ordinary.conv(spec)
     if found.spec != expected:
         named = entry(path, next(iter(found.shapes)))
         raise StateError(f"entry {named!r} is of {found.spec}; expected {spec}.")
-    if ordinary and wanted.over_parameterized:
-        kernel = arrays["weight"].reshape(spec.kernel_shape)
-        weight, depthwise = from_kernel(kernel, spec)
-        assert depthwise is not None  # as the layer wanted is over-parameterized
-        arrays |= {"weight": weight, "depthwise_weight": depthwise}
-    return arrays
 
 
-def _fit_norm(
-    path: str, label: str, found: LayerForm, wanted: LayerForm, arrays: dict[str, Array]
-) -> dict[str, Array]:
+def _of_kind(wanted: LayerForm) -> str:
+    return "" if wanted.composed is None else f", or one of kind {wanted.composed.name!r}"
+
+
+def _check_norm(path: str, label: str, found: LayerForm, wanted: LayerForm) -> None:
     theirs, ours = found.spec, wanted.spec
     sizes = [(s.features, getattr(s, "groups", None)) for s in (theirs, ours)]
     if sizes[0] != sizes[1]:
         raise StateError(f"layer {label} is of {theirs}; expected {ours}.")
-    # In float32, in which a backend may keep the number.
-    if np.float32(theirs.epsilon) != np.float32(ours.epsilon):
-        raise StateError(
-            f"layer {label} adds epsilon={theirs.epsilon:g} to the variance in the state, "
-            f"{ours.epsilon:g} in the model. Build the model's layer with {theirs.epsilon:g}."
-        )
-    dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float32))
-    for name in found.shapes.keys() - wanted.shapes.keys():
-        if (arrays.pop(name) != _NEUTRAL[name]).any():
-            raise StateError(
-                f"entry {entry(path, name)!r} is there, and not {_NEUTRAL[name]:g} throughout; the "
-                f"model's layer has no {name}."
-            )
-    for name in wanted.shapes.keys() - found.shapes.keys():
-        arrays[name] = np.full(wanted.shapes[name], _NEUTRAL[name], dtype)
-    return arrays
+    check_epsilon(f"layer {label}", metadata_of(found), metadata_of(wanted), _SIDES)
 
 
 class Assignment(NamedTuple):

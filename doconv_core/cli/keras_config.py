@@ -1,4 +1,4 @@
-"""What feeds each layer of a Keras model, as far as the config in its file tells.
+"""What the config in a Keras file tells of the model's layers, and of what feeds each of them.
 
 Sequential and functional models are followed, nested ones too. What a class of one's own does, a
 Lambda, or the call of a subclassed model, cannot be seen; nothing is said of layers behind it.
@@ -7,36 +7,22 @@ Lambda, or the call of a subclassed model, cannot be seen; nothing is said of la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-from doconv_core.cli.keras_axes import (
-    FLAT,
-    OPEN,
-    SAME,
-    Shape,
-    Value,
-    given,
-    makes_an_image,
-    result,
-    shape_of,
-)
-from doconv_core.files.keras_names import is_node, stored_nodes
+from doconv_core.cli.recognised import NORM, TRANSPOSED
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
+from doconv_core.files.keras_names import CLASSES, is_node, own_class, stored_nodes
+from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
+from doconv_core.maths.spec import as_tuple
+from doconv_core.state.agreement import Metadata
+from doconv_core.state.flattening import Fed, Shape, Trace, Value, given, kind_of, shape_of
 
 Node: TypeAlias = Mapping[str, Any]
 Call: TypeAlias = "tuple[str, int]"
 
+KNOWN = ("keras.layers", "keras.src.ops")  # modules whose classes are those of Keras
 _MODELS = ("Sequential", "Functional", "Model")
-
-
-class Fed(NamedTuple):
-    """What a layer is given. image: channels and size, channels first, of one that is flattened.
-
-    It is () where there is none, and None where that is not known; a size may be None. outward:
-    whether what the layer gives becomes an image.
-    """
-
-    image: Shape | None = None
-    outward: bool = False
 
 
 def fed_layers(config: Node) -> dict[str, Fed]:
@@ -44,7 +30,7 @@ def fed_layers(config: Node) -> dict[str, Fed]:
     walk = _Walk(config)
     if _is_model(config):
         walk.model(config, None)
-    return walk.fed()
+    return walk.trace.fed()
 
 
 class _Walk:
@@ -56,14 +42,7 @@ class _Walk:
             own = node.get("shared_object_id")
             own = own if isinstance(own, int) else id(node)
             self._groups[id(node)] = shared.setdefault(own, group)
-        self._images: dict[str, set[Shape | None]] = {}
-        self._outward: set[str] = set()
-
-    def fed(self) -> dict[str, Fed]:
-        return {
-            group: Fed(next(iter(images)) if len(images) == 1 else None, group in self._outward)
-            for group, images in self._images.items()
-        }
+        self.trace = Trace()
 
     def model(self, node: Node, values: Sequence[Value] | None) -> list[Value]:
         """Follow a model, given these tensors, or by its own input layers; return its outputs."""
@@ -136,28 +115,22 @@ class _Walk:
         shape = shape_of(build.get("input_shape")) if isinstance(build, dict) else None
         if shape is not None:
             values = [v if v.shape is not None else v._replace(shape=shape) for v in values]
-        group, found = self._groups.get(id(node)), result(node, values)
-        if group is None:
-            return [found]
-        self._images.setdefault(group, set()).add(_image(values[0]))
-        if makes_an_image(node, values[0]):
-            self._outward |= values[0].makers
-        if node["class_name"] == "Dense":
-            found = found._replace(makers=frozenset({group}))
-        return [found]
+        group = self._groups.get(id(node), "")
+        return [self.trace.call(group, _kind(node), node["config"], values)]
+
+
+def _kind(node: Node) -> str:
+    """Return what kind of layer a config is of, "" for one that is not known here."""
+    own, module = own_class(node), str(node.get("module") or "")
+    if own:
+        return kind_of(CLASSES[own], "keras.layers")
+    return kind_of(node["class_name"], module) if module.startswith(KNOWN) else ""
 
 
 def _is_model(node: Node) -> bool:
     """Return whether this is a model of Keras' own classes, whose call is known."""
     module = str(node.get("module") or "")
     return node["class_name"] in _MODELS and module.partition(".")[0] == "keras"
-
-
-def _image(value: Value) -> Shape | None:
-    if value.order == FLAT:
-        return value.image
-    # A tensor of several axes has its features on the last, unless nothing is known of it.
-    return None if value.order == OPEN or (value.order != SAME and value.is_vector) else ()
 
 
 def _name(node: Node) -> str:
@@ -179,10 +152,10 @@ def _calls(node: Node) -> list[Any]:
 def _tensors(call: Any) -> Iterator[tuple[tuple[str, int, int], Shape | None]]:
     """Yield where each tensor in a call's arguments comes from, and its shape."""
     if isinstance(call, dict) and call.get("class_name") == "__keras_tensor__":
-        told = call.get("config")
-        told = told if isinstance(told, dict) else {}
-        for history in _histories(told.get("keras_history")):
-            yield history, shape_of(told.get("shape"))
+        found = call.get("config")
+        tensor = found if isinstance(found, dict) else {}
+        for history in _histories(tensor.get("keras_history")):
+            yield history, shape_of(tensor.get("shape"))
         return
     inner = call.values() if isinstance(call, dict) else call if isinstance(call, list) else ()
     for each in inner:
@@ -198,3 +171,85 @@ def _histories(value: Any) -> list[tuple[str, int, int]]:
     if isinstance(value, dict):
         return [found for each in value.values() for found in _histories(each)]
     return []
+
+
+def may_pad(node: Node) -> bool:
+    """Return whether a layer may add zeros for the one behind it."""
+    name, module = str(node["class_name"]), str(node.get("module") or "")
+    known = module.partition(".")[0] in ("keras", "doconv_tf")
+    return name.startswith("ZeroPadding") or name in ("Pad", "Lambda") or not known
+
+
+def metadata_of_node(checkpoint: Checkpoint, layer: Layer, node: Node, whole: bool) -> Metadata:
+    """Return what a layer's config tells. whole: whether no layer of the model may pad."""
+    config = node["config"]
+    if layer.kind in (BATCH_NORM, NORM):
+        found = config.get("epsilon")
+        epsilon = float(found) if isinstance(found, (int, float)) else None
+        return Metadata(epsilon, _groups(checkpoint, layer, node) if layer.kind == NORM else None)
+    if layer.kind not in (CONVOLUTION, TRANSPOSED, LINEAR):
+        return Metadata()
+    # The first half of a separable convolution applies none.
+    activation = "" if layer.path.endswith(".depthwise") else _activation(config)
+    if layer.kind == LINEAR or layer.kernel_shape is None or "strides" not in config:
+        return Metadata(activation=activation)
+    geometry = _geometry(layer, config)
+    transposed = layer.kind == TRANSPOSED
+    return Metadata(geometry=geometry, whole=whole, activation=activation, transposed=transposed)
+
+
+def _groups(checkpoint: Checkpoint, layer: Layer, node: Node) -> int | None:
+    if node["class_name"] != "GroupNormalization":
+        return 0 if node["class_name"] == "LayerNormalization" else None
+    groups = node["config"].get("groups")
+    features = checkpoint.entries[layer.entries["weight"]].size
+    return features if groups == -1 else groups if type(groups) is int else None
+
+
+def _activation(config: Node) -> str | None:
+    """Return the activation in a layer's config, by its name."""
+    found = config.get("activation")
+    if isinstance(found, dict):  # a layer, or a function of one's own
+        inner = found.get("config")
+        found = inner if isinstance(inner, str) else found.get("class_name")
+    if found is None or isinstance(found, str):
+        return "" if found in (None, "linear") else found
+    return None
+
+
+def _geometry(layer: Layer, config: Node) -> Geometry | None:
+    size = (layer.kernel_shape or ())[2:]
+    ones, none = (1,) * len(size), symmetric((0,) * len(size))
+    if layer.path.endswith(".pointwise"):  # of a separable convolution, whose first half strides
+        return Geometry(ones, ones, none)
+    try:
+        stride = as_tuple("strides", config["strides"], len(size))
+        dilation = as_tuple("dilation_rate", config.get("dilation_rate", 1), len(size))
+        if layer.kind == TRANSPOSED:
+            return _transposed(size, stride, dilation, config)
+        paddings = {
+            "valid": none,
+            "same": same(size, stride, dilation),
+            "causal": causal(size, dilation),
+        }
+        padding = paddings.get(config.get("padding", ""))
+        if padding is None:
+            return None
+        return Geometry(stride, dilation, padding).for_kernel(size)
+    except (TypeError, ValueError):  # of a class of one's own, whose config means something else
+        return None
+
+
+def _transposed(
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    config: Node,
+) -> Geometry | None:
+    padding, more = config.get("padding"), config.get("output_padding")
+    if padding not in ("valid", "same"):
+        return None
+    rank = len(size)
+    given = (None,) * rank if more is None else as_tuple("output_padding", more, rank, least=0)
+    numbers = zip(size, stride, dilation, given, strict=True)
+    return Geometry(stride, dilation, tuple(cropped(padding, *each) for each in numbers))

@@ -14,7 +14,7 @@ _SIZES = ("stride", "dilation", "padding")
 
 
 @dataclass(frozen=True)
-class DescribedLayer:
+class LayerText:
     """A convolution layer as far as its cost is concerned.
 
     spec: its sizes. stride, dilation: one integer for each dimension. padding: the same, at either
@@ -46,13 +46,13 @@ class DescribedLayer:
         return tuple(output)
 
 
-def is_described(text: str) -> bool:
+def is_layer_text(text: str) -> bool:
     """Return whether `text` is meant as a layer, not as a file: it begins as one does."""
     return _LAYER.fullmatch(text) is not None
 
 
-def described(text: str) -> DescribedLayer:
-    """Return the layer that `text` describes in GRAMMAR; ValueError says what is wrong with it."""
+def parse_layer(text: str) -> LayerText:
+    """Return the layer that `text` tells in GRAMMAR; ValueError says what is wrong with it."""
     inputs, outputs, kernel, *options = (part.strip() for part in text.split(","))
     kernel_size = parse_size(kernel)
     if kernel_size is None:
@@ -74,7 +74,7 @@ def described(text: str) -> DescribedLayer:
     if values.get("bias", "yes") not in ("yes", "no"):
         raise ValueError(f"bias must be yes or no; received {values['bias']!r}.")
     padding = values.get("padding", "same")
-    return DescribedLayer(
+    return LayerText(
         spec=spec,
         stride=_per_dimension("stride", values.get("stride", "1"), rank),
         dilation=_per_dimension("dilation", values.get("dilation", "1"), rank),

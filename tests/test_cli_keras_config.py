@@ -8,8 +8,8 @@ import json
 import pytest
 from frameworks import need
 
-from doconv_core.cli.flattening import config_size
-from doconv_core.cli.keras_graph import Fed, fed_layers
+from doconv_core.cli.keras_config import fed_layers
+from doconv_core.state.flattening import Fed
 
 IMAGE = (6, 6, 4)
 
@@ -124,12 +124,6 @@ def test_a_size_that_is_not_known(keras):
     x = inner(layers.Conv2D(5, 1)(inputs))
     model = keras.Model(inputs, layers.Dropout(0.1, name="drop")(x))
     assert fed(keras, model)["drop"].image == (5, None, 6)
-    assert config_size(Fed((5, None, 6)), 180) == (5, 36)
-    assert config_size(Fed((5, 6, 6)), 360) == (5, 72)  # a config that contradicts itself
-    assert config_size(Fed((7, None)), 180) is None
-    assert config_size(Fed((None, 6)), 180) is None
-    assert config_size(Fed(()), 180) == ()
-    assert config_size(Fed(None), 180) is config_size(None, 180) is None
 
 
 def test_a_subclass_of_a_functional_model_may_do_anything(keras):

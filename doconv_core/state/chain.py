@@ -1,15 +1,10 @@
-"""Which layer feeds which, as far as their order in a file and their sizes make it likely."""
+"""Which layer feeds which, as far as the order of layers and their sizes make it likely."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from doconv_core.cli.recognised import NORM
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
-from doconv_core.files.shapes import canonical_shape
 
 
 @dataclass
@@ -33,42 +28,30 @@ class Image(NamedTuple):
     size: tuple[int, ...]
 
 
-class Order:
+class Chain:
     """The layers of a file that is in the model's order, up to where it has been read.
 
-    before: what the layer that was added last gives, None where it is not known. last: that layer.
+    before: what the layer that was added last gives, None where it is not known.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self) -> None:
         self._made: list[Made] = []
         self.before: Made | None = None
-        self.last: Layer | None = None
 
-    def add(self, layer: Layer) -> None:
-        """Add the next layer."""
-        self.last = layer
-        if layer.kind in (BATCH_NORM, NORM):
-            self._add_norm(layer)
-        elif layer.kind in (CONVOLUTION, LINEAR):
-            self._add_weight(layer)
-        else:
-            self.before = None
+    def add_other(self) -> None:
+        """Add a layer of which nothing tells what it gives."""
+        self.before = None
 
-    def _add_norm(self, layer: Layer) -> None:
-        entry = layer.entries["running_mean" if layer.kind == BATCH_NORM else "weight"]
-        shape = self._checkpoint.entries[entry].shape
-        if len(shape) != 1:
-            self.before = None
-        elif self.before is None or self.before.outputs != shape[0]:
+    def add_norm(self, name: str, features: int) -> None:
+        """Add a norm of one number for each feature."""
+        if self.before is None or self.before.outputs != features:
             # Of another layer, of several whose channels are joined, or of a flattened image.
             rank = next((made.rank for made in reversed(self._made) if made.rank), 2)
-            self._append(Made(layer.name, None, shape[0], rank))
+            self._append(Made(name, None, features, rank))
 
-    def _add_weight(self, layer: Layer) -> None:
-        stored = self._checkpoint.entries[layer.entries["weight"]]
-        shape = layer.kernel_shape or canonical_shape(stored.shape, layer.layout)
-        made = Made(layer.name, shape[1], shape[0], len(shape) - 2)
+    def add_weight(self, name: str, shape: tuple[int, ...]) -> None:
+        """Add a convolution, `(O, I/g, *kernel_size)`, or a linear layer, `(out, in)`."""
+        made = Made(name, shape[1], shape[0], len(shape) - 2)
         if self._made and self._takes(made, self._made[-1].outputs):
             self._made[-1].taken = True
         self._append(made)

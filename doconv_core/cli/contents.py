@@ -1,0 +1,210 @@
+"""What a file holds: its layers in the model's order, and each array in the order of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from math import prod
+from typing import Any
+
+import click
+from numpy.typing import NDArray
+
+from doconv_core.cli.checkpoints import literal
+from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
+from doconv_core.cli.parse import matches
+from doconv_core.cli.recognised import (
+    GLUON,
+    NORM,
+    TRANSPOSED,
+    group_of,
+    recognised_layers,
+    seems_channels_last,
+    weight_of,
+)
+from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
+from doconv_core.files.folding import check_finite
+from doconv_core.files.shapes import canonical_shape
+from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place
+from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
+from doconv_core.state.flattening import Fed
+from doconv_core.state.layers import LayerForm
+
+Array = NDArray[Any]
+
+OF_W = ("weight", "depthwise_weight", "identity")
+COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
+NORMS = (BATCH_NORM, NORM)
+CHANNELS_LAST = ("reference TensorFlow", "reference Gluon")  # their D is `(M, S, I)`
+FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
+
+
+def state_names(layer: Layer) -> dict[str, str]:
+    """Return the role of each of a layer's entries, by its name in a state."""
+    norm = {"weight": "gamma", "bias": "beta"} if layer.kind in NORMS else {}
+    return {norm.get(role, role): role for role in layer.entries}
+
+
+class Contents:
+    """An open file, of which each thing is looked at once.
+
+    framework: whose names and layouts it has. ordered: whether its layers are in the model's order.
+    forms: of a state's layers, by path. layers: of all copies of the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.entries = checkpoint.entries
+        self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
+        self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
+        self.layers: tuple[Layer, ...] = recognised_layers(checkpoint)
+
+    @cached_property
+    def metadata(self) -> dict[str, Metadata]:
+        """What the file tells of each layer beyond its arrays, by name."""
+        nodes = self.checkpoint.nodes or {}
+        whole = not any(map(may_pad, nodes.values()))
+        found = {}
+        for layer in self.layers:
+            form, node = self.forms.get(layer.path), nodes.get(group_of(layer))
+            if form is not None:
+                found[layer.name] = metadata_of(form)
+            elif node is not None:
+                found[layer.name] = metadata_of_node(self.checkpoint, layer, node, whole)
+            else:
+                found[layer.name] = Metadata()
+        return found
+
+    @cached_property
+    def fed(self) -> dict[str, Fed]:
+        """What the config of a `.keras` file tells of what layers are given, by name."""
+        config = self.checkpoint.config
+        fed = {} if config is None else fed_layers(config)
+        return {x.name: fed[group_of(x)] for x in self.layers if fed and group_of(x) in fed}
+
+    def copy_of_model(self, part: str | None) -> list[Layer]:
+        """Return the layers of one copy of the model, the first unless another is asked for."""
+        parts = self.checkpoint.parts
+        if part is not None and part not in parts:
+            raise click.UsageError(
+                f"{self.path} has no part {part!r}; it has {', '.join(map(repr, parts))}."
+            )
+        chosen = parts[0] if part is None and parts else part
+        layers = [layer for layer in self.layers if layer.part == chosen]
+        for layer in layers:
+            if self.framework == GLUON and seems_channels_last(layer):
+                raise Failure(
+                    f"{self.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
+                    "like one of a channels-last network, which the file does not tell; load it in "
+                    "Gluon, and carry it over with export_state.",
+                    IMPOSSIBLE,
+                )
+        return layers
+
+    def check_plain(self, layers: Sequence[Layer], drop: Sequence[str]) -> None:
+        """Raise Failure for an entry that is no plain array and is not to be left out."""
+        for name in (name for layer in layers for name in layer.entries.values()):
+            entry = self.entries[name]
+            if not entry.is_plain and not matches(name, drop):
+                raise Failure(
+                    f"{self.path}: the entry {name!r} is {entry.dtype}, no plain array, and is "
+                    f"not converted; --drop '{literal(name)}' leaves it out.",
+                    IMPOSSIBLE,
+                )
+
+    def needs_kernel_size(self, layer: Layer, fold: bool) -> bool:
+        """Return whether the kernel size of an over-parameterized layer must be known.
+
+        Where S is M, a layer keeps W in the kernel's shape; where it is more, as `(O, I/g, S)`.
+        """
+        if not layer.over_parameterized:
+            return False
+        taps, multiplier, _ = self._sizes_of_d(layer)
+        return fold or multiplier <= taps
+
+    def _sizes_of_d(self, layer: Layer) -> tuple[int, int, int]:
+        """Return `M`, `S` and `I`."""
+        first, second, third = self.entries[layer.entries["depthwise_weight"]].shape
+        last = layer.origin in CHANNELS_LAST
+        return (first, second, third) if last else (second, third, first)
+
+    def values(self, layer: Layer, fold: bool) -> dict[str, Values]:
+        """Return a layer's arrays by their names in a state, those of a convolution composed if so.
+
+        fold: whether they are to be an ordinary layer's. A layer of the reference implementation
+        that composes as no pair does becomes its kernel, over-parameterized again. Raises Failure
+        where that cannot be, for want of a depth multiplier of M.
+        """
+        found: dict[str, Values] = {}
+        for name, role in state_names(layer).items():
+            if layer.kind != CONVOLUTION or role not in OF_W:
+                found[name] = self._as_stored(layer, role)
+            elif role == "weight":
+                found |= self._weights(layer, fold)
+        return found
+
+    def _as_stored(self, layer: Layer, role: str) -> Values:
+        entry = self.entries[layer.entries[role]]
+        read: Callable[[], Array] = partial(self.checkpoint.read, entry.name)
+        shape = entry.shape
+        if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
+            shape = layer.kernel_shape or shape
+
+            def read() -> Array:
+                return weight_of(self.checkpoint, layer).reshape(shape)
+
+        return Values(shape, entry.dtype, read, (entry.name,))
+
+    def _weights(self, layer: Layer, fold: bool) -> dict[str, Values]:
+        sources = tuple(name for role, name in layer.entries.items() if role in OF_W)
+        dtype = self.entries[layer.entries["weight"]].dtype
+        kernel = partial(self.checkpoint.kernel, layer)
+        stored = Values(layer.kernel_shape or (), dtype, kernel, sources)
+        if not layer.over_parameterized:
+            return {"weight": stored}
+        if fold:
+            folded = replace(stored, read=lambda: check_finite(layer, kernel()), how=FOLDED)
+            return {"weight": folded}
+        pair = self._pair(layer)
+        if pair is None:
+            assert isinstance(layer.spec, ConvSpec)  # as `_pair` has checked
+            return over_parameterized(stored, DO_CONV, layer.spec, AGAIN)
+        reads = made_once(pair, DO_CONV.names)
+        entry = self.entries[layer.entries["weight"]]
+        channels = canonical_shape(entry.shape, layer.layout)[:2]
+        taps, multiplier, inputs = self._sizes_of_d(layer)
+        shapes = (*channels, multiplier), (inputs, taps, multiplier)
+        return {
+            name: Values(shape, dtype, reads[name], sources)
+            for name, shape in zip(DO_CONV.names, shapes, strict=True)
+        }
+
+    def _pair(self, layer: Layer) -> Callable[[], dict[str, Array]] | None:
+        """Return what reads W and D; None for a layer that composes as no pair does."""
+
+        def pair() -> dict[str, Array]:
+            found = zip(DO_CONV.names, self.checkpoint.pair(layer), strict=True)
+            return {name: array for name, array in found if array is not None}
+
+        if not layer.origin.startswith("reference"):
+            return pair
+        if layer.kernel_shape is not None and not isinstance(layer.spec, ConvSpec):
+            raise Failure(
+                f"{place(layer.name)} has a depth multiplier below its "
+                f"{prod(layer.kernel_shape[2:])} taps, which no layer here may have; --fold "
+                "carries its kernel over.",
+                IMPOSSIBLE,
+            )
+        try:
+            made = pair()  # which alone tells whether there is one
+        except NotFoldable:
+            if isinstance(layer.spec, ConvSpec):
+                return None
+            raise
+        return lambda: made

@@ -1,0 +1,373 @@
+"""What a converted file will hold: each entry's name, and the values that it is made of.
+
+Entries are those of a template, a file that was saved from the target network; or they have the
+names of another framework, where the layers of both are named alike. PyTorch and Gluon, channels
+first, keep every array in the same order of axes; Keras does not, and neither does it say by names
+which array is which, but its files tell of most layers what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from doconv_core.cli.checkpoints import literal
+from doconv_core.cli.contents import COUNT, NORMS, OF_W, Contents, state_names
+from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.flattening import Flattenings
+from doconv_core.cli.metadata import sides
+from doconv_core.cli.pairing import Paired, family
+from doconv_core.cli.parse import matches
+from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
+from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.maths.layout import from_canonical
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.report import place
+from doconv_core.state.agreement import NEUTRAL, Values, fit_arrays
+
+Array = NDArray[Any]
+
+# The types that hold every number of a type.
+HOLD = {
+    "float16": {"float16", "float32", "float64"},
+    "bfloat16": {"bfloat16", "float32", "float64"},
+    "float32": {"float32", "float64"},
+}
+STATISTICS = {name: name for name in ("running_mean", "running_var")}
+AFFINE = {
+    PYTORCH: {"gamma": "weight", "beta": "bias"},
+    GLUON: {"gamma": "gamma", "beta": "beta"},
+}
+SLOPE = {PYTORCH: "weight", GLUON: "alpha"}  # of a PReLU, as Gluon and a canonical state know it
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An entry to be written. values: gives its array when it is its turn; dtype: stored as.
+
+    sources: the entries that it comes from. how: what was done to them, where it is not plain.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    values: Callable[[], Array]
+    sources: tuple[str, ...] = ()
+    how: str = ""
+
+
+@dataclass
+class Plan:
+    """All that is to be written, in its order."""
+
+    entries: list[Planned] = field(default_factory=list)
+
+    def arrays(self, step: Callable[[int, int], None]) -> Mapping[str, Array]:
+        """Return the arrays by name, each made when it is asked for. step: called with progress."""
+        return _Arrays(self.entries, step)
+
+
+class _Arrays(Mapping[str, Array]):
+    """Arrays that are made one at a time, so that a large file needs little memory."""
+
+    def __init__(self, entries: Sequence[Planned], step: Callable[[int, int], None]) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self._step, self._done = step, 0
+
+    def __getitem__(self, name: str) -> Array:
+        self._step(self._done, len(self))
+        self._done += 1
+        entry = self._entries[name]
+        values = entry.values()
+        assert values.shape == entry.shape, (name, values.shape, entry.shape)
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Target(NamedTuple):
+    """The layer that is written. entries: by their names in a state. layout: of its weight.
+
+    spec: its sizes, where they are told. groups: of the weight.
+    """
+
+    entries: dict[str, Entry]
+    layout: str = "OI*"
+    spec: object = None
+
+    def planned(self, name: str, values: Values) -> Planned:
+        """Return one of its entries, of these values."""
+        entry = self.entries[name]
+
+        def stored() -> Array:
+            found = values.read()
+            if name == "weight" and found.ndim > 1:
+                groups = self.spec.groups if isinstance(self.spec, ConvSpec) else 1
+                found = from_canonical(found, self.layout, groups)
+            return found.reshape(entry.shape)
+
+        return Planned(entry.name, entry.shape, entry.dtype, stored, values.sources, values.how)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How IN's layers become others. fold: whether over-parameterized ones are folded on the way.
+
+    flattenings: what is behind flattened images, where the two files order axes otherwise; keras:
+    whether it is OUT's channels that are last.
+    """
+
+    source: Contents
+    fold: bool
+    flattenings: Flattenings | None
+    keras: bool
+
+    def values(self, layer: Layer) -> dict[str, Values]:
+        """Return a layer's arrays in the order of OUT's features."""
+        found = self.source.values(layer, self.fold)
+        if self.flattenings is None:
+            return found
+        return self.flattenings.reordered(layer, found, last=self.keras)
+
+    def like(self, template: Contents, paired: Paired) -> Plan:
+        """Return what to write: every entry of the template's layers, with IN's values.
+
+        Raises Failure for a layer that only one of the two has, or that differs.
+        """
+        source = self.source
+        for here, there, alone in (
+            (source, template, paired.first), (template, source, paired.second)
+        ):  # fmt: skip
+            for layer in alone:
+                raise Failure(
+                    f"{place(layer.name)} is in {here.path}, but not in {there.path}; "
+                    "--match order pairs layers of other names, --drop leaves out those of IN.",
+                    IMPOSSIBLE,
+                )
+        plan = Plan()
+        for layer, other in paired.both:
+            plan.entries += self._like(layer, template, other)
+        order = {name: place for place, name in enumerate(template.entries)}
+        plan.entries.sort(key=lambda entry: order[entry.name])
+        return plan
+
+    def _like(self, layer: Layer, template: Contents, other: Layer) -> list[Planned]:
+        differs = _differs(self.source, layer, template, other)
+        if family(layer) != family(other) or not _same_sizes(layer, other):
+            raise differs
+        if other.origin.startswith("reference"):
+            raise Failure(
+                f"{template.path} has the reference implementation's layers, which are read here, "
+                "not written; save it from a network of this package's layers.",
+                IMPOSSIBLE,
+            )
+        entries = {n: template.entries[other.entries[r]] for n, r in state_names(other).items()}
+        target = Target(entries, other.layout, other.spec)
+        if layer.over_parameterized and not (other.over_parameterized or self.fold):
+            raise Failure(
+                f"{place(layer.name)} is over-parameterized in {self.source.path}, and ordinary "
+                f"in {template.path}; --fold folds it.",
+                IMPOSSIBLE,
+            )
+        values = self.values(layer)
+        values.pop(COUNT if COUNT not in entries else "", None)
+        if not _fits(values, target, layer.kind in NORMS):
+            raise differs
+        words = sides(self.source.path, template.path)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        kind = DO_CONV if other.over_parameterized else None
+        fitted = fit_arrays(values, shapes, words, kind, other.spec)
+        for name, entry in entries.items():
+            self._check_digits(template, entry, fitted[name])
+        return [target.planned(name, fitted[name]) for name in entries]
+
+    def _check_digits(self, template: Contents, entry: Entry, values: Values) -> None:
+        for source in values.sources:
+            dtype = self.source.entries[source].dtype
+            if entry.dtype not in HOLD.get(dtype, {dtype}):
+                raise Failure(
+                    f"the entry {source!r} is {dtype}, and would lose digits as {entry.dtype}, "
+                    f"which {template.path} has.",
+                    IMPOSSIBLE,
+                )
+
+    def by_names(
+        self, framework: str, layers: Sequence[Layer], keep: Sequence[str], drop: Sequence[str]
+    ) -> Plan:
+        """Return what to write: every entry by its name in `framework`.
+
+        keep, drop: glob patterns on the names of entries that no rule is for: whether to carry
+        them over under their names, or leave them out. Raises Failure for an entry of which nothing
+        tells what it is.
+        """
+        plan, unknown = Plan(), []
+        for layer in layers:
+            names, values = self._names(framework, layer), self.values(layer)
+            for name, role in state_names(layer).items():
+                entry = layer.entries[role]
+                if matches(entry, drop) or (name == COUNT and COUNT not in names):
+                    _leave_out(values, layer, name)
+                elif name in values and name not in names:
+                    names[name] = own_name(layer, role)
+                    unknown += [entry] * (not matches(entry, keep))
+            target = self._target(framework, layer, names, values)
+            shapes = {name: entry.shape for name, entry in target.entries.items()}
+            words = sides(self.source.path, self.source.path)
+            fitted = fit_arrays(values, shapes, words)
+            plan.entries += [target.planned(name, fitted[name]) for name in target.entries]
+        if unknown:
+            raise _no_counterpart(self.source, unknown)
+        _check_names(plan, framework)
+        return plan
+
+    def _names(self, framework: str, layer: Layer) -> dict[str, str]:
+        """Return the name, within the layer, of each of its entries, where it is told."""
+        if self.source.framework == framework:
+            names = {name: own_name(layer, role) for name, role in state_names(layer).items()}
+        elif layer.kind == BATCH_NORM:
+            names = AFFINE[framework] | STATISTICS
+            names |= {} if framework == GLUON else {COUNT: COUNT}
+        elif layer.kind == NORM:
+            names = dict(AFFINE[framework])
+        elif layer.kind in (CONVOLUTION, LINEAR, TRANSPOSED):
+            names = {"weight": "weight", "bias": "bias"}
+        elif [*layer.entries] == ["alpha"] and self.source.framework in (GLUON, STATE):
+            names = {"alpha": SLOPE[framework]}
+        else:
+            names = {}
+        if layer.kind == CONVOLUTION:
+            names |= {"weight": "weight", "depthwise_weight": "depthwise_weight"}
+        bias = layer.entries.get("bias")
+        if layer.kind == LINEAR and bias and len(self.source.entries[bias].shape) != 1:
+            del names["bias"]  # a layer norm over two axes looks like a linear layer, but for it
+        return names
+
+    def _target(
+        self, framework: str, layer: Layer, names: dict[str, str], values: Mapping[str, Values]
+    ) -> Target:
+        """Return the layer that is written, in the layout of PyTorch and Gluon."""
+        shapes = {name: each.shape for name, each in values.items()}
+        if "depthwise_weight" in values and layer.kind == CONVOLUTION:
+            _, taps, multiplier = shapes["depthwise_weight"]
+            same = taps == multiplier and layer.kernel_shape is not None
+            shapes |= {"weight": layer.kernel_shape or ()} if same else {}
+        dtypes = {name: each.dtype for name, each in values.items()}
+        if layer.kind == BATCH_NORM and framework == GLUON:  # whose batch norms always have both
+            statistic = self.source.entries[layer.entries["running_mean"]]
+            for name in (n for n in AFFINE[GLUON] if n not in state_names(layer)):
+                names[name] = name
+                shapes[name], dtypes[name] = statistic.shape, statistic.dtype
+        return Target(
+            {
+                name: Entry(
+                    self._full_name(framework, layer, names[name]),
+                    shape,
+                    "float32" if (dtypes[name], framework) == ("bfloat16", GLUON) else dtypes[name],
+                )
+                for name, shape in sorted(shapes.items(), key=lambda item: item[0] not in values)
+            }
+        )
+
+    def _full_name(self, framework: str, layer: Layer, name: str) -> str:
+        """Return an entry's name in the target; Gluon's older files have their own separator."""
+        first = next(iter(layer.entries.values())).removeprefix("arg:").removeprefix("aux:")
+        if self.source.framework == framework == GLUON and first.startswith(f"{layer.path}_"):
+            return f"{layer.path}_{name}"
+        return f"{layer.path}.{name}" if layer.path else name
+
+
+def own_name(layer: Layer, role: str) -> str:
+    """Return an entry's name within its layer, as its file has it; the reference's W is renamed."""
+    if layer.kind == CONVOLUTION and role == "weight":
+        return "weight"
+    name = layer.entries[role].removeprefix("arg:").removeprefix("aux:")
+    start = name.rfind(layer.path) if layer.path else -1
+    ending = name[start + len(layer.path) :] if start >= 0 else name.rpartition(".")[2]
+    return ending.lstrip("._/")
+
+
+def _leave_out(values: dict[str, Values], layer: Layer, name: str) -> None:
+    """Take an entry away; W takes D along, and D alone cannot go."""
+    composed = layer.kind == CONVOLUTION and name in OF_W
+    for each in (OF_W if name == "weight" else ()) if composed else (name,):
+        values.pop(each, None)
+
+
+def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
+    """Return whether a layer's arrays are those of the target, or can become them."""
+    optional = set(NEUTRAL) if norm else set()
+    missing = target.entries.keys() - values.keys() - optional
+    shapes = {name: each.shape for name, each in values.items()}
+    if missing and isinstance(target.spec, ConvSpec):
+        shapes |= DO_CONV.entries(target.spec)
+    if target.entries.keys() - shapes.keys() - optional:
+        return False
+    if shapes.keys() - target.entries.keys() - optional:
+        return False
+    return all(
+        prod(shapes[name]) == prod(entry.shape) if name == "weight" else shapes[name] == entry.shape
+        for name, entry in target.entries.items()
+        if name in shapes
+    )
+
+
+def _same_sizes(layer: Layer, other: Layer) -> bool:
+    groups = _groups(layer), _groups(other)
+    if None not in groups and groups[0] != groups[1]:
+        return False
+    shapes = layer.kernel_shape, other.kernel_shape
+    return None in shapes or shapes[0] == shapes[1]
+
+
+def _groups(layer: Layer) -> int | None:
+    return layer.spec.groups if isinstance(layer.spec, ConvSpec) else None
+
+
+def _differs(source: Contents, layer: Layer, template: Contents, other: Layer) -> Failure:
+    return Failure(
+        f"{place(layer.name)} in {source.path}, {_described(layer)}, is another than "
+        f"{other.name!r} in {template.path}, {_described(other)}.",
+        IMPOSSIBLE,
+    )
+
+
+def _described(layer: Layer) -> str:
+    shape = "" if layer.kernel_shape is None else f" {layer.kernel_shape}"
+    shape += f" in {groups} groups" if (groups := _groups(layer) or 1) > 1 else ""
+    return f"{layer.kind}{shape} with {', '.join(layer.entries)}"
+
+
+def _check_names(plan: Plan, framework: str) -> None:
+    seen: dict[str, Planned] = {}
+    for entry in plan.entries:
+        other = seen.setdefault(entry.name, entry)
+        if other is not entry:
+            both = " and ".join(repr(each.sources[0]) for each in (other, entry) if each.sources)
+            raise Failure(f"the entries {both} would both be named {entry.name!r}.", IMPOSSIBLE)
+        if framework == GLUON and not entry.shape:
+            raise Failure(
+                f"the entry {entry.name!r} has no dimension, which Gluon's files lack; --drop "
+                f"'{literal(entry.sources[0])}' leaves it out.",
+                IMPOSSIBLE,
+            )
+
+
+def _no_counterpart(source: Contents, unknown: list[str]) -> Failure:
+    name = unknown[0]
+    entry = source.entries[name]
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return Failure(
+        f"{source.path}: nothing tells what the entry {name!r}, {entry.dtype} {entry.shape},"
+        f"{more} would be in the other framework; --keep '{literal(name)}' carries it over under "
+        f"its name, --drop '{literal(name)}' leaves it out.",
+        IMPOSSIBLE,
+    )
