@@ -14,8 +14,9 @@ from doconv_core.maths.batchnorm import fuse_batchnorm
 from doconv_core.maths.numeric import Array
 from doconv_core.models.report import AXIS, HOOKED, NOT_FINITE, REPLACED, SHARED, SUBCLASS, behind
 from doconv_mx.graph import SAME_NAME
-from doconv_mx.ordinary import has_values, obstacle
-from doconv_mx.parameter import options_of, put
+from doconv_mx.ordinary import obstacle
+from doconv_mx.parameter import put
+from doconv_mx.private import has_values, is_hooked, options_of, pass_on, registered, settings
 from doconv_mx.surgery import remove_parameter, set_parameter
 from doconv_mx.tree import is_replaced
 
@@ -40,17 +41,17 @@ def pair_obstacle(
     if reason is not None:
         return behind(reason)
     pair = (norm, conv)
-    if any(block._forward_hooks or block._forward_pre_hooks for block in pair):
+    if any(is_hooked(block) for block in pair):
         return HOOKED
-    own = [p for block in pair for p in block._reg_params.values()]
+    own = [p for block in pair for p in registered(block).values()]
     if any(len(owned[id(p)]) > 1 for p in own):
         return SHARED
     if any(names[p.name] > 1 for p in own):
         return SAME_NAME
     if not all(map(has_values, own)) or len({tuple(p.list_ctx()) for p in own}) > 1:
         return NO_VALUES
-    layout = conv._kwargs["layout"]
-    return None if norm._kwargs.get("axis", 1) % len(layout) == layout.find("C") else AXIS
+    layout = settings(conv)["layout"]
+    return None if settings(norm).get("axis", 1) % len(layout) == layout.find("C") else AXIS
 
 
 def fuse(conv: Any, norm: Any) -> str | None:
@@ -70,13 +71,15 @@ def fuse(conv: Any, norm: Any) -> str | None:
         name, options = f"{conv.params.prefix}bias", {**options_of(old), "init": "zeros"}
     else:
         name, options = bias.name, options_of(bias)
-    bias = Parameter(name, shape=(conv._channels,), **options)
+    bias = Parameter(name, shape=(old.shape[0],), **options)
     put(weight, {context: kernel for context, (kernel, _) in fused.items()})
     put(bias, {context: offset for context, (_, offset) in fused.items()})
     set_parameter(conv, "weight", weight)
     set_parameter(conv, "bias", bias)
-    conv._kwargs = {**conv._kwargs, "no_bias": False}
-    _pass_on(norm)
+    settings(conv)["no_bias"] = False
+    for name in list(registered(norm)):
+        remove_parameter(norm, name)
+    pass_on(norm)
     return None
 
 
@@ -87,16 +90,7 @@ def _fused(conv: Any, norm: Any, context: mx.Context) -> tuple[Array, Array]:
     return fuse_batchnorm(
         values(conv.weight), values(conv.bias),
         mean=values(norm.running_mean), variance=values(norm.running_var),
-        epsilon=norm._kwargs["eps"],
-        scale=None if norm._kwargs["fix_gamma"] else values(norm.gamma),
+        epsilon=settings(norm)["eps"],
+        scale=None if settings(norm)["fix_gamma"] else values(norm.gamma),
         offset=values(norm.beta),
     )  # fmt: skip
-
-
-def _pass_on(norm: Any) -> None:
-    for name in list(norm._reg_params):
-        remove_parameter(norm, name)
-    for name in ("_kwargs", "fuse_relu", "in_channels"):
-        vars(norm).pop(name, None)
-    vars(norm).update(_rate=0, _axes=())
-    norm.__class__ = nn.Dropout

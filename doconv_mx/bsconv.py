@@ -14,8 +14,6 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import HybridBlock, Parameter, nn
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.bsconv import (
@@ -29,6 +27,7 @@ from doconv_core.kinds.bsconv import (
 from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical
+from doconv_mx import private
 from doconv_mx.arguments import StandIn
 from doconv_mx.bsconv_fold import check_forward, folded
 from doconv_mx.composed import ComposedConv
@@ -36,11 +35,9 @@ from doconv_mx.ordinary import (
     channels_per_group,
     check_ordinary,
     contexts,
-    has_values,
     is_channels_last,
 )
 from doconv_mx.parameter import fill, native, put
-from doconv_mx.private import no_name_scope
 from doconv_mx.tree import parameters
 
 BN_OPTIONS = (
@@ -91,7 +88,7 @@ class _BSConv(StandIn, nn.HybridSequential):
                     part = self._depthwise(given)
                 elif name.startswith("pointwise"):
                     part = self._pointwise(given, name, before, next(after))
-                    before = part._channels
+                    before = private.settings(part)["num_filter"]
                 else:
                     part = nn.BatchNorm(in_channels=before, prefix=f"{name}_", **norms)
                 setattr(self, name, part)
@@ -117,8 +114,8 @@ class _BSConv(StandIn, nn.HybridSequential):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return what the parts make of `x`, one after the other."""
-        for part in self._children.values():
-            guarded = self.rank != 2 and isinstance(part, _BatchNorm)
+        for part in private.children(self).values():
+            guarded = self.rank != 2 and isinstance(part, private.BatchNorm)
             x = _reordered(F, part(_reordered(F, x))) if guarded else part(x)
         return x
 
@@ -126,9 +123,9 @@ class _BSConv(StandIn, nn.HybridSequential):
         """Return a part by its position; of a slice, an `nn.HybridSequential` of them."""
         if not isinstance(key, slice):
             return super().__getitem__(key)
-        with no_name_scope():
+        with private.no_name_scope():
             parts = nn.HybridSequential(prefix=self.prefix)
-        for name, part in list(self._children.items())[key]:
+        for name, part in list(private.children(self).items())[key]:
             setattr(parts, name, part)
         return parts
 
@@ -147,7 +144,7 @@ class _BSConv(StandIn, nn.HybridSequential):
                 f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
                 "gives the convolution where there is one."
             )
-        parts = list(self._children.values())
+        parts = list(private.children(self).values())
         for part in parts:
             contexts(part, f"{type(self).__name__}.composed_kernel")
         *weights, dw = (_kernel(part, ctx) for part in parts)
@@ -178,7 +175,7 @@ class _BSConv(StandIn, nn.HybridSequential):
     @classmethod
     def from_conv(
         cls,
-        conv: _Conv,
+        conv: private.Conv,
         *,
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
@@ -199,26 +196,24 @@ class _BSConv(StandIn, nn.HybridSequential):
         as_choice("start", start, STARTS)
         if start == "weights":
             contexts(conv, f"{cls.__name__}.from_conv")
-        options, groups = conv._kwargs, conv._kwargs["num_group"]
-        with no_name_scope():
+        options, groups = private.settings(conv), private.settings(conv)["num_group"]
+        with private.no_name_scope():
             layer = cls(
                 channels_per_group(conv) * groups, options["num_filter"], tuple(options["kernel"]),
                 options["stride"], options["pad"], options["dilate"], groups, options["layout"],
-                conv.act and conv.act._act_type, conv.bias is not None, conv.weight.init,
+                private.activation(conv), conv.bias is not None, conv.weight.init,
                 "zeros" if conv.bias is None else conv.bias.init, conv.prefix,
                 with_bn=with_bn, bn_options=bn_options, **sizes,
             )  # fmt: skip
         layer.explained = _start(layer, conv, start)
-        if conv._active:
-            layer.hybridize(backend=conv._backend, **dict(conv._flags))
-        return layer
+        return private.hybridize_like(layer, conv)
 
     def inferred_in_channels(self) -> int:
         """Return the number of input channels, 0 where it is unknown."""
         return channels_per_group(self.pointwise) if self._deferred else self._outline.in_channels
 
 
-def _kernel(part: _Conv, ctx: mx.Context | None) -> NDArray:
+def _kernel(part: private.Conv, ctx: mx.Context | None) -> NDArray:
     """Return what a part convolves with, in one context."""
     kernel = part.composed_kernel(ctx) if isinstance(part, ComposedConv) else part.weight.data(ctx)
     return kernel.as_nd_ndarray()
@@ -233,7 +228,7 @@ def _reordered(F: Any, x: Any) -> Any:
     return native(F.slice_axis(x.as_nd_ndarray(), axis=0, begin=0, end=None))
 
 
-def _start(layer: Any, conv: _Conv, start: str) -> float | None:
+def _start(layer: Any, conv: private.Conv, start: str) -> float | None:
     """Give a new BSConv layer dtype, contexts, `grad_req`, multipliers and values.
 
     conv: the ordinary layer that it stands in for. start: as `from_conv` takes it. Returns how
@@ -250,7 +245,7 @@ def _start(layer: Any, conv: _Conv, start: str) -> float | None:
     if bias is not None:
         fill(bias, conv.bias, lambda values: values)
     for parameter in parameters(layer):
-        if not has_values(parameter) and parameter is not bias:
+        if not private.has_values(parameter) and parameter is not bias:
             _initialize(parameter, weight)
     return explained
 
@@ -261,14 +256,14 @@ def _follow(parameter: Parameter, old: Parameter) -> None:
     parameter.lr_mult, parameter.wd_mult = old.lr_mult, old.wd_mult
 
 
-def _put_blueprints(layer: Any, conv: _Conv) -> float:
+def _put_blueprints(layer: Any, conv: private.Conv) -> float:
     """Take the blueprints of a trained kernel; return how much of it they explain."""
     weight = conv.weight
     kernel = weight.list_data()[0].asnumpy().astype(np.float64)
     kernel = to_canonical(kernel, "O*I" if is_channels_last(conv) else "OI*")
     found = blueprints(kernel, layer.spec)
     values = iter((*found.pointwise, found.depthwise))
-    for name, part in layer._children.items():
+    for name, part in private.children(layer).items():
         if not name.startswith("batch_norm"):
             array = next(values).reshape(part.weight.shape).astype(np.dtype(weight.dtype))
             put(part.weight, dict.fromkeys(weight.list_ctx(), array))
@@ -277,10 +272,10 @@ def _put_blueprints(layer: Any, conv: _Conv) -> float:
 
 def _initialize(parameter: Parameter, old: Parameter) -> None:
     """Initialize a parameter where the old one is, or as the old one is going to be."""
-    if has_values(old):
+    if private.has_values(old):
         parameter.initialize(ctx=old.list_ctx())
-    elif old._deferred_init:
-        _, ctx, default, _ = old._deferred_init
+    elif private.waiting(old):
+        _, ctx, default, _ = private.waiting(old)
         parameter.initialize(ctx=ctx, default_init=default)
 
 
@@ -322,7 +317,7 @@ class BSConvU2D(_BSConvU):
 
     >>> layer = BSConvU2D(4, 8, 3, padding=1)
     >>> layer.initialize()
-    >>> layer(mx.nd.ones((1, 4, 6, 6))).shape, list(layer._children)
+    >>> layer(mx.nd.ones((1, 4, 6, 6))).shape, list(private.children(layer))
     ((1, 8, 6, 6), ['pointwise', 'depthwise'])
     """
 

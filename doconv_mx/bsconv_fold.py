@@ -9,8 +9,6 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, Parameter, nn
 from mxnet.gluon.contrib.nn import SyncBatchNorm
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 
 from doconv_core.kinds.bsconv import FORMS, as_choice
 from doconv_core.kinds.bsconv_fold import (
@@ -25,10 +23,10 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical
 from doconv_core.models.report import AXIS, REPLACED, SUBCLASS
+from doconv_mx import private
 from doconv_mx.composed import ComposedConv, check_foldable
 from doconv_mx.ordinary import channels_per_group, is_channels_last, obstacle, require_values
 from doconv_mx.parameter import put
-from doconv_mx.private import no_name_scope
 from doconv_mx.surgery import copied, fold_layers
 from doconv_mx.tree import is_replaced, parameters
 
@@ -43,13 +41,13 @@ def folded(layer: Any, form: str) -> HybridBlock:
     pointwise = {ctx: fold_pointwise(_steps(layer, ctx)) for ctx in layer[0].weight.list_ctx()}
     depthwise = _ordinary(layer.depthwise)
     if form == "dense":
-        return _as_hybridized(_dense(layer, pointwise, depthwise), layer)
+        return private.hybridize_like(_dense(layer, pointwise, depthwise), layer)
     ones = (1,) * layer.rank
-    with no_name_scope():
+    with private.no_name_scope():
         new = nn.HybridSequential(prefix=layer.prefix)
     new.pointwise = _convolution(layer, pointwise, ones, f"{layer.prefix}pointwise_")
     new.depthwise = depthwise
-    return _as_hybridized(new, layer)
+    return private.hybridize_like(new, layer)
 
 
 def check_forward(layer: Any, kind: type, form: str) -> None:
@@ -66,12 +64,12 @@ def check_forward(layer: Any, kind: type, form: str) -> None:
 
 def check_parts(layer: Any) -> None:
     """Raise NotFoldable where a BSConv layer's parts are not those of its type."""
-    found, names = tuple(layer._children), layer._outline.names
+    found, names = tuple(private.children(layer)), layer._outline.names
     if found != names:
         raise NotFoldable(
             f"its parts are {', '.join(found) or 'none'}; expected {', '.join(names)}."
         )
-    for name, part in layer._children.items():
+    for name, part in private.children(layer).items():
         if name == "depthwise":
             _check_depthwise(part, layer)
             continue
@@ -79,7 +77,7 @@ def check_parts(layer: Any) -> None:
         if norm and _passes_on(part):
             continue
         _check_hooks(name, part)
-        if norm and isinstance(part, _BatchNorm):
+        if norm and isinstance(part, private.BatchNorm):
             _check_norm(name, part, layer)
         else:
             _check_convolution(name, part, layer)
@@ -95,19 +93,18 @@ def as_sequence(layer: Any) -> None:
 
 def is_changed(layer: Any) -> bool:
     """Return whether merging a BSConv layer makes anything else of it than keeping it."""
-    return len([part for part in layer._children.values() if not _passes_on(part)]) > 2
+    return len([part for part in private.children(layer).values() if not _passes_on(part)]) > 2
 
 
 def _passes_on(part: Block) -> bool:
     """Return whether a part is what a batch norm has become that was fused."""
-    return type(part) is nn.Dropout and not part._rate
+    return type(part) is nn.Dropout and not private.setting(part, "rate")
 
 
 def _kept(layer: Any) -> HybridBlock:
     new = copied(layer)
-    new._forward_hooks.clear()
-    new._forward_pre_hooks.clear()
-    for part in new._children.values():
+    private.remove_hooks(new)
+    for part in private.children(new).values():
         if isinstance(part, ComposedConv):
             check_foldable(part)
             fold_layers([part])
@@ -122,8 +119,8 @@ def _ordinary(part: Any) -> Any:
 def _steps(layer: Any, ctx: mx.Context) -> list[Step]:
     """Return what comes before the depthwise convolution, of parts that have been checked."""
     steps: list[Step] = []
-    for name, part in layer._children.items():
-        if isinstance(part, _BatchNorm):
+    for name, part in private.children(layer).items():
+        if isinstance(part, private.BatchNorm):
             steps.append(_normalization(part, ctx))
         elif name != "depthwise" and not _passes_on(part):
             weight = _array(part.weight, ctx).reshape(part.weight.shape[0], -1)
@@ -132,9 +129,10 @@ def _steps(layer: Any, ctx: mx.Context) -> list[Step]:
 
 
 def _normalization(norm: Any, ctx: mx.Context) -> Normalization:
+    options = private.settings(norm)
     return Normalization(
-        _array(norm.running_mean, ctx), _array(norm.running_var, ctx), norm._kwargs["eps"],
-        None if norm._kwargs["fix_gamma"] else _array(norm.gamma, ctx), _array(norm.beta, ctx),
+        _array(norm.running_mean, ctx), _array(norm.running_var, ctx), options["eps"],
+        None if options["fix_gamma"] else _array(norm.gamma, ctx), _array(norm.beta, ctx),
     )  # fmt: skip
 
 
@@ -142,7 +140,7 @@ def _check_norm(name: str, norm: Any, layer: Any) -> None:
     reason = None
     if type(norm) not in (nn.BatchNorm, SyncBatchNorm):
         reason = SUBCLASS
-    elif norm._kwargs.get("axis", 1) % (layer.rank + 2) != layer._layout.find("C"):
+    elif private.settings(norm).get("axis", 1) % (layer.rank + 2) != layer._layout.find("C"):
         reason = AXIS
     if reason is not None:
         raise NotFoldable(f"its {name} cannot be folded: {reason}.")
@@ -153,7 +151,7 @@ def _check_depthwise(part: Any, layer: Any) -> None:
         check_foldable(part)
     else:
         _check_convolution("depthwise", part, layer)
-    groups, channels = part._kwargs["num_group"], part._kwargs["num_filter"]
+    groups, channels = private.settings(part)["num_group"], private.settings(part)["num_filter"]
     if not groups == channels == channels_per_group(part) * groups:
         raise NotFoldable(f"its depthwise is no depthwise convolution: {part}.")
 
@@ -161,8 +159,8 @@ def _check_depthwise(part: Any, layer: Any) -> None:
 def _check_convolution(name: str, part: Block, layer: Any) -> None:
     kind = type(part).__name__
     reason = obstacle(part) if type(part) is layer.ordinary else f"it is a {kind}"
-    if reason is None and part._kwargs["layout"] != layer._layout:
-        reason = f"its layout is {part._kwargs['layout']}"
+    if reason is None and private.settings(part)["layout"] != layer._layout:
+        reason = f"its layout is {private.settings(part)['layout']}"
     if reason is not None:
         raise NotFoldable(
             f"its {name} cannot be folded: {reason}; expected a mxnet.gluon.nn."
@@ -171,14 +169,14 @@ def _check_convolution(name: str, part: Block, layer: Any) -> None:
 
 
 def _check_pointwise(name: str, part: Any) -> None:
-    options = part._kwargs
+    options = private.settings(part)
     ones = set(options["kernel"]) | set(options["stride"]) | {options["num_group"]}
     if ones != {1} or any(options["pad"]) or part.act is not None:
         raise NotFoldable(f"its {name} is no pointwise convolution of stride 1: {part}.")
 
 
 def _check_hooks(name: str, part: Block) -> None:
-    if part._forward_hooks or part._forward_pre_hooks:
+    if private.is_hooked(part):
         raise NotFoldable(f"its {name} has hooks, which would see other values; remove them first.")
     if is_replaced(part):
         raise NotFoldable(f"its {name} cannot be folded: {REPLACED}.")
@@ -186,7 +184,7 @@ def _check_hooks(name: str, part: Block) -> None:
 
 def _dense(layer: Any, pointwise: dict[mx.Context, Folded], depthwise: Any) -> HybridBlock:
     _check_hooks("depthwise", layer.depthwise)
-    options, act = depthwise._kwargs, depthwise.act
+    options = private.settings(depthwise)
     geometry = Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
     dense = {}
     for ctx, first in pointwise.items():
@@ -194,13 +192,14 @@ def _dense(layer: Any, pointwise: dict[mx.Context, Folded], depthwise: Any) -> H
         dense[ctx] = fold_dense(first, kernel, _values(depthwise.bias, ctx), geometry)
     return _convolution(
         layer, dense, options["kernel"], layer.prefix, strides=options["stride"],
-        padding=options["pad"], dilation=options["dilate"], activation=act and act._act_type,
+        padding=options["pad"], dilation=options["dilate"],
+        activation=private.activation(depthwise),
     )  # fmt: skip
 
 
 def _convolution(
     layer: Any, values: dict[mx.Context, Folded], size: tuple[int, ...], prefix: str, **options: Any
-) -> _Conv:
+) -> Any:
     """Return an ordinary convolution with these values.
 
     size: of its kernel. options: other arguments. dtype and multipliers are those of the layer's
@@ -208,7 +207,7 @@ def _convolution(
     """
     first, like = next(iter(values.values())), layer[0].weight
     channels, in_channels = first.kernel.shape[:2]
-    with no_name_scope():
+    with private.no_name_scope():
         conv = layer.ordinary(
             channels, size, layout=layer._layout, in_channels=in_channels,
             use_bias=first.bias is not None, prefix=prefix, **options,
@@ -225,12 +224,6 @@ def _convolution(
     if biases:
         put(conv.bias, biases)
     return conv
-
-
-def _as_hybridized(new: HybridBlock, layer: HybridBlock) -> HybridBlock:
-    if layer._active:
-        new.hybridize(backend=layer._backend, **dict(layer._flags))
-    return new
 
 
 def _values(parameter: Parameter | None, ctx: mx.Context) -> Any:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from mxnet.gluon import Block, nn
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 
 from doconv_core.kinds.bsconv import (
     BSCONV,
@@ -23,6 +21,7 @@ from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 from doconv_mx.bsconv import LAYERS, _BSConv
 from doconv_mx.bsconv_fold import as_sequence, is_changed
 from doconv_mx.ordinary import outline
+from doconv_mx.private import BatchNorm, Conv, children, settings
 from doconv_mx.surgery import become, remove_parameter, set_parameter
 from doconv_mx.symbols import node_of
 from doconv_mx.tree import is_replaced
@@ -100,11 +99,11 @@ class BSConvLayers(LayerKind):
     def choice(self, view: ModelView, site: Site) -> Choice | None:
         """Return what each form costs; None where parts were exchanged, or sizes are not known."""
         layer = site.layer
-        known = isinstance(layer._children.get("depthwise"), _Conv)
+        known = isinstance(children(layer).get("depthwise"), Conv)
         if not known or not layer.inferred_in_channels():
             return None
-        normed = any(isinstance(part, _BatchNorm) for part in layer._children.values())
-        spec, stride = replace(layer.spec, with_bn=normed), layer.depthwise._kwargs["stride"]
+        normed = any(isinstance(part, BatchNorm) for part in children(layer).values())
+        spec, stride = replace(layer.spec, with_bn=normed), settings(layer.depthwise)["stride"]
         cost = form_costs(spec, stride, bias=layer.bias is not None)
         return Choice(site.path, type(layer).__name__, spec, cost)
 

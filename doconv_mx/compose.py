@@ -15,6 +15,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.maths.spec import ConvSpec
 from doconv_mx.parameter import native
+from doconv_mx.private import has_values, tie
 
 # From so many entries of W a convolution is the faster: benchmarks/gluon_composition.py
 LARGE = 2**15
@@ -59,7 +60,7 @@ def grouped(weight: Parameter, spec: ConvSpec, in_channels: int) -> int:
     size = spec.out_channels_per_group * in_channels * spec.depth_multiplier
     if size < LARGE or spec.depth_multiplier % 4 == 0 or np.dtype(weight.dtype).itemsize > 4:
         return 0
-    on_cpu = weight._data is not None and all(c.device_type == "cpu" for c in weight.list_ctx())
+    on_cpu = has_values(weight) and all(c.device_type == "cpu" for c in weight.list_ctx())
     return in_channels if on_cpu else 0
 
 
@@ -74,7 +75,7 @@ def tied(F: Any, weight: Any, depthwise: Any, spec: ConvSpec) -> Any:
     like = F.reshape(weight.as_nd_ndarray(), shape=split)
     like = F.slice_axis(like, axis=1, begin=0, end=1)
     like = F.broadcast_axis(F.reshape(like, shape=(-1, 1, multiplier)), axis=1, size=taps)
-    return F._internal._identity_with_attr_like_rhs(depthwise.as_nd_ndarray(), like)
+    return tie(F, depthwise.as_nd_ndarray(), like)
 
 
 def as_w(kernel: NDArray, spec: ConvSpec, last: bool, in_channels: int) -> NDArray:

@@ -13,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
-from mxnet.gluon import Block, HybridBlock, Parameter, nn
-from mxnet.gluon.nn.conv_layers import _Conv
+from mxnet.gluon import Block, Parameter, nn
 from mxnet.ndarray import NDArray
-from mxnet.util import is_np_array
 
 from doconv_core.kinds.base import ComposedKind, Shape
 from doconv_core.maths.batchnorm import NotFoldable
@@ -29,18 +27,17 @@ from doconv_mx.ordinary import (
     check_ordinary,
     contexts,
     filled,
-    has_values,
     is_channels_last,
-    is_pending,
     outline,
     spec_of,
 )
 from doconv_mx.parameter import Entry, initializer
+from doconv_mx.private import Conv, has_values, make_convolution, settings, shared, tie, waiting
 from doconv_mx.surgery import compose_layers, fold_layers
 from doconv_mx.tree import is_replaced
 
 
-class ComposedConv(StandIn, _Conv):
+class ComposedConv(StandIn, Conv):
     """What the layers of every composed kind and rank share.
 
     Parameters: the kind's entries, `weight` in the ordinary kernel's shape where it has its size,
@@ -65,19 +62,13 @@ class ComposedConv(StandIn, _Conv):
         conv = ConvSpec(given.in_channels or groups, channels, given.kernel_size, groups)
         options = {name: value for name, value in own.items() if value is not None}
         spec = self.kind.spec(conv, **options)
-        # The ordinary layer's own __init__ is passed over, and its attributes are set here: it
-        # would ask `params` for a weight of the ordinary shape, which one shared by another layer
-        # of this type need not have.
-        HybridBlock.__init__(self, **given.scope)
-        self._outline: Any = spec
-        self._channels, self._in_channels = channels, given.in_channels
-        self._op_name = "convolution" if is_np_array() else "Convolution"
-        self._kwargs: dict[str, Any] = {
+        operator = {
             "kernel": given.kernel_size, "stride": given.strides, "dilate": given.dilation,
             "pad": given.padding, "num_filter": channels, "num_group": groups,
             "no_bias": not given.use_bias, "layout": given.layout,
         }  # fmt: skip
-        self.act = self.bias = None
+        make_convolution(self, given.scope, given.in_channels, operator)
+        self._outline: Any = spec
         with self.name_scope():
             if given.activation is not None:
                 self.act = nn.Activation(given.activation, prefix=f"{given.activation}_")
@@ -120,19 +111,18 @@ class ComposedConv(StandIn, _Conv):
         """
         last, (channels, *body) = is_channels_last(self), self.shapes(0)["weight"]
         rest = body[:-1] if last else body[1:]
-        size, channel = 1, self._kwargs["layout"].find("C")
+        size, channel = 1, settings(self)["layout"].find("C")
         for length in rest:
             size *= length
         end = tuple(None if axis == channel else 1 for axis in range(self.rank + 2))
         like = F.slice(x.as_nd_ndarray(), begin=(0,) * len(end), end=end)
-        like = F.reshape(like, shape=(self._kwargs["num_group"], -1))
+        like = F.reshape(like, shape=(settings(self)["num_group"], -1))
         like = F.slice_axis(like, axis=0, begin=0, end=1)
         # (1, I/g) -> (I/g, size) -> weight's shape: MXNet is slow at broadcasting inner axes.
         like = F.broadcast_axis(F.reshape(like, shape=(-1, 1)), axis=1, size=size)
         like = F.broadcast_axis(F.reshape(like, shape=(1, -1)), axis=0, size=channels)
         like = F.reshape(like, shape=(0, *rest, -1) if last else (0, -1, *rest))
-        tie = F._internal._identity_with_attr_like_rhs
-        return {**entries, "weight": tie(entries["weight"].as_nd_ndarray(), like)}
+        return {**entries, "weight": tie(F, entries["weight"].as_nd_ndarray(), like)}
 
     def as_weight(self, kernel: NDArray) -> NDArray:
         """Return what `weight` is for an ordinary kernel; an array of another shape as it is."""
@@ -149,7 +139,7 @@ class ComposedConv(StandIn, _Conv):
         contexts(self, f"{type(self).__name__}.composed_kernel")
         return self.compose(mx.nd, {name: p.data(ctx) for name, p in self.entries().items()})
 
-    def fold(self) -> _Conv:
+    def fold(self) -> Conv:
         """Return a new ordinary convolution with the same function.
 
         It keeps contexts, dtype, names, learning-rate and weight-decay multipliers, activation and
@@ -166,7 +156,7 @@ class ComposedConv(StandIn, _Conv):
         return filled(self.ordinary, self, {}, kernels, trainable)
 
     @classmethod
-    def from_conv(cls, conv: _Conv, **options: Any) -> Any:
+    def from_conv(cls, conv: Conv, **options: Any) -> Any:
         """Return a new layer with the function of a trained ordinary convolution.
 
         conv: an `ordinary` layer of Gluon's own, exactly; its parameters are copied. options: the
@@ -181,8 +171,8 @@ class ComposedConv(StandIn, _Conv):
 
     def infer_shape(self, x: Any, *_: Any) -> None:
         """Take the number of input channels from the shape of `x`."""
-        in_channels = x.shape[self._kwargs["layout"].find("C")]
-        check_divisible("in_channels", in_channels, self._kwargs["num_group"])
+        in_channels = x.shape[settings(self)["layout"].find("C")]
+        check_divisible("in_channels", in_channels, settings(self)["num_group"])
         shapes = self.shapes(in_channels)
         for name, parameter in self.entries().items():
             parameter.shape = shapes[name]
@@ -202,14 +192,14 @@ class ComposedConv(StandIn, _Conv):
 
     def inferred_in_channels(self) -> int:
         """Return the number of input channels, 0 where it is unknown."""
-        return channels_per_group(self) * int(self._kwargs["num_group"])
+        return channels_per_group(self) * int(settings(self)["num_group"])
 
     def shapes(self, in_channels: int) -> dict[str, Shape]:
         """Return the shapes of the entries' parameters; with 0, those axes are 0 that depend on it.
 
         in_channels: 0 where they are unknown.
         """
-        groups = self._kwargs["num_group"]
+        groups = settings(self)["num_group"]
         numbers = [in_channels] if in_channels else [groups, 2 * groups]
         several = [self._known_shapes(number) for number in numbers]
         return {
@@ -229,18 +219,18 @@ class ComposedConv(StandIn, _Conv):
 
     def _refuse_an_ordinary_weight(self) -> None:
         """Raise TypeError where `params` shares a weight that would be loaded without the rest."""
-        shared = self.params._get_impl(f"{self.params.prefix}weight")
-        if self.composes() and not isinstance(shared, Entry | None):
+        given = shared(self, "weight")
+        if self.composes() and not isinstance(given, Entry | None):
             raise TypeError(
                 f"params must be those of another {type(self).__name__}; received "
-                f"{shared.name!r} of an ordinary layer, whose weight is trained and loaded alone. "
+                f"{given.name!r} of an ordinary layer, whose weight is trained and loaded alone. "
                 f"Use {type(self).__name__}.from_conv(conv), which copies them."
             )
 
     def _entry(self, name: str, shape: Shape, init: Any) -> Parameter:
         """Return the parameter that `params` shares with the layer, or else a new one."""
         full = f"{self.params.prefix}{name}"
-        if self.params._get_impl(full) is None:
+        if shared(self, name) is None:
             options = {"shape": shape, "init": init, "allow_deferred_init": True}
             self.params.update({full: Entry(full, self, **options)})
         return self.params.get(name, shape=shape, init=init)
@@ -258,7 +248,7 @@ class ComposedLayers(LayerKind):
     operators: frozenset[str] = frozenset()
 
     def __init__(self, *types: type[ComposedConv]) -> None:
-        self.types: dict[type[_Conv], type[ComposedConv]] = {cls.ordinary: cls for cls in types}
+        self.types: dict[type[Conv], type[ComposedConv]] = {cls.ordinary: cls for cls in types}
         self.kind = types[0].kind
         self.base = _base_of(types[0])
         self.type_names = frozenset(cls.__name__ for cls in types)
@@ -313,7 +303,7 @@ class ComposedLayers(LayerKind):
         layer = site.layer
         check_foldable(layer)
         own = list(layer.entries().values())
-        if any(has_values(p) or is_pending(p) for p in own):
+        if any(has_values(p) or (waiting(p) and waiting(p)[3] is not None) for p in own):
             contexts(layer, f"{type(layer).__name__}.fold")
         # Else it has never had values, and is folded as it is: all but weight will be constant.
         rest = list(map(id, own[1:]))

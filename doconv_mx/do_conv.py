@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import mxnet as mx
 from mxnet.gluon import nn
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.do_conv import DO_CONV
@@ -15,6 +14,7 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_mx.compose import as_w, compose, grouped, tied
 from doconv_mx.composed import ComposedConv, ComposedLayers
 from doconv_mx.ordinary import is_channels_last
+from doconv_mx.private import Conv
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of `typing` from Python 3.11 on
@@ -71,7 +71,7 @@ class _DOConv(ComposedConv):
 
     @classmethod
     def from_conv(  # type: ignore[override]  # options by name
-        cls, conv: _Conv, *, depth_multiplier: int | None = None
+        cls, conv: Conv, *, depth_multiplier: int | None = None
     ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
@@ -86,11 +86,12 @@ class _DOConv(ComposedConv):
 class DOConv1D(_DOConv, nn.Conv1D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv1D`, to be folded into one after training.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv1D`'s arguments
-    in their order, and `depth_multiplier`, S: an integer of at least the number of kernel taps M,
-    which is its default. `(B, I, W)` becomes `(B, O, W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: DO-Conv, arXiv 2006.12030.
+    `(B, I, W)` becomes `(B, O, W')`; all else is as of `DOConv2D`.
+
+    >>> layer = DOConv1D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6))).shape, layer.fold()
+    ((1, 8, 4), Conv1D(4 -> 8, kernel_size=(3,), stride=(1,)))
     """
 
     ordinary, rank = nn.Conv1D, 1
@@ -105,6 +106,13 @@ class DOConv2D(_DOConv, nn.Conv2D):
     which MXNet computes on GPUs only.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv2D(4, 8, 3, padding=1, depth_multiplier=12)
+    >>> layer.initialize()
+    >>> layer.weight.shape, layer.depthwise_weight.shape, layer.composed_kernel().shape
+    ((8, 4, 12), (4, 9, 12), (8, 4, 3, 3))
+    >>> verify(layer, layer.fold(), mx.nd.ones((1, 4, 6, 6)))
+    Difference(absolute=0.0, relative=0.0)
     """
 
     ordinary, rank = nn.Conv2D, 2
@@ -113,12 +121,13 @@ class DOConv2D(_DOConv, nn.Conv2D):
 class DOConv3D(_DOConv, nn.Conv3D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv3D`, to be folded into one after training.
 
-    Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv3D`'s arguments
-    in their order, and `depth_multiplier`, S: an integer of at least the number of kernel taps M,
-    which is its default. `(B, I, D, H, W)` becomes `(B, O, D', H', W')`, or the like for
-    `layout="NDHWC"`, which MXNet computes on GPUs only.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: DO-Conv, arXiv 2006.12030.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`, or the like for
+    `layout="NDHWC"`, which MXNet computes on GPUs only; all else is as of `DOConv2D`.
+
+    >>> layer = DOConv3D(4, 8, 3)
+    >>> layer.initialize()
+    >>> layer(mx.nd.ones((1, 4, 6, 6, 6))).shape, layer.fold()
+    ((1, 8, 4, 4, 4), Conv3D(4 -> 8, kernel_size=(3, 3, 3), stride=(1, 1, 1)))
     """
 
     ordinary, rank = nn.Conv3D, 3

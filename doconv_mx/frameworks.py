@@ -49,6 +49,9 @@ def import_gluoncv() -> ModuleType:
     PyTorch looks absent meanwhile, whether it has been imported before or not; afterwards
     everything is as it was. Not to be called while another thread imports PyTorch.
     Raises ImportError where GluonCV is missing or has an unsupported version.
+
+    >>> import_gluoncv().__name__
+    'gluoncv'
     """
     require_framework("mx", "gluoncv")
     import_mxnet()
@@ -73,5 +76,7 @@ def _torch_hidden() -> Iterator[None]:
     try:
         yield
     finally:
-        del modules["torch"]
-        modules.update(kept)
+        if kept:
+            modules.update(kept)
+        else:
+            del modules["torch"]

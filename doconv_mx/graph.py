@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 from mxnet.util import is_np_array
 
 from doconv_core.models.report import SHARED
 from doconv_core.models.view import Flow
+from doconv_mx.private import (
+    BatchNorm,
+    Conv,
+    children,
+    graph_of,
+    registered,
+    without_hooks,
+)
 from doconv_mx.tree import is_replaced, own_parameters, walk
 
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
@@ -65,15 +69,15 @@ def flow(model: Block, owned: Mapping[int, Sequence[Block]], names: Mapping[Any,
     or of two layers of one weight, cannot be told apart.
     """
     seen, blocks, found = calls(model), [block for _, block in walk(model)], Flow()
-    convolutions = {block.weight.name: block for block in blocks if isinstance(block, _Conv)}
-    norms = {block.gamma.name: block for block in blocks if isinstance(block, _BatchNorm)}
+    convolutions = {block.weight.name: block for block in blocks if isinstance(block, Conv)}
+    norms = {block.gamma.name: block for block in blocks if isinstance(block, BatchNorm)}
     for block in blocks:
-        if isinstance(block, _Conv):
+        if isinstance(block, Conv):
             after = seen.after.get(block.weight.name, ())
             found.after[id(block)] = [norms.get(name) for name in after]
             if len(owned[id(block.weight)]) > 1:
                 found.unseen[id(block)] = SHARED
-        elif isinstance(block, _BatchNorm):
+        elif isinstance(block, BatchNorm):
             before = seen.before.get(block.gamma.name, ())
             found.before[id(block)] = [convolutions.get(name) for name in before]
             near = {*before, *(parameter.name for parameter in own_parameters(block))}
@@ -93,28 +97,28 @@ def calls(model: Block) -> Calls:
             return
         seen.add(id(block))
         if isinstance(block, SymbolBlock):
-            _read(block._cached_graph[1], found)
+            _read(graph_of(block)[1], found)
             return
-        graph = _trace(block) if isinstance(block, HybridBlock) and block._children else None
+        graph = _trace(block) if isinstance(block, HybridBlock) and children(block) else None
         if graph is not None:
             _read(graph, found)
             return
-        children = list(block._children.values())
+        below = list(children(block).values())
         if type(block) in (nn.Sequential, nn.HybridSequential) and not is_replaced(block):
-            _read_in_order(children, found)
+            _read_in_order(below, found)
         else:
-            found.hidden.update(map(id, children))
-        for child in children:
+            found.hidden.update(map(id, below))
+        for child in below:
             visit(child)
 
-    with _without_hooks(model):
+    with without_hooks(block for _, block in walk(model)):
         visit(model)
     return found
 
 
-def _read_in_order(children: list[Block], found: Calls) -> None:
+def _read_in_order(blocks: list[Block], found: Calls) -> None:
     """Note the calls of a sequential block's children, each with the output of the one before."""
-    for block, following in zip([None, *children], [*children, None], strict=True):
+    for block, following in zip([None, *blocks], [*blocks, None], strict=True):
         weight, gamma = _name(block, "weight"), _name(following, "gamma")
         if getattr(block, "act", None) is None:
             found.note(weight, gamma)
@@ -124,7 +128,7 @@ def _read_in_order(children: list[Block], found: Calls) -> None:
 
 
 def _name(block: Block | None, parameter: str) -> str | None:
-    own = block._reg_params.get(parameter) if block is not None else None
+    own = registered(block).get(parameter) if block is not None else None
     return None if own is None else own.name
 
 
@@ -191,19 +195,6 @@ def _inputs(block: HybridBlock) -> int:
     required = [
         p for p in names
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        and p.name not in block._reg_params
+        and p.name not in registered(block)
     ]  # fmt: skip
     return max(len(required), 1)
-
-
-@contextmanager
-def _without_hooks(model: Block) -> Iterator[None]:
-    """Keep the model's hooks, which were made for arrays, out of symbolic calls."""
-    kept = [(b, b._forward_hooks, b._forward_pre_hooks) for _, b in walk(model)]
-    for block, _, _ in kept:
-        block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for block, hooks, pre_hooks in kept:
-            block._forward_hooks, block._forward_pre_hooks = hooks, pre_hooks

@@ -23,7 +23,8 @@ from doconv_core.state.layers import (
 from doconv_core.state.match import check_owned, unsupported_layer
 from doconv_mx.composed import ComposedLayers
 from doconv_mx.kinds import LAYER_KINDS
-from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, spec_of
+from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, require_values, spec_of
+from doconv_mx.private import children, is_transposed, registered, setting, settings
 from doconv_mx.tree import is_replaced
 
 
@@ -35,14 +36,12 @@ def form_of(path: str, block: Block) -> LayerForm:
     """
     own, read = _own(block), _reader(type(block))
     reason = REPLACED if is_replaced(block) and read is not None else REASONS.get(type(block))
-    if type(block) is nn.LayerNorm and block._axis != -1:
-        reason = (
-            f"a layer norm over axis {block._axis} has no counterpart; if it is the last, say "
-            "axis=-1"
-        )
+    axis = setting(block, "axis") if type(block) is nn.LayerNorm else -1
+    if axis != -1:
+        reason = f"a layer norm over axis {axis} has no counterpart; if it is the last, say axis=-1"
     if reason or read is None:
         raise unsupported_layer(path, block, own, reason)
-    _require_values(path, block)
+    require_values(registered(block).values(), f"the state of {place(path)}")
     form = read(block)
     if form.kind == "batch_norm" and not form.scale:
         own.remove("gamma")  # which the block has, but does not compute with
@@ -52,9 +51,9 @@ def form_of(path: str, block: Block) -> LayerForm:
 
 def layout_of(block: Block) -> str:
     """Return the core's word for the layout of a layer's weight."""
-    if not hasattr(block, "_kwargs") or "layout" not in block._kwargs:
+    if not hasattr(block, "_kwargs") or "layout" not in settings(block):
         return "OI"
-    transposed = block._op_name.lower() == "deconvolution"
+    transposed = is_transposed(block)
     if is_channels_last(block):
         return "I*O" if transposed else "O*I"
     return "IO*" if transposed else "OI*"
@@ -67,14 +66,14 @@ def check_axes(block: Block, path: str = "") -> None:
     Raises TypeError by the path.
     """
     axes: tuple[int, ...] = ()
-    for name, child in block._children.items():
+    for name, child in children(block).items():
         place = entry(path, name)
         check_axes(child, place)
         if _reader(type(child)) in (_conv, _composed, _transposed):
-            rank = len(child._kwargs["kernel"]) + 2
+            rank = len(settings(child)["kernel"]) + 2
             axes = (-1, rank - 1) if is_channels_last(child) else (1, 1 - rank)
         elif type(child) in _CHANNEL_NORMS:
-            axis = child._kwargs.get("axis", 1)
+            axis = settings(child).get("axis", 1)
             if axes and axis not in axes and type(block) in _SEQUENTIAL:
                 raise unsupported_layer(
                     place,
@@ -89,20 +88,9 @@ def check_axes(block: Block, path: str = "") -> None:
 
 def _own(block: Block) -> list[str]:
     """Return the names of the block's own parameters, whether they are its attributes or not."""
-    attributes = set(block._reg_params.values())
+    attributes = set(registered(block).values())
     others = (name for name, p in block.params.items() if p not in attributes)
-    return [*block._reg_params, *(name.removeprefix(block.params.prefix) for name in others)]
-
-
-def _require_values(path: str, block: Block) -> None:
-    for parameter in block._reg_params.values():
-        try:
-            parameter.list_data()
-        except RuntimeError:
-            raise ValueError(
-                f"the state of {place(path)} needs the values of {parameter.name!r}, which has "
-                "none yet: initialize the model, and where it infers in_channels, run it once."
-            ) from None
+    return [*registered(block), *(name.removeprefix(block.params.prefix) for name in others)]
 
 
 def _reader(cls: type[Block]) -> Callable[[Any], LayerForm] | None:
@@ -112,7 +100,7 @@ def _reader(cls: type[Block]) -> Callable[[Any], LayerForm] | None:
 
 
 def _geometry(block: Any) -> Geometry:
-    options = block._kwargs
+    options = settings(block)
     return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
 
 
@@ -126,7 +114,7 @@ def _composed(block: Any) -> LayerForm:
 
 
 def _transposed(block: Any) -> LayerForm:
-    options = block._kwargs
+    options = settings(block)
     spec = TransposedConvSpec(
         block.weight.shape[0], options["num_filter"], options["kernel"], options["num_group"]
     )
@@ -141,27 +129,15 @@ def _linear(block: Any) -> LayerForm:
 
 
 def _batch_norm(block: Any) -> LayerForm:
-    options = block._kwargs
+    options = settings(block)
     # Gluon's momentum is the weight of the old statistics.
     spec = BatchNormSpec(block.running_mean.shape[0], options["eps"], 1 - options["momentum"])
     return LayerForm(spec, scale=not options["fix_gamma"])
 
 
-def _layer_norm(block: Any) -> LayerForm:
-    return LayerForm(LayerNormSpec(block.gamma.shape[0], block._epsilon))
-
-
 def _instance_norm(block: Any) -> LayerForm:
     channels = block.gamma.shape[0]
-    return LayerForm(GroupNormSpec(channels, channels, block._epsilon))
-
-
-def _prelu(block: Any) -> LayerForm:
-    return LayerForm(PReLUSpec(block.alpha.shape[0]))
-
-
-def _embedding(block: Any) -> LayerForm:
-    return LayerForm(EmbeddingSpec(*block.weight.shape))
+    return LayerForm(GroupNormSpec(channels, channels, setting(block, "epsilon")))
 
 
 def _has_bias(block: Any) -> bool:
@@ -173,10 +149,12 @@ FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
     **dict.fromkeys(TRANSPOSES, _transposed),
     **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
     nn.Dense: _linear,
-    nn.LayerNorm: _layer_norm,
+    nn.LayerNorm: lambda block: LayerForm(
+        LayerNormSpec(block.gamma.shape[0], setting(block, "epsilon"))
+    ),
     nn.InstanceNorm: _instance_norm,
-    nn.PReLU: _prelu,
-    nn.Embedding: _embedding,
+    nn.PReLU: lambda block: LayerForm(PReLUSpec(block.alpha.shape[0])),
+    nn.Embedding: lambda block: LayerForm(EmbeddingSpec(*block.weight.shape)),
 }
 _CHANNEL_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, nn.InstanceNorm)
 _KEEP_AXES = (

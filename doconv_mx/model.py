@@ -32,14 +32,24 @@ def over_parameterize(
     them, as in `doconv_core.Selection`; paths are those of `save_parameters`, and of a layer in
     several places one of them is enough. kind: what they become; "doconv", or another registered
     kind that changes no output. options: the kind's, for all of them; of "doconv" depth_multiplier,
-    S, or None for each layer's taps M.
-    inplace: change the model itself, not a copy; then a layer stays the object it was, and where
-    `S == M` its weight too.
+    S, or None for each layer's taps M. inplace: change the model itself, not a copy; then a layer
+    stays the object it was, and where `S == M` its weight too.
     The output does not change, in float32 where `S == M` not by one bit. What the layers share
     stays shared; names, order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization
     are kept. Layers that are left are in the report, with the reason. Warns of a `where` that
     selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
     be copied or is no selection; ValueError, by path, for a depth multiplier below a layer's taps.
+
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(mx.gluon.nn.Conv2D(8, 3, in_channels=3), mx.gluon.nn.Activation("relu"))
+    >>> net.initialize()
+    >>> model, report = over_parameterize(net)
+    >>> model[0]
+    DOConv2D(3 -> 8, kernel_size=(3, 3), stride=(1, 1), depth_multiplier=9)
+    >>> print(report)
+    over-parameterized 1 layer, left 0; parameters: 224 before, 467 after (+108.48%)
+      Conv2D -> DOConv2D (1)
+        0
     """
     return convert.over_parameterize(
         View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
@@ -58,11 +68,11 @@ def fold(
 
     form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
     it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):
-    an `nn.HybridSequential` of the same parts. "merge":
-    one of a pointwise and a depthwise convolution, with batch norms in the former, for inference.
-    "dense": one convolution. Each is exact, but none is always fastest: the report, a `FoldReport`,
-    has the cost of all three. Merging makes two pointwise convolutions one with more operations
-    where the channels between are few; dense has about as many times more as the kernel has taps.
+    an `nn.HybridSequential` of the same parts; "merge": one of a pointwise and a depthwise
+    convolution, with batch norms in the former, for inference; "dense": one convolution. Each is
+    exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
+    Merging makes two pointwise convolutions one with more operations where the channels between
+    are few; dense has about as many times more as the kernel has taps.
     fuse_batchnorm: also make batch norms that directly follow a convolution part of it, for
     inference: in training a batch norm computes something else. inplace: change the model itself,
     not a copy.
@@ -74,6 +84,15 @@ def fold(
     NotFoldable, by path, for a layer that no ordinary one computes exactly; ValueError for another
     form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
     BSConv that is kept need not have.
+
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(DOConv2D(3, 8, 3), mx.gluon.nn.BatchNorm(in_channels=8))
+    >>> net.initialize()
+    >>> model, report = fold(net, fuse_batchnorm=True)
+    >>> model[0], model[1]
+    (Conv2D(3 -> 8, kernel_size=(3, 3), stride=(1, 1)), Dropout(p = 0, axes=()))
+    >>> verify(net, model, mx.nd.ones((1, 3, 5, 5))).relative < 1e-5
+    True
     """
     return fold_layers(
         View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
@@ -112,6 +131,13 @@ def to_bsconv(
     kernel that is not finite or has no values yet; before anything is changed. Warns where `where`
     matches nothing.
     Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(mx.gluon.nn.Conv2D(8, 3, in_channels=8, padding=1))
+    >>> net.initialize()
+    >>> model, report = to_bsconv(net, "s", p=0.5)
+    >>> list(children(model[0])), report.parameters_after
+    (['pointwise1', 'pointwise2', 'depthwise'], 144)
     """
     view = View(model)
     options = replacement(

@@ -7,13 +7,20 @@ from typing import Any
 
 import mxnet as mx
 from mxnet.gluon import Block, HybridBlock, Parameter, ParameterDict, SymbolBlock, nn
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import NOT_PLAIN, REPLACED, SUBCLASS, TRANSPOSED
 from doconv_mx.parameter import put
-from doconv_mx.private import no_name_scope
+from doconv_mx.private import (
+    Conv,
+    activation,
+    hybridize_like,
+    is_dense,
+    no_name_scope,
+    registered,
+    settings,
+)
 from doconv_mx.tree import is_replaced, own_parameters
 
 OTHER = "another operation than an ordinary convolution"
@@ -27,7 +34,7 @@ def is_convolution(block: Block) -> bool:
     if isinstance(block, SymbolBlock):
         return False
     named = "conv" in type(block).__name__.lower() and bool(own_parameters(block))
-    return isinstance(block, _Conv) or named
+    return isinstance(block, Conv) or named
 
 
 def obstacle(block: Any) -> str | None:
@@ -35,45 +42,36 @@ def obstacle(block: Any) -> str | None:
     if type(block) in ORDINARY:
         if is_replaced(block):
             return REPLACED
-        plain = type(block.weight) is Parameter and block.weight._stype == "default"
+        plain = type(block.weight) is Parameter and is_dense(block.weight)
         return None if plain else NOT_PLAIN
     if type(block) in TRANSPOSES:
         return TRANSPOSED
-    return SUBCLASS if isinstance(block, _Conv) else OTHER
+    return SUBCLASS if isinstance(block, Conv) else OTHER
 
 
-def outline(layer: _Conv) -> ConvSpec:
+def outline(layer: Conv) -> ConvSpec:
     """Return an ordinary layer's sizes; where it infers its input channels, as many as groups."""
-    options, groups = layer._kwargs, layer._kwargs["num_group"]
-    channels = (channels_per_group(layer) or 1) * groups
-    return ConvSpec(channels, options["num_filter"], tuple(options["kernel"]), groups)
+    return _sizes(layer, channels_per_group(layer) or 1)
 
 
-def spec_of(layer: _Conv) -> ConvSpec:
+def spec_of(layer: Conv) -> ConvSpec:
     """Return the sizes of an ordinary layer; ValueError where it has yet to infer some."""
-    options, groups = layer._kwargs, layer._kwargs["num_group"]
-    channels = channels_per_group(layer) * groups
-    return ConvSpec(channels, options["num_filter"], tuple(options["kernel"]), groups)
+    return _sizes(layer, channels_per_group(layer))
 
 
-def is_channels_last(layer: _Conv) -> bool:
+def _sizes(layer: Conv, per_group: int) -> ConvSpec:
+    options, groups = settings(layer), settings(layer)["num_group"]
+    return ConvSpec(per_group * groups, options["num_filter"], tuple(options["kernel"]), groups)
+
+
+def is_channels_last(layer: Conv) -> bool:
     """Whether the layer's layout is channels-last, such as "NHWC"."""
-    return bool(layer._kwargs["layout"].endswith("C"))
+    return bool(settings(layer)["layout"].endswith("C"))
 
 
-def channels_per_group(layer: _Conv) -> int:
+def channels_per_group(layer: Conv) -> int:
     """Return `I/g`; 0 where it is unknown, which with `mx.npx.set_np` MXNet writes as -1."""
     return max(int(layer.weight.shape[-1 if is_channels_last(layer) else 1]), 0)
-
-
-def has_values(parameter: Parameter) -> bool:
-    """Whether the parameter has been initialized, and no longer waits for its shape."""
-    return parameter._data is not None
-
-
-def is_pending(parameter: Parameter) -> bool:
-    """Whether the parameter waits for its shape with data that it was given meanwhile."""
-    return bool(parameter._deferred_init) and parameter._deferred_init[3] is not None
 
 
 def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
@@ -81,7 +79,7 @@ def contexts(block: HybridBlock, purpose: str) -> list[mx.Context]:
 
     Raises ValueError, by name, for a parameter that has no values yet.
     """
-    require_values(block._reg_params.values(), purpose)
+    require_values(registered(block).values(), purpose)
     return list(block.weight.list_ctx())
 
 
@@ -108,7 +106,7 @@ def check_ordinary(cls: Any, conv: Any) -> None:
 
 def filled(
     cls: type[Any],
-    like: _Conv,
+    like: Conv,
     options: dict[str, Any],
     kernels: list[NDArray],
     grad_req: str,
@@ -119,18 +117,18 @@ def filled(
     kernels: one for each context. grad_req: of all parameters but the bias. as_kept: returns what
     the layer keeps of a kernel. No random number is drawn.
     """
-    kwargs, ctx, bias = like._kwargs, like.weight.list_ctx(), like.bias
+    kwargs, ctx, bias = settings(like), like.weight.list_ctx(), like.bias
     with no_name_scope():
         layer = cls(
             in_channels=channels_per_group(like) * kwargs["num_group"],
             channels=kwargs["num_filter"], kernel_size=kwargs["kernel"], strides=kwargs["stride"],
             padding=kwargs["pad"], dilation=kwargs["dilate"], groups=kwargs["num_group"],
-            layout=kwargs["layout"], activation=like.act and like.act._act_type,
+            layout=kwargs["layout"], activation=activation(like),
             use_bias=bias is not None, weight_initializer=like.weight.init,
             bias_initializer="zeros" if bias is None else bias.init,
             prefix=like.prefix, params=ParameterDict(like.params.prefix), **options,
         )  # fmt: skip
-    for name, parameter in layer._reg_params.items():
+    for name, parameter in registered(layer).items():
         model = bias if name == "bias" else like.weight
         parameter.cast(model.dtype)
         parameter.grad_req = bias.grad_req if name == "bias" else grad_req
@@ -141,6 +139,4 @@ def filled(
             put(parameter, dict(zip(ctx, bias.list_data(), strict=True)))
         else:
             parameter.initialize(ctx=ctx)  # as the constant that it starts as
-    if like._active:
-        layer.hybridize(backend=like._backend, **dict(like._flags))
-    return layer
+    return hybridize_like(layer, like)

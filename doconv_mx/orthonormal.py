@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import Block, Parameter
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.bsconv import as_number
@@ -15,6 +14,7 @@ from doconv_core.kinds.orthonormal import ALPHA
 from doconv_mx.bsconv import _BSConvS
 from doconv_mx.ordinary import require_values
 from doconv_mx.parameter import native
+from doconv_mx.private import Conv, is_transposed, settings
 from doconv_mx.tree import check_model, walk
 
 
@@ -39,6 +39,11 @@ def orthonormality_loss(
     for weights without values or not on `ctx`; TypeError for what is not a block and for an alpha
     that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
+
+    >>> conv = mx.gluon.nn.Conv2D(1, 1, in_channels=2)
+    >>> conv.initialize(mx.init.One())
+    >>> orthonormality_loss(mark_orthonormal(conv), alpha=0.5).asscalar()  # |1·1 + 1·1 - 1| / 2
+    0.5
     """
     check_model(model)
     alpha = as_number("alpha", alpha)
@@ -58,19 +63,22 @@ def orthonormality_loss(
     return native(alpha * total)
 
 
-def mark_orthonormal(conv: _Conv) -> _Conv:
+def mark_orthonormal(conv: Conv) -> Conv:
     """Let `orthonormality_loss` count this convolution's weight; return the convolution.
 
     For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is the attribute
     `orthonormal`; copies of the block have it too.
     Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
+
+    >>> mark_orthonormal(mx.gluon.nn.Conv2D(4, 1)).orthonormal
+    True
     """
-    if not isinstance(conv, _Conv) or conv._op_name.lower() == "deconvolution":
+    if not isinstance(conv, Conv) or is_transposed(conv):
         raise TypeError(
             f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
         )
-    size, groups = tuple(conv._kwargs["kernel"]), conv._kwargs["num_group"]
+    size, groups = tuple(settings(conv)["kernel"]), settings(conv)["num_group"]
     if set(size) != {1} or groups != 1:
         raise ValueError(
             "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
@@ -84,7 +92,7 @@ def _weights(model: Block) -> Iterator[Parameter]:
     seen: set[int] = set()
     for _, block in walk(model):
         layer = block.pointwise1 if isinstance(block, _BSConvS) else block
-        marked = isinstance(block, _Conv) and getattr(block, "orthonormal", False) is True
+        marked = isinstance(block, Conv) and getattr(block, "orthonormal", False) is True
         if (layer is not block or marked) and id(layer) not in seen:
             seen.add(id(layer))
             yield layer.weight

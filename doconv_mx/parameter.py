@@ -11,7 +11,7 @@ from mxnet.gluon import Parameter
 from mxnet.ndarray import NDArray
 from mxnet.util import is_np_array
 
-from doconv_mx.private import loading, tell_of_loads
+from doconv_mx.private import has_values, loading, tell_of_loads, wait_as, waiting
 
 tell_of_loads()
 
@@ -66,30 +66,17 @@ def native(array: Any) -> Any:
     return array.as_np_ndarray() if is_np_array() else array
 
 
-def options_of(parameter: Parameter) -> dict[str, Any]:
-    """Return the arguments with which another parameter like this one is made, save its shape."""
-    return {
-        "grad_req": parameter.grad_req,
-        "dtype": parameter.dtype,
-        "lr_mult": parameter.lr_mult,
-        "wd_mult": parameter.wd_mult,
-        "init": parameter.init,
-        "allow_deferred_init": parameter._allow_deferred_init,
-        "differentiable": parameter._differentiable,
-    }
-
-
 def fill(new: Parameter, old: Parameter, values: Callable[[NDArray], NDArray]) -> None:
     """Give a new parameter what `values` makes of the old one's, in each context.
 
     An old one that has yet to be initialized passes that on: how, where, and with which data.
     """
-    if old._data is not None:
+    if has_values(old):
         contexts = old.list_ctx()
         put(new, {c: values(old.data(c)) for c in contexts})
-    elif old._deferred_init:
-        *how, data = old._deferred_init
-        new._deferred_init = (*how, None if data is None else values(data))
+    elif waiting(old):
+        *how, data = waiting(old)
+        wait_as(new, (*how, None if data is None else values(data)))
 
 
 def put(parameter: Parameter, arrays: dict[mx.Context, Any]) -> None:

@@ -12,11 +12,13 @@ from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.lowering import parts
-from doconv_core.networks.shapes import Placed, children, infer, padding
+from doconv_core.networks.shapes import Placed, infer, padding
+from doconv_core.networks.shapes import children as children_of
 from doconv_core.state.file import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.orthonormal import mark_orthonormal
+from doconv_mx.private import children
 from doconv_mx.state import load_state
 
 
@@ -27,6 +29,11 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     shape is known, but no weight has values: `initialize()` the network, and then, with
     `doconv_core.networks.initialize` and `load_state`, it starts as the papers' do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> model = build(describe("resnet10_doconv", num_classes=5))
+    >>> model.initialize()
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
     made: Network = _filled(Network(network.name), infer(network, input_shape), "")
     return made
@@ -47,6 +54,10 @@ def get_model(
     None for the network's own. seed: of the weights, which are the same in every framework.
     `collect_params().reset_ctx()` puts it elsewhere.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> model = get_model("resnet10", num_classes=5)
+    >>> model(mx.nd.ones((1, 3, 32, 32))).shape
+    (1, 5)
     """
 
     def initialized(network: nodes.Network) -> Network:
@@ -54,10 +65,11 @@ def get_model(
         model.initialize()
         return model
 
-    return build_named(
+    made: Network = build_named(
         initialized, load_state, name, num_classes=num_classes, in_channels=in_channels,
         input_shape=input_shape, seed=seed,
     )  # fmt: skip
+    return made
 
 
 class Network(nn.HybridSequential):
@@ -76,7 +88,7 @@ class _Block(HybridBlock):
     """Blocks by name, put together by the forward of each kind of block."""
 
     def _through(self, x: Any, but: str | None = None) -> Any:
-        for name, block in self._children.items():
+        for name, block in children(self).items():
             if name != but:
                 x = block(x)
         return x
@@ -87,7 +99,7 @@ class Residual(_Block):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the sum, of the shape of the body's output."""
-        shortcut = self._children.get(nodes.SHORTCUT)
+        shortcut = children(self).get(nodes.SHORTCUT)
         return self._through(x, nodes.SHORTCUT) + (x if shortcut is None else shortcut(x))
 
 
@@ -104,13 +116,13 @@ class Concat(_Block):
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         """Return the outputs of all branches in one, `(B, C, H, W)`."""
-        return F.concat(*(branch(x) for branch in self._children.values()), dim=1)
+        return F.concat(*(branch(x) for branch in children(self).values()), dim=1)
 
 
 def _filled(block: HybridBlock, placed: dict[str, Placed], path: str) -> Any:
     """Return the block with its node's children, each with its name in the parameters' names."""
     with block.name_scope():
-        for name, _ in children(placed[path].node):
+        for name, _ in children_of(placed[path].node):
             if hasattr(block, name):
                 raise ValueError(f"{path!r} cannot have a child named {name!r}, a block's own.")
             setattr(block, name, _block(placed, entry(path, name), f"{name}_"))

@@ -15,20 +15,10 @@ import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, Parameter
 
-from doconv_mx.ordinary import channels_per_group, has_values, is_channels_last
-from doconv_mx.parameter import Entry, fill, initializer, options_of
+from doconv_mx import private
+from doconv_mx.ordinary import channels_per_group, is_channels_last
+from doconv_mx.parameter import Entry, fill, initializer
 from doconv_mx.tree import parameters, walk
-
-# What Gluon's convolutions and BSConvs make, and layers of another type may lack.
-_MADE = (
-    "_channels", "_in_channels", "_op_name", "_kwargs", "act", "weight", "bias", "_outline",
-    "_layout", "_deferred", "explained",
-)  # fmt: skip
-# What a block is besides a layer of its type.
-_KEPT = (
-    "_empty_prefix", "_prefix", "_name", "_scope", "_forward_hooks", "_forward_pre_hooks",
-    "_active", "_flags", "_callback", "_monitor_all", "_backend", "_backend_opts",
-)  # fmt: skip
 
 
 def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: Any) -> None:
@@ -39,7 +29,7 @@ def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: 
     else a new one. Layers that have no values yet have none afterwards.
     """
     first, old = layers[0], layers[0].weight
-    in_channels = channels_per_group(first) * first._kwargs["num_group"]
+    in_channels = channels_per_group(first) * private.settings(first)["num_group"]
     for layer in layers:
         layer.__class__, layer._outline = types[type(layer)], spec
     kind, shapes = first.kind, first.shapes(in_channels)
@@ -48,14 +38,14 @@ def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: 
         _unblock(old)
         made = {"weight": old}
     else:
-        made = {"weight": Entry(old.name, first, shape=shapes["weight"], **options_of(old))}
+        made = {"weight": Entry(old.name, first, shape=shapes["weight"], **private.options_of(old))}
         fill(made["weight"], old, first.as_weight)
     for name in kind.names[1:]:
         if name in shapes:
             start = {"init": initializer(kind.constants[name]), "allow_deferred_init": True}
-            options = {**options_of(old), **start, "shape": shapes[name]}
+            options = {**private.options_of(old), **start, "shape": shapes[name]}
             made[name] = Entry(f"{first.params.prefix}{name}", first, **options)
-            if has_values(old) or old._deferred_init:
+            if private.has_values(old) or private.waiting(old):
                 made[name].initialize(ctx=old.list_ctx())
     for layer in layers:
         vars(layer).update(dict.fromkeys(kind.names[1:]))
@@ -75,13 +65,13 @@ def fold_layers(layers: Sequence[Any]) -> None:
         if isinstance(weight, Entry):
             weight.__class__ = Parameter
             del weight._layer
-    elif has_values(old):
+    elif private.has_values(old):
         weight = first.fold().weight
     else:
-        per_group, size = channels_per_group(first), first._kwargs["kernel"]
+        per_group, size = channels_per_group(first), private.settings(first)["kernel"]
         body = (*size, per_group) if is_channels_last(first) else (per_group, *size)
-        weight = Parameter(old.name, shape=(old.shape[0], *body), **options_of(old))
-        weight._deferred_init = old._deferred_init
+        weight = Parameter(old.name, shape=(old.shape[0], *body), **private.options_of(old))
+        private.wait_as(weight, private.waiting(old))
     for layer in layers:
         set_parameter(layer, "weight", weight)
         for name in layer.kind.names[1:]:
@@ -98,21 +88,21 @@ def _unblock(weight: Parameter) -> None:
     operators that take a grouped one apart cannot read it afterwards.
     """
     with autograd.pause():
-        for array in weight._data or ():
+        for array in private.arrays(weight):
             plain = array.as_nd_ndarray()
             mx.nd.identity(plain.copy(), out=plain)
 
 
 def set_parameter(block: HybridBlock, name: str, parameter: Parameter) -> None:
     """Give a block a parameter as its attribute `name`, in the place of the one it has there."""
-    old, named = block._reg_params.get(name), block.params._params
+    old, named = private.registered(block).get(name), private.by_name(block)
     key = next((key for key, value in named.items() if value is old), parameter.name)
-    named[key] = block._reg_params[name] = vars(block)[name] = parameter
+    named[key] = private.registered(block)[name] = vars(block)[name] = parameter
 
 
 def remove_parameter(block: HybridBlock, name: str) -> None:
     """Take a block's parameter from it, and the attribute."""
-    old, named = block._reg_params.pop(name, None), block.params._params
+    old, named = private.registered(block).pop(name, None), private.by_name(block)
     for key in [key for key, value in named.items() if value is old]:
         del named[key]
     vars(block).pop(name)
@@ -123,8 +113,8 @@ def become(block: HybridBlock, other: HybridBlock) -> None:
 
     Attributes that are not of its type's making stay.
     """
-    kept = {name: vars(block)[name] for name in _KEPT}
-    for name in (*_MADE, *block._children):
+    kept = {name: vars(block)[name] for name in private.KEPT}
+    for name in (*private.MADE, *private.children(block)):
         vars(block).pop(name, None)
     vars(block).update({**vars(other), **kept})
     block.__class__ = type(other)
@@ -138,43 +128,22 @@ def copied(model: Block) -> Block:
     gradients are its own, which a copied array would not have.
     Raises TypeError where the model holds something else that Python cannot copy.
     """
-    apart: dict[int, Any] = {}  # what copy.deepcopy is to take for the copies of these objects
-    for _, block in walk(model):
-        if isinstance(block, HybridBlock) and block._cached_op is not None:
-            apart[id(block._cached_op)] = None
-    apart |= dict.fromkeys(_outer_scopes(model))
+    blocks = [block for _, block in walk(model)]
     with autograd.pause():
-        for parameter in parameters(model):
-            if parameter._trainer is not None:
-                apart[id(parameter._trainer)] = None
-            for array in (*(parameter._data or ()), *(parameter._grad or ())):
-                apart[id(array)] = array.copy()
+        memo = private.apart(blocks, parameters(model))
         try:
-            new = copy.deepcopy(model, apart)
+            new: Block = copy.deepcopy(model, memo)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{type(model).__name__} holds something that cannot be copied ({error}); with "
                 "inplace=True the model itself is changed."
             ) from error
-    for parameter in parameters(new):
-        if parameter._grad is not None:
-            autograd.mark_variables(parameter._data, parameter._grad, parameter.grad_req)
+    private.attach_gradients(parameters(new))
     forget_graphs(new)
     return new
-
-
-def _outer_scopes(model: Block) -> set[int]:
-    """Return the ids of the name scopes around the model in which its blocks were made.
-
-    A block remembers the scope, and by it the block around it, with everything in that one.
-    """
-    own = [block._scope for _, block in walk(model)]
-    outer = {id(scope._old_scope) for scope in own if scope._old_scope is not None}
-    return outer - set(map(id, own))
 
 
 def forget_graphs(model: Block) -> None:
     """Let every hybridized block build its graph anew when it is called next."""
     for _, block in walk(model):
-        if isinstance(block, HybridBlock):
-            block._clear_cached_op()
+        private.forget_graph(block)

@@ -15,14 +15,13 @@ from typing import Any
 
 import mxnet as mx
 from mxnet.gluon import Parameter, SymbolBlock, nn
-from mxnet.gluon.nn.conv_layers import _Conv
 from mxnet.symbol import Symbol
 
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import ALREADY, COMPUTED, REPLACED, SUBCLASS, TIED, place
 from doconv_mx.graph import CONVOLUTIONS, NORMS
 from doconv_mx.ordinary import channels_per_group
-from doconv_mx.private import no_name_scope
+from doconv_mx.private import Conv, by_name, graph_of, no_name_scope, registered, set_graph
 from doconv_mx.surgery import compose_layers, fold_layers, set_parameter
 from doconv_mx.tree import is_replaced
 
@@ -56,7 +55,7 @@ def node_of(layer: Any) -> Node | None:
 def nodes(block: SymbolBlock) -> list[Node]:
     """Return the convolutions of a block's graph, in its order; those of one weight once."""
     composed = block._composed if isinstance(block, DOSymbolBlock) else None
-    graph = block._cached_graph if composed is None else composed.graph
+    graph = graph_of(block) if composed is None else composed.graph
     described = json.loads(graph[1].tojson())["nodes"]
     users: dict[int, list[dict[str, Any]]] = {}
     for node in described:
@@ -67,7 +66,7 @@ def nodes(block: SymbolBlock) -> list[Node]:
     for node in (node for node in described if node["op"] in CONVOLUTIONS):
         source = node["inputs"][1][0]
         weight = described[source]
-        parameter = block.params._params.get(weight["name"]) if weight["op"] == "null" else None
+        parameter = by_name(block).get(weight["name"]) if weight["op"] == "null" else None
         layer = _layer(node, parameter)
         alike = len({_sizes(user) for user in users[source]}) == 1
         reason = (
@@ -87,10 +86,10 @@ def nodes(block: SymbolBlock) -> list[Node]:
 
 def norms(block: SymbolBlock) -> list[Node]:
     """Return the batch norms in a block's graph."""
-    described = json.loads(block._cached_graph[1].tojson())["nodes"]
+    described = json.loads(graph_of(block)[1].tojson())["nodes"]
     found = []
     for node in (node for node in described if node["op"] in NORMS):
-        gamma = block.params._params.get(described[node["inputs"][1][0]]["name"])
+        gamma = by_name(block).get(described[node["inputs"][1][0]]["name"])
         key = node["name"] if gamma is None else _key(block, gamma)
         layer = nn.BatchNorm(prefix="")
         name = key if gamma is None else key.removesuffix("_gamma")
@@ -104,7 +103,7 @@ def _sizes(node: dict[str, Any]) -> tuple[str, ...]:
     return tuple(attributes.get(k, "") for k in ("kernel", "num_filter", "num_group", "layout"))
 
 
-def _layer(node: dict[str, Any], parameter: Parameter | None) -> _Conv:
+def _layer(node: dict[str, Any], parameter: Parameter | None) -> Conv:
     """Return an ordinary layer like a convolution node, without values."""
     options = {k: v for k, v in node["attrs"].items() if not k.startswith("__")}
 
@@ -132,7 +131,7 @@ class _Composed:
 
     kind: type[SymbolBlock]
     graph: tuple[list[Symbol], Symbol]
-    layers: dict[str, _Conv]
+    layers: dict[str, Conv]
 
 
 class DOSymbolBlock(SymbolBlock):
@@ -152,8 +151,7 @@ class DOSymbolBlock(SymbolBlock):
         data, graph = self._composed.graph
         graph = copy.copy(graph)
         graph._compose(**{x.weight.name: _kernel(x) for x in self._composed.layers.values()})
-        self._cached_graph = data, graph
-        self._clear_cached_op()
+        set_graph(self, (data, graph))
 
 
 def _kernel(layer: Any) -> Symbol:
@@ -175,7 +173,7 @@ def compose_nodes(nodes: Iterable[tuple[Node, Any]], types: Mapping[Any, type[An
         block, layer, weight = node.block, node.layer, node.weight
         assert weight is not None  # or it would have been left
         if not isinstance(block, DOSymbolBlock):
-            vars(block)["_composed"] = _Composed(type(block), block._cached_graph, {})
+            vars(block)["_composed"] = _Composed(type(block), graph_of(block), {})
             block.__class__ = DOSymbolBlock
         if weight.shape is None:
             weight.shape = layer.weight.shape
@@ -200,8 +198,8 @@ def fold_nodes(nodes: Iterable[Node]) -> None:
         first, *others = layer.entries().values()
         key = _key(block, first)
         for parameter in others:
-            del block._reg_params[_key(block, parameter)]
-            del block.params._params[parameter.name]
+            del registered(block)[_key(block, parameter)]
+            del by_name(block)[parameter.name]
         fold_layers([layer])
         _set(block, key, layer.weight)
         changed[id(block)] = block
@@ -210,9 +208,8 @@ def fold_nodes(nodes: Iterable[Node]) -> None:
             block._put_kernels()
         else:
             composed = vars(block).pop("_composed")
-            block._cached_graph = composed.graph
             block.__class__ = composed.kind
-            block._clear_cached_op()
+            set_graph(block, composed.graph)
 
 
 def refuse_composition(
@@ -223,7 +220,7 @@ def refuse_composition(
     names: of their entries beside `weight`; an ordinary graph may have a weight of such a name.
     operators: what takes one of them to compose a kernel.
     """
-    described = json.loads(block._cached_graph[1].tojson())["nodes"]
+    described = json.loads(graph_of(block)[1].tojson())["nodes"]
 
     def users(index: int) -> set[str]:
         found: set[str] = set()
@@ -243,8 +240,8 @@ def refuse_composition(
 
 
 def _key(block: SymbolBlock, parameter: Parameter) -> str:
-    return next(str(k) for k, v in block._reg_params.items() if v is parameter)
+    return next(str(k) for k, v in registered(block).items() if v is parameter)
 
 
 def _set(block: SymbolBlock, key: str, parameter: Parameter) -> None:
-    block._reg_params[key] = block.params._params[parameter.name] = parameter
+    registered(block)[key] = by_name(block)[parameter.name] = parameter

@@ -9,6 +9,7 @@ from typing import Any
 from mxnet.gluon import Block, Parameter
 
 from doconv_core.state.file import entry
+from doconv_mx.private import children, registered
 
 _METHODS = ("__call__", "forward", "hybrid_forward")
 
@@ -31,7 +32,7 @@ def places(model: Block) -> list[tuple[Block, tuple[str, ...]]]:
 
     def visit(path: str, block: Block) -> None:
         found.setdefault(id(block), (block, []))[1].append(path)
-        for name, child in block._children.items():
+        for name, child in children(block).items():
             visit(entry(path, name), child)
 
     visit("", model)
@@ -45,7 +46,7 @@ def walk(model: Block) -> Iterator[tuple[str, Block]]:
 
 def own_parameters(block: Block) -> list[Parameter]:
     """Return the block's own parameters, each once, whether they are its attributes or not."""
-    found = {id(p): p for p in (*block._reg_params.values(), *block.params.values())}
+    found = {id(p): p for p in (*registered(block).values(), *block.params.values())}
     return list(found.values())
 
 

@@ -12,6 +12,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.maths.numeric import Difference
 from doconv_core.models.verify import flat, largest_difference
+from doconv_mx.private import has_values, waiting
 from doconv_mx.tree import parameters
 
 
@@ -28,6 +29,11 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     Raises TypeError for what cannot be called and for an output of another kind; ValueError where
     the outputs differ in structure or shape, or where a model got its values by this very run, so
     that the outputs were those of random numbers.
+
+    >>> conv = mx.gluon.nn.Conv2D(8, 3, in_channels=3)
+    >>> conv.initialize()
+    >>> verify(conv, conv, mx.nd.ones((1, 3, 5, 5)))
+    Difference(absolute=0.0, relative=0.0)
     """
     for name, model in (("a", a), ("b", b)):
         if not callable(model):
@@ -42,11 +48,11 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
 def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any]:
     """Return the arrays of a model's outputs in inference; `name` is the model's in messages."""
     owned = parameters(model) if isinstance(model, Block) else []
-    waiting = [p for p in owned if p._deferred_init]
+    undrawn = [p for p in owned if waiting(p)]
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     with autograd.pause(train_mode=False):
         output = model(*_own(arguments))
-    drawn = [p.name for p in waiting if p._data is not None]
+    drawn = [p.name for p in undrawn if has_values(p)]
     if drawn:
         raise ValueError(
             f"{name} had no values for {drawn[0]!r} before this run, which has drawn them at "

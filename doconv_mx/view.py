@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mxnet.gluon import Block, SymbolBlock
-from mxnet.gluon.nn.basic_layers import _BatchNorm
-from mxnet.gluon.nn.conv_layers import _Conv
 
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.view import Flow, ModelView, Site
@@ -17,6 +15,7 @@ from doconv_mx import batchnorm, graph, symbols
 from doconv_mx.composed import ComposedLayers
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import is_convolution, obstacle, outline
+from doconv_mx.private import BatchNorm, Conv, settings
 from doconv_mx.surgery import copied, forget_graphs
 from doconv_mx.tree import check_model, count, owners, parameters, places, walk
 
@@ -99,7 +98,7 @@ class View(ModelView):
 
     def is_batch_norm(self, layer: Block) -> bool:
         """Return whether a block is a batch norm."""
-        return isinstance(layer, _BatchNorm)
+        return isinstance(layer, BatchNorm)
 
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands."""
@@ -125,7 +124,7 @@ class View(ModelView):
 def _is_alike(block: Block, layer: Any) -> bool:
     """Return whether a block has a layer's weight as a convolution of the same layout."""
     return (
-        isinstance(block, _Conv)
+        isinstance(block, Conv)
         and block.weight is layer.weight
-        and block._kwargs["layout"] == layer._kwargs["layout"]
+        and settings(block)["layout"] == settings(layer)["layout"]
     )
