@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 import click
@@ -19,6 +20,7 @@ MISSING: Final = 6
 CRASH: Final = 70  # as sysexits.h has it: an error of the software itself
 INTERRUPTED: Final = 128 + 2
 PIPE: Final = 128 + 13
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a disk that takes no more
 
 
 class Failure(click.ClickException):
@@ -42,7 +44,7 @@ def as_failure(error: Exception) -> Failure | None:
     if isinstance(error, FileExistsError):
         return Failure(_told(error), TARGET)
     if isinstance(error, OSError):
-        return Failure(_told(error), USAGE)
+        return Failure(_told(error), TARGET if error.errno in FULL else USAGE)
     return None
 
 

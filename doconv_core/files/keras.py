@@ -118,8 +118,11 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         """Return the weights as a file of their own, compared with their check sum."""
         folder = self._opened.enter_context(tempfile.TemporaryDirectory())
         weights = Path(folder) / WEIGHTS
-        with weights.open("wb") as file:
-            copy_member(self.path, self._archive, WEIGHTS, file)
+        try:
+            with weights.open("wb") as file:
+                copy_member(self.path, self._archive, WEIGHTS, file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(weights)) from error
         return weights
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
