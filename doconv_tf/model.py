@@ -100,7 +100,6 @@ def fold(
     computes exactly, ValueError for a form that there is not, and TypeError and ValueError as
     `over_parameterize` does; before anything is changed.
 
-    >>> from doconv_tf import DOConv2D
     >>> model = keras.Sequential([keras.Input((8, 8, 3)), DOConv2D(4, 3, name="conv")])
     >>> folded, report = fold(model)
     >>> report.changed

@@ -56,7 +56,6 @@ def orthonormality_loss(model: keras.Layer, alpha: float = ALPHA) -> Any:
     TypeError for what is not a layer and for an alpha that is no number.
     Source: BSConv, arXiv 2003.13549, orthonormal regularization of subspace BSConv.
 
-    >>> from doconv_tf import BSConvS2D
     >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
     >>> float(orthonormality_loss(model)) > 0
     True
@@ -77,7 +76,6 @@ def add_orthonormality(model: keras.Layer, alpha: float = ALPHA) -> None:
     holds this one and was fitted before has to be compiled again.
     Raises as `orthonormality_loss` does.
 
-    >>> from doconv_tf import BSConvS2D
     >>> model = keras.Sequential([keras.Input((8, 8, 16)), BSConvS2D(16, 3)])
     >>> add_orthonormality(model, 0.1)
     >>> len(model.losses)

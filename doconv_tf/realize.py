@@ -33,7 +33,6 @@ def build(
     `doconv_core.networks.initialize` does as the papers do.
     Raises ValueError, by path, for a description that gives no network.
 
-    >>> from doconv_core.networks.names import describe
     >>> build(describe("resnet18_doconv", num_classes=5)).output_shape
     (None, 5)
     """

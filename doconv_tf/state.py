@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -17,13 +16,12 @@ from doconv_core.maths.layout import (
     to_channels_first,
 )
 from doconv_core.networks.names import known_name
-from doconv_core.state.file import State, entry, origin_of
+from doconv_core.state.exchange import Holder, export_from, load_into
+from doconv_core.state.file import State, entry
 from doconv_core.state.layers import suspect_flattening
-from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
+from doconv_core.state.match import Assignment, Match
 from doconv_tf.graph import ordered_children
 from doconv_tf.layers import Part, own_weights, parts_of, reader_of, surroundings
-
-FRAMEWORK = "keras"
 
 
 def export_state(model: keras.Layer) -> State:
@@ -39,15 +37,7 @@ def export_state(model: keras.Layer) -> State:
     >>> {name: array.shape for name, array in export_state(model).arrays.items()}
     {'head.weight': (2, 4), 'head.bias': (2,)}
     """
-    parts = _parts(model)
-    arrays = {
-        entry(path, name): _to_array(variable, part, name)
-        for path, part in parts.items()
-        for name, variable in part.variables.items()
-    }
-    forms = {path: part.form for path, part in parts.items()}
-    network = known_name(model.name)
-    return State(forms, arrays, origin_of(FRAMEWORK, keras.__version__, network))
+    return export_from(_Layers(model))
 
 
 def load_state(
@@ -68,21 +58,42 @@ def load_state(
     >>> bool(ops.all(model.layers[0].kernel == other.layers[0].kernel))
     True
     """
-    parts = _parts(model)
-    forms = {path: part.form for path, part in parts.items()}
-    network = known_name(model.name)
-    fitted = fit_state(
-        state, forms, match=match, ignore=ignore, framework=FRAMEWORK, network=network
-    )
-    assignments = []
-    for path, part in parts.items():
-        for name, variable in part.variables.items():
-            array = _from_array(fitted[path][name], part, name)
-            dtype = keras.backend.standardize_dtype(variable.dtype)
-            assignments.append(Assignment(entry(path, name), variable, dtype, array))
-    check_assignments(assignments)
-    for _, variable, dtype, array, _ in assignments:
-        variable.assign(ops.cast(array, dtype))
+    load_into(_Layers(model), state, match=match, ignore=ignore)
+
+
+class _Layers(Holder):
+    """The layers of a model that own weights. Errors are those of `export_state`."""
+
+    framework, version = "keras", keras.__version__
+
+    def __init__(self, model: keras.Layer) -> None:
+        self._parts = _parts(model)
+        self.network = known_name(model.name)
+        self.layers = {path: part.form for path, part in self._parts.items()}
+
+    def get(self, path: str, name: str) -> Array:
+        """Return a copy of an entry as an array; bfloat16 as float32."""
+        part = self._parts[path]
+        variable = part.variables[name]
+        array: Array = ops.convert_to_numpy(variable)
+        if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
+            array = array.astype(np.float32)
+        if name == "weight" and part.layout:
+            array = to_canonical(array, part.layout)
+        array = array.reshape(part.form.shapes[name])
+        positions = _positions(part, name)
+        return array.copy() if positions is None else to_channels_first(array, positions).copy()
+
+    def assignment(self, path: str, name: str, array: Array) -> Assignment:
+        """Return what gives an entry this array."""
+        part = self._parts[path]
+        variable = part.variables[name]
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        return Assignment(entry(path, name), variable, dtype, _from_array(array, part, name))
+
+    def put(self, assignment: Assignment) -> None:
+        """Assign an array to its variable."""
+        assignment.parameter.assign(ops.cast(assignment.array, assignment.dtype))
 
 
 def _parts(model: keras.Layer) -> dict[str, Part]:
@@ -125,17 +136,6 @@ def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
     yield path, layer
     for child in ordered_children(layer):
         yield from _walk(entry(path, child.name), child)
-
-
-def _to_array(variable: Any, part: Part, name: str) -> Array:
-    array: Array = ops.convert_to_numpy(variable)
-    if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
-        array = array.astype(np.float32)
-    if name == "weight" and part.layout:
-        array = to_canonical(array, part.layout)
-    array = array.reshape(part.form.shapes[name])
-    positions = _positions(part, name)
-    return array.copy() if positions is None else to_channels_first(array, positions).copy()
 
 
 def _from_array(array: Array, part: Part, name: str) -> Array:
