@@ -38,9 +38,7 @@ def test_verify_compares_every_array_of_nested_outputs():
         verify(Nested(2), nn.Activation("relu"), x)
     with pytest.raises(ValueError, match=r"'sum', 'parts\.0\.0'"):
         verify(nn.Activation("relu"), Nested(2), x)
-    with pytest.raises(
-        TypeError, match=r"output 'parts\.1' is a builtins\.str; expected arrays, n"
-    ):
+    with pytest.raises(TypeError, match=r"output 'parts\.1' is a str; expected arrays, nu"):
         verify(Nested(2), lambda x: {"parts": [x, "3"]}, x)
     with pytest.raises(
         TypeError, match=r"b must be a mxnet\.gluon\.Block or another callable; received builtins"
