@@ -46,9 +46,10 @@ class StandIn:
         ordinary layer does not take either.
         """
         own = {name: options.pop(name, each) for name, each in cls.own_arguments().items()}
-        bound = inspect.signature(cls.ordinary.__init__).bind(None, *args, **options)
-        given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-        given = {name: value for name, value in given.items() if name not in ("self", "kwargs")}
+        usual = inspect.signature(cls.ordinary.__init__)
+        given = dict(usual.bind(None, *args, **options).arguments)
+        del given["self"]
+        given |= given.pop("kwargs", {})
         for name in given.keys() & set(_SIZES):
             given[name] = as_tuple(name, given[name], cls.rank)
         for name in given.keys() & set(_NUMBERS):

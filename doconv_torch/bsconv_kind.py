@@ -23,7 +23,7 @@ from doconv_core.kinds.bsconv import (
 )
 from doconv_core.models.report import REPLACED, SUBCLASS, Choice
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
-from doconv_torch.bsconv import LAYERS, _BSConv
+from doconv_torch.bsconv import LAYERS, _BSConv, _BSConvS
 from doconv_torch.bsconv_fold import folded, is_changed
 from doconv_torch.ordinary import is_bound, kind_of, spec_of
 from doconv_torch.surgery import become
@@ -96,6 +96,10 @@ class BSConvLayers(LayerKind):
             elif isinstance(new, nn.Sequential):
                 new.depthwise = layer.depthwise
             become(layer, new)
+
+    def orthonormal(self, layer: Any) -> Any | None:
+        """Return the first pointwise convolution of a BSConv-S."""
+        return layer.pointwise1 if isinstance(layer, _BSConvS) else None
 
     def choice(self, view: ModelView, site: Site) -> Choice | None:
         """Return what each form costs; None where parts were exchanged, for quantized ones, say."""

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
-from doconv_torch.bsconv import _BSConvS
+from doconv_torch.kinds import LAYER_KINDS
 
 Conv = TypeVar("Conv", bound=_ConvNd)
 
@@ -78,11 +78,13 @@ def mark_orthonormal(conv: Conv) -> Conv:
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     seen: list[Any] = []
     for module in model.modules():
-        layer: Any = module.pointwise1 if isinstance(module, _BSConvS) else module
-        marked = isinstance(module, _ConvNd) and getattr(module, "orthonormal", False) is True
-        if (layer is not module or marked) and not any(layer is other for other in seen):
-            seen.append(layer)
-            yield layer.weight
+        found = [layers.orthonormal(module) for layers in LAYER_KINDS.values()]
+        if isinstance(module, _ConvNd) and getattr(module, "orthonormal", False) is True:
+            found.append(module)
+        for layer in found:
+            if layer is not None and not any(layer is other for other in seen):
+                seen.append(layer)
+                yield layer.weight
 
 
 def _norm(weight: Tensor) -> Tensor:

@@ -16,7 +16,13 @@ from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import Array, CheckpointError, Entry, KernelSizes, Layer, once
 from doconv_core.files.formats import Beginning
 from doconv_core.files.hdf5 import Hdf5, fill
-from doconv_core.files.keras_names import folded_config, is_node, stored_nodes, unknown_class
+from doconv_core.files.keras_names import (
+    folded_config,
+    is_kept,
+    is_node,
+    stored_nodes,
+    unknown_class,
+)
 from doconv_core.files.keras_weights import TYPES as TYPES
 from doconv_core.files.keras_weights import KerasWeightsCheckpoint
 from doconv_core.files.shapes import Sizes
@@ -25,6 +31,7 @@ from doconv_core.maths.batchnorm import NotFoldable
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), "Keras"
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 MAX_CONFIG = 1 << 28
+KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"
 
 
 def sniff(begin: Beginning) -> bool:
@@ -79,6 +86,11 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
             new_paths = {old: new for old, new, _ in stored}
             self._open(Hdf5(path, self.weights), nodes, new_paths, Sizes(kernel_sizes))
             self.ordered = all(group_of(layer) in nodes for layer in self.layers)
+            self.unfolded = tuple(
+                (str(node["config"].get("name") or path), KEPT.format(node["class_name"]))
+                for path, node in nodes.items()
+                if is_kept(node)
+            )
         except RecursionError as error:
             self.close()
             raise CheckpointError(f"{path}: {CONFIG} is nested too deeply.") from error
@@ -112,6 +124,14 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
+        for path, node in self.nodes.items():
+            for layer in self.layers if is_kept(node) else ():
+                if layer.over_parameterized and layer.entries["weight"].startswith(f"{path}/"):
+                    raise NotFoldable(
+                        f"{self.path}: layer {layer.name!r} is a part of a {node['class_name']}, "
+                        "which is not folded in a .keras file; fold the model in Python and save "
+                        "that."
+                    )
         if any(self._unknown):
             raise NotFoldable(
                 "{}: layer {!r} is a {} of this package's, which is not known here; a later "

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
+# Classes of backends by name, and what each is in a folded file: an entry point whose value names
+# that class. None is loaded.
+GROUP = "doconv.keras_classes"
+REGISTERED = {entry.name: entry.value for entry in metadata.entry_points(group=GROUP)}
+ORDINARY = "keras.layers:"
 CLASSES = {
-    "DOConv1D": "Conv1D", "DOConv2D": "Conv2D", "DOConv3D": "Conv3D",
-    "DODepthwiseConv1D": "DepthwiseConv1D", "DODepthwiseConv2D": "DepthwiseConv2D",
-    "DOSeparableConv1D": "SeparableConv1D", "DOSeparableConv2D": "SeparableConv2D",
-}  # fmt: skip
+    name: folded.removeprefix(ORDINARY)
+    for name, folded in REGISTERED.items()
+    if folded.startswith(ORDINARY)
+}
 # What a config has of D. Those that have a `depth_multiplier` of their own call S otherwise.
 OF_D = {"depth_multiplier", "depthwise_initializer", "depthwise_regularizer",
         "depthwise_constraint"}  # fmt: skip
@@ -60,12 +66,19 @@ def _is_own(node: Mapping[str, Any], name: str) -> bool:
     return node.get("registered_name") == f"{PACKAGE}{name}" or module == MODULE
 
 
+def is_kept(node: Mapping[str, Any]) -> bool:
+    """Return whether a config is of a class of this package's that stays when it is folded."""
+    name = node["class_name"]
+    return name in REGISTERED and name not in CLASSES and _is_own(node, name)
+
+
 def unknown_class(value: Any) -> tuple[str, str]:
     """Return class and name of what is of this package in a config, and not known here, or "", "".
 
     Such as a layer of a later version.
     """
-    if is_node(value) and _is_own(value, value["class_name"]) and not own_class(value):
+    name = value["class_name"] if is_node(value) else ""
+    if name and name not in REGISTERED and _is_own(value, name):
         return value["class_name"], str(value["config"].get("name", ""))
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((found for item in inner if any(found := unknown_class(item))), ("", ""))

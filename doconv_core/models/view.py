@@ -205,6 +205,10 @@ class LayerKind(ABC):
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Fold layers, in place."""
 
+    def orthonormal(self, layer: Any) -> Any | None:
+        """Return the part of a layer whose weight is trained to have orthonormal rows, if any."""
+        return None
+
     def choice(self, view: ModelView, site: Site) -> Choice | None:
         """Return what each form of a layer costs; None where there is no choice, or no telling."""
         return None
