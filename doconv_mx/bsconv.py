@@ -317,8 +317,8 @@ class BSConvU2D(_BSConvU):
 
     >>> layer = BSConvU2D(4, 8, 3, padding=1)
     >>> layer.initialize()
-    >>> layer(mx.nd.ones((1, 4, 6, 6))).shape, list(private.children(layer))
-    ((1, 8, 6, 6), ['pointwise', 'depthwise'])
+    >>> layer(mx.nd.ones((1, 4, 6, 6))).shape, len(layer)  # a pointwise part, then a depthwise
+    ((1, 8, 6, 6), 2)
     """
 
     ordinary, rank = nn.Conv2D, 2
