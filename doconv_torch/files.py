@@ -112,7 +112,7 @@ class PyTorchCheckpoint(Checkpoint):
     def _find_unfolded(self) -> tuple[tuple[str, str], ...]:
         """Return where else a copy of the model may lie, and what to do about it."""
         layers = [layer for layer in self.layers if layer.over_parameterized]
-        shapes = {self.entries[layer.entries["depthwise_weight"]].shape for layer in layers}
+        shapes = {self.entries[x.entries[role]].shape for x in layers for role in x.gone}
         reason = (
             "{} in no state dict, as in an average that is kept as a list; a copy of the model "
             "among them stays over-parameterized: load it into the model, and fold that"
@@ -200,7 +200,7 @@ class PyTorchCheckpoint(Checkpoint):
         """Return the kernel as a tensor, the same one for layers that share W and D."""
         assert output.layer is not None  # as the caller has checked
         sources = [self._tensors[name] for role, name in output.layer.entries.items()
-                   if role in ("weight", "depthwise_weight", "identity")]  # fmt: skip
+                   if role in ("weight", *output.layer.gone)]  # fmt: skip
         shared = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
         if shared not in done:
             old = self._tensors[output.source]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from doconv_core.cli.errors import IMPOSSIBLE, TARGET, Failure
 from doconv_core.cli.parse import KernelSizes, sizes_option
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CheckpointError, Layer
+from doconv_core.files.entries import CheckpointError, D, Layer
 from doconv_core.files.formats import open_checkpoint
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import place
@@ -111,10 +111,12 @@ def folded_parameters_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
         return parameters
     if layer.kernel_shape is None:
         return None
-    weight, depthwise = (
-        checkpoint.entries[layer.entries[role]].size for role in ("weight", "depthwise_weight")
+    gone = (role for role in ("weight", *layer.gone) if role not in STATISTICS)
+    return (
+        parameters
+        - sum(checkpoint.entries[layer.entries[role]].size for role in gone)
+        + prod(layer.kernel_shape)
     )
-    return parameters - weight - depthwise + prod(layer.kernel_shape)
 
 
 def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
@@ -130,7 +132,7 @@ def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> Non
 def note_of(checkpoint: Checkpoint, layer: Layer) -> str:
     """Return a layer's note, in the words of the command line."""
     if layer.over_parameterized and layer.kernel_shape is None and "kernel_sizes=" in layer.note:
-        shape = checkpoint.entries[layer.entries["depthwise_weight"]].shape
+        shape = checkpoint.entries[layer.entries[D]].shape
         taps = shape[0] if layer.origin == "reference TensorFlow" else shape[1]
         side = isqrt(taps)
         example = f"{side}x{side}" if side * side == taps else f"{taps}"
@@ -152,6 +154,6 @@ def depthwise_of(checkpoint: Checkpoint, layer: Layer) -> Array | None:
         return checkpoint.pair(layer)[1]
     except NotFoldable:
         # Of a grouped layer of the reference's in PyTorch, only how W meets D is another.
-        depthwise = checkpoint.read(layer.entries["depthwise_weight"])
+        depthwise = checkpoint.read(layer.entries[D])
         is_pytorch = layer.origin == "reference PyTorch"
         return depthwise if is_pytorch and depthwise.shape[1] <= depthwise.shape[2] else None

@@ -111,10 +111,8 @@ def _array(file: Contents, layer: Layer, role: str, size: tuple[int, ...] | None
 def _roles(a: Layer, b: Layer) -> list[str]:
     """Return the roles that one of the layers has, without those that folding takes away."""
     roles = [*a.entries, *(role for role in b.entries if role not in a.entries)]
-    folded_away = {"depthwise_weight", "identity"}
-    if a.over_parameterized or b.over_parameterized:
-        roles = [role for role in roles if role not in folded_away]
-    return roles
+    gone = {role for layer in (a, b) if layer.over_parameterized for role in layer.gone}
+    return [role for role in roles if role not in gone]
 
 
 def _compared(path: str, role: str, x: Array, y: Array, allowed: float) -> Compared:

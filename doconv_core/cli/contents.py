@@ -25,11 +25,12 @@ from doconv_core.cli.recognised import (
     weight_of,
 )
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
+from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, IDENTITY, LINEAR, D, Layer
 from doconv_core.files.folding import check_finite
 from doconv_core.files.shapes import canonical_shape
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.layout import to_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
@@ -38,7 +39,7 @@ from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
 
-OF_W = ("weight", "depthwise_weight", "identity")
+OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
 NORMS = (BATCH_NORM, NORM)
 CHANNELS_LAST = ("reference TensorFlow", "reference Gluon")  # their D is `(M, S, I)`
@@ -49,6 +50,11 @@ def state_names(layer: Layer) -> dict[str, str]:
     """Return the role of each of a layer's entries, by its name in a state."""
     norm = {"weight": "gamma", "bias": "beta"} if layer.kind in NORMS else {}
     return {norm.get(role, role): role for role in layer.entries}
+
+
+def weights_of(layer: Layer) -> tuple[str, ...]:
+    """Return the roles of what a convolution's kernel is made of."""
+    return ("weight", *layer.gone) if layer.over_parameterized else OF_W
 
 
 class Contents:
@@ -123,14 +129,14 @@ class Contents:
 
         Where S is M, a layer keeps W in the kernel's shape; where it is more, as `(O, I/g, S)`.
         """
-        if not layer.over_parameterized:
+        if D not in layer.entries:
             return False
         taps, multiplier, _ = self._sizes_of_d(layer)
         return fold or multiplier <= taps
 
     def _sizes_of_d(self, layer: Layer) -> tuple[int, int, int]:
         """Return `M`, `S` and `I`."""
-        first, second, third = self.entries[layer.entries["depthwise_weight"]].shape
+        first, second, third = self.entries[layer.entries[D]].shape
         last = layer.origin in CHANNELS_LAST
         return (first, second, third) if last else (second, third, first)
 
@@ -143,7 +149,7 @@ class Contents:
         """
         found: dict[str, Values] = {}
         for name, role in state_names(layer).items():
-            if layer.kind != CONVOLUTION or role not in OF_W:
+            if layer.kind != CONVOLUTION or role not in weights_of(layer):
                 found[name] = self._as_stored(layer, role)
             elif role == "weight":
                 found |= self._weights(layer, fold)
@@ -162,7 +168,7 @@ class Contents:
         return Values(shape, entry.dtype, read, (entry.name,))
 
     def _weights(self, layer: Layer, fold: bool) -> dict[str, Values]:
-        sources = tuple(name for role, name in layer.entries.items() if role in OF_W)
+        sources = tuple(name for role, name in layer.entries.items() if role in weights_of(layer))
         dtype = self.entries[layer.entries["weight"]].dtype
         kernel = partial(self.checkpoint.kernel, layer)
         stored = Values(layer.kernel_shape or (), dtype, kernel, sources)
@@ -171,6 +177,8 @@ class Contents:
         if fold:
             folded = replace(stored, read=lambda: check_finite(layer, kernel()), how=FOLDED)
             return {"weight": folded}
+        if layer.composition is not DO_CONV:
+            return self._composed(layer, sources)
         pair = self._pair(layer)
         if pair is None:
             assert isinstance(layer.spec, ConvSpec)  # as `_pair` has checked
@@ -183,6 +191,20 @@ class Contents:
         return {
             name: Values(shape, dtype, reads[name], sources)
             for name, shape in zip(DO_CONV.names, shapes, strict=True)
+        }
+
+    def _composed(self, layer: Layer, sources: tuple[str, ...]) -> dict[str, Values]:
+        """Return what a kernel of another kind is composed of, each as a state has it."""
+        shapes = layer.composition.entries(layer.spec)
+
+        def read(role: str) -> Array:
+            array = self.checkpoint.read(layer.entries[role])
+            array = to_canonical(array, layer.layout) if role == "weight" else array
+            return array.reshape(shapes[role])
+
+        return {
+            role: Values(shapes[role], self.entries[layer.entries[role]].dtype, partial(read, role))
+            for role in shapes
         }
 
     def _pair(self, layer: Layer) -> Callable[[], dict[str, Array]] | None:

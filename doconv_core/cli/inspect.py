@@ -24,7 +24,8 @@ from doconv_core.cli.output import counted, number, print_json, print_table, pro
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import OTHER, Layer
+from doconv_core.files.entries import OTHER, D, Layer
+from doconv_core.kinds.do_conv import DO_CONV
 
 
 @click.command(short_help="Show what is in a checkpoint.")
@@ -45,12 +46,12 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
     """  # noqa: D301
     with opened(file, kernel_sizes) as checkpoint:
         layers = recognised_layers(checkpoint)
-        over_parameterized = [layer for layer in layers if layer.over_parameterized]
+        over_parameterized = [layer for layer in layers if D in layer.entries]
         measures = {}
         with progress("measuring") as step:
             for done, layer in enumerate(over_parameterized):
                 step(done, len(over_parameterized))
-                dtype = checkpoint.entries[layer.entries["depthwise_weight"]].dtype
+                dtype = checkpoint.entries[layer.entries[D]].dtype
                 depthwise = depthwise_of(checkpoint, layer)
                 if depthwise is not None:
                     measures[layer.name] = measure(depthwise, dtype)
@@ -127,7 +128,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
         print_table(
             ["over-parameterized", "D", "|D|/|E|", "max |D|", "rank", "condition", "worst"],
             [_measures_row(checkpoint, layer, measures) for layer in layers
-             if layer.over_parameterized and layer.name in measures],
+             if layer.name in measures],
         )  # fmt: skip
     notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
     if checkpoint.others:
@@ -140,7 +141,9 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
 
 def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
     entries = [checkpoint.entries[name] for name in layer.entries.values()]
-    kind = "DO-Conv" if layer.over_parameterized else layer.kind
+    kind = layer.kind
+    if layer.over_parameterized:
+        kind = "DO-Conv" if layer.composed == DO_CONV.name else layer.composed
     if layer.origin.startswith("reference"):
         kind = f"{kind}, {layer.origin}"
     shape = layer.kernel_shape or entries[0].shape
@@ -156,7 +159,7 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
 
 def _measures_row(checkpoint: Checkpoint, layer: Layer, measures: dict[str, Measures]) -> list[str]:
     found = measures[layer.name]
-    depthwise = checkpoint.entries[layer.entries["depthwise_weight"]]
+    depthwise = checkpoint.entries[layer.entries[D]]
     return [
         layer.name or "(the model itself)",
         size(depthwise.shape),

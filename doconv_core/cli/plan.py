@@ -24,7 +24,7 @@ from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.parse import matches
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
 from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
-from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
@@ -97,12 +97,13 @@ class _Arrays(Mapping[str, Array]):
 class Target(NamedTuple):
     """The layer that is written. entries: by their names in a state. layout: of its weight.
 
-    spec: its sizes, where they are told. groups: of the weight.
+    spec: its sizes, where they are told. kind: of one that composes its kernel.
     """
 
     entries: dict[str, Entry]
     layout: str = "OI*"
     spec: object = None
+    kind: ComposedKind | None = None
 
     def planned(self, name: str, values: Values) -> Planned:
         """Return one of its entries, of these values."""
@@ -171,7 +172,8 @@ class Conversion:
                 IMPOSSIBLE,
             )
         entries = {n: template.entries[other.entries[r]] for n, r in state_names(other).items()}
-        target = Target(entries, other.layout, other.spec)
+        kind = other.composition if other.over_parameterized else None
+        target = Target(entries, other.layout, other.spec, kind)
         if layer.over_parameterized and not (other.over_parameterized or self.fold):
             raise Failure(
                 f"{place(layer.name)} is over-parameterized in {self.source.path}, and ordinary "
@@ -184,7 +186,6 @@ class Conversion:
             raise differs
         words = sides(self.source.path, template.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
-        kind = DO_CONV if other.over_parameterized else None
         fitted = fit_arrays(values, shapes, words, kind, other.spec)
         for name, entry in entries.items():
             self._check_digits(template, entry, fitted[name])
@@ -245,7 +246,7 @@ class Conversion:
         else:
             names = {}
         if layer.kind == CONVOLUTION:
-            names |= {"weight": "weight", "depthwise_weight": "depthwise_weight"}
+            names |= {name: name for name in layer.composition.names}
         bias = layer.entries.get("bias")
         if layer.kind == LINEAR and bias and len(self.source.entries[bias].shape) != 1:
             del names["bias"]  # a layer norm over two axes looks like a linear layer, but for it
@@ -256,9 +257,8 @@ class Conversion:
     ) -> Target:
         """Return the layer that is written, in the layout of PyTorch and Gluon."""
         shapes = {name: each.shape for name, each in values.items()}
-        if "depthwise_weight" in values and layer.kind == CONVOLUTION:
-            _, taps, multiplier = shapes["depthwise_weight"]
-            same = taps == multiplier and layer.kernel_shape is not None
+        if layer.over_parameterized and {*layer.composition.names} <= values.keys():
+            same = prod(shapes["weight"]) == prod(layer.kernel_shape or ())
             shapes |= {"weight": layer.kernel_shape or ()} if same else {}
         dtypes = {name: each.dtype for name, each in values.items()}
         if layer.kind == BATCH_NORM and framework == GLUON:  # whose batch norms always have both
@@ -307,8 +307,8 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     optional = set(NEUTRAL) if norm else set()
     missing = target.entries.keys() - values.keys() - optional
     shapes = {name: each.shape for name, each in values.items()}
-    if missing and isinstance(target.spec, ConvSpec):
-        shapes |= DO_CONV.entries(target.spec)
+    if missing and target.kind is not None:
+        shapes |= target.kind.entries(target.spec)
     if target.entries.keys() - shapes.keys() - optional:
         return False
     if shapes.keys() - target.entries.keys() - optional:

@@ -15,12 +15,14 @@ from doconv_core.files.entries import (
     BFLOAT16,
     Array,
     CheckpointError,
+    D,
     Entry,
     Layer,
     from_storage,
     to_storage,
 )
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_blocks, compose_upstream
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical
 from doconv_core.state.layers import LayerForm
@@ -99,7 +101,7 @@ class Checkpoint(ABC):
             if layer.kernel_shape is not None:
                 weight = weight.reshape(layer.kernel_shape)
             return weight, None
-        depthwise = self.read(layer.entries["depthwise_weight"])
+        depthwise = self.read(layer.entries[D])
         if not layer.origin.startswith(ORIGIN):
             return weight.reshape(*weight.shape[:2], -1), depthwise
         name = layer.entries.get("identity")
@@ -130,8 +132,16 @@ class Checkpoint(ABC):
         return weight.reshape(layer.kernel_shape)
 
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
-        """Return the kernel of a canonical W, as it is stored, with the layer's D."""
-        depthwise = self.read_stored(layer.entries["depthwise_weight"])
+        """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
+        kind = layer.composition
+        if kind is not DO_CONV:
+            shapes = kind.entries(layer.spec)
+            weights = {r: self.read(layer.entries[r]) for r in kind.names[1:] if r in shapes}
+            weights["weight"] = from_storage(weight).reshape(shapes["weight"])
+            kernel = kind.compose(weights, layer.spec)
+            stored = self.entries[layer.entries["weight"]].dtype
+            return to_storage(kernel, stored) if as_stored else kernel
+        depthwise = self.read_stored(layer.entries[D])
         if not layer.origin.startswith(ORIGIN):
             weight = weight.reshape(*weight.shape[:2], -1)
             return compose_blocks(weight, depthwise, as_stored=as_stored)

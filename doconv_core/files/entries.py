@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from doconv_core.kinds.base import ComposedKind, kind_named
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.layers import LinearSpec
 
@@ -22,6 +24,8 @@ Array = NDArray[Any]
 KernelSizes: TypeAlias = Mapping[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[int, int], None]
 
+D = DO_CONV.names[1]  # the role of a DO-Conv layer's D
+IDENTITY = "identity"  # the role of the one that the reference implementation stores
 CONVOLUTION, LINEAR, BATCH_NORM, OTHER = "convolution", "linear", "batch norm", "other"
 
 
@@ -71,8 +75,8 @@ class Layer:
     `module.` that a wrapper put before all names, and without the part.
     kind: "convolution" (a transposed one looks the same), "linear" (or an embedding),
     "batch norm", "other".
-    entries: the names of the entries by role, in the file's order. Roles: weight,
-    depthwise_weight, identity (the reference implementation's), bias; of a batch norm also
+    entries: the names of the entries by role, in the file's order. Roles: weight, the others of the
+    kind that composes it, identity (the reference implementation's), bias; of a batch norm also
     running_mean, running_var, num_batches_tracked. The entries of an "other" bear their own names.
     origin: "doconv", of an "other" with a note too if it seems to be a layer of this package, and
     cannot be folded; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
@@ -84,6 +88,7 @@ class Layer:
     `(out, in)`; None where the kernel size is not in the file.
     layout: `doconv_core.maths.layout`'s word for the axes of a convolution's weight in the file.
     note: what a reader should know: an assumption made, or why the layer cannot be folded.
+    composed: of an over-parameterized layer, the kind that composes its kernel.
     """
 
     path: str
@@ -96,6 +101,19 @@ class Layer:
     kernel_shape: tuple[int, ...] | None = None
     layout: str = "OI*"
     note: str = ""
+    composed: str = DO_CONV.name
+
+    @property
+    def composition(self) -> ComposedKind:
+        """The kind that composes the kernel of an over-parameterized layer."""
+        kind = kind_named(self.composed)
+        assert isinstance(kind, ComposedKind)  # as files are recognised by such alone
+        return kind
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """The roles of the entries that a folded layer has no more."""
+        return tuple(r for r in (*self.composition.names[1:], IDENTITY) if r in self.entries)
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from doconv_core.files.entries import (
     OTHER,
     Array,
     CheckpointError,
+    D,
     KernelSizes,
     Layer,
     Progress,
@@ -22,6 +23,7 @@ from doconv_core.files.entries import (
 from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.reference import ORIGIN
 from doconv_core.files.shapes import Shape, kept_shape
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec
@@ -75,7 +77,7 @@ def outputs(checkpoint: Checkpoint) -> list[Output]:
             source = layer.entries["weight"]
             name = folded_name(layer)
             folded[source] = Output(name, source, folded_shape(layer), layer)
-            dropped |= {layer.entries[r] for r in GONE if r in layer.entries}
+            dropped |= {layer.entries[role] for role in layer.gone}
     found = [
         folded.get(name) or Output(name, name, entry.shape)
         for name, entry in checkpoint.entries.items()
@@ -83,9 +85,6 @@ def outputs(checkpoint: Checkpoint) -> list[Output]:
     ]
     check_names(checkpoint, [output.name for output in found])
     return found
-
-
-GONE = ("depthwise_weight", "identity")
 
 
 def folded_name(layer: Layer) -> str:
@@ -124,7 +123,7 @@ def report_on(checkpoint: Checkpoint) -> Report:
             if layer.kernel_shape is None:
                 raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
             folded += prod(layer.kernel_shape) - sizes["weight"]
-            folded -= sum(sizes.get(role, 0) for role in GONE)
+            folded -= sum(sizes[role] for role in layer.gone)
             changed.append(Change(layer.name, *_words(layer, checkpoint)))
         elif layer.note:
             left.append(Left(layer.name, layer.kind, layer.note))
@@ -142,8 +141,10 @@ def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
     size = "×".join(map(str, layer.kernel_shape[2:]))
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
-    if layer.over_parameterized:
-        depthwise = checkpoint.entries[layer.entries["depthwise_weight"]].shape
+    if layer.over_parameterized and layer.composition is not DO_CONV:
+        before = f"over-parameterized, {layer.composed}"
+    elif layer.over_parameterized:
+        depthwise = checkpoint.entries[layer.entries[D]].shape
         multiplier = depthwise[1] if layer.layout == "*IO" and origin else depthwise[-1]
         if layer.origin == f"{ORIGIN}Gluon":
             multiplier = depthwise[1]

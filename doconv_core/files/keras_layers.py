@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, FLOATS, LINEAR, OTHER, Entry, Layer
+from doconv_core.files.entries import (
+    BATCH_NORM,
+    CONVOLUTION,
+    FLOATS,
+    LINEAR,
+    OTHER,
+    D,
+    Entry,
+    Layer,
+)
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.keras_names import STEMS, own_class, snake_case, stem_of
 from doconv_core.files.shapes import Sizes, canonical_shape, over_parameterized, unlike
@@ -170,7 +179,7 @@ def _over_parameterized(
     path: str, stem: str, roles: dict[str, str], shapes: Mapping[str, Entry],
     config: Mapping[str, Any], sizes: Sizes,
 ) -> Layer | None:  # fmt: skip
-    names = {"weight": roles["0"], "depthwise_weight": roles[D_ENTRY]}
+    names = {"weight": roles["0"], D: roles[D_ENTRY]}
     if "1" in roles:
         names["bias"] = roles["1"]
     weight, depthwise = (shapes[name].shape for name in names.values() if name != names.get("bias"))

@@ -10,11 +10,14 @@ from doconv_core.files.entries import (
     FLOATS,
     LINEAR,
     OTHER,
+    D,
     Entry,
     Layer,
 )
 from doconv_core.files.reference import find_reference
-from doconv_core.files.shapes import Sizes, over_parameterized, unlike
+from doconv_core.files.shapes import Sizes, canonical_shape, over_parameterized, unlike
+from doconv_core.kinds.base import ComposedKind, kinds
+from doconv_core.kinds.do_conv import DO_CONV
 
 # What ends an entry's name, and the role that it has. Those of batch norms, by framework.
 ROLES = {
@@ -46,7 +49,8 @@ def find_layers(
     found: dict[str, Layer] = {}
     taken: set[str] = set()
     reference = find_reference(shapes, separators, sizes, framework, part)
-    for layer in [*reference, *_over_parameterized(shapes, sizes, part, layouts)]:
+    own = [*_over_parameterized(shapes, sizes, part, layouts), *_composed(shapes, part, layouts[0])]
+    for layer in [*reference, *own]:
         if not taken.isdisjoint(layer.entries.values()):
             continue
         found[next(iter(layer.entries.values()))] = layer
@@ -69,19 +73,19 @@ def _over_parameterized(
 ) -> Iterator[Layer]:
     """Yield this package's over-parameterized layers.
 
-    What stands before `depthwise_weight` need not end in a separator: an averaged copy of a model
+    What stands before D's name need not end in a separator: an averaged copy of a model
     may have the dots taken out of its names.
     """
     ambiguous = []
     settled = ""
     for key, depthwise in shapes.items():
-        if not key.endswith("depthwise_weight"):
+        if not key.endswith(D):
             continue
-        prefix = key[: -len("depthwise_weight")]
+        prefix = key[: -len(D)]
         weight = shapes.get(f"{prefix}weight")
         if weight is None or len(depthwise.shape) != 3 or len(weight.shape) < 3:
             continue
-        roles = ("weight", "bias", "depthwise_weight")
+        roles = ("weight", "bias", D)
         names = {f"{prefix}{role}": role for role in roles}
         found = {names[k]: k for k in shapes if k in names}
         fitting = [
@@ -99,6 +103,27 @@ def _over_parameterized(
         layer = same[0] if same else fitting[0]
         note = "" if same else f"taken to be channels first: {layer.kernel_shape} fits both layouts"
         yield Layer(**{**vars(layer), "note": layer.note or note})
+
+
+def _composed(shapes: Mapping[str, Entry], part: str, layout: str) -> Iterator[Layer]:
+    """Yield the layers of the other kinds that compose a kernel, by the names of their entries."""
+    for kind in kinds().values():
+        if not isinstance(kind, ComposedKind) or kind is DO_CONV:
+            continue
+        for key in (key for key in shapes if key.endswith(kind.names[1])):
+            prefix = key.removesuffix(kind.names[1])
+            found = {r: prefix + r for r in (*kind.names, "bias") if prefix + r in shapes}
+            if (prefix and prefix[-1] not in "./") or not {*kind.names} <= found.keys():
+                continue
+            own = {role: shapes[name].shape for role, name in found.items() if role != "bias"}
+            own["weight"] = canonical_shape(own["weight"], layout)
+            spec = kind.recognised(own)
+            if spec is not None and all(shapes[name].dtype in FLOATS for name in found.values()):
+                yield Layer(
+                    _path(prefix), CONVOLUTION, found, "doconv", part, over_parameterized=True,
+                    spec=spec, kernel_shape=kind.conv(spec).kernel_shape, layout=layout,
+                    composed=kind.name,
+                )  # fmt: skip
 
 
 def _others(
@@ -121,7 +146,7 @@ def _ordinary(
 ) -> Layer:
     path = _path(prefix)
     weight = shapes[roles["weight"]].shape if "weight" in roles else ()
-    named = next((key for key in roles.values() if key.endswith("depthwise_weight")), None)
+    named = next((key for key in roles.values() if key.endswith(D)), None)
     if named is not None and not _is_depthwise(named, roles, shapes, layout):
         return _named_alike(prefix, part, roles, shapes, named)
     if "running_mean" in roles:
@@ -143,7 +168,7 @@ def _is_depthwise(
     no layer by the name before it has a weight.
     """
     shape = shapes[named].shape
-    beside = f"{named[: -len('depthwise_weight')]}weight"
+    beside = f"{named[: -len(D)]}weight"
     if roles.get("weight") != named or beside in shapes or len(shape) < 3:
         return False
     return shape[-1 if layout == "O*I" else 1] == 1

@@ -34,6 +34,7 @@ from doconv_core.files.entries import (
     CONVOLUTION,
     FLOATS,
     Array,
+    D,
     Entry,
     Layer,
     computing_dtype,
@@ -92,7 +93,7 @@ def _candidates(
     for key in shapes:
         prefix = key[:-1]
         if key.endswith("D") and _ends(prefix, separators):
-            names = {"weight": "weight", "kernel": "weight", "W": "weight", "D": "depthwise_weight"}
+            names = {"weight": "weight", "kernel": "weight", "W": "weight", "D": D}
             names |= {"bias": "bias"} | dict.fromkeys(IDENTITIES, "identity")
             roles = {role: prefix + name for name, role in names.items() if prefix + name in shapes}
             if "weight" in roles:
@@ -112,7 +113,7 @@ def _told(
     framework: str, prefix: str, roles: Mapping[str, str], shapes: Mapping[str, Entry]
 ) -> tuple[tuple[int, int, int], int, int, Shape | None] | None:
     """Return `(I, O, g)`, M, S and the kernel size of a layer, None if it is not of `framework`."""
-    weight, depthwise = shapes[roles["weight"]], shapes[roles["depthwise_weight"]]
+    weight, depthwise = shapes[roles["weight"]], shapes[roles[D]]
     identity = shapes.get(roles.get("identity", ""))
     w, d = weight.shape, depthwise.shape
     if len(d) != 3 or not {weight.dtype, depthwise.dtype} <= {*FLOATS}:

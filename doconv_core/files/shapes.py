@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import isqrt, prod
 
-from doconv_core.files.entries import CONVOLUTION, FLOATS, Entry, KernelSizes, Layer, shown
+from doconv_core.files.entries import CONVOLUTION, FLOATS, D, Entry, KernelSizes, Layer, shown
 from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 
 Shape = tuple[int, ...]
@@ -101,7 +101,7 @@ def over_parameterized(
     roles: the entries' names by role. layout: of the weight. kernel_size: where the file tells it
     otherwise. None where the shapes do not agree: the names may be another's than this package's.
     """
-    weight, depthwise = shapes[roles["weight"]], shapes[roles["depthwise_weight"]]
+    weight, depthwise = shapes[roles["weight"]], shapes[roles[D]]
     if weight.dtype not in FLOATS or depthwise.dtype not in FLOATS:
         return None
     out_channels, per_group, *body = canonical_shape(weight.shape, layout)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike, NDArray
 
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CheckpointError, KernelSizes, Layer
+from doconv_core.files.entries import CheckpointError, D, KernelSizes, Layer
 from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.in_memory import InMemory
 from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream
@@ -135,7 +135,7 @@ def _converted(checkpoint: Checkpoint, layers: list[Layer]) -> Upstream:
             entries |= _named(layer.path, {"weight": checkpoint.kernel(layer), **own})
             continue
         spec, weight, depthwise, reason = _trained(checkpoint, layer)
-        kept = {"weight": weight.reshape(spec.parameter_shape), "depthwise_weight": depthwise}
+        kept = {"weight": weight.reshape(spec.parameter_shape), D: depthwise}
         entries |= _named(layer.path, {**kept, **own})
         if reason:
             folded[layer.path] = reason
@@ -143,7 +143,7 @@ def _converted(checkpoint: Checkpoint, layers: list[Layer]) -> Upstream:
             own = {"weight": weight[..., : spec.taps], **own}
         else:
             carried.append(layer.path)
-            own = {"weight": weight, "depthwise_weight": depthwise, **own}
+            own = {"weight": weight, D: depthwise, **own}
         forms[layer.path] = LayerForm(spec, not reason, bias is not None)
         arrays |= _named(layer.path, own)
     return Upstream(entries, State(forms, arrays), tuple(carried), folded)
@@ -169,7 +169,7 @@ def _trained(checkpoint: Checkpoint, layer: Layer) -> tuple[ConvSpec, Array, Arr
 
 
 def _inputs(checkpoint: Checkpoint, layer: Layer) -> int:
-    shape = checkpoint.entries[layer.entries["depthwise_weight"]].shape
+    shape = checkpoint.entries[layer.entries[D]].shape
     return shape[0] if layer.origin == f"{ORIGIN}PyTorch" else shape[-1]
 
 

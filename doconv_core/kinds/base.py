@@ -127,6 +127,21 @@ class ComposedKind(Kind):
     def start(self, kernel: Array, spec: Any) -> dict[str, Array]:
         """Return the weights of a layer that takes the place of one with this kernel."""
 
+    def recognised(self, shapes: Mapping[str, Shape]) -> Any:
+        """Return the sizes of a layer of which a file tells shapes alone; None for no such layer.
+
+        shapes: of the entries; the weight's with its spatial axes, `(O, I/g, *kernel_size)`. Where
+        a composition differs with the groups, which this takes for one, a kind has its own.
+        """
+        outputs, inputs, *kernel_size = shapes["weight"]
+        try:
+            spec = self.spec(ConvSpec(inputs, outputs, tuple(kernel_size)))
+        except (TypeError, ValueError):
+            return None
+        expected = self.entries(spec)
+        fits = all(shapes[name] == expected.get(name) for name in self.names[1:])
+        return spec if fits and prod(shapes["weight"]) == prod(expected["weight"]) else None
+
     def composition_macs(self, spec: Any) -> int:
         """Return the multiply-accumulates of composing the kernel once."""
         return prod(self.conv(spec).kernel_shape)
