@@ -202,9 +202,10 @@ class Contents:
             array = to_canonical(array, layer.layout) if role == "weight" else array
             return array.reshape(shapes[role])
 
+        dtype = self.entries[layer.entries["weight"]].dtype
         return {
-            role: Values(shapes[role], self.entries[layer.entries[role]].dtype, partial(read, role))
-            for role in shapes
+            role: Values(shape, dtype, partial(read, role), sources)
+            for role, shape in shapes.items()
         }
 
     def _pair(self, layer: Layer) -> Callable[[], dict[str, Array]] | None:

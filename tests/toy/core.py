@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from doconv_core.kinds.base import ComposedKind, register
+from doconv_core.kinds.base import ONE_TAP, ComposedKind, register
 
 
 class ScaledKind(ComposedKind):
@@ -12,6 +12,9 @@ class ScaledKind(ComposedKind):
     words = ("scaled",)
     names = ("weight", "scale")
     constants = {"scale": 1.0}  # noqa: RUF012  # read only
+
+    def obstacle(self, conv):
+        return ONE_TAP if conv.taps == 1 else None
 
     def spec(self, conv, **options):
         return conv

@@ -1,0 +1,209 @@
+"""A kind that four files of `tests/toy` register is a kind like any other."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from equal import assert_close
+from frameworks import BACKENDS, adapter_of
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("core", *BACKENDS)
+
+# Run in a process of its own, as a registered kind stays: names by networks, choices and messages
+# that other tests compare would have one more.
+PROGRAM = """
+import importlib, json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import test_toy_kind
+print("TOLD", json.dumps(getattr(test_toy_kind, sys.argv[2])(*sys.argv[3:])))
+"""
+
+
+def told_by(name, *arguments):
+    """Return what a function of this file returns in a process of its own."""
+    paths = json.dumps([str(ROOT / "tests"), str(ROOT / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, paths, name, *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(re.search("^TOLD (.*)$", done.stdout, re.MULTILINE)[1])
+
+
+def test_the_core_counts_and_computes_networks_of_it():
+    told = told_by("in_the_core")
+    assert told["names"] == ["cifar_resnet20", "cifar_resnet20_scaled"]
+    # One scale for each output channel of the 19 convolutions of three taps squared.
+    assert told["more"] == 16 * 7 + 32 * 6 + 64 * 6
+    assert told["composition"] == told["kernels"]
+    assert told["equal"]
+
+
+def in_the_core():
+    from toy.core import SCALED  # noqa: F401
+
+    from doconv_core import count, describe, list_models
+    from doconv_core.networks.evaluate import evaluate
+    from doconv_core.networks.initialize import initialize
+
+    names = [n for n in list_models("cifar_resnet20*") if n.endswith(("20", "scaled"))]
+    ordinary, scaled = count("cifar_resnet20"), count("cifar_resnet20_scaled")
+    x = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    outputs = []
+    for name in names:
+        network = describe(name)
+        outputs.append(evaluate(network, initialize(network, input_shape=x.shape[1:]), x))
+    kernels = [c.parameters for c in scaled.layers if c.kind == "scaled"]
+    return {
+        "names": names,
+        "more": scaled.training_parameters - ordinary.parameters,
+        "composition": scaled.composition_macs,
+        "kernels": sum(kernels),
+        "equal": bool((outputs[0] == outputs[1]).all()),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_trains_folds_saves_and_builds_it(backend, tmp_path):
+    adapter_of(backend)  # which fails, or skips, without the framework
+    told = told_by("in_a_backend", backend, tmp_path)
+    assert told["folded"] == told["changed"] == 19
+    assert told["same"] == told["named"] == 0
+    for name in ("fold", "state", "ordinary"):
+        assert told[name] <= 1e-5, name
+    assert told["kind"] == "scaled"
+
+
+def in_a_backend(backend, folder):
+    importlib.import_module("toy.core")
+    adapter = adapter_of(backend)
+    models = importlib.import_module(f"adapters.{backend}_models")
+    importlib.import_module(f"toy.{backend}")
+    package = adapter.package
+    from doconv_core import State, read_state, write_state
+
+    network = package.get_model("cifar_resnet20", input_shape=(3, 8, 8), num_classes=5)
+    x = images(backend)
+    call = getattr(network, "eval", lambda: network)
+    call()
+    model, report = package.over_parameterize(network, kind="scaled")
+    same = package.verify(model, network, x).absolute
+    state = package.export_state(model)
+    drawn = np.random.default_rng(0)
+    arrays = {
+        name: drawn.uniform(0.5, 2, array.shape).astype(np.float32) if name.endswith(".scale")
+        else array for name, array in state.arrays.items()
+    }  # fmt: skip
+    package.load_state(model, State(state.layers, arrays, state.origin))
+    folded, fold_report = package.fold(model)
+    file = Path(folder) / "state.safetensors"
+    write_state(package.export_state(model), file)
+    other = package.get_model("cifar_resnet20_scaled", input_shape=(3, 8, 8), num_classes=5)
+    getattr(other, "eval", lambda: other)()
+    named = package.verify(other, network, x).absolute
+    package.load_state(other, read_state(file))
+    again = package.verify(other, model, x).relative
+    package.load_state(other, package.export_state(network))
+    del models
+    kinds = {str(form.over_parameterized) for form in read_state(file).layers.values()} - {"False"}
+    return {
+        "changed": len(report.changed),
+        "folded": len(fold_report.changed),
+        "same": same,
+        "named": named,
+        "fold": package.verify(folded, model, x).relative,
+        "state": again,
+        "ordinary": package.verify(other, network, x).relative,
+        "kind": ",".join(kinds),
+    }
+
+
+def images(backend):
+    x = np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    if backend == "torch":
+        import torch
+
+        return torch.from_numpy(x)
+    if backend == "mx":
+        import mxnet
+
+        return mxnet.nd.array(x)
+    return x.transpose(0, 2, 3, 1)
+
+
+def test_files_of_it_are_folded_and_converted(tmp_path):
+    told = told_by("in_files", tmp_path)
+    assert told["folded"] == ["conv.weight", "conv.bias"]
+    assert told["converted"] == ["conv.weight", "conv.scale", "conv.bias"]
+    assert_close(np.array(told["kernel"]), np.array(told["expected"]))
+
+
+def in_files(folder):
+    from click.testing import CliRunner
+    from safetensors.numpy import save_file
+    from toy.core import SCALED
+
+    from doconv_core import ConvSpec, fold_checkpoint, open_checkpoint
+    from doconv_core.cli.command import doconv
+
+    folder, spec = Path(folder), ConvSpec(3, 4, (3, 3))
+    drawn = np.random.default_rng(0)
+    weights = {n: drawn.standard_normal(s) for n, s in SCALED.entries(spec).items()}
+    arrays = {f"conv.{n}": a.astype(np.float32) for n, a in weights.items()}
+    arrays["conv.weight"] = arrays["conv.weight"].reshape(spec.kernel_shape)
+    arrays["conv.bias"] = np.zeros(4, np.float32)
+    file, folded, converted = (
+        folder / "m.safetensors",
+        folder / "f.safetensors",
+        folder / "c.params",
+    )
+    save_file(arrays, file)
+    fold_checkpoint(file, folded)
+    done = CliRunner().invoke(doconv, ["convert", str(file), str(converted)])
+    assert done.exit_code == 0, done.output
+    with open_checkpoint(folded) as one, open_checkpoint(converted) as two:
+        return {
+            "folded": sorted(one.entries, reverse=True),
+            "converted": sorted(two.entries, key=["conv.weight", "conv.scale", "conv.bias"].index),
+            "kernel": two.kernel(two.layers[0]).tolist(),
+            "expected": one.read("conv.weight").tolist(),
+        }
+
+
+def test_it_costs_little():
+    """A kind is to be one short file in the core and one in each backend."""
+    files = [ROOT / "tests" / "toy" / f"{package}.py" for package in PACKAGES]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 400
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package in PACKAGES:
+        assert f"`doconv_{package}/{'kinds/' if package == 'core' else ''}KIND.py`" in contributing
+
+
+def test_nobody_outside_a_kinds_own_files_names_its_weights():
+    """Only a kind's files have the names of its entries as words of code."""
+    from doconv_core.kinds.base import ComposedKind, kinds
+
+    marks = {n for k in kinds().values() if isinstance(k, ComposedKind) for n in k.names[1:]}
+    own = re.compile(
+        r"(do_conv|depthwise_conv|over_parameterized|compose|kernel_cache|convolve)\.py"
+    )
+    found = []
+    for package in PACKAGES:
+        for file in sorted((ROOT / f"doconv_{package}").rglob("*.py")):
+            text = re.sub(
+                r'""".*?"""|#[^\n]*', "", file.read_text(encoding="utf-8"), flags=re.DOTALL
+            )
+            if own.fullmatch(file.name):
+                continue
+            found += [
+                f"{file.relative_to(ROOT)}: {m}" for m in marks if re.search(rf"\b{m}\b", text)
+            ]
+    assert not found
