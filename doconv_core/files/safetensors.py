@@ -51,8 +51,10 @@ STATE = "doconv state"
 
 
 def sniff(begin: Beginning) -> bool:
-    """Return whether a JSON object follows a length."""
-    return begin.head[8:9] == b"{"
+    """Return whether a JSON object follows a length, which is no text."""
+    length = begin.head[:8]
+    text = length.isascii() and length.decode("ascii").isprintable()
+    return begin.head[8:9] == b"{" and not text
 
 
 def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:

@@ -1,0 +1,179 @@
+"""Formats are open: one registered from outside, and safetensors in several files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from equal import assert_close
+from safetensors.numpy import load_file, save_file
+
+from doconv_core import (
+    CheckpointError,
+    ConvSpec,
+    compose,
+    fold_checkpoint,
+    open_checkpoint,
+)
+
+ROOT = Path(__file__).parents[1]
+SPEC = ConvSpec(4, 6, (3, 3), 2)
+
+
+def arrays(seed=0):
+    """Return a model of two layers, the first over-parameterized, and its kernel."""
+    drawn = np.random.default_rng(seed)
+    weight = drawn.standard_normal(SPEC.weight_shape)
+    depthwise = drawn.standard_normal(SPEC.depthwise_shape)
+    model = {
+        "conv.weight": weight.reshape(SPEC.kernel_shape),
+        "conv.depthwise_weight": depthwise,
+        "fc.weight": drawn.standard_normal((2, 6)),
+    }
+    return model, compose(weight, depthwise, SPEC)
+
+
+def doconv(*arguments, path=""):
+    """Run the command in a process of its own; path: where other distributions are."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT))))}
+    program = [sys.executable, "-c", "from doconv_core.cli import main; main()"]
+    return subprocess.run(
+        [*program, *map(str, arguments)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_a_format_of_another_package_is_one_module(tmp_path):
+    """It is inspected, folded, converted to and from, and compared, by an entry point alone."""
+    distribution = tmp_path / "toy_format-1.0.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: toy-format\nVersion: 1.0\n"
+    )
+    (distribution / "entry_points.txt").write_text("[doconv.formats]\ntoy = toy.format\n")
+    paths = os.pathsep.join((str(tmp_path), str(ROOT / "tests")))
+    model, kernel = arrays()
+    source = tmp_path / "m.safetensors"
+    save_file(model, source)
+    toy, folded, back = tmp_path / "m.toy", tmp_path / "f.toy", tmp_path / "b.safetensors"
+    for command, told in (
+        (["convert", source, toy], "3 arrays written"),
+        (["inspect", toy], "m.toy: toy, 2 layers, 1 of them over-parameterized"),
+        (["fold", toy, folded], "folded 1 layer"),
+        (["convert", folded, back], "2 arrays written"),
+        (["verify", source, folded], "equal"),
+    ):
+        done = doconv(*command, path=paths)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert told in done.stdout, command
+    found = load_file(back)
+    assert_close(found["conv.weight"], kernel)
+    np.testing.assert_array_equal(found["fc.weight"], model["fc.weight"])
+    (tmp_path / "broken.toy").write_text('{"toy": {')
+    done = doconv("inspect", tmp_path / "broken.toy", path=paths)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    done = doconv("inspect", toy)  # where the package is not installed
+    assert done.returncode == 3
+    assert "is no checkpoint that is known here" in done.stderr
+
+
+def sharded(folder, model, where=None):
+    """Write a model in two files and an index; where: of entries, another file's number."""
+    shards = {"conv.weight": 1, "conv.depthwise_weight": 2, "fc.weight": 2} | (where or {})
+    names = {n: f"model-{n:05}-of-00002.safetensors" for n in (1, 2)}
+    for number, name in names.items():
+        save_file({n: a for n, a in model.items() if shards[n] == number}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    content = {
+        "metadata": {"total_size": sum(a.nbytes for a in model.values()), "by": "hand"},
+        "weight_map": {name: names[shards[name]] for name in model},
+    }
+    index.write_text(json.dumps(content))
+    return index
+
+
+def test_sharded_safetensors_are_folded_converted_and_compared(tmp_path):
+    model, kernel = arrays()
+    index = sharded(tmp_path, model)
+    out = tmp_path / "out"
+    out.mkdir()
+    target, whole, again = (
+        out / name
+        for name in ("f.safetensors.index.json", "w.safetensors", "a.safetensors.index.json")
+    )
+    report = fold_checkpoint(index, target)
+    assert [change.path for change in report.changed] == ["conv"]
+    expected = [f"f-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert sorted(p.name for p in out.iterdir()) == [*expected, target.name]
+    content = json.loads(target.read_text())
+    assert content["metadata"] == {"total_size": kernel.nbytes + 2 * 6 * 8, "by": "hand"}
+    assert content["weight_map"] == dict(zip(("conv.weight", "fc.weight"), expected, strict=True))
+    with open_checkpoint(target) as checkpoint:
+        assert (checkpoint.format, checkpoint.parts) == ("sharded safetensors", ("",))
+        assert_close(checkpoint.read("conv.weight"), kernel)
+        np.testing.assert_array_equal(checkpoint.read("fc.weight"), model["fc.weight"])
+    for command, told in (
+        (["verify", index, target], "equal"),
+        (["convert", index, whole], "3 arrays written"),
+        (["convert", whole, again], "3 arrays written"),
+        (["verify", index, again], "equal"),
+        (["inspect", again], "sharded safetensors, 2 layers, 1 of them over-parameterized"),
+    ):
+        done = doconv(*command)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert told in done.stdout, command
+    assert (out / "a-00001-of-00001.safetensors").exists()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(FileExistsError, match=r"f-00001-of-00002\.safetensors exists"):
+        target.unlink()
+        fold_checkpoint(index, target)
+    del before[target.name]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def changed(index, **content):
+    index.write_text(json.dumps({**json.loads(index.read_text()), **content}))
+
+
+HOSTILE = {
+    "a path upwards": (
+        lambda i: changed(i, weight_map={"a": "../x.safetensors"}), r"names the file '\.\./x\.safet"
+    ),
+    "an absolute path": (
+        lambda i: changed(i, weight_map={"a": "/etc/passwd"}), "names the file '/etc/passwd'"
+    ),
+    "no text": (lambda i: changed(i, weight_map={"a": 3}), "names the file '3'"),
+    "a missing file": (
+        lambda i: changed(i, weight_map={"a": "no.safetensors"}), r"needs \S+no\.safetensors, which"
+    ),
+    "an entry too many": (
+        lambda i: changed(i, weight_map=dict.fromkeys("ab", "model-00001-of-00002.safetensors")),
+        "does not fit its shards: of 'a', model-00001-of-00002.safetensors has not",
+    ),
+    "an entry in no shard": (
+        lambda i: changed(i, weight_map={"fc.weight": "model-00002-of-00002.safetensors"}),
+        "has, where the index has it in no shard",
+    ),
+    "no map": (lambda i: i.write_text("{}"), "is no index of safetensors files: it has no weight_m"),
+    "no JSON": (lambda i: i.write_text("{"), "is no JSON"),
+    "nested deeply": (lambda i: i.write_text('{"a":' * 99999), "is no JSON"),
+    "a name twice": (lambda i: i.write_text('{"a": 1, "a": 2}'), "the name 'a' occurs twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_indexes_are_refused_in_one_line(case, tmp_path):
+    change, message = HOSTILE[case]
+    index = sharded(tmp_path, arrays()[0])
+    change(index)
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message) as error:
+        fold_checkpoint(index, tmp_path / "out.safetensors.index.json")
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == files
