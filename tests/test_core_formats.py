@@ -129,11 +129,10 @@ def test_sharded_safetensors_are_folded_converted_and_compared(tmp_path):
         assert (done.returncode, done.stderr) == (0, ""), command
         assert told in done.stdout, command
     assert (out / "a-00001-of-00001.safetensors").exists()
+    target.unlink()  # its parts are there, and not to be replaced
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(FileExistsError, match=r"f-00001-of-00002\.safetensors exists"):
-        target.unlink()
         fold_checkpoint(index, target)
-    del before[target.name]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -160,7 +159,7 @@ HOSTILE = {
         lambda i: changed(i, weight_map={"fc.weight": "model-00002-of-00002.safetensors"}),
         "has, where the index has it in no shard",
     ),
-    "no map": (lambda i: i.write_text("{}"), "is no index of safetensors files: it has no weight_m"),
+    "no map": (lambda i: i.write_text("{}"), "is no index of safetensors files: it has no"),
     "no JSON": (lambda i: i.write_text("{"), "is no JSON"),
     "nested deeply": (lambda i: i.write_text('{"a":' * 99999), "is no JSON"),
     "a name twice": (lambda i: i.write_text('{"a": 1, "a": 2}'), "the name 'a' occurs twice"),
