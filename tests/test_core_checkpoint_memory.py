@@ -131,6 +131,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "network", "dtype"), CASES)
 def test_peak_memory_is_under_two_and_a_half_times_the_file(kind, network, dtype, tmp_path):
     source, small = tmp_path / "source", tmp_path / "small"

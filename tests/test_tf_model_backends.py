@@ -18,6 +18,7 @@ CHOSEN = (
 )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_whole_models_and_separable_layers(backend):
     need_backend(backend)
