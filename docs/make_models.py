@@ -18,10 +18,11 @@ from model_texts import INTRODUCTION, PLOTS, SECTIONS
 from doconv_core import count
 from doconv_core.atomic import write_text
 from doconv_core.networks.families import FAMILIES, Family, listed
-from doconv_core.networks.names import DOCONV, LISTED, list_models
+from doconv_core.networks.names import LISTED, list_models
 
 DOCS = Path(__file__).parent
 HEAD = ("network", "parameters", "FLOPs", "MACs")
+DOCONV = "_doconv"
 DOCONV_HEAD = (f"parameters, `{DOCONV}`", "MACs of composing")
 
 

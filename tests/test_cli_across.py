@@ -9,7 +9,7 @@ import pytest
 from command_line import DIFFERENT, IMPOSSIBLE, MISSING, TARGET, USAGE, doconv
 from frameworks import need
 
-from doconv_core import difference
+from doconv_core import difference, open_checkpoint
 
 SIZE = ("--kernel-size", "depthwise=3x3")  # its S is above M
 FLAT = ("--flatten", "fc=6x4x4")
@@ -269,8 +269,7 @@ def test_copies_of_a_model_and_bfloat16(tmp_path):
     doconv("convert", tmp_path / "m.pt", tmp_path / "ema.params", "--part", "ema")
     doconv("convert", tmp_path / "m.safetensors", tmp_path / "again.pt")
     assert torch.equal(torch.load(tmp_path / "again.pt", weights_only=True)["c.weight"], weight)
-    found = importlib.import_module("doconv_core.files.checkpoint").open_checkpoint
-    with found(tmp_path / "ema.params") as checkpoint:
+    with open_checkpoint(tmp_path / "ema.params") as checkpoint:
         assert checkpoint.entries["c.weight"].dtype == "float32"  # which holds every bfloat16
         np.testing.assert_array_equal(checkpoint.read("c.weight"), 2 * weight.float().numpy())
 
@@ -306,5 +305,5 @@ def test_a_framework_that_is_missing_is_named(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(metadata.EntryPoint, "load", load)
     doconv(
-        "inspect", trained[1], code=MISSING, error="net.pt is a pytorch file. doconv_torch needs"
+        "inspect", trained[1], code=MISSING, error="net.pt is a PyTorch file. doconv_torch needs"
     )

@@ -117,7 +117,7 @@ def gradients(
     composed: bool = False,
 ) -> Results:
     inputs = keras.Variable(np.moveaxis(x, 1, -1), dtype=x.dtype.name)
-    factors, outputs = np.moveaxis(dy, 1, -1).copy(), []
+    factors, outputs = ops.convert_to_tensor(np.moveaxis(dy, 1, -1).copy()), []
 
     def total() -> Any:
         given = ops.convert_to_tensor(inputs)
