@@ -19,7 +19,7 @@ from zoo_networks import Network
 from zoo_row import Row
 
 from doconv_core import Converted
-from doconv_core.models.report import largest_difference
+from doconv_core.models.verify import largest_difference
 
 SEED = 0
 BATCH = 2

@@ -295,6 +295,12 @@ class BSConvU1d(_BSConvU):
     `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU1d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8)).shape
+    torch.Size([2, 4, 8])
+    >>> layer.fold(form="dense")
+    Conv1d(3, 4, kernel_size=(3,), stride=(1,), padding=(1,))
     """
 
     ordinary, norm, rank = nn.Conv1d, nn.BatchNorm1d, 1
@@ -308,6 +314,12 @@ class BSConvU2d(_BSConvU):
     `(B, I, H, W)` becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU2d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
+    >>> layer.fold(form="dense")
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     ordinary, norm, rank = nn.Conv2d, nn.BatchNorm2d, 2
@@ -321,6 +333,12 @@ class BSConvU3d(_BSConvU):
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvU3d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
+    torch.Size([2, 4, 8, 8, 8])
+    >>> layer.fold(form="dense")
+    Conv3d(3, 4, kernel_size=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1))
     """
 
     ordinary, norm, rank = nn.Conv3d, nn.BatchNorm3d, 3
@@ -335,6 +353,12 @@ class BSConvS1d(_BSConvS):
     `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvS1d(8, 16, 3, p=0.5, padding=1)
+    >>> layer(torch.zeros(2, 8, 8)).shape
+    torch.Size([2, 16, 8])
+    >>> layer.pointwise1
+    Conv1d(8, 4, kernel_size=(1,), stride=(1,), bias=False)
     """
 
     ordinary, norm, rank = nn.Conv1d, nn.BatchNorm1d, 1
@@ -349,6 +373,12 @@ class BSConvS2d(_BSConvS):
     `(B, I, H, W)` becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvS2d(8, 16, 3, p=0.5, padding=1)
+    >>> layer(torch.zeros(2, 8, 8, 8)).shape
+    torch.Size([2, 16, 8, 8])
+    >>> layer.pointwise1
+    Conv2d(8, 4, kernel_size=(1, 1), stride=(1, 1), bias=False)
     """
 
     ordinary, norm, rank = nn.Conv2d, nn.BatchNorm2d, 2
@@ -363,6 +393,12 @@ class BSConvS3d(_BSConvS):
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: BSConv, arXiv 2003.13549.
+
+    >>> layer = BSConvS3d(8, 16, 3, p=0.5, padding=1)
+    >>> layer(torch.zeros(2, 8, 8, 8, 8)).shape
+    torch.Size([2, 16, 8, 8, 8])
+    >>> layer.pointwise1
+    Conv3d(8, 4, kernel_size=(1, 1, 1), stride=(1, 1, 1), bias=False)
     """
 
     ordinary, norm, rank = nn.Conv3d, nn.BatchNorm3d, 3

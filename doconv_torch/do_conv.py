@@ -116,6 +116,12 @@ class DOConv1d(_DOConv, nn.Conv1d):
     number of kernel taps M, which is its default. `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv1d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8)).shape
+    torch.Size([2, 4, 8])
+    >>> layer.fold()
+    Conv1d(3, 4, kernel_size=(3,), stride=(1,), padding=(1,))
     """
 
     ordinary, rank = nn.Conv1d, 1
@@ -128,6 +134,12 @@ class DOConv2d(_DOConv, nn.Conv2d):
     number of kernel taps M, which is its default. `(B, I, H, W)` becomes `(B, O, H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv2d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
+    >>> layer.fold()
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     ordinary, rank = nn.Conv2d, 2
@@ -140,6 +152,12 @@ class DOConv3d(_DOConv, nn.Conv3d):
     number of kernel taps M, which is its default. `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: DO-Conv, arXiv 2006.12030.
+
+    >>> layer = DOConv3d(3, 4, 3, padding=1)
+    >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
+    torch.Size([2, 4, 8, 8, 8])
+    >>> layer.fold()
+    Conv3d(3, 4, kernel_size=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1))
     """
 
     ordinary, rank = nn.Conv3d, 3

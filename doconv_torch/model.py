@@ -52,6 +52,11 @@ def over_parameterize(
     Raises TypeError for what is not a module, cannot be copied, or is wrapped in DDP or FSDP, and
     for a `depth_multiplier` that is no integer; ValueError, with the layer's path, for one below
     its taps; before anything is changed. Warns where `where` matches nothing.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3), torch.nn.ReLU())
+    >>> model, report = over_parameterize(net)
+    >>> type(model[0]).__name__, report.changed[0].after
+    ('DOConv2d', 'DOConv2d')
     """
     view = View(model)
     with ordinary_tensors():
@@ -93,6 +98,11 @@ def fold(
     computes exactly, ValueError for a form that there is not, and TypeError as `over_parameterize`
     does, before anything is changed. Warns of a model in training mode whose layers, such as
     dropout, then vary from call to call.
+
+    >>> net = torch.nn.Sequential(DOConv2d(8, 4, 3), torch.nn.ReLU())
+    >>> model, report = fold(net)
+    >>> model[0]
+    Conv2d(8, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     view = View(model)
     with ordinary_tensors():
@@ -131,6 +141,11 @@ def to_bsconv(
     Raises TypeError and ValueError for arguments that give no layer, and for a kernel that is not
     finite, with its path; before anything is changed. Warns where `where` matches nothing.
     Source: BSConv, arXiv 2003.13549; the start from trained weights is this package's own.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3), torch.nn.ReLU())
+    >>> model, report = to_bsconv(net)
+    >>> type(model[0]).__name__
+    'BSConvU2d'
     """
     view = View(model)
     options = replacement(

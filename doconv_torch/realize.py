@@ -27,6 +27,11 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     network: for images `(B, C, H, W)`. input_shape: `(C, H, W)`; None for the network's own.
     PyTorch initializes the weights; `doconv_core.networks.initialize` does as the papers do.
     Raises ValueError, by path, for a description that gives no network.
+
+    >>> from doconv_core import describe
+    >>> net = build(describe("tutorial_pt"))
+    >>> net(torch.zeros(1, 1, 28, 28)).shape
+    torch.Size([1, 10])
     """
     placed = infer(network, input_shape)
     return Network(_children(placed, ""), name=network.name)
@@ -46,6 +51,10 @@ def get_model(
     in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
     None for the network's own. seed: of the weights, which are the same in every framework.
     Raises ValueError for a name, or a size, of which there is no network.
+
+    >>> net = get_model("cifar_resnet20", num_classes=100)
+    >>> net(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 100])
     """
     return build_named(
         build, load_state, name, num_classes=num_classes, in_channels=in_channels,

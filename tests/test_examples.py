@@ -19,7 +19,7 @@ FRAMEWORKS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
 ALIASES = {"mxnet": "mx"}
 PACKAGES = ["doconv_core", *(f"doconv_{backend}" for backend in BACKENDS)]
 # Of these every public function and class must have an example.
-COMPLETE = ("doconv_core", "doconv_tf")
+COMPLETE = ("doconv_core", "doconv_torch", "doconv_tf", "doconv_mx")
 
 
 def public(package):
