@@ -20,6 +20,8 @@ from doconv_core import (
     fold_checkpoint,
     open_checkpoint,
 )
+from doconv_core.files.entries import Entry
+from doconv_core.files.sharded import write as write_sharded
 
 ROOT = Path(__file__).parents[1]
 SPEC = ConvSpec(4, 6, (3, 3), 2)
@@ -96,6 +98,19 @@ def sharded(folder, model, where=None):
     }
     index.write_text(json.dumps(content))
     return index
+
+
+def test_a_new_entry_goes_into_the_last_of_as_many_shards(tmp_path):
+    model = {name: arrays()[0][name] for name in ("conv.weight", "fc.weight")}
+    new = {**model, "fc.bias": np.ones(2)}
+    entries = [Entry(name, array.shape, "float64") for name, array in new.items()]
+    target = tmp_path / "new.safetensors.index.json"
+    with open_checkpoint(sharded(tmp_path, model)) as like:
+        write_sharded(target, entries, new, like)
+    with open_checkpoint(target) as checkpoint:
+        assert checkpoint.shard_of == {"conv.weight": 0, "fc.weight": 1, "fc.bias": 1}
+        for name, array in new.items():
+            np.testing.assert_array_equal(checkpoint.read(name), array)
 
 
 def test_sharded_safetensors_are_folded_converted_and_compared(tmp_path):

@@ -53,10 +53,13 @@ def write(
     arrays: Mapping[str, Array],
     like: Checkpoint | None = None,
 ) -> None:
-    """Write shards beside `path`, and the index to it; of `like`, with the same entries in each."""
+    """Write shards beside `path`, and the index to it.
+
+    Of `like`, with the same entries in each; those that it has not go into the last one.
+    """
     if isinstance(like, ShardedCheckpoint):
-        where = like.shard_of
-        numbers = [where[entry.name] for entry in entries]
+        last = len(like.shards) - 1
+        numbers = [like.shard_of.get(entry.name, last) for entry in entries]
         _write(path, entries, arrays, numbers, len(like.shards), like.metadata)
         return
     numbers, used = [], 0
