@@ -46,7 +46,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
     """  # noqa: D301
     with opened(file, kernel_sizes) as checkpoint:
         layers = recognised_layers(checkpoint)
-        over_parameterized = [layer for layer in layers if D in layer.entries]
+        over_parameterized = [x for x in layers if x.over_parameterized and D in x.entries]
         measures = {}
         with progress("measuring") as step:
             for done, layer in enumerate(over_parameterized):
@@ -128,7 +128,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
         print_table(
             ["over-parameterized", "D", "|D|/|E|", "max |D|", "rank", "condition", "worst"],
             [_measures_row(checkpoint, layer, measures) for layer in layers
-             if layer.name in measures],
+             if D in layer.entries and layer.name in measures],
         )  # fmt: skip
     notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
     if checkpoint.others:

@@ -308,6 +308,8 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     missing = target.entries.keys() - values.keys() - optional
     shapes = {name: each.shape for name, each in values.items()}
     if missing and target.kind is not None:
+        if target.spec is None:  # the template does not tell its kernel's size
+            return False
         shapes |= target.kind.entries(target.spec)
     if target.entries.keys() - shapes.keys() - optional:
         return False
