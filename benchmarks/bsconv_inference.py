@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from doconv_core import NotFoldable
 from doconv_core.atomic import write_json
-from doconv_core.kinds.bsconv import FORMS
+from doconv_core.kinds.bsconv import FORMS, BSConvRecipe
 from doconv_core.networks.names import describe
 from doconv_core.networks.nodes import Conv, Network, replaced
 from doconv_torch import BSConvS2d, BSConvU2d, build, fold, verify
@@ -102,6 +102,8 @@ def without_inner_norms(network: Network) -> Network:
     """Return the network without batch norms between the convolutions of its BSConvs."""
 
     def change(conv: Conv) -> Conv:
+        if not isinstance(conv.kind, BSConvRecipe):
+            return conv
         return replace(conv, kind=replace(conv.kind, with_bn=False))
 
     return replace(network, body=replaced(network.body, change))
