@@ -166,9 +166,9 @@ class ComposedConv(StandIn, Unquantized):
         entries = self.entries()
         if len(entries) == 1:
             return ops.convert_to_tensor(entries["weight"])
-        return ops.reshape(self._compose(entries), self._shape(self._kernel_shape()))
+        return ops.reshape(self.compose(entries), self._shape(self._kernel_shape()))
 
-    def _compose(self, entries: Mapping[str, Any]) -> Any:
+    def compose(self, entries: Mapping[str, Any]) -> Any:
         """Return the kernel of the entries, in Keras' order of axes. To be given by each kind."""
         raise NotImplementedError
 

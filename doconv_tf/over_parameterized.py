@@ -37,7 +37,8 @@ class OverParameterized(ComposedConv):
             variable.regularizer = self._kernel.regularizer
         return variable
 
-    def _compose(self, entries: Mapping[str, Any]) -> Any:
+    def compose(self, entries: Mapping[str, Any]) -> Any:
+        """Return the kernel of W and D."""
         return compose(entries["weight"], entries["depthwise_weight"], self.spec)
 
     @classmethod

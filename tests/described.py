@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from doconv_core import State
+from doconv_core.kinds.base import Recipe, recipe
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.nodes import (
     ACTIVATIONS,
@@ -15,7 +16,6 @@ from doconv_core.networks.nodes import (
     Dropout,
     Flatten,
     GlobalPool,
-    Kind,
     Linear,
     Network,
     Node,
@@ -28,12 +28,12 @@ from doconv_core.networks.nodes import (
 )
 
 KINDS = {
-    "conv": Kind(),
-    "doconv": Kind("doconv"),
-    "bsconvu": Kind("bsconvu"),
-    "bsconvu_bn": Kind("bsconvu", with_bn=True),
-    "bsconvs": Kind("bsconvs", p=0.5, min_mid_channels=2),
-    "bsconvs_bn": Kind("bsconvs", p=0.5, min_mid_channels=2, with_bn=True),
+    "conv": recipe(),
+    "doconv": recipe("doconv"),
+    "bsconvu": recipe("bsconvu"),
+    "bsconvu_bn": recipe("bsconvu", with_bn=True),
+    "bsconvs": recipe("bsconvs", p=0.5, min_mid_channels=2),
+    "bsconvs_bn": recipe("bsconvs", p=0.5, min_mid_channels=2, with_bn=True),
 }
 
 
@@ -54,7 +54,7 @@ def squeeze_excite(channels: int) -> Scale:
     )
 
 
-def unit(kind: Kind, stride: int = 2) -> Residual:
+def unit(kind: Recipe, stride: int = 2) -> Residual:
     body = sequence(
         ("conv1", Conv(8, (3, 3), stride, kind=kind)),
         ("bn1", BatchNorm()),
@@ -66,7 +66,7 @@ def unit(kind: Kind, stride: int = 2) -> Residual:
     return Residual(body, shortcut)
 
 
-def whole(kind: Kind) -> Network:
+def whole(kind: Recipe) -> Network:
     """A whole network, with everything but dropout."""
     body = sequence(
         ("bn", BatchNorm(affine=False)),

@@ -13,6 +13,7 @@ from networks.described import NETWORKS, SHAPE
 
 import doconv_core
 from doconv_core import StateError, read_state, write_state
+from doconv_core.kinds.base import recipe
 from doconv_core.networks import build
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.initialize import initialize
@@ -22,7 +23,6 @@ from doconv_core.networks.nodes import (
     ACTIVATIONS,
     Activation,
     Conv,
-    Kind,
     Network,
     Pool,
     Residual,
@@ -196,7 +196,7 @@ def test_nodes_that_give_no_network_are_refused():
     shortcut = "a residual's body cannot have a child named 'shortcut'"
     check_refused(
         (lambda: Activation("swish"), ValueError, activations),
-        (lambda: Kind("conv2d"), ValueError, f"must be one of {kinds}bsconvs; received"),
+        (lambda: recipe("conv2d"), ValueError, f"must be one of {kinds}bsconvs; received"),
         (lambda: Pool("mean", 2, 2), ValueError, "one of max, average; received 'mean'"),
         (lambda: Pool("max", 2, 2, 2), ValueError, padding),
         (lambda: sequence(("a.b", Conv(1))), ValueError, f"{text}d slashes; received 'a.b'"),
@@ -229,6 +229,8 @@ def test_larger_models_by_name_compute_what_the_core_does(adapter):
 
 @pytest.mark.parametrize("name", ["bsconvu", "bsconvs"])
 def test_a_bsconv_with_groups_is_refused_by_its_path(adapter, name):
-    network = Network("one", sequence(("sole", Conv(6, (3, 3), groups=3, kind=Kind(name)))), SHAPE)
+    network = Network(
+        "one", sequence(("sole", Conv(6, (3, 3), groups=3, kind=recipe(name)))), SHAPE
+    )
     with pytest.raises(ValueError, match=r"'sole' cannot be a BSConv, .* received groups=3"):
         adapter.package.build(network)

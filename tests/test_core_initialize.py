@@ -4,9 +4,10 @@ from cases import one_test, refuses
 from described import KINDS, whole
 
 from doconv_core import ConvSpec, compose
+from doconv_core.kinds.base import recipe
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.layers import layers
-from doconv_core.networks.nodes import Conv, Flatten, Kind, Linear, Network, sequence
+from doconv_core.networks.nodes import Conv, Flatten, Linear, Network, sequence
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -29,7 +30,7 @@ def conv_weight(node, seed=0, name="conv"):
     ("node", "fan_in"),
     [
         (Conv(64, (3, 3)), 48 * 9),
-        (Conv(64, (3, 3), kind=Kind("doconv")), 48 * 9),
+        (Conv(64, (3, 3), kind=recipe("doconv")), 48 * 9),
         (Conv(64, (5, 1), groups=4), 12 * 5),
         (Conv(48 * 20, (3, 3), groups=0), 9),
         (Conv(200), 48),

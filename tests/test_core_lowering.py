@@ -4,6 +4,7 @@ from cases import one_test, refuses
 from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
+from doconv_core.kinds.base import recipe
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.layers import layers
 from doconv_core.networks.lowering import lowered
@@ -13,7 +14,6 @@ from doconv_core.networks.nodes import (
     Concat,
     Conv,
     Flatten,
-    Kind,
     Linear,
     Network,
     Pool,
@@ -31,14 +31,14 @@ def bsconv(kind, **options):
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        (Kind("bsconvu"), {"pointwise": Conv(8)}),
-        (Kind("bsconvu", with_bn=True), {"pointwise": Conv(8), "batch_norm": BatchNorm()}),
+        (recipe("bsconvu"), {"pointwise": Conv(8)}),
+        (recipe("bsconvu", with_bn=True), {"pointwise": Conv(8), "batch_norm": BatchNorm()}),
         (
-            Kind("bsconvs", p=0.5, min_mid_channels=1),
+            recipe("bsconvs", p=0.5, min_mid_channels=1),
             {"pointwise1": Conv(3), "pointwise2": Conv(8)},
         ),
         (
-            Kind("bsconvs", with_bn=True),
+            recipe("bsconvs", with_bn=True),
             {
                 "pointwise1": Conv(4),
                 "batch_norm1": BatchNorm(),
@@ -68,7 +68,7 @@ def test_lowering_keeps_shapes_and_function(name):
 
 
 def test_the_middle_follows_from_the_channels_that_come():
-    network = Network("net", sequence(("conv", bsconv(Kind("bsconvs", 0.5, 1)))), (6, 9, 9))
+    network = Network("net", sequence(("conv", bsconv(recipe("bsconvs", 0.5, 1)))), (6, 9, 9))
     low = lowered(network, (20, 9, 9))
     assert low.input_shape == (20, 9, 9)
     assert infer(low)["conv.pointwise1"].after == (10, 9, 9)
@@ -77,10 +77,10 @@ def test_the_middle_follows_from_the_channels_that_come():
 
 test_what_cannot_be_taken_apart_is_refused = refuses(
     lambda conv: lowered(Network("net", numbered([conv]), (6, 9, 9))),
-    (bsconv(Kind("bsconvu"), groups=2), ValueError, "'1' cannot be a BSConv.*received groups=2"),
-    (bsconv(Kind("bsconvs"), groups=0), ValueError, "'1' cannot be a BSConv.*received groups=0"),
+    (bsconv(recipe("bsconvu"), groups=2), ValueError, "'1' cannot be a BSConv.*received groups=2"),
+    (bsconv(recipe("bsconvs"), groups=0), ValueError, "'1' cannot be a BSConv.*received groups=0"),
     (
-        bsconv(Kind("bsconvs", p=0.0)),
+        bsconv(recipe("bsconvs", p=0.0)),
         ValueError,
         r"p must be above 0 and at most 1; received p=0\.0",
     ),
@@ -89,9 +89,9 @@ test_what_cannot_be_taken_apart_is_refused = refuses(
 
 def test_layers_are_the_forms_of_all_that_has_arrays():
     body = sequence(
-        ("stem", Conv(8, (5, 3), 2, bias=True, kind=Kind("doconv"))),
+        ("stem", Conv(8, (5, 3), 2, bias=True, kind=recipe("doconv"))),
         ("bn", BatchNorm(1e-3, 0.2)),
-        ("conv", Conv(8, (3, 3), padding=0, kind=Kind("bsconvu", with_bn=True))),
+        ("conv", Conv(8, (3, 3), padding=0, kind=recipe("bsconvu", with_bn=True))),
         ("bare", BatchNorm(affine=False)),
         ("flatten", Flatten()),
         ("fc", Linear(2)),
@@ -146,7 +146,7 @@ def test_names_and_branches_that_do_not_fit_are_refused_by_path():
 test_nodes_that_compute_nothing_are_refused = refuses(
     lambda make: make(),
     (
-        lambda: Kind("bsconv"),
+        lambda: recipe("bsconv"),
         ValueError,
         "name must be one of conv, doconv, bsconvu, bsconvs; received",
     ),

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doconv_core import count
+from doconv_core.kinds.base import recipe
 from doconv_core.kinds.bsconv import mid_channels
 from doconv_core.networks import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
 from doconv_core.networks.names import describe, known_name, list_models
-from doconv_core.networks.nodes import BatchNorm, Conv, Kind
+from doconv_core.networks.nodes import BatchNorm, Conv
 from doconv_core.networks.shapes import infer
 
 NAMES = list_models()
@@ -164,8 +165,8 @@ def test_any_share_gives_a_network_or_is_refused(above, below):
         with pytest.raises(ValueError, match="at most 1"):
             describe(name)
         return
-    kinds = {at.node.kind for at in convolutions(name).values()} - {Kind()}
-    assert kinds == {Kind("bsconvs", p=above / below, with_bn=True)}
+    kinds = {at.node.kind for at in convolutions(name).values()} - {recipe()}
+    assert kinds == {recipe("bsconvs", p=above / below, with_bn=True)}
 
 
 @settings(max_examples=200, deadline=None)
@@ -224,12 +225,12 @@ def test_paths_can_be_read():
 @pytest.mark.parametrize("name", list_models("*_bsconvu") + list_models("*_bsconvs_p1d4"))
 def test_which_convolutions_are_blueprint_separable(name):
     ordinary = convolutions(name.partition("_bsconv")[0])
-    kind = Kind("bsconvu") if name.endswith("u") else Kind("bsconvs", p=0.25, with_bn=True)
+    kind = recipe("bsconvu") if name.endswith("u") else recipe("bsconvs", p=0.25, with_bn=True)
     for path, at in convolutions(name).items():
         size = at.node.kernel_size
         is_stem_of_mobilenet = "mobilenet" in name and path == "stem.conv"
         replaced = size in {(3, 3), (5, 5)} and not is_stem_of_mobilenet
-        assert at.node.kind == (kind if replaced else Kind()), path
+        assert at.node.kind == (kind if replaced else recipe()), path
         if "mobilenet" not in name:  # whose two convolutions become one
             assert at.after == ordinary[path].after
     assert any(at.node.kind == kind for at in convolutions(name).values())
@@ -281,5 +282,5 @@ def test_depths_count_layers():
      (7, 1, 4, 7)],
 )  # fmt: skip
 def test_channels_between_pointwise_convolutions(channels, p, least, expected):
-    assert Kind("bsconvs", p, least).mid_channels(channels) == expected
+    assert recipe("bsconvs", p, least).mid_channels(channels) == expected
     assert mid_channels(channels, p, least) == expected

@@ -12,6 +12,7 @@ import tally
 from cases import one_test, refuses
 
 from doconv_core import ConvSpec, Cost, LayerCost, count, layer_cost
+from doconv_core.kinds.base import recipe
 from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe, list_models
 from doconv_core.networks.nodes import (
@@ -19,7 +20,6 @@ from doconv_core.networks.nodes import (
     BatchNorm,
     Conv,
     GlobalPool,
-    Kind,
     Linear,
     Network,
     Pool,
@@ -218,7 +218,7 @@ def test_the_rows_of_bsconv():
 @one_test
 @pytest.mark.parametrize("kind", ["bsconvu", "bsconvs"])
 def test_a_bsconv_of_one_tap_is_an_ordinary_convolution(kind):
-    network = alone(Conv(6, bias=True, kind=Kind(kind)))
+    network = alone(Conv(6, bias=True, kind=recipe(kind)))
     (row,) = count(network, (4, 5, 5)).layers
     assert (row.path, row.kind) == ("conv", "conv")
     assert (row.parameters, row.macs, row.flops) == (4 * 6 + 6, 4 * 6 * 25, 4 * 6 * 25 + 6 * 25)
@@ -256,7 +256,7 @@ test_what_cannot_be_counted = refuses(
 
 def test_a_network_of_one_layer_costs_what_the_layer_does():
     # 3×3, 4 → 6 in 2 groups with biases, at 8×8 positions; by hand from the definitions.
-    layer = Conv(6, (3, 3), bias=True, groups=2, kind=Kind("doconv"))
+    layer = Conv(6, (3, 3), bias=True, groups=2, kind=recipe("doconv"))
     (row,) = count(alone(layer), None).layers
     assert (row.parameters, row.macs) == (6 * 2 * 9 + 6, 6 * 2 * 9 * 64)
     assert (row.training_parameters, row.composition_macs) == (114 + 4 * 9 * 9, 4 * 9 * 9 * 3)

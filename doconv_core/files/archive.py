@@ -17,16 +17,21 @@ SMALL = 1 << 20  # what may be inflated whatever the ratio
 MAX_RATIO = 100  # deflated weights hardly shrink; even zeros seldom make most of a file
 
 
+def opened(path: Path) -> zipfile.ZipFile:
+    """Return the zip archive at `path`, open and unchecked; CheckpointError where it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is not a whole zip archive: {error}.") from error
+
+
 def open_archive(path: Path) -> zipfile.ZipFile:
     """Return the zip archive at `path`, open.
 
     Raises CheckpointError where it is damaged, has a name twice or one that leads out of it, is
     encrypted, or says that it holds more than its size can give.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is not a whole zip archive: {error}.") from error
+    archive = opened(path)
     try:
         _check(path, archive)
     except BaseException:

@@ -7,7 +7,6 @@ whose `sniff` knows its first bytes. No list of formats stands here.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from doconv_core.files.archive import opened
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import Array, CheckpointError, Entry, KernelSizes
 
@@ -34,11 +34,8 @@ class Beginning:
         """The names in a zip archive; none in another file. CheckpointError for a damaged one."""
         if self.head[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
             return frozenset()
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return frozenset(archive.namelist())
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise CheckpointError(f"{self.path} is not a whole zip archive: {error}.") from error
+        with opened(self.path) as archive:
+            return frozenset(archive.namelist())
 
 
 class Format(Protocol):

@@ -23,7 +23,6 @@ def _one_of(known: tuple[str, ...], name: str) -> None:
 
 
 ORDINARY = recipe()
-Kind = recipe
 
 
 @dataclass(frozen=True)

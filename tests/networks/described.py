@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from doconv_core.kinds.base import recipe
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
@@ -10,7 +11,6 @@ from doconv_core.networks.nodes import (
     Dropout,
     Flatten,
     GlobalPool,
-    Kind,
     Linear,
     Network,
     Pool,
@@ -23,8 +23,8 @@ from doconv_core.networks.nodes import (
 
 SHAPE = (3, 10, 9)
 KINDS = (
-    Kind(), Kind("doconv"), Kind("bsconvu"), Kind("bsconvu", with_bn=True), Kind("bsconvs", 0.5),
-    Kind("bsconvs", 0.5, 2, with_bn=True),
+    recipe(), recipe("doconv"), recipe("bsconvu"), recipe("bsconvu", with_bn=True),
+    recipe("bsconvs", 0.5), recipe("bsconvs", 0.5, 2, with_bn=True),
 )  # fmt: skip
 
 
@@ -112,9 +112,9 @@ def _kinds(stride):
     return sequence(
         ("stem", Conv(6, (3, 3))),
         *((f"{kind.name}{n}", unit(8, kind=kind, stride=stride)) for n, kind in enumerate(KINDS)),
-        ("depthwise", unit(8, kind=Kind("doconv"), groups=0)),
-        ("one_tap", Conv(4, kind=Kind("bsconvs"))),
-        ("rectangular", Conv(4, (1, 3), bias=True, kind=Kind("bsconvu"))),
+        ("depthwise", unit(8, kind=recipe("doconv"), groups=0)),
+        ("one_tap", Conv(4, kind=recipe("bsconvs"))),
+        ("rectangular", Conv(4, (1, 3), bias=True, kind=recipe("bsconvu"))),
     )
 
 

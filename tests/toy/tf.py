@@ -12,7 +12,7 @@ from toy.core import SCALED
 class _ScaledConv(ComposedConv):
     kind = SCALED
 
-    def _compose(self, entries):
+    def compose(self, entries):
         return entries["weight"] * entries["scale"]
 
 
