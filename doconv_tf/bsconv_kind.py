@@ -2,58 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 
-from doconv_core.kinds.bsconv import (
-    BSCONV,
-    GROUPED,
-    OVER_PARAMETERIZED,
-    PART,
-    SHARES,
-    form_costs,
-    obstacle,
-)
-from doconv_core.models.report import REPLACED, SUBCLASS, Choice
-from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
+from doconv_core.kinds.bsconv import GROUPED, obstacle
+from doconv_core.models.separable import SeparableLayers
+from doconv_core.models.view import Folding, ModelView, Site
 from doconv_core.networks.nodes import BatchNorm
 from doconv_tf.bsconv import LAYERS, _BSConv
-from doconv_tf.bsconv_fold import folded, is_changed
+from doconv_tf.bsconv_fold import is_changed
 from doconv_tf.ordinary import CONVS, SEPARABLE_CONVS, is_replaced, spec_of
 from doconv_tf.surgery import become, keep_parts
+
+NORM = BatchNorm()  # of networks; its defaults are not Keras'
 
 # What Keras has as a layer of its own.
 SEPARABLE = "it is separable already; a BSConv takes the place of an ordinary convolution"
 
 
-class BSConvLayers(LayerKind):
-    """The BSConv layers. Those of a model that are folded stay the same objects."""
+class BSConvLayers(SeparableLayers):
+    """The BSConv layers of Keras."""
 
-    kind = BSCONV
-    already, part, shared = OVER_PARAMETERIZED, PART, SHARES
-    kept = "keep"
-    type_names = frozenset(cls.__name__ for cls in LAYERS.values())
+    layers, base = LAYERS, _BSConv
+    sequence, batch_norm = keras.Sequential, keras.layers.BatchNormalization
+    bn_options: ClassVar[Mapping[str, Any]] = {
+        "momentum": 1 - NORM.momentum,
+        "epsilon": NORM.epsilon,
+    }
 
-    def owns(self, layer: Any) -> bool:
-        """Return whether a layer is a BSConv."""
-        return isinstance(layer, _BSConv)
+    def is_replaced(self, layer: Any) -> bool:
+        """Return whether this one layer has a method of its own in its class's call's place."""
+        return is_replaced(layer)
 
-    def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
-        """Return the name of the type that takes an ordinary layer's place."""
-        return str(LAYERS[options["variant"], type(layer)].__name__)
+    def parts(self, layer: Any) -> Iterable[Any]:
+        """Return the parts of a BSConv."""
+        found: Iterable[Any] = layer.layers
+        return found
 
-    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the type of layer for a network's convolution, and what it takes more."""
-        options: dict[str, Any] = {"with_bn": recipe.with_bn}
-        if recipe.with_bn:  # whose defaults are not Keras'
-            norm = BatchNorm()
-            options["bn_options"] = {"momentum": 1 - norm.momentum, "epsilon": norm.epsilon}
-        if recipe.name == "bsconvs":
-            options |= {"p": recipe.p, "min_mid_channels": recipe.min_mid_channels}
-        return LAYERS[recipe.name[-1], ordinary], options
+    def is_changed(self, layer: Any) -> bool:
+        """Return whether merging a BSConv makes anything else of it than keeping it."""
+        return is_changed(layer)
+
+    def strides(self, layer: Any) -> Sequence[int]:
+        """Return a BSConv's strides."""
+        found: Sequence[int] = layer.strides
+        return found
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution cannot become a BSConv."""
@@ -62,30 +57,10 @@ class BSConvLayers(LayerKind):
             return SEPARABLE if isinstance(layer, SEPARABLE_CONVS) else GROUPED
         return reason
 
-    def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
-        """Return the new layer."""
-        return LAYERS[options["variant"], type(layer)].from_conv(layer, **options["layer"])
-
     def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
         """Make convolutions the BSConvs."""
         for site, new in chosen:
             become(site.layer, new)
-
-    def share(self, prepared: Any) -> float | None:
-        """Return how much of the trained kernel the new layer has."""
-        found: float | None = prepared.explained
-        return found
-
-    def plan(self, view: ModelView, site: Site, form: str) -> Folding:
-        """Return what a BSConv folds to; None in place of new layers for its own parts."""
-        layer = site.layer
-        own = type(layer) in LAYERS.values() and not is_replaced(layer)
-        if form == "keep" and not own:
-            raise Leave(REPLACED if is_replaced(layer) else SUBCLASS)
-        if form == "keep" or (form == "merge" and own and not is_changed(layer)):
-            return Folding(keras.Sequential.__name__, None)
-        new = folded(layer, form)
-        return Folding(type(new).__name__, new)
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Fold BSConvs, where they stand."""
@@ -94,14 +69,6 @@ class BSConvLayers(LayerKind):
                 keep_parts(site.layer)
             else:
                 become(site.layer, new)
-
-    def choice(self, view: ModelView, site: Site) -> Choice | None:
-        """Return what each form costs."""
-        layer = site.layer
-        normed = any(isinstance(part, keras.layers.BatchNormalization) for part in layer.layers)
-        spec = replace(layer.spec, with_bn=normed)
-        cost = form_costs(spec, layer.strides, bias=layer.bias is not None)
-        return Choice(site.path, type(layer).__name__, spec, cost)
 
 
 BSCONVS = BSConvLayers()
