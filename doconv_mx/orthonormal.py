@@ -11,7 +11,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
-from doconv_mx.bsconv import _BSConvS
+from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import require_values
 from doconv_mx.parameter import native
 from doconv_mx.private import Conv, is_transposed, settings
@@ -91,11 +91,13 @@ def mark_orthonormal(conv: Conv) -> Conv:
 def _weights(model: Block) -> Iterator[Parameter]:
     seen: set[int] = set()
     for _, block in walk(model):
-        layer = block.pointwise1 if isinstance(block, _BSConvS) else block
-        marked = isinstance(block, Conv) and getattr(block, "orthonormal", False) is True
-        if (layer is not block or marked) and id(layer) not in seen:
-            seen.add(id(layer))
-            yield layer.weight
+        found = [layers.orthonormal(block) for layers in LAYER_KINDS.values()]
+        if isinstance(block, Conv) and getattr(block, "orthonormal", False) is True:
+            found.append(block)
+        for layer in found:
+            if layer is not None and id(layer) not in seen:
+                seen.add(id(layer))
+                yield layer.weight
 
 
 def _on(weight: Parameter, ctx: mx.Context | None) -> NDArray:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from doconv_core.kinds.bsconv import BIAS_COMPUTED, WEIGHT_BOUND, obstacle
 from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
-from doconv_torch.bsconv import LAYERS, _BSConv, _BSConvS
+from doconv_torch.bsconv import LAYERS, _BSConv
 from doconv_torch.bsconv_fold import is_changed
 from doconv_torch.ordinary import is_bound, is_replaced, spec_of
 from doconv_torch.surgery import become
@@ -64,10 +64,6 @@ class BSConvLayers(SeparableLayers):
             elif isinstance(new, nn.Sequential):
                 new.depthwise = layer.depthwise
             become(layer, new)
-
-    def orthonormal(self, layer: Any) -> Any | None:
-        """Return the first pointwise convolution of a BSConv-S."""
-        return layer.pointwise1 if isinstance(layer, _BSConvS) else None
 
 
 BSCONVS = BSConvLayers()

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from doconv_core.models.view import LayerKind
+from doconv_core.models.view import LayerKinds
 from doconv_torch.bsconv_kind import BSCONVS
 from doconv_torch.do_conv import DO_CONVS
 
-LAYER_KINDS: dict[str, LayerKind] = {}
-
-
-def register(layers: LayerKind) -> LayerKind:
-    """Let the tools know a kind's layers; return them."""
-    LAYER_KINDS[layers.kind.name] = layers
-    return layers
-
+LAYER_KINDS = LayerKinds()
+register = LAYER_KINDS.register
 
 register(DO_CONVS)  # first: parts of the others' layers may be these
 register(BSCONVS)

@@ -96,3 +96,7 @@ class SeparableLayers(LayerKind):
         spec = replace(layer.spec, with_bn=normed)
         cost = form_costs(spec, strides, bias=layer.bias is not None)
         return Choice(site.path, view.name_of(layer), spec, cost)
+
+    def orthonormal(self, layer: Any) -> Any | None:
+        """Return the first pointwise convolution of a BSConv-S."""
+        return layer.pointwise1 if self.owns(layer) and layer.variant == "s" else None

@@ -216,3 +216,12 @@ class LayerKind(ABC):
     def given_up(self, view: ModelView) -> list[Any]:
         """Return parameters that no folded layer has, and a copy need not hold first."""
         return []
+
+
+class LayerKinds(dict[str, LayerKind]):
+    """The kinds of layers that a framework has, by name, in the order in which they are asked."""
+
+    def register(self, layers: LayerKind) -> LayerKind:
+        """Let the tools know a kind's layers; return them."""
+        self[layers.kind.name] = layers
+        return layers
