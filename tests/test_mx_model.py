@@ -29,7 +29,7 @@ from gluon_models import (  # noqa: E402
     square,
     step,
 )
-from mxnet import gluon  # noqa: E402
+from mxnet import autograd, gluon  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 from mxnet.gluon.contrib.cnn import DeformableConvolution  # noqa: E402
 
@@ -86,6 +86,48 @@ def test_a_copy_is_apart_from_the_original(hybridized, multiplier):
     trainer.step(2)
     assert not alike(outputs(model), expected)
     assert same(step(model)[:1], step(model)[:1])
+
+
+def test_a_trainer_keeps_the_weights_of_a_model_changed_in_place():
+    model = built()
+    weight, bias = model.head.weight, model.head.bias
+    weight.grad_req = "add"
+    trainer = gluon.Trainer(model.collect_params(), "sgd", {"learning_rate": 0.1})
+    over_parameterize(model, inplace=True)
+    assert (model.head.weight, model.head.bias) == (weight, bias)
+    before = weight.data().asnumpy()
+    step(model)
+    trainer.step(2)
+    assert not np.array_equal(weight.data().asnumpy(), before)
+
+
+@INPLACE
+def test_a_converted_convolution_tells_its_depth_multiplier(inplace):
+    layer = over_parameterize(ordinary(nn.Conv2D, 2, activation="relu"), inplace=inplace).model
+    assert "depth_multiplier=" in repr(layer)
+
+
+@MULTIPLIERS
+@HYBRIDIZED
+def test_numpy_arrays_of_mxnet(multiplier, hybridized):
+    mx.npx.set_np()
+    try:
+        model = chain(nn.Conv2D(6, 3), nn.BatchNorm(), nn.Conv2D(3, 3))
+        model.initialize()
+        model.hybridize(hybridized)
+        x = mx.np.ones((2, 4, 7, 8))
+        before = outputs(model, x)
+        target = over_parameterize(model, depth_multiplier=multiplier).model
+        assert alike(outputs(target, x), before)
+        for parameter in target.collect_params(".*depthwise_weight").values():
+            parameter.set_data(mx.np.ones(parameter.shape))
+        assert not alike(outputs(target, x), before)
+        with autograd.record():
+            total = (target(x) ** 2).sum()
+        total.backward()
+        assert target[0].depthwise_weight.grad().asnumpy().any()
+    finally:
+        mx.npx.reset_np()
 
 
 @MULTIPLIERS
