@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from frameworks import need
 
-from doconv_core import BSConvSpec, State, convolve, convolve_gradient, difference
+from doconv_core import BSConvSpec, State, convolve, convolve_gradient
 
 BATCH = 3
 EPSILON = 1e-3
@@ -224,12 +224,6 @@ def check_refused(*rows: tuple[Callable[[], Any], type[Exception], str]) -> None
         else:
             wrong.append(f"{pattern!r} expected; not refused")
     assert not wrong, "\n".join(wrong)
-
-
-def check_close(found: Any, expected: Any, tolerance: float, what: str = "") -> None:
-    """Assert that an array is the expected one, relative to the largest of its entries."""
-    off = difference(found, expected)
-    assert off.relative <= tolerance, f"{what}: {off}; allowed {tolerance:.1e} relative"
 
 
 def make_problem(case: BSConvCase) -> Problem:

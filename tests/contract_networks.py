@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from contract_bsconv import check_close
+from equal import assert_close
 
 from doconv_core import Network, State, count
 from doconv_core.networks.evaluate import evaluate, gradients
@@ -84,7 +84,7 @@ def check_network(adapter: Any, problem: Problem, tolerance: float) -> None:
         adapter.package.load_state(model, state)
         found = adapter.gradients(model, x, dy, training=training)
         assert expected.std() > 1e-3
-        check_close(found.output, expected, tolerance, f"output, training={training}")
+        assert_close(found.output, expected, tolerance, f"output, training={training}")
         largest = max(np.abs(gradient).max() for gradient in exact.values())
         for entry, gradient in exact.items():
             # What a batch norm takes out again has no gradient but roundoff.

@@ -11,8 +11,6 @@ import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, nn
 
-from doconv_core import difference
-
 HYBRIDIZED = pytest.mark.parametrize("hybridized", [False, True], ids=["eager", "hybridized"])
 INPLACE = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 MULTIPLIERS = pytest.mark.parametrize("multiplier", [None, 12], ids=["S=M", "S=12"])
@@ -97,18 +95,6 @@ def step(model, x=None, training=True):
         total = sum((part**2).sum() for part in found)
     total.backward()
     return [part.asnumpy() for part in (*found, x.grad)]
-
-
-def same(a, b):
-    """Whether two lists of arrays are the same bit for bit."""
-    return len(a) == len(b) and all(map(np.array_equal, a, b))
-
-
-def alike(a, b):
-    """Whether two lists of arrays are equal but for rounding."""
-    return len(a) == len(b) and all(
-        difference(p, q).relative <= 1e-5 for p, q in zip(a, b, strict=True)
-    )
 
 
 class Listed(Block):

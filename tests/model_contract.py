@@ -202,8 +202,3 @@ def models_of(backend: str) -> ModuleType:
 def is_d(name: str) -> bool:
     """Whether this is a name of a D."""
     return "depthwise" in name
-
-
-def same(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
-    """Whether outputs are the same bit for bit."""
-    return len(found) == len(expected) and all(map(np.array_equal, found, expected))

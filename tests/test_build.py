@@ -6,8 +6,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from contract_bsconv import adapter_of, check_close, check_refused, snapshot
+from contract_bsconv import adapter_of, check_refused, snapshot
 from contract_networks import check_network, images, problem_of, trained
+from equal import assert_close
 from frameworks import BACKENDS
 from networks.described import NETWORKS, SHAPE
 
@@ -67,13 +68,13 @@ def test_over_parameterized_and_folded_it_computes_the_same(adapter, name):
     x, model, package = images(network), loaded(adapter, network), adapter.package
     expected = adapter.forward(model, x)
     more = package.over_parameterize(model).model
-    check_close(adapter.forward(more, x), expected, OUTPUTS, "over-parameterized")
+    assert_close(adapter.forward(more, x), expected, OUTPUTS, "over-parameterized")
     state = package.export_state(more)
     assert list(state.layers) == list(layers(network))
     assert any(form.over_parameterized for form in state.layers.values())
     for fuse in (False, True):
         folded = package.fold(more, fuse_batchnorm=fuse).model
-        check_close(adapter.forward(folded, x), expected, OUTPUTS, f"fuse={fuse}")
+        assert_close(adapter.forward(folded, x), expected, OUTPUTS, f"fuse={fuse}")
         forms = package.export_state(folded).layers
         assert not any(form.over_parameterized for form in forms.values())
         assert (list(forms) == list(layers(network))) != fuse
@@ -131,7 +132,7 @@ def test_every_activation_is_that_of_its_formula(adapter):
     assert expected.keys() == set(ACTIVATIONS)
     for name, y in expected.items():
         network = Network("one", sequence(("activation", Activation(name))), (2, 4, 4))
-        check_close(adapter.forward(adapter.described(network), x), y, OUTPUTS, name)
+        assert_close(adapter.forward(adapter.described(network), x), y, OUTPUTS, name)
 
 
 @pytest.mark.parametrize("name", ["max", "average"])
@@ -140,7 +141,7 @@ def test_what_is_padded_takes_no_part_in_pooling(adapter, name):
         network = Network("one", sequence(("pool", Pool(name, *sizes))), (2, 9, 8))
         x = images(network) - 5  # below 0, which zeros around would hide
         expected = evaluate(network, initialize(network), x)
-        check_close(adapter.forward(adapter.described(network), x), expected, OUTPUTS, str(sizes))
+        assert_close(adapter.forward(adapter.described(network), x), expected, OUTPUTS, str(sizes))
 
 
 def test_an_input_of_another_size(adapter):
@@ -210,7 +211,7 @@ def check_by_name(adapter, name, in_channels):
     assert network.input_shape[0] == (in_channels or 1)
     x = images(network, batch=2)
     expected = evaluate(network, initialize(network, 2), x.astype(np.float64))
-    check_close(adapter.forward(model, x), expected, OUTPUTS, name)
+    assert_close(adapter.forward(model, x), expected, OUTPUTS, name)
     assert name in adapter.package.list_models(f"{name[:9]}*")
 
 

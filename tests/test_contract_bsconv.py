@@ -14,7 +14,6 @@ from contract_bsconv import (
     FORMS,
     adapter_of,
     bsconv_case,
-    check_close,
     check_refused,
     in_form,
     make_problem,
@@ -23,6 +22,7 @@ from contract_bsconv import (
     snapshot,
     solve,
 )
+from equal import assert_close
 from frameworks import BACKENDS
 
 from doconv_core import (
@@ -96,18 +96,18 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
             continue
         folded = layer.fold(**in_form(form))
         assert adapter.is_ordinary(folded, form), form
-        check_close(adapter.forward(folded, x), expected.output, FLOAT32_TOLERANCE, form)
+        assert_close(adapter.forward(folded, x), expected.output, FLOAT32_TOLERANCE, form)
         if form == "keep":
             np.testing.assert_array_equal(adapter.forward(folded, x), output, form)
 
     found = adapter.gradients(layer, x, problem.dy)
-    check_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
+    assert_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
     dx = found.x
     if dx.shape != problem.x.shape:
         dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
-    check_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
+    assert_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
     for name, gradient in expected.arrays.items():
-        check_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
+        assert_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("variant", "us")
@@ -119,9 +119,9 @@ def test_the_composed_kernel_is_that_of_the_layer_and_has_its_gradients(adapter,
         x, dy = (each.astype(adapter.DOUBLE) for each in (problem.x, problem.dy))
         x, expected = pad(x, case.padding, "zeros"), solve(case, problem)
         found = adapter.gradients(layer, x, dy, composed=True)
-        check_close(found.output, expected.output, adapter.EXACT, "output")
+        assert_close(found.output, expected.output, adapter.EXACT, "output")
         for name, gradient in expected.arrays.items():
-            check_close(found.arrays[name], gradient, adapter.EXACT, name)
+            assert_close(found.arrays[name], gradient, adapter.EXACT, name)
     with pytest.raises(NotFoldable, match="with batch norms is no mere kernel; fold"):
         built(adapter, usual(variant, with_bn=True))[0].composed_kernel()
 
@@ -211,11 +211,11 @@ def test_the_depthwise_part_may_be_a_do_layer(adapter, variant):
         output = adapter.forward(made, x)
         dy, padded = np.zeros_like(output), pad(x, case.padding, "zeros")
         found = adapter.gradients(made, padded, dy, composed=True)
-        check_close(found.output, output, adapter.EXACT, "composed kernel")
+        assert_close(found.output, output, adapter.EXACT, "composed kernel")
         for form in FORMS:
             folded = made.fold(**in_form(form))
             assert adapter.is_ordinary(folded, form), form
-            check_close(adapter.forward(folded, x), output, adapter.EXACT, form)
+            assert_close(adapter.forward(folded, x), output, adapter.EXACT, form)
 
 
 CUBE = {v: bsconv_case(4, 6, (3, 3, 3), (5, 5, 5), variant=v) for v in "us"}
@@ -241,7 +241,7 @@ def test_from_conv_starts_from_the_weights(adapter, with_bn):
         assert found.explained == pytest.approx(1)
         x = x.astype(adapter.DOUBLE)
         close = max(adapter.EXACT, 1e-8)  # as batch norms' epsilon is
-        check_close(adapter.forward(found, x), adapter.forward(conv, x), close, str(case))
+        assert_close(adapter.forward(found, x), adapter.forward(conv, x), close, str(case))
         random = type(layer).from_conv(conv, start="random")
         assert random.explained is None
         assert np.abs(adapter.forward(random, x)).max() > 0

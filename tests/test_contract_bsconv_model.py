@@ -10,13 +10,13 @@ from contract_bsconv import (
     ARGUMENT,
     FORMS,
     adapter_of,
-    check_close,
     check_refused,
     in_form,
     put,
     say,
     snapshot,
 )
+from equal import assert_close
 from frameworks import BACKENDS
 
 from doconv_core import (
@@ -134,7 +134,7 @@ def test_what_is_a_bsconv_already_is_found_again(adapter, variant):
         model, report = adapter.package.to_bsconv(dense, variant, inplace=inplace)
         assert (model is dense) == inplace
         assert (adapter.walk(model)[REPLACED[0]] is conv) == inplace
-        check_close(output(adapter, model), expected, 10 * adapter.EXACT, f"inplace={inplace}")
+        assert_close(output(adapter, model), expected, 10 * adapter.EXACT, f"inplace={inplace}")
         assert [share for _, share in report.explained] == pytest.approx([1, 1, 1])
 
 
@@ -147,7 +147,7 @@ def test_models_fold_in_every_form(adapter, variant, form):
     for inplace in (False, True):
         model, report = adapter.package.fold(original, **in_form(form), inplace=inplace)
         assert (adapter.walk(model)[REPLACED[0]] is first) == inplace
-        check_close(output(adapter, model), expected, adapter.EXACT, f"inplace={inplace}")
+        assert_close(output(adapter, model), expected, adapter.EXACT, f"inplace={inplace}")
         assert type(report) is FoldReport
         assert paths(report) == REPLACED
         after = say(adapter, "Conv2{d}" if form == "dense" else "{sequential}")
@@ -178,7 +178,7 @@ def test_merging_folds_batch_norms_that_a_dense_kernel_cannot(adapter):
     assert f"{first}.batch_norm1" in paths(report)
     both = fold(model, fuse_batchnorm=True, **in_form("merge")).model
     for what, found in (("merged", merged), ("fused", fused), ("both", both)):
-        check_close(output(adapter, found), expected, adapter.EXACT, what)
+        assert_close(output(adapter, found), expected, adapter.EXACT, what)
 
 
 def test_what_is_left_has_its_reason(adapter):
@@ -206,7 +206,7 @@ def test_what_is_left_has_its_reason(adapter):
     folded = adapter.package.fold(made, **in_form("dense")).model
     assert kinds(adapter, folded)["0"] == say(adapter, "Conv1{d}")
     x = np.random.default_rng(1).standard_normal((2, 4, 12)).astype("float32")
-    check_close(adapter.forward(folded, x), adapter.forward(made, x), 1e-5)
+    assert_close(adapter.forward(folded, x), adapter.forward(made, x), 1e-5)
 
 
 def test_bad_arguments_change_nothing(adapter):
@@ -256,7 +256,7 @@ def test_over_parameterized_depthwise_parts_fold(adapter, multiplier):
     expected = output(adapter, model)
     for form in FORMS:
         folded, report = adapter.package.fold(model, **in_form(form))
-        check_close(output(adapter, folded), expected, adapter.EXACT, form)
+        assert_close(output(adapter, folded), expected, adapter.EXACT, form)
         assert is_bare(adapter, folded), form
         found = [change.path for change in report.changed if change.before in made]
         assert found == ([] if form == "dense" else parts), form
@@ -319,5 +319,5 @@ def test_a_network_by_name_folds_to_each_form(adapter, form):
     for fuse in (False, True):
         folded, report = fold(model, **in_form(form), fuse_batchnorm=fuse)
         assert (report.forms, len(report.choices)) == ({"bsconv": form}, 13)
-        check_close(adapter.forward(folded, x), expected, 1e-5, f"fuse_batchnorm={fuse}")
+        assert_close(adapter.forward(folded, x), expected, 1e-5, f"fuse_batchnorm={fuse}")
         assert not list_bsconvs(adapter, folded)

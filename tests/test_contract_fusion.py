@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from equal import same
 from frameworks import BACKENDS
-from model_contract import BRANCHES, CHANGED, Again, Layer, Net, conv, models_of, norm, runs, same
+from model_contract import BRANCHES, CHANGED, Again, Layer, Net, conv, models_of, norm, runs
 
 from doconv_core import Change, Left, difference, fuse_batchnorm
 from doconv_core.models.report import (

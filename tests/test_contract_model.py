@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from equal import close, same
 from frameworks import BACKENDS, adapter_of
 from model_contract import (
     BATCH,
@@ -18,10 +19,9 @@ from model_contract import (
     is_d,
     models_of,
     runs,
-    same,
 )
 
-from doconv_core import Change, Converted, Left, NotFoldable, Report, difference
+from doconv_core import Change, Converted, Left, NotFoldable, Report
 from doconv_core.models.report import (
     ALREADY,
     NOT_DIRECT,
@@ -180,7 +180,7 @@ def test_over_parameterizing_changes_nothing_but_the_layers(backend, mode, inpla
     assert found["head"].note == ["a user's own"]
     assert found["stem"].spec.depth_multiplier == (multiplier or 9)
     assert found["body.wide"].spec.depth_multiplier == (multiplier or 3)
-    equal = same if multiplier is None or models.exact else alike
+    equal = same if multiplier is None or models.exact else close
     for training in (False, True, False):
         given = models.outputs(target, x, training), models.outputs(twin, x, training)
         assert equal(*given), f"outputs, training={training}"
@@ -202,12 +202,6 @@ def test_over_parameterizing_changes_nothing_but_the_layers(backend, mode, inpla
         assert not shared & {id(v) for v in models.identities(target).values()}
         models.step(models.train(target), x)
         assert same(models.outputs(model, x), models.outputs(fresh, x))
-
-
-def alike(found, expected):
-    """Whether outputs are equal but for rounding."""
-    pairs = zip(found, expected, strict=True)
-    return all(difference(a, b).relative <= 1e-5 for a, b in pairs)
 
 
 @RUNS
@@ -341,7 +335,7 @@ def test_a_layer_in_several_places_stays_one(backend, mode, inplace, multiplier)
     target, report = package.over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
     assert [change.path for change in report.changed] == ["conv", "body"]
     assert (models.layers(target)["conv"] is old) == inplace
-    assert (same if models.exact else alike)(models.outputs(target, x), expected)
+    assert (same if models.exact else close)(models.outputs(target, x), expected)
     assert list(models.layers(target)) == ["", *(p for p in models.layers(model) if p)]
     expected = models.outputs(models.train(target), x)
     folded, report = package.fold(target, inplace=inplace)
@@ -372,7 +366,7 @@ def test_tied_weights_stay_tied_through_training_and_folding(backend, mode, inpl
     expected = models.outputs(model, x)
     target, report = package.over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
     assert len(report.changed) == 3
-    assert alike(models.outputs(target, x), expected)
+    assert close(models.outputs(target, x), expected)
     models.step(models.train(target), x)
     expected, found = models.outputs(target, x), models.layers(target)
     for name in ("weight", "depthwise_weight"):

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from equal import same
 from frameworks import BACKENDS
-from model_contract import Again, Layer, Net, conv, models_of, norm, same
+from model_contract import Again, Layer, Net, conv, models_of, norm
 
 from doconv_core import State, StateError
 

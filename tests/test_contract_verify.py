@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from equal import same
 from frameworks import BACKENDS
-from model_contract import BRANCHES, Layer, Net, conv, models_of, same
+from model_contract import BRANCHES, Layer, Net, conv, models_of
 
 from doconv_core import Difference, State
 

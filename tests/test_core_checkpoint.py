@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
+from equal import assert_close
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -25,9 +26,7 @@ def file(tmp_path):
 
 
 def close(found, expected, dtype=np.float32):
-    assert found.shape == expected.shape
-    tolerance = {np.float64: 1e-15, np.float32: 1e-6, np.float16: 1e-3}[dtype]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * abs(expected).max())
+    assert_close(found, expected, {np.float64: 1e-15, np.float32: 1e-6, np.float16: 1e-3}[dtype])
 
 
 def test_the_layers_of_a_state_dict(file):

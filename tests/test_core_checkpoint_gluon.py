@@ -7,9 +7,10 @@ import struct
 import numpy as np
 import pytest
 from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
+from equal import assert_close
 from frameworks import need
 
-from doconv_core import ConvSpec, NotFoldable, difference
+from doconv_core import ConvSpec, NotFoldable
 from doconv_core.files.entries import CONVOLUTION, CheckpointError
 from doconv_core.files.folding import fold_checkpoint
 from doconv_core.files.formats import open_checkpoint
@@ -54,10 +55,6 @@ def image():
     return mx.nd.array(numbers(2, 3, 5, 5))
 
 
-def equal(found, expected):
-    assert difference(found.asnumpy(), expected.asnumpy()).relative <= 1e-5
-
-
 def test_saved_parameters_load_into_the_ordinary_network(file, tmp_path):
     net, plain = network(), ordinary()
     net.save_parameters(str(file))
@@ -78,7 +75,7 @@ def test_saved_parameters_load_into_the_ordinary_network(file, tmp_path):
     report = fold_checkpoint(file, tmp_path / "out")
     assert [change.path for change in report.changed] == ["0", "2"]
     plain.load_parameters(str(tmp_path / "out"))
-    equal(plain(image()), net(image()))
+    assert_close(plain(image()), net(image()))
 
 
 @pytest.mark.parametrize("how", ["export", "collect_params"])
@@ -102,7 +99,7 @@ def test_the_names_of_parameters_themselves_are_understood(file, tmp_path, how):
     names = {p.name: q.name for p, q in zip_parameters(net, plain)}
     stripped = {name.removeprefix("arg:").removeprefix("aux:"): a for name, a in after.items()}
     plain.collect_params().load_dict({names[name]: a for name, a in stripped.items()})
-    equal(plain(image()), expected)
+    assert_close(plain(image()), expected)
 
 
 def zip_parameters(net, plain):
@@ -121,7 +118,7 @@ def test_a_layer_alone(file, tmp_path):
     fold_checkpoint(file, tmp_path / "out")
     found = mx.nd.load(str(tmp_path / "out"))
     assert found.keys() == {"weight", "bias"}
-    equal(found["weight"], layer.fold().weight.data())
+    assert_close(found["weight"], layer.fold().weight.data())
 
 
 @pytest.mark.parametrize("multiplier", [9, 12])
@@ -139,7 +136,7 @@ def test_channels_last(file, tmp_path, multiplier):
     fold_checkpoint(file, tmp_path / "out", kernel_sizes=sizes)
     found = mx.nd.load(str(tmp_path / "out"))["0.weight"]
     assert found.shape == (6, 3, 3, 4)
-    equal(found, layer.fold().weight.data())
+    assert_close(found, layer.fold().weight.data())
 
 
 def test_a_layout_that_shapes_leave_open_is_that_of_the_file(file):

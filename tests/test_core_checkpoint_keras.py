@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 from checkpoint_files import numbers
+from equal import assert_close
 from frameworks import need
 
 need("tf")
@@ -41,8 +42,7 @@ def weights(tmp_path):
 
 
 def same_outputs(found, expected):
-    got, wanted = (m.predict(images(), verbose=0) for m in (found, expected))
-    assert difference(got, wanted).relative <= 1e-5
+    assert_close(*(m.predict(images(), verbose=0) for m in (found, expected)))
 
 
 def no_trace_of_ours(model):

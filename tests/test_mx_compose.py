@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 from cases import one_test
-from equal import close
-from equal import same as equal
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -19,7 +18,7 @@ from doconv_mx import DOConv2D, fold, over_parameterize  # noqa: E402
 # isort: split
 import mxnet as mx  # noqa: E402
 from gluon_layers import array, image, random_d  # noqa: E402
-from gluon_models import alike, chain, moved, outputs, same, step  # noqa: E402
+from gluon_models import chain, moved, outputs, step  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import HybridBlock, SymbolBlock, nn  # noqa: E402
 
@@ -94,7 +93,7 @@ def test_kernel_and_gradients_are_those_of_the_core(spec, last, hybridized, conv
 def test_without_d_the_kernel_is_w(spec, convolved):
     weight = image(*spec.parameter_shape)
     options = spec, False, "float32", spec.in_channels if convolved else 0
-    assert equal(compose(mx.nd, weight, mx.nd.zeros(spec.depthwise_shape), *options), weight)
+    assert same(compose(mx.nd, weight, mx.nd.zeros(spec.depthwise_shape), *options), weight)
 
 
 def choice(in_channels, channels, kernel, groups=1, dtype="float32", initialized=True, **options):
@@ -139,7 +138,7 @@ def test_a_layer_hybridized_before_its_channels_are_known_folds_exactly(multipli
     for in_batches in (True, False):
         assert ("batch_dot" in net._cached_graph[1].tojson()) is in_batches
         assert same(outputs(fold(net).model, x), outputs(net, x))
-        assert equal(layer.fold().weight.data(), layer.composed_kernel())
+        assert same(layer.fold().weight.data(), layer.composed_kernel())
         net.hybridize()  # when the graph is made anew, the channels are known
         outputs(net, x)
 
@@ -175,10 +174,10 @@ def test_a_layer_that_knows_its_channels_agrees_with_one_that_infers_them():
     nets[0].hybridize()
     for net in nets:
         moved(net)
-    assert alike(step(nets[0], x), step(nets[1], x))
+    assert close(step(nets[0], x), step(nets[1], x))
     graphs = [net._cached_graph[1].tojson() for net in nets]
     assert ["batch_dot" in graph for graph in graphs] == [False, True]
-    assert alike([nets[0][0].weight.grad().asnumpy()], [nets[1][0].weight.grad().asnumpy()])
+    assert close([nets[0][0].weight.grad().asnumpy()], [nets[1][0].weight.grad().asnumpy()])
     grads = [net[0].depthwise_weight.grad() for net in nets]
     assert close(*grads)
 
@@ -194,7 +193,7 @@ def test_a_large_layer_in_half_precision_is_composed_in_float32(multiplier):
             parameter.set_data(image(*parameter.shape, dtype="float16"))
         kernels.append(layer.composed_kernel())
     assert kernels[0].dtype == np.float16
-    assert equal(kernels[0], kernels[1].astype("float16"))
+    assert same(kernels[0], kernels[1].astype("float16"))
 
 
 @pytest.mark.parametrize("multiplier", [None, 11])

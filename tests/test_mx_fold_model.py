@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -19,12 +20,10 @@ from gluon_models import (  # noqa: E402
     MULTIPLIERS,
     Listed,
     Residual,
-    alike,
     built,
     chain,
     moved,
     outputs,
-    same,
     square,
 )
 from mxnet import gluon  # noqa: E402
@@ -169,7 +168,7 @@ def test_numpy_arrays_of_mxnet(multiplier, hybridized):
         assert same(outputs(folded, x), outputs(target, x))
         fused, report = fold(target, fuse_batchnorm=True)
         assert report.left == ()
-        assert alike(outputs(fused, x), outputs(target, x))
+        assert close(outputs(fused, x), outputs(target, x))
         assert verify(fused, target, x).relative <= 1e-5
     finally:
         mx.npx.reset_np()

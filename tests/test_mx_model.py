@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -20,12 +21,10 @@ from gluon_models import (  # noqa: E402
     MULTIPLIERS,
     Listed,
     Residual,
-    alike,
     built,
     chain,
     moved,
     outputs,
-    same,
     square,
     step,
 )
@@ -45,7 +44,7 @@ def test_weights_that_mxnet_has_rearranged_in_inference(groups, inplace, multipl
     layer.initialize()
     before = outputs(layer, x)
     target = over_parameterize(layer, depth_multiplier=multiplier, inplace=inplace).model
-    assert alike(outputs(target, x), before)
+    assert close(outputs(target, x), before)
 
 
 @pytest.mark.parametrize("flags", [{}, {"static_alloc": True, "static_shape": True}])
@@ -59,7 +58,7 @@ def test_a_network_that_has_run_compiled_is_compiled_anew(flags):
     assert dict(target._flags).get("static_alloc", False) == bool(flags)
     assert same(outputs(target), before)
     moved(target)
-    assert not alike(outputs(target), before)
+    assert not close(outputs(target), before)
 
 
 @HYBRIDIZED
@@ -84,7 +83,7 @@ def test_a_copy_is_apart_from_the_original(hybridized, multiplier):
     for m in (model, before):
         step(m)
     trainer.step(2)
-    assert not alike(outputs(model), expected)
+    assert not close(outputs(model), expected)
     assert same(step(model)[:1], step(model)[:1])
 
 
@@ -118,10 +117,10 @@ def test_numpy_arrays_of_mxnet(multiplier, hybridized):
         x = mx.np.ones((2, 4, 7, 8))
         before = outputs(model, x)
         target = over_parameterize(model, depth_multiplier=multiplier).model
-        assert alike(outputs(target, x), before)
+        assert close(outputs(target, x), before)
         for parameter in target.collect_params(".*depthwise_weight").values():
             parameter.set_data(mx.np.ones(parameter.shape))
-        assert not alike(outputs(target, x), before)
+        assert not close(outputs(target, x), before)
         with autograd.record():
             total = (target(x) ** 2).sum()
         total.backward()
@@ -148,7 +147,7 @@ def test_what_is_set_on_layers_and_parameters_is_kept(multiplier):
     assert target.conv1.note == "kept"
     for context in contexts:
         x = image(dtype="float64").as_in_context(context)
-        assert alike(outputs(target, x), outputs(model, x))
+        assert close(outputs(target, x), outputs(model, x))
 
 
 @INPLACE
@@ -208,7 +207,7 @@ def test_data_that_a_layer_was_given_before_its_first_run_is_kept(multiplier):
     for name in ("weight", "bias"):
         getattr(model[0], name).set_data(getattr(plain, name).data())
     target = over_parameterize(model, depth_multiplier=multiplier).model
-    assert alike(outputs(target), outputs(plain))
+    assert close(outputs(target), outputs(plain))
 
 
 @INPLACE
@@ -218,7 +217,7 @@ def test_layers_that_are_called_from_private_containers_are_the_ones_changed(inp
     target = over_parameterize(model, inplace=inplace).model
     assert same(outputs(target), before)
     moved(target)
-    assert not alike(outputs(target), before)
+    assert not close(outputs(target), before)
     assert target._named["first"] is target.first
 
 
@@ -233,7 +232,7 @@ def test_an_ordinary_models_file_loads_and_a_file_of_its_own(multiplier, hybridi
     expected = outputs(model)
     model.save_parameters(str(tmp_path / "own"))
     model.load_parameters(file, allow_missing=True)
-    assert alike(outputs(model), outputs(plain))
+    assert close(outputs(model), outputs(plain))
     model.load_parameters(str(tmp_path / "own"))
     assert same(outputs(model), expected)
 

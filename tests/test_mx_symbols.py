@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -19,12 +20,10 @@ from gluon_models import (  # noqa: E402
     INPLACE,
     MULTIPLIERS,
     Residual,
-    alike,
     built,
     chain,
     moved,
     outputs,
-    same,
     square,
     step,
     trained_statistics,
@@ -71,16 +70,16 @@ def test_there_and_back(hybridized, inplace, multiplier):
     assert (target is block) == inplace
     assert [tuple(c) for c in report.changed] == [(path, "Conv2D", "DOConv2D") for path in NODES]
     assert report.left == (("conv2", "Conv2D", ONE_TAP),)
-    close = same if multiplier is None else alike
+    agree = same if multiplier is None else close
     for training in (False, True):
-        assert close(step(target, training=training), step(twin, training=training))
+        assert agree(step(target, training=training), step(twin, training=training))
     moved(target)
     trainer = Trainer(target.collect_params(), "sgd", {"learning_rate": 0.1})
     kept = outputs(target)
     step(target)
     trainer.step(2)
     expected = outputs(target)
-    assert not alike(expected, kept)
+    assert not close(expected, kept)
     folded, report = fold(target, inplace=inplace)
     assert [tuple(c) for c in report.changed] == [(path, "DOConv2D", "Conv2D") for path in NODES]
     assert type(folded) is SymbolBlock
@@ -88,7 +87,7 @@ def test_there_and_back(hybridized, inplace, multiplier):
     assert graph(folded) == before
     assert [n for n in vars(folded) if n not in vars(twin)] == []
     assert not [p for p in folded.params.values() if type(p) is not mx.gluon.Parameter]
-    assert alike(outputs(folded), expected)
+    assert close(outputs(folded), expected)
 
 
 def test_a_copy_is_apart_from_the_original():
@@ -100,7 +99,7 @@ def test_a_copy_is_apart_from_the_original():
     assert graph(block) == before
     assert dict(block.params.items()) == kept
     assert same(outputs(block), expected)
-    assert not alike(outputs(target), expected)
+    assert not close(outputs(target), expected)
     again = fold(target).model
     assert not fold(again).report.changed
     assert "DOSymbolBlock" in type(target).__name__
@@ -158,7 +157,7 @@ def test_a_symbol_without_values_is_run_first_or_infers():
     target = over_parameterize(block).model
     target.initialize(mx.init.Normal(0.3))
     step(target)
-    assert alike(outputs(fold(moved(target)).model), outputs(target))
+    assert close(outputs(fold(moved(target)).model), outputs(target))
     with pytest.raises(ValueError, match=r"layer 'conv0': in a symbol whose shapes are not known"):
         over_parameterize(block, depth_multiplier=12)
     assert type(block) is SymbolBlock
@@ -173,18 +172,18 @@ def test_files_and_casts(multiplier, tmp_path):
     target.collect_params().save(own)
     block.collect_params().save(plain)
     target.collect_params().load(plain, allow_missing=True)
-    assert alike(outputs(target), outputs(block))
+    assert close(outputs(target), outputs(block))
     target.collect_params().load(own)
     assert same(outputs(target), expected)
     target.cast("float64")
     found = outputs(target, image(dtype="float64"))
     assert found[0].dtype == np.float64
-    assert alike(found, expected)
+    assert close(found, expected)
     block.cast("float16")
     half = over_parameterize(block, depth_multiplier=multiplier).model
     for net in (block, half):  # in float16 MXNet convolves on GPUs only
         net.cast("float32")
-    assert alike(outputs(half), outputs(block))
+    assert close(outputs(half), outputs(block))
 
 
 def test_an_imported_network(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+from equal import close, same
 from frameworks import need
 
 need("mx")
@@ -17,12 +18,10 @@ from doconv_mx import fold, over_parameterize  # noqa: E402
 import mxnet as mx  # noqa: E402
 from gluon_models import (  # noqa: E402
     INPLACE,
-    alike,
     built,
     chain,
     moved,
     outputs,
-    same,
     square,
 )
 from mxnet.gluon import Block, HybridBlock, Parameter, nn  # noqa: E402
@@ -85,7 +84,7 @@ def test_what_a_forward_does_unseen_is_left(cls, seen, left):
     target, report = fused(model)
     assert [c.path for c in report.changed] == seen
     assert {entry.path: entry.reason for entry in report.left} == left
-    assert alike(outputs(target), outputs(model))
+    assert close(outputs(target), outputs(model))
 
 
 class Gamma(Parameter):
@@ -176,7 +175,7 @@ def test_layers_of_equal_names_are_left(inplace, over):
             moved(child)
     expected = outputs(model)
     target, report = fused(model, inplace=inplace)
-    assert alike(outputs(target), expected)
+    assert close(outputs(target), expected)
     assert report.left == (("0.1", "BatchNorm", SAME_NAME), ("1.1", "BatchNorm", SAME_NAME))
     assert report.changed[-1] == ("2.1", "BatchNorm", "fused into Conv2D")
 

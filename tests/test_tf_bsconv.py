@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from contract_bsconv import FORMS, check_refused, in_form
+from equal import assert_close
 from frameworks import need
 
 need("tf")
@@ -19,7 +20,7 @@ from keras import layers, ops  # noqa: E402
 from keras_layers import array, assert_same  # noqa: E402
 from keras_models import filled  # noqa: E402
 
-from doconv_core import difference, orthonormality  # noqa: E402
+from doconv_core import orthonormality  # noqa: E402
 from doconv_tf import (  # noqa: E402
     BSConvS1D,
     BSConvS2D,
@@ -45,11 +46,6 @@ def layer(cls=BSConvS2D, shape=SHAPE, **options):
 
 def image(shape=SHAPE, dtype="float32"):
     return keras_layers.image(shape, dtype)
-
-
-def close(found, expected, tolerance=1e-5):
-    off = difference(array(found), array(expected))
-    assert off.relative <= tolerance, off
 
 
 def two(**options):
@@ -171,7 +167,7 @@ def test_mixed_precision(policy):
     assert {variable.dtype for variable in made.weights} == {"float32"}
     assert keras.backend.standardize_dtype(made(image()).dtype) == policy.removeprefix("mixed_")
     expected = layer(with_bn=True)(image())
-    close(ops.cast(made(image()), "float32"), expected, 2e-2)
+    assert_close(ops.cast(made(image()), "float32"), expected, 2e-2)
 
 
 def test_folding_keeps_names_policies_regularizers_and_what_is_trainable():
@@ -186,10 +182,10 @@ def test_folding_keeps_names_policies_regularizers_and_what_is_trainable():
         assert (folded.name, folded.dtype_policy.name) == ("one", DOUBLE), form
         assert not folded.trainable_variables, form
         assert {variable.dtype for variable in folded.weights} == {DOUBLE}, form
-        close(folded(image(dtype=DOUBLE)), made(image(dtype=DOUBLE)), TOLERANCE)
+        assert_close(folded(image(dtype=DOUBLE)), made(image(dtype=DOUBLE)), TOLERANCE)
         folded = regular.fold(**in_form(form))
         folded(image())
-        close(sum(folded.losses), expected)
+        assert_close(sum(folded.losses), expected)
 
 
 def test_from_conv_keeps_what_is_not_its_weight():
@@ -197,7 +193,7 @@ def test_from_conv_keeps_what_is_not_its_weight():
     conv = layer(BSConvU2D, **options).fold(**in_form("dense"))
     found = BSConvU2D.from_conv(conv)
     assert (found.name, found.dilation_rate) == ("one", (2, 2))
-    close(found(image()), conv(image()))
+    assert_close(found(image()), conv(image()))
 
 
 # The loss.

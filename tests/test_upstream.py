@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from checkpoint_files import numbers, only_line
+from equal import assert_close
 from frameworks import need
 from safetensors.numpy import load_file, save_file
 
@@ -90,10 +91,6 @@ def is_exact(framework, case):
     return framework != "PyTorch" or groups in (1, outputs)
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
-
-
 @CASES
 @FRAMEWORK
 def test_layers_are_carried_over_where_that_is_exact_and_folded_where_not(framework, case):
@@ -105,7 +102,7 @@ def test_layers_are_carried_over_where_that_is_exact_and_folded_where_not(framew
     spec = ConvSpec(inputs, outputs, size, groups, max(multiplier, size[0] * size[1]))
     weight, depthwise = found.entries["conv.weight"], found.entries["conv.depthwise_weight"]
     assert weight.shape == spec.parameter_shape
-    close(compose(weight.reshape(spec.weight_shape), depthwise, spec), kernel)
+    assert_close(compose(weight.reshape(spec.weight_shape), depthwise, spec), kernel)
     np.testing.assert_array_equal(found.entries["conv.bias"], entries["bias"])
     form = found.state.layers["conv"]
     if is_exact(framework, case):
@@ -119,7 +116,7 @@ def test_layers_are_carried_over_where_that_is_exact_and_folded_where_not(framew
         assert list(found.folded) == ["conv"]
         assert not form.over_parameterized
         assert not depthwise.any()
-        close(found.state.arrays["conv.weight"].reshape(kernel.shape), kernel)
+        assert_close(found.state.arrays["conv.weight"].reshape(kernel.shape), kernel)
 
 
 @CASES
@@ -143,7 +140,7 @@ def test_what_is_carried_over_composes_by_features_too(framework):
     state = read_upstream(named(entries), framework).state
     spec, x = state.layers["conv"].spec, numbers(2, 4, 6, 6)
     weight, depthwise = (state.arrays[f"conv.{n}"] for n in ("weight", "depthwise_weight"))
-    close(feature_compose(x, weight, depthwise, spec), convolve(x, kernel, groups=2))
+    assert_close(feature_compose(x, weight, depthwise, spec), convolve(x, kernel, groups=2))
 
 
 @CASES
@@ -157,7 +154,7 @@ def test_an_untrained_d_is_always_exact(framework, case):
     spec = found.state.layers["conv"].spec
     composed = compose(*(found.state.arrays[f"conv.{n}"] for n in ("weight", "depthwise_weight")),
                        spec)  # fmt: skip
-    close(composed, kernel)
+    assert_close(composed, kernel)
 
 
 def test_equal_blocks_are_exact_in_pytorch_too():
@@ -171,7 +168,7 @@ def test_equal_blocks_are_exact_in_pytorch_too():
     arrays = found.state.arrays
     composed = compose(arrays["conv.weight"], arrays["conv.depthwise_weight"],
                        ConvSpec(4, 8, (3, 3), 2))  # fmt: skip
-    close(composed, kernel)
+    assert_close(composed, kernel)
 
 
 @pytest.mark.parametrize("name", ["D_diag", "d_diag"])
@@ -184,7 +181,7 @@ def test_the_stored_identity_counts(name, factor):
     kernel = np.einsum("ims,ois->oim", total, entries["W"]).reshape(6, 4, 3, 3)
     spec = ConvSpec(4, 6, (3, 3), 1, 12)
     weight, depthwise = found.entries["conv.weight"], found.entries["conv.depthwise_weight"]
-    close(compose(weight, depthwise, spec), kernel)
+    assert_close(compose(weight, depthwise, spec), kernel)
     assert bool(found.folded) == (factor != 1)
     if found.folded:
         assert "the identity stored beside D is another" in found.folded["conv"]
@@ -260,7 +257,7 @@ def test_files_of_each_framework(framework, case, tmp_path):
         found = {one.path.rpartition("/")[2]: one for one in checkpoint.layers}
         assert found["conv"].origin == f"reference {framework}"
         assert found["conv"].over_parameterized
-        close(checkpoint.kernel(found["conv"]), kernel)
+        assert_close(checkpoint.kernel(found["conv"]), kernel)
         assert checkpoint.kernel(found["down"]).shape == (8, 8, 1, 1)
         if not is_exact(framework, case):
             with pytest.raises(
@@ -290,18 +287,18 @@ def test_folding_gives_ordinary_layers_of_the_framework(framework, case, tmp_pat
         assert found["epoch"] == 3
         model = found["model"]
         assert set(model) == {"module.conv.weight", "module.conv.bias", "module.down.weight"}
-        close(model["module.conv.weight"].numpy(), kernel)
+        assert_close(model["module.conv.weight"].numpy(), kernel)
         assert model["module.down.weight"].shape == (8, 8, 1, 1)
         assert "taken to be 3×3" in told
     elif framework == "Gluon":
         with open_checkpoint(tmp_path / "out") as checkpoint:
             assert set(checkpoint.entries) == {"conv.weight", "conv.bias", "down.weight"}
-            close(checkpoint.read("conv.weight"), kernel)
+            assert_close(checkpoint.read("conv.weight"), kernel)
     else:
         import h5py
 
         with h5py.File(tmp_path / "out") as found:
-            close(found["conv/conv/kernel:0"][:].transpose(3, 2, 0, 1), kernel)
+            assert_close(found["conv/conv/kernel:0"][:].transpose(3, 2, 0, 1), kernel)
             assert found["down/down/kernel:0"].shape == (1, 1, 8, 8)
             kept = list(found["conv"].attrs["weight_names"])
             with h5py.File(file) as before:
@@ -323,7 +320,7 @@ def test_other_kernels_than_square_ones_must_be_given(tmp_path):
     fold_checkpoint(tmp_path / "a.safetensors", tmp_path / "out", kernel_sizes={"conv": (1, 3)})
     found = load_file(tmp_path / "out")
     assert found.keys() == {"conv.weight", "conv.bias"}
-    close(found["conv.weight"], kernel)
+    assert_close(found["conv.weight"], kernel)
 
 
 def test_a_layout_that_the_shapes_leave_open_is_told_or_given():
@@ -389,5 +386,5 @@ def test_a_reference_checkpoint_goes_into_a_model_here(tmp_path):
     found = read_upstream(file)
     assert (found.carried, list(found.folded)) == (("0",), ["2"])
     model.load_state_dict({name: torch.from_numpy(a) for name, a in found.entries.items()})
-    close(model[0].composed_kernel().detach().numpy(), other)
-    close(model[2].composed_kernel().detach().numpy(), kernel)
+    assert_close(model[0].composed_kernel().detach().numpy(), other)
+    assert_close(model[2].composed_kernel().detach().numpy(), kernel)
