@@ -27,6 +27,8 @@ def test_the_site_builds_and_its_reference_is_whole(tmp_path):
             need(package)
         module = importlib.import_module(f"doconv_{package}")
         page = (tmp_path / "api" / package / "index.html").read_text(encoding="utf-8")
+        assert "&gt;&gt;&gt; " in page
+        assert "<blockquote>" not in page  # what an example is without its fence
         there = set(re.findall(rf'id="doconv_{package}\.(?:\w+\.)*(\w+)"', page))
         for name in module.__all__:
             public = getattr(module, name)
