@@ -14,7 +14,7 @@ from doconv_core import ConvSpec, LayerForm, State, difference, write_state
 from doconv_core.cli.errors import Failure
 from doconv_core.cli.flattening import Flattenings, Images
 from doconv_core.cli.recognised import recognised_layers
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.state.layers import BatchNormSpec, LinearSpec
 

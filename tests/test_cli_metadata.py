@@ -14,7 +14,7 @@ from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, read_state, write_state
 from doconv_core.cli.metadata import _moves
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.state.layers import (

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from doconv_core.cli.errors import IMPOSSIBLE, TARGET, Failure
 from doconv_core.cli.parse import KernelSizes, sizes_option
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CheckpointError, D, Layer
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
+from doconv_core.files.entries import CheckpointError
+from doconv_core.files.layers import D, Layer
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import place
 

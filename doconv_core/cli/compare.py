@@ -14,7 +14,7 @@ from doconv_core.cli.contents import Contents
 from doconv_core.cli.flattening import Sizes, takes_image
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import KERAS, TRANSPOSED, weight_of
-from doconv_core.files.entries import CONVOLUTION, LINEAR, Layer
+from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
 from doconv_core.maths.numeric import difference
 from doconv_core.state.file import entry
 from doconv_core.state.flattening import channels_first

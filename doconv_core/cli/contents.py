@@ -24,10 +24,16 @@ from doconv_core.cli.recognised import (
     seems_channels_last,
     weight_of,
 )
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, IDENTITY, LINEAR, D, Layer
-from doconv_core.files.folding import check_finite
-from doconv_core.files.shapes import canonical_shape
+from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CONVOLUTION,
+    IDENTITY,
+    LINEAR,
+    D,
+    Layer,
+    canonical_shape,
+)
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical

@@ -34,9 +34,8 @@ from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_s
 from doconv_core.cli.parse import KernelSizes, flatten_option, matches
 from doconv_core.cli.plan import Conversion, Plan
 from doconv_core.cli.recognised import KERAS, STATE
-from doconv_core.files.entries import Layer
-from doconv_core.files.folding import check_understood
-from doconv_core.files.formats import formats
+from doconv_core.files.checkpoint import check_understood, formats
+from doconv_core.files.layers import Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 

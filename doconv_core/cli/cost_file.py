@@ -14,7 +14,7 @@ from doconv_core.cli.checkpoints import (
 from doconv_core.cli.parse import Place, matching
 from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CONVOLUTION, LINEAR, Layer
+from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.base import Cost
 from doconv_core.kinds.do_conv import LayerCost, layer_cost
 from doconv_core.maths.spec import ConvSpec

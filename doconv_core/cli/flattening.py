@@ -16,8 +16,7 @@ from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.parse import matching
 from doconv_core.cli.recognised import NORM
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
-from doconv_core.files.shapes import canonical_shape
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, Layer, canonical_shape
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Values
 from doconv_core.state.chain import Chain

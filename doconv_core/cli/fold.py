@@ -19,7 +19,7 @@ from doconv_core.cli.checkpoints import (
 )
 from doconv_core.cli.output import print_json, print_report, progress
 from doconv_core.cli.parse import KernelSizes
-from doconv_core.files.folding import fold_checkpoint
+from doconv_core.files.checkpoint import fold_checkpoint
 
 
 @click.command(short_help="Fold a checkpoint's over-parameterized layers.")

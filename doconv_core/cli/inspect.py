@@ -24,7 +24,7 @@ from doconv_core.cli.output import counted, number, print_json, print_table, pro
 from doconv_core.cli.parse import KernelSizes
 from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import OTHER, D, Layer
+from doconv_core.files.layers import OTHER, D, Layer
 from doconv_core.kinds.do_conv import DO_CONV
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from doconv_core.cli.contents import Contents
-from doconv_core.files.entries import Layer
+from doconv_core.files.layers import Layer
 from doconv_core.maths.geometry import Geometry, Pad
 from doconv_core.models.report import place
 from doconv_core.state.agreement import (

@@ -11,7 +11,7 @@ from doconv_core.cli.contents import Contents
 from doconv_core.cli.errors import IMPOSSIBLE, Failure
 from doconv_core.cli.output import print_table, size
 from doconv_core.cli.recognised import TRANSPOSED
-from doconv_core.files.entries import CONVOLUTION, OTHER, Layer
+from doconv_core.files.layers import CONVOLUTION, OTHER, Layer
 from doconv_core.state.agreement import window
 from doconv_core.state.match import pairs
 

@@ -23,7 +23,8 @@ from doconv_core.cli.metadata import sides
 from doconv_core.cli.pairing import Paired, family
 from doconv_core.cli.parse import matches
 from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
+from doconv_core.files.entries import Entry
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec

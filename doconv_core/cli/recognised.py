@@ -9,9 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CONVOLUTION, LINEAR, OTHER, Layer
-from doconv_core.files.keras_names import snake_case, stem_of
-from doconv_core.files.shapes import canonical_shape
+from doconv_core.files.keras_layers import snake_case, stem_of
+from doconv_core.files.layers import CONVOLUTION, LINEAR, OTHER, Layer, canonical_shape
 from doconv_core.maths.layout import to_canonical
 from doconv_core.state.layers import LayerForm
 

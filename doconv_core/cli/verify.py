@@ -28,8 +28,8 @@ from doconv_core.cli.flattening import (
 from doconv_core.cli.output import counted, print_json, print_table, progress, size
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.cli.parse import KernelSizes, flatten_option
-from doconv_core.files.entries import Layer
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.files.layers import Layer
 from doconv_core.state.flattening import image_size
 
 

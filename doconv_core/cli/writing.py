@@ -8,9 +8,8 @@ from pathlib import Path
 from doconv_core.cli.checkpoints import literal
 from doconv_core.cli.errors import IMPOSSIBLE, MISSING, Failure
 from doconv_core.cli.plan import Plan
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Checkpoint, Format
 from doconv_core.files.entries import Entry
-from doconv_core.files.formats import Format
 from doconv_core.state.file import State, write_state
 from doconv_core.state.layers import LayerForm
 

@@ -12,12 +12,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from doconv_core.files.archive import copy_member, open_archive, read_member
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import Array, CheckpointError, Entry, KernelSizes, Layer, once
-from doconv_core.files.formats import Beginning
+from doconv_core.files.checkpoint import Beginning, Checkpoint
+from doconv_core.files.entries import (
+    Array,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    copy_member,
+    once,
+    open_archive,
+    read_member,
+)
 from doconv_core.files.hdf5 import Hdf5, fill
-from doconv_core.files.keras_names import (
+from doconv_core.files.keras_layers import (
     folded_config,
     is_kept,
     is_node,
@@ -26,7 +33,7 @@ from doconv_core.files.keras_names import (
 )
 from doconv_core.files.keras_weights import TYPES as TYPES
 from doconv_core.files.keras_weights import KerasWeightsCheckpoint
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.layers import Layer, Sizes
 from doconv_core.maths.batchnorm import NotFoldable
 
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), "Keras"

@@ -11,14 +11,11 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
-    CONVOLUTION,
-    OTHER,
     CheckpointError,
     Entry,
     KernelSizes,
-    Layer,
     check_names,
     copy_bytes,
     from_storage,
@@ -28,10 +25,7 @@ from doconv_core.files.entries import (
     to_storage,
     without_wrappers,
 )
-from doconv_core.files.folding import Output, folded_kernel, outputs
-from doconv_core.files.formats import Beginning
-from doconv_core.files.layers import find_layers
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.layers import CONVOLUTION, OTHER, Layer, Sizes, find_layers
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
