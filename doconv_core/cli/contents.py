@@ -11,32 +11,24 @@ from typing import Any
 import click
 from numpy.typing import NDArray
 
-from doconv_core.cli.checkpoints import literal
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
-from doconv_core.cli.parse import matches
-from doconv_core.cli.recognised import (
-    GLUON,
-    NORM,
-    TRANSPOSED,
-    group_of,
-    recognised_layers,
-    seems_channels_last,
-    weight_of,
-)
+from doconv_core.cli.options import literal, matches
 from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.keras_layers import group_of
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
     IDENTITY,
     LINEAR,
+    NORM,
+    TRANSPOSED,
     D,
     Layer,
     canonical_shape,
 )
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.layout import to_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
@@ -49,6 +41,7 @@ OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
 NORMS = (BATCH_NORM, NORM)
 CHANNELS_LAST = ("reference TensorFlow", "reference Gluon")  # their D is `(M, S, I)`
+PYTORCH, GLUON, KERAS, STATE = "PyTorch", "Gluon", "Keras", "doconv state"
 FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
 
 
@@ -75,7 +68,7 @@ class Contents:
         self.entries = checkpoint.entries
         self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
         self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
-        self.layers: tuple[Layer, ...] = recognised_layers(checkpoint)
+        self.layers: tuple[Layer, ...] = checkpoint.layers
 
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
@@ -84,10 +77,10 @@ class Contents:
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:
-            form, node = self.forms.get(layer.path), nodes.get(group_of(layer))
+            form, node = self.forms.get(layer.path), nodes and nodes.get(group_of(layer))
             if form is not None:
                 found[layer.name] = metadata_of(form)
-            elif node is not None:
+            elif node:
                 found[layer.name] = metadata_of_node(self.checkpoint, layer, node, whole)
             else:
                 found[layer.name] = Metadata()
@@ -110,7 +103,7 @@ class Contents:
         chosen = parts[0] if part is None and parts else part
         layers = [layer for layer in self.layers if layer.part == chosen]
         for layer in layers:
-            if self.framework == GLUON and seems_channels_last(layer):
+            if self.framework == GLUON and _seems_channels_last(layer):
                 raise Failure(
                     f"{self.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
                     "like one of a channels-last network, which the file does not tell; load it in "
@@ -169,7 +162,7 @@ class Contents:
             shape = layer.kernel_shape or shape
 
             def read() -> Array:
-                return weight_of(self.checkpoint, layer).reshape(shape)
+                return layer.canonical(self.checkpoint.read(entry.name)).reshape(shape)
 
         return Values(shape, entry.dtype, read, (entry.name,))
 
@@ -205,7 +198,7 @@ class Contents:
 
         def read(role: str) -> Array:
             array = self.checkpoint.read(layer.entries[role])
-            array = to_canonical(array, layer.layout) if role == "weight" else array
+            array = layer.canonical(array) if role == "weight" else array
             return array.reshape(shapes[role])
 
         dtype = self.entries[layer.entries["weight"]].dtype
@@ -237,3 +230,18 @@ class Contents:
                 return None
             raise
         return lambda: made
+
+
+def _seems_channels_last(layer: Layer) -> bool:
+    """Return whether a kernel taken to be channels-first looks like one of the other layout.
+
+    Gluon keeps such kernels as `(O, *kernel, I/g)`, and of ordinary layers the file tells no more.
+    Taken as `(O, I/g, *kernel)`, a 3×3 kernel of 64 channels would be a 3×64 one of 3 channels.
+    """
+    shape = layer.kernel_shape or ()
+    if layer.kind != CONVOLUTION or layer.over_parameterized or len(shape) < 4:
+        return False
+    first, *between, last = shape[1:]
+    if all(n == 1 for n in (first, *between)):
+        return False  # channels-last, it would be one tap, whose numbers lie in the same order
+    return all(n == first for n in between) and last > 2 * first and last >= 8

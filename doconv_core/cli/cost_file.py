@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from doconv_core.cli.checkpoints import (
+from doconv_core.cli.options import (
+    Place,
     folded_parameters_of,
+    matching,
     parameters_of,
     require_kernel_sizes,
 )
-from doconv_core.cli.parse import Place, matching
-from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.base import Cost
@@ -58,7 +58,7 @@ def cost_of_file(
     and for a place of another number of dimensions than the kernel's, or relative to no input.
     """
     layers = []
-    for layer in recognised_layers(checkpoint):
+    for layer in checkpoint.layers:
         if layer.part == checkpoint.parts[0]:
             output = _output(layer, places, input_size)
             positions = 1 if output is None else prod(output)

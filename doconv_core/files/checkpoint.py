@@ -33,7 +33,6 @@ from doconv_core.files.layers import OTHER, D, Layer, Shape, kept_shape
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
@@ -97,6 +96,29 @@ class Checkpoint(ABC):
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file with its over-parameterized layers folded. report: after each layer."""
 
+    def fold(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Report:
+        """Write the file, folded, to `target`: see `fold_checkpoint`."""
+        report = report_on(self)
+        done, total = 0, len(report.changed)
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        if progress is not None:
+            progress(0, total)
+        with replacing(target, overwrite=overwrite) as temporary:
+            self.write_folded(temporary, count)
+        return report
+
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
@@ -107,7 +129,7 @@ class Checkpoint(ABC):
         Of an ordinary convolution W is its kernel, `(O, I/g, *kernel_size)`. Raises NotFoldable for
         a reference layer that composes as no canonical pair does; its `kernel` is there still.
         """
-        weight = to_canonical(self.read(layer.entries["weight"]), layer.layout)
+        weight = layer.canonical(self.read(layer.entries["weight"]))
         if not layer.over_parameterized:
             if layer.kernel_shape is not None:
                 weight = weight.reshape(layer.kernel_shape)
@@ -134,7 +156,7 @@ class Checkpoint(ABC):
         if layer.kernel_shape is None:
             problem = layer.note or f"its kind, {layer.kind}, has no kernel"
             raise CheckpointError(f"{self.path}: layer {layer.name!r}: {problem}.")
-        weight = to_canonical(self.read_stored(layer.entries["weight"]), layer.layout)
+        weight = layer.canonical(self.read_stored(layer.entries["weight"]))
         if layer.over_parameterized:
             with np.errstate(all="ignore"):  # what overflows is in the result
                 weight = self._composed(layer, weight, as_stored)
@@ -242,8 +264,8 @@ def format_of(path: Path) -> Format:
         begin = Beginning(path, file.read(LOOKED_AT))
     if not begin.head:
         raise CheckpointError(f"{path} is empty.")
-    known = formats().values()
-    for each in known:
+    name, known = path.name.lower(), list(formats().values())
+    for each in sorted(known, key=lambda each: not name.endswith(each.SUFFIXES)):
         if each.sniff(begin):
             return each
     if begin.members:
@@ -309,7 +331,7 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
 def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
     """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
     composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
-    return from_canonical(composed, layer.layout, _groups(layer)).reshape(shape)
+    return layer.stored(composed).reshape(shape)
 
 
 def folded_shape(layer: Layer) -> Shape:
@@ -396,7 +418,7 @@ def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.over_parameterized and layer.composition is not DO_CONV:
-        before = f"over-parameterized, {layer.composed}"
+        before = f"over-parameterized, {layer.composition.name}"
     elif layer.over_parameterized:
         depthwise = checkpoint.entries[layer.entries[D]].shape
         multiplier = depthwise[1] if layer.layout == "*IO" and origin else depthwise[-1]
@@ -435,20 +457,7 @@ def fold_checkpoint(
     """
     check_absent(target, overwrite)
     with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
-        report = report_on(checkpoint)
-        done, total = 0, len(report.changed)
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-        if progress is not None:
-            progress(0, total)
-        with replacing(target, overwrite=overwrite) as temporary:
-            checkpoint.write_folded(temporary, count)
-    return report
+        return checkpoint.fold(target, overwrite=overwrite, progress=progress)
 
 
 def check_finite(layer: Layer, kernel: Array) -> Array:

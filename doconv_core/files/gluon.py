@@ -162,7 +162,12 @@ class GluonCheckpoint(Checkpoint):
                 keys[name if key in keys else key] = name
             sizes = Sizes(kernel_sizes)
             self.layers = find_layers(
-                self.entries, keys, sizes, separators="._/", layouts=("OI*", "O*I")
+                self.entries,
+                keys,
+                sizes,
+                separators="._/",
+                layouts=("OI*", "O*I"),
+                norm=("gamma", "beta"),
             )
             sizes.check_used()
         except BaseException:

@@ -13,9 +13,12 @@ from doconv_core.files.entries import FLOATS, Entry
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.layers import (
     BATCH_NORM,
+    CANONICAL,
     CONVOLUTION,
     LINEAR,
+    NORM,
     OTHER,
+    TRANSPOSED,
     D,
     Layer,
     Sizes,
@@ -30,6 +33,8 @@ NOT_A_MODEL = ("optimizer",)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
+TRANSPOSED_CLASSES = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
+NORMS = ("layer_normalization", "group_normalization")
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -42,8 +47,10 @@ class KerasLayers:
         self._file, self._nodes, self._entries = file, nodes, entries
 
     def find(self, sizes: Sizes) -> tuple[Layer, ...]:
-        """Return the layers that own arrays, in the order of their groups."""
-        return tuple(self._layers(sizes))
+        """Return the layers that own arrays, in the model's order where a config tells it."""
+        order = {group: place for place, group in enumerate(self._nodes)}
+        found = list(self._layers(sizes))
+        return tuple(sorted(found, key=lambda layer: order.get(group_of(layer), len(order))))
 
     def _layers(self, sizes: Sizes) -> Iterator[Layer]:
         used: set[str] = set()
@@ -90,6 +97,10 @@ class KerasLayers:
             name = self._file.attribute(_in(group, "vars"), "name")
         return stem_of(name)[0]
 
+    def _is_certain(self, group: str) -> bool:
+        """Return whether a layer's class is told by a config, or by its name in a list."""
+        return group in self._nodes or group.split("/")[-2:-1] == ["layers"]
+
     def _foreign(self, group: str) -> str:
         """Return the class of a layer that is known not to be one of this package's, else ""."""
         node = self._nodes.get(group)
@@ -130,7 +141,7 @@ class KerasLayers:
                 foreign = self._foreign(group)
                 return _not_ours(found, foreign) if foreign else found
         own = stem in STEMS
-        layer = self._ordinary(path, STEMS.get(stem, stem), roles, config)
+        layer = self._ordinary(group, path, STEMS.get(stem, stem), roles, config)
         if D_ENTRY in roles or (own and layer.kind != CONVOLUTION):
             note = unlike({role: self._entries[name] for role, name in roles.items()})
             # Four axes are those of a depthwise kernel, which is no D.
@@ -139,7 +150,7 @@ class KerasLayers:
         return dataclasses.replace(layer, origin="doconv") if own else layer
 
     def _ordinary(
-        self, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
+        self, group: str, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
     ) -> Layer:
         first = self._entries[roles["0"]] if "0" in roles else None
         if first is None or first.dtype not in FLOATS:
@@ -147,13 +158,20 @@ class KerasLayers:
         if stem == "batch_normalization":
             return _norm(path, roles, config)
         kind, layout = _guess(stem, first.shape)
+        if kind is None and self._is_certain(group):
+            kind, layout = _guess_rarer(stem, first.shape, len(roles))
         if kind is None or len(roles) > 2 or {*roles} - {"0", "1"}:
             return Layer(path, OTHER, roles)
         named = {"weight": roles["0"]} | ({"bias": roles["1"]} if "1" in roles else {})
-        kernel = canonical_shape(first.shape, layout)
+        kernel = None if kind == NORM else canonical_shape(first.shape, layout)
         return _with_spec(
             Layer(path, kind, named, kernel_shape=kernel, layout=layout), first.shape, config
         )
+
+
+def group_of(layer: Layer) -> str:
+    """Return the group in which a layer's arrays are."""
+    return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
 def _in(group: str, name: str) -> str:
@@ -231,6 +249,16 @@ def _guess(stem: str, shape: tuple[int, ...]) -> tuple[str | None, str]:
     if stem in DEPTHWISE and len(shape) == DEPTHWISE.index(stem) + 3:
         return CONVOLUTION, "*CN"
     return (LINEAR if stem == "dense" and len(shape) == 2 else None), "*IO"
+
+
+def _guess_rarer(stem: str, shape: tuple[int, ...], entries: int) -> tuple[str | None, str]:
+    """Return kind and layout of a layer whose class alone tells it, and which has no spec here."""
+    if stem in NORMS and entries == 2:
+        return NORM, CANONICAL
+    if stem == "embedding" and len(shape) == 2 and entries == 1:
+        return LINEAR, CANONICAL
+    transposed = stem in TRANSPOSED_CLASSES and len(shape) == TRANSPOSED_CLASSES.index(stem) + 3
+    return (TRANSPOSED if transposed else None), "*IO"
 
 
 def _with_spec(layer: Layer, shape: tuple[int, ...], config: Mapping[str, Any]) -> Layer:

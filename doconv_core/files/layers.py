@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isqrt, prod
 
-from doconv_core.files.entries import FLOATS, Entry, KernelSizes, groups_of, shown
+from doconv_core.files.entries import FLOATS, Array, Entry, KernelSizes, groups_of, shown
 from doconv_core.files.reference import LAYOUTS, ORIGIN, D, Found, find_reference
-from doconv_core.kinds.base import ComposedKind, kind_named, kinds
+from doconv_core.kinds.base import ComposedKind, kinds
 from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 from doconv_core.state.layers import LinearSpec
 
 IDENTITY = "identity"  # the role of the one that the reference implementation stores
-CONVOLUTION, LINEAR, BATCH_NORM, OTHER = "convolution", "linear", "batch norm", "other"
+CANONICAL = "OI*"  # the order of axes that a weight has in a state
+CONVOLUTION, TRANSPOSED, LINEAR = "convolution", "transposed convolution", "linear"
+BATCH_NORM, NORM, OTHER = "batch norm", "norm", "other"
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Layer:
 
     path: where it is in the model, dots between names where the format has them; without a
     `module.` that a wrapper put before all names, and without the part.
-    kind: "convolution" (a transposed one looks the same), "linear" (or an embedding),
-    "batch norm", "other".
+    kind: "convolution" (of most files, a transposed one looks the same), "transposed convolution",
+    "linear" (or an embedding), "batch norm", "norm" (a layer, group or instance norm), "other".
     entries: the names of the entries by role, in the file's order. Roles: weight, the others of the
     kind that composes it, identity (the reference implementation's), bias; of a batch norm also
     running_mean, running_var, num_batches_tracked. The entries of an "other" bear their own names.
@@ -40,7 +43,7 @@ class Layer:
     `(out, in)`; None where the kernel size is not in the file.
     layout: `doconv_core.maths.layout`'s word for the axes of a convolution's weight in the file.
     note: what a reader should know: an assumption made, or why the layer cannot be folded.
-    composed: of an over-parameterized layer, the kind that composes its kernel.
+    composition: of an over-parameterized layer, the kind that composes its kernel.
     """
 
     path: str
@@ -51,21 +54,28 @@ class Layer:
     over_parameterized: bool = False
     spec: ConvSpec | LinearSpec | None = None
     kernel_shape: tuple[int, ...] | None = None
-    layout: str = "OI*"
+    layout: str = CANONICAL
     note: str = ""
-    composed: str = DO_CONV.name
-
-    @property
-    def composition(self) -> ComposedKind:
-        """The kind that composes the kernel of an over-parameterized layer."""
-        kind = kind_named(self.composed)
-        assert isinstance(kind, ComposedKind)  # as files are recognised by such alone
-        return kind
+    composition: ComposedKind = DO_CONV
 
     @property
     def gone(self) -> tuple[str, ...]:
         """The roles of the entries that a folded layer has no more."""
         return tuple(r for r in (*self.composition.names[1:], IDENTITY) if r in self.entries)
+
+    def canonical(self, weight: Array) -> Array:
+        """Return the layer's weight, as its file has it, in canonical order."""
+        return weight if self.layout == CANONICAL else to_canonical(weight, self.layout)
+
+    def stored(self, weight: Array) -> Array:
+        """Return a canonical weight in the order of the file's own."""
+        groups = self.spec.groups if isinstance(self.spec, ConvSpec) else 1
+        return weight if self.layout == CANONICAL else from_canonical(weight, self.layout, groups)
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether its kernel can't be composed, as the kernel size is not in the file."""
+        return self.over_parameterized and self.kernel_shape is None
 
     @property
     def name(self) -> str:
@@ -91,13 +101,14 @@ def find_layers(
     separators: str = "./",
     framework: str = "",
     layouts: tuple[str, ...] = ("OI*",),
+    norm: tuple[str, str] = ("weight", "bias"),
 ) -> tuple[Layer, ...]:
     """Return the layers of one copy of a model, in the order of their first entries.
 
     keys: the entries' names by their names within the copy. separators: what may stand before a
     role's name. framework: of the reference implementation, where it is known. layouts: which a
     weight may have; where several fit, the first, unless the file has a layer that only the other
-    fits.
+    fits. norm: the names of the two entries of a norm that is no batch norm.
     """
     shapes = {key: entries[name] for key, name in keys.items()}
     found: dict[str, Layer] = {}
@@ -115,7 +126,7 @@ def find_layers(
         found[next(iter(layer.entries.values()))] = layer
         taken.update(layer.entries.values())
     layout = next((a.layout for a in found.values() if a.layout != layouts[0]), layouts[0])
-    for layer in _others(shapes, taken, separators, part, layout):
+    for layer in _others(shapes, taken, separators, part, layout, norm):
         found[next(iter(layer.entries.values()))] = layer
     ordered = [found[key] for key in shapes if key in found]
     return tuple(_named(layer, keys) for layer in ordered)
@@ -123,8 +134,8 @@ def find_layers(
 
 def _of_reference(found: Found, sizes: Sizes, part: str) -> Layer:
     layer = Layer(
-        _path(found.prefix), CONVOLUTION, found.roles, ORIGIN + found.framework, part, D in found.roles,
-        layout=LAYOUTS[found.framework],
+        _path(found.prefix), CONVOLUTION, found.roles, ORIGIN + found.framework, part,
+        over_parameterized=D in found.roles, layout=LAYOUTS[found.framework],
     )  # fmt: skip
     if not layer.over_parameterized:
         return dataclasses.replace(layer, kernel_shape=(found.channels[1], found.channels[0], 1, 1))
@@ -180,6 +191,9 @@ def _over_parameterized(
 
 def _composed(shapes: Mapping[str, Entry], part: str, layout: str) -> Iterator[Layer]:
     """Yield the layers of the other kinds that compose a kernel, by the names of their entries."""
+    own_names = {key[_start(key) :] for key in shapes}
+    if own_names <= {*ROLES, D}:
+        return  # what only ordinary layers and DO-Conv ones have
     for kind in kinds().values():
         if not isinstance(kind, ComposedKind) or kind is DO_CONV:
             continue
@@ -195,12 +209,17 @@ def _composed(shapes: Mapping[str, Entry], part: str, layout: str) -> Iterator[L
                 yield Layer(
                     _path(prefix), CONVOLUTION, found, "doconv", part, over_parameterized=True,
                     spec=spec, kernel_shape=kind.conv(spec).kernel_shape, layout=layout,
-                    composed=kind.name,
+                    composition=kind,
                 )  # fmt: skip
 
 
 def _others(
-    shapes: Mapping[str, Entry], taken: set[str], separators: str, part: str, layout: str
+    shapes: Mapping[str, Entry],
+    taken: set[str],
+    separators: str,
+    part: str,
+    layout: str,
+    norm: tuple[str, str],
 ) -> Iterator[Layer]:
     groups: dict[str, dict[str, str]] = {}
     for key in shapes:
@@ -211,11 +230,16 @@ def _others(
             name = key[len(prefix) :]
             roles[name if role in roles else role] = key
     for prefix, roles in groups.items():
-        yield _ordinary(prefix, part, roles, shapes, layout)
+        yield _ordinary(prefix, part, roles, shapes, layout, norm)
 
 
 def _ordinary(
-    prefix: str, part: str, roles: dict[str, str], shapes: Mapping[str, Entry], layout: str
+    prefix: str,
+    part: str,
+    roles: dict[str, str],
+    shapes: Mapping[str, Entry],
+    layout: str,
+    norm: tuple[str, str],
 ) -> Layer:
     path = _path(prefix)
     weight = shapes[roles["weight"]].shape if "weight" in roles else ()
@@ -229,7 +253,10 @@ def _ordinary(
         return Layer(path, CONVOLUTION, roles, part=part, kernel_shape=kernel, layout=layout)
     if len(weight) == 2:
         return Layer(path, LINEAR, roles, part=part, kernel_shape=weight)
-    return Layer(path, OTHER, roles, part=part)
+    pair = [roles.get(role, "") for role in ("weight", "bias")]
+    named = len(roles) == 2 and all(k.endswith(name) for k, name in zip(pair, norm, strict=True))
+    kind = NORM if named and shapes[pair[0]].shape == shapes[pair[1]].shape else OTHER
+    return Layer(path, kind, roles, part=part)
 
 
 def _is_depthwise(
@@ -266,8 +293,12 @@ def _split(key: str, separators: str) -> tuple[str, str]:
         prefix = key[: -len(ending)]
         if key.endswith(ending) and (not prefix or prefix[-1] in separators):
             return prefix, role
-    cut = max(key.rfind(separator) for separator in "./") + 1
-    return key[:cut], key[cut:]
+    return key[: _start(key)], key[_start(key) :]
+
+
+def _start(key: str) -> int:
+    """Return where an entry's own name begins."""
+    return max(key.rfind(separator) for separator in "./") + 1
 
 
 def _path(prefix: str) -> str:
@@ -278,10 +309,14 @@ Shape = tuple[int, ...]
 MAX_TOLD = 6  # entries in a note
 
 
+class KernelSizeError(ValueError):
+    """A kernel size that was given, and is that of no layer that it is for."""
+
+
 class Sizes:
     """Kernel sizes by glob pattern on a layer's names; the first pattern that matches counts.
 
-    Raises TypeError or ValueError for what is no kernel size.
+    Raises TypeError or KernelSizeError for what is no kernel size.
     """
 
     def __init__(self, sizes: KernelSizes) -> None:
@@ -290,7 +325,7 @@ class Sizes:
         self._asked: list[str] = []
         for pattern, size in sizes.items():
             if not is_sequence(size) or not 1 <= len(size) <= MAX_RANK:
-                raise ValueError(
+                raise KernelSizeError(
                     f"kernel_sizes must give 1 to {MAX_RANK} integers for each pattern; received "
                     f"{size!r} for {pattern!r}."
                 )
@@ -301,7 +336,7 @@ class Sizes:
     def given(self, names: Iterable[str], taps: int) -> tuple[int, ...] | None:
         """Return the kernel size given for the layer that bears one of these names, if any is.
 
-        Raises ValueError where its product is not `taps`.
+        Raises KernelSizeError where its product is not `taps`.
         """
         names = list(dict.fromkeys(names))
         self._asked += names
@@ -313,17 +348,17 @@ class Sizes:
             return None
         size = self._sizes[matching[0]]
         if prod(size) != taps:
-            raise ValueError(
+            raise KernelSizeError(
                 f"layer {names[0]!r} has {taps} kernel taps; received the kernel size {size}, "
                 f"which has {prod(size)}."
             )
         return size
 
     def check_used(self) -> None:
-        """Raise ValueError for a pattern that no over-parameterized layer has matched."""
+        """Raise KernelSizeError for a pattern that no over-parameterized layer has matched."""
         if self._unused:
             there = ", ".join(map(repr, self._asked[:3])) or "no over-parameterized layer"
-            raise ValueError(
+            raise KernelSizeError(
                 f"kernel_sizes: {', '.join(map(repr, sorted(self._unused)))} matches no "
                 f"over-parameterized layer; the file has {there}."
             )
@@ -414,7 +449,7 @@ def sized(
     given = sizes.given((layer.name, layer.path), taps)
     note = layer.note
     if kernel_size is not None and given not in (None, kernel_size):
-        raise ValueError(
+        raise KernelSizeError(
             f"layer {layer.name!r} has the kernel size {kernel_size} in the file; received {given}."
         )
     kernel_size = kernel_size or given

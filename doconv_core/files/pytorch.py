@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from doconv_core.backends import available_backends
+from doconv_core.backends import GROUP
 from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import NO_MODEL, Array, CheckpointError, Entry, KernelSizes, shown
 
@@ -59,10 +59,9 @@ def write(
 
 def _backend() -> Any:
     """Return what the backend has for files; ImportError where PyTorch is missing."""
-    backend = available_backends().get("torch")
-    if backend is None:
-        raise ImportError("doconv_torch, which reads and writes PyTorch's files, is not installed.")
-    return import_module(f"{backend.load().__name__}.files")
+    for backend in metadata.entry_points(group=GROUP, name="torch"):
+        return import_module(f"{backend.load().__name__}.files")
+    raise ImportError("doconv_torch, which reads and writes PyTorch's files, is not installed.")
 
 
 def _calls(begin: bytes) -> str:
