@@ -40,7 +40,6 @@ Array = NDArray[Any]
 OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
 NORMS = (BATCH_NORM, NORM)
-CHANNELS_LAST = ("reference TensorFlow", "reference Gluon")  # their D is `(M, S, I)`
 PYTORCH, GLUON, KERAS, STATE = "PyTorch", "Gluon", "Keras", "doconv state"
 FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
 
@@ -130,14 +129,7 @@ class Contents:
         """
         if D not in layer.entries:
             return False
-        taps, multiplier, _ = self._sizes_of_d(layer)
-        return fold or multiplier <= taps
-
-    def _sizes_of_d(self, layer: Layer) -> tuple[int, int, int]:
-        """Return `M`, `S` and `I`."""
-        first, second, third = self.entries[layer.entries[D]].shape
-        last = layer.origin in CHANNELS_LAST
-        return (first, second, third) if last else (second, third, first)
+        return fold or layer.d_shape is None or layer.d_shape[2] <= layer.d_shape[1]
 
     def values(self, layer: Layer, fold: bool) -> dict[str, Values]:
         """Return a layer's arrays by their names in a state, those of a convolution composed if so.
@@ -178,6 +170,7 @@ class Contents:
             return {"weight": folded}
         if layer.composition is not DO_CONV:
             return self._composed(layer, sources)
+        assert layer.d_shape is not None  # as DO-Conv layers have one
         pair = self._pair(layer)
         if pair is None:
             assert isinstance(layer.spec, ConvSpec)  # as `_pair` has checked
@@ -185,8 +178,7 @@ class Contents:
         reads = made_once(pair, DO_CONV.names)
         entry = self.entries[layer.entries["weight"]]
         channels = canonical_shape(entry.shape, layer.layout)[:2]
-        taps, multiplier, inputs = self._sizes_of_d(layer)
-        shapes = (*channels, multiplier), (inputs, taps, multiplier)
+        shapes = (*channels, layer.d_shape[-1]), layer.d_shape
         return {
             name: Values(shape, dtype, reads[name], sources)
             for name, shape in zip(DO_CONV.names, shapes, strict=True)

@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from doconv_core.cli.options import (
     Place,
-    folded_parameters_of,
     matching,
-    parameters_of,
     require_kernel_sizes,
 )
 from doconv_core.files.checkpoint import Checkpoint
@@ -76,8 +74,8 @@ def cost_of_file(
 
 
 def _total(checkpoint: Checkpoint, layers: Sequence[LayerAt]) -> LayerCost:
-    trained = sum(parameters_of(checkpoint, at.layer) for at in layers)
-    folded = sum(folded_parameters_of(checkpoint, at.layer) or 0 for at in layers)
+    trained = sum(checkpoint.parameters(at.layer) for at in layers)
+    folded = sum(checkpoint.folded_parameters(at.layer) or 0 for at in layers)
     costs = [at.cost for at in layers if at.output is not None and at.cost is not None]
     parameters = {"ordinary": folded, "folded": folded}
     return LayerCost(
@@ -113,4 +111,4 @@ def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> L
     if layer.over_parameterized and isinstance(layer.spec, ConvSpec):
         return layer_cost(layer.spec, positions, batch=batch, bias="bias" in layer.entries)
     # Of an ordinary convolution, the groups are not known, nor is there a D that would need them.
-    return LayerCost(*[Cost(parameters_of(checkpoint, layer), prod(shape) * positions * batch)] * 4)
+    return LayerCost(*[Cost(checkpoint.parameters(layer), prod(shape) * positions * batch)] * 4)

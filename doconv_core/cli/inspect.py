@@ -21,18 +21,16 @@ from doconv_core.cli.command import (
 )
 from doconv_core.cli.options import (
     KernelSizes,
-    depthwise_of,
-    folded_parameters_of,
     json_option,
     kernel_size_option,
     note_of,
     opened,
-    parameters_of,
     source_argument,
 )
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import OTHER, D, Layer
 from doconv_core.kinds.do_conv import DO_CONV, identity
+from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.numeric import widened
 from doconv_core.maths.spec import ConvSpec
 
@@ -61,7 +59,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
             for done, layer in enumerate(over_parameterized):
                 step(done, len(over_parameterized))
                 dtype = checkpoint.entries[layer.entries[D]].dtype
-                depthwise = depthwise_of(checkpoint, layer)
+                depthwise = _depthwise_of(checkpoint, layer)
                 if depthwise is not None:
                     measures[layer.name] = measure(depthwise, dtype)
         if as_json:
@@ -99,10 +97,10 @@ def _layer_object(
         "over_parameterized": layer.over_parameterized,
         "kernel_shape": layer.kernel_shape,
         "entries": entries,
-        "parameters": parameters_of(checkpoint, layer),
-        "parameters_folded": folded_parameters_of(checkpoint, layer),
+        "parameters": checkpoint.parameters(layer),
+        "parameters_folded": checkpoint.folded_parameters(layer),
         "depthwise": None if found is None else found._asdict(),
-        "note": note_of(checkpoint, layer),
+        "note": note_of(layer),
     }
 
 
@@ -112,10 +110,10 @@ def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
     Of several copies of it, such as an average, those of the first are counted.
     """
     layers = [layer for layer in layers if layer.part in checkpoint.parts[:1]]
-    folded = [folded_parameters_of(checkpoint, layer) for layer in layers]
+    folded = [checkpoint.folded_parameters(layer) for layer in layers]
     known = [count for count in folded if count is not None]
     return {
-        "parameters": sum(parameters_of(checkpoint, layer) for layer in layers),
+        "parameters": sum(checkpoint.parameters(layer) for layer in layers),
         "parameters_folded": sum(known) if len(known) == len(folded) else None,
     }
 
@@ -139,7 +137,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
             [_measures_row(checkpoint, layer, measures) for layer in layers
              if D in layer.entries and layer.name in measures],
         )  # fmt: skip
-    notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
+    notes = [f"{layer.name}: {note_of(layer)}" for layer in layers if layer.note]
     if checkpoint.others:
         notes.append(f"also in the file: {', '.join(checkpoint.others)}")
     if notes:
@@ -161,8 +159,8 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
         kind,
         size(shape) if layer.kernel_shape or len(entries) == 1 or layer.kind != OTHER else "",
         ", ".join(dict.fromkeys(entry.dtype for entry in entries)),
-        number(parameters_of(checkpoint, layer)),
-        number(folded_parameters_of(checkpoint, layer)),
+        number(checkpoint.parameters(layer)),
+        number(checkpoint.folded_parameters(layer)),
     ]
 
 
@@ -236,3 +234,14 @@ def _singular_values(depthwise: Array, unit: Array) -> Array:
     ]
     values: Array = np.concatenate(parts)
     return values
+
+
+def _depthwise_of(checkpoint: Checkpoint, layer: Layer) -> Array | None:
+    """Return an over-parameterized layer's D, `(I, M, S)`; None where its S is below M."""
+    try:
+        return checkpoint.pair(layer)[1]
+    except NotFoldable:
+        # Of a grouped layer of the reference's in PyTorch, only how W meets D is another.
+        depthwise = checkpoint.read(layer.entries[D])
+        is_pytorch = layer.origin == "reference PyTorch"
+        return depthwise if is_pytorch and depthwise.shape[1] <= depthwise.shape[2] else None

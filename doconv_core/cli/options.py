@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from math import isqrt, prod
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
-from doconv_core.files.layers import D, KernelSizeError, Layer
-from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.files.layers import KernelSizeError, Layer
 from doconv_core.models.report import place
 
 _SIZE = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*")
@@ -134,8 +133,6 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 Array = NDArray[Any]
 
-STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "identity"}
-
 
 def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
     """Return the open checkpoint. A kernel size that does not fit is wrong usage."""
@@ -143,30 +140,6 @@ def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
         return open_checkpoint(file, kernel_sizes=dict(kernel_sizes))
     except KernelSizeError as error:
         raise click.UsageError(f"{file}: {error}") from None
-
-
-def parameters_of(checkpoint: Checkpoint, layer: Layer) -> int:
-    """Return how many numbers of the layer are trained; statistics and the identity are not."""
-    return sum(
-        checkpoint.entries[name].size
-        for role, name in layer.entries.items()
-        if role not in STATISTICS
-    )
-
-
-def folded_parameters_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
-    """Return how many of its parameters remain when it is folded; None where M is not known."""
-    parameters = parameters_of(checkpoint, layer)
-    if not layer.over_parameterized:
-        return parameters
-    if layer.kernel_shape is None:
-        return None
-    gone = (role for role in ("weight", *layer.gone) if role not in STATISTICS)
-    return (
-        parameters
-        - sum(checkpoint.entries[layer.entries[role]].size for role in gone)
-        + prod(layer.kernel_shape)
-    )
 
 
 def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
@@ -178,15 +151,14 @@ def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> Non
 
 def kernel_size_needed(checkpoint: Checkpoint, layer: Layer) -> Failure:
     """Return the error for a layer whose kernel size the file does not tell."""
-    text = f"{checkpoint.path}: {place(layer.name)}: {note_of(checkpoint, layer)}."
+    text = f"{checkpoint.path}: {place(layer.name)}: {note_of(layer)}."
     return Failure(text, IMPOSSIBLE)
 
 
-def note_of(checkpoint: Checkpoint, layer: Layer) -> str:
+def note_of(layer: Layer) -> str:
     """Return a layer's note, in the words of the command line."""
-    if layer.needs_size and "kernel_sizes=" in layer.note:
-        shape = checkpoint.entries[layer.entries[D]].shape
-        taps = shape[0] if layer.origin == "reference TensorFlow" else shape[1]
+    if layer.needs_size and layer.d_shape and "kernel_sizes=" in layer.note:
+        taps = layer.d_shape[1]
         side = isqrt(taps)
         example = f"{side}x{side}" if side * side == taps else f"{taps}"
         return (
@@ -199,14 +171,3 @@ def note_of(checkpoint: Checkpoint, layer: Layer) -> str:
 def literal(name: str) -> str:
     """Return the glob pattern that matches just this name."""
     return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def depthwise_of(checkpoint: Checkpoint, layer: Layer) -> Array | None:
-    """Return an over-parameterized layer's D, `(I, M, S)`; None where its S is below M."""
-    try:
-        return checkpoint.pair(layer)[1]
-    except NotFoldable:
-        # Of a grouped layer of the reference's in PyTorch, only how W meets D is another.
-        depthwise = checkpoint.read(layer.entries[D])
-        is_pytorch = layer.origin == "reference PyTorch"
-        return depthwise if is_pytorch and depthwise.shape[1] <= depthwise.shape[2] else None

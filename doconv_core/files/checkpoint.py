@@ -29,13 +29,14 @@ from doconv_core.files.entries import (
     opened,
     to_storage,
 )
-from doconv_core.files.layers import OTHER, D, Layer, Shape, kept_shape
+from doconv_core.files.layers import IDENTITY, OTHER, D, Layer, Shape
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
+
+UNTRAINED = {"running_mean", "running_var", "num_batches_tracked", IDENTITY}
 
 
 @dataclass
@@ -76,6 +77,19 @@ class Checkpoint(ABC):
     def parts(self) -> tuple[str, ...]:
         """The copies of the model that the file holds."""
         return tuple(dict.fromkeys(layer.part for layer in self.layers))
+
+    def parameters(self, layer: Layer) -> int:
+        """Return how many numbers of the layer are trained; not statistics and the identity."""
+        kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
+        return sum(self.entries[name].size for name in kept)
+
+    def folded_parameters(self, layer: Layer) -> int | None:
+        """Return how many of its parameters remain when it is folded; None where M is not known."""
+        if not layer.over_parameterized or layer.kernel_shape is None:
+            return None if layer.over_parameterized else self.parameters(layer)
+        gone = {"weight", *layer.gone} - UNTRAINED
+        composed = sum(self.entries[layer.entries[role]].size for role in gone)
+        return self.parameters(layer) - composed + prod(layer.kernel_shape)
 
     @abstractmethod
     def read(self, name: str) -> Array:
@@ -137,7 +151,7 @@ class Checkpoint(ABC):
         depthwise = self.read(layer.entries[D])
         if not layer.origin.startswith(ORIGIN):
             return weight.reshape(*weight.shape[:2], -1), depthwise
-        name = layer.entries.get("identity")
+        name = layer.entries.get(IDENTITY)
         identity = None if name is None else self.read(name)
         try:
             framework = layer.origin.removeprefix(ORIGIN)
@@ -178,7 +192,7 @@ class Checkpoint(ABC):
         if not layer.origin.startswith(ORIGIN):
             weight = weight.reshape(*weight.shape[:2], -1)
             return compose_blocks(weight, depthwise, as_stored=as_stored)
-        name = layer.entries.get("identity")
+        name = layer.entries.get(IDENTITY)
         identity = None if name is None else self.read_stored(name)
         framework = layer.origin.removeprefix(ORIGIN)
         return compose_upstream(framework, weight, depthwise, identity, as_stored=as_stored)
@@ -328,20 +342,20 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
             raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
 
 
+def check_finite(layer: Layer, kernel: Array) -> Array:
+    """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
+    if not all_finite(kernel):
+        raise NotFoldable(
+            f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
+            "overflowed."
+        )
+    return kernel
+
+
 def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
     """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
     composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
     return layer.stored(composed).reshape(shape)
-
-
-def folded_shape(layer: Layer) -> Shape:
-    """Return the shape of the folded kernel in the file, in the layout of its framework."""
-    assert layer.kernel_shape is not None  # as `report_on` has checked
-    return kept_shape(layer.kernel_shape, layer.layout, _groups(layer))
-
-
-def _groups(layer: Layer) -> int:
-    return layer.spec.groups if isinstance(layer.spec, ConvSpec) else 1
 
 
 def outputs(checkpoint: Checkpoint) -> list[Output]:
@@ -350,9 +364,10 @@ def outputs(checkpoint: Checkpoint) -> list[Output]:
     dropped: set[str] = set()
     for layer in checkpoint.layers:
         if is_folded(layer):
+            assert layer.kernel_shape is not None  # as `report_on` has checked
             source = layer.entries["weight"]
             name = folded_name(layer)
-            folded[source] = Output(name, source, folded_shape(layer), layer)
+            folded[source] = Output(name, source, layer.stored_shape(layer.kernel_shape), layer)
             dropped |= {layer.entries[role] for role in layer.gone}
     found = [
         folded.get(name) or Output(name, name, entry.shape)
@@ -392,39 +407,32 @@ def report_on(checkpoint: Checkpoint) -> Report:
     first = checkpoint.parts[0] if checkpoint.parts else ""
     before = after = 0
     for layer in checkpoint.layers:
-        sizes = {role: checkpoint.entries[name].size for role, name in layer.entries.items()}
-        count = sum(size for role, size in sizes.items() if role not in STATISTICS)
-        folded = count
         if is_folded(layer):
             if layer.kernel_shape is None:
                 raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
-            folded += prod(layer.kernel_shape) - sizes["weight"]
-            folded -= sum(sizes[role] for role in layer.gone)
-            changed.append(Change(layer.name, *_words(layer, checkpoint)))
+            changed.append(Change(layer.name, *_words(layer)))
         elif layer.note:
             left.append(Left(layer.name, layer.kind, layer.note))
         if layer.part == first:
-            before, after = before + count, after + folded
+            stored = layer.entries.get(IDENTITY)  # which is a parameter as its file has it
+            before += checkpoint.parameters(layer) + (
+                checkpoint.entries[stored].size if stored else 0
+            )
+            after += checkpoint.folded_parameters(layer) or 0
     left += [Left(path, "tensors", reason) for path, reason in checkpoint.unfolded]
     return Report("folded", tuple(changed), tuple(left), before, after)
 
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _words(layer: Layer, checkpoint: Checkpoint) -> tuple[str, str]:
+def _words(layer: Layer) -> tuple[str, str]:
+    """Return what a layer was, and what it has become."""
     assert layer.kernel_shape is not None  # as the caller has checked
     size = "×".join(map(str, layer.kernel_shape[2:]))
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.over_parameterized and layer.composition is not DO_CONV:
         before = f"over-parameterized, {layer.composition.name}"
-    elif layer.over_parameterized:
-        depthwise = checkpoint.entries[layer.entries[D]].shape
-        multiplier = depthwise[1] if layer.layout == "*IO" and origin else depthwise[-1]
-        if layer.origin == f"{ORIGIN}Gluon":
-            multiplier = depthwise[1]
-        before = f"over-parameterized, S = {multiplier}{origin}"
+    elif layer.d_shape is not None:
+        before = f"over-parameterized, S = {layer.d_shape[2]}{origin}"
     after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
     return before, after
 
@@ -458,13 +466,3 @@ def fold_checkpoint(
     check_absent(target, overwrite)
     with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
         return checkpoint.fold(target, overwrite=overwrite, progress=progress)
-
-
-def check_finite(layer: Layer, kernel: Array) -> Array:
-    """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
-    if not all_finite(kernel):
-        raise NotFoldable(
-            f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
-            "overflowed."
-        )
-    return kernel

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isqrt, prod
 
+import numpy as np
+
 from doconv_core.files.entries import FLOATS, Array, Entry, KernelSizes, groups_of, shown
 from doconv_core.files.reference import LAYOUTS, ORIGIN, D, Found, find_reference
 from doconv_core.kinds.base import ComposedKind, kinds
@@ -17,6 +19,7 @@ from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 from doconv_core.state.layers import LinearSpec
 
 IDENTITY = "identity"  # the role of the one that the reference implementation stores
+Shape = tuple[int, ...]
 CANONICAL = "OI*"  # the order of axes that a weight has in a state
 CONVOLUTION, TRANSPOSED, LINEAR = "convolution", "transposed convolution", "linear"
 BATCH_NORM, NORM, OTHER = "batch norm", "norm", "other"
@@ -43,7 +46,8 @@ class Layer:
     `(out, in)`; None where the kernel size is not in the file.
     layout: `doconv_core.maths.layout`'s word for the axes of a convolution's weight in the file.
     note: what a reader should know: an assumption made, or why the layer cannot be folded.
-    composition: of an over-parameterized layer, the kind that composes its kernel.
+    composition: of an over-parameterized layer, the kind that composes its kernel. d_shape: of one
+    with a D, `(I, M, S)`, in whatever order the file keeps it.
     """
 
     path: str
@@ -57,6 +61,7 @@ class Layer:
     layout: str = CANONICAL
     note: str = ""
     composition: ComposedKind = DO_CONV
+    d_shape: tuple[int, int, int] | None = None
 
     @property
     def gone(self) -> tuple[str, ...]:
@@ -71,6 +76,10 @@ class Layer:
         """Return a canonical weight in the order of the file's own."""
         groups = self.spec.groups if isinstance(self.spec, ConvSpec) else 1
         return weight if self.layout == CANONICAL else from_canonical(weight, self.layout, groups)
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Return the shape of a canonical weight in the order of the file's own."""
+        return self.stored(np.broadcast_to(0, shape)).shape  # a view, whatever the shape
 
     @property
     def needs_size(self) -> bool:
@@ -305,7 +314,6 @@ def _path(prefix: str) -> str:
     return prefix.rstrip("./_")
 
 
-Shape = tuple[int, ...]
 MAX_TOLD = 6  # entries in a note
 
 
@@ -375,17 +383,6 @@ def canonical_shape(shape: Shape, layout: str) -> Shape:
     return shape
 
 
-def kept_shape(shape: Shape, layout: str, groups: int) -> Shape:
-    """Return the shape in `layout` of a weight of canonical shape `(O, I/g, taps…)`."""
-    if layout == "O*I":
-        return (shape[0], *shape[2:], shape[1])
-    if layout == "*IO":
-        return (*shape[2:], shape[1], shape[0])
-    if layout == "*CN":
-        return (*shape[2:], groups, shape[0] // groups)
-    return shape
-
-
 def over_parameterized(
     path: str,
     part: str,
@@ -446,6 +443,7 @@ def sized(
     reference implementation, which is of two dimensions, is taken to be square where it can be.
     """
     in_channels, out_channels, groups = channels
+    layer = dataclasses.replace(layer, d_shape=(in_channels, taps, multiplier))
     given = sizes.given((layer.name, layer.path), taps)
     note = layer.note
     if kernel_size is not None and given not in (None, kernel_size):

@@ -32,6 +32,7 @@ from doconv_core.files.layers import (
     NORM,
     OTHER,
     TRANSPOSED,
+    D,
     Layer,
     Sizes,
     find_layers,
@@ -237,7 +238,7 @@ def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes
             sizes.given((path,), spec.taps)
         return Layer(
             path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-            spec=spec, kernel_shape=spec.kernel_shape,
+            spec=spec, kernel_shape=spec.kernel_shape, d_shape=form.shapes.get(D),
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None

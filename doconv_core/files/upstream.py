@@ -162,11 +162,10 @@ def _converted(checkpoint: Checkpoint, layers: list[Layer]) -> Upstream:
 def _trained(checkpoint: Checkpoint, layer: Layer) -> tuple[ConvSpec, Array, Array, str]:
     """Return a layer's sizes, W and D; and why they are not the trained ones, "" where they are."""
     kernel = checkpoint.kernel(layer)
-    taps, inputs = kernel[0, 0].size, _inputs(checkpoint, layer)
+    assert layer.d_shape is not None  # as the layer has a D
+    inputs, taps, multiplier = layer.d_shape
     groups = inputs // kernel.shape[1]
-    sizes = (inputs, kernel.shape[0], kernel.shape[2:], groups)
-    multiplier = checkpoint.entries[layer.entries["weight"]].size // (kernel.size // taps)
-    spec = ConvSpec(*sizes, max(multiplier, taps))
+    spec = ConvSpec(inputs, kernel.shape[0], kernel.shape[2:], groups, max(multiplier, taps))
     try:
         weight, depthwise = checkpoint.pair(layer)
     except NotFoldable as error:
@@ -174,13 +173,8 @@ def _trained(checkpoint: Checkpoint, layer: Layer) -> tuple[ConvSpec, Array, Arr
         weight, depthwise = from_kernel(kernel, spec)
     else:
         reason = ""
-    assert depthwise is not None  # as the layer has a D
+    assert depthwise is not None  # for the same reason
     return spec, weight, depthwise, reason
-
-
-def _inputs(checkpoint: Checkpoint, layer: Layer) -> int:
-    shape = checkpoint.entries[layer.entries[D]].shape
-    return shape[0] if layer.origin == f"{ORIGIN}PyTorch" else shape[-1]
 
 
 def _named(path: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
