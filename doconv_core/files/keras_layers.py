@@ -214,8 +214,9 @@ def _over_parameterized(
     # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
     # depthwise one compose alike.
     layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
+    layer = Layer(path, CONVOLUTION, names, "doconv", over_parameterized=True)
     for layout in layouts:
-        found = over_parameterized(path, "", names, shapes, layout, sizes, told)
+        found = over_parameterized(layer, shapes, layout, sizes, told)
         if found is not None and _is_of_rank(found, ordinary):
             return found
     return None

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isqrt, prod
+from typing import Any
 
 import numpy as np
 
 from doconv_core.files.entries import FLOATS, Array, Entry, KernelSizes, groups_of, shown
-from doconv_core.files.reference import LAYOUTS, ORIGIN, D, Found, find_reference
+from doconv_core.files.reference import LAYOUTS, ORIGIN, D, find_reference
 from doconv_core.kinds.base import ComposedKind, kinds
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.layout import from_canonical, to_canonical
@@ -109,7 +110,7 @@ def find_layers(
     part: str = "",
     separators: str = "./",
     framework: str = "",
-    layouts: tuple[str, ...] = ("OI*",),
+    layouts: tuple[str, ...] = (CANONICAL,),
     norm: tuple[str, str] = ("weight", "bias"),
 ) -> tuple[Layer, ...]:
     """Return the layers of one copy of a model, in the order of their first entries.
@@ -120,198 +121,171 @@ def find_layers(
     fits. norm: the names of the two entries of a norm that is no batch norm.
     """
     shapes = {key: entries[name] for key, name in keys.items()}
-    found: dict[str, Layer] = {}
-    taken: set[str] = set()
-    reference = []
-    if any(key.endswith("D") for key in shapes):
-        reference = [
-            _of_reference(each, sizes, part)
-            for each in find_reference(shapes, separators, framework)
-        ]
-    own = [*_over_parameterized(shapes, sizes, part, layouts), *_composed(shapes, part, layouts[0])]
-    for layer in [*reference, *own]:
-        if not taken.isdisjoint(layer.entries.values()):
-            continue
-        found[next(iter(layer.entries.values()))] = layer
-        taken.update(layer.entries.values())
-    layout = next((a.layout for a in found.values() if a.layout != layouts[0]), layouts[0])
-    for layer in _others(shapes, taken, separators, part, layout, norm):
-        found[next(iter(layer.entries.values()))] = layer
-    ordered = [found[key] for key in shapes if key in found]
-    return tuple(_named(layer, keys) for layer in ordered)
-
-
-def _of_reference(found: Found, sizes: Sizes, part: str) -> Layer:
-    layer = Layer(
-        _path(found.prefix), CONVOLUTION, found.roles, ORIGIN + found.framework, part,
-        over_parameterized=D in found.roles, layout=LAYOUTS[found.framework],
-    )  # fmt: skip
-    if not layer.over_parameterized:
-        return dataclasses.replace(layer, kernel_shape=(found.channels[1], found.channels[0], 1, 1))
-    sized_layer = sized(
-        layer, found.channels, found.taps, found.multiplier, found.kernel_size, sizes
+    search = _Search(shapes, sizes, part, separators, framework, layouts, norm)
+    ordered = {key: place for place, key in enumerate(shapes)}
+    found = sorted(search.layers(), key=lambda layer: ordered[next(iter(layer.entries.values()))])
+    return tuple(
+        dataclasses.replace(x, entries={role: keys[key] for role, key in x.entries.items()})
+        for x in found
     )
-    note = "; ".join(filter(None, (sized_layer.note, found.note)))
-    return dataclasses.replace(sized_layer, note=note)
 
 
-def _named(layer: Layer, keys: Mapping[str, str]) -> Layer:
-    """Return the layer with the entries' names in the file in place of those within the copy."""
-    entries = {role: keys[key] for role, key in layer.entries.items()}
-    return Layer(**{**vars(layer), "entries": entries})
+@dataclass(frozen=True)
+class _Search:
+    """The search of `find_layers`, in entries by their names within one copy of a model."""
 
+    shapes: Mapping[str, Entry]
+    sizes: Sizes
+    part: str
+    separators: str
+    framework: str
+    layouts: tuple[str, ...]
+    norm: tuple[str, str]
 
-def _over_parameterized(
-    shapes: Mapping[str, Entry], sizes: Sizes, part: str, layouts: tuple[str, ...]
-) -> Iterator[Layer]:
-    """Yield this package's over-parameterized layers.
-
-    What stands before D's name need not end in a separator: an averaged copy of a model
-    may have the dots taken out of its names.
-    """
-    ambiguous = []
-    settled = ""
-    for key, depthwise in shapes.items():
-        if not key.endswith(D):
-            continue
-        prefix = key[: -len(D)]
-        weight = shapes.get(f"{prefix}weight")
-        if weight is None or len(depthwise.shape) != 3 or len(weight.shape) < 3:
-            continue
-        roles = ("weight", "bias", D)
-        names = {f"{prefix}{role}": role for role in roles}
-        found = {names[k]: k for k in shapes if k in names}
-        fitting = [
-            layer
-            for layout in layouts
-            if (layer := over_parameterized(_path(prefix), part, found, shapes, layout, sizes))
-        ]
-        if len(fitting) > 1:
-            ambiguous.append(fitting)
-        elif fitting:
-            settled = settled or fitting[0].layout
-            yield fitting[0]
-    for fitting in ambiguous:
-        same = [layer for layer in fitting if layer.layout == settled]
-        layer = same[0] if same else fitting[0]
-        note = "" if same else f"taken to be channels first: {layer.kernel_shape} fits both layouts"
-        yield Layer(**{**vars(layer), "note": layer.note or note})
-
-
-def _composed(shapes: Mapping[str, Entry], part: str, layout: str) -> Iterator[Layer]:
-    """Yield the layers of the other kinds that compose a kernel, by the names of their entries."""
-    own_names = {key[_start(key) :] for key in shapes}
-    if own_names <= {*ROLES, D}:
-        return  # what only ordinary layers and DO-Conv ones have
-    for kind in kinds().values():
-        if not isinstance(kind, ComposedKind) or kind is DO_CONV:
-            continue
-        for key in (key for key in shapes if key.endswith(kind.names[1])):
-            prefix = key.removesuffix(kind.names[1])
-            found = {r: prefix + r for r in (*kind.names, "bias") if prefix + r in shapes}
-            if (prefix and prefix[-1] not in "./") or not {*kind.names} <= found.keys():
-                continue
-            own = {role: shapes[name].shape for role, name in found.items() if role != "bias"}
-            own["weight"] = canonical_shape(own["weight"], layout)
-            spec = kind.recognised(own)
-            if spec is not None and all(shapes[name].dtype in FLOATS for name in found.values()):
-                yield Layer(
-                    _path(prefix), CONVOLUTION, found, "doconv", part, over_parameterized=True,
-                    spec=spec, kernel_shape=kind.conv(spec).kernel_shape, layout=layout,
-                    composition=kind,
-                )  # fmt: skip
-
-
-def _others(
-    shapes: Mapping[str, Entry],
-    taken: set[str],
-    separators: str,
-    part: str,
-    layout: str,
-    norm: tuple[str, str],
-) -> Iterator[Layer]:
-    groups: dict[str, dict[str, str]] = {}
-    for key in shapes:
-        if key not in taken:
-            prefix, role = _split(key, separators)
+    def layers(self) -> list[Layer]:
+        """Return all layers: what one of them has taken is no other's."""
+        found: list[Layer] = []
+        taken: set[str] = set()
+        for layer in [*self._reference(), *self._over_parameterized(), *self._composed()]:
+            if taken.isdisjoint(layer.entries.values()):
+                found.append(layer)
+                taken.update(layer.entries.values())
+        first = self.layouts[0]
+        layout = next((x.layout for x in found if x.layout != first), first)
+        groups: dict[str, dict[str, str]] = {}
+        for key in (key for key in self.shapes if key not in taken):
+            prefix, role = self._split(key)
             roles = groups.setdefault(prefix, {})
             # Another entry may have the role already, such as gamma's; then this has its own name.
-            name = key[len(prefix) :]
-            roles[name if role in roles else role] = key
-    for prefix, roles in groups.items():
-        yield _ordinary(prefix, part, roles, shapes, layout, norm)
+            roles[key[len(prefix) :] if role in roles else role] = key
+        return found + [self._ordinary(prefix, roles, layout) for prefix, roles in groups.items()]
 
+    def _layer(
+        self, prefix: str, kind: str, roles: Mapping[str, str], origin: str = "", **more: Any
+    ) -> Layer:
+        return Layer(prefix.rstrip("./_"), kind, roles, origin, self.part, **more)
 
-def _ordinary(
-    prefix: str,
-    part: str,
-    roles: dict[str, str],
-    shapes: Mapping[str, Entry],
-    layout: str,
-    norm: tuple[str, str],
-) -> Layer:
-    path = _path(prefix)
-    weight = shapes[roles["weight"]].shape if "weight" in roles else ()
-    named = next((key for key in roles.values() if key.endswith(D)), None)
-    if named is not None and not _is_depthwise(named, roles, shapes, layout):
-        return _named_alike(prefix, part, roles, shapes, named)
-    if "running_mean" in roles:
-        return Layer(path, BATCH_NORM, roles, part=part)
-    if 3 <= len(weight) <= 5 and shapes[roles["weight"]].dtype in FLOATS:
-        kernel = (weight[0], weight[-1], *weight[1:-1]) if layout == "O*I" else weight
-        return Layer(path, CONVOLUTION, roles, part=part, kernel_shape=kernel, layout=layout)
-    if len(weight) == 2:
-        return Layer(path, LINEAR, roles, part=part, kernel_shape=weight)
-    pair = [roles.get(role, "") for role in ("weight", "bias")]
-    named = len(roles) == 2 and all(k.endswith(name) for k, name in zip(pair, norm, strict=True))
-    kind = NORM if named and shapes[pair[0]].shape == shapes[pair[1]].shape else OTHER
-    return Layer(path, kind, roles, part=part)
+    def _reference(self) -> Iterator[Layer]:
+        """Yield the layers of the reference implementation."""
+        if not any(key.endswith("D") for key in self.shapes):
+            return
+        for found in find_reference(self.shapes, self.separators, self.framework):
+            layer = self._layer(
+                found.prefix, CONVOLUTION, found.roles, ORIGIN + found.framework,
+                over_parameterized=D in found.roles, layout=LAYOUTS[found.framework],
+            )  # fmt: skip
+            inputs, outputs, _ = found.channels
+            if layer.over_parameterized:
+                sizes = found.channels, found.taps, found.multiplier, found.kernel_size
+                layer = sized(layer, *sizes, self.sizes)
+            else:
+                layer = dataclasses.replace(layer, kernel_shape=(outputs, inputs, 1, 1))
+            note = "; ".join(filter(None, (layer.note, found.note)))
+            yield dataclasses.replace(layer, note=note)
 
+    def _over_parameterized(self) -> Iterator[Layer]:
+        """Yield this package's layers with a D.
 
-def _is_depthwise(
-    named: str, roles: Mapping[str, str], shapes: Mapping[str, Entry], layout: str
-) -> bool:
-    """Return whether an entry named as a D is the weight of a convolution named `…_depthwise`.
+        What stands before D's name need not end in a separator: an averaged copy of a model
+        may have the dots taken out of its names.
+        """
+        shapes, ambiguous, settled = self.shapes, [], ""
+        for key in (key for key in shapes if key.endswith(D)):
+            prefix = key[: -len(D)]
+            weight = shapes.get(f"{prefix}weight")
+            if weight is None or len(shapes[key].shape) != 3 or len(weight.shape) < 3:
+                continue
+            names = {prefix + role: role for role in ("weight", "bias", D)}
+            layer = self._layer(
+                prefix, CONVOLUTION, {names[k]: k for k in shapes if k in names}, "doconv",
+                over_parameterized=True,
+            )  # fmt: skip
+            all_ = (over_parameterized(layer, shapes, at, self.sizes) for at in self.layouts)
+            fitting = [found for found in all_ if found is not None]
+            if len(fitting) > 1:
+                ambiguous.append(fitting)
+            elif fitting:
+                settled = settled or fitting[0].layout
+                yield fitting[0]
+        for fitting in ambiguous:
+            agreeing = [found for found in fitting if found.layout == settled]
+            layer = (agreeing or fitting)[0]
+            guess = f"taken to be channels first: {layer.kernel_shape} fits both layouts"
+            yield dataclasses.replace(layer, note=layer.note or ("" if agreeing else guess))
 
-    So it is in the flat names of Gluon, where a convolution of one channel a group is named so, and
-    no layer by the name before it has a weight.
-    """
-    shape = shapes[named].shape
-    beside = f"{named[: -len(D)]}weight"
-    if roles.get("weight") != named or beside in shapes or len(shape) < 3:
-        return False
-    return shape[-1 if layout == "O*I" else 1] == 1
+    def _composed(self) -> Iterator[Layer]:
+        """Yield the layers of other kinds that compose a kernel, by the names of their entries."""
+        if {key[_start(key) :] for key in self.shapes} <= {*ROLES, D}:
+            return  # what only ordinary layers and DO-Conv ones have
+        for kind in kinds().values():
+            if isinstance(kind, ComposedKind) and kind is not DO_CONV:
+                for key in (key for key in self.shapes if key.endswith(kind.names[1])):
+                    yield from self._of_kind(kind, key.removesuffix(kind.names[1]))
 
+    def _of_kind(self, kind: ComposedKind, prefix: str) -> Iterator[Layer]:
+        roles = {r: prefix + r for r in (*kind.names, "bias") if prefix + r in self.shapes}
+        if (prefix and prefix[-1] not in "./") or not {*kind.names} <= roles.keys():
+            return
+        own = {role: self.shapes[name].shape for role, name in roles.items() if role != "bias"}
+        own["weight"] = canonical_shape(own["weight"], self.layouts[0])
+        spec = kind.recognised(own)
+        if spec is not None and all(self.shapes[name].dtype in FLOATS for name in roles.values()):
+            yield self._layer(
+                prefix, CONVOLUTION, roles, "doconv", over_parameterized=True, spec=spec,
+                kernel_shape=kind.conv(spec).kernel_shape, layout=self.layouts[0], composition=kind,
+            )  # fmt: skip
 
-def _named_alike(
-    prefix: str, part: str, roles: dict[str, str], shapes: Mapping[str, Entry], named: str
-) -> Layer:
-    """Return a layer that has an entry named as a D is, and that is none of this package's.
+    def _ordinary(self, prefix: str, roles: dict[str, str], layout: str) -> Layer:
+        """Return an ordinary layer, or what has an entry named as a D is and is none of ours."""
+        by_role = {role: self.shapes[key] for role, key in roles.items()}
+        weight = by_role["weight"].shape if "weight" in roles else ()
+        named = next((key for key in roles.values() if key.endswith(D)), None)
+        if named is not None and not self._is_depthwise(named, roles, layout):
+            # A D has three axes. So four are a depthwise kernel's; anything else is not known.
+            origin = "" if len(self.shapes[named].shape) > 3 else "doconv"
+            rest = {role: by_role[role] for role, key in roles.items() if key != named}
+            note = unlike({named[len(prefix) :]: self.shapes[named], **rest})
+            return self._layer(prefix, OTHER, roles, origin, note=note)
+        if "running_mean" in roles:
+            return self._layer(prefix, BATCH_NORM, roles)
+        if 3 <= len(weight) <= 5 and by_role["weight"].dtype in FLOATS:
+            kernel = canonical_shape(weight, layout)
+            return self._layer(prefix, CONVOLUTION, roles, kernel_shape=kernel, layout=layout)
+        if len(weight) == 2:
+            return self._layer(prefix, LINEAR, roles, kernel_shape=weight)
+        is_norm = (
+            {*roles} == {"weight", "bias"}
+            and weight == by_role["bias"].shape
+            and all(
+                roles[r].endswith(n) for r, n in zip(("weight", "bias"), self.norm, strict=True)
+            )
+        )
+        return self._layer(prefix, NORM if is_norm else OTHER, roles)
 
-    A D has three axes. So four are those of a depthwise convolution; anything else is not known.
-    """
-    rest = {role: shapes[key] for role, key in roles.items() if key != named}
-    note = unlike({named[len(prefix) :]: shapes[named], **rest})
-    origin = "" if len(shapes[named].shape) > 3 else "doconv"
-    return Layer(_path(prefix), OTHER, roles, origin, part, note=note)
+    def _is_depthwise(self, named: str, roles: Mapping[str, str], layout: str) -> bool:
+        """Return whether an entry named as a D is a weight of a convolution named `…_depthwise`.
 
+        So it is in the flat names of Gluon, where a convolution of one channel a group is named so,
+        and no layer by the name before it has a weight.
+        """
+        shape = self.shapes[named].shape
+        beside = f"{named[: -len(D)]}weight"
+        if roles.get("weight") != named or beside in self.shapes or len(shape) < 3:
+            return False
+        return canonical_shape(shape, layout)[1] == 1
 
-def _split(key: str, separators: str) -> tuple[str, str]:
-    """Return what stands before an entry's own name, with the separator, and its role."""
-    for ending, role in ROLES.items():
-        prefix = key[: -len(ending)]
-        if key.endswith(ending) and (not prefix or prefix[-1] in separators):
-            return prefix, role
-    return key[: _start(key)], key[_start(key) :]
+    def _split(self, key: str) -> tuple[str, str]:
+        """Return what stands before an entry's own name, with the separator, and its role."""
+        for ending, role in ROLES.items():
+            prefix = key[: -len(ending)]
+            if key.endswith(ending) and (not prefix or prefix[-1] in self.separators):
+                return prefix, role
+        return key[: _start(key)], key[_start(key) :]
 
 
 def _start(key: str) -> int:
     """Return where an entry's own name begins."""
     return max(key.rfind(separator) for separator in "./") + 1
-
-
-def _path(prefix: str) -> str:
-    return prefix.rstrip("./_")
 
 
 MAX_TOLD = 6  # entries in a note
@@ -348,9 +322,7 @@ class Sizes:
         """
         names = list(dict.fromkeys(names))
         self._asked += names
-        matching = [
-            pattern for pattern in self._sizes if any(fnmatchcase(name, pattern) for name in names)
-        ]
+        matching = [p for p in self._sizes if any(fnmatchcase(name, p) for name in names)]
         self._unused.difference_update(matching)
         if not matching:
             return None
@@ -384,20 +356,18 @@ def canonical_shape(shape: Shape, layout: str) -> Shape:
 
 
 def over_parameterized(
-    path: str,
-    part: str,
-    roles: Mapping[str, str],
+    layer: Layer,
     shapes: Mapping[str, Entry],
     layout: str,
     sizes: Sizes,
     kernel_size: Shape | None = None,
 ) -> Layer | None:
-    """Return the over-parameterized layer of this package that these entries are, or None.
+    """Return a layer of W, D and perhaps a bias with its sizes, or None where they do not agree.
 
-    roles: the entries' names by role. layout: of the weight. kernel_size: where the file tells it
-    otherwise. None where the shapes do not agree: the names may be another's than this package's.
+    The names may be another's than this package's. layout: of the weight. kernel_size: where the
+    file tells it otherwise.
     """
-    weight, depthwise = shapes[roles["weight"]], shapes[roles[D]]
+    weight, depthwise = shapes[layer.entries["weight"]], shapes[layer.entries[D]]
     if weight.dtype not in FLOATS or depthwise.dtype not in FLOATS:
         return None
     out_channels, per_group, *body = canonical_shape(weight.shape, layout)
@@ -405,14 +375,14 @@ def over_parameterized(
     groups = groups_of(in_channels, out_channels, per_group)
     if not groups or not 1 < taps <= multiplier or prod(body) != multiplier:
         return None
-    bias = shapes.get(roles.get("bias", ""))
+    bias = shapes.get(layer.entries.get("bias", ""))
     if len(body) > MAX_RANK or (bias is not None and bias.shape != (out_channels,)):
         return None
     if len(body) > 1 or taps == multiplier:
         if taps != multiplier:
             return None
         kernel_size = tuple(body)
-    layer = Layer(path, CONVOLUTION, roles, "doconv", part, over_parameterized=True, layout=layout)
+    layer = dataclasses.replace(layer, layout=layout)
     return sized(layer, (in_channels, out_channels, groups), taps, multiplier, kernel_size, sizes)
 
 
@@ -444,28 +414,23 @@ def sized(
     """
     in_channels, out_channels, groups = channels
     layer = dataclasses.replace(layer, d_shape=(in_channels, taps, multiplier))
-    given = sizes.given((layer.name, layer.path), taps)
-    note = layer.note
+    given, side = sizes.given((layer.name, layer.path), taps), isqrt(taps)
     if kernel_size is not None and given not in (None, kernel_size):
         raise KernelSizeError(
             f"layer {layer.name!r} has the kernel size {kernel_size} in the file; received {given}."
         )
-    kernel_size = kernel_size or given
-    side = isqrt(taps)
-    if kernel_size is None and layer.origin.startswith("reference") and side * side == taps:
+    kernel_size, note = kernel_size or given, layer.note
+    if kernel_size is None and layer.origin.startswith(ORIGIN) and side * side == taps:
         kernel_size, note = (side, side), f"{taps} taps, taken to be {side}×{side}"
     if kernel_size is None:
-        return dataclasses.replace(layer, note=_unknown(layer, taps, side))
+        example = (side, side) if side * side == taps else (taps,)
+        note = (
+            f"its kernel size is not in the file, which tells {taps} taps; give it, with "
+            f"kernel_sizes={{{layer.name!r}: {example}}} or the like"
+        )
+        return dataclasses.replace(layer, note=note)
     kernel_shape = (out_channels, in_channels // groups, *kernel_size)
     spec = None
     if multiplier >= taps:  # the reference implementation has others
         spec = ConvSpec(in_channels, out_channels, kernel_size, groups, multiplier)
     return dataclasses.replace(layer, note=note, spec=spec, kernel_shape=kernel_shape)
-
-
-def _unknown(layer: Layer, taps: int, side: int) -> str:
-    example = (side, side) if side * side == taps else (taps,)
-    return (
-        f"its kernel size is not in the file, which tells {taps} taps; give it, with "
-        f"kernel_sizes={{{layer.name!r}: {example}}} or the like"
-    )
