@@ -7,10 +7,8 @@ Letters as in the paper and throughout this project: `I` input and `O` output ch
 """
 
 from doconv_core.backends import available_backends, require_framework
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Checkpoint, fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import CheckpointError
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.upstream import Upstream, read_upstream
 from doconv_core.kinds.base import Cost
 from doconv_core.kinds.bsconv import (

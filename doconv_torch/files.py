@@ -15,27 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from doconv_core.files.archive import open_archive
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
     AVERAGED,
     BITS,
     CheckpointError,
     Entry,
-    Layer,
     check_names,
+    open_archive,
     without_wrappers,
 )
-from doconv_core.files.folding import Output, folded_kernel, outputs
-from doconv_core.files.layers import find_layers
-from doconv_core.files.shapes import Sizes
-from doconv_core.files.state_dicts import (
-    MAX_DEPTH,
-    StateDicts,
-    is_container,
-    items_of,
-    joined,
-)
+from doconv_core.files.layers import Layer, Sizes, find_layers
+from doconv_core.files.pytorch import MAX_DEPTH, StateDicts, is_container, items_of, joined
 
 # What PyTorch's writer says, in RuntimeErrors, where the system has refused to take more bytes.
 _REFUSED = re.compile(

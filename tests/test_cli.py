@@ -35,8 +35,7 @@ from command_line import (
 )
 
 from doconv_core.cli import command
-from doconv_core.cli.command import SUBCOMMANDS
-from doconv_core.cli.errors import one_line
+from doconv_core.cli.command import SUBCOMMANDS, one_line
 
 PROGRAM = [sys.executable, "-c", "from doconv_core.cli import main; main()"]
 
@@ -135,7 +134,7 @@ def test_names_cannot_steer_the_terminal(tmp_path):
 def _table_with(cell):
     @click.command()
     def table():
-        from doconv_core.cli.output import print_table
+        from doconv_core.cli.command import print_table
 
         print_table(["a", "b"], [[cell, "1"]])
 

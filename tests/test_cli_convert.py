@@ -13,7 +13,7 @@ from command_line import IMPOSSIBLE, KERNEL_SIZE, TARGET, USAGE, doconv, save, s
 from safetensors.numpy import load_file
 
 from doconv_core import ConvSpec, LayerForm, State, compose, read_state, write_state
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.state.layers import (
     BatchNormSpec,
@@ -59,7 +59,7 @@ COUNTING = """
 import json, sys
 from collections import Counter
 from doconv_core.cli import doconv
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
 
 opened, read, found = Counter(), [], []
 sys.addaudithook(lambda name, args: name == "open" and opened.update([str(args[0])]))

@@ -12,7 +12,7 @@ import pytest
 from command_line import KERNEL_SIZE, doconv, save, state_dict
 from frameworks import need
 
-from doconv_core.cli import errors
+from doconv_core.cli import command as errors
 from doconv_core.cli.command import SUBCOMMANDS
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,9 @@ from command_line import DIFFERENT, IMPOSSIBLE, USAGE, doconv
 from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, write_state
-from doconv_core.cli.errors import Failure
+from doconv_core.cli.command import Failure
 from doconv_core.cli.flattening import Flattenings, Images
-from doconv_core.cli.recognised import recognised_layers
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.state.layers import BatchNormSpec, LinearSpec
 
@@ -355,7 +354,7 @@ def test_networks_of_a_zoo(name, tmp_path):
     arrays = {key: torch.zeros(()).expand(value.shape) for key, value in model.state_dict().items()}
     torch.save(arrays, tmp_path / "in.pt")
     with open_checkpoint(tmp_path / "in.pt") as file:
-        layers = recognised_layers(file)
+        layers = file.layers
         if name.startswith("efficientnet"):  # 320 channels, of which a last convolution makes 1280
             with pytest.raises(Failure, match=r"may be .* such as 320x2x2 of .*=no', or --flatten"):
                 Flattenings(file, layers, Images(), ordered=True)

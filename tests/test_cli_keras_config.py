@@ -24,7 +24,7 @@ def fed(keras, model):
     """Return what is told of a model's Dense layers and norms, by their names."""
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))
     found = fed_layers(config)
-    groups = importlib.import_module("doconv_core.files.keras_names").stored_nodes(config)
+    groups = importlib.import_module("doconv_core.files.keras_layers").stored_nodes(config)
     named = {group: node["config"].get("name") for group, _, node in groups}
     return {named[group]: told for group, told in found.items() if group in named}
 

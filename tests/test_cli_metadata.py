@@ -13,8 +13,8 @@ from command_line import DIFFERENT, IMPOSSIBLE, doconv, save, state_dict
 from frameworks import need
 
 from doconv_core import ConvSpec, LayerForm, State, difference, read_state, write_state
-from doconv_core.cli.metadata import _moves
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.cli.pairing import _moves
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.state.layers import (

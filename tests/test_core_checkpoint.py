@@ -13,10 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, LayerForm, NotFoldable, State, compose, read_state, write_state
-from doconv_core.files.entries import CheckpointError
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
-from doconv_core.files.reference import BLOCK, compose_blocks
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
+from doconv_core.files.entries import BLOCK, CheckpointError, compose_blocks
 from doconv_core.state.file import LinearSpec, entry
 
 

@@ -11,10 +11,10 @@ from equal import assert_close
 from frameworks import need
 
 from doconv_core import ConvSpec, NotFoldable
-from doconv_core.files.entries import CONVOLUTION, CheckpointError
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
+from doconv_core.files.entries import CheckpointError
 from doconv_core.files.gluon import V1, V2, V3, write_params
+from doconv_core.files.layers import CONVOLUTION
 
 need("mx")
 

@@ -8,9 +8,8 @@ import pytest
 from checkpoint_files import numbers, only_line
 from safetensors.numpy import save_file
 
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import CheckpointError
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
 
 
 @pytest.fixture

@@ -18,10 +18,9 @@ import ml_dtypes  # noqa: E402
 from keras_checkpoints import IMAGE, functional, images, randomized  # noqa: E402
 
 from doconv_core import ConvSpec, NotFoldable, difference  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
-from doconv_core.files.hdf5_order import creation_order  # noqa: E402
-from doconv_core.files.keras_names import numbered, snake_case, stem_of  # noqa: E402
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
+from doconv_core.files.hdf5 import creation_order  # noqa: E402
+from doconv_core.files.keras_layers import numbered, snake_case, stem_of  # noqa: E402
 from doconv_tf import DOConv1D, DOConv2D  # noqa: E402
 
 

@@ -21,10 +21,12 @@ need("tf")
 import h5py  # noqa: E402
 
 from doconv_core.files import hdf5  # noqa: E402
-from doconv_core.files.archive import copy_member, open_archive  # noqa: E402
-from doconv_core.files.entries import CheckpointError  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
+from doconv_core.files.entries import (  # noqa: E402
+    CheckpointError,
+    copy_member,
+    open_archive,
+)
 
 
 def write_weights(path):

@@ -16,9 +16,8 @@ import h5py  # noqa: E402
 import keras  # noqa: E402
 from keras_checkpoints import functional  # noqa: E402
 
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

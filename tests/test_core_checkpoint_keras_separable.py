@@ -16,8 +16,7 @@ import keras  # noqa: E402
 from keras_checkpoints import randomized  # noqa: E402
 
 from doconv_core import NotFoldable, difference, write_state  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_tf import (  # noqa: E402
     DODepthwiseConv1D,
     DODepthwiseConv2D,

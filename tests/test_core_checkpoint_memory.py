@@ -11,8 +11,8 @@ import pytest
 from frameworks import need
 
 from doconv_core import ConvSpec
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.entries import to_storage
-from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.files.safetensors import DTYPES
 
@@ -30,7 +30,7 @@ NETWORKS = {
 MEASURE = """
 import re, resource, sys
 from pathlib import Path
-from doconv_core.files.folding import fold_checkpoint
+from doconv_core.files.checkpoint import fold_checkpoint
 
 def peak():
     status = Path("/proc/self/status")

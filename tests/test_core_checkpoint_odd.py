@@ -15,8 +15,8 @@ from command_line import BAD_FILE, TARGET, doconv
 from frameworks import need
 from safetensors.numpy import save_file
 
+from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.entries import CheckpointError
-from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.gluon import write_params
 
 PROGRAM = [sys.executable, "-c", "from doconv_core.cli import main; main()"]

@@ -9,10 +9,17 @@ from checkpoint_files import numbers, only_line
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, NotFoldable
-from doconv_core.files.entries import BITS, CheckpointError, all_finite, from_storage, to_storage
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
-from doconv_core.files.reference import BLOCK, compose_blocks, compose_upstream
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
+from doconv_core.files.entries import (
+    BITS,
+    BLOCK,
+    CheckpointError,
+    all_finite,
+    compose_blocks,
+    from_storage,
+    to_storage,
+)
+from doconv_core.files.reference import compose_upstream
 
 SPECS = {
     "plain": ConvSpec(40, 70, (3, 3)),

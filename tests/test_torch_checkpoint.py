@@ -18,9 +18,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from doconv_core import ConvSpec, NotFoldable  # noqa: E402
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
 from doconv_torch import DOConv2d  # noqa: E402
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

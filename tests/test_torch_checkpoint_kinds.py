@@ -16,9 +16,8 @@ need("torch")
 import torch  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
-from doconv_core.files.folding import fold_checkpoint  # noqa: E402
-from doconv_core.files.formats import open_checkpoint  # noqa: E402
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 # PyTorch tells that quantized tensors will go; there are files with them all the same.

@@ -14,9 +14,8 @@ from frameworks import need
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import ConvSpec, NotFoldable, compose, convolve, feature_compose, identity
+from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import CheckpointError
-from doconv_core.files.folding import fold_checkpoint
-from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.files.upstream import FRAMEWORKS, read_upstream
 

@@ -1,20 +1,213 @@
-"""The group of subcommands, and what becomes of an error: one line on stderr and an exit code."""
+"""The command as such: its subcommands, what it prints, and what becomes of an error."""
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from io import StringIO
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
-from doconv_core.cli.errors import CRASH, INTERRUPTED, PIPE, as_failure, one_line
+from doconv_core.files.entries import CheckpointError
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.report import Report
+from doconv_core.state.agreement import Mismatch
+from doconv_core.state.file import StateError
+
+DIFFERENT: Final = 1
+USAGE: Final = 2
+BAD_FILE: Final = 3
+IMPOSSIBLE: Final = 4
+TARGET: Final = 5
+MISSING: Final = 6
+CRASH: Final = 70  # as sysexits.h has it: an error of the software itself
+INTERRUPTED: Final = 128 + 2
+PIPE: Final = 128 + 13
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a disk that takes no more
+
+
+class Failure(click.ClickException):
+    """An error that is not this package's own. code: one of those above."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]  # declared per class, read per instance
+
+
+def as_failure(error: Exception) -> Failure | None:
+    """Return what to tell the user of an error; None for one that is a fault of this package."""
+    if isinstance(error, (NotFoldable, Mismatch)):
+        return Failure(str(error), IMPOSSIBLE)
+    if isinstance(error, CheckpointError) and isinstance(error.__cause__, ImportError):
+        return Failure(str(error), MISSING)
+    if isinstance(error, (CheckpointError, StateError)):
+        return Failure(str(error), BAD_FILE)
+    if isinstance(error, ImportError):
+        return Failure(str(error), MISSING)
+    if isinstance(error, FileExistsError):
+        return Failure(_of_system(error), TARGET)
+    if isinstance(error, OSError):
+        return Failure(_of_system(error), TARGET if error.errno in FULL else USAGE)
+    return None
+
+
+def _of_system(error: OSError) -> str:
+    if error.strerror is None:  # one of ours, whose text is a sentence already
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}."
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, with what could steer a terminal written out.
+
+    Names come from files, and a file may have been made to deceive whoever prints them.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split(None)))
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raise Failure where `target` cannot be written, or exists and is not to be replaced."""
+    folder = target.parent
+    if target.is_dir():
+        raise Failure(f"{target} is a folder; name a file to write.", TARGET)
+    if target.exists() and not target.is_file():  # such as /dev/null, which a rename would replace
+        raise Failure(f"{target} is no ordinary file; name one to write.", TARGET)
+    if os.path.lexists(target) and not force:
+        raise target_exists(target)
+    if not folder.is_dir():
+        raise Failure(f"the folder {folder} of {target} does not exist.", TARGET)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failure(f"the folder {folder} of {target} is not writable.", TARGET)
+
+
+@contextmanager
+def writing_to(target: Path) -> Iterator[None]:
+    """Tell of what goes wrong in the block, which writes `target`, as a Failure."""
+    try:
+        yield
+    except FileExistsError:  # it came into being meanwhile
+        raise target_exists(target) from None
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise Failure(f"{target} could not be written: {problem}.", TARGET) from error
+
+
+def target_exists(target: Path) -> Failure:
+    """Return the error for a target that must not be replaced."""
+    return Failure(f"{target} exists; use --force to replace it.", TARGET)
+
+
+GAP = 2  # spaces between columns
+NARROWEST = 16  # to which a column of text is folded
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object. A number that is not finite, which JSON lacks, becomes null."""
+    click.echo(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text_columns: int = 1,
+    err: bool = False,
+) -> None:
+    """Print rows of text under headings.
+
+    text_columns: how many columns, from the left, hold text and may be folded where a terminal is
+    narrow; the others hold numbers, at the right edge, and are never cut. Into a file or a pipe
+    nothing is folded, and nothing but text is written. err: whether to print on stderr.
+    """
+    from rich.console import Console  # here, as half of a subcommand's start would be spent on it
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = (sys.stderr if err else sys.stdout).isatty()
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    least = 0
+    for index, heading in enumerate(headings):
+        text = index < text_columns
+        longest = max([len(heading), *(len(row[index]) for row in rows)])
+        narrowest = min(longest, NARROWEST) if text and terminal else longest
+        least += narrowest + GAP
+        table.add_column(
+            heading,
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=not text or not terminal,
+            min_width=narrowest,
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    written = StringIO()
+    console = Console(file=written, force_terminal=terminal, width=None if terminal else 10_000)
+    console.width = max(console.width, least)  # a terminal wraps a line that is longer than it
+    console.print(table)
+    for line in written.getvalue().splitlines():
+        click.echo(line.rstrip(), err=err)
+
+
+def print_report(report: Report) -> None:
+    """Print what was done, as its `str` has it."""
+    for line in str(report).splitlines():
+        indented = len(line) - len(line.lstrip())
+        click.echo(" " * indented + one_line(line))
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of the steps done and to do; a terminal shows them as a bar."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 layer", "2 layers"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def size(numbers: Iterable[int]) -> str:
+    """Return sizes as the command writes them: "3x3"."""
+    return "x".join(map(str, numbers))
+
+
+def number(value: int | None) -> str:
+    """Return a number with its thousands apart; "?" for one that is not known."""
+    return "?" if value is None else f"{value:,}"
+
 
 # Each lives in the module of its name, which is imported when it is asked for.
 SUBCOMMANDS = ("inspect", "fold", "convert", "cost", "verify")

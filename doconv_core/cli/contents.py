@@ -11,26 +11,24 @@ from typing import Any
 import click
 from numpy.typing import NDArray
 
-from doconv_core.cli.checkpoints import literal
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
-from doconv_core.cli.parse import matches
-from doconv_core.cli.recognised import (
-    GLUON,
+from doconv_core.cli.options import literal, matches
+from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.keras_layers import group_of
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CONVOLUTION,
+    IDENTITY,
+    LINEAR,
     NORM,
     TRANSPOSED,
-    group_of,
-    recognised_layers,
-    seems_channels_last,
-    weight_of,
+    D,
+    Layer,
+    canonical_shape,
 )
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, IDENTITY, LINEAR, D, Layer
-from doconv_core.files.folding import check_finite
-from doconv_core.files.shapes import canonical_shape
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.layout import to_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
@@ -42,7 +40,7 @@ Array = NDArray[Any]
 OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
 NORMS = (BATCH_NORM, NORM)
-CHANNELS_LAST = ("reference TensorFlow", "reference Gluon")  # their D is `(M, S, I)`
+PYTORCH, GLUON, KERAS, STATE = "PyTorch", "Gluon", "Keras", "doconv state"
 FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
 
 
@@ -69,7 +67,7 @@ class Contents:
         self.entries = checkpoint.entries
         self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
         self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
-        self.layers: tuple[Layer, ...] = recognised_layers(checkpoint)
+        self.layers: tuple[Layer, ...] = checkpoint.layers
 
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
@@ -78,10 +76,10 @@ class Contents:
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:
-            form, node = self.forms.get(layer.path), nodes.get(group_of(layer))
+            form, node = self.forms.get(layer.path), nodes and nodes.get(group_of(layer))
             if form is not None:
                 found[layer.name] = metadata_of(form)
-            elif node is not None:
+            elif node:
                 found[layer.name] = metadata_of_node(self.checkpoint, layer, node, whole)
             else:
                 found[layer.name] = Metadata()
@@ -104,7 +102,7 @@ class Contents:
         chosen = parts[0] if part is None and parts else part
         layers = [layer for layer in self.layers if layer.part == chosen]
         for layer in layers:
-            if self.framework == GLUON and seems_channels_last(layer):
+            if self.framework == GLUON and _seems_channels_last(layer):
                 raise Failure(
                     f"{self.path}: the kernel {layer.kernel_shape} of {place(layer.name)} looks "
                     "like one of a channels-last network, which the file does not tell; load it in "
@@ -131,14 +129,7 @@ class Contents:
         """
         if D not in layer.entries:
             return False
-        taps, multiplier, _ = self._sizes_of_d(layer)
-        return fold or multiplier <= taps
-
-    def _sizes_of_d(self, layer: Layer) -> tuple[int, int, int]:
-        """Return `M`, `S` and `I`."""
-        first, second, third = self.entries[layer.entries[D]].shape
-        last = layer.origin in CHANNELS_LAST
-        return (first, second, third) if last else (second, third, first)
+        return fold or layer.d_shape is None or layer.d_shape[2] <= layer.d_shape[1]
 
     def values(self, layer: Layer, fold: bool) -> dict[str, Values]:
         """Return a layer's arrays by their names in a state, those of a convolution composed if so.
@@ -163,7 +154,7 @@ class Contents:
             shape = layer.kernel_shape or shape
 
             def read() -> Array:
-                return weight_of(self.checkpoint, layer).reshape(shape)
+                return layer.canonical(self.checkpoint.read(entry.name)).reshape(shape)
 
         return Values(shape, entry.dtype, read, (entry.name,))
 
@@ -179,6 +170,7 @@ class Contents:
             return {"weight": folded}
         if layer.composition is not DO_CONV:
             return self._composed(layer, sources)
+        assert layer.d_shape is not None  # as DO-Conv layers have one
         pair = self._pair(layer)
         if pair is None:
             assert isinstance(layer.spec, ConvSpec)  # as `_pair` has checked
@@ -186,8 +178,7 @@ class Contents:
         reads = made_once(pair, DO_CONV.names)
         entry = self.entries[layer.entries["weight"]]
         channels = canonical_shape(entry.shape, layer.layout)[:2]
-        taps, multiplier, inputs = self._sizes_of_d(layer)
-        shapes = (*channels, multiplier), (inputs, taps, multiplier)
+        shapes = (*channels, layer.d_shape[-1]), layer.d_shape
         return {
             name: Values(shape, dtype, reads[name], sources)
             for name, shape in zip(DO_CONV.names, shapes, strict=True)
@@ -199,7 +190,7 @@ class Contents:
 
         def read(role: str) -> Array:
             array = self.checkpoint.read(layer.entries[role])
-            array = to_canonical(array, layer.layout) if role == "weight" else array
+            array = layer.canonical(array) if role == "weight" else array
             return array.reshape(shapes[role])
 
         dtype = self.entries[layer.entries["weight"]].dtype
@@ -231,3 +222,18 @@ class Contents:
                 return None
             raise
         return lambda: made
+
+
+def _seems_channels_last(layer: Layer) -> bool:
+    """Return whether a kernel taken to be channels-first looks like one of the other layout.
+
+    Gluon keeps such kernels as `(O, *kernel, I/g)`, and of ordinary layers the file tells no more.
+    Taken as `(O, I/g, *kernel)`, a 3×3 kernel of 64 channels would be a 3×64 one of 3 channels.
+    """
+    shape = layer.kernel_shape or ()
+    if layer.kind != CONVOLUTION or layer.over_parameterized or len(shape) < 4:
+        return False
+    first, *between, last = shape[1:]
+    if all(n == 1 for n in (first, *between)):
+        return False  # channels-last, it would be one tap, whose numbers lie in the same order
+    return all(n == first for n in between) and last > 2 * first and last >= 8

@@ -12,35 +12,50 @@ from typing import NamedTuple
 import click
 
 from doconv_core.atomic import replacing
-from doconv_core.cli import writing
-from doconv_core.cli.checkpoints import (
+from doconv_core.cli.command import (
+    IMPOSSIBLE,
+    Failure,
     check_target,
+    counted,
+    one_line,
+    print_json,
+    print_table,
+    progress,
+    size,
+    writing_to,
+)
+from doconv_core.cli.contents import KERAS, STATE, Contents
+from doconv_core.cli.flattening import Flattenings, Images, Sizes
+from doconv_core.cli.options import (
+    KernelSizes,
+    flatten_option,
     force_option,
     json_option,
     kernel_size_option,
     literal,
+    matches,
     opened,
     require_kernel_sizes,
     source_argument,
     target_argument,
-    writing_to,
 )
-from doconv_core.cli.contents import Contents
-from doconv_core.cli.errors import IMPOSSIBLE, Failure, one_line
-from doconv_core.cli.flattening import Flattenings, Images, Sizes
-from doconv_core.cli.metadata import OUT, Required, compare_metadata, required_of_target
-from doconv_core.cli.output import counted, print_json, print_table, progress, size
-from doconv_core.cli.pairing import Paired, pair_by_name, pair_by_order, print_side_by_side
-from doconv_core.cli.parse import KernelSizes, flatten_option, matches
-from doconv_core.cli.plan import Conversion, Plan
-from doconv_core.cli.recognised import KERAS, STATE
-from doconv_core.files.entries import Layer
-from doconv_core.files.folding import check_understood
-from doconv_core.files.formats import formats
+from doconv_core.cli.pairing import (
+    OUT,
+    Paired,
+    Required,
+    compare_metadata,
+    pair_by_name,
+    pair_by_order,
+    print_side_by_side,
+    required_of_target,
+)
+from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
+from doconv_core.files.checkpoint import check_understood, formats
+from doconv_core.files.layers import Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 
-Write = Callable[[Path, Plan, writing.Step], None]
+Write = Callable[[Path, Plan, Step], None]
 # What `--to` takes, of formats whose names and layouts are not those of one network.
 TARGETS = ("pytorch", "safetensors", "gluon")
 
@@ -190,7 +205,7 @@ def _target(target: Path, name: str | None) -> tuple[str, Write]:
             f"{target}: a Keras file's names and layouts are those of one network; save it, as "
             "initialised, and give that file with --like."
         )
-    return form.FRAMEWORK, partial(writing.write, form=form)
+    return form.FRAMEWORK, partial(write_file, form=form)
 
 
 def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Write:
@@ -201,9 +216,9 @@ def _writer_like(contents: Contents, template: Contents, paired: Paired) -> Writ
             if layer.path in known:
                 forms[other.path] = _with_known(forms[other.path], known[layer.path])
         origin = contents.checkpoint.origin or {}
-        return partial(writing.write_state_like, forms=forms, origin=origin)
+        return partial(write_state_like, forms=forms, origin=origin)
     file = template.checkpoint
-    return partial(writing.write, form=file.module, like=file)
+    return partial(write_file, form=file.module, like=file)
 
 
 def _with_known(form: LayerForm, known: LayerForm) -> LayerForm:

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from doconv_core.cli.checkpoints import (
-    folded_parameters_of,
-    parameters_of,
+from doconv_core.cli.options import (
+    Place,
+    matching,
     require_kernel_sizes,
 )
-from doconv_core.cli.parse import Place, matching
-from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import CONVOLUTION, LINEAR, Layer
+from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.base import Cost
 from doconv_core.kinds.do_conv import LayerCost, layer_cost
 from doconv_core.maths.spec import ConvSpec
@@ -58,7 +56,7 @@ def cost_of_file(
     and for a place of another number of dimensions than the kernel's, or relative to no input.
     """
     layers = []
-    for layer in recognised_layers(checkpoint):
+    for layer in checkpoint.layers:
         if layer.part == checkpoint.parts[0]:
             output = _output(layer, places, input_size)
             positions = 1 if output is None else prod(output)
@@ -76,8 +74,8 @@ def cost_of_file(
 
 
 def _total(checkpoint: Checkpoint, layers: Sequence[LayerAt]) -> LayerCost:
-    trained = sum(parameters_of(checkpoint, at.layer) for at in layers)
-    folded = sum(folded_parameters_of(checkpoint, at.layer) or 0 for at in layers)
+    trained = sum(checkpoint.parameters(at.layer) for at in layers)
+    folded = sum(checkpoint.folded_parameters(at.layer) or 0 for at in layers)
     costs = [at.cost for at in layers if at.output is not None and at.cost is not None]
     parameters = {"ordinary": folded, "folded": folded}
     return LayerCost(
@@ -113,4 +111,4 @@ def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> L
     if layer.over_parameterized and isinstance(layer.spec, ConvSpec):
         return layer_cost(layer.spec, positions, batch=batch, bias="bias" in layer.entries)
     # Of an ordinary convolution, the groups are not known, nor is there a D that would need them.
-    return LayerCost(*[Cost(parameters_of(checkpoint, layer), prod(shape) * positions * batch)] * 4)
+    return LayerCost(*[Cost(checkpoint.parameters(layer), prod(shape) * positions * batch)] * 4)

@@ -9,9 +9,17 @@ from typing import Any
 import click
 
 from doconv_core.atomic import replacing
-from doconv_core.cli.checkpoints import check_target, writing_to
-from doconv_core.cli.errors import MISSING, Failure
-from doconv_core.cli.output import counted, number, print_json, print_table, size
+from doconv_core.cli.command import (
+    MISSING,
+    Failure,
+    check_target,
+    counted,
+    number,
+    print_json,
+    print_table,
+    size,
+    writing_to,
+)
 from doconv_core.networks.cost import CountedLayer, NetworkCost, count
 from doconv_core.networks.families import listed
 from doconv_core.networks.names import describe

@@ -10,14 +10,11 @@ from typing import NamedTuple
 
 import click
 
-from doconv_core.cli import output
-from doconv_core.cli.checkpoints import literal
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.parse import matching
-from doconv_core.cli.recognised import NORM
+from doconv_core.cli.command import IMPOSSIBLE, Failure
+from doconv_core.cli.command import size as written
+from doconv_core.cli.options import literal, matching
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
-from doconv_core.files.shapes import canonical_shape
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, Layer, canonical_shape
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Values
 from doconv_core.state.chain import Chain
@@ -87,7 +84,7 @@ class Flattenings:
         size, order = self._sizes.get(layer.name, ()), channels_last if last else channels_first
         if is_same(size):
             return dict(values)
-        how = f"an image of {output.size(size)} reordered"
+        how = f"an image of {written(size)} reordered"
         return {
             name: replace(each, read=partial(_reordered, each.read, order, size), how=how)
             if takes_image(layer, name)
@@ -157,10 +154,10 @@ def _check_agrees(layer: Layer, size: Size, by_config: Size, file: str) -> None:
         return
     if not is_same(size) and not is_same(by_config) and size[0] == by_config[0]:
         return
-    image = f"an image of {output.size(by_config)}" if by_config else "no image"
+    image = f"an image of {written(by_config)}" if by_config else "no image"
     raise click.UsageError(
         f"--flatten: by its config, {file} flattens {image} before {place(layer.name)}; received "
-        f"{output.size(size) or 'no'}. Leave it out, or, where the other network flattens another, "
+        f"{written(size) or 'no'}. Leave it out, or, where the other network flattens another, "
         "add --ignore flattening."
     )
 
@@ -178,9 +175,9 @@ def _assumed(
         raise Failure(
             f"{checkpoint.path}: the {features} inputs of {place(layer.name)} may be the channels "
             f"of {place(before.name)}, or an image that is flattened, such as "
-            f"{output.size(image.size)} of {place(image.name)}, which the other framework orders "
+            f"{written(image.size)} of {place(image.name)}, which the other framework orders "
             f"otherwise; give --flatten '{name}=no', or --flatten "
-            f"'{name}={output.size(image.size)}'.",
+            f"'{name}={written(image.size)}'.",
             IMPOSSIBLE,
         )
     return features
@@ -207,7 +204,7 @@ def _check_norm_before(
     if layer.kind != LINEAR or before is None or before.name in sizes or is_same(size):
         return
     if before.kind in (BATCH_NORM, NORM) and features_of(checkpoint, before) == prod(size):
-        name, text = literal(before.name), output.size(size)
+        name, text = literal(before.name), written(size)
         raise Failure(
             f"{checkpoint.path}: nothing tells whether {place(before.name)} is behind the image of "
             f"{text} that is flattened before {place(layer.name)}; give --flatten "

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
-from doconv_core.cli.checkpoints import (
-    depthwise_of,
-    folded_parameters_of,
+from doconv_core.cli.command import (
+    counted,
+    number,
+    one_line,
+    print_json,
+    print_table,
+    progress,
+    size,
+)
+from doconv_core.cli.options import (
+    KernelSizes,
     json_option,
     kernel_size_option,
     note_of,
     opened,
-    parameters_of,
     source_argument,
 )
-from doconv_core.cli.errors import one_line
-from doconv_core.cli.measures import Measures, measure
-from doconv_core.cli.output import counted, number, print_json, print_table, progress, size
-from doconv_core.cli.parse import KernelSizes
-from doconv_core.cli.recognised import recognised_layers
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import OTHER, D, Layer
-from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.files.layers import OTHER, D, Layer
+from doconv_core.kinds.do_conv import DO_CONV, identity
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.numeric import widened
+from doconv_core.maths.spec import ConvSpec
 
 
 @click.command(short_help="Show what is in a checkpoint.")
@@ -45,14 +52,14 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
       doconv inspect model.safetensors --json
     """  # noqa: D301
     with opened(file, kernel_sizes) as checkpoint:
-        layers = recognised_layers(checkpoint)
+        layers = checkpoint.layers
         over_parameterized = [x for x in layers if x.over_parameterized and D in x.entries]
         measures = {}
         with progress("measuring") as step:
             for done, layer in enumerate(over_parameterized):
                 step(done, len(over_parameterized))
                 dtype = checkpoint.entries[layer.entries[D]].dtype
-                depthwise = depthwise_of(checkpoint, layer)
+                depthwise = _depthwise_of(checkpoint, layer)
                 if depthwise is not None:
                     measures[layer.name] = measure(depthwise, dtype)
         if as_json:
@@ -90,10 +97,10 @@ def _layer_object(
         "over_parameterized": layer.over_parameterized,
         "kernel_shape": layer.kernel_shape,
         "entries": entries,
-        "parameters": parameters_of(checkpoint, layer),
-        "parameters_folded": folded_parameters_of(checkpoint, layer),
+        "parameters": checkpoint.parameters(layer),
+        "parameters_folded": checkpoint.folded_parameters(layer),
         "depthwise": None if found is None else found._asdict(),
-        "note": note_of(checkpoint, layer),
+        "note": note_of(layer),
     }
 
 
@@ -103,10 +110,10 @@ def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
     Of several copies of it, such as an average, those of the first are counted.
     """
     layers = [layer for layer in layers if layer.part in checkpoint.parts[:1]]
-    folded = [folded_parameters_of(checkpoint, layer) for layer in layers]
+    folded = [checkpoint.folded_parameters(layer) for layer in layers]
     known = [count for count in folded if count is not None]
     return {
-        "parameters": sum(parameters_of(checkpoint, layer) for layer in layers),
+        "parameters": sum(checkpoint.parameters(layer) for layer in layers),
         "parameters_folded": sum(known) if len(known) == len(folded) else None,
     }
 
@@ -130,7 +137,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
             [_measures_row(checkpoint, layer, measures) for layer in layers
              if D in layer.entries and layer.name in measures],
         )  # fmt: skip
-    notes = [f"{layer.name}: {note_of(checkpoint, layer)}" for layer in layers if layer.note]
+    notes = [f"{layer.name}: {note_of(layer)}" for layer in layers if layer.note]
     if checkpoint.others:
         notes.append(f"also in the file: {', '.join(checkpoint.others)}")
     if notes:
@@ -143,7 +150,7 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
     entries = [checkpoint.entries[name] for name in layer.entries.values()]
     kind = layer.kind
     if layer.over_parameterized:
-        kind = "DO-Conv" if layer.composed == DO_CONV.name else layer.composed
+        kind = "DO-Conv" if layer.composition is DO_CONV else layer.composition.name
     if layer.origin.startswith("reference"):
         kind = f"{kind}, {layer.origin}"
     shape = layer.kernel_shape or entries[0].shape
@@ -152,8 +159,8 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
         kind,
         size(shape) if layer.kernel_shape or len(entries) == 1 or layer.kind != OTHER else "",
         ", ".join(dict.fromkeys(entry.dtype for entry in entries)),
-        number(parameters_of(checkpoint, layer)),
-        number(folded_parameters_of(checkpoint, layer)),
+        number(checkpoint.parameters(layer)),
+        number(checkpoint.folded_parameters(layer)),
     ]
 
 
@@ -169,3 +176,72 @@ def _measures_row(checkpoint: Checkpoint, layer: Layer, measures: dict[str, Meas
         f"{found.median_condition:.4g}",
         f"{found.worst_condition:.4g}",
     ]
+
+
+Array = NDArray[Any]
+_CHUNK = 1 << 22  # entries of which the singular values are computed at once: 32 MiB
+
+
+class Measures(NamedTuple):
+    """What is worth knowing of one layer's `D`, over its input channels.
+
+    relative: `‖D‖ / ‖E‖`, Frobenius norms over all channels. largest: the largest `|D|`.
+    taps: `M`, which is full rank. least_rank, median_rank: numerical ranks of `E + D`, a
+    singular value counting where it exceeds `max(M, S)` roundings of the largest.
+    median_condition, worst_condition: the ratio of the largest singular value to the smallest;
+    infinite where the smallest is 0. All but `taps` are NaN where D is not finite.
+    """
+
+    relative: float
+    largest: float
+    taps: int
+    least_rank: float
+    median_rank: float
+    median_condition: float
+    worst_condition: float
+
+
+def measure(depthwise: Array, dtype: str) -> Measures:
+    """Return the measures of `D`, `(I, M, S)`. dtype: in which it is stored, by name."""
+    channels, taps, multiplier = depthwise.shape
+    if not np.isfinite(depthwise).all():
+        return Measures(np.nan, np.nan, taps, *(np.nan,) * 4)
+    unit = identity(ConvSpec(1, 1, (taps,), 1, multiplier))
+    squares = np.square(widened(depthwise), dtype=np.float64).sum()
+    singular = _singular_values(depthwise, unit)
+    rounding = {"bfloat16": 2.0**-7}.get(dtype) or float(np.finfo(dtype).eps)
+    ranks = (singular > singular[:, :1] * rounding * max(taps, multiplier)).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        conditions = singular[:, 0] / singular[:, -1]
+    conditions[np.isnan(conditions)] = np.inf  # E + D is 0
+    return Measures(
+        relative=float(np.sqrt(squares / (np.square(unit).sum() * channels))),
+        largest=float(np.abs(depthwise).max()),
+        taps=taps,
+        least_rank=float(ranks.min()),
+        median_rank=float(np.median(ranks)),
+        median_condition=float(np.median(conditions)),
+        worst_condition=float(conditions.max()),
+    )
+
+
+def _singular_values(depthwise: Array, unit: Array) -> Array:
+    """Return those of each channel's `E + D`, in float64, largest first: `(I, M)`."""
+    step = max(1, _CHUNK // unit.size)
+    parts = [
+        np.linalg.svd(unit + depthwise[start : start + step], compute_uv=False)
+        for start in range(0, len(depthwise), step)
+    ]
+    values: Array = np.concatenate(parts)
+    return values
+
+
+def _depthwise_of(checkpoint: Checkpoint, layer: Layer) -> Array | None:
+    """Return an over-parameterized layer's D, `(I, M, S)`; None where its S is below M."""
+    try:
+        return checkpoint.pair(layer)[1]
+    except NotFoldable:
+        # Of a grouped layer of the reference's in PyTorch, only how W meets D is another.
+        depthwise = checkpoint.read(layer.entries[D])
+        is_pytorch = layer.origin == "reference PyTorch"
+        return depthwise if is_pytorch and depthwise.shape[1] <= depthwise.shape[2] else None

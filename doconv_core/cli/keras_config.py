@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from doconv_core.cli.recognised import NORM, TRANSPOSED
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Layer
-from doconv_core.files.keras_names import CLASSES, is_node, own_class, stored_nodes
+from doconv_core.files.keras_layers import CLASSES, is_node, own_class, stored_nodes
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
 from doconv_core.maths.geometry import Geometry, causal, cropped, same, symmetric
 from doconv_core.maths.spec import as_tuple
 from doconv_core.state.agreement import Metadata

@@ -1,18 +1,26 @@
-"""Which layer of one file is which of another: by name, or by order."""
+"""Which layer of one file is which of another, and whether what both tell of it agrees."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from doconv_core.cli.command import IMPOSSIBLE, Failure, print_table, size
 from doconv_core.cli.contents import Contents
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
-from doconv_core.cli.output import print_table, size
-from doconv_core.cli.recognised import TRANSPOSED
-from doconv_core.files.entries import CONVOLUTION, OTHER, Layer
-from doconv_core.state.agreement import window
+from doconv_core.files.layers import CONVOLUTION, OTHER, TRANSPOSED, Layer
+from doconv_core.maths.geometry import Geometry, Pad
+from doconv_core.models.report import place
+from doconv_core.state.agreement import (
+    Metadata,
+    Sides,
+    check_epsilon,
+    check_geometry,
+    check_groups,
+    window,
+)
 from doconv_core.state.match import pairs
 
 
@@ -104,3 +112,120 @@ def _described(layer: Layer | None) -> str:
     kind = layer.kind if layer.kind != OTHER else f"other ({', '.join(layer.entries)})"
     shape = f" {size(layer.kernel_shape)}" if layer.kernel_shape else ""
     return f"{layer.name or '(the model itself)'}, {kind}{shape}"
+
+
+OUT, IN = "OUT", "IN"
+
+
+class Required(NamedTuple):
+    """What the network of one file, `IN` or `OUT`, must have in layers, as the other's tell."""
+
+    network: str
+    what: str
+    layers: list[str]
+
+
+def sides(source: Path, target: Path) -> Sides:
+    """Return how messages speak of two files."""
+    again = "; build the layer there with {}, and save it again"
+    return Sides(
+        theirs=str(source),
+        ours=str(target),
+        layer=f"the layer in {target}",
+        rebuild=again,
+        ignore=f"{again.format('the same')}, or, where something that the files do not tell makes "
+        "up for it, use --ignore geometry",
+    )
+
+
+def required_of_target(source: Contents, layers: Sequence[Layer]) -> list[Required]:
+    """Return what the network that OUT is for must have, by what IN tells."""
+    known = source.metadata
+    return _grouped((OUT, text, layer) for layer in layers for text in _texts(known[layer.name]))
+
+
+def compare_metadata(
+    source: Contents,
+    target: Contents,
+    pairs: Sequence[tuple[Layer, Layer]],
+    ignore_geometry: bool,
+) -> list[Required]:
+    """Return what cannot be compared in the two files, for the network of the other to have.
+
+    Raises Mismatch where both tell and differ; of geometries, unless they are to be ignored.
+    """
+    words, found = sides(source.path, target.path), []
+    for layer, other in pairs:
+        theirs, ours = source.metadata[layer.name], target.metadata[other.name]
+        check_epsilon(place(layer.name), theirs, ours, words)
+        check_groups(place(layer.name), theirs, ours, words)
+        if not ignore_geometry:
+            check_geometry(place(layer.name), theirs, ours, words)
+        left = _without(theirs, ours, keep_geometry=_open_padding(theirs, ours))
+        found += [(OUT, text, layer) for text in _texts(left)]
+        found += [(IN, text, other) for text in _texts(_without(ours, theirs))]
+    return _grouped(found)
+
+
+def _open_padding(left: Metadata, right: Metadata) -> bool:
+    """Return whether paddings differ, but another layer may pad."""
+    if left.geometry is None or right.geometry is None or (left.whole and right.whole):
+        return False
+    return left.geometry.padding != right.geometry.padding
+
+
+def _without(metadata: Metadata, other: Metadata, keep_geometry: bool = False) -> Metadata:
+    """Return what is known here and not there; of activations, which may be layers, also others."""
+    return replace(
+        metadata,
+        epsilon=None if other.epsilon is not None else metadata.epsilon,
+        geometry=metadata.geometry if other.geometry is None or keep_geometry else None,
+        activation=None if other.activation == metadata.activation else metadata.activation,
+        groups=None if other.groups is not None else metadata.groups,
+    )
+
+
+def _texts(metadata: Metadata) -> list[str]:
+    """Return what a layer must have, in words, without what layers have unless asked."""
+    texts = [] if metadata.epsilon is None else [f"epsilon {metadata.epsilon:g}"]
+    texts += [f"{metadata.groups} groups"] * bool(metadata.groups)
+    texts += [f"activation {metadata.activation}"] * bool(metadata.activation)
+    moves = "" if metadata.geometry is None else _moves(metadata.geometry, metadata.transposed)
+    return texts + [moves] * bool(moves)
+
+
+def _moves(geometry: Geometry, transposed: bool) -> str:
+    parts = [
+        f"{name} {'x'.join(map(str, values))}"
+        for name, values in (("stride", geometry.stride), ("dilation", geometry.dilation))
+        if any(value != 1 for value in values)
+    ]
+    if any(pad != (0, 0) for pad in geometry.padding):
+        mode = "" if geometry.padding_mode == "zeros" else f" ({geometry.padding_mode})"
+        padding = _cropped(geometry.padding) if transposed else ""
+        parts.append(padding or f"padding {'x'.join(map(_pad, geometry.padding))}{mode}")
+    return ", ".join(parts)
+
+
+def _cropped(padding: Sequence[Pad]) -> str:
+    """Return the padding of a transposed convolution, as PyTorch and Gluon call it, if they can."""
+    pairs = [pad for pad in padding if not isinstance(pad, str)]
+    if len(pairs) < len(padding) or not all(before >= max(after, 0) for before, after in pairs):
+        return ""
+    more = [before - after for before, after in pairs]
+    text = f"padding {'x'.join(str(before) for before, _ in pairs)}"
+    return f"{text}, output padding {'x'.join(map(str, more))}" if any(more) else text
+
+
+def _pad(pad: Pad) -> str:
+    if isinstance(pad, str):
+        return pad
+    before, after = pad
+    return str(before) if before == after else f"{before}+{after}"
+
+
+def _grouped(found: Iterable[tuple[str, str, Layer]]) -> list[Required]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for network, text, layer in found:
+        groups.setdefault((network, text), []).append(layer.name or "(the model itself)")
+    return [Required(network, text, names) for (network, text), names in groups.items()]

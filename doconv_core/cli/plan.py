@@ -11,24 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from doconv_core.cli.checkpoints import literal
-from doconv_core.cli.contents import COUNT, NORMS, OF_W, Contents, state_names
-from doconv_core.cli.errors import IMPOSSIBLE, Failure
+from doconv_core.cli.command import IMPOSSIBLE, MISSING, Failure
+from doconv_core.cli.contents import (
+    COUNT,
+    GLUON,
+    NORMS,
+    OF_W,
+    PYTORCH,
+    STATE,
+    Contents,
+    state_names,
+)
 from doconv_core.cli.flattening import Flattenings
-from doconv_core.cli.metadata import sides
-from doconv_core.cli.pairing import Paired, family
-from doconv_core.cli.parse import matches
-from doconv_core.cli.recognised import GLUON, NORM, PYTORCH, STATE, TRANSPOSED
-from doconv_core.files.entries import BATCH_NORM, CONVOLUTION, LINEAR, Entry, Layer
+from doconv_core.cli.options import literal, matches
+from doconv_core.cli.pairing import Paired, family, sides
+from doconv_core.files.checkpoint import Checkpoint, Format
+from doconv_core.files.entries import Entry
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
 from doconv_core.kinds.base import ComposedKind
-from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import NEUTRAL, Values, fit_arrays
+from doconv_core.state.file import State, write_state
+from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
 
@@ -95,14 +105,13 @@ class _Arrays(Mapping[str, Array]):
 
 
 class Target(NamedTuple):
-    """The layer that is written. entries: by their names in a state. layout: of its weight.
+    """The layer that is written. entries: by their names in a state.
 
-    spec: its sizes, where they are told. kind: of one that composes its kernel.
+    like: the layer of a template. kind: of one that composes its kernel.
     """
 
     entries: dict[str, Entry]
-    layout: str = "OI*"
-    spec: object = None
+    like: Layer | None = None
     kind: ComposedKind | None = None
 
     def planned(self, name: str, values: Values) -> Planned:
@@ -111,9 +120,8 @@ class Target(NamedTuple):
 
         def stored() -> Array:
             found = values.read()
-            if name == "weight" and found.ndim > 1:
-                groups = self.spec.groups if isinstance(self.spec, ConvSpec) else 1
-                found = from_canonical(found, self.layout, groups)
+            if name == "weight" and found.ndim > 1 and self.like is not None:
+                found = self.like.stored(found)
             return found.reshape(entry.shape)
 
         return Planned(entry.name, entry.shape, entry.dtype, stored, values.sources, values.how)
@@ -173,7 +181,7 @@ class Conversion:
             )
         entries = {n: template.entries[other.entries[r]] for n, r in state_names(other).items()}
         kind = other.composition if other.over_parameterized else None
-        target = Target(entries, other.layout, other.spec, kind)
+        target = Target(entries, other, kind)
         if layer.over_parameterized and not (other.over_parameterized or self.fold):
             raise Failure(
                 f"{place(layer.name)} is over-parameterized in {self.source.path}, and ordinary "
@@ -308,9 +316,10 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     missing = target.entries.keys() - values.keys() - optional
     shapes = {name: each.shape for name, each in values.items()}
     if missing and target.kind is not None:
-        if target.spec is None:  # the template does not tell its kernel's size
+        spec = target.like.spec if target.like is not None else None
+        if spec is None:  # the template does not tell its kernel's size
             return False
-        shapes |= target.kind.entries(target.spec)
+        shapes |= target.kind.entries(spec)
     if target.entries.keys() - shapes.keys() - optional:
         return False
     if shapes.keys() - target.entries.keys() - optional:
@@ -373,3 +382,43 @@ def _no_counterpart(source: Contents, unknown: list[str]) -> Failure:
         f"its name, --drop '{literal(name)}' leaves it out.",
         IMPOSSIBLE,
     )
+
+
+Step = Callable[[int, int], None]
+WORDS = {"Gluon": "Gluon's"}  # files of a format, in a sentence
+
+
+def write_file(
+    path: Path, plan: Plan, step: Step, *, form: Format, like: Checkpoint | None = None
+) -> None:
+    """Write a file of a format. like: one whose form it is to have.
+
+    Raises Failure for an entry of a type that these files lack, or that is not written here, and
+    where what writes them is not installed.
+    """
+    for entry in plan.entries:
+        if entry.dtype not in form.TYPES:
+            name = entry.sources[0] if entry.sources else entry.name
+            raise Failure(
+                f"the entry {name!r} is {entry.dtype}, which is not written to "
+                f"{WORDS.get(form.NAME, form.NAME)} files; --drop '{literal(name)}' leaves it out.",
+                IMPOSSIBLE,
+            )
+    entries = [Entry(entry.name, entry.shape, entry.dtype) for entry in plan.entries]
+    try:
+        form.write(path, entries, plan.arrays(step), like)
+    except ImportError as error:
+        raise Failure(f"a {form.NAME} file cannot be written: {error}", MISSING) from error
+
+
+def write_state_like(
+    path: Path,
+    plan: Plan,
+    step: Step,
+    forms: Mapping[str, LayerForm],
+    origin: Mapping[str, str],
+) -> None:
+    """Write a canonical state of these layers. origin: who has trained it, if that is known."""
+    dtypes = {entry.name: entry.dtype for entry in plan.entries}
+    arrays = {name: array.astype(dtypes[name]) for name, array in plan.arrays(step).items()}
+    write_state(State(forms, arrays, origin), path)

@@ -1,31 +1,42 @@
-"""An open checkpoint file: what every format gives, to be read, composed and folded."""
+"""Checkpoint files: opened by their format, whatever that is; composed and folded."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from doconv_core.atomic import check_absent, replacing
 from doconv_core.files.entries import (
     BFLOAT16,
     Array,
     CheckpointError,
-    D,
     Entry,
-    Layer,
+    KernelSizes,
+    Progress,
+    all_finite,
+    compose_blocks,
     from_storage,
+    opened,
     to_storage,
 )
-from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_blocks, compose_upstream
+from doconv_core.files.layers import IDENTITY, OTHER, D, Layer, Shape
+from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.layout import to_canonical
+from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
+
+UNTRAINED = {"running_mean", "running_var", "num_batches_tracked", IDENTITY}
 
 
 @dataclass
@@ -67,6 +78,19 @@ class Checkpoint(ABC):
         """The copies of the model that the file holds."""
         return tuple(dict.fromkeys(layer.part for layer in self.layers))
 
+    def parameters(self, layer: Layer) -> int:
+        """Return how many numbers of the layer are trained; not statistics and the identity."""
+        kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
+        return sum(self.entries[name].size for name in kept)
+
+    def folded_parameters(self, layer: Layer) -> int | None:
+        """Return how many of its parameters remain when it is folded; None where M is not known."""
+        if not layer.over_parameterized or layer.kernel_shape is None:
+            return None if layer.over_parameterized else self.parameters(layer)
+        gone = {"weight", *layer.gone} - UNTRAINED
+        composed = sum(self.entries[layer.entries[role]].size for role in gone)
+        return self.parameters(layer) - composed + prod(layer.kernel_shape)
+
     @abstractmethod
     def read(self, name: str) -> Array:
         """Return an entry's values; bfloat16 and 8-bit floats, which NumPy lacks, as float32.
@@ -86,6 +110,29 @@ class Checkpoint(ABC):
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file with its over-parameterized layers folded. report: after each layer."""
 
+    def fold(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Report:
+        """Write the file, folded, to `target`: see `fold_checkpoint`."""
+        report = report_on(self)
+        done, total = 0, len(report.changed)
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        if progress is not None:
+            progress(0, total)
+        with replacing(target, overwrite=overwrite) as temporary:
+            self.write_folded(temporary, count)
+        return report
+
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
@@ -96,7 +143,7 @@ class Checkpoint(ABC):
         Of an ordinary convolution W is its kernel, `(O, I/g, *kernel_size)`. Raises NotFoldable for
         a reference layer that composes as no canonical pair does; its `kernel` is there still.
         """
-        weight = to_canonical(self.read(layer.entries["weight"]), layer.layout)
+        weight = layer.canonical(self.read(layer.entries["weight"]))
         if not layer.over_parameterized:
             if layer.kernel_shape is not None:
                 weight = weight.reshape(layer.kernel_shape)
@@ -104,7 +151,7 @@ class Checkpoint(ABC):
         depthwise = self.read(layer.entries[D])
         if not layer.origin.startswith(ORIGIN):
             return weight.reshape(*weight.shape[:2], -1), depthwise
-        name = layer.entries.get("identity")
+        name = layer.entries.get(IDENTITY)
         identity = None if name is None else self.read(name)
         try:
             framework = layer.origin.removeprefix(ORIGIN)
@@ -123,7 +170,7 @@ class Checkpoint(ABC):
         if layer.kernel_shape is None:
             problem = layer.note or f"its kind, {layer.kind}, has no kernel"
             raise CheckpointError(f"{self.path}: layer {layer.name!r}: {problem}.")
-        weight = to_canonical(self.read_stored(layer.entries["weight"]), layer.layout)
+        weight = layer.canonical(self.read_stored(layer.entries["weight"]))
         if layer.over_parameterized:
             with np.errstate(all="ignore"):  # what overflows is in the result
                 weight = self._composed(layer, weight, as_stored)
@@ -145,7 +192,7 @@ class Checkpoint(ABC):
         if not layer.origin.startswith(ORIGIN):
             weight = weight.reshape(*weight.shape[:2], -1)
             return compose_blocks(weight, depthwise, as_stored=as_stored)
-        name = layer.entries.get("identity")
+        name = layer.entries.get(IDENTITY)
         identity = None if name is None else self.read_stored(name)
         framework = layer.origin.removeprefix(ORIGIN)
         return compose_upstream(framework, weight, depthwise, identity, as_stored=as_stored)
@@ -160,3 +207,262 @@ class Checkpoint(ABC):
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+GROUP = "doconv.formats"
+LOOKED_AT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What tells a file's format. head: its first bytes, at most 64 KiB."""
+
+    path: Path
+    head: bytes
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The names in a zip archive; none in another file. CheckpointError for a damaged one."""
+        if self.head[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+            return frozenset()
+        with opened(self.path) as archive:
+            return frozenset(archive.namelist())
+
+
+class Format(Protocol):
+    """What a format's module has.
+
+    NAME: in words. SUFFIXES: by which a file to be written is told to be of it. FRAMEWORK: whose
+    names and layouts its files have. TYPES: of the arrays that it can write.
+    """
+
+    NAME: str
+    SUFFIXES: tuple[str, ...]
+    FRAMEWORK: str
+    TYPES: frozenset[str]
+
+    def sniff(self, begin: Beginning) -> bool:
+        """Return whether a file is of this format; nothing in it is believed yet."""
+
+    def read(self, path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+        """Return the open file; CheckpointError, of one line, for one damaged or hostile."""
+
+    def write(
+        self,
+        path: Path,
+        entries: Sequence[Entry],
+        arrays: Mapping[str, Array],
+        like: Checkpoint | None = None,
+    ) -> None:
+        """Write these entries, whose arrays are read in their order, each once.
+
+        like: an open file of the same format whose form the new one is to have. Files beside `path`
+        that belong to it are written there, too.
+        """
+
+
+def formats() -> dict[str, Format]:
+    """Return the modules of all registered formats, by name. Raises ImportError where one fails."""
+    entries = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    if not entries:
+        raise ImportError(
+            f"no installed package reads files: the entry-point group {GROUP} is empty; install "
+            "doconv with pip."
+        )
+    return {entry.name: entry.load() for entry in entries}
+
+
+def format_of(path: Path) -> Format:
+    """Return the format of the file at `path`, by its first bytes; CheckpointError for none."""
+    with path.open("rb") as file:
+        begin = Beginning(path, file.read(LOOKED_AT))
+    if not begin.head:
+        raise CheckpointError(f"{path} is empty.")
+    name, known = path.name.lower(), list(formats().values())
+    for each in sorted(known, key=lambda each: not name.endswith(each.SUFFIXES)):
+        if each.sniff(begin):
+            return each
+    if begin.members:
+        raise CheckpointError(
+            f"{path} is a zip archive, but neither a PyTorch nor a Keras file: it has no data.pkl "
+            "and no config.json."
+        )
+    *most, last = [f"{each.NAME} ({', '.join(each.SUFFIXES)})" for each in known]
+    raise CheckpointError(
+        f"{path} is no checkpoint that is known here; {', '.join(most)} and {last} files are. A "
+        "truncated file may look so."
+    )
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, kernel_sizes: KernelSizes | None = None
+) -> Checkpoint:
+    """Return the checkpoint at `path`, open.
+
+    kernel_sizes: for layers whose kernel size is not in the file, by glob pattern on `Layer.name`
+    or `Layer.path`; the first that matches counts.
+    Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
+    format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
+    pattern that matches no over-parameterized layer or a kernel size that does not fit.
+
+    >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
+    >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
+    >>> with open_checkpoint("state.safetensors") as checkpoint:
+    ...     checkpoint.read("fc.weight").shape
+    (2, 3)
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a checkpoint file.")
+    module = format_of(file)
+    checkpoint = module.read(file, dict(kernel_sizes or {}))
+    checkpoint.module = module
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Output:
+    """An entry of the folded file. source: of the entry it is or comes from. layer: if folded."""
+
+    name: str
+    source: str
+    shape: Shape
+    layer: Layer | None = None
+
+
+def is_folded(layer: Layer) -> bool:
+    """Return whether folding changes the layer: a reference layer of one tap has another shape."""
+    return layer.over_parameterized or layer.origin.startswith(ORIGIN)
+
+
+def check_understood(path: Path, layers: Iterable[Layer]) -> None:
+    """Raise NotFoldable for what seems to be a layer of this package, and cannot be folded."""
+    for layer in layers:
+        if layer.kind == OTHER and layer.origin == "doconv" and layer.note:
+            raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
+
+
+def check_finite(layer: Layer, kernel: Array) -> Array:
+    """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
+    if not all_finite(kernel):
+        raise NotFoldable(
+            f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
+            "overflowed."
+        )
+    return kernel
+
+
+def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
+    """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
+    composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
+    return layer.stored(composed).reshape(shape)
+
+
+def outputs(checkpoint: Checkpoint) -> list[Output]:
+    """Return the entries of the folded file, in their order."""
+    folded: dict[str, Output] = {}
+    dropped: set[str] = set()
+    for layer in checkpoint.layers:
+        if is_folded(layer):
+            assert layer.kernel_shape is not None  # as `report_on` has checked
+            source = layer.entries["weight"]
+            name = folded_name(layer)
+            folded[source] = Output(name, source, layer.stored_shape(layer.kernel_shape), layer)
+            dropped |= {layer.entries[role] for role in layer.gone}
+    found = [
+        folded.get(name) or Output(name, name, entry.shape)
+        for name, entry in checkpoint.entries.items()
+        if name not in dropped
+    ]
+    check_names(checkpoint, [output.name for output in found])
+    return found
+
+
+def folded_name(layer: Layer) -> str:
+    """Return the name of the folded kernel's entry: W's, which the reference calls otherwise."""
+    name = layer.entries["weight"]
+    if layer.origin == f"{ORIGIN}PyTorch":
+        return name.removesuffix("W") + "weight"
+    return name
+
+
+def check_names(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise CheckpointError where folding would give two entries one name."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CheckpointError(
+                f"{checkpoint.path}: a folded kernel would be named {name!r}, as another entry is."
+            )
+        seen.add(name)
+
+
+def report_on(checkpoint: Checkpoint) -> Report:
+    """Return what folding the file will do; raise for a layer that cannot be folded.
+
+    Parameters are the elements of the first copy of the model, without its batch norms' statistics.
+    """
+    check_understood(checkpoint.path, checkpoint.layers)
+    changed, left = [], []
+    first = checkpoint.parts[0] if checkpoint.parts else ""
+    before = after = 0
+    for layer in checkpoint.layers:
+        if is_folded(layer):
+            if layer.kernel_shape is None:
+                raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
+            changed.append(Change(layer.name, *_words(layer)))
+        elif layer.note:
+            left.append(Left(layer.name, layer.kind, layer.note))
+        if layer.part == first:
+            stored = layer.entries.get(IDENTITY)  # which is a parameter as its file has it
+            before += checkpoint.parameters(layer) + (
+                checkpoint.entries[stored].size if stored else 0
+            )
+            after += checkpoint.folded_parameters(layer) or 0
+    left += [Left(path, "tensors", reason) for path, reason in checkpoint.unfolded]
+    return Report("folded", tuple(changed), tuple(left), before, after)
+
+
+def _words(layer: Layer) -> tuple[str, str]:
+    """Return what a layer was, and what it has become."""
+    assert layer.kernel_shape is not None  # as the caller has checked
+    size = "×".join(map(str, layer.kernel_shape[2:]))
+    origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
+    before = "one tap" + origin
+    if layer.over_parameterized and layer.composition is not DO_CONV:
+        before = f"over-parameterized, {layer.composition.name}"
+    elif layer.d_shape is not None:
+        before = f"over-parameterized, S = {layer.d_shape[2]}{origin}"
+    after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
+    return before, after
+
+
+def fold_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    kernel_sizes: KernelSizes | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write to `target` the file at `source` with every over-parameterized layer folded.
+
+    Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
+    entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
+    ordinary one of the framework, and its `W` is named `weight`. Returns what was done; a layer's
+    path there is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
+
+    kernel_sizes: as in `open_checkpoint`. overwrite: whether `target` may exist. progress: called
+    with the number of layers folded and of layers to fold.
+    Raises FileExistsError; NotFoldable, before anything is written, for a layer that cannot be
+    folded exactly or whose kernel is not finite; and what `open_checkpoint` raises.
+
+    >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
+    >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
+    >>> write_state(State({"conv": form}, arrays), "trained.safetensors")
+    >>> fold_checkpoint("trained.safetensors", "folded.safetensors").changed[0].path
+    'conv'
+    """
+    check_absent(target, overwrite)
+    with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
+        return checkpoint.fold(target, overwrite=overwrite, progress=progress)

@@ -1,32 +1,30 @@
-"""What a file holds: entries, their names and numbers, and the layers that they make."""
+"""What every format reads alike of files from strangers: names, numbers, zip archives."""
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import IO, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from doconv_core.kinds.base import ComposedKind, kind_named
-from doconv_core.kinds.do_conv import DO_CONV
+from doconv_core.kinds.do_conv import compose
+from doconv_core.maths.numeric import widened
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.state.layers import LinearSpec
 
 Array = NDArray[Any]
 
 
 KernelSizes: TypeAlias = Mapping[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[int, int], None]
-
-D = DO_CONV.names[1]  # the role of a DO-Conv layer's D
-IDENTITY = "identity"  # the role of the one that the reference implementation stores
-CONVOLUTION, LINEAR, BATCH_NORM, OTHER = "convolution", "linear", "batch norm", "other"
 
 
 class CheckpointError(ValueError):
@@ -65,60 +63,6 @@ class Entry:
     def is_plain(self) -> bool:
         """Whether it is a plain array, which can be read."""
         return " " not in self.dtype
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer, as far as the names and shapes of a file's entries tell.
-
-    path: where it is in the model, dots between names where the format has them; without a
-    `module.` that a wrapper put before all names, and without the part.
-    kind: "convolution" (a transposed one looks the same), "linear" (or an embedding),
-    "batch norm", "other".
-    entries: the names of the entries by role, in the file's order. Roles: weight, the others of the
-    kind that composes it, identity (the reference implementation's), bias; of a batch norm also
-    running_mean, running_var, num_batches_tracked. The entries of an "other" bear their own names.
-    origin: "doconv", of an "other" with a note too if it seems to be a layer of this package, and
-    cannot be folded; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
-    of the reference implementation; "" where nothing tells.
-    part: of a file with several copies of a model, such as "ema", which one; "" for the only one.
-    over_parameterized: whether it has a D.
-    spec: the sizes, where the file tells them all: of an ordinary convolution most files do not
-    tell the groups. kernel_shape: of a convolution, `(O, I/g, *kernel_size)`, of a linear layer
-    `(out, in)`; None where the kernel size is not in the file.
-    layout: `doconv_core.maths.layout`'s word for the axes of a convolution's weight in the file.
-    note: what a reader should know: an assumption made, or why the layer cannot be folded.
-    composed: of an over-parameterized layer, the kind that composes its kernel.
-    """
-
-    path: str
-    kind: str
-    entries: Mapping[str, str]
-    origin: str = ""
-    part: str = ""
-    over_parameterized: bool = False
-    spec: ConvSpec | LinearSpec | None = None
-    kernel_shape: tuple[int, ...] | None = None
-    layout: str = "OI*"
-    note: str = ""
-    composed: str = DO_CONV.name
-
-    @property
-    def composition(self) -> ComposedKind:
-        """The kind that composes the kernel of an over-parameterized layer."""
-        kind = kind_named(self.composed)
-        assert isinstance(kind, ComposedKind)  # as files are recognised by such alone
-        return kind
-
-    @property
-    def gone(self) -> tuple[str, ...]:
-        """The roles of the entries that a folded layer has no more."""
-        return tuple(r for r in (*self.composition.names[1:], IDENTITY) if r in self.entries)
-
-    @property
-    def name(self) -> str:
-        """The path, with the part before it where there are several."""
-        return f"{self.part}/{self.path}" if self.part else self.path
 
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -257,3 +201,142 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> Non
             raise CheckpointError(f"{path} was truncated while it was read.")
         target.write(block)
         size -= len(block)
+
+
+def groups_of(in_channels: int, out_channels: int, per_group: int) -> int:
+    """Return the groups of a layer with `I`, `O` and `I/g` channels; 0 where there is no such."""
+    if min(in_channels, out_channels, per_group) < 1 or in_channels % per_group:
+        return 0
+    groups = in_channels // per_group
+    return 0 if out_channels % groups else groups
+
+
+BLOCK = COMPUTED_AT_ONCE  # of W, so that a large layer needs little more memory
+
+
+def compose_blocks(weight: Array, depthwise: Array, *, as_stored: bool = False) -> Array:
+    """Return the kernel of `(W, D)` as `compose` does, `(O, I/g, M)`, a block of W at a time.
+
+    weight: `(O, I/g, S)`. depthwise: `(I, M, S)`. `S` may be less than `M`, where the identity is
+    zero. Both may be as they are stored, bfloat16 too. Where D's type is the larger one, computed
+    in that. as_stored: whether a kernel of bfloat16 is rounded to that, once; else it is float32.
+    In weight's dtype otherwise, and with its order of axes in memory.
+    """
+    (outputs, channels, multiplier), (inputs, taps, _) = weight.shape, depthwise.shape
+    groups = inputs // channels
+    each = outputs // groups
+    dtype = weight.dtype if as_stored else computing_dtype(weight.dtype)
+    kernel = np.empty_like(weight, dtype, shape=(outputs, channels, taps))
+    w = weight.reshape(groups, each, channels, multiplier)
+    d = depthwise.reshape(groups, channels, taps, multiplier)
+    k = kernel.reshape(groups, each, channels, taps)
+    row = channels * max(multiplier, taps)
+    outputs_at_once = max(1, min(each, BLOCK // row))
+    groups_at_once = max(1, BLOCK // (row * max(taps, outputs_at_once)))
+    for q in range(0, groups, groups_at_once):
+        for o in range(0, each, outputs_at_once):
+            part = np.s_[q : q + groups_at_once, o : o + outputs_at_once]
+            block = _compose_block(from_storage(w[part]), from_storage(d[q : q + groups_at_once]))
+            k[part] = to_storage(block, BFLOAT16) if dtype == BITS else block
+    return kernel
+
+
+def _compose_block(w: Array, d: Array) -> Array:
+    """Return `gois,gims -> goim` of this block, with the identity."""
+    (groups, each, channels, multiplier), taps = w.shape, d.shape[2]
+    dtype = np.result_type(w, d)
+    if multiplier < taps:
+        composed: Array = np.einsum(
+            "gois,gims->goim", widened(w.astype(dtype)), widened(d.astype(dtype))
+        )
+        return composed
+    spec = ConvSpec(groups * channels, groups * each, (taps,), groups, multiplier)
+    weight, depthwise = w.reshape(spec.weight_shape), d.reshape(groups * channels, taps, multiplier)
+    kernel = compose(weight.astype(dtype), depthwise.astype(dtype), spec)
+    return kernel.reshape(groups, each, channels, taps)
+
+
+# What zipfile raises where a member is not what the archive says.
+DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
+SMALL = 1 << 20  # what may be inflated whatever the ratio
+MAX_RATIO = 100  # deflated weights hardly shrink; even zeros seldom make most of a file
+
+
+def opened(path: Path) -> zipfile.ZipFile:
+    """Return the zip archive at `path`, open and unchecked; CheckpointError where it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is not a whole zip archive: {error}.") from error
+
+
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """Return the zip archive at `path`, open.
+
+    Raises CheckpointError where it is damaged, has a name twice or one that leads out of it, is
+    encrypted, or says that it holds more than its size can give.
+    """
+    archive = opened(path)
+    try:
+        _check(path, archive)
+    except BaseException:
+        archive.close()
+        raise
+    return archive
+
+
+def _check(path: Path, archive: zipfile.ZipFile) -> None:
+    members = archive.infolist()
+    check_names(path, (member.filename for member in members))
+    size = path.stat().st_size
+    if sum(member.compress_size for member in members) > size:
+        raise CheckpointError(f"{path} is a zip bomb: its members overlap, or exceed the file.")
+    for member in members:
+        name = shown(member.filename)
+        if member.flag_bits & 1:
+            raise CheckpointError(f"{path}: member {name} is encrypted, which no checkpoint is.")
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if stored and member.file_size != member.compress_size:
+            raise CheckpointError(f"{path}: the sizes of member {name} disagree.")
+        if member.file_size > max(SMALL, MAX_RATIO * member.compress_size):
+            raise CheckpointError(
+                f"{path} is a zip bomb: member {name} is to become {member.file_size} bytes, of "
+                f"{member.compress_size}."
+            )
+
+
+def read_member(path: Path, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """Return a member's bytes; CheckpointError where there are more than `limit`, or damaged."""
+    size = archive.getinfo(name).file_size
+    if size > limit:
+        raise CheckpointError(
+            f"{path}: member {shown(name)} has {size} bytes; at most {limit} are read."
+        )
+    data = io.BytesIO()
+    copy_member(path, archive, name, data)
+    if data.tell() != size:
+        raise CheckpointError(f"{path}: member {shown(name)} is damaged: it is of another size.")
+    return data.getvalue()
+
+
+def copy_member(
+    path: Path, archive: zipfile.ZipFile, name: str, target: IO[bytes] | None = None
+) -> None:
+    """Copy a member's bytes to `target`, or only compare them with their check sum.
+
+    Raises CheckpointError where the member is damaged, OSError where `target` cannot be written.
+    """
+    left = archive.getinfo(name).file_size
+    for block in _blocks(path, archive, name):
+        left -= len(block)
+        if target is not None and left >= 0:
+            target.write(block)
+
+
+def _blocks(path: Path, archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
+    try:
+        with archive.open(name) as member:
+            while block := member.read(COPIED_AT_ONCE):
+                yield block
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: member {shown(name)} is damaged: {error}.") from error

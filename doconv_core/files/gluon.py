@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, outputs
 from doconv_core.files.entries import (
     BFLOAT16,
     BITS,
@@ -31,10 +31,7 @@ from doconv_core.files.entries import (
     storage_dtype,
     to_storage,
 )
-from doconv_core.files.folding import folded_kernel, outputs
-from doconv_core.files.formats import Beginning
-from doconv_core.files.layers import find_layers
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.layers import Sizes, find_layers
 
 Array = NDArray[Any]
 
@@ -165,7 +162,12 @@ class GluonCheckpoint(Checkpoint):
                 keys[name if key in keys else key] = name
             sizes = Sizes(kernel_sizes)
             self.layers = find_layers(
-                self.entries, keys, sizes, separators="._/", layouts=("OI*", "O*I")
+                self.entries,
+                keys,
+                sizes,
+                separators="._/",
+                layouts=("OI*", "O*I"),
+                norm=("gamma", "beta"),
             )
             sizes.check_used()
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -24,7 +24,6 @@ from doconv_core.files.entries import (
     storage_dtype,
     to_storage,
 )
-from doconv_core.files.hdf5_order import creation_order
 
 MAX_DEPTH, MAX_OBJECTS = 64, 1 << 20
 SMALL = 1 << 20  # bytes that an array may have however few of them are stored
@@ -239,3 +238,77 @@ def fill(path: Path, entries: Sequence[Entry], arrays: Mapping[str, Array]) -> N
             values = to_storage(arrays[entry.name], entry.dtype)
             dataset = file[entry.name]
             dataset[...] = values.view(dataset.dtype) if dataset.dtype.kind == "V" else values
+
+
+SYMBOL_TABLE, CONTINUATION = 0x11, 0x10
+MAX_MESSAGES, MAX_HEAP = 64, 1 << 26
+
+
+def creation_order(file: Any, address: int, names: Collection[str]) -> list[str] | None:
+    """Return the names of a group's members, in the order of their making, or None.
+
+    file: the whole file, for reading. address: of the group's object header. names: the members'.
+    None where the file keeps them otherwise. Members that were removed can have left their places
+    to later ones, so that what is known of the order otherwise should be compared with this.
+    """
+    head = _at(file, 0, 16)
+    if head[8:9] != b"\0" or head[13:15] != b"\x08\x08":  # the first superblock, numbers of 8 bytes
+        return None
+    heap = _heap_address(file, address)
+    if heap is None:
+        return None
+    header = _at(file, heap, 32)
+    size, begin = _number(header[8:16]), _number(header[24:32])
+    if header[:4] != b"HEAP" or size > MAX_HEAP:
+        return None
+    return _names_in(_at(file, begin, size), set(names))
+
+
+def _names_in(heap: bytes, expected: set[str]) -> list[str] | None:
+    """Return the names that lie in a heap, each in steps of 8 bytes, if they are the expected."""
+    found: list[str] = []
+    position = 0
+    while position < len(heap) and len(found) < len(expected):
+        end = heap.find(b"\0", position)
+        if end < 0:
+            return None
+        name = heap[position:end].decode(errors="replace")
+        if name and (name not in expected or name in found):
+            return None
+        found += [name] if name else []
+        position += (end - position) // 8 * 8 + 8
+    return found if len(found) == len(expected) else None
+
+
+def _heap_address(file: Any, address: int) -> int | None:
+    """Return where the heap of the group with this object header is."""
+    header = _at(file, address, 16)
+    if header[:1] != b"\1":  # the version of groups of the older kind
+        return None
+    blocks = [(address + 16, _number(header[8:12]))]
+    for _ in range(MAX_MESSAGES):
+        if not blocks:
+            return None
+        begin, size = blocks.pop(0)
+        if size < 8:
+            continue
+        message = _at(file, begin, 24)
+        kind, length = _number(message[:2]), _number(message[2:4])
+        if kind == SYMBOL_TABLE:
+            return _number(message[16:24])
+        blocks.append((begin + 8 + length, size - 8 - length))
+        if kind == CONTINUATION:
+            blocks.append((_number(message[8:16]), _number(message[16:24])))
+    return None
+
+
+def _at(file: Any, position: int, size: int) -> bytes:
+    if position > file.seek(0, 2):
+        return b""
+    file.seek(position)
+    data: bytes = file.read(size)
+    return data
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "little")

@@ -12,13 +12,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from doconv_core.files.archive import copy_member, open_archive, read_member
-from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.entries import Array, CheckpointError, Entry, KernelSizes, Layer, once
-from doconv_core.files.formats import Beginning
+from doconv_core.files.checkpoint import Beginning, Checkpoint
+from doconv_core.files.entries import (
+    Array,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    copy_member,
+    once,
+    open_archive,
+    read_member,
+)
 from doconv_core.files.hdf5 import Hdf5, fill
-from doconv_core.files.keras_names import (
+from doconv_core.files.keras_layers import (
     folded_config,
+    group_of,
     is_kept,
     is_node,
     stored_nodes,
@@ -26,7 +34,7 @@ from doconv_core.files.keras_names import (
 )
 from doconv_core.files.keras_weights import TYPES as TYPES
 from doconv_core.files.keras_weights import KerasWeightsCheckpoint
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.layers import Sizes
 from doconv_core.maths.batchnorm import NotFoldable
 
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), "Keras"
@@ -58,11 +66,6 @@ def write(
     fill(weights, entries, arrays)
     like.repack(path, weights)
     weights.unlink()
-
-
-def group_of(layer: Layer) -> str:
-    """Return the group in which a layer's arrays are."""
-    return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
 class KerasCheckpoint(KerasWeightsCheckpoint):

@@ -1,25 +1,31 @@
-"""Which layers a Keras file holds, by the names of its groups, its config and its shapes."""
+"""Which layers a Keras file holds, and how Keras names them, before and after folding."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from math import prod
 from typing import Any
 
-from doconv_core.files.entries import (
-    BATCH_NORM,
-    CONVOLUTION,
-    FLOATS,
-    LINEAR,
-    OTHER,
-    D,
-    Entry,
-    Layer,
-)
+from doconv_core.files.entries import FLOATS, Entry
 from doconv_core.files.hdf5 import Hdf5
-from doconv_core.files.keras_names import STEMS, own_class, snake_case, stem_of
-from doconv_core.files.shapes import Sizes, canonical_shape, over_parameterized, unlike
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CANONICAL,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    OTHER,
+    TRANSPOSED,
+    D,
+    Layer,
+    Sizes,
+    canonical_shape,
+    over_parameterized,
+    unlike,
+)
 from doconv_core.maths.spec import ConvSpec
 
 D_ENTRY = "depthwise_kernel"
@@ -27,6 +33,8 @@ NOT_A_MODEL = ("optimizer",)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
+TRANSPOSED_CLASSES = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
+NORMS = ("layer_normalization", "group_normalization")
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -39,8 +47,10 @@ class KerasLayers:
         self._file, self._nodes, self._entries = file, nodes, entries
 
     def find(self, sizes: Sizes) -> tuple[Layer, ...]:
-        """Return the layers that own arrays, in the order of their groups."""
-        return tuple(self._layers(sizes))
+        """Return the layers that own arrays, in the model's order where a config tells it."""
+        order = {group: place for place, group in enumerate(self._nodes)}
+        found = list(self._layers(sizes))
+        return tuple(sorted(found, key=lambda layer: order.get(group_of(layer), len(order))))
 
     def _layers(self, sizes: Sizes) -> Iterator[Layer]:
         used: set[str] = set()
@@ -87,6 +97,10 @@ class KerasLayers:
             name = self._file.attribute(_in(group, "vars"), "name")
         return stem_of(name)[0]
 
+    def _is_certain(self, group: str) -> bool:
+        """Return whether a layer's class is told by a config, or by its name in a list."""
+        return group in self._nodes or group.split("/")[-2:-1] == ["layers"]
+
     def _foreign(self, group: str) -> str:
         """Return the class of a layer that is known not to be one of this package's, else ""."""
         node = self._nodes.get(group)
@@ -127,7 +141,7 @@ class KerasLayers:
                 foreign = self._foreign(group)
                 return _not_ours(found, foreign) if foreign else found
         own = stem in STEMS
-        layer = self._ordinary(path, STEMS.get(stem, stem), roles, config)
+        layer = self._ordinary(group, path, STEMS.get(stem, stem), roles, config)
         if D_ENTRY in roles or (own and layer.kind != CONVOLUTION):
             note = unlike({role: self._entries[name] for role, name in roles.items()})
             # Four axes are those of a depthwise kernel, which is no D.
@@ -136,7 +150,7 @@ class KerasLayers:
         return dataclasses.replace(layer, origin="doconv") if own else layer
 
     def _ordinary(
-        self, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
+        self, group: str, path: str, stem: str, roles: dict[str, str], config: Mapping[str, Any]
     ) -> Layer:
         first = self._entries[roles["0"]] if "0" in roles else None
         if first is None or first.dtype not in FLOATS:
@@ -144,13 +158,20 @@ class KerasLayers:
         if stem == "batch_normalization":
             return _norm(path, roles, config)
         kind, layout = _guess(stem, first.shape)
+        if kind is None and self._is_certain(group):
+            kind, layout = _guess_rarer(stem, first.shape, len(roles))
         if kind is None or len(roles) > 2 or {*roles} - {"0", "1"}:
             return Layer(path, OTHER, roles)
         named = {"weight": roles["0"]} | ({"bias": roles["1"]} if "1" in roles else {})
-        kernel = canonical_shape(first.shape, layout)
+        kernel = None if kind == NORM else canonical_shape(first.shape, layout)
         return _with_spec(
             Layer(path, kind, named, kernel_shape=kernel, layout=layout), first.shape, config
         )
+
+
+def group_of(layer: Layer) -> str:
+    """Return the group in which a layer's arrays are."""
+    return next(iter(layer.entries.values())).rpartition("/vars/")[0]
 
 
 def _in(group: str, name: str) -> str:
@@ -193,8 +214,9 @@ def _over_parameterized(
     # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
     # depthwise one compose alike.
     layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
+    layer = Layer(path, CONVOLUTION, names, "doconv", over_parameterized=True)
     for layout in layouts:
-        found = over_parameterized(path, "", names, shapes, layout, sizes, told)
+        found = over_parameterized(layer, shapes, layout, sizes, told)
         if found is not None and _is_of_rank(found, ordinary):
             return found
     return None
@@ -230,6 +252,16 @@ def _guess(stem: str, shape: tuple[int, ...]) -> tuple[str | None, str]:
     return (LINEAR if stem == "dense" and len(shape) == 2 else None), "*IO"
 
 
+def _guess_rarer(stem: str, shape: tuple[int, ...], entries: int) -> tuple[str | None, str]:
+    """Return kind and layout of a layer whose class alone tells it, and which has no spec here."""
+    if stem in NORMS and entries == 2:
+        return NORM, CANONICAL
+    if stem == "embedding" and len(shape) == 2 and entries == 1:
+        return LINEAR, CANONICAL
+    transposed = stem in TRANSPOSED_CLASSES and len(shape) == TRANSPOSED_CLASSES.index(stem) + 3
+    return (TRANSPOSED if transposed else None), "*IO"
+
+
 def _with_spec(layer: Layer, shape: tuple[int, ...], config: Mapping[str, Any]) -> Layer:
     groups = shape[-2] if layer.layout == "*CN" else config.get("groups")
     if layer.kind != CONVOLUTION or type(groups) is not int or layer.kernel_shape is None:
@@ -240,3 +272,128 @@ def _with_spec(layer: Layer, shape: tuple[int, ...], config: Mapping[str, Any]) 
     except ValueError:  # the config is of another layer; the shapes alone count then
         return layer
     return dataclasses.replace(layer, spec=spec)
+
+
+# Classes of backends by name, and what each is in a folded file: an entry point whose value names
+# that class. None is loaded.
+GROUP = "doconv.keras_classes"
+REGISTERED = {entry.name: entry.value for entry in metadata.entry_points(group=GROUP)}
+ORDINARY = "keras.layers:"
+CLASSES = {
+    name: folded.removeprefix(ORDINARY)
+    for name, folded in REGISTERED.items()
+    if folded.startswith(ORDINARY)
+}
+# What a config has of D. Those that have a `depth_multiplier` of their own call S otherwise.
+OF_D = {"depth_multiplier", "depthwise_initializer", "depthwise_regularizer",
+        "depthwise_constraint"}  # fmt: skip
+OF_D_BESIDE = {"d_multiplier", "d_initializer", "d_regularizer", "d_constraint"}
+PACKAGE, MODULE = "doconv>", "doconv_tf"
+
+
+def snake_case(name: str) -> str:
+    """Return a class name as Keras writes it in files."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+STEMS = {snake_case(own): snake_case(ordinary) for own, ordinary in CLASSES.items()}
+
+
+def numbered(stems: Sequence[str]) -> list[str]:
+    """Return the names of layers of these classes, in one list."""
+    counts: dict[str, int] = {}
+    names = []
+    for stem in stems:
+        count = counts[stem] = counts.get(stem, -1) + 1
+        names.append(f"{stem}_{count}" if count else stem)
+    return names
+
+
+def stem_of(name: str) -> tuple[str, int]:
+    """Return the class that a name in a list stands for, and its number."""
+    match = re.fullmatch(r"(.+?)_(\d+)", name)
+    return (match[1], int(match[2])) if match else (name, 0)
+
+
+def own_class(node: Mapping[str, Any]) -> str:
+    """Return which of this package's classes that are known a config is of, "" for none."""
+    name = node.get("class_name")
+    return name if isinstance(name, str) and name in CLASSES and _is_own(node, name) else ""
+
+
+def _is_own(node: Mapping[str, Any], name: str) -> bool:
+    module = str(node.get("module")).partition(".")[0]
+    return node.get("registered_name") == f"{PACKAGE}{name}" or module == MODULE
+
+
+def is_kept(node: Mapping[str, Any]) -> bool:
+    """Return whether a config is of a class of this package's that stays when it is folded."""
+    name = node["class_name"]
+    return name in REGISTERED and name not in CLASSES and _is_own(node, name)
+
+
+def unknown_class(value: Any) -> tuple[str, str]:
+    """Return class and name of what is of this package in a config, and not known here, or "", "".
+
+    Such as a layer of a later version.
+    """
+    name = value["class_name"] if is_node(value) else ""
+    if name and name not in REGISTERED and _is_own(value, name):
+        return value["class_name"], str(value["config"].get("name", ""))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in inner if any(found := unknown_class(item))), ("", ""))
+
+
+def is_node(value: Any) -> bool:
+    """Return whether a value in a config is an object's."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("class_name"), str)
+        and isinstance(value.get("config"), dict)
+    )
+
+
+def folded_config(value: Any) -> Any:
+    """Return a config in which every layer of this package's is an ordinary one."""
+    if isinstance(value, list):
+        return [folded_config(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: folded_config(item) for key, item in value.items()}
+    own = own_class(value) if is_node(value) else ""
+    if own:
+        gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
+        config = {key: item for key, item in value["config"].items() if key not in gone}
+        value |= {"module": "keras.layers", "class_name": CLASSES[own], "registered_name": None}
+        value["config"] = config
+    return value
+
+
+def stored_nodes(
+    node: Mapping[str, Any], path: str = "", new_path: str = ""
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield the path in the file, the path in the folded file and the config of each layer.
+
+    Of what a config tells: the layers of Sequential and functional models, and those in a layer's
+    config. A layer that occurs twice is stored at the first of its paths.
+    """
+    config = node["config"]
+    layers = config.get("layers")
+    if isinstance(layers, list):
+        inner = [layer for layer in layers if is_node(layer)]
+        if node["class_name"] == "Sequential":
+            inner = [layer for layer in inner if layer["class_name"] != "InputLayer"]
+        old = numbered([snake_case(layer["class_name"]) for layer in inner])
+        stems = [CLASSES.get(own_class(layer), layer["class_name"]) for layer in inner]
+        new = numbered([snake_case(stem) for stem in stems])
+        for layer, before, after in zip(inner, old, new, strict=True):
+            step = f"{path}/layers/{before}".lstrip("/"), f"{new_path}/layers/{after}".lstrip("/")
+            yield *step, layer
+            yield from stored_nodes(layer, *step)
+    for key, value in config.items():
+        if is_node(value):
+            step = f"{path}/{key}".lstrip("/"), f"{new_path}/{key}".lstrip("/")
+            yield *step, value
+            yield from stored_nodes(value, *step)

@@ -8,25 +8,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
     Array,
     CheckpointError,
     Entry,
     KernelSizes,
-    Layer,
     from_storage,
     shown,
     storage_dtype,
     to_storage,
 )
-from doconv_core.files.folding import Output, folded_kernel, outputs
-from doconv_core.files.formats import Beginning
 from doconv_core.files.hdf5 import Hdf5, fill
-from doconv_core.files.keras_layers import NOT_A_MODEL, KerasLayers
-from doconv_core.files.keras_names import STEMS, numbered, stem_of
-from doconv_core.files.layers import find_layers
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.keras_layers import NOT_A_MODEL, STEMS, KerasLayers, numbered, stem_of
+from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.maths.batchnorm import NotFoldable
 
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".weights.h5", ".h5"), "Keras"

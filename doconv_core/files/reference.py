@@ -22,31 +22,26 @@ in another order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from doconv_core.files.entries import (
-    BFLOAT16,
-    BITS,
-    COMPUTED_AT_ONCE,
-    CONVOLUTION,
+    BLOCK,
     FLOATS,
     Array,
-    D,
     Entry,
-    Layer,
+    compose_blocks,
     computing_dtype,
     from_storage,
-    to_storage,
+    groups_of,
 )
-from doconv_core.files.shapes import Shape, Sizes, canonical_shape, groups_of, sized
-from doconv_core.kinds.do_conv import compose, identity
+from doconv_core.kinds.do_conv import DO_CONV, identity
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.numeric import widened
 from doconv_core.maths.spec import ConvSpec
 
+D = DO_CONV.names[1]  # the role of D
 PYTORCH, TENSORFLOW, GLUON = "PyTorch", "TensorFlow", "Gluon"
 FRAMEWORKS = (PYTORCH, TENSORFLOW, GLUON)
 ORIGIN = "reference "
@@ -55,34 +50,48 @@ WEIGHTS = {PYTORCH: ("W",), TENSORFLOW: ("W", "kernel"), GLUON: ("weight",)}
 LAYOUTS = {PYTORCH: "OI*", TENSORFLOW: "*IO", GLUON: "OI*"}
 
 
-def find_reference(
-    shapes: Mapping[str, Entry], separators: str, sizes: Sizes, framework: str, part: str
-) -> list[Layer]:
+class Found(NamedTuple):
+    """A layer of the reference implementation, by the names and shapes of its entries.
+
+    prefix: what stands before the entries' own names. roles: their names by role. framework: whose
+    layout it has. channels: `I`, `O` and the groups. multiplier: `S`. kernel_size: None where it is
+    not told. note: an assumption made. Of a layer of one tap, which has no D, `taps` is 1.
+    """
+
+    prefix: str
+    roles: dict[str, str]
+    framework: str
+    channels: tuple[int, int, int]
+    taps: int
+    multiplier: int
+    kernel_size: tuple[int, ...] | None
+    note: str = ""
+
+
+def find_reference(shapes: Mapping[str, Entry], separators: str, framework: str) -> list[Found]:
     """Return the layers of the reference implementation among entries of these names.
 
     framework: "" where the entries are to tell; layers that fit several are of the framework that
     the others are of, and else of the first in `FRAMEWORKS`.
     """
-    candidates = list(_candidates(shapes, separators))
     allowed = (framework,) if framework else FRAMEWORKS
-    fitting = {
-        prefix: [f for f in allowed if _told(f, prefix, roles, shapes)]
-        for prefix, roles in candidates
-    }
-    settled = [options[0] for options in fitting.values() if len(options) == 1]
+    fitting = [
+        [told for f in allowed if (told := _told(f, prefix, roles, shapes))]
+        for prefix, roles in _candidates(shapes, separators)
+    ]
+    settled = [options[0].framework for options in fitting if len(options) == 1]
     found = []
-    for prefix, roles in candidates:
-        options = fitting[prefix]
-        if options:
-            chosen = settled[0] if settled and settled[0] in options else options[0]
-            layer = _layer(prefix, roles, shapes, chosen, sizes, part)
-            if len(options) > 1 and chosen not in settled:
-                guess = f"taken to be {chosen}'s, though {options[1]}'s layout fits as well"
-                layer = replace(layer, note="; ".join(filter(None, (layer.note, guess))))
-            found.append(layer)
+    for options in filter(None, fitting):
+        agreeing = [each for each in options if settled and each.framework == settled[0]]
+        chosen = (agreeing or options)[0]
+        if len(options) > 1 and chosen.framework not in settled:
+            other = options[1].framework
+            guess = f"taken to be {chosen.framework}'s, though {other}'s layout fits as well"
+            chosen = chosen._replace(note=guess)
+        found.append(chosen)
     if found:
-        framework = found[0].origin.removeprefix(ORIGIN)
-        found += _one_tap(shapes, separators, framework, part, {layer.path for layer in found})
+        known = {each.prefix.rstrip("./_") for each in found}
+        found += _one_tap(shapes, separators, found[0].framework, known)
     return found
 
 
@@ -110,9 +119,9 @@ def _in_order(roles: dict[str, str], shapes: Mapping[str, Entry]) -> dict[str, s
 
 
 def _told(
-    framework: str, prefix: str, roles: Mapping[str, str], shapes: Mapping[str, Entry]
-) -> tuple[tuple[int, int, int], int, int, Shape | None] | None:
-    """Return `(I, O, g)`, M, S and the kernel size of a layer, None if it is not of `framework`."""
+    framework: str, prefix: str, roles: dict[str, str], shapes: Mapping[str, Entry]
+) -> Found | None:
+    """Return what the shapes of a layer tell, None if it is not of `framework`."""
     weight, depthwise = shapes[roles["weight"]], shapes[roles[D]]
     identity = shapes.get(roles.get("identity", ""))
     w, d = weight.shape, depthwise.shape
@@ -132,90 +141,27 @@ def _told(
     if framework == GLUON and taps != multiplier:
         return None
     kernel_size = tuple(body) if framework == GLUON else None
-    return (in_channels, out_channels, groups), taps, multiplier, kernel_size
-
-
-def _layer(
-    prefix: str, roles: dict[str, str], shapes: Mapping[str, Entry], framework: str,
-    sizes: Sizes, part: str,
-) -> Layer:  # fmt: skip
-    told = _told(framework, prefix, roles, shapes)
-    assert told is not None  # as the framework was chosen by it
-    channels, taps, multiplier, kernel_size = told
-    layer = Layer(
-        prefix.rstrip("./_"), CONVOLUTION, roles, ORIGIN + framework, part, True,
-        layout=LAYOUTS[framework],
-    )  # fmt: skip
-    return sized(layer, channels, taps, multiplier, kernel_size, sizes)
+    channels = (in_channels, out_channels, groups)
+    return Found(prefix, roles, framework, channels, taps, multiplier, kernel_size)
 
 
 def _one_tap(
-    shapes: Mapping[str, Entry], separators: str, framework: str, part: str, found: set[str]
-) -> Iterator[Layer]:
+    shapes: Mapping[str, Entry], separators: str, framework: str, known: set[str]
+) -> Iterator[Found]:
     """Yield the layers without a D; in Gluon they are ordinary ones already."""
-    layout = LAYOUTS[framework]
     for key, entry in shapes.items():
         for name in WEIGHTS[framework] if framework != GLUON else ():
             prefix = key.removesuffix(name)
-            path = prefix.rstrip("./_")
-            if prefix == key or not _ends(prefix, separators) or path in found:
+            if prefix == key or not _ends(prefix, separators) or prefix.rstrip("./_") in known:
                 continue
             if len(entry.shape) != 3 or entry.dtype not in FLOATS:
                 continue
-            out_channels, per_group, tap = canonical_shape(entry.shape, layout)
-            if tap == 1:
-                roles = {"weight": key}
-                if f"{prefix}bias" in shapes:
-                    roles["bias"] = f"{prefix}bias"
-                yield Layer(
-                    path, CONVOLUTION, _in_order(roles, shapes), ORIGIN + framework, part,
-                    kernel_shape=(out_channels, per_group, 1, 1), layout=layout,
-                )  # fmt: skip
-
-
-BLOCK = COMPUTED_AT_ONCE  # of W, so that a large layer needs little more memory
-
-
-def compose_blocks(weight: Array, depthwise: Array, *, as_stored: bool = False) -> Array:
-    """Return the kernel of `(W, D)` as `compose` does, `(O, I/g, M)`, a block of W at a time.
-
-    weight: `(O, I/g, S)`. depthwise: `(I, M, S)`. `S` may be less than `M`, where the identity is
-    zero. Both may be as they are stored, bfloat16 too. Where D's type is the larger one, computed
-    in that. as_stored: whether a kernel of bfloat16 is rounded to that, once; else it is float32.
-    In weight's dtype otherwise, and with its order of axes in memory.
-    """
-    (outputs, channels, multiplier), (inputs, taps, _) = weight.shape, depthwise.shape
-    groups = inputs // channels
-    each = outputs // groups
-    dtype = weight.dtype if as_stored else computing_dtype(weight.dtype)
-    kernel = np.empty_like(weight, dtype, shape=(outputs, channels, taps))
-    w = weight.reshape(groups, each, channels, multiplier)
-    d = depthwise.reshape(groups, channels, taps, multiplier)
-    k = kernel.reshape(groups, each, channels, taps)
-    row = channels * max(multiplier, taps)
-    outputs_at_once = max(1, min(each, BLOCK // row))
-    groups_at_once = max(1, BLOCK // (row * max(taps, outputs_at_once)))
-    for q in range(0, groups, groups_at_once):
-        for o in range(0, each, outputs_at_once):
-            part = np.s_[q : q + groups_at_once, o : o + outputs_at_once]
-            block = _compose_block(from_storage(w[part]), from_storage(d[q : q + groups_at_once]))
-            k[part] = to_storage(block, BFLOAT16) if dtype == BITS else block
-    return kernel
-
-
-def _compose_block(w: Array, d: Array) -> Array:
-    """Return `gois,gims -> goim` of this block, with the identity."""
-    (groups, each, channels, multiplier), taps = w.shape, d.shape[2]
-    dtype = np.result_type(w, d)
-    if multiplier < taps:
-        composed: Array = np.einsum(
-            "gois,gims->goim", widened(w.astype(dtype)), widened(d.astype(dtype))
-        )
-        return composed
-    spec = ConvSpec(groups * channels, groups * each, (taps,), groups, multiplier)
-    weight, depthwise = w.reshape(spec.weight_shape), d.reshape(groups * channels, taps, multiplier)
-    kernel = compose(weight.astype(dtype), depthwise.astype(dtype), spec)
-    return kernel.reshape(groups, each, channels, taps)
+            out_channels, per_group, taps = entry.shape[:: -1 if framework == TENSORFLOW else 1]
+            if taps == 1:
+                names = {"weight": key, "bias": f"{prefix}bias"}
+                roles = {role: name for role, name in names.items() if name in shapes}
+                channels = (per_group, out_channels, 1)
+                yield Found(prefix, _in_order(roles, shapes), framework, channels, 1, 1, (1, 1))
 
 
 def compose_upstream(

@@ -11,14 +11,11 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
-    CONVOLUTION,
-    OTHER,
     CheckpointError,
     Entry,
     KernelSizes,
-    Layer,
     check_names,
     copy_bytes,
     from_storage,
@@ -28,10 +25,18 @@ from doconv_core.files.entries import (
     to_storage,
     without_wrappers,
 )
-from doconv_core.files.folding import Output, folded_kernel, outputs
-from doconv_core.files.formats import Beginning
-from doconv_core.files.layers import find_layers
-from doconv_core.files.shapes import Sizes
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    OTHER,
+    TRANSPOSED,
+    D,
+    Layer,
+    Sizes,
+    find_layers,
+)
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
@@ -48,6 +53,11 @@ DTYPES = {
 NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), "PyTorch"
 TYPES = frozenset(DTYPES.values())
 STATE = "doconv state"
+# The kinds of a state's layers, of which convolutions are told apart, by their names there.
+KINDS = {
+    "transposed_convolution": TRANSPOSED, "linear": LINEAR, "embedding": LINEAR,
+    "batch_norm": BATCH_NORM, "layer_norm": NORM, "group_norm": NORM,
+}  # fmt: skip
 
 
 def sniff(begin: Beginning) -> bool:
@@ -222,18 +232,20 @@ def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes) -> Layer:
-    kind = form.kind.replace("_", " ")
     spec: Any = form.spec
-    if form.kind != "convolution":
-        roles = {
-            {"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()
-        }
-        known = kind if kind in ("linear", "batch norm") else OTHER
-        shape = (spec.out_features, spec.in_features) if kind == "linear" else None
-        return Layer(path, known, roles, "doconv", kernel_shape=shape, spec=spec if shape else None)
-    if form.over_parameterized:
-        sizes.given((path,), spec.taps)
-    return Layer(
-        path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-        spec=spec, kernel_shape=spec.kernel_shape,
-    )  # fmt: skip
+    if form.kind == "convolution":
+        if form.over_parameterized:
+            sizes.given((path,), spec.taps)
+        return Layer(
+            path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
+            spec=spec, kernel_shape=spec.kernel_shape, d_shape=form.shapes.get(D),
+        )  # fmt: skip
+    roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
+    kernel_shape = None
+    if form.kind == "transposed_convolution":
+        kernel_shape = spec.kernel_shape
+    elif KINDS.get(form.kind) == LINEAR:
+        kernel_shape = form.shapes["weight"]
+    known = spec if form.kind == "linear" else None
+    kind = KINDS.get(form.kind, OTHER)
+    return Layer(path, kind, roles, "doconv", kernel_shape=kernel_shape, spec=known)

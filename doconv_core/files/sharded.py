@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, outputs
 from doconv_core.files.entries import (
     Array,
     CheckpointError,
@@ -24,13 +24,10 @@ from doconv_core.files.entries import (
     storage_dtype,
     without_wrappers,
 )
-from doconv_core.files.folding import folded_kernel, outputs
-from doconv_core.files.formats import Beginning
-from doconv_core.files.layers import find_layers
+from doconv_core.files.layers import Sizes, find_layers
 from doconv_core.files.safetensors import TYPES as TYPES
 from doconv_core.files.safetensors import SafetensorsCheckpoint
 from doconv_core.files.safetensors import write as write_shard
-from doconv_core.files.shapes import Sizes
 
 NAME, SUFFIXES, FRAMEWORK = "sharded safetensors", (".safetensors.index.json",), "PyTorch"
 MAX_INDEX, MAX_SHARDS = 1 << 28, 10_000

@@ -1,0 +1,173 @@
+"""What the subcommands take: options and their small languages, and files to open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import click
+from numpy.typing import NDArray
+
+from doconv_core.cli.command import IMPOSSIBLE, Failure
+from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
+from doconv_core.files.layers import KernelSizeError, Layer
+from doconv_core.models.report import place
+
+_SIZE = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*")
+T = TypeVar("T")
+KernelSizes: TypeAlias = Sequence[tuple[str, tuple[int, ...]]]
+
+
+def parse_size(text: str, *, least: int = 1) -> tuple[int, ...] | None:
+    """Return the integers of a size such as "3x3", all of at least `least`; None for others."""
+    text = text.strip().lower()
+    found = tuple(map(int, text.split("x"))) if _SIZE.fullmatch(text) else (-1,)
+    return found if min(found) >= least else None
+
+
+class SizeType(click.ParamType):
+    """The type of an option such as `--input 224x224`: integers."""
+
+    name = "size"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the integers."""
+        found = parse_size(value)
+        return found or self.fail(f"{value!r} is no size; write it as 3x3 or 224x224.", param, ctx)
+
+
+class PatternType(click.ParamType):
+    """The type of an option such as `--kernel-size conv1=3x3`: a glob pattern and a value.
+
+    A value alone is for all layers. problem: what to say of a text of which `parse` makes nothing.
+    """
+
+    name = "pattern"
+
+    def __init__(self, parse: Callable[[str], Any], problem: str) -> None:
+        self._parse, self._problem = parse, problem
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Return the pattern and the value."""
+        pattern, _, text = value.rpartition("=")
+        made = self._parse(text)
+        if made is None:
+            self.fail(f"{value!r} {self._problem}", param, ctx)
+        return pattern or "*", made
+
+
+class Place(NamedTuple):
+    """The size of a layer's output: absolute, or the input's divided by `divisor`, rounded up."""
+
+    size: tuple[int, ...] = ()
+    divisor: int = 0
+
+    def of(self, input_size: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the size. Raises ValueError where it is relative, and there is no input size."""
+        if not self.divisor:
+            return self.size
+        if input_size is None:
+            raise ValueError(f"/{self.divisor} is relative to the input; give --input, too.")
+        return tuple(-(-n // self.divisor) for n in input_size)
+
+
+def _place(text: str) -> Place | None:
+    size, relative = parse_size(text.removeprefix("/")), text.startswith("/")
+    if size is None or (relative and len(size) > 1):
+        return None
+    return Place(divisor=size[0]) if relative else Place(size)
+
+
+def _image(text: str) -> tuple[int, ...] | None:
+    size = () if text == "no" else parse_size(text)
+    return None if size is None or len(size) == 1 else size
+
+
+places_type = PatternType(
+    _place,
+    "gives no output size; write it as 'GLOB=56x56', or as 'GLOB=/4' for a quarter of the input's.",
+)
+flatten_option = click.option(
+    "--flatten", "flattened", multiple=True, metavar="GLOB=CxHxW|no",
+    type=PatternType(
+        _image,
+        "must end in the channels and size of what is flattened, as in 'fc=64x7x7', or in 'no' "
+        "where nothing is.",
+    ),
+    help="Channels and size of the image that is flattened before a linear layer, or `no`, "
+    "where one of the files is Keras', whose channels are last.",
+)  # fmt: skip
+kernel_size_option = click.option(
+    "--kernel-size", "kernel_sizes", multiple=True, metavar="[GLOB=]SIZE",
+    type=PatternType(parse_size, "gives no size; write it as 'GLOB=3x3', or 3x3 for all layers."),
+    help="Kernel size of the layers that GLOB matches, such as 'layer1.*=3x3', where the file "
+    "does not tell it. May be repeated; the first that matches counts.",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+force_option = click.option("--force", is_flag=True, help="Replace OUT where it exists.")
+source_argument = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+target_argument = click.Path(path_type=Path)
+
+
+def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
+    """Return the value of the last pattern that matches `path`; None where none does."""
+    found = None
+    for pattern, value in entries:
+        if fnmatchcase(path, pattern):
+            found = value
+    return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches any of these glob patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+Array = NDArray[Any]
+
+
+def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+    """Return the open checkpoint. A kernel size that does not fit is wrong usage."""
+    try:
+        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes))
+    except KernelSizeError as error:
+        raise click.UsageError(f"{file}: {error}") from None
+
+
+def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
+    """Raise Failure, with the option that settles it, for a layer of unknown kernel size."""
+    for layer in layers:
+        if layer.needs_size:
+            raise kernel_size_needed(checkpoint, layer)
+
+
+def kernel_size_needed(checkpoint: Checkpoint, layer: Layer) -> Failure:
+    """Return the error for a layer whose kernel size the file does not tell."""
+    text = f"{checkpoint.path}: {place(layer.name)}: {note_of(layer)}."
+    return Failure(text, IMPOSSIBLE)
+
+
+def note_of(layer: Layer) -> str:
+    """Return a layer's note, in the words of the command line."""
+    if layer.needs_size and layer.d_shape and "kernel_sizes=" in layer.note:
+        taps = layer.d_shape[1]
+        side = isqrt(taps)
+        example = f"{side}x{side}" if side * side == taps else f"{taps}"
+        return (
+            f"its kernel size is not in the file, which tells {taps} taps; give it, such as "
+            f"--kernel-size '{literal(layer.name)}={example}'"
+        )
+    return layer.note
+
+
+def literal(name: str) -> str:
+    """Return the glob pattern that matches just this name."""
+    return re.sub(r"([*?[])", r"[\1]", name)
