@@ -156,18 +156,10 @@ def fit_arrays(
                 f"{sides.layer} has no {name}."
             )
         if name in ours and name not in theirs:
-            dtype = next((each.dtype for each in theirs.values()), "float32")
-            arrays[name] = neutral(name, ours[name], dtype)
+            shape, dtype = ours[name], next((each.dtype for each in theirs.values()), "float32")
+            read = partial(np.full, shape, value, "float32" if dtype == "bfloat16" else dtype)
+            arrays[name] = Values(shape, dtype, read, how=f"{value:g}, as the batch norm has none")
     return arrays
-
-
-def neutral(name: str, shape: Shape, dtype: str) -> Values:
-    """Return the gamma or beta of a norm that has none."""
-
-    def values() -> Array:
-        return np.full(shape, NEUTRAL[name], dtype if dtype != "bfloat16" else np.float32)
-
-    return Values(shape, dtype, values, how=f"{NEUTRAL[name]:g}, as the batch norm has none")
 
 
 def over_parameterized(
