@@ -10,16 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from itertools import product
 from math import prod
 from re import sub
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from doconv_core.kinds.base import Recipe, composed_by, recipe
-from doconv_core.maths.convolve import convolve, convolve_gradient, pad_gradient
+from doconv_core.maths.convolve import (
+    convolve,
+    convolve_gradient,
+    pad_gradient,
+    windows,
+    windows_gradient,
+)
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.file import Array
@@ -292,34 +296,29 @@ class Pool(Layer):
 
     def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
         """Take of each window the largest entry, the first of equals; or the image's mean."""
-        windows = self._windows(x, -np.inf)  # (B, C, *out, taps)
+        seen = self._windows(x, -np.inf)  # (B, C, *out, taps)
         if self.name == "max":
-            taps = np.arange(windows.shape[-1])
-            shares = (taps == windows.argmax(-1)[..., None]).astype(x.dtype)
+            taps = np.arange(seen.shape[-1])
+            shares = (taps == seen.argmax(-1, keepdims=True)).astype(x.dtype)
         else:
             inside = self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0)
-            shares = np.broadcast_to(inside / inside.sum(-1, keepdims=True), windows.shape)
+            shares = np.broadcast_to(inside / inside.sum(-1, keepdims=True), seen.shape)
 
         def back(dy: Array) -> tuple[Array, Arrays]:
-            around, (rows, columns) = self.padding, x.shape[2:]
-            dx = np.zeros((*x.shape[:2], rows + 2 * around, columns + 2 * around), x.dtype)
-            for tap, (i, j) in enumerate(product(range(self.size), repeat=2)):
-                at: Any = tuple(
-                    slice(first, first + self.stride * (n - 1) + 1, self.stride)
-                    for first, n in zip((i, j), dy.shape[2:], strict=True)
-                )
-                dx[(..., *at)] += dy * shares[..., tap]
-            return pad_gradient(dx, (rows, columns), around), {}
+            taps = np.moveaxis(dy[..., None] * shares, -1, 2)
+            taps = taps.reshape(*dy.shape[:2], *self.kernel_size, *dy.shape[2:])
+            padded = (*x.shape[:2], *(n + 2 * self.padding for n in x.shape[2:]))
+            dx = windows_gradient(taps, padded, (self.stride,) * 2, (1, 1))
+            return pad_gradient(dx, x.shape[2:], self.padding), {}
 
-        return Step((shares * np.where(shares > 0, windows, 0)).sum(-1), back)
+        return Step((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
 
     def _windows(self, x: Array, outside: float) -> Array:
         around = (self.padding, self.padding)
         padded = np.pad(x, ((0, 0), (0, 0), around, around), constant_values=outside)
-        axes: Any = (2, 3)  # the stubs know a single axis only
-        windows: Array = sliding_window_view(padded, (self.size, self.size), axes)
-        windows = windows[:, :, :: self.stride, :: self.stride]
-        return windows.reshape(*windows.shape[:4], -1)
+        found = windows(padded, self.kernel_size, (self.stride,) * 2, (1, 1))
+        flat = found.reshape(*x.shape[:2], -1, *found.shape[4:])
+        return np.ascontiguousarray(np.moveaxis(flat, 2, -1))  # as the order is that of sums
 
     @property
     def kernel_size(self) -> tuple[int, int]:
