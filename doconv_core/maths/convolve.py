@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from doconv_core.maths.numeric import as_floats, widened
+from doconv_core.maths.numeric import Array, as_floats, widened
 from doconv_core.maths.spec import MAX_RANK, as_integer, as_tuple, is_sequence
 
-Array = NDArray[Any]
 Padding = tuple[tuple[int, int], ...]
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}

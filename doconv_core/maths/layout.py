@@ -18,12 +18,11 @@ D is `(I, M, S)` in every framework and needs none.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array
 
 # Which of the canonical order's axes are elsewhere in each layout, and where.
 _Axes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"

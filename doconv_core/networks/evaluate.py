@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from doconv_core.maths.numeric import as_floats
 from doconv_core.networks.lowering import layers, lowered
-from doconv_core.networks.nodes import Arrays, Block, Network, Node, Step
+from doconv_core.networks.nodes import Arrays, Block, Network, Node, Pass
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.match import fit_state
 
@@ -42,7 +42,7 @@ def evaluate(network: Network, state: State, x: ArrayLike, *, training: bool = F
     (2, 100)
     """
     x = _checked(x)
-    return _step(network, state, x, training, keep=False).output
+    return _passed(network, state, x, training, keep=False)[0].output
 
 
 def gradients(
@@ -66,12 +66,13 @@ def gradients(
     array([0., 0., 0.])
     """
     x = _checked(x)
-    output, back = _step(network, state, x, training, keep=True)
+    (output, back), found = _passed(network, state, x, training, keep=True)
     dy = as_floats("output_gradient", output_gradient)
     if dy.shape != output.shape:
         raise ValueError(f"output_gradient must have shape {output.shape}; received {dy.shape}.")
-    dx, found = back(dy.astype(x.dtype))
-    return NetworkGradients(found, dx)
+    dx = back(dy.astype(x.dtype))
+    named = ((path, *each) for path, arrays in found.items() for each in arrays.items())
+    return NetworkGradients({entry(path, name): array for path, name, array in named}, dx)
 
 
 def _checked(x: ArrayLike) -> Array:
@@ -83,30 +84,34 @@ def _checked(x: ArrayLike) -> Array:
     return x
 
 
-def _step(network: Network, state: State, x: Array, training: bool, keep: bool) -> Step:
-    """Return the output; its gradients are by entry of the state. keep: whether there are any."""
+def _passed(
+    network: Network, state: State, x: Array, training: bool, *, keep: bool
+) -> tuple[Pass, dict[str, Arrays]]:
+    """Return what the network makes of `x`, and where its `back` puts gradients of the arrays.
+
+    keep: whether there is a way back, which holds on to every layer's input.
+    """
     shape = x.shape[1:]
     fitted = fit_state(state, layers(network, shape), network=network.name, stacklevel=4)
-    arrays = {
-        path: {name: array.astype(x.dtype) for name, array in of_layer.items()}
-        for path, of_layer in fitted.items()
-    }
+    found: dict[str, Arrays] = {path: {} for path in fitted}
 
-    def step(path: str, node: Node, x: Array) -> Step:
+    def step(path: str, node: Node, x: Array) -> Pass:
         if isinstance(node, Block):
             output, back = node.step(x, lambda name, *child: step(entry(path, name), *child))
         else:
-            output, own = node.step(x, arrays.get(path, {}), training)
+            arrays = {name: each.astype(x.dtype) for name, each in fitted.get(path, {}).items()}
+            output, own = node.step(x, arrays, training)
 
-            def back(dy: Array) -> tuple[Array, Arrays]:
-                dx, found = own(dy)
-                return dx, {entry(path, name): gradient for name, gradient in found.items()}
+            def back(dy: Array) -> Array:
+                dx, gradients = own(dy)
+                if gradients:
+                    found[path] = gradients
+                return dx
 
-        return Step(output, back if keep else _forgotten)
+        return Pass(output, back if keep else _no_way_back)
 
-    return step("", lowered(network, shape).body, x)
+    return step("", lowered(network, shape).body, x), found
 
 
-def _forgotten(dy: Array) -> tuple[Array, Arrays]:
-    """Hold on to no input, unlike what it stands for."""
-    raise AssertionError("nobody asks for the gradients of an output alone")
+def _no_way_back(dy: Array) -> Array:
+    raise AssertionError("an evaluation that keeps nothing has no gradients")

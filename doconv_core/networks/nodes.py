@@ -7,7 +7,6 @@ the shape it gives, what it computes in NumPy, and the gradient, what it is in a
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from math import prod
@@ -42,13 +41,20 @@ class Unfit(Exception):
 
 
 class Step(NamedTuple):
-    """A node's output, and `back`: from its gradient to the input's, and to those of the arrays."""
+    """A layer's output, and `back`: from its gradient to the input's, and those of the arrays."""
 
     output: Array
     back: Callable[[Array], tuple[Array, Arrays]]
 
 
-class Layer(ABC):
+class Pass(NamedTuple):
+    """What a node makes of an input, and `back`: from the output's gradient to the input's."""
+
+    output: Array
+    back: Callable[[Array], Array]
+
+
+class Layer:
     """A node without children. Shapes are of one image: `(C, H, W)`, or `(features,)`."""
 
     def after(self, before: Shape) -> Shape:
@@ -59,9 +65,9 @@ class Layer(ABC):
         """Return what the node is in a state; None where it has no arrays."""
         return None
 
-    @abstractmethod
     def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
         """Return what the node makes of `x`, with its arrays by name."""
+        raise NotImplementedError
 
     @property
     def word(self) -> str:
@@ -73,24 +79,24 @@ class Layer(ABC):
         return 0
 
 
-class Block(ABC):
-    """A node of others. What it computes is by entry of a state, whichever node has the array.
+class Block:
+    """A node of others, which have the arrays and their gradients.
 
-    below: what the child of a name, itself, makes of a shape, or of an input.
+    below: takes a child's name, the child, and a shape, or an input; returns what it makes of that.
     """
 
     @property
-    @abstractmethod
     def children(self) -> Children:
         """The nodes in it, by the names that they have in paths."""
+        raise NotImplementedError
 
-    @abstractmethod
     def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
         """Return the shape of the output, from that of the input; `Unfit` where there is none."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def step(self, x: Array, below: Callable[[str, Node, Array], Step]) -> Step:
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Return what the node makes of `x`."""
+        raise NotImplementedError
 
 
 Node: TypeAlias = Layer | Block
@@ -433,21 +439,19 @@ class Sequence(Block):
             before = below(name, child, before)
         return before
 
-    def step(self, x: Array, below: Callable[[str, Node, Array], Step]) -> Step:
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Give each what the one before it makes."""
         backs = []
         for name, child in self.children:
             x, back = below(name, child, x)
             backs.append(back)
 
-        def through(dy: Array) -> tuple[Array, Arrays]:
-            found: Arrays = {}
+        def through(dy: Array) -> Array:
             for back in reversed(backs):
-                dy, more = back(dy)
-                found = more | found
-            return dy, found
+                dy = back(dy)
+            return dy
 
-        return Step(x, through)
+        return Pass(x, through)
 
 
 @dataclass(frozen=True)
@@ -479,17 +483,11 @@ class Residual(Block):
             )
         return after
 
-    def step(self, x: Array, below: Callable[[str, Node, Array], Step]) -> Step:
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Add both."""
         body, body_back = self.body.step(x, below)
         short, short_back = below(SHORTCUT, self.shortcut, x)
-
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            of_short, found = short_back(dy)
-            of_body, more = body_back(dy)
-            return of_body + of_short, more | found
-
-        return Step(body + short, back)
+        return Pass(body + short, lambda dy: body_back(dy) + short_back(dy))
 
 
 @dataclass(frozen=True)
@@ -510,15 +508,14 @@ class Scale(Block):
             raise Unfit(f"needs one factor for each of {before[0]} channels; received {factors}.")
         return before
 
-    def step(self, x: Array, below: Callable[[str, Node, Array], Step]) -> Step:
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Multiply by the factors."""
         factors, factors_back = self.body.step(x, below)
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            dx, found = factors_back((dy * x).sum((2, 3), keepdims=True))
-            return dx + dy * factors, found
+        def back(dy: Array) -> Array:
+            return factors_back((dy * x).sum((2, 3), keepdims=True)) + dy * factors
 
-        return Step(x * factors, back)
+        return Pass(x * factors, back)
 
 
 @dataclass(frozen=True)
@@ -542,19 +539,17 @@ class Concat(Block):
             )
         return (sum(each[0] for each in shapes), *shapes[0][1:])
 
-    def step(self, x: Array, below: Callable[[str, Node, Array], Step]) -> Step:
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Join the outputs."""
         outputs, backs = zip(*(below(name, child, x) for name, child in self.children), strict=True)
         ends = np.cumsum([output.shape[1] for output in outputs])[:-1]
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            dx, found = np.zeros_like(x), dict[str, Array]()
-            for of, part in zip(backs, np.split(dy, ends, axis=1), strict=True):
-                of_branch, more = of(part)
-                dx, found = dx + of_branch, found | more
-            return dx, found
+        def back(dy: Array) -> Array:
+            parts = zip(backs, np.split(dy, ends, axis=1), strict=True)
+            dx: Array = sum(of(part) for of, part in parts)
+            return dx
 
-        return Step(np.concatenate(outputs, axis=1), back)
+        return Pass(np.concatenate(outputs, axis=1), back)
 
 
 @dataclass(frozen=True)

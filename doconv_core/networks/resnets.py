@@ -39,31 +39,17 @@ Convs: TypeAlias = "Callable[[int, int], tuple[Conv, ...]]"
 
 # Depth: units of each stage. A unit has two convolutions, and the stem and the classifier one each.
 UNITS = {
-    10: (1, 1, 1, 1),
-    18: (2, 2, 2, 2),
-    26: (3, 3, 3, 3),
-    34: (3, 4, 6, 3),
-    68: (3, 4, 23, 3),
-    102: (3, 8, 36, 3),
-}
+    10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (3, 3, 3, 3),
+    34: (3, 4, 6, 3), 68: (3, 4, 23, 3), 102: (3, 8, 36, 3),
+}  # fmt: skip
 WIDTHS = (64, 128, 256, 512)
-CIFAR_UNITS = {
-    20: (3, 3, 3),
-    56: (9, 9, 9),
-    110: (18, 18, 18),
-    302: (50, 50, 50),
-    602: (100, 100, 100),
-}
+CIFAR_UNITS = {6 * n + 2: (n, n, n) for n in (3, 9, 18, 50, 100)}
 CIFAR_WIDTHS = (16, 32, 64)
-WIDE_UNITS = {16: (2, 2, 2), 28: (4, 4, 4), 40: (6, 6, 6)}
+WIDE_UNITS = {6 * n + 4: (n, n, n) for n in (2, 4, 6)}
 # Of GluonCV's, units are basic ones up to a depth of 34, then bottlenecks.
 GLUON_UNITS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
+}  # fmt: skip
 BOTTLENECK_WIDTHS = (256, 512, 1024, 2048)
 
 

@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.numeric import Array
 from doconv_core.state.file import StateError
 from doconv_core.state.layers import LayerForm, Shape
 
-Array = NDArray[Any]
 T = TypeVar("T")
 
 # What a norm without the entry computes with; the count of batches takes no part in that.

@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from numpy.typing import NDArray
-
 from doconv_core.maths.layout import from_channels_first, to_channels_first
+from doconv_core.maths.numeric import Array as Array
 
-Array = NDArray[Any]
 Shape: TypeAlias = "tuple[int | None, ...]"
 Size: TypeAlias = "tuple[int, ...]"
 Config: TypeAlias = Mapping[str, Any]
