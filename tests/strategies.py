@@ -108,7 +108,7 @@ def forms(draw):
         groups = draw(size)
         spec = GroupNormSpec(groups * draw(size), groups, draw(number))
     else:
-        cls = KINDS[kind].spec
+        cls = KINDS[kind]
         types = {"epsilon": number, "momentum": number}
         spec = cls(*(draw(types.get(field.name, size)) for field in fields(cls)))
     words = [None, CHANNELS_FIRST, OWN, UNRECORDED]

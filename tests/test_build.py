@@ -18,7 +18,7 @@ from doconv_core.kinds.base import recipe
 from doconv_core.networks import build
 from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.initialize import initialize
-from doconv_core.networks.layers import layers
+from doconv_core.networks.lowering import layers
 from doconv_core.networks.names import describe
 from doconv_core.networks.nodes import (
     ACTIVATIONS,

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from doconv_core import ConvSpec, LayerForm, NotFoldable, State, compose, read_state, write_state
 from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import BLOCK, CheckpointError, compose_blocks
-from doconv_core.state.file import LinearSpec, entry
+from doconv_core.state.file import entry
+from doconv_core.state.layers import LinearSpec
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from described import KINDS, whole
 from doconv_core import ConvSpec, compose
 from doconv_core.kinds.base import recipe
 from doconv_core.networks.initialize import initialize
-from doconv_core.networks.layers import layers
+from doconv_core.networks.lowering import layers
 from doconv_core.networks.nodes import Conv, Flatten, Linear, Network, sequence
 
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -6,8 +6,7 @@ from described import KINDS, NETWORKS, alone, input_of, state_of, whole
 from doconv_core import BatchNormSpec, ConvSpec, Geometry, LayerForm, LinearSpec, fit_state
 from doconv_core.kinds.base import recipe
 from doconv_core.networks.evaluate import evaluate
-from doconv_core.networks.layers import layers
-from doconv_core.networks.lowering import lowered
+from doconv_core.networks.lowering import layers, lowered
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,

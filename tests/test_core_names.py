@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from doconv_core import count
 from doconv_core.kinds.base import recipe
 from doconv_core.kinds.bsconv import mid_channels
-from doconv_core.networks import mobilenetv1, mobilenetv2, mobilenetv3, preresnet, resnet
+from doconv_core.networks import mobilenets, resnets
 from doconv_core.networks.names import describe, known_name, list_models
 from doconv_core.networks.nodes import BatchNorm, Conv
 from doconv_core.networks.shapes import infer
@@ -130,12 +130,9 @@ def test_names_that_there_are_not(name, reason, nearest):
 
 
 @one_test
-@pytest.mark.parametrize("least, build", [  # noqa: PT006
-    (mobilenetv1.LEAST, "mobilenetv1"),
-    (mobilenetv2.LEAST, "mobilenetv2"),
-    *((least, f"mobilenetv3_{size}") for size, least in mobilenetv3.LEAST.items()),
-])  # fmt: skip
-def test_the_least_widths_leave_a_channel_and_no_more(least, build):
+@pytest.mark.parametrize("version", mobilenets.LEAST)
+def test_the_least_widths_leave_a_channel_and_no_more(version):
+    least, build = mobilenets.LEAST[version], f"mobilenet{version}"
     name = f"{build}_w{least.numerator}d{least.denominator}"
     assert min(at.after[0] for at in infer(describe(name)).values()) == 1
     with pytest.raises(ValueError, match=f"at least {least}"):
@@ -145,8 +142,8 @@ def test_the_least_widths_leave_a_channel_and_no_more(least, build):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 400), st.sampled_from(["1", "2", "3_small", "3_large"]))
 def test_any_width_gives_a_network_or_is_refused(above, below, version):
-    module = {"1": mobilenetv1, "2": mobilenetv2}.get(version, mobilenetv3)
-    least = module.LEAST if version in "12" else module.LEAST[version[2:]]
+    least, table = mobilenets.LEAST[f"v{version}"], mobilenets.TABLES.get(f"v{version}")
+    stem = mobilenets.V1_STEM if table is None else table.stem
     name = f"cifar_mobilenetv{version}_w{above}d{below}"
     if Fraction(above, below) < least:
         with pytest.raises(ValueError, match="at least"):
@@ -154,7 +151,7 @@ def test_any_width_gives_a_network_or_is_refused(above, below, version):
         return
     placed = infer(describe(name))
     assert all(at.after[0] >= 1 for at in placed.values())
-    assert placed["stem.conv"].after[0] == module.STEM * above // below
+    assert placed["stem.conv"].after[0] == stem * above // below
 
 
 @settings(max_examples=200, deadline=None)
@@ -268,9 +265,9 @@ def test_the_input_of_gluons_v2_is_normalized_alone():
 
 def test_depths_count_layers():
     """A network's N is its stem, two or three convolutions a unit, and the classifier."""
-    for depth, units in {**resnet.UNITS, **resnet.CIFAR_UNITS}.items():
+    for depth, units in {**resnets.UNITS, **resnets.CIFAR_UNITS}.items():
         assert depth == 2 * sum(units) + 2
-    for depth, units in preresnet.WIDE_UNITS.items():
+    for depth, units in resnets.WIDE_UNITS.items():
         assert depth == 2 * sum(units) + 4  # with the projections of its three stages, less one
 
 

@@ -15,7 +15,7 @@ from keras import layers, ops  # noqa: E402
 from networks.described import NETWORKS, SHAPE  # noqa: E402
 
 from doconv_core.networks.initialize import initialize  # noqa: E402
-from doconv_core.networks.layers import layers as described_layers  # noqa: E402
+from doconv_core.networks.lowering import layers as described_layers  # noqa: E402
 from doconv_core.networks.nodes import Conv, Network, Sequence, numbered, sequence  # noqa: E402
 from doconv_core.state.layers import OWN  # noqa: E402
 from doconv_tf import build, export_state, load_state  # noqa: E402

@@ -18,7 +18,7 @@ from torch import nn  # noqa: E402
 from doconv_core import difference  # noqa: E402
 from doconv_core.networks.evaluate import evaluate, gradients  # noqa: E402
 from doconv_core.networks.initialize import initialize  # noqa: E402
-from doconv_core.networks.layers import layers  # noqa: E402
+from doconv_core.networks.lowering import layers  # noqa: E402
 from doconv_torch import DOConv2d, build, export_state, load_state  # noqa: E402
 
 TORCH_NAMES = {"gamma": "weight", "beta": "bias"}

@@ -31,7 +31,8 @@ from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, 
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.state.file import LayerForm, State, entry
+from doconv_core.state.file import State, entry
+from doconv_core.state.layers import LayerForm
 
 __all__ = ["FRAMEWORKS", "Upstream", "canonical_upstream", "compose_upstream", "read_upstream"]
 

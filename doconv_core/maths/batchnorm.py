@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from doconv_core.maths.numeric import as_floats
-
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array, as_floats
 
 
 class NotFoldable(TypeError):

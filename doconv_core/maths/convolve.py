@@ -7,18 +7,16 @@ Channels come second: `x` is `(B, I, *spatial)`, the kernel `(O, I/g, *kernel_si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from doconv_core.maths.numeric import as_floats, widened
+from doconv_core.maths.numeric import Array, as_floats, widened
 from doconv_core.maths.spec import MAX_RANK, as_integer, as_tuple, is_sequence
 
-Array = NDArray[Any]
 Padding = tuple[tuple[int, int], ...]
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -242,32 +240,46 @@ def _check_padding(size: tuple[int, ...], pairs: Padding, mode: str) -> None:
 def _patches(x: Array, g: _Geometry) -> Array:
     """Return every kernel-sized patch of `x`, `(B, g, I/g·M, positions)`, ready for one product."""
     padded = pad(x, g.padding, g.padding_mode)
-    extents = tuple(d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel_size, strict=True))
-    axes: Any = tuple(range(2, x.ndim))  # the stubs know a single axis only
-    windows: Array = sliding_window_view(padded, extents, axis=axes)
-    steps = [slice(None, None, s) for s in g.stride] + [slice(None, None, d) for d in g.dilation]
-    windows = windows[(slice(None), slice(None), *steps)]  # (B, I, *out, *kernel)
-    order = (0, 1, *range(2 + g.rank, 2 + 2 * g.rank), *range(2, 2 + g.rank))
     batch, channels = x.shape[:2]
     rows = channels // g.groups * prod(g.kernel_size)
     shape = (batch, g.groups, rows, prod(g.out_size))
-    patches: Array = windows.transpose(order).reshape(shape)
-    return patches
+    return windows(padded, g.kernel_size, g.stride, g.dilation).reshape(shape)
+
+
+def windows(x: Array, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Array:
+    """Return every window of `x`, `(B, C, *spatial)`, as `(B, C, *size, *out)`, a view."""
+    rank = len(size)
+    extents = tuple(d * (k - 1) + 1 for d, k in zip(dilation, size, strict=True))
+    axes: Any = tuple(range(2, x.ndim))  # the stubs know a single axis only
+    found: Array = sliding_window_view(x, extents, axis=axes)
+    steps = (slice(None, None, step) for step in (*stride, *dilation))
+    found = found[(slice(None), slice(None), *steps)]  # (B, C, *out, *size)
+    return found.transpose(0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank))
+
+
+def windows_gradient(
+    gradient: Array, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Array:
+    """Return the gradient with respect to the argument of `windows`, of this shape, tap by tap."""
+    rank = len(stride)
+    size, out = gradient.shape[2 : 2 + rank], gradient.shape[2 + rank :]
+    found = np.zeros(shape, gradient.dtype)
+    tap: Any
+    for tap in np.ndindex(*size):
+        where: Any = (
+            slice(t * d, t * d + s * (n - 1) + 1, s)
+            for t, d, s, n in zip(tap, dilation, stride, out, strict=True)
+        )
+        found[(..., *where)] += gradient[(slice(None), slice(None), *tap)]
+    return found
 
 
 def _unpatch(dpatches: Array, shape: tuple[int, ...], g: _Geometry) -> Array:
-    """Add the gradient of every patch back to the input it was taken from, tap by tap."""
+    """Add the gradient of every patch back to the input it was taken from."""
     batch, channels, *size = shape
-    padded = [n + sum(pair) for n, pair in zip(size, g.padding, strict=True)]
-    gradient = np.zeros((batch, channels, *padded), dpatches.dtype)
+    padded = (n + sum(pair) for n, pair in zip(size, g.padding, strict=True))
     taps = dpatches.reshape(batch, channels, *g.kernel_size, *g.out_size)
-    tap: Any
-    for tap in product(*map(range, g.kernel_size)):
-        where: Any = [
-            slice(t * d, t * d + s * (n - 1) + 1, s)
-            for t, d, s, n in zip(tap, g.dilation, g.stride, g.out_size, strict=True)
-        ]
-        gradient[(..., *where)] += taps[(slice(None), slice(None), *tap)]
+    gradient = windows_gradient(taps, (batch, channels, *padded), g.stride, g.dilation)
     return pad_gradient(gradient, size, g.padding, g.padding_mode)
 
 

@@ -18,19 +18,21 @@ D is `(I, M, S)` in every framework and needs none.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array
 
-# The canonical order's first, second and further axes in each layout.
-_CANONICAL = ("OI*", "IO*", "OI")
-_SECOND_LAST = ("O*I", "I*O")
-_REVERSED = ("*IO", "*OI", "IO")
+# Which of the canonical order's axes are elsewhere in each layout, and where.
+_Axes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
+_MOVED: dict[str, _Axes] = {
+    **dict.fromkeys(("OI*", "IO*", "OI"), ((), ())),
+    **dict.fromkeys(("O*I", "I*O"), ((1,), (-1,))),
+    **dict.fromkeys(("*IO", "*OI", "IO"), ((0, 1), (-1, -2))),
+}
 _DEPTHWISE = "*CN"
-LAYOUTS = (*_CANONICAL, *_SECOND_LAST, *_REVERSED, _DEPTHWISE)
+LAYOUTS = (*_MOVED, _DEPTHWISE)
 
 
 def from_canonical(weight: Array, layout: str, groups: int = 1) -> Array:
@@ -42,14 +44,9 @@ def from_canonical(weight: Array, layout: str, groups: int = 1) -> Array:
     >>> from_canonical(np.zeros((16, 8, 3, 3)), "*IO").shape  # as Keras has it
     (3, 3, 8, 16)
     """
-    if layout in _CANONICAL:
-        return weight
-    if layout in _SECOND_LAST:
-        return np.moveaxis(weight, 1, -1)
-    if layout in _REVERSED:
-        return np.moveaxis(weight, (0, 1), (-1, -2))
     if layout != _DEPTHWISE:
-        raise _unknown(layout)
+        here, there = _moved(layout)
+        return np.moveaxis(weight, here, there)
     if weight.shape[1] != 1:
         raise ValueError(
             "a depthwise weight must be (O, 1, taps…) in canonical order; received shape "
@@ -66,14 +63,9 @@ def to_canonical(weight: Array, layout: str) -> Array:
     >>> to_canonical(np.zeros((3, 3, 8, 16)), "*IO").shape
     (16, 8, 3, 3)
     """
-    if layout in _CANONICAL:
-        return weight
-    if layout in _SECOND_LAST:
-        return np.moveaxis(weight, -1, 1)
-    if layout in _REVERSED:
-        return np.moveaxis(weight, (-1, -2), (0, 1))
     if layout != _DEPTHWISE:
-        raise _unknown(layout)
+        there, here = _moved(layout)
+        return np.moveaxis(weight, here, there)
     return np.moveaxis(weight.reshape(*weight.shape[:-2], -1), -1, 0)[:, None]
 
 
@@ -93,5 +85,7 @@ def from_channels_first(features: Array, positions: tuple[int, ...]) -> Array:
     return np.moveaxis(image, features.ndim - 1, -1).reshape(features.shape)
 
 
-def _unknown(layout: str) -> ValueError:
-    return ValueError(f"layout must be one of {', '.join(LAYOUTS)}; received {layout!r}.")
+def _moved(layout: str) -> _Axes:
+    if layout not in _MOVED:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; received {layout!r}.")
+    return _MOVED[layout]

@@ -166,6 +166,11 @@ class ConvSpec:
         return (self.in_channels, self.taps, self.depth_multiplier)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what an ordinary convolution of these sizes may have, as `W` and bias."""
+        return {"weight": self.weight_shape, "bias": (self.out_channels,)}
+
+    @property
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape in which a layer keeps `W`: the ordinary kernel's where `S == M`, else `W`'s own.
 

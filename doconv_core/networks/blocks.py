@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from doconv_core.kinds.base import Recipe
 from doconv_core.networks.nodes import (
@@ -44,12 +45,12 @@ def conv_bn(
     )
 
 
-def large_stem(channels: int = 64) -> Nodes:
+def large_stem() -> Nodes:
     """Return the ResNets' stem for images of 224x224: of its rows and columns, a quarter is left.
 
     Source: Deep residual learning, arXiv 1512.03385, table 1.
     """
-    return sequence(*conv_bn(channels, 7, stride=2).children, ("pool", Pool("max", 3, 2, 1)))
+    return sequence(*conv_bn(64, 7, stride=2).children, ("pool", Pool("max", 3, 2, 1)))
 
 
 def squeeze_excite(channels: int, squeezed: int) -> Scale:
@@ -69,38 +70,29 @@ def squeeze_excite(channels: int, squeezed: int) -> Scale:
 
 
 def stages(
-    unit: Callable[[int, int, int], Node],
-    counts: Iterable[int],
-    widths: Iterable[int],
+    unit: Callable[..., Node],
+    rows: Iterable[Sequence[tuple[Any, ...]]],
+    strides: Iterable[int],
     before: int,
     *,
     activation: Activation | None = None,
 ) -> list[Named]:
-    """Return the stages of a ResNet, named "stage1", …, of units "unit1", …
+    """Return the stages of a network, named "stage1", …, of units "unit1", …
 
-    unit: of the channels before it, its own, and the stride. counts, widths: of the units of each
-    stage. before: channels before the first stage, whose stride is 1; the others' first units halve
-    the size. activation: after each unit, named "relu1", …
+    unit: of the channels before it, the stride, and its sizes, of which the last is its channels.
+    rows: the sizes of the units of each stage. strides: of each stage's first unit; the others have
+    1. before: channels before the first stage. activation: after each unit, named "relu1", …
     """
     found: list[Named] = []
-    for number, (count, width) in enumerate(zip(counts, widths, strict=True), 1):
+    for number, (row, first) in enumerate(zip(rows, strides, strict=True), 1):
         stage: list[Named] = []
-        for place in range(1, count + 1):
-            stride = 2 if number > 1 and place == 1 else 1
-            stage.append((f"unit{place}", unit(before, width, stride)))
+        for place, sizes in enumerate(row, 1):
+            stage.append((f"unit{place}", unit(before, first if place == 1 else 1, *sizes)))
             if activation is not None:
                 stage.append((f"{activation.name}{place}", activation))
-            before = width
+            before = sizes[-1]
         found.append((f"stage{number}", sequence(*stage)))
     return found
-
-
-def numbered_stages(stages: Sequence[Sequence[Node]]) -> list[Named]:
-    """Return the stages, named "stage1", …, of the units given, named "unit1", …"""
-    return [
-        (f"stage{n}", sequence(*((f"unit{m}", unit) for m, unit in enumerate(units, 1))))
-        for n, units in enumerate(stages, 1)
-    ]
 
 
 def convolution_head(classes: int, *, bias: bool = True) -> list[Named]:

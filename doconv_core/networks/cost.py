@@ -6,27 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from doconv_core.kinds.base import composed_by
-from doconv_core.kinds.do_conv import layer_cost
+from doconv_core.kinds.base import Cost
 from doconv_core.maths.spec import as_integer, is_sequence
-from doconv_core.networks.lowering import conv_spec, lowered
+from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe
-from doconv_core.networks.nodes import (
-    Activation,
-    BatchNorm,
-    Conv,
-    Dropout,
-    Flatten,
-    GlobalPool,
-    Linear,
-    Network,
-    Node,
-    Pool,
-)
-from doconv_core.networks.shapes import Placed, Shape, for_input, infer
-
-# Kinds of layers that compute something, or stand in a network for all to see.
-LEAVES = (Conv, BatchNorm, Activation, Pool, GlobalPool, Flatten, Dropout, Linear)
+from doconv_core.networks.nodes import Conv, Layer, Network
+from doconv_core.networks.shapes import Placed, for_input, infer
+from doconv_core.state.layers import LayerForm, Shape
 
 
 @dataclass(frozen=True)
@@ -125,9 +111,8 @@ def count(
         channels = None if shape is None else shape[0]
         network = describe(name_or_description, num_classes=num_classes, in_channels=channels)
     network = for_input(network, shape)
-    # A BSConv is counted as its parts, which bear its kind.
     described, placed = infer(network), infer(lowered(network))
-    leaves = [at for at in placed.values() if isinstance(at.node, LEAVES)]
+    leaves = (at for at in placed.values() if isinstance(at.node, Layer))
     layers = tuple(_counted(at, described) for at in leaves)
     return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
 
@@ -143,68 +128,25 @@ def _checked(input_shape: Sequence[int]) -> Shape:
 
 def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
     """Return the costs of a layer. described: the network as it was before it was lowered."""
-    node = at.node
-    if isinstance(node, Conv):
-        whole = at if at.path in described else described[at.path.rpartition(".")[0]]
-        assert isinstance(whole.node, Conv)
-        return _convolution(at, node, whole.node.kind.name)
-    if isinstance(node, BatchNorm):
-        return _batch_norm(at, node)
-    if isinstance(node, Linear):
-        return _linear(at, node)
-    return CountedLayer(
-        at.path, _kind(node), at.before, at.after, _window(node), flops=_operations(at)
-    )
-
-
-def _convolution(at: Placed, conv: Conv, kind: str) -> CountedLayer:
-    """Return a convolution's costs; of a layer with a composed kernel, those of the folded one."""
-    spec, positions = conv_spec(conv, at.before), prod(at.after[1:])
-    folded = layer_cost(spec, positions, bias=conv.bias).folded
-    composed, trained = composed_by(conv.kind, spec), folded
+    kind, form, composed = at.node.word, at.form, None
+    if isinstance(at.node, Conv) and at.path not in described:  # a part, which bears its kind
+        kind = described[at.path.rpartition(".")[0]].node.word
+    if form is not None and form.composed is not None:
+        composed, spec = form.composed, form.spec
+        form = LayerForm(composed.conv(spec), bias=form.bias)
+    shapes = {} if form is None else form.shapes
+    held = (prod(shape) for name, shape in shapes.items() if not name.startswith("running_"))
+    parameters, positions = sum(held), prod(at.after[1:])
+    macs = prod(shapes["weight"]) * positions if "weight" in shapes else 0
+    biases = prod(at.after) if "bias" in shapes else 0
+    trained = Cost(parameters, macs)
     if composed is not None:
-        trained = composed.training_cost(composed.spec(spec), positions, bias=conv.bias)
+        trained = composed.training_cost(spec, positions, bias=bool(biases))
     return CountedLayer(
-        at.path, kind, at.before, at.after, conv.kernel_size,
-        parameters=folded.parameters,
-        flops=folded.macs + (prod(at.after) if conv.bias else 0),
-        macs=folded.macs,
+        at.path, kind, at.before, at.after, getattr(at.node, "kernel_size", None),
+        parameters=parameters,
+        flops=macs + biases if macs else at.node.operations(at.before, at.after),
+        macs=macs,
         training_parameters=trained.parameters,
-        composition_macs=trained.macs - folded.macs,
+        composition_macs=trained.macs - macs,
     )  # fmt: skip
-
-
-def _batch_norm(at: Placed, norm: BatchNorm) -> CountedLayer:
-    trained = 2 * at.before[0] if norm.affine else 0
-    return CountedLayer(
-        at.path, "batch_norm", at.before, at.after,
-        parameters=trained, flops=2 * prod(at.before), training_parameters=trained,
-    )  # fmt: skip
-
-
-def _linear(at: Placed, linear: Linear) -> CountedLayer:
-    macs = at.before[0] * linear.features
-    biases = linear.features if linear.bias else 0
-    return CountedLayer(
-        at.path, "linear", at.before, at.after,
-        parameters=macs + biases, flops=macs + biases, macs=macs, training_parameters=macs + biases,
-    )  # fmt: skip
-
-
-def _operations(at: Placed) -> int:
-    """Return the operations of a layer without parameters."""
-    if isinstance(at.node, (Pool, GlobalPool)):
-        return prod(at.before)
-    return prod(at.after) if at.node == Activation("relu") else 0
-
-
-def _kind(node: Node) -> str:
-    if isinstance(node, Activation):
-        return node.name
-    if isinstance(node, Pool):
-        return f"{node.name}_pool"
-    return "global_pool" if isinstance(node, GlobalPool) else type(node).__name__.lower()
-
-
-def _window(node: Node) -> tuple[int, ...] | None:
-    return (node.size, node.size) if isinstance(node, Pool) else None

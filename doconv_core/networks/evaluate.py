@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from doconv_core.maths.numeric import as_floats
-from doconv_core.networks.layers import fitted
-from doconv_core.networks.lowering import lowered
-from doconv_core.networks.nodes import Concat, Network, Node, Residual, Scale, Sequence
-from doconv_core.networks.operations import OPERATIONS, Array, Arrays, Step
-from doconv_core.networks.shapes import children
-from doconv_core.state.file import State, entry
+from doconv_core.networks.lowering import layers, lowered
+from doconv_core.networks.nodes import Arrays, Block, Network, Node, Pass
+from doconv_core.state.file import Array, State, entry
+from doconv_core.state.match import fit_state
 
 
 class NetworkGradients(NamedTuple):
@@ -45,8 +42,7 @@ def evaluate(network: Network, state: State, x: ArrayLike, *, training: bool = F
     (2, 100)
     """
     x = _checked(x)
-    run, body = _start(network, state, x, training, keep=False)
-    return run.step("", body, x).output
+    return _passed(network, state, x, training, keep=False)[0].output
 
 
 def gradients(
@@ -70,14 +66,13 @@ def gradients(
     array([0., 0., 0.])
     """
     x = _checked(x)
-    run, body = _start(network, state, x, training, keep=True)
-    output, back = run.step("", body, x)
+    (output, back), found = _passed(network, state, x, training, keep=True)
     dy = as_floats("output_gradient", output_gradient)
     if dy.shape != output.shape:
         raise ValueError(f"output_gradient must have shape {output.shape}; received {dy.shape}.")
-    dx, found = back(dy.astype(x.dtype))
-    order = [entry(path, name) for path, arrays in run.arrays.items() for name in arrays]
-    return NetworkGradients({name: found[name] for name in order if name in found}, dx)
+    dx = back(dy.astype(x.dtype))
+    named = ((path, *each) for path, arrays in found.items() for each in arrays.items())
+    return NetworkGradients({entry(path, name): array for path, name, array in named}, dx)
 
 
 def _checked(x: ArrayLike) -> Array:
@@ -89,88 +84,34 @@ def _checked(x: ArrayLike) -> Array:
     return x
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all nodes of one evaluation share. keep: whether the way back will be asked for."""
+def _passed(
+    network: Network, state: State, x: Array, training: bool, *, keep: bool
+) -> tuple[Pass, dict[str, Arrays]]:
+    """Return what the network makes of `x`, and where its `back` puts gradients of the arrays.
 
-    arrays: dict[str, Arrays]
-    training: bool
-    keep: bool
-
-    def step(self, path: str, node: Node, x: Array) -> Step:
-        """Return what the node at `path` makes of `x`; its gradients are by entry of the state."""
-        if isinstance(node, Residual):
-            return self.residual(path, node, x)
-        if isinstance(node, Scale):
-            return self.scale(path, node, x)
-        if isinstance(node, Concat):
-            return self.concat(path, node, x)
-        if isinstance(node, Sequence):
-            return self.sequence(path, node, x)
-        output, back = OPERATIONS[type(node)](node, self.arrays.get(path, {}), x, self.training)
-
-        def named(dy: Array) -> tuple[Array, Arrays]:
-            dx, found = back(dy)
-            return dx, {entry(path, name): gradient for name, gradient in found.items()}
-
-        return Step(output, named)
-
-    def sequence(self, path: str, node: Sequence, x: Array) -> Step:
-        backs = []
-        for name, child in node.children:
-            x, back = self.step(entry(path, name), child, x)
-            backs += [back] if self.keep else []  # which holds on to every input
-
-        def through(dy: Array) -> tuple[Array, Arrays]:
-            found: Arrays = {}
-            for back in reversed(backs):
-                dy, more = back(dy)
-                found |= more
-            return dy, found
-
-        return Step(x, through)
-
-    def residual(self, path: str, node: Residual, x: Array) -> Step:
-        body, body_back = self.sequence(path, node.body, x)
-        short, short_back = self.sequence(entry(path, "shortcut"), node.shortcut, x)
-
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            of_short, found = short_back(dy)
-            of_body, more = body_back(dy)
-            return of_body + of_short, found | more
-
-        return Step(body + short, back)
-
-    def scale(self, path: str, node: Scale, x: Array) -> Step:
-        factors, factors_back = self.sequence(path, node.body, x)
-
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            dx, found = factors_back((dy * x).sum((2, 3), keepdims=True))
-            return dx + dy * factors, found
-
-        return Step(x * factors, back)
-
-    def concat(self, path: str, node: Concat, x: Array) -> Step:
-        steps = [self.step(entry(path, name), child, x) for name, child in children(node)]
-        ends = np.cumsum([output.shape[1] for output, _ in steps])[:-1]
-
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            parts = np.split(dy, ends, axis=1)
-            dx, found = np.zeros_like(x), dict[str, Array]()
-            for step, part in zip(steps, parts, strict=True):
-                of_branch, more = step.back(part)
-                dx, found = dx + of_branch, found | more
-            return dx, found
-
-        return Step(np.concatenate([output for output, _ in steps], axis=1), back)
-
-
-def _start(
-    network: Network, state: State, x: Array, training: bool, keep: bool
-) -> tuple[_Run, Sequence]:
+    keep: whether there is a way back, which holds on to every layer's input.
+    """
     shape = x.shape[1:]
-    arrays = {
-        path: {name: array.astype(x.dtype) for name, array in of_layer.items()}
-        for path, of_layer in fitted(network, state, shape, stacklevel=4).items()
-    }
-    return _Run(arrays, training, keep), lowered(network, shape).body
+    fitted = fit_state(state, layers(network, shape), network=network.name, stacklevel=4)
+    found: dict[str, Arrays] = {path: {} for path in fitted}
+
+    def step(path: str, node: Node, x: Array) -> Pass:
+        if isinstance(node, Block):
+            output, back = node.step(x, lambda name, *child: step(entry(path, name), *child))
+        else:
+            arrays = {name: each.astype(x.dtype) for name, each in fitted.get(path, {}).items()}
+            output, own = node.step(x, arrays, training)
+
+            def back(dy: Array) -> Array:
+                dx, gradients = own(dy)
+                if gradients:
+                    found[path] = gradients
+                return dx
+
+        return Pass(output, back if keep else _no_way_back)
+
+    return step("", lowered(network, shape).body, x), found
+
+
+def _no_way_back(dy: Array) -> Array:
+    raise AssertionError("an evaluation that keeps nothing has no gradients")

@@ -9,16 +9,7 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from doconv_core.kinds.base import Recipe
-from doconv_core.networks import (
-    gluon_mobilenet,
-    gluon_resnet,
-    mobilenetv1,
-    mobilenetv2,
-    mobilenetv3,
-    preresnet,
-    resnet,
-    tutorials,
-)
+from doconv_core.networks import mobilenets, resnets, tutorials
 from doconv_core.networks.nodes import Sequence
 
 # Of the number of classes and the kind of the convolutions that have another in a BSConv network.
@@ -63,8 +54,8 @@ def listed(values: Iterable[object], last: str = "or") -> str:
 
 
 def _residual(name: str, build: Callable[..., Sequence], *, cifar: bool) -> Family:
-    prefix = f"cifar_{name}" if cifar else name
-    depths = tuple(resnet.CIFAR_UNITS if cifar else resnet.UNITS)
+    prefix = f"{'cifar_' * cifar}{name}"
+    depths = tuple(resnets.CIFAR_UNITS if cifar else resnets.UNITS)
 
     def resolve(depth: str) -> Build:
         if int(depth) not in depths:
@@ -79,26 +70,20 @@ def _wide() -> Family:
     factors = {16: (1, 2, 4, 8, 10, 12), 28: (1, 2, 3, 4, 8, 10, 12), 40: (1, 2, 3, 4, 8, 10)}
 
     def resolve(depth: str, factor: str) -> Build:
-        if int(depth) not in preresnet.WIDE_UNITS:
-            raise ValueError(f"the depth of a cifar_wrn is {listed(preresnet.WIDE_UNITS)}")
+        if int(depth) not in resnets.WIDE_UNITS:
+            raise ValueError(f"the depth of a cifar_wrn is {listed(resnets.WIDE_UNITS)}")
         if int(factor) == 0:
             raise ValueError("the factor K of a cifar_wrnN_K is at least 1")
-        return partial(preresnet.wide, int(depth), int(factor))
+        return partial(resnets.wide, int(depth), int(factor))
 
     usual = tuple(f"cifar_wrn{depth}_{k}" for depth, ks in factors.items() for k in ks)
     return Family(f"cifar_wrn{INTEGER}_{INTEGER}", resolve, usual, CIFAR, "any")
 
 
 def _mobilenet(
-    name: str,
-    build: Callable[..., Sequence],
-    widths: Iterable[str],
-    least: Fraction,
-    variants: str,
-    *,
-    cifar: bool,
+    version: str, build: Callable[..., Sequence], usual: Iterable[str], variants: str, cifar: bool
 ) -> Family:
-    prefix = f"cifar_{name}" if cifar else name
+    prefix, least = f"{'cifar_' * cifar}mobilenet{version}", mobilenets.LEAST[version]
 
     def resolve(numerator: str, denominator: str | None) -> Build:
         below = int(denominator or 1)
@@ -110,20 +95,17 @@ def _mobilenet(
             )
         return partial(build, width, cifar=cifar)
 
-    usual = tuple(f"{prefix}_{width}" for width in widths)
-    return Family(f"{prefix}_{WIDTH}", resolve, usual, CIFAR if cifar else IMAGENET, variants)
+    names = tuple(f"{prefix}_{width}" for width in usual)
+    return Family(f"{prefix}_{WIDTH}", resolve, names, CIFAR if cifar else IMAGENET, variants)
 
 
 def _mobilenets(*, cifar: bool) -> list[Family]:
-    make = partial(_mobilenet, cifar=cifar)
-    widths, v3_widths = ("w1", "w3d4", "w1d2", "w1d4"), ("w1", "w3d4", "w1d2", "w7d20")
-    found = [
-        make("mobilenetv1", mobilenetv1.mobilenetv1, widths, mobilenetv1.LEAST, "u"),
-        make("mobilenetv2", mobilenetv2.mobilenetv2, widths, mobilenetv2.LEAST, "s_p1d6"),
-    ]
-    for size, least in mobilenetv3.LEAST.items():
-        build = partial(mobilenetv3.mobilenetv3, size)
-        found.append(make(f"mobilenetv3_{size}", build, v3_widths, least, "s_p1d6"))
+    usual, v3_usual = ("w1", "w3d4", "w1d2", "w1d4"), ("w1", "w3d4", "w1d2", "w7d20")
+    found = [_mobilenet("v1", mobilenets.v1, usual, "u", cifar)]
+    for version, table in mobilenets.TABLES.items():
+        widths = usual if version == "v2" else v3_usual
+        build = partial(mobilenets.inverted, table)
+        found.append(_mobilenet(version, build, widths, "s_p1d6", cifar))
     return found
 
 
@@ -137,54 +119,33 @@ def _fixed(networks: Mapping[str, Callable[[int], Sequence]], dataset: Dataset) 
     return Family(pattern, resolve, tuple(networks), dataset)
 
 
-def _gluon_resnets() -> dict[str, Callable[[int], Sequence]]:
-    builds: dict[str, Callable[..., Sequence]] = {
-        "v1": gluon_resnet.resnet_v1,
-        "v1b": gluon_resnet.resnet_v1b,
-        "v2": gluon_resnet.resnet_v2,
-    }
-    found: dict[str, Callable[[int], Sequence]] = {
-        f"resnet{depth}_{version}": partial(build, depth)
-        for version, build in builds.items()
-        for depth in gluon_resnet.UNITS
-    }
-    for depth, cardinality, width in ((50, 32, 4), (101, 32, 4), (101, 64, 4)):
-        build = partial(gluon_resnet.resnext, depth, cardinality, width)
-        found[f"resnext{depth}_{cardinality}x{width}d"] = build
-    return found
-
-
-def _gluon_mobilenets() -> dict[str, Callable[[int], Sequence]]:
-    builds: dict[str, Callable[..., Sequence]] = {
-        "mobilenet": gluon_mobilenet.v1,
-        "mobilenetv2_": gluon_mobilenet.v2,
-    }
-    found: dict[str, Callable[[int], Sequence]] = {
-        f"{name}{width}": partial(build, Fraction(width))
-        for name, build in builds.items()
-        for width in gluon_mobilenet.WIDTHS
-    }
-    sizes = ("large", "small")
-    return found | {f"mobilenetv3_{size}": partial(gluon_mobilenet.v3, size) for size in sizes}
-
+GLUON_RESNETS: Mapping[str, Callable[[int], Sequence]] = {
+    f"resnet{depth}_{version}": partial(build, depth)
+    for version, build in resnets.GLUON_VERSIONS.items()
+    for depth in resnets.GLUON_UNITS
+} | {
+    f"resnext{depth}_{groups}x{width}d": partial(resnets.resnext, depth, groups, width)
+    for depth, groups, width in ((50, 32, 4), (101, 32, 4), (101, 64, 4))
+}
+GLUON_MOBILENETS: Mapping[str, Callable[[int], Sequence]] = {
+    f"{name}{width}": partial(build, Fraction(width))
+    for name, build in (("mobilenet", mobilenets.gluon_v1), ("mobilenetv2_", mobilenets.gluon_v2))
+    for width in mobilenets.GLUON_WIDTHS
+} | {
+    "mobilenetv3_large": partial(mobilenets.gluon_v3, mobilenets.V3_LARGE),
+    "mobilenetv3_small": partial(mobilenets.gluon_v3, mobilenets.V3_SMALL),
+}
 
 FAMILIES = (
-    _residual("resnet", resnet.resnet, cifar=False),
-    _residual("preresnet", preresnet.preresnet, cifar=False),
+    _residual("resnet", resnets.resnet, cifar=False),
+    _residual("preresnet", resnets.preresnet, cifar=False),
     *_mobilenets(cifar=False),
-    _residual("resnet", resnet.resnet, cifar=True),
-    _residual("preresnet", preresnet.preresnet, cifar=True),
+    _residual("resnet", resnets.resnet, cifar=True),
+    _residual("preresnet", resnets.preresnet, cifar=True),
     _wide(),
     *_mobilenets(cifar=True),
-    _fixed({"plain18": gluon_resnet.plain}, IMAGENET),
-    _fixed(_gluon_resnets(), IMAGENET),
-    _fixed(_gluon_mobilenets(), IMAGENET),
-    _fixed(
-        {
-            "tutorial_pt": tutorials.pytorch,
-            "tutorial_tf": tutorials.tensorflow,
-            "tutorial_gluon": tutorials.gluon,
-        },
-        DIGITS,
-    ),
+    _fixed({"plain18": resnets.plain}, IMAGENET),
+    _fixed(GLUON_RESNETS, IMAGENET),
+    _fixed(GLUON_MOBILENETS, IMAGENET),
+    _fixed(tutorials.TUTORIALS, DIGITS),
 )

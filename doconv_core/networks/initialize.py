@@ -8,11 +8,10 @@ import math
 import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.networks.layers import layers
+from doconv_core.networks.lowering import layers
 from doconv_core.networks.nodes import Network
-from doconv_core.networks.shapes import Shape
 from doconv_core.state.file import Array, State, entry
-from doconv_core.state.layers import LayerForm
+from doconv_core.state.layers import LayerForm, Shape
 
 CLASSIFIER = "classifier"
 _CONSTANTS = {"gamma": 1, "beta": 0, "running_mean": 0, "running_var": 1, "bias": 0}

@@ -1,4 +1,4 @@
-"""A network with every layer of a separable kind taken apart into ordinary ones."""
+"""A network with every layer of a separable kind taken apart: the layers of its states."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from doconv_core.networks.nodes import (
     Conv,
     Network,
     Node,
-    Sequence,
     replaced,
     sequence,
 )
-from doconv_core.networks.shapes import Shape, infer
+from doconv_core.networks.shapes import infer
+from doconv_core.state.layers import LayerForm, Shape
 
 
 def lowered(network: Network, input_shape: Shape | None = None) -> Network:
@@ -34,10 +34,20 @@ def lowered(network: Network, input_shape: Shape | None = None) -> Network:
         path, before = next(at)
         return parts(path, conv, before)
 
+    channels, rows, columns = input_shape or network.input_shape
     body = replaced(network.body, change)
-    assert isinstance(body, Sequence)
-    size = network.input_shape if input_shape is None else input_shape
-    return replace(network, body=body, input_shape=(size[0], size[1], size[2]))
+    return replace(network, body=body, input_shape=(channels, rows, columns))
+
+
+def layers(network: Network, input_shape: Shape | None = None) -> dict[str, LayerForm]:
+    """Return the form of every layer of the network that has arrays, by path, in order.
+
+    It is what a state of the network holds, in whatever framework: a BSConv's parts are layers of
+    their own. input_shape: `(C, H, W)`; None for the network's own. Raises ValueError, by path,
+    for a network of which there are no such layers.
+    """
+    forms = ((path, each.form) for path, each in infer(lowered(network, input_shape)).items())
+    return {path: form for path, form in forms if form is not None}
 
 
 def parts(path: str, conv: Conv, before: Shape) -> Node:
@@ -62,8 +72,3 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
         return replace(conv, groups=0, kind=ORDINARY) if part.depthwise else Conv(part.channels)
 
     return sequence(*((part.name, node(part)) for part in found))
-
-
-def conv_spec(conv: Conv, before: Shape) -> ConvSpec:
-    """Return the sizes of a convolution as an ordinary one. before: its input's shape."""
-    return ConvSpec(before[0], conv.channels, conv.kernel_size, conv.groups or before[0])

@@ -88,7 +88,8 @@ def over_parameterized(body: Sequence, word: str = "doconv") -> Sequence:
     def change(conv: Conv) -> Conv:
         return replace(conv, kind=recipe(word)) if prod(conv.kernel_size) > 1 else conv
 
-    return Sequence(tuple((name, replaced(node, change)) for name, node in body.children))
+    body = replaced(body, change)
+    return body
 
 
 def _parsed(name: str) -> tuple[Family, Build, Recipe]:

@@ -1,20 +1,106 @@
 """What a network is made of: a few kinds of nodes, as data, that a function of a family composes.
 
 A node holds what a reader of the paper's table would see. Input channels and sizes are not in it:
-they follow from what comes before, and `shapes.infer` tells them.
+they follow from what comes before, and `shapes.infer` tells them. Of these its kind says the rest:
+the shape it gives, what it computes in NumPy, and the gradient, what it is in a state and its cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, fields
+from math import prod
+from re import sub
+from typing import Any, NamedTuple, TypeAlias
 
-from doconv_core.kinds.base import Recipe, recipe
+import numpy as np
+
+from doconv_core.kinds.base import Recipe, composed_by, recipe
+from doconv_core.maths.convolve import (
+    convolve,
+    convolve_gradient,
+    pad_gradient,
+    windows,
+    windows_gradient,
+)
+from doconv_core.maths.geometry import Geometry, symmetric
+from doconv_core.maths.spec import ConvSpec
+from doconv_core.state.file import Array
+from doconv_core.state.layers import BatchNormSpec, LayerForm, LinearSpec, Shape
+
+Arrays: TypeAlias = dict[str, Array]
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
 POOLS = ("max", "average")
 SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
+ORDINARY = recipe()
+
+
+class Unfit(Exception):
+    """Why a node cannot be where it is; what follows its path in a message."""
+
+
+class Step(NamedTuple):
+    """A layer's output, and `back`: from its gradient to the input's, and those of the arrays."""
+
+    output: Array
+    back: Callable[[Array], tuple[Array, Arrays]]
+
+
+class Pass(NamedTuple):
+    """What a node makes of an input, and `back`: from the output's gradient to the input's."""
+
+    output: Array
+    back: Callable[[Array], Array]
+
+
+class Layer:
+    """A node without children. Shapes are of one image: `(C, H, W)`, or `(features,)`."""
+
+    def after(self, before: Shape) -> Shape:
+        """Return the shape of the output, from that of the input; `Unfit` where there is none."""
+        return before
+
+    def form(self, before: Shape) -> LayerForm | None:
+        """Return what the node is in a state; None where it has no arrays."""
+        return None
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Return what the node makes of `x`, with its arrays by name."""
+        raise NotImplementedError
+
+    @property
+    def word(self) -> str:
+        """The name of its kind in a table of costs."""
+        return sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def operations(self, before: Shape, after: Shape) -> int:
+        """Return the operations for one image of a layer without a weight, by BSConv's rule."""
+        return 0
+
+
+class Block:
+    """A node of others, which have the arrays and their gradients.
+
+    below: takes a child's name, the child, and a shape, or an input; returns what it makes of that.
+    """
+
+    @property
+    def children(self) -> Children:
+        """The nodes in it, by the names that they have in paths."""
+        raise NotImplementedError
+
+    def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
+        """Return the shape of the output, from that of the input; `Unfit` where there is none."""
+        raise NotImplementedError
+
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
+        """Return what the node makes of `x`."""
+        raise NotImplementedError
+
+
+Node: TypeAlias = Layer | Block
+Children: TypeAlias = tuple[tuple[str, Node], ...]
 
 
 def _one_of(known: tuple[str, ...], name: str) -> None:
@@ -22,11 +108,23 @@ def _one_of(known: tuple[str, ...], name: str) -> None:
         raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
-ORDINARY = recipe()
+def _check_image(shape: Shape) -> None:
+    if len(shape) != 3:
+        raise Unfit(f"needs an image (C, H, W); received the shape {shape}.")
+
+
+def _positions(size: int, kernel: int, stride: int, around: int) -> int:
+    """Return how often a window fits into a side of an image."""
+    if size + 2 * around < kernel:
+        raise Unfit(
+            f"needs at least {kernel - 2 * around} rows and columns; received {size}. The "
+            "network's input is too small."
+        )
+    return (size + 2 * around - kernel) // stride + 1
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(Layer):
     """A convolution. padding: on every side; None for half the kernel, rounded down.
 
     groups: 0 for a depthwise convolution, as many as there are input channels. orthonormal: of a
@@ -43,18 +141,107 @@ class Conv:
     kind: Recipe = ORDINARY
     orthonormal: bool = False
 
+    @property
+    def pads(self) -> tuple[int, int]:
+        """The padding of both dimensions, on either side."""
+        rows, columns = self.kernel_size
+        around = self.padding
+        return (rows // 2, columns // 2) if around is None else (around, around)
+
+    def spec(self, before: Shape) -> ConvSpec:
+        """Return the sizes of the convolution as an ordinary one."""
+        return ConvSpec(before[0], self.channels, self.kernel_size, self.groups or before[0])
+
+    def after(self, before: Shape) -> Shape:
+        """Return the channels and the positions that the kernel takes."""
+        _check_image(before)
+        sizes = zip(before[1:], self.kernel_size, self.pads, strict=True)
+        return (self.channels, *(_positions(n, k, self.stride, p) for n, k, p in sizes))
+
+    def form(self, before: Shape) -> LayerForm:
+        """Return an ordinary convolution, or one whose kernel is composed."""
+        spec = self.spec(before)
+        geometry = Geometry((self.stride,) * 2, (1, 1), symmetric(self.pads))
+        kind = composed_by(self.kind, spec)
+        if kind is None:
+            return LayerForm(spec, bias=self.bias, geometry=geometry)
+        return LayerForm(kind.spec(spec), kind.name, self.bias, geometry=geometry)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Convolve with the kernel, which a composed layer composes of its weights."""
+        conv = self.spec(x.shape[1:])
+        kind = composed_by(self.kind, conv)
+        weights = {name: array for name, array in arrays.items() if name != "bias"}
+        if kind is None:
+            kernel = weights["weight"].reshape(conv.kernel_shape)
+        else:
+            kernel = kind.compose(weights, kind.spec(conv))
+        how: Any = {"stride": self.stride, "padding": self.pads, "groups": conv.groups}
+
+        def back(dy: Array) -> tuple[Array, Arrays]:
+            dx, dkernel, dbias = convolve_gradient(x, kernel, dy, **how)
+            if kind is None:
+                found = {"weight": dkernel.reshape(weights["weight"].shape)}
+            else:
+                found = kind.gradient(weights, dkernel, kind.spec(conv))
+            return dx, found | ({"bias": dbias} if "bias" in arrays else {})
+
+        return Step(convolve(x, kernel, arrays.get("bias"), **how), back)
+
+    @property
+    def word(self) -> str:
+        """How it is made."""
+        return self.kind.name
+
 
 @dataclass(frozen=True)
-class BatchNorm:
+class BatchNorm(Layer):
     """A batch norm. momentum: the new batch's weight. affine: whether it has scale and shift."""
 
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
 
+    def form(self, before: Shape) -> LayerForm:
+        """Return a batch norm of as many channels."""
+        spec = BatchNormSpec(before[0], self.epsilon, self.momentum)
+        return LayerForm(spec, bias=self.affine, scale=self.affine)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Take in training the batch's own mean and biased variance, else the running ones."""
+        axes = (0, *range(2, x.ndim))
+
+        def along_channels(vector: Array) -> Array:
+            return vector.reshape(-1, *(1,) * (x.ndim - 2))
+
+        gamma = along_channels(arrays.get("gamma", np.ones(x.shape[1], x.dtype)))
+        if training:
+            mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        else:
+            mean, variance = (along_channels(arrays[f"running_{s}"]) for s in ("mean", "var"))
+        factor = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
+        normal = (x - mean) * factor
+        output = normal * gamma
+        if self.affine:
+            output = output + along_channels(arrays["beta"])
+
+        def back(dy: Array) -> tuple[Array, Arrays]:
+            dx = dy * gamma
+            if training:  # the statistics depend on x too
+                along = (dx * normal).mean(axes, keepdims=True)
+                dx = dx - dx.mean(axes, keepdims=True) - normal * along
+            found = {"gamma": (dy * normal).sum(axes), "beta": dy.sum(axes)} if self.affine else {}
+            return dx * factor, found
+
+        return Step(output, back)
+
+    def operations(self, before: Shape, after: Shape) -> int:
+        """Return two for each input."""
+        return 2 * prod(before)
+
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Layer):
     """An activation function, one of `ACTIVATIONS`."""
 
     name: str
@@ -63,9 +250,34 @@ class Activation:
         """Check the name."""
         _one_of(ACTIVATIONS, self.name)
 
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x · it."""
+        name, zero, six = self.name, x.dtype.type(0), x.dtype.type(6)
+        if name == "relu":
+            return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
+        if name == "relu6":
+            return Step(np.clip(x, zero, six), lambda dy: (dy * ((x > 0) & (x < 6)), {}))
+        if name == "tanh":
+            output = np.tanh(x)
+            return Step(output, lambda dy: (dy * (1 - output**2), {}))
+        sigmoid = np.clip(x + six / 2, zero, six) / six
+        slope = ((x > -3) & (x < 3)) / six
+        if name == "hard_sigmoid":
+            return Step(sigmoid, lambda dy: (dy * slope, {}))
+        return Step(x * sigmoid, lambda dy: (dy * (sigmoid + x * slope), {}))
+
+    @property
+    def word(self) -> str:
+        """The function's name."""
+        return self.name
+
+    def operations(self, before: Shape, after: Shape) -> int:
+        """Return one for each output of a ReLU."""
+        return prod(after) if self.name == "relu" else 0
+
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Layer):
     """A pooling layer. name: "max" or "average". Its windows do not count what is padded."""
 
     name: str
@@ -82,37 +294,136 @@ class Pool:
                 f"padding={self.padding}, size={self.size}."
             )
 
+    def after(self, before: Shape) -> Shape:
+        """Return the channels and the positions of the windows."""
+        _check_image(before)
+        sides = (_positions(n, self.size, self.stride, self.padding) for n in before[1:])
+        return (before[0], *sides)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Take of each window the largest entry, the first of equals; or the image's mean."""
+        seen = self._windows(x, -np.inf)  # (B, C, *out, taps)
+        if self.name == "max":
+            taps = np.arange(seen.shape[-1])
+            shares = (taps == seen.argmax(-1, keepdims=True)).astype(x.dtype)
+        else:
+            inside = self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0)
+            shares = np.broadcast_to(inside / inside.sum(-1, keepdims=True), seen.shape)
+
+        def back(dy: Array) -> tuple[Array, Arrays]:
+            taps = np.moveaxis(dy[..., None] * shares, -1, 2)
+            taps = taps.reshape(*dy.shape[:2], *self.kernel_size, *dy.shape[2:])
+            padded = (*x.shape[:2], *(n + 2 * self.padding for n in x.shape[2:]))
+            dx = windows_gradient(taps, padded, (self.stride,) * 2, (1, 1))
+            return pad_gradient(dx, x.shape[2:], self.padding), {}
+
+        return Step((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
+
+    def _windows(self, x: Array, outside: float) -> Array:
+        around = (self.padding, self.padding)
+        padded = np.pad(x, ((0, 0), (0, 0), around, around), constant_values=outside)
+        found = windows(padded, self.kernel_size, (self.stride,) * 2, (1, 1))
+        flat = found.reshape(*x.shape[:2], -1, *found.shape[4:])
+        return np.ascontiguousarray(np.moveaxis(flat, 2, -1))  # as the order is that of sums
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """The size of a window."""
+        return (self.size, self.size)
+
+    @property
+    def word(self) -> str:
+        """The kind of pooling."""
+        return f"{self.name}_pool"
+
+    def operations(self, before: Shape, after: Shape) -> int:
+        """Return one for each input."""
+        return prod(before)
+
 
 @dataclass(frozen=True)
-class GlobalPool:
+class GlobalPool(Layer):
     """The mean over all positions, `(B, C, 1, 1)`."""
 
+    def after(self, before: Shape) -> Shape:
+        """Return the channels, of one position."""
+        _check_image(before)
+        return (before[0], 1, 1)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Take the mean."""
+        share = x.dtype.type(1 / (x.shape[2] * x.shape[3]))
+        output = x.mean((2, 3), keepdims=True)
+        return Step(output, lambda dy: (np.broadcast_to(dy * share, x.shape), {}))
+
+    def operations(self, before: Shape, after: Shape) -> int:
+        """Return one for each input."""
+        return prod(before)
+
 
 @dataclass(frozen=True)
-class Flatten:
+class Flatten(Layer):
     """All but the batch axis in one, in the order channels, height, width."""
 
+    def after(self, before: Shape) -> Shape:
+        """Return how many entries there are."""
+        return (prod(before),)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Reshape the input."""
+        return Step(x.reshape(len(x), -1), lambda dy: (dy.reshape(x.shape), {}))
+
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Layer):
     """In training, each entry is zero with probability `rate`, and the others are scaled up."""
 
     rate: float
 
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Do nothing, in inference; in training it is random: no evaluation can agree on it."""
+        if training and self.rate:
+            raise ValueError(
+                "dropout is random in training, so that no output is the right one; evaluate with "
+                f"training=False, or a network with rate 0; received rate={self.rate}."
+            )
+        return Step(x, lambda dy: (dy, {}))
+
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Layer):
     """A linear (dense) layer."""
 
     features: int
     bias: bool = True
 
+    def after(self, before: Shape) -> Shape:
+        """Return the features."""
+        if len(before) != 1:
+            raise Unfit(f"needs a vector; received the shape {before}.")
+        return (self.features,)
+
+    def form(self, before: Shape) -> LayerForm:
+        """Return a linear layer."""
+        return LayerForm(LinearSpec(before[0], self.features), bias=self.bias)
+
+    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+        """Multiply with the weight, `(out, in)`, and add the bias."""
+        weight, bias = arrays["weight"], arrays.get("bias")
+
+        def back(dy: Array) -> tuple[Array, Arrays]:
+            found = {"weight": dy.T @ x}
+            return dy @ weight, found | ({} if bias is None else {"bias": dy.sum(0)})
+
+        output = x @ weight.T
+        return Step(output if bias is None else output + bias, back)
+
 
 @dataclass(frozen=True)
-class Sequence:
+class Sequence(Block):
     """Nodes one after the other, each with the name that it has in paths and states."""
 
-    children: tuple[tuple[str, Node], ...] = ()
+    children: Children = ()
 
     def __post_init__(self) -> None:
         """Check the names, of which paths are made."""
@@ -122,9 +433,29 @@ class Sequence:
                     f"a child's name must be a text without dots and slashes; received {name!r}."
                 )
 
+    def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
+        """Return the shape after the last of them."""
+        for name, child in self.children:
+            before = below(name, child, before)
+        return before
+
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
+        """Give each what the one before it makes."""
+        backs = []
+        for name, child in self.children:
+            x, back = below(name, child, x)
+            backs.append(back)
+
+        def through(dy: Array) -> Array:
+            for back in reversed(backs):
+                dy = back(dy)
+            return dy
+
+        return Pass(x, through)
+
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Block):
     """The sum of what `body` and `shortcut` make of the input; an empty shortcut is the input."""
 
     body: Sequence
@@ -135,25 +466,90 @@ class Residual:
         if SHORTCUT in dict(self.body.children):
             raise ValueError(f"a residual's body cannot have a child named {SHORTCUT!r}.")
 
+    @property
+    def children(self) -> Children:
+        """Those of the body, and where there is one, the shortcut."""
+        return (*self.body.children, *[(SHORTCUT, self.shortcut)] * bool(self.shortcut.children))
+
+    def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
+        """Return the shape of both."""
+        after, other = self.body.after(before, below), before
+        if self.shortcut.children:
+            other = below(SHORTCUT, self.shortcut, before)
+        if after != other:
+            raise Unfit(
+                f"cannot add its body's {after} to its shortcut's {other}: the shapes must be "
+                "equal."
+            )
+        return after
+
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
+        """Add both."""
+        body, body_back = self.body.step(x, below)
+        short, short_back = below(SHORTCUT, self.shortcut, x)
+        return Pass(body + short, lambda dy: body_back(dy) + short_back(dy))
+
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Block):
     """The input times what `body` makes of it, one factor for each channel: squeeze and excite."""
 
     body: Sequence
 
+    @property
+    def children(self) -> Children:
+        """Those of the body."""
+        return self.body.children
+
+    def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
+        """Return the input's shape."""
+        factors = self.body.after(before, below)
+        if factors != (before[0], 1, 1):
+            raise Unfit(f"needs one factor for each of {before[0]} channels; received {factors}.")
+        return before
+
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
+        """Multiply by the factors."""
+        factors, factors_back = self.body.step(x, below)
+
+        def back(dy: Array) -> Array:
+            return factors_back((dy * x).sum((2, 3), keepdims=True)) + dy * factors
+
+        return Pass(x * factors, back)
+
 
 @dataclass(frozen=True)
-class Concat:
+class Concat(Block):
     """What each branch makes of the input, joined along the channels."""
 
     branches: Sequence
 
+    @property
+    def children(self) -> Children:
+        """The branches."""
+        return self.branches.children
 
-Node: TypeAlias = (
-    Conv | BatchNorm | Activation | Pool | GlobalPool | Flatten | Dropout | Linear
-    | Sequence | Residual | Scale | Concat
-)  # fmt: skip
+    def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
+        """Return the channels of all branches, of one size."""
+        shapes = [below(name, child, before) for name, child in self.children]
+        if len({each[1:] for each in shapes}) != 1:
+            raise Unfit(
+                f"cannot join {', '.join(map(str, shapes)) or 'no branches'}: the sizes after the "
+                "channels must be equal."
+            )
+        return (sum(each[0] for each in shapes), *shapes[0][1:])
+
+    def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
+        """Join the outputs."""
+        outputs, backs = zip(*(below(name, child, x) for name, child in self.children), strict=True)
+        ends = np.cumsum([output.shape[1] for output in outputs])[:-1]
+
+        def back(dy: Array) -> Array:
+            parts = zip(backs, np.split(dy, ends, axis=1), strict=True)
+            dx: Array = sum(of(part) for of, part in parts)
+            return dx
+
+        return Pass(np.concatenate(outputs, axis=1), back)
 
 
 @dataclass(frozen=True)
@@ -169,10 +565,9 @@ class Network:
     input_shape: tuple[int, int, int]
 
 
-def sequence(*named: tuple[str, Node | None] | None) -> Sequence:
+def sequence(*named: tuple[str, Node] | None) -> Sequence:
     """Return the nodes in sequence, without those that are None."""
-    kept = [pair for pair in named if pair is not None]
-    return Sequence(tuple((name, node) for name, node in kept if node is not None))
+    return Sequence(tuple(pair for pair in named if pair is not None))
 
 
 def numbered(nodes: Iterable[Node]) -> Sequence:
@@ -180,20 +575,12 @@ def numbered(nodes: Iterable[Node]) -> Sequence:
     return Sequence(tuple((str(n), node) for n, node in enumerate(nodes, 1)))
 
 
-def replaced(node: Node, change: Callable[[Conv], Node]) -> Node:
+def replaced(node: Any, change: Callable[[Conv], Node]) -> Any:
     """Return the node with every convolution in it exchanged for what `change` returns of it."""
     if isinstance(node, Conv):
         return change(node)
     if isinstance(node, Sequence):
-        return _within(node, change)
-    if isinstance(node, Residual):
-        return Residual(_within(node.body, change), _within(node.shortcut, change))
-    if isinstance(node, Scale):
-        return Scale(_within(node.body, change))
-    if isinstance(node, Concat):
-        return Concat(_within(node.branches, change))
-    return node
-
-
-def _within(children: Sequence, change: Callable[[Conv], Node]) -> Sequence:
-    return Sequence(tuple((name, replaced(child, change)) for name, child in children.children))
+        return Sequence(tuple((name, replaced(child, change)) for name, child in node.children))
+    if isinstance(node, Layer):
+        return node
+    return type(node)(*(replaced(getattr(node, each.name), change) for each in fields(node)))

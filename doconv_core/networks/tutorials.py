@@ -56,3 +56,6 @@ def gluon(classes: int) -> Sequence:
         ("dense", Linear(500)), ("tanh3", TANH),
         ("classifier", Linear(classes)),
     )  # fmt: skip
+
+
+TUTORIALS = {"tutorial_pt": pytorch, "tutorial_tf": tensorflow, "tutorial_gluon": gluon}

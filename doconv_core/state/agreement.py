@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.numeric import Array
 from doconv_core.state.file import StateError
 from doconv_core.state.layers import LayerForm, Shape
 
-Array = NDArray[Any]
 T = TypeVar("T")
 
 # What a norm without the entry computes with; the count of batches takes no part in that.
@@ -156,18 +155,10 @@ def fit_arrays(
                 f"{sides.layer} has no {name}."
             )
         if name in ours and name not in theirs:
-            dtype = next((each.dtype for each in theirs.values()), "float32")
-            arrays[name] = neutral(name, ours[name], dtype)
+            shape, dtype = ours[name], next((each.dtype for each in theirs.values()), "float32")
+            read = partial(np.full, shape, value, "float32" if dtype == "bfloat16" else dtype)
+            arrays[name] = Values(shape, dtype, read, how=f"{value:g}, as the batch norm has none")
     return arrays
-
-
-def neutral(name: str, shape: Shape, dtype: str) -> Values:
-    """Return the gamma or beta of a norm that has none."""
-
-    def values() -> Array:
-        return np.full(shape, NEUTRAL[name], dtype if dtype != "bfloat16" else np.float32)
-
-    return Values(shape, dtype, values, how=f"{NEUTRAL[name]:g}, as the batch norm has none")
 
 
 def over_parameterized(

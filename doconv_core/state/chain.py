@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,17 +81,15 @@ class Chain:
         *earlier, last = self._made
         alone = last.rank and last.inputs != inputs and all(m.outputs != inputs for m in earlier)
         for made in reversed(earlier):
-            if not made.taken or (alone and made is earlier[-1]):
-                size = next(_images(made, inputs), None)
-                if size is not None:
-                    return Image(made.name, size)
+            size = _size(made, inputs)
+            if size and (not made.taken or (alone and made is earlier[-1])):
+                return Image(made.name, size)
         return None
 
 
-def _images(made: Made, inputs: int) -> Iterator[tuple[int, ...]]:
-    """Yield the size of an image of these channels, as wide as it is high, of so many numbers."""
+def _size(made: Made, inputs: int) -> tuple[int, ...]:
+    """Return the size of an image of so many numbers, as wide as it is high; () for none."""
     positions, rest = divmod(inputs, made.outputs)
-    if made.rank and not rest and positions > 1:
-        side = round(positions ** (1 / made.rank))
-        if side**made.rank == positions:
-            yield made.outputs, *(side,) * made.rank
+    side = round(positions ** (1 / made.rank)) if made.rank else 0
+    square = not rest and positions > 1 and side**made.rank == positions
+    return (made.outputs, *(side,) * made.rank) if square else ()

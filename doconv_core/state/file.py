@@ -17,29 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from doconv_core.atomic import replacing
 from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec, composed_kind
-
-__all__ = [
-    "FORMAT",
-    "VERSION",
-    "LayerForm",
-    "LinearSpec",
-    "State",
-    "StateError",
-    "entry",
-    "read_header",
-    "read_state",
-    "write_state",
-]
-
-Array = NDArray[Any]
 
 FORMAT, VERSION = "doconv", 2
 _DTYPES = (np.float16, np.float32, np.float64)
@@ -217,23 +202,25 @@ def _as_json(form: LayerForm) -> dict[str, Any]:
 def _from_json(described: Any, fields: tuple[str, ...]) -> LayerForm:
     described = dict(_fields_of("it", described, fields))
     name = described.pop("kind")
-    kind = KINDS.get(name) if isinstance(name, str) else None
-    if kind is None:
+    cls = KINDS.get(name) if isinstance(name, str) else None
+    if cls is None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; found {name!r}.")
     composed = described["over_parameterized"]
-    if isinstance(composed, str) and kind.spec is ConvSpec:
-        found = composed_kind(composed)
-        kind = kind if found is None else kind._replace(spec=found.spec_type)
-    names = tuple(f.name for f in dataclasses.fields(kind.spec))
-    spec = kind.spec(**_fields_of("spec", described.pop("spec"), names))
+    if isinstance(composed, str) and cls is ConvSpec:
+        kind = composed_kind(composed)
+        cls = cls if kind is None else kind.spec_type
+    spec = _made("spec", described.pop("spec"), cls)
     if fields is _FIELDS_1:
-        flattening = UNRECORDED if kind.spec is LinearSpec else None
+        flattening = UNRECORDED if cls is LinearSpec else None
         return LayerForm(spec, flattening=flattening, **described)
     geometry = described.pop("geometry")
     if geometry is not None:
-        names = tuple(f.name for f in dataclasses.fields(Geometry))
-        geometry = Geometry(**_fields_of("geometry", geometry, names))
+        geometry = _made("geometry", geometry, Geometry)
     return LayerForm(spec, geometry=geometry, **described)
+
+
+def _made(name: str, value: Any, cls: type[Any]) -> Any:
+    return cls(**_fields_of(name, value, tuple(f.name for f in dataclasses.fields(cls))))
 
 
 def _fields_of(name: str, value: Any, fields: tuple[str, ...]) -> dict[str, Any]:

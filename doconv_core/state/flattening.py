@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+from doconv_core.maths.layout import from_channels_first, to_channels_first
+from doconv_core.maths.numeric import Array as Array
 
-Array = NDArray[Any]
 Shape: TypeAlias = "tuple[int | None, ...]"
 Size: TypeAlias = "tuple[int, ...]"
 Config: TypeAlias = Mapping[str, Any]
@@ -103,24 +102,21 @@ def _merged(config: Config, values: Values) -> Value:
     wide = [value for value in values if value.several] or values
     if len({(value.order, value.shape, value.image) for value in wide}) > 1:
         return Value()
-    return wide[0]._replace(makers=frozenset().union(*(value.makers for value in wide)))
+    return wide[0]._replace(makers=_makers(wide))
+
+
+def _makers(values: Values) -> frozenset[str]:
+    return frozenset[str]().union(*(value.makers for value in values))
 
 
 def _concatenated(config: Config, values: Values) -> Value:
-    orders = {value.order for value in values}
-    makers = frozenset[str]().union(*(value.makers for value in values))
-    return (
-        Value(orders.pop(), makers=makers) if len(orders) == 1 and FLAT not in orders else Value()
-    )
+    first, *others = {value.order for value in values}
+    return Value() if others or first == FLAT else Value(first, makers=_makers(values))
 
 
 def _convolution(config: Config, values: Values) -> Value:
     format_ = config.get("data_format")
     return Value(format_) if format_ in (LAST, FIRST) else Value()
-
-
-def _spatial(config: Config, values: Values) -> Value:
-    return values[0]._replace(shape=None)
 
 
 def _global_pooling(config: Config, values: Values) -> Value:
@@ -134,14 +130,6 @@ def _dense(config: Config, values: Values) -> Value:
     if value.is_vector or value.order == SAME:
         return Value(SAME)
     return Value(PURE)
-
-
-def _features_last(config: Config, values: Values) -> Value:
-    return Value(SAME)
-
-
-def _attention(config: Config, values: Values) -> Value:
-    return Value(SAME if values[0].order == SAME else PURE)
 
 
 def _flatten(config: Config, values: Values) -> Value:
@@ -208,11 +196,11 @@ RULES: dict[str, Rule] = {
     "merge": _merged,
     "concatenate": _concatenated,
     "convolution": _convolution,
-    "spatial": _spatial,
+    "spatial": lambda config, values: values[0]._replace(shape=None),
     "global pooling": _global_pooling,
     "dense": _dense,
-    "features last": _features_last,
-    "attention": _attention,
+    "features last": lambda config, values: Value(SAME),
+    "attention": lambda config, values: Value(SAME if values[0].order == SAME else PURE),
     "flatten": _flatten,
     "reshape": _reshape,
     "permute": _permute,
@@ -324,7 +312,7 @@ def is_same(size: Size) -> bool:
 
 def channels_last(values: Array, size: Size) -> Array:
     """Return an array with its last axis, a flattened image of channels and `size`, as in Keras."""
-    return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
+    return from_channels_first(values, size[1:])
 
 
 def channels_first(values: Array, size: Size) -> Array:
@@ -334,4 +322,4 @@ def channels_first(values: Array, size: Size) -> Array:
     """
     if prod(size) != values.shape[-1]:
         raise ValueError(f"the layer has {values.shape[-1]} inputs; given {size}.")
-    return np.moveaxis(values.reshape(-1, *size[1:], size[0]), -1, 1).reshape(values.shape)
+    return to_channels_first(values, size[1:])

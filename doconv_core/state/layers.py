@@ -1,27 +1,56 @@
-"""What a layer is, as far as its state is concerned: its kind, sizes and entries.
+"""What a layer is, as far as its state is concerned: its type, sizes and entries.
 
-A kind is one entry in `KINDS`: the spec that holds its sizes, and the arrays that they imply. Each
+A type of layer is one entry in `KINDS`: its sizes, which tell the arrays that they imply. Each
 backend has a table of its own from layer types to forms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 from doconv_core.kinds.base import ComposedKind, kind_named
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.geometry import Geometry
-from doconv_core.maths.spec import ConvSpec, as_integer
+from doconv_core.maths.spec import ConvSpec, as_integer, check_divisible
 
 Shape = tuple[int, ...]
 
 
+class Sizes:
+    """What tells a layer of one kind from others, checked: integers above 0, numbers not below it.
+
+    vectors: the names of its arrays of one number for each feature, where that is all that it has.
+    """
+
+    vectors: ClassVar[tuple[str, ...]] = ()
+    features: int
+
+    def __post_init__(self) -> None:
+        """Store plain numbers in place of what came."""
+        for each in fields(self):  # type: ignore[arg-type]  # as every subclass is a dataclass
+            check = _as_number if each.type == "float" else as_integer
+            object.__setattr__(self, each.name, check(each.name, getattr(self, each.name)))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of all arrays that such a layer may have, by name."""
+        return dict.fromkeys(self.vectors, (self.features,))
+
+
+def _as_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; received {name}={value!r}.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative; received {name}={value!r}.")
+    return float(value)
+
+
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(Sizes):
     """The sizes of a linear (dense) layer. Its weight is `(out_features, in_features)`.
 
     >>> LayerForm(LinearSpec(in_features=3, out_features=2)).shapes
@@ -31,13 +60,14 @@ class LinearSpec:
     in_features: int
     out_features: int
 
-    def __post_init__(self) -> None:
-        """Validate both sizes."""
-        _integers(self, "in_features", "out_features")
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of weight and bias."""
+        return {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
 
 
 @dataclass(frozen=True)
-class TransposedConvSpec:
+class TransposedConvSpec(Sizes):
     """The sizes of a transposed convolution. Its weight is `(I, O/g, M)`.
 
     Fields and errors as in `ConvSpec`; there is no over-parameterized one.
@@ -54,17 +84,23 @@ class TransposedConvSpec:
     def __post_init__(self) -> None:
         """Validate every field, as those of an ordinary convolution."""
         sizes = ConvSpec(self.in_channels, self.out_channels, self.kernel_size, self.groups)
-        for name in ("in_channels", "out_channels", "kernel_size", "groups"):
-            object.__setattr__(self, name, getattr(sizes, name))
+        for each in fields(self):
+            object.__setattr__(self, each.name, getattr(sizes, each.name))
 
     @property
     def kernel_shape(self) -> Shape:
         """Shape of the kernel with its spatial axes, `(I, O/g, *kernel_size)`."""
         return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of weight and bias."""
+        inputs, outputs, *taps = self.kernel_shape
+        return {"weight": (inputs, outputs, prod(taps)), "bias": (self.out_channels,)}
+
 
 @dataclass(frozen=True)
-class BatchNormSpec:
+class BatchNormSpec(Sizes):
     """A batch norm: its channels, what it adds to the variance, and how fast its statistics move.
 
     momentum: the weight of the new batch in the running statistics, as in PyTorch.
@@ -73,35 +109,27 @@ class BatchNormSpec:
     {'beta': (8,), 'running_mean': (8,), 'running_var': (8,)}
     """
 
+    vectors = ("gamma", "beta", "running_mean", "running_var")
     features: int
     epsilon: float
     momentum: float
 
-    def __post_init__(self) -> None:
-        """Validate every field."""
-        _integers(self, "features")
-        _numbers(self, "epsilon", "momentum")
-
 
 @dataclass(frozen=True)
-class LayerNormSpec:
+class LayerNormSpec(Sizes):
     """A layer norm over one axis: its entries, and what it adds to the variance.
 
     >>> LayerForm(LayerNormSpec(8, epsilon=1e-5)).shapes
     {'gamma': (8,), 'beta': (8,)}
     """
 
+    vectors = ("gamma", "beta")
     features: int
     epsilon: float
 
-    def __post_init__(self) -> None:
-        """Validate both."""
-        _integers(self, "features")
-        _numbers(self, "epsilon")
-
 
 @dataclass(frozen=True)
-class GroupNormSpec:
+class GroupNormSpec(Sizes):
     """A group norm: channels, groups, and what it adds to the variance.
 
     An instance norm is one with as many groups as channels.
@@ -112,38 +140,31 @@ class GroupNormSpec:
     ValueError: features must be divisible by groups; received features=8, groups=3.
     """
 
+    vectors = ("gamma", "beta")
     features: int
     groups: int
     epsilon: float
 
     def __post_init__(self) -> None:
         """Validate every field."""
-        _integers(self, "features", "groups")
-        _numbers(self, "epsilon")
-        if self.features % self.groups:
-            raise ValueError(
-                f"features must be divisible by groups; received features={self.features}, "
-                f"groups={self.groups}."
-            )
+        super().__post_init__()
+        check_divisible("features", self.features, self.groups)
 
 
 @dataclass(frozen=True)
-class PReLUSpec:
+class PReLUSpec(Sizes):
     """A PReLU: how many slopes it has, one or one for each channel.
 
     >>> LayerForm(PReLUSpec(8)).shapes
     {'alpha': (8,)}
     """
 
+    vectors = ("alpha",)
     features: int
-
-    def __post_init__(self) -> None:
-        """Validate the number."""
-        _integers(self, "features")
 
 
 @dataclass(frozen=True)
-class EmbeddingSpec:
+class EmbeddingSpec(Sizes):
     """An embedding. Its weight is `(entries, features)`: one row for each index.
 
     >>> LayerForm(EmbeddingSpec(entries=100, features=8)).shapes
@@ -153,61 +174,23 @@ class EmbeddingSpec:
     entries: int
     features: int
 
-    def __post_init__(self) -> None:
-        """Validate both sizes."""
-        _integers(self, "entries", "features")
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of the weight."""
+        return {"weight": (self.entries, self.features)}
 
 
-def _integers(spec: Any, *names: str) -> None:
-    for name in names:
-        object.__setattr__(spec, name, as_integer(name, getattr(spec, name)))
-
-
-def _numbers(spec: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name} must be a number; received {name}={value!r}.")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative; received {name}={value!r}.")
-        object.__setattr__(spec, name, float(value))
-
-
-class Kind(NamedTuple):
-    """A kind of layer. spec: the type of its sizes. shapes: of all entries that it may have."""
-
-    spec: type[Any]
-    shapes: Callable[[Any], dict[str, Shape]]
-
-
-def _conv_shapes(spec: ConvSpec) -> dict[str, Shape]:
-    return {"weight": spec.weight_shape, "bias": (spec.out_channels,)}
-
-
-def _transposed_shapes(spec: TransposedConvSpec) -> dict[str, Shape]:
-    weight = (*spec.kernel_shape[:2], prod(spec.kernel_size))
-    return {"weight": weight, "bias": (spec.out_channels,)}
-
-
-def _linear_shapes(spec: LinearSpec) -> dict[str, Shape]:
-    return {"weight": (spec.out_features, spec.in_features), "bias": (spec.out_features,)}
-
-
-def _vectors(*names: str) -> Callable[[Any], dict[str, Shape]]:
-    return lambda spec: dict.fromkeys(names, (spec.features,))
-
-
-KINDS = {
-    "convolution": Kind(ConvSpec, _conv_shapes),
-    "transposed_convolution": Kind(TransposedConvSpec, _transposed_shapes),
-    "linear": Kind(LinearSpec, _linear_shapes),
-    "batch_norm": Kind(BatchNormSpec, _vectors("gamma", "beta", "running_mean", "running_var")),
-    "layer_norm": Kind(LayerNormSpec, _vectors("gamma", "beta")),
-    "group_norm": Kind(GroupNormSpec, _vectors("gamma", "beta")),
-    "prelu": Kind(PReLUSpec, _vectors("alpha")),
-    "embedding": Kind(EmbeddingSpec, lambda spec: {"weight": (spec.entries, spec.features)}),
+KINDS: dict[str, type[Any]] = {
+    "convolution": ConvSpec,
+    "transposed_convolution": TransposedConvSpec,
+    "linear": LinearSpec,
+    "batch_norm": BatchNormSpec,
+    "layer_norm": LayerNormSpec,
+    "group_norm": GroupNormSpec,
+    "prelu": PReLUSpec,
+    "embedding": EmbeddingSpec,
 }
-_NAMES = {kind.spec: name for name, kind in KINDS.items()}
+_NAMES = {spec: name for name, spec in KINDS.items()}
 HELD = (
     "convolutions, transposed ones, DO-Conv layers, linear (dense) layers, batch, layer, group and "
     "instance norms, PReLUs and embeddings"
@@ -248,10 +231,8 @@ class LayerForm:
         put = object.__setattr__
         put(self, "over_parameterized", self._checked_composition())
         if type(self.spec) not in _NAMES and not self.over_parameterized:
-            raise TypeError(
-                f"spec must be one of {', '.join(k.spec.__name__ for k in KINDS.values())}; "
-                f"received {self.spec!r}."
-            )
+            names = ", ".join(spec.__name__ for spec in KINDS.values())
+            raise TypeError(f"spec must be one of {names}; received {self.spec!r}.")
         for name in ("bias", "scale"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; received {getattr(self, name)!r}.")
@@ -285,7 +266,8 @@ class LayerForm:
         """Return the shapes of all entries that such a layer may have."""
         kind = self.composed
         if kind is None:
-            return KINDS[self.kind].shapes(self.spec)
+            shapes: dict[str, Shape] = self.spec.shapes
+            return shapes
         return {**kind.entries(self.spec), "bias": (kind.conv(self.spec).out_channels,)}
 
     def _check_geometry(self) -> None:
@@ -310,13 +292,8 @@ class LayerForm:
     @property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each of the layer's entries, by its name within the layer."""
-        absent = set()
-        if not self.bias:
-            absent |= {"bias", "beta"}
-        if not self.scale:
-            absent.add("gamma")
-        shapes = self._possible()
-        return {name: shape for name, shape in shapes.items() if name not in absent}
+        has = {"bias": self.bias, "beta": self.bias, "gamma": self.scale}
+        return {name: shape for name, shape in self._possible().items() if has.get(name, True)}
 
 
 def composed_kind(name: bool | str) -> ComposedKind | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from doconv_core.models.report import place
+from doconv_core.models.report import listed, place
 from doconv_core.state.agreement import (
     Sides,
     Values,
@@ -128,20 +128,14 @@ def _fit(
 
 
 def _as_ignored(ignore: str | Iterable[str]) -> set[str]:
-    ignored: set[Any] = set()
-    if isinstance(ignore, str):
-        ignored = {ignore}
-    elif isinstance(ignore, Iterable):
-        ignored = set(ignore)
-    else:
+    if not isinstance(ignore, Iterable):
         raise TypeError(
-            f"ignore must be a name, or several, of {', '.join(map(repr, IGNORABLE))}; received "
+            f"ignore must be a name, or several, of {listed(IGNORABLE)}; received "
             f"ignore={ignore!r}."
         )
+    ignored = {ignore} if isinstance(ignore, str) else set(ignore)
     if not ignored <= set(IGNORABLE):
-        raise ValueError(
-            f"ignore must be of {', '.join(map(repr, IGNORABLE))}; received ignore={ignore!r}."
-        )
+        raise ValueError(f"ignore must be of {listed(IGNORABLE)}; received ignore={ignore!r}.")
     return ignored
 
 
@@ -188,7 +182,7 @@ def _pairs(
     targets = Counter(renamed.get(path, path) for path in theirs)
     twice = [path for path, count in targets.items() if count > 1]
     if twice:
-        raise StateError(f"match gives {_listed(twice)} to more than one layer of the state.")
+        raise StateError(f"match gives {listed(twice)} to more than one layer of the state.")
     found = pairs([*theirs], [*ours], renamed)
     state = "the state" if match == "path" else "the state with its paths renamed"
     for first, own in sorted(found, key=lambda pair: pair[0] is not None):
@@ -202,7 +196,7 @@ def _pairs(
 
 def _absent(path: str, where: str, there: Collection[str], but: str) -> str:
     close = get_close_matches(path, there, 1)
-    known = _listed(list(there)[:10]) + (", …" if len(there) > 10 else "")
+    known = listed(list(there)[:10]) + (", …" if len(there) > 10 else "")
     hint = f"the closest is {close[0]!r}" if close else f"it has {known or 'no layers'}"
     return f"layer {path!r} is not in {where}, though {but}; {hint}."
 
@@ -211,10 +205,6 @@ def _one_side_ends(path: str | None, own_path: str | None) -> str:
     if own_path is None:
         return f"layer {path!r} of the state has no counterpart: the model has fewer layers."
     return f"layer {own_path!r} of the model has no counterpart: the state has fewer layers."
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _side_by_side(
@@ -250,24 +240,16 @@ def _check_flattening(
 ) -> None:
     theirs, ours = found.flattening, wanted.flattening
     known = (None, CHANNELS_FIRST)
-    if theirs in known and ours in known:
+    agree = (theirs in known and ours in known) or (theirs, ours) == (UNRECORDED, None)
+    if agree or (theirs == ours == OWN and same_framework):
         return
-    if theirs == UNRECORDED and ours is None:
-        return
-    if theirs == ours == OWN and same_framework:
-        return
+    words = {OWN: "the framework's own", UNRECORDED: "not recorded"}
+    first, second = (words.get(str(order), "channels first") for order in (theirs, ours))
     raise StateError(
         f"layer {label} may have the features of a flattened image, in an order that cannot be "
-        f"told: it is {_order(theirs)} in the state, {_order(ours)} in the model. If both are the "
-        "same, load with ignore='flattening', and compare outputs."
+        f"told: it is {first} in the state, {second} in the model. If both are the same, load with "
+        "ignore='flattening', and compare outputs."
     )
-
-
-def _order(flattening: str | None) -> str:
-    return {
-        OWN: "the framework's own",
-        UNRECORDED: "not recorded",
-    }.get(str(flattening), "channels first")
 
 
 def _fit_layer(path: str, label: str, state: State, wanted: LayerForm) -> dict[str, Array]:
@@ -293,21 +275,17 @@ def _check_weight(path: str, label: str, found: LayerForm, wanted: LayerForm) ->
             f"entry {entry(path, 'bias')!r} is {'there' if found.bias else 'missing'}; expected a "
             f"layer {'with' if wanted.bias else 'without'} bias."
         )
-    if kind is not None and kind is not wanted.composed:
+    other = wanted.composed
+    if kind is not None and kind is not other:
         raise StateError(
             f"entry {entry(path, [*kind.entries(found.spec)][-1])!r} is for an over-parameterized "
-            f"layer; expected an ordinary one{_of_kind(wanted)}. Fold the model before exporting "
-            "its state."
+            f"layer; expected an ordinary one{f', or one of kind {other.name!r}' if other else ''}."
+            " Fold the model before exporting its state."
         )
-    ordinary = wanted.composed if kind is None else None
-    expected = spec if ordinary is None else ordinary.conv(spec)
+    expected = spec if other is None or kind is not None else other.conv(spec)
     if found.spec != expected:
         named = entry(path, next(iter(found.shapes)))
         raise StateError(f"entry {named!r} is of {found.spec}; expected {spec}.")
-
-
-def _of_kind(wanted: LayerForm) -> str:
-    return "" if wanted.composed is None else f", or one of kind {wanted.composed.name!r}"
 
 
 def _check_norm(path: str, label: str, found: LayerForm, wanted: LayerForm) -> None:
@@ -358,8 +336,8 @@ def check_owned(path: str, layer: object, found: Iterable[str], expected: Iterab
     found, expected = list(found), list(expected)
     if set(found) != set(expected):
         raise TypeError(
-            f"{place(path)}, a {type(layer).__name__}, has {_listed(found)}; expected "
-            f"{_listed(expected)}. What computes one of them (weight norm, pruning) must be made "
+            f"{place(path)}, a {type(layer).__name__}, has {listed(found)}; expected "
+            f"{listed(expected)}. What computes one of them (weight norm, pruning) must be made "
             "permanent first."
         )
 
@@ -372,6 +350,6 @@ def unsupported_layer(
     names: of what it owns. reason: why, where its kind would have one.
     """
     return TypeError(
-        f"{place(path)} is a {type(layer).__name__} with {_listed(names)}; "
+        f"{place(path)} is a {type(layer).__name__} with {listed(names)}; "
         + (f"{reason}." if reason else f"a canonical state holds {HELD}.")
     )
