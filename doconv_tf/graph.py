@@ -189,11 +189,11 @@ def ordered_children(layer: keras.Layer) -> list[keras.Layer]:
     held = children(layer)
     if not isinstance(layer, keras.Function):
         return held
-    place = {id(node.operation): n for n, node in reversed(list(enumerate(_in_order(layer))))}
+    place = {id(node.operation): n for n, node in reversed(list(enumerate(in_order(layer))))}
     return sorted(held, key=lambda child: place.get(id(child), len(place)))
 
 
-def _in_order(function: keras.Function) -> list[Any]:
+def in_order(function: keras.Function) -> list[Any]:
     """Return a graph's calls, depth first from its outputs, each after those that it depends on."""
     inside, done, order = {id(node) for node in nodes_of(function)}, set(), []
     stack = [(maker_of(tensor), False) for tensor in reversed(function.outputs)]
