@@ -27,8 +27,7 @@ from doconv_core.state.flattening import (
     kind_of,
 )
 from doconv_core.state.layers import OWN
-from doconv_tf.graph import Graph, in_order
-from doconv_tf.private import graph_of
+from doconv_tf.graph import Graph
 
 _layers = keras.layers
 Flattening: TypeAlias = "tuple[int, ...] | str | None"
@@ -46,12 +45,10 @@ class Flattenings:
         self._unseen = [
             layer
             for layer in graph.layers
-            if isinstance(layer, (_layers.Flatten, _layers.Reshape)) and not graph.calls(layer)
+            if isinstance(layer, (_layers.Flatten, _layers.Reshape))
+            and id(layer) not in graph.called
         ]
-        for layer in graph.layers:
-            function = graph_of(layer)
-            if function is not None and not graph.calls(layer):
-                self._follow(function, [_given(x.shape[1:]) for x in function.inputs])
+        graph.follow(_given, self._call)
         self._fed = self._trace.fed()
 
     def of(self, layer: keras.Layer, features: int) -> Flattening:
@@ -74,26 +71,10 @@ class Flattenings:
         """Return the orders of what a layer is given, words of the core's, each with its rank."""
         return self._orders.get(id(layer), set())
 
-    def _follow(self, function: keras.Function, values: Sequence[Value]) -> list[Value]:
-        """Return what a graph gives that is given these values."""
-        made = dict(zip(map(id, function.inputs), values, strict=True))
-        for node in in_order(function):
-            inputs, outputs = node.input_tensors, node.outputs
-            if not inputs:
-                continue
-            known = [made.get(id(x), Value())._replace(shape=x.shape[1:]) for x in inputs]
-            inner = graph_of(node.operation)
-            if inner is not None and len(inner.inputs) == len(known):
-                found = self._follow(inner, known)
-            else:
-                found = [self._call(node.operation, known, x.shape[1:]) for x in outputs]
-            made.update(zip(map(id, outputs), found, strict=True))
-        return [made.get(id(x), Value()) for x in function.outputs]
-
-    def _call(self, operation: Any, values: Sequence[Value], shape: tuple[Any, ...]) -> Value:
-        """Note what a layer or an operation is given, and return what it gives, of this shape."""
+    def _call(self, operation: Any, given: Sequence[Value], output: Any) -> Value:
+        """Note what a layer or an operation is given, and return what it gives."""
         # Where several axes have the numbers of a flattened image, the last one has but some.
-        values = [v if v.order != FLAT or v.is_vector else v._replace(order=OPEN) for v in values]
+        values = [v if v.order != FLAT or v.is_vector else v._replace(order=OPEN) for v in given]
         told = {name: getattr(operation, name) for name in _TOLD if hasattr(operation, name)}
         config = {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
         names = ((cls.__name__, cls.__module__) for cls in type(operation).__mro__)
@@ -102,12 +83,13 @@ class Flattenings:
         layer = str(id(operation)) if isinstance(operation, keras.Layer) else ""
         first = (values[0].order, len(values[0].shape or ()))
         self._orders.setdefault(id(operation), set()).add(first)
-        found = self._trace.call(layer, kind, config, values)
-        return found if kind else _unknown(values, shape)
+        found, shape = self._trace.call(layer, kind, config, values), output.shape[1:]
+        return (found if kind else _unknown(values, shape))._replace(shape=shape)
 
 
-def _given(shape: tuple[Any, ...]) -> Value:
+def _given(tensor: Any) -> Value:
     """Return what an input is: without an axis for channels, or with a single one on it."""
+    shape = tensor.shape[1:]
     if len(shape) < 3:
         return Value(SAME, shape)
     return Value(LAST if shape[-1] == 1 else FIRST if shape[0] == 1 else PURE, shape)
