@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,37 +132,53 @@ def _name(block: Block | None, parameter: str) -> str | None:
     return None if own is None else own.name
 
 
-def _read(graph: Symbol, found: Calls) -> None:
-    """Note the calls in a symbolic graph."""
-    convolutions = CONVOLUTIONS | TRANSPOSED
-    described = json.loads(graph.tojson())
-    nodes, heads = described["nodes"], described["heads"]
-    users: list[list[tuple[int, int]]] = [[] for _ in nodes]  # -1 is none: the output
-    for index, node in enumerate(nodes):
-        for position, (source, *_) in enumerate(node["inputs"]):
-            users[source].append((index, position))
-    for source, *_ in heads:
-        users[source].append((-1, 0))
+class Operators:
+    """A symbol's operators and variables, as MXNet describes them; the last takes the outputs."""
 
-    def variable(index: int, position: int) -> str | None:
-        source = nodes[nodes[index]["inputs"][position][0]]
+    def __init__(self, symbol: Symbol) -> None:
+        described = json.loads(symbol.tojson())
+        outputs = {"op": "output", "name": "", "inputs": described["heads"]}
+        self.nodes: list[dict[str, Any]] = [*described["nodes"], outputs]
+        self._users: dict[int, list[tuple[dict[str, Any], int]]] = {}
+        for node in self.nodes:
+            for position in range(len(node["inputs"])):
+                source = self.source(node, position)
+                self._users.setdefault(id(source), []).append((node, position))
+
+    def of(self, names: Container[str]) -> list[dict[str, Any]]:
+        """Return the operators of these names, in order."""
+        return [node for node in self.nodes if node["op"] in names]
+
+    def source(self, node: dict[str, Any], position: int) -> dict[str, Any]:
+        """Return what gives a node its input at this position."""
+        return self.nodes[node["inputs"][position][0]]
+
+    def variable(self, node: dict[str, Any], position: int) -> str | None:
+        """Return the name of the variable that is an input of a node; None for what is none."""
+        source = self.source(node, position)
         return source["name"] if source["op"] == "null" else None
 
-    for index, node in enumerate(nodes):
-        if node["op"] == "null":  # an input or a parameter
-            for user, position in users[index]:
-                kind = None if user < 0 else nodes[user]["op"]
-                if not ((kind in convolutions or kind in NORMS) and position > 0):
-                    found.note(node["name"], None)
-                    found.note(None, node["name"])
-        elif node["op"] in convolutions:
-            for user, position in users[index]:
-                is_norm = user >= 0 and nodes[user]["op"] in NORMS and position == 0
-                found.note(variable(index, 1), variable(user, 1) if is_norm else None)
-        elif node["op"] in NORMS:
-            source = node["inputs"][0][0]
-            if nodes[source]["op"] not in convolutions:
-                found.note(None, variable(index, 1))
+    def users(self, node: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+        """Return what takes a node's output, each with the position of its input."""
+        return self._users.get(id(node), [])
+
+
+def _read(graph: Symbol, found: Calls) -> None:
+    """Note the calls in a symbolic graph."""
+    convolutions, operators = CONVOLUTIONS | TRANSPOSED, Operators(graph)
+    for node in operators.of({"null"}):  # an input or a parameter
+        for user, position in operators.users(node):
+            if position == 0 or user["op"] not in convolutions | NORMS:
+                found.note(node["name"], None)
+                found.note(None, node["name"])
+    for node in operators.of(convolutions):
+        for user, position in operators.users(node):
+            is_norm = user["op"] in NORMS and position == 0
+            gamma = operators.variable(user, 1) if is_norm else None
+            found.note(operators.variable(node, 1), gamma)
+    for node in operators.of(NORMS):
+        if operators.source(node, 0)["op"] not in convolutions:
+            found.note(None, operators.variable(node, 1))
 
 
 def _trace(block: HybridBlock) -> Symbol | None:

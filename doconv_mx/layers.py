@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mxnet.gluon import Block, contrib, nn
@@ -21,10 +21,11 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_mx.composed import ComposedLayers
+from doconv_core.state.reading import NoCounterpart, is_composed, read_layer
+from doconv_mx.composed import ComposedConv
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, require_values, spec_of
-from doconv_mx.private import children, is_transposed, registered, setting, settings
+from doconv_mx.private import Conv, children, is_transposed, registered, setting, settings
 from doconv_mx.tree import is_replaced
 
 
@@ -34,15 +35,10 @@ def form_of(path: str, block: Block) -> LayerForm:
     Raises TypeError, by the path, for a block without a counterpart, with a forward of its own, or
     with other parameters than its kind has; ValueError for parameters that have no values yet.
     """
-    own, read = _own(block), _reader(type(block))
-    reason = REPLACED if is_replaced(block) and read is not None else REASONS.get(type(block))
-    axis = setting(block, "axis") if type(block) is nn.LayerNorm else -1
-    if axis != -1:
-        reason = f"a layer norm over axis {axis} has no counterpart; if it is the last, say axis=-1"
-    if reason or read is None:
-        raise unsupported_layer(path, block, own, reason)
-    require_values(registered(block).values(), f"the state of {place(path)}")
-    form = read(block)
+    own, cls = _own(block), type(block)
+    read = _form if cls in SPECS or cls in REASONS or is_composed(LAYER_KINDS, cls) else None
+    obstacle = REPLACED if is_replaced(block) else REASONS.get(cls)
+    form = read_layer(read, path, block, own, path, obstacle=obstacle)
     if form.kind == "batch_norm" and not form.scale:
         own.remove("gamma")  # which the block has, but does not compute with
     check_owned(path, block, own, form.shapes)
@@ -69,7 +65,7 @@ def check_axes(block: Block, path: str = "") -> None:
     for name, child in children(block).items():
         place = entry(path, name)
         check_axes(child, place)
-        if _reader(type(child)) in (_conv, _composed, _transposed):
+        if isinstance(child, Conv):
             rank = len(settings(child)["kernel"]) + 2
             axes = (-1, rank - 1) if is_channels_last(child) else (1, 1 - rank)
         elif type(child) in _CHANNEL_NORMS:
@@ -93,68 +89,55 @@ def _own(block: Block) -> list[str]:
     return [*registered(block), *(name.removeprefix(block.params.prefix) for name in others)]
 
 
-def _reader(cls: type[Block]) -> Callable[[Any], LayerForm] | None:
-    """Return what makes the form of blocks of this very class; None where they have none."""
-    kinds = (kind for kind in LAYER_KINDS.values() if isinstance(kind, ComposedLayers))
-    return _composed if any(cls in kind.types.values() for kind in kinds) else FORMS.get(cls)
-
-
-def _geometry(block: Any) -> Geometry:
-    options = settings(block)
-    return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
-
-
-def _conv(block: Any) -> LayerForm:
-    return LayerForm(spec_of(block), bias=_has_bias(block), geometry=_geometry(block))
-
-
-def _composed(block: Any) -> LayerForm:
-    geometry = _geometry(block)
-    return LayerForm(block.spec, block.kind.name, _has_bias(block), geometry=geometry)
-
-
-def _transposed(block: Any) -> LayerForm:
-    options = settings(block)
-    spec = TransposedConvSpec(
-        block.weight.shape[0], options["num_filter"], options["kernel"], options["num_group"]
+def _form(block: Any, path: str) -> LayerForm:
+    axis, options = setting(block, "axis") if type(block) is nn.LayerNorm else -1, settings(block)
+    if axis != -1:
+        raise NoCounterpart(
+            f"a layer norm over axis {axis} has no counterpart; if it is the last, say axis=-1"
+        )
+    require_values(registered(block).values(), f"the state of {place(path)}")
+    composed = isinstance(block, ComposedConv)
+    return LayerForm(
+        block.spec if composed else SPECS[type(block)](block),
+        block.kind.name if composed else False,
+        bias=getattr(block, "bias", None) is not None or hasattr(block, "beta"),
+        scale=not options.get("fix_gamma", False),
+        geometry=_geometry(options) if isinstance(block, Conv) else None,
     )
-    pads = tuple((p, p - a) for p, a in zip(options["pad"], options["adj"], strict=True))
-    geometry = Geometry(options["stride"], options["dilate"], pads)
-    return LayerForm(spec, bias=_has_bias(block), geometry=geometry)
 
 
-def _linear(block: Any) -> LayerForm:
-    out_features, in_features = block.weight.shape
-    return LayerForm(LinearSpec(in_features, out_features), bias=_has_bias(block))
+def _geometry(options: Mapping[str, Any]) -> Geometry:
+    pads = symmetric(options["pad"])
+    if "adj" in options:  # of a transposed convolution
+        pads = tuple((p, p - a) for p, a in zip(options["pad"], options["adj"], strict=True))
+    return Geometry(options["stride"], options["dilate"], pads)
 
 
-def _batch_norm(block: Any) -> LayerForm:
+def _transposed(block: Any) -> TransposedConvSpec:
+    kernel, outputs, groups = map(settings(block).get, ("kernel", "num_filter", "num_group"))
+    return TransposedConvSpec(block.weight.shape[0], outputs, kernel, groups)
+
+
+def _batch_norm(block: Any) -> BatchNormSpec:
     options = settings(block)
     # Gluon's momentum is the weight of the old statistics.
-    spec = BatchNormSpec(block.running_mean.shape[0], options["eps"], 1 - options["momentum"])
-    return LayerForm(spec, scale=not options["fix_gamma"])
+    return BatchNormSpec(block.running_mean.shape[0], options["eps"], 1 - options["momentum"])
 
 
-def _instance_norm(block: Any) -> LayerForm:
-    channels = block.gamma.shape[0]
-    return LayerForm(GroupNormSpec(channels, channels, setting(block, "epsilon")))
+def _instance_norm(block: Any) -> GroupNormSpec:
+    (channels,) = block.gamma.shape
+    return GroupNormSpec(channels, channels, setting(block, "epsilon"))
 
 
-def _has_bias(block: Any) -> bool:
-    return block.bias is not None
-
-
-FORMS: dict[type[Block], Callable[[Any], LayerForm]] = {
-    **dict.fromkeys(ORDINARY, _conv),
+SPECS: dict[type[Block], Callable[[Any], Any]] = {
+    **dict.fromkeys(ORDINARY, spec_of),
     **dict.fromkeys(TRANSPOSES, _transposed),
     **dict.fromkeys((nn.BatchNorm, contrib.nn.SyncBatchNorm), _batch_norm),
-    nn.Dense: _linear,
-    nn.LayerNorm: lambda block: LayerForm(
-        LayerNormSpec(block.gamma.shape[0], setting(block, "epsilon"))
-    ),
+    nn.Dense: lambda block: LinearSpec(*block.weight.shape[::-1]),
+    nn.LayerNorm: lambda block: LayerNormSpec(block.gamma.shape[0], setting(block, "epsilon")),
     nn.InstanceNorm: _instance_norm,
-    nn.PReLU: lambda block: LayerForm(PReLUSpec(block.alpha.shape[0])),
-    nn.Embedding: lambda block: LayerForm(EmbeddingSpec(*block.weight.shape)),
+    nn.PReLU: lambda block: PReLUSpec(block.alpha.shape[0]),
+    nn.Embedding: lambda block: EmbeddingSpec(*block.weight.shape),
 }
 _CHANNEL_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, nn.InstanceNorm)
 _KEEP_AXES = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from mxnet.symbol import Symbol
 
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import ALREADY, COMPUTED, REPLACED, SUBCLASS, TIED, place
-from doconv_mx.graph import CONVOLUTIONS, NORMS
+from doconv_mx.graph import CONVOLUTIONS, NORMS, Operators
 from doconv_mx.ordinary import channels_per_group
 from doconv_mx.private import Conv, by_name, graph_of, no_name_scope, registered, set_graph
 from doconv_mx.surgery import compose_layers, fold_layers, set_parameter
@@ -56,19 +55,16 @@ def nodes(block: SymbolBlock) -> list[Node]:
     """Return the convolutions of a block's graph, in its order; those of one weight once."""
     composed = block._composed if isinstance(block, DOSymbolBlock) else None
     graph = graph_of(block) if composed is None else composed.graph
-    described = json.loads(graph[1].tojson())["nodes"]
-    users: dict[int, list[dict[str, Any]]] = {}
-    for node in described:
-        for position, (source, *_) in enumerate(node["inputs"]):
-            right = node["op"] in CONVOLUTIONS and position == 1
-            users.setdefault(source, []).append(node if right else {})
+    operators = Operators(graph[1])
     found: dict[str, Node] = {}
-    for node in (node for node in described if node["op"] in CONVOLUTIONS):
-        source = node["inputs"][1][0]
-        weight = described[source]
-        parameter = by_name(block).get(weight["name"]) if weight["op"] == "null" else None
+    for node in operators.of(CONVOLUTIONS):
+        parameter = by_name(block).get(operators.variable(node, 1))
         layer = _layer(node, parameter)
-        alike = len({_sizes(user) for user in users[source]}) == 1
+        uses = operators.users(operators.source(node, 1))
+        alike = all(
+            user["op"] in CONVOLUTIONS and position == 1 and _sizes(user) == _sizes(node)
+            for user, position in uses
+        )
         reason = (
             COMPUTED if parameter is None
             else REPLACED if is_replaced(block)
@@ -86,10 +82,9 @@ def nodes(block: SymbolBlock) -> list[Node]:
 
 def norms(block: SymbolBlock) -> list[Node]:
     """Return the batch norms in a block's graph."""
-    described = json.loads(graph_of(block)[1].tojson())["nodes"]
-    found = []
-    for node in (node for node in described if node["op"] in NORMS):
-        gamma = by_name(block).get(described[node["inputs"][1][0]]["name"])
+    found, operators = [], Operators(graph_of(block)[1])
+    for node in operators.of(NORMS):
+        gamma = by_name(block).get(operators.variable(node, 1))
         key = node["name"] if gamma is None else _key(block, gamma)
         layer = nn.BatchNorm(prefix="")
         name = key if gamma is None else key.removesuffix("_gamma")
@@ -220,18 +215,14 @@ def refuse_composition(
     names: of their entries beside `weight`; an ordinary graph may have a weight of such a name.
     operators: what takes one of them to compose a kernel.
     """
-    described = json.loads(graph_of(block)[1].tojson())["nodes"]
+    graph = Operators(graph_of(block)[1])
 
-    def users(index: int) -> set[str]:
-        found: set[str] = set()
-        for other, node in enumerate(described):
-            if any(source == index for source, *_ in node["inputs"]):
-                found |= users(other) if node["op"] == "Cast" else {node["op"]}
-        return found
+    def takers(node: dict[str, Any]) -> set[str]:
+        users = [user for user, _ in graph.users(node)]
+        return set().union(*(takers(u) if u["op"] == "Cast" else {u["op"]} for u in users))
 
-    for index, node in enumerate(described):
-        entry = node["op"] == "null" and node["name"].endswith(tuple(names))
-        if entry and not users(index).isdisjoint(operators):
+    for node in graph.of({"null"}):
+        if node["name"].endswith(tuple(names)) and not takers(node).isdisjoint(operators):
             raise NotFoldable(
                 f"{place(path)} is a symbol that composes kernels, with {node['name']!r}, and "
                 "holds no layers: fold the network before it is exported or its features are "

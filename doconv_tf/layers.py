@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import keras
@@ -11,6 +10,7 @@ import keras
 from doconv_core.maths.geometry import Geometry, cropped, padded, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import REPLACED
+from doconv_core.state.flattening import FIRST, LAST
 from doconv_core.state.layers import (
     CHANNELS_FIRST,
     OWN,
@@ -23,15 +23,24 @@ from doconv_core.state.layers import (
     PReLUSpec,
     TransposedConvSpec,
 )
-from doconv_core.state.match import unsupported_layer
-from doconv_tf.composed import ComposedConv, ComposedLayers
+from doconv_core.state.reading import NoCounterpart, in_outputs, is_composed, read_layer
+from doconv_tf.composed import ComposedConv
 from doconv_tf.flattening import Flattenings
 from doconv_tf.graph import Graph
 from doconv_tf.kinds import LAYER_KINDS
-from doconv_tf.ordinary import CONVS, DEPTHWISE_CONVS, SEPARABLE_CONVS, is_replaced, pads, spec_of
+from doconv_tf.ordinary import (
+    CONVS,
+    DEPTHWISE_CONVS,
+    SEPARABLE_CONVS,
+    TRANSPOSED_CONVS,
+    is_replaced,
+    pads,
+    spec_of,
+)
 from doconv_tf.private import children
 
 _layers = keras.layers
+SPECIAL = "LoRA and quantized layers have no counterpart"
 
 
 class Part(NamedTuple):
@@ -68,19 +77,10 @@ def parts_of(path: str, layer: keras.Layer, around: Surroundings) -> dict[str, P
     has.
     """
     own = own_weights(layer)
-    names = [weight.name for weight in own]
-    path = path or layer.name
-    function = reader_of(layer)
-    if function is None:
-        raise unsupported_layer(path, layer, names)
-    if is_replaced(layer):
-        raise unsupported_layer(path, layer, names, REPLACED)
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-        raise unsupported_layer(path, layer, names, "LoRA and quantized layers have no counterpart")
-    try:
-        parts = function(layer, around)
-    except _NoCounterpart as error:
-        raise unsupported_layer(path, layer, names, str(error)) from None
+    path, names = path or layer.name, [weight.name for weight in own]
+    special = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
+    obstacle = REPLACED if is_replaced(layer) else SPECIAL if special else None
+    parts = read_layer(reader_of(layer), path, layer, names, around, obstacle=obstacle)
     expected = [variable for part in parts.values() for variable in part.variables.values()]
     if {id(weight) for weight in own} != {id(variable) for variable in expected}:
         raise TypeError(
@@ -100,10 +100,6 @@ def _names(variables: list[Any]) -> str:
     return ", ".join(repr(variable.name) for variable in variables)
 
 
-class _NoCounterpart(Exception):
-    """Why a layer of a known type has no counterpart."""
-
-
 def _part(
     layer: Any,
     around: Surroundings,
@@ -111,60 +107,61 @@ def _part(
     layout: str = "",
     *,
     features: int | None = None,
-    kind: bool | str = False,
     geometry: Geometry | None = None,
     **variables: Any,
 ) -> Part:
     """Return a layer as a state has it, with the variables that there are.
 
-    features: of its input, where that may be a flattened image. kind: that composes its kernel.
+    features: of its input, where that may be a flattened image.
     """
     given = {name: variable for name, variable in variables.items() if variable is not None}
     found = None if features is None else around.flattenings.of(layer, features)
+    if isinstance(spec, GroupNormSpec) and found is not None:
+        found = OWN  # in another order, other features would make a group
     positions = found if isinstance(found, tuple) and geometry is None else None
     flattening = CHANNELS_FIRST if isinstance(found, tuple) else found
+    kind = isinstance(layer, ComposedConv) and spec is layer.spec and layer.kind.name
     bias = not given.keys().isdisjoint({"bias", "beta"})
     form = LayerForm(spec, kind, bias, "gamma" in given, geometry, flattening)
     return Part(form, given, layout, positions)
 
 
 def _convolution(
-    layer: Any, around: Surroundings, spec: Any, layout: str, **variables: Any
+    layer: Any, around: Surroundings, layout: str, kernel: str = "kernel", **variables: Any
 ) -> Part:
     """Return a convolution as a state has it, with the zeros that are added before it."""
     padding = padded(pads(layer), around.graph.zeros_before(layer))
     geometry = Geometry(layer.strides, layer.dilation_rate, padding)
-    composed = isinstance(layer, ComposedConv)
-    features = (layer.kind.conv(spec) if composed else spec).in_channels
-    kind = layer.kind.name if composed else False
+    if isinstance(layer, ComposedConv):
+        spec, weights = layer.spec, layer.entries()
+        features = layer.kind.conv(spec).in_channels
+    else:
+        spec, weights = spec_of(layer), {"weight": getattr(layer, kernel)}
+        features = spec.in_channels
     return _part(
-        layer, around, spec, layout, features=features, kind=kind, geometry=geometry, **variables
+        layer, around, spec, layout, features=features, geometry=geometry, **weights, **variables
     )
 
 
 def _conv(layer: Any, around: Surroundings) -> dict[str, Part]:
-    if isinstance(layer, ComposedConv):
-        found = layer.spec, layer.layout, layer.entries()
-    else:
-        layout = "*CN" if isinstance(layer, DEPTHWISE_CONVS) else "*IO"
-        found = spec_of(layer), layout, {"weight": layer.kernel}
-    spec, layout, weights = found
-    return {"": _convolution(layer, around, spec, layout, **weights, bias=layer.bias)}
+    return {"": _convolution(layer, around, "*IO", bias=layer.bias)}
+
+
+def _depthwise(layer: Any, around: Surroundings) -> dict[str, Part]:
+    return {"": _convolution(layer, around, "*CN", bias=layer.bias)}
 
 
 def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
     """Return the two convolutions that a separable one is, as other frameworks have it."""
-    if isinstance(layer, ComposedConv):
-        spec, weights = layer.spec, layer.entries()
-    else:
-        spec, weights = spec_of(layer), {"weight": layer.depthwise_kernel}
-    depthwise = _convolution(layer, around, spec, "*CN", **weights)
-    ones, none = (1,) * layer.rank, symmetric((0,) * layer.rank)
-    kernel = layer.pointwise_kernel
+    ones, kernel = (1,) * layer.rank, layer.pointwise_kernel
+    geometry = Geometry(ones, ones, symmetric((0,) * layer.rank))
     spec = ConvSpec(kernel.shape[-2], layer.filters, ones)
-    geometry = Geometry(ones, ones, none)
-    pointwise = _part(layer, around, spec, "*IO", geometry=geometry, weight=kernel, bias=layer.bias)
-    return {"depthwise": depthwise, "pointwise": pointwise}
+    return {
+        "depthwise": _convolution(layer, around, "*CN", "depthwise_kernel"),
+        "pointwise": _part(
+            layer, around, spec, "*IO", geometry=geometry, weight=kernel, bias=layer.bias
+        ),
+    }
 
 
 def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -172,24 +169,19 @@ def _transposed(layer: Any, around: Surroundings) -> dict[str, Part]:
     given = layer.output_padding or (None,) * len(layer.kernel_size)
     numbers = zip(layer.kernel_size, layer.strides, layer.dilation_rate, given, strict=True)
     crops = tuple(cropped(layer.padding, *each) for each in numbers)
-    # A zero before the input is as many positions of output as the stride.
-    uses = {
-        tuple((-b * s, -a * s) for (b, a), s in zip(use, layer.strides, strict=bool(use)))
-        for use in around.graph.zeros_before(layer)
-    }
+    padding = padded(crops, in_outputs(around.graph.zeros_before(layer), layer.strides))
     part = _part(
         layer, around, TransposedConvSpec(channels, outputs, layer.kernel_size), "*OI",
         features=channels, weight=layer.kernel, bias=layer.bias,
-        geometry=Geometry(layer.strides, layer.dilation_rate, padded(crops, uses)),
+        geometry=Geometry(layer.strides, layer.dilation_rate, padding),
     )  # fmt: skip
     return {"": part}
 
 
 def _linear(layer: Any, around: Surroundings) -> dict[str, Part]:
-    features, units = layer.kernel.shape
+    spec = LinearSpec(*layer.kernel.shape)
     weights = {"weight": layer.kernel, "bias": layer.bias}
-    spec = LinearSpec(features, units)
-    return {"": _part(layer, around, spec, "IO", features=features, **weights)}
+    return {"": _part(layer, around, spec, "IO", features=spec.in_features, **weights)}
 
 
 def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
@@ -202,12 +194,12 @@ def _batch_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
 
 def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     if layer.rms_scaling:
-        raise _NoCounterpart("rms_scaling has no counterpart")
+        raise NoCounterpart("rms_scaling has no counterpart")
     if len(layer.axis) != 1:
-        raise _NoCounterpart("a layer norm over several axes has no counterpart")
+        raise NoCounterpart("a layer norm over several axes has no counterpart")
     rank, (axis,) = len(layer.get_build_config()["input_shape"]), layer.axis
     if axis not in (-1, rank - 1):
-        raise _NoCounterpart(
+        raise NoCounterpart(
             f"a layer norm over axis {axis} of {rank}, which is not the last, has no counterpart"
         )
     return _norm(layer, around, LayerNormSpec(_features(layer), layer.epsilon))
@@ -215,25 +207,18 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
 
 def _check_axis(layer: Any, around: Surroundings) -> None:
     """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
-    for call in around.graph.calls(layer):
-        tensor = call.input_tensors[0]
-        rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
-        channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
-        if rank > 2 and channels is not None and layer.axis % rank != channels:
-            raise _NoCounterpart(
+    for order, axes in around.flattenings.orders_of(layer):
+        channels = {LAST: axes, FIRST: 1}.get(order)
+        if axes > 1 and channels is not None and layer.axis % (axes + 1) != channels:
+            raise NoCounterpart(
                 f"its axis {layer.axis} is not that of the channels, {channels}, in the "
-                f"{format_} image that it is given"
+                f"{order} image that it is given"
             )
 
 
 def _group_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
     _check_axis(layer, around)
-    spec = GroupNormSpec(_features(layer), layer.groups, layer.epsilon)
-    part = _norm(layer, around, spec)[""]
-    if part.positions is None:
-        return {"": part}
-    # In another order, other features would make a group.
-    return {"": part._replace(form=replace(part.form, flattening=OWN), positions=None)}
+    return _norm(layer, around, GroupNormSpec(_features(layer), layer.groups, layer.epsilon))
 
 
 def _features(norm: Any) -> int:
@@ -252,7 +237,7 @@ def _prelu(layer: Any, around: Surroundings) -> dict[str, Part]:
     shared = set(layer.shared_axes or ()) >= set(range(2, len(shape) + 1))
     channels = shape[-1] != 1 or (shape[0] != 1 and shared)  # last, or first of all
     if len(sizes) > 1 or (sizes and not channels):
-        raise _NoCounterpart(
+        raise NoCounterpart(
             "a slope for each position has no counterpart; name the spatial axes in shared_axes"
         )
     spec = PReLUSpec(sizes[0] if sizes else 1)
@@ -265,11 +250,10 @@ def _embedding(layer: Any, around: Surroundings) -> dict[str, Part]:
 
 
 FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
-    **dict.fromkeys((*CONVS, *DEPTHWISE_CONVS), _conv),
+    **dict.fromkeys(CONVS, _conv),
+    **dict.fromkeys(DEPTHWISE_CONVS, _depthwise),
     **dict.fromkeys(SEPARABLE_CONVS, _separable),
-    **dict.fromkeys(
-        (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose), _transposed
-    ),
+    **dict.fromkeys(TRANSPOSED_CONVS, _transposed),
     _layers.Dense: _linear,
     _layers.BatchNormalization: _batch_norm,
     _layers.LayerNormalization: _layer_norm,
@@ -281,8 +265,5 @@ FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
 
 def reader_of(layer: keras.Layer) -> Callable[[Any, Surroundings], dict[str, Part]] | None:
     """Return the function for a layer of this very type; None where it has no counterpart."""
-    cls = type(layer)
-    for layers in LAYER_KINDS.values():
-        if isinstance(layers, ComposedLayers) and cls in layers.types.values():
-            cls = cls.ordinary
-    return FORMS.get(cls)
+    cls: Any = type(layer)
+    return FORMS.get(cls.ordinary if is_composed(LAYER_KINDS, cls) else cls)

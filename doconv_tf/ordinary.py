@@ -21,9 +21,9 @@ CONVS = (_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
 DEPTHWISE_CONVS = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
 SEPARABLE_CONVS = (_layers.SeparableConv1D, _layers.SeparableConv2D)
 ORDINARY = (*CONVS, *DEPTHWISE_CONVS, *SEPARABLE_CONVS)
-_TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose)
+TRANSPOSED_CONVS = (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose)
 _RECURRENT = (_layers.ConvLSTM1D, _layers.ConvLSTM2D, _layers.ConvLSTM3D)
-CONVOLUTIONS = (*ORDINARY, *_TRANSPOSED, *_RECURRENT)
+CONVOLUTIONS = (*ORDINARY, *TRANSPOSED_CONVS, *_RECURRENT)
 
 
 def walk(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
@@ -69,7 +69,7 @@ def count_parameters(model: keras.Layer) -> int:
 
 def obstacle(layer: keras.Layer) -> str | None:
     """Return why a convolution cannot be replaced, whatever it is to become; None where it can."""
-    if type(layer) in _TRANSPOSED:
+    if type(layer) in TRANSPOSED_CONVS:
         return TRANSPOSED
     if type(layer) in _RECURRENT:
         return "recurrent"

@@ -104,7 +104,7 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
         for below, part in parts_of(path, layer, around).items():
             place = entry(path, below) if below else path
             parts[place] = part
-            if not around.graph.calls(layer):
+            if id(layer) not in around.graph.called:
                 unseen.add(place)
     forms = suspect_flattening({path: part.form for path, part in parts.items()}, unseen)
     return {path: part._replace(form=forms[path]) for path, part in parts.items()}

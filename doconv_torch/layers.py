@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.maths.geometry import Extra, Geometry, Pad, padded, same, symmetric
 from doconv_core.models.report import REPLACED
@@ -20,10 +21,12 @@ from doconv_core.state.layers import (
     PReLUSpec,
     TransposedConvSpec,
 )
-from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_torch.composed import ComposedLayers
+from doconv_core.state.match import check_owned
+from doconv_core.state.reading import NoCounterpart, in_outputs, is_composed, read_layer
+from doconv_torch.batchnorm import BATCHNORMS
+from doconv_torch.composed import ComposedConv
 from doconv_torch.kinds import LAYER_KINDS
-from doconv_torch.ordinary import DTYPES, is_replaced, spec_of
+from doconv_torch.ordinary import DTYPES, ORDINARY, is_replaced, spec_of
 
 Uses: TypeAlias = "Set[Extra]"
 
@@ -49,24 +52,13 @@ def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm
     counterpart, with a forward pass of its own, or with other parameters than its kind has;
     ValueError for parameters on the meta device.
     """
-    own, read = owned(module), _reader(type(module))
-    if read is None:
-        raise unsupported_layer(path, module, own)
-    if is_replaced(module):
-        raise unsupported_layer(path, module, own, REPLACED)
-    try:
-        form = read(module, uses)
-    except _NoCounterpart as error:
-        raise unsupported_layer(path, module, own, str(error)) from None
+    own, cls = owned(module), type(module)
+    read = _form if cls in SPECS or is_composed(LAYER_KINDS, cls) else None
+    obstacle = REPLACED if is_replaced(module) else None
+    form = read_layer(read, path, module, own, uses, obstacle=obstacle)
     check_owned(path, module, own, [attribute(name) for name in form.shapes])
     _check_values(path, own)
     return form
-
-
-def _reader(cls: type[nn.Module]) -> Callable[[Any, Uses], LayerForm] | None:
-    """Return what makes the form of modules of this very class; None where they have none."""
-    kinds = (kind for kind in LAYER_KINDS.values() if isinstance(kind, ComposedLayers))
-    return _composed if any(cls in kind.types.values() for kind in kinds) else FORMS.get(cls)
 
 
 def attribute(name: str) -> str:
@@ -114,108 +106,73 @@ def _zeros(module: Any, before: Extra) -> Extra:
     return cast(Extra, padded(own, [before]))  # of zeros on zeros: pairs, and no words
 
 
-class _NoCounterpart(Exception):
-    """Why a layer of a known type has no counterpart."""
+def _form(module: Any, uses: Uses) -> LayerForm:
+    composed = isinstance(module, ComposedConv)
+    return LayerForm(
+        module.spec if composed else SPECS[type(module)](module),
+        module.kind.name if composed else False,
+        bias=getattr(module, "bias", None) is not None,
+        scale=getattr(module, "weight", None) is not None,
+        geometry=_geometry(module, uses) if isinstance(module, _ConvNd) else None,
+    )
 
 
 def _geometry(module: Any, uses: Uses) -> Geometry:
     stride, dilation, size = module.stride, module.dilation, module.kernel_size
+    pads: Sequence[Pad]
+    if isinstance(module, _ConvTransposeNd):
+        pads = [(p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True)]
+        return Geometry(stride, dilation, padded(pads, in_outputs(uses, stride)))
     if module.padding == "same":
         pads = same(size, stride, dilation)
     else:
         pads = symmetric([0] * len(size) if module.padding == "valid" else module.padding)
-    pads = padded(pads, uses, module.padding_mode)
-    return Geometry(stride, dilation, pads, module.padding_mode)
+    mode = module.padding_mode
+    return Geometry(stride, dilation, padded(pads, uses, mode), mode)
 
 
-def _conv(module: Any, uses: Uses) -> LayerForm:
-    return LayerForm(spec_of(module), bias=_has_bias(module), geometry=_geometry(module, uses))
+def _transposed(module: Any) -> TransposedConvSpec:
+    sizes = module.in_channels, module.out_channels, module.kernel_size
+    return TransposedConvSpec(*sizes, module.groups)
 
 
-def _composed(module: Any, uses: Uses) -> LayerForm:
-    geometry = _geometry(module, uses)
-    return LayerForm(module.spec, module.kind.name, _has_bias(module), geometry=geometry)
-
-
-def _transposed(module: Any, uses: Uses) -> LayerForm:
-    spec = TransposedConvSpec(
-        module.in_channels, module.out_channels, module.kernel_size, module.groups
-    )
-    pads: Sequence[Pad] = tuple(
-        (p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True)
-    )
-    # A zero before the input is as many positions of output as the stride.
-    pads = padded(
-        pads,
-        {
-            tuple((-b * s, -a * s) for (b, a), s in zip(use, module.stride, strict=bool(use)))
-            for use in uses
-        },
-    )
-    geometry = Geometry(module.stride, module.dilation, pads)
-    return LayerForm(spec, bias=_has_bias(module), geometry=geometry)
-
-
-def _linear(module: Any, uses: Uses) -> LayerForm:
-    spec = LinearSpec(module.in_features, module.out_features)
-    return LayerForm(spec, bias=_has_bias(module))
-
-
-def _batch_norm(module: Any, uses: Uses) -> LayerForm:
+def _batch_norm(module: Any) -> BatchNormSpec:
     if not module.track_running_stats or module.running_mean is None:
-        raise _NoCounterpart("a batch norm without running statistics has no counterpart")
+        raise NoCounterpart("a batch norm without running statistics has no counterpart")
     if module.momentum is None:
-        raise _NoCounterpart(
+        raise NoCounterpart(
             "momentum=None, the average of all batches, has no counterpart; set a momentum"
         )
-    spec = BatchNormSpec(module.num_features, module.eps, module.momentum)
-    return LayerForm(spec, bias=_has_bias(module), scale=module.weight is not None)
+    return BatchNormSpec(module.num_features, module.eps, module.momentum)
 
 
-def _instance_norm(module: Any, uses: Uses) -> LayerForm:
+def _instance_norm(module: Any) -> GroupNormSpec:
     if module.running_mean is not None:
-        raise _NoCounterpart("an instance norm with running statistics has no counterpart")
-    spec = GroupNormSpec(module.num_features, module.num_features, module.eps)
-    return LayerForm(spec, bias=_has_bias(module), scale=module.weight is not None)
+        raise NoCounterpart("an instance norm with running statistics has no counterpart")
+    return GroupNormSpec(module.num_features, module.num_features, module.eps)
 
 
-def _group_norm(module: Any, uses: Uses) -> LayerForm:
-    spec = GroupNormSpec(module.num_channels, module.num_groups, module.eps)
-    return LayerForm(spec, bias=_has_bias(module), scale=module.weight is not None)
-
-
-def _layer_norm(module: Any, uses: Uses) -> LayerForm:
+def _layer_norm(module: Any) -> LayerNormSpec:
     if len(module.normalized_shape) != 1:
-        raise _NoCounterpart("a layer norm over several axes has no counterpart")
-    spec = LayerNormSpec(module.normalized_shape[0], module.eps)
-    return LayerForm(spec, bias=_has_bias(module), scale=module.weight is not None)
+        raise NoCounterpart("a layer norm over several axes has no counterpart")
+    return LayerNormSpec(module.normalized_shape[0], module.eps)
 
 
-def _prelu(module: Any, uses: Uses) -> LayerForm:
-    return LayerForm(PReLUSpec(module.num_parameters))
-
-
-def _embedding(module: Any, uses: Uses) -> LayerForm:
+def _embedding(module: Any) -> EmbeddingSpec:
     if module.max_norm is not None:
-        raise _NoCounterpart("max_norm, which rescales the rows, has no counterpart")
-    return LayerForm(EmbeddingSpec(module.num_embeddings, module.embedding_dim))
+        raise NoCounterpart("max_norm, which rescales the rows, has no counterpart")
+    return EmbeddingSpec(module.num_embeddings, module.embedding_dim)
 
 
-def _has_bias(module: Any) -> bool:
-    return module.bias is not None
-
-
-FORMS: dict[type[nn.Module], Callable[[Any, Uses], LayerForm]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+SPECS: dict[type[nn.Module], Callable[[Any], Any]] = {
+    **dict.fromkeys(ORDINARY, spec_of),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
-    **dict.fromkeys(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _batch_norm
-    ),
+    **dict.fromkeys(BATCHNORMS, _batch_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance_norm),
-    nn.GroupNorm: _group_norm,
+    nn.GroupNorm: lambda norm: GroupNormSpec(norm.num_channels, norm.num_groups, norm.eps),
     nn.LayerNorm: _layer_norm,
-    nn.Linear: _linear,
-    nn.PReLU: _prelu,
+    nn.Linear: lambda linear: LinearSpec(linear.in_features, linear.out_features),
+    nn.PReLU: lambda prelu: PReLUSpec(prelu.num_parameters),
     nn.Embedding: _embedding,
 }
 

@@ -100,23 +100,40 @@ def _elementwise(config: Config, values: Values) -> Value:
 def _merged(config: Config, values: Values) -> Value:
     """Return a sum or the like; what is one number for each channel is spread over an image."""
     wide = [value for value in values if value.several] or values
-    if len({(value.order, value.shape, value.image) for value in wide}) > 1:
+    order = _common(wide)
+    if order is None or len({(value.shape, value.image) for value in wide}) > 1:
         return Value()
-    return wide[0]._replace(makers=_makers(wide))
+    return wide[0]._replace(order=order, makers=_makers(wide))
+
+
+def _concatenated(config: Config, values: Values) -> Value:
+    order = _common(values)
+    if order is None or order == FLAT:
+        return Value()
+    return Value(order, makers=_makers(values))
+
+
+def _common(values: Values) -> str | None:
+    """Return the order of several tensors that have one; with an image's, `PURE` is that."""
+    orders = {value.order for value in values}
+    found = orders - {PURE} if orders & {LAST, FIRST} else orders
+    return found.pop() if len(found) == 1 else None
 
 
 def _makers(values: Values) -> frozenset[str]:
     return frozenset[str]().union(*(value.makers for value in values))
 
 
-def _concatenated(config: Config, values: Values) -> Value:
-    first, *others = {value.order for value in values}
-    return Value() if others or first == FLAT else Value(first, makers=_makers(values))
-
-
 def _convolution(config: Config, values: Values) -> Value:
     format_ = config.get("data_format")
     return Value(format_) if format_ in (LAST, FIRST) else Value()
+
+
+def _spatial(config: Config, values: Values) -> Value:
+    value, format_ = values[0], config.get("data_format")
+    if value.order == PURE and format_ in (LAST, FIRST):  # which says what the axes are
+        return value._replace(order=format_, shape=None)
+    return value._replace(shape=None)
 
 
 def _global_pooling(config: Config, values: Values) -> Value:
@@ -159,6 +176,8 @@ def _reshape(config: Config, values: Values) -> Value:
         return Value()
     if len(target) == 1:
         return _flatten({}, values)
+    if value.order == FLAT and tuple(target) == (*value.image[1:], value.image[0]):
+        return Value(LAST)
     single = sum(n != 1 for n in target) < 2
     if single and not value.several:
         return value if value.order == FLAT else Value(SAME, makers=value.makers)
@@ -188,7 +207,9 @@ def _permute(config: Config, values: Values) -> Value:
     axes = list(range(1, len(dims) + 1))
     if value.order == LAST and dims == [axes[-1], *axes[:-1]]:
         return Value(FIRST)
-    return Value(LAST) if value.order == FIRST and dims == [*axes[1:], 1] else Value()
+    if value.order == FIRST and dims == [*axes[1:], 1]:
+        return Value(LAST)
+    return Value() if value.order in (FLAT, OPEN) else Value(PURE)
 
 
 RULES: dict[str, Rule] = {
@@ -196,7 +217,7 @@ RULES: dict[str, Rule] = {
     "merge": _merged,
     "concatenate": _concatenated,
     "convolution": _convolution,
-    "spatial": lambda config, values: values[0]._replace(shape=None),
+    "spatial": _spatial,
     "global pooling": _global_pooling,
     "dense": _dense,
     "features last": lambda config, values: Value(SAME),

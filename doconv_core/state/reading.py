@@ -1,0 +1,56 @@
+"""Reading a framework's layers as what they are in a state: what every backend checks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from doconv_core.maths.geometry import Extra
+from doconv_core.models.view import LayerKind
+from doconv_core.state.match import unsupported_layer
+
+Read = TypeVar("Read")
+
+
+class NoCounterpart(Exception):
+    """Why a layer of a known type has no counterpart in a state. Raised by what reads it."""
+
+
+def read_layer(
+    read: Callable[..., Read] | None,
+    path: str,
+    layer: Any,
+    names: Iterable[str],
+    *around: Any,
+    obstacle: str | None,
+) -> Read:
+    """Return what `read` makes of a layer, and of what is around it.
+
+    read: None for a type without a counterpart. names: of what the layer owns. obstacle: why this
+    layer has none, if it is known beforehand. Raises TypeError, by the path, where it has none.
+    """
+    if read is None:
+        raise unsupported_layer(path, layer, names)
+    if obstacle is not None:
+        raise unsupported_layer(path, layer, names, obstacle)
+    try:
+        return read(layer, *around)
+    except NoCounterpart as error:
+        raise unsupported_layer(path, layer, names, str(error)) from None
+
+
+def is_composed(layer_kinds: Mapping[str, LayerKind], cls: type) -> bool:
+    """Return whether layers of this very type are a kind's that composes their kernel."""
+    types = (getattr(layers, "types", {}) for layers in layer_kinds.values())
+    return any(cls in each.values() for each in types)
+
+
+def in_outputs(uses: Iterable[Extra], stride: Iterable[int]) -> set[Extra]:
+    """Return the zeros before a transposed convolution as what they take from its output.
+
+    A zero before the input is as many positions of output as the stride. uses: as of `padded`.
+    """
+    stride = tuple(stride)
+    return {
+        tuple((-b * s, -a * s) for (b, a), s in zip(use, stride, strict=bool(use))) for use in uses
+    }
