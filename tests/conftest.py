@@ -1,6 +1,9 @@
-"""Which tests run: all but the long tail, or with `--exhaustive` that too."""
+"""Which tests run: all but the long tail, or with `--exhaustive` that too; and what many use."""
 
 from __future__ import annotations
+
+import pytest
+from frameworks import imported
 
 
 def pytest_addoption(parser):
@@ -25,3 +28,16 @@ def pytest_collection_modifyitems(config, items):
     if tail:
         config.hook.pytest_deselected(items=tail)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+@pytest.fixture
+def keras():
+    """Keras, or the test is skipped."""
+    return imported("tf")
+
+
+@pytest.fixture
+def afresh(keras):
+    """Keras names layers as in a new process, and draws the same numbers in each test."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)

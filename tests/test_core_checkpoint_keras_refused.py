@@ -7,7 +7,7 @@ import json
 import zipfile
 
 import pytest
-from checkpoint_files import numbers, only_line
+from checkpoint_files import numbers, refused
 from frameworks import need
 
 need("tf")
@@ -15,7 +15,6 @@ need("tf")
 import h5py  # noqa: E402
 import keras  # noqa: E402
 
-from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
 from doconv_core.files.folding import fold_checkpoint  # noqa: E402
 from doconv_core.files.formats import open_checkpoint  # noqa: E402
@@ -29,10 +28,7 @@ from doconv_tf import (  # noqa: E402
 layers = keras.layers
 
 
-@pytest.fixture(autouse=True)
-def _fresh_names():
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(0)
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -49,13 +45,6 @@ class HalvedConv(DOConv2D):
 
     def call(self, x):
         return 0.5 * super().call(x)
-
-
-def refused(source, message):
-    with pytest.raises(NotFoldable, match=message) as error:
-        fold_checkpoint(source, source.with_name("out"))
-    only_line(error)
-    assert not source.with_name("out").exists()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoint_files import only_line
 from command_line import BAD_FILE, TARGET, doconv
-from frameworks import need
+from frameworks import imported, need
 from safetensors.numpy import save_file
 
 from doconv_core.files.entries import CheckpointError
@@ -56,9 +56,7 @@ def test_a_shape_that_numpy_cannot_have_is_told_when_it_is_read(tmp_path, make):
 
 
 def test_halves_of_characters_are_no_names(tmp_path):
-    need("torch")
-    import torch
-
+    torch = imported("torch")
     file = tmp_path / "model.pt"
     torch.save({"a\ud800.weight": torch.zeros(2, 2)}, file)
     message = r"has an entry named 'a\\ud800\.weight', which is no text"
@@ -68,9 +66,7 @@ def test_halves_of_characters_are_no_names(tmp_path):
 
 
 def test_a_tensor_without_values(tmp_path):
-    need("torch")
-    import torch
-
+    torch = imported("torch")
     file = tmp_path / "model.pt"
     shapes = {name: torch.empty(array.shape, device="meta") for name, array in ARRAYS.items()}
     torch.save(shapes, file)
@@ -82,9 +78,7 @@ def test_a_tensor_without_values(tmp_path):
 
 
 def test_a_nested_tensor_is_carried_over(tmp_path):
-    need("torch")
-    import torch
-
+    torch = imported("torch")
     file, out = tmp_path / "model.pt", tmp_path / "out.pt"
     script = "import sys, torch; torch.save({'w': torch.eye(2), 'n': torch.nested.nested_tensor("
     script += "[torch.ones(2), torch.ones(3)])}, sys.argv[1])"
