@@ -33,6 +33,15 @@ def need(backend: str) -> None:
         pytest.skip(str(error), allow_module_level=True)
 
 
+def is_here(backend: str) -> bool:
+    """Whether `need` goes on; in CI it fails where not."""
+    try:
+        need(backend)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
 def imported(backend: str) -> ModuleType:
     """Return the backend's framework, which the backend imports, as some need its help for that."""
     need(backend)

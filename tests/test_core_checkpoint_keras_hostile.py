@@ -19,8 +19,6 @@ from keras_checkpoints import functional  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
 from doconv_core.files.formats import open_checkpoint  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("afresh")
-
 
 @pytest.fixture
 def file(tmp_path):
