@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from doconv_core import ConvSpec, compose
+from doconv_core import CheckpointError, ConvSpec, NotFoldable, compose, fold_checkpoint
 
 SPECS = {
     "features.0": ConvSpec(3, 8, (3, 3)),
@@ -56,3 +57,16 @@ def only_line(error):
     assert "\n" not in message
     assert message.endswith(".")
     return message
+
+
+def refused(file, message, error=NotFoldable, **options):
+    """Assert that a file is not folded: one line says why, and nothing is written.
+
+    Of a file that cannot be read, the line names it.
+    """
+    before = sorted(file.parent.iterdir())
+    with pytest.raises(error, match=message) as caught:
+        fold_checkpoint(file, file.with_name("out"), **options)
+    line = only_line(caught)
+    assert error is not CheckpointError or str(file) in line
+    assert sorted(file.parent.iterdir()) == before

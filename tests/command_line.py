@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
 from click.testing import CliRunner
+from frameworks import fresh
 from safetensors.numpy import save_file
 
 from doconv_core.cli import doconv as command
@@ -30,6 +32,37 @@ def doconv(*args, code=0, error=None, listing=False):
         assert bool(before) == listing, done.stderr
         assert done.stdout == ""
     return done
+
+
+# Runs commands one after the other, each in a copy of this process in which files may have so many
+# bytes, and prints the exit code and all that each has printed. What takes long is imported before.
+FULL_DISK = """
+import importlib, json, os, resource, sys
+from doconv_core.cli import main
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for arguments, most in json.load(sys.stdin):
+    read, write = os.pipe()
+    if not os.fork():
+        os.dup2(write, 1), os.dup2(write, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        sys.argv = ["doconv", *arguments]
+        main()
+    os.close(write)
+    with open(read) as printed:
+        told = printed.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), told]), flush=True)
+"""
+
+
+def on_a_full_disk(*runs, imports=("h5py",)):
+    """Run commands, each given as its arguments and how many bytes a file may have there.
+
+    Returns the exit code and what was printed, for each.
+    """
+    given = json.dumps([[list(map(str, arguments)), most] for arguments, most in runs])
+    done = fresh("-c", FULL_DISK, *imports, input=given)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def state_dict(seed=0, *, moved=0.1, dtype="float32"):

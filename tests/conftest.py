@@ -1,6 +1,10 @@
-"""Which tests run: all but the long tail, or with `--exhaustive` that too."""
+"""Which tests run: all but the long tail, or with `--exhaustive` that too; and what many use."""
 
 from __future__ import annotations
+
+import pytest
+from frameworks import imported
+from hypothesis import settings
 
 
 def pytest_addoption(parser):
@@ -15,6 +19,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "exhaustive: of the long tail, which --exhaustive and CI run too"
     )
+    examples = 200 if config.getoption("--exhaustive") else 50
+    settings.register_profile("properties", max_examples=examples, deadline=None)
+    settings.load_profile("properties")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -25,3 +32,22 @@ def pytest_collection_modifyitems(config, items):
     if tail:
         config.hook.pytest_deselected(items=tail)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+@pytest.fixture
+def keras():
+    """Keras, or the test is skipped."""
+    return imported("tf")
+
+
+@pytest.fixture
+def afresh(keras):
+    """Keras names layers as in a new process, and draws the same numbers in each test."""
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def unprobed(monkeypatch):
+    """Files of HDF5 are read without a process that tries them first, as the test wrote them."""
+    monkeypatch.setattr("doconv_core.files.hdf5._probe", lambda path, stored: None)

@@ -33,6 +33,22 @@ def need(backend: str) -> None:
         pytest.skip(str(error), allow_module_level=True)
 
 
+def is_here(backend: str) -> bool:
+    """Whether `need` goes on; in CI it fails where not."""
+    try:
+        need(backend)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def imported(backend: str) -> ModuleType:
+    """Return the backend's framework, which the backend imports, as some need its help for that."""
+    need(backend)
+    importlib.import_module(f"doconv_{backend}")
+    return importlib.import_module(BACKENDS[backend])
+
+
 def adapter_of(backend: str) -> ModuleType:
     """Return the backend's adapter to the contract."""
     need(backend)

@@ -7,7 +7,7 @@ import importlib
 import numpy as np
 import pytest
 from command_line import DIFFERENT, IMPOSSIBLE, MISSING, TARGET, USAGE, doconv
-from frameworks import need
+from frameworks import imported, need
 
 from doconv_core import difference, open_checkpoint
 
@@ -259,8 +259,7 @@ def test_keras_norms_embeddings_and_transposed_convolutions(tmp_path):
 
 
 def test_copies_of_a_model_and_bfloat16(tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     weight = torch.randn(4, 2, 3, 3).bfloat16()
     content = {"model": {"c.weight": weight}, "ema": {"c.weight": 2 * weight}, "epoch": 3}
     torch.save(content, tmp_path / "m.pt")

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from command_line import DIFFERENT, IMPOSSIBLE, USAGE, doconv
-from frameworks import need
+from frameworks import imported
 
 from doconv_core import ConvSpec, LayerForm, State, difference, write_state
 from doconv_core.cli.command import Failure
@@ -16,12 +16,6 @@ from doconv_core.cli.flattening import Flattenings, Images
 from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.gluon import write_params
 from doconv_core.state.layers import BatchNormSpec, LinearSpec
-
-
-@pytest.fixture
-def keras():
-    need("tf")
-    return importlib.import_module("keras")
 
 
 def pair(keras):
@@ -46,8 +40,7 @@ def pair(keras):
 
 
 def test_the_config_of_a_keras_file_is_enough(keras, tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     model, like = pair(keras)
     torch.save(model.state_dict(), tmp_path / "in.pt")
     like.save(tmp_path / "like.keras")
@@ -67,8 +60,7 @@ def test_the_config_of_a_keras_file_is_enough(keras, tmp_path):
 
 
 def test_an_option_that_contradicts_the_config_is_refused(keras, tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     model, like = pair(keras)
     torch.save(model.state_dict(), tmp_path / "in.pt")
     like.save(tmp_path / "like.keras")
@@ -129,8 +121,7 @@ def test_what_cannot_be_reordered_is_refused(keras, tmp_path):
 
 
 def test_a_subclassed_model_tells_neither_connections_nor_order(keras, tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
 
     class Net(keras.Model):
         def __init__(self):
@@ -346,8 +337,7 @@ NETWORKS = {"resnet18": 512, "resnet50": 2048, "densenet121": 1024, "mobilenet_w
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_a_zoo(name, tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     provider = importlib.import_module("pytorchcv.model_provider")
     with torch.device("meta"):
         model = provider.get_model(name)

@@ -6,18 +6,11 @@ import importlib
 import json
 
 import pytest
-from frameworks import need
 
 from doconv_core.cli.keras_config import fed_layers
 from doconv_core.state.flattening import Fed
 
 IMAGE = (6, 6, 4)
-
-
-@pytest.fixture
-def keras():
-    need("tf")
-    return importlib.import_module("keras")
 
 
 def fed(keras, model):

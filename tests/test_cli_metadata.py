@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from itertools import product
 
 import numpy as np
 import pytest
 from command_line import DIFFERENT, IMPOSSIBLE, doconv, save, state_dict
-from frameworks import need
+from frameworks import imported
 
 from doconv_core import ConvSpec, LayerForm, State, difference, read_state, write_state
 from doconv_core.cli.pairing import _moves
@@ -24,12 +23,6 @@ from doconv_core.state.layers import (
     LinearSpec,
     TransposedConvSpec,
 )
-
-
-@pytest.fixture
-def keras():
-    need("tf")
-    return importlib.import_module("keras")
 
 
 def write(path, origin=(), /, **layers):
@@ -101,8 +94,7 @@ def test_states_that_compute_otherwise_are_refused(tmp_path):
 
 
 def keras_network(folder, *, strides=2, padding="valid", pad=1, epsilon=1e-5):
-    need("tf")
-    keras = importlib.import_module("keras")
+    keras = imported("tf")
     layers = keras.layers
     pads = [layers.ZeroPadding2D(pad)] if pad else []
     norm = layers.BatchNormalization(name="bn", epsilon=epsilon)
@@ -156,8 +148,7 @@ def test_what_one_file_alone_tells_is_listed(tmp_path):
 @pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn"])
 @pytest.mark.parametrize("suffix", ["safetensors", "params"])
 def test_types_that_a_format_lacks(tmp_path, dtype, suffix):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     odd = torch.zeros(3).to(getattr(torch, dtype))
     torch.save({"fc.weight": torch.ones(2, 2), "odd": odd}, tmp_path / "in.pt")
     out = tmp_path / f"out.{suffix}"
@@ -197,8 +188,7 @@ def test_verify_by_order_tells_where_the_layers_differ(tmp_path):
 
 
 def test_totals_count_one_copy_of_a_model(tmp_path):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     arrays = {n: torch.from_numpy(np.array(a)) for n, a in state_dict().items() if "block" not in n}
     torch.save(arrays, tmp_path / "one.pt")
     torch.save({"model": arrays, "model_ema": dict(arrays)}, tmp_path / "two.pt")
@@ -315,8 +305,7 @@ SIZES = [
 
 def test_what_keras_takes_from_a_transposed_convolutions_output(keras, tmp_path):
     """What is listed of it makes PyTorch's layer compute the same."""
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     rng, compared = np.random.default_rng(0), 0
     for padding, size, stride, more in SIZES:
         if more is not None and more >= stride:

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from command_line import IMPOSSIBLE, doconv, save
-from frameworks import need
+from frameworks import imported, need
 
 from doconv_core import difference, write_state
 
@@ -87,8 +87,7 @@ def image():
 
 @pytest.mark.parametrize("fold", [False, True], ids=["over-parameterized", "folded"])
 def test_to_pytorch_and_back(network, image, tmp_path, fold):
-    need("torch")
-    torch = importlib.import_module("torch")
+    torch = imported("torch")
     file, options = tmp_path / "net.keras", ["--fold"] if fold else []
     doconv("convert", file, tmp_path / "net.pt", *FLAT, *options)
     model = torch_network(not fold)

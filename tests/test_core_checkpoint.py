@@ -7,12 +7,12 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import SPECS, numbers, only_line, pair, state_dict
+from checkpoint_files import SPECS, numbers, pair, refused, state_dict
 from equal import assert_close
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from doconv_core import ConvSpec, LayerForm, NotFoldable, State, compose, read_state, write_state
+from doconv_core import ConvSpec, LayerForm, State, compose, read_state, write_state
 from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import BLOCK, CheckpointError, compose_blocks
 from doconv_core.state.file import entry
@@ -173,9 +173,7 @@ def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file, tmp_path):
         assert layer.spec is None
         assert checkpoint.pair(layer)[0].shape == (6, 2, 12)
     message = r"layer 'a': its kernel size is not in the file, which tells 9 taps; give it, with ke"
-    with pytest.raises(NotFoldable, match=message):
-        fold_checkpoint(file, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused(file, message)
     fold_checkpoint(file, tmp_path / "out", kernel_sizes={"a*": (3, 3), "?": [9]})
     close(load_file(tmp_path / "out")["a.weight"], kernel)
 
@@ -223,10 +221,7 @@ def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, tmp_pat
         "layer 'a': named like an over-parameterized layer, but its entries make none: "
         f"'depthwise_weight' {shapes[1]} of float32, 'weight' {shapes[0]} of float32."
     )
-    with pytest.raises(NotFoldable, match=re.escape(message)) as error:
-        fold_checkpoint(file, tmp_path / "out")
-    only_line(error)
-    assert list(tmp_path.iterdir()) == [file]
+    refused(file, re.escape(message))
     with open_checkpoint(file) as checkpoint:  # to look at it is another matter
         (layer,) = checkpoint.layers
     assert (layer.kind, layer.over_parameterized, [*layer.entries]) == (
@@ -237,8 +232,7 @@ def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, tmp_pat
 def test_integers_are_refused(file, tmp_path):
     weight, depthwise, _ = pair(SPECS["features.0"])
     save_file({"a.weight": weight.astype(np.int8), "a.depthwise_weight": depthwise}, file)
-    with pytest.raises(NotFoldable, match=r"'weight' \(8, 3, 3, 3\) of int8"):
-        fold_checkpoint(file, tmp_path / "out")
+    refused(file, r"'weight' \(8, 3, 3, 3\) of int8")
 
 
 def test_a_d_without_its_w_is_refused(file, tmp_path):
@@ -246,8 +240,7 @@ def test_a_d_without_its_w_is_refused(file, tmp_path):
     _, depthwise, _ = pair(SPECS["features.0"])
     arrays = {"a.weight_g": numbers(8, 1, 1, 1), "a.weight_v": numbers(8, 3, 3, 3)}
     save_file({**arrays, "a.depthwise_weight": depthwise, "b.bias": numbers(3)}, file)
-    with pytest.raises(NotFoldable, match=r"layer 'a': .*'weight_g' \(8, 1, 1, 1\) of float32, 'w"):
-        fold_checkpoint(file, tmp_path / "out")
+    refused(file, r"layer 'a': .*'weight_g' \(8, 1, 1, 1\) of float32, 'w")
 
 
 def test_an_ordinary_depthwise_kernel_under_ds_name_is_left(file, tmp_path):
@@ -266,9 +259,7 @@ def test_a_kernel_that_is_not_finite_is_refused(file, tmp_path, bad):
     weight[3, 1, 0, 0] = bad
     depthwise *= 4
     save_file({"a.weight": weight, "a.depthwise_weight": depthwise}, file)
-    with pytest.raises(NotFoldable, match=r"layer 'a': the folded kernel is not finite"):
-        fold_checkpoint(file, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [file]
+    refused(file, r"layer 'a': the folded kernel is not finite")
 
 
 def test_an_existing_target_is_kept_unless_asked(file, tmp_path):

@@ -6,14 +6,12 @@ import errno
 import io
 import os
 import re
-import resource
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
-from checkpoint_files import numbers
+from checkpoint_files import numbers, refused
+from command_line import TARGET, on_a_full_disk
 from frameworks import need
 
 need("tf")
@@ -45,26 +43,23 @@ def write_archive(path):
         archive.writestr("model.weights.h5", weights)
 
 
+MOST = (0, 1000, 60_000, 100_000)
+
+
 @pytest.mark.parametrize("write", [write_weights, write_archive], ids=["weights", "archive"])
-@pytest.mark.parametrize("most", [0, 1000, 60_000, 100_000])
-def test_folding_onto_a_full_disk(tmp_path, write, most):
+def test_folding_onto_a_full_disk(tmp_path, write):
     source, target = tmp_path / "in", tmp_path / "out"
     write(source)
-    size = fold_size(source, target)
-    assert most < size
-    program = [sys.executable, "-c", "from doconv_core.cli import main; main()"]
-    done = subprocess.run(
-        [*program, "fold", source, target],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (5, "")
-    # An archive's weights are unpacked first, where the disk may be as full.
-    unpacked = write is write_archive and size > most
-    name = r"\S+/model\.weights\.h5: " if unpacked else f"{target} could not be written: "
-    nowhere = r"No usable temporary directory found in \[.*\]"
-    problem = nowhere if unpacked and not most else f"{name}File too large"
-    assert re.fullmatch(f"doconv: {problem}\\.\n", done.stderr)
+    assert max(MOST) < fold_size(source, target)
+    done = on_a_full_disk(*((["fold", source, target], most) for most in MOST))
+    for most, (code, told) in zip(MOST, done, strict=True):
+        # An archive's weights are unpacked first, where the disk is as full.
+        unpacked = write is write_archive
+        name = r"\S+/model\.weights\.h5: " if unpacked else f"{target} could not be written: "
+        nowhere = r"No usable temporary directory found in \[.*\]"
+        problem = nowhere if unpacked and not most else f"{name}File too large"
+        assert code == TARGET, (most, told)
+        assert re.fullmatch(f"doconv: {problem}\\.\n", told), (most, told)
     assert [*tmp_path.iterdir()] == [source]
 
 
@@ -121,6 +116,5 @@ def test_damage_of_the_source_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.Group, "copy", lambda *args: (_ for _ in ()).throw(OSError("bad")))
     with h5py.File(tmp_path / "in", "a") as file:
         file["layers/dense/vars/0"] = numbers(2, 2)
-    with pytest.raises(CheckpointError, match="in could not be copied: bad"):
-        fold_checkpoint(tmp_path / "in", tmp_path / "out")
+    refused(tmp_path / "in", "in could not be copied: bad", CheckpointError)
     assert [*tmp_path.iterdir()] == [tmp_path / "in"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import zipfile
 
 import pytest
-from checkpoint_files import numbers, only_line
+from checkpoint_files import numbers, refused
 from frameworks import need
 
 need("tf")
@@ -15,7 +16,6 @@ need("tf")
 import h5py  # noqa: E402
 import keras  # noqa: E402
 
-from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
 from doconv_tf import (  # noqa: E402
@@ -28,10 +28,7 @@ from doconv_tf import (  # noqa: E402
 layers = keras.layers
 
 
-@pytest.fixture(autouse=True)
-def _fresh_names():
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(0)
+pytestmark = pytest.mark.usefixtures("afresh", "unprobed")
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -48,13 +45,6 @@ class HalvedConv(DOConv2D):
 
     def call(self, x):
         return 0.5 * super().call(x)
-
-
-def refused(source, message):
-    with pytest.raises(NotFoldable, match=message) as error:
-        fold_checkpoint(source, source.with_name("out"))
-    only_line(error)
-    assert not source.with_name("out").exists()
 
 
 @pytest.fixture
@@ -128,16 +118,29 @@ DAMAGED = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return what gives the content of a file of a model of one layer, which is made once."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    @functools.cache
+    def content(make, kind):
+        kept = {"d_multiplier": 10} if make is not DOConv2D else {"depth_multiplier": 10}
+        first = () if make is DODepthwiseConv2D else (3,)
+        model = keras.Sequential([keras.Input((6, 6, 2)), make(*first, 3, **kept, name="layer")])
+        file = folder / f"model.{kind}"
+        model.save(file) if kind == "keras" else model.save_weights(file)
+        return file.read_bytes()
+
+    return content
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
-def test_entries_that_make_no_layer_are_refused(tmp_path, case, kind):
+def test_entries_that_make_no_layer_are_refused(tmp_path, saved, case, kind):
     make, change = DAMAGED[case]
-    kept = {"d_multiplier": 10} if make is not DOConv2D else {"depth_multiplier": 10}
-    first = () if make is DODepthwiseConv2D else (3,)
-    layer = make(*first, 3, **kept, name="layer")
     file = tmp_path / f"model.{kind}"
-    model = keras.Sequential([keras.Input((6, 6, 2)), layer])
-    model.save(file) if kind == "keras" else model.save_weights(file)
+    file.write_bytes(saved(make, kind))
 
     def changed(content):
         stored = io.BytesIO(content)

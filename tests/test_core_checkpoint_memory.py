@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from frameworks import need
+from frameworks import imported, need
 
 from doconv_core import ConvSpec
 from doconv_core.files.checkpoint import open_checkpoint
@@ -62,9 +62,7 @@ def write(kind, path, specs, dtype):
     elif kind == "gluon":
         write_params(path, dict(arrays(specs, dtype)))
     elif kind in ("pytorch", "channels last", "pickle"):
-        need("torch")
-        import torch
-
+        torch = imported("torch")
         of = getattr(torch, dtype)
         plain = {name: array.view(f"i{array.itemsize}") for name, array in arrays(specs, dtype)}
         tensors = {name: torch.from_numpy(array).view(of) for name, array in plain.items()}

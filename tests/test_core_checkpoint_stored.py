@@ -5,10 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import numbers, only_line
+from checkpoint_files import numbers, refused
 from safetensors.numpy import load_file, save_file
 
-from doconv_core import ConvSpec, NotFoldable
+from doconv_core import ConvSpec
 from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint
 from doconv_core.files.entries import (
     BITS,
@@ -102,10 +102,7 @@ def bfloat16_file(path, weight):
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_bfloat16_that_is_not_finite_is_refused(tmp_path, value):
     bfloat16_file(tmp_path / "a", np.full((1, 1, 2, 2), value))
-    with pytest.raises(NotFoldable, match="layer 'a': the folded kernel is not finite") as error:
-        fold_checkpoint(tmp_path / "a", tmp_path / "out")
-    only_line(error)
-    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    refused(tmp_path / "a", "layer 'a': the folded kernel is not finite")
 
 
 def test_a_kernel_that_only_rounding_makes_infinite_is_refused(tmp_path):
@@ -117,8 +114,7 @@ def test_a_kernel_that_only_rounding_makes_infinite_is_refused(tmp_path):
     save_file({n: a.astype(ml_dtypes.bfloat16) for n, a in arrays.items()}, tmp_path / "a")
     with open_checkpoint(tmp_path / "a") as checkpoint:
         assert np.isfinite(checkpoint.kernel(checkpoint.layers[0])).all()
-    with pytest.raises(NotFoldable, match="layer 'a': the folded kernel is not finite"):
-        fold_checkpoint(tmp_path / "a", tmp_path / "out")
+    refused(tmp_path / "a", "layer 'a': the folded kernel is not finite")
 
 
 def test_nan_elsewhere_is_kept_bit_for_bit(tmp_path):

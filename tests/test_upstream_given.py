@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import numbers, only_line
-from frameworks import need
+from frameworks import imported, need
 
 from doconv_core.files.entries import CheckpointError
 from doconv_core.files.upstream import read_upstream
@@ -73,9 +73,7 @@ def test_types(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_tensors_of_pytorch(dtype):
-    need("torch")
-    import torch
-
+    torch = imported("torch")
     given = {n: torch.from_numpy(a).to(getattr(torch, dtype)) for n, a in entries().items()}
     of = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     check(read_upstream({"state_dict": given}), dtype=of)
@@ -85,9 +83,7 @@ def test_tensors_of_pytorch(dtype):
 
 
 def test_variables_of_keras():
-    need("tf")
-    import keras
-
+    keras = imported("tf")
     check(read_upstream({n: keras.Variable(a) for n, a in entries().items()}, "PyTorch"))
     given = {n: keras.Variable(a, dtype="bfloat16") for n, a in entries().items()}
     check(read_upstream(given, "PyTorch"), dtype=ml_dtypes.bfloat16)
@@ -117,9 +113,7 @@ def test_what_is_none_is_told(content, message):
 
 
 def test_a_tensor_that_is_no_array_is_told():
-    need("torch")
-    import torch
-
+    torch = imported("torch")
     with pytest.raises(
         CheckpointError, match=r"entry 'x' is no .* a Tensor torch\.float32; give it as a NumPy"
     ) as error:
