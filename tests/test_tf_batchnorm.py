@@ -13,24 +13,18 @@ need("tf")
 
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
-from keras_layers import BACKEND, array, assert_same  # noqa: E402
+from keras_layers import BACKEND, array  # noqa: E402
 from keras_models import (  # noqa: E402
-    EACH_KIND,
     SHAPE,
     filled,
     images,
-    inputs_of,
     over_parameterized,
-    predicted,
-    traces,
-    walk,
 )
 
 from doconv_core.models.report import (  # noqa: E402
     AXIS,
     NOT_DIRECT,
     NOT_FINITE,
-    OUTPUT,
     SEVERAL,
     behind,
 )
@@ -39,34 +33,6 @@ from doconv_tf import fold, over_parameterize, verify  # noqa: E402
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
-
-
-@EACH_KIND
-def test_batch_norms_are_fused_into_convolutions(kind):
-    model = over_parameterized(kind)
-    inputs = inputs_of(kind)
-    before = [array(v).copy() for v in model.weights]
-    fused, report = fold(model, fuse_batchnorm=True)
-    for value, variable in zip(before, model.weights, strict=True):
-        assert_same(variable, value)
-    assert verify(model, fused, inputs).relative < 1e-5
-    found = [predicted(m, inputs) for m in (model, fused)]
-    for one, other in zip(*map(keras.tree.flatten, found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    expected = {
-        "functional": ({}, {"norm": OUTPUT}),
-        "sequential": ({"norm": "fused into Conv2D"}, {}),
-        "subclassed": (
-            {},
-            {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN, "features.bn": UNKNOWN},
-        ),
-        "nested": ({}, {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN}),
-    }[kind]
-    norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
-    assert (norms, {left.path: left.reason for left in report.left}) == expected
-    names = [path for path, _ in walk(fused)]
-    assert names == [path for path, _ in walk(model)]
-    assert not traces(fused)
 
 
 def test_a_fused_model_can_be_saved_and_cut(tmp_path):
