@@ -14,7 +14,7 @@ FILES = [
 CHOSEN = (
     "tf and (there_and_back or (inplace_gives and subclassed) or shared_layer or left "
     "or (takes_over and None) or stored_loaded "
-    "or composed_kernel_is or may_be_a_do_layer or losses_once or found_again or fold_in_every)"
+    "or composed_kernel_is or may_be_a_do_layer or losses_once or fold_in_every)"
 )
 
 
