@@ -85,16 +85,6 @@ def test_buffers_outside_the_state_dict_do_not_matter():
     assert torch.equal(model[:5](image()), other(image()))
 
 
-def test_bfloat16_state_loses_no_bit():
-    model, other = network().bfloat16(), network().bfloat16()
-    state = export_state(model)
-    assert state.arrays["0.weight"].dtype == np.float32
-    load_state(other, state)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    )
-
-
 def test_a_batch_norm_brings_its_statistics_and_leaves_its_count():
     model, other = nn.BatchNorm2d(4, 1e-3, 0.25), nn.BatchNorm2d(4, 1e-3, 0.25)
     for _ in range(3):
@@ -186,18 +176,3 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, mess
         load_state(model, state)
     for name, value in model.state_dict().items():
         assert value.is_meta or torch.equal(value, before[name])
-
-
-def test_numbers_that_the_model_cannot_hold_are_refused():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
-    before = copy.deepcopy(model.state_dict())
-    state = export_state(model.float())
-    model[1].half()
-    arrays = {**state.arrays, "1.bias": np.array([1.0, -7e4], np.float32)}
-    with pytest.raises(StateError, match=r"'1.bias' has 70000, which the model's float16 cannot"):
-        load_state(model, State(state.layers, arrays))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    arrays["1.bias"] = np.array([np.inf, np.nan], np.float32)
-    load_state(model, State(state.layers, arrays))
-    assert model[1].bias.isinf()[0]
-    assert model[1].bias.isnan()[1]
