@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
+import pytest
 from frameworks import BACKENDS, need
 
 SHAPE = (4, 8, 7)  # of an input, without the batch
@@ -191,6 +192,16 @@ def runs() -> list[tuple[str, str]]:
 
 
 MODES = {"mx": ("eager", "hybridized")}
+
+
+# Into copies or in place, S as it is or larger: of these pairs two are of the long tail.
+PAIRS = [
+    pytest.param(False, 20, id="copy-S=20"),
+    pytest.param(True, None, id="inplace-S=M"),
+    pytest.param(False, None, id="copy-S=M", marks=pytest.mark.exhaustive),
+    pytest.param(True, 20, id="inplace-S=20", marks=pytest.mark.exhaustive),
+]
+WAYS = pytest.mark.parametrize(("inplace", "multiplier"), PAIRS)
 
 
 def models_of(backend: str) -> ModuleType:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from equal import same
+from equal import assert_close, assert_same, same
 from frameworks import BACKENDS
-from model_contract import BRANCHES, CHANGED, Again, Layer, Net, conv, models_of, norm, runs
+from model_contract import BRANCHES, CHANGED, PAIRS, Again, Layer, Net, conv, models_of, norm, runs
 
-from doconv_core import Change, Left, difference, fuse_batchnorm
+from doconv_core import Change, Left, State, fuse_batchnorm
 from doconv_core.models.report import (
     NOT_DIRECT,
     NOT_FINITE,
@@ -25,7 +26,9 @@ from doconv_core.models.report import (
 )
 
 ALL = frozenset(BACKENDS)
+EACH = pytest.mark.parametrize("backend", BACKENDS)
 RUNS = pytest.mark.parametrize(("backend", "mode"), runs())
+TAIL = pytest.mark.exhaustive
 
 
 class Case(NamedTuple):
@@ -115,8 +118,7 @@ def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name):
     if case.reason is None:
         assert fused == [Change("norm", name, fused_into(types["conv"]))]
         assert report.left == ()
-        for a, b in zip(found, expected, strict=True):
-            assert difference(a, b).relative < 1e-5
+        assert_close(found, expected)
         again, report = models.package.fold(folded, fuse_batchnorm=True)
         assert not report.changed
         assert same(models.outputs(again, x), found)
@@ -126,46 +128,44 @@ def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name):
         assert same(found, expected), "what is left computes the same bits"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@EACH
 @pytest.mark.parametrize(
     ("rank", "groups"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (3, 1), (3, 2)]
 )
-def test_the_fused_kernel_is_the_cores(backend, rank, groups, bias, affine):
-    models = models_of(backend)
-    options = (("epsilon", 0.01), ("affine", affine))
-    layers = {
-        "conv": Layer("conv", 8, groups=groups, bias=bias, rank=rank),
-        "norm": Layer("norm", 8, rank=rank, options=options),
-    }
+def test_the_fused_kernel_is_the_cores(backend, rank, groups):
+    """With and without a bias, scale and offset."""
+    models, layers = models_of(backend), {}
+    for n, (bias, affine) in enumerate(product([True, False], repeat=2)):
+        options = (("epsilon", 0.01), ("affine", affine))
+        layers[f"conv{n}"] = Layer("conv", 8, 8 if n else 4, groups=groups, bias=bias, rank=rank)
+        layers[f"norm{n}"] = Layer("norm", 8, rank=rank, options=options)
     net = Net(layers, shape=(4, *(5,) * rank))
     model = models.build(net)
-    arrays = models.package.export_state(model).arrays
-    spec = models.package.export_state(model).layers["conv"].spec
-    kernel, offset = fuse_batchnorm(
-        arrays["conv.weight"].reshape(spec.kernel_shape),
-        arrays.get("conv.bias"),
-        mean=arrays["norm.running_mean"],
-        variance=arrays["norm.running_var"],
-        epsilon=0.01,
-        scale=arrays.get("norm.gamma"),
-        offset=arrays.get("norm.beta"),
-    )
+    state, x = models.package.export_state(model), net.input()
+    arrays = state.arrays
     folded, report = models.package.fold(model, fuse_batchnorm=True)
-    assert [change.path for change in report.changed] == ["norm"]
+    assert [change.path for change in report.changed] == [f"norm{n}" for n in range(4)]
     found = models.package.export_state(folded).arrays
-    assert list(found) == ["conv.weight", "conv.bias"]
-    assert difference(found["conv.weight"].reshape(kernel.shape), kernel).relative < 1e-6
-    assert difference(found["conv.bias"], offset).relative < 1e-5
-    x = net.input()
-    (output,), (expected,) = models.outputs(folded, x), models.outputs(model, x)
-    assert difference(output, expected).relative < 1e-5
+    assert list(found) == [f"conv{n}.{name}" for n in range(4) for name in ("weight", "bias")]
+    for n in range(4):
+        kernel, offset = fuse_batchnorm(
+            arrays[f"conv{n}.weight"].reshape(state.layers[f"conv{n}"].spec.kernel_shape),
+            arrays.get(f"conv{n}.bias"),
+            mean=arrays[f"norm{n}.running_mean"],
+            variance=arrays[f"norm{n}.running_var"],
+            epsilon=0.01,
+            scale=arrays.get(f"norm{n}.gamma"),
+            offset=arrays.get(f"norm{n}.beta"),
+        )
+        assert_close(found[f"conv{n}.weight"].reshape(kernel.shape), kernel, 1e-6, f"kernel {n}")
+        assert_close(found[f"conv{n}.bias"], offset, case=f"offset {n}")
+    assert_close(models.outputs(folded, x), models.outputs(model, x))
 
 
 @RUNS
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.parametrize("multiplier", [None, 20, 0], ids=["S=M", "S=20", "ordinary"])
+@pytest.mark.parametrize(
+    ("inplace", "multiplier"), [*PAIRS, (False, 0), pytest.param(True, 0, marks=TAIL)]
+)
 def test_a_network_without_batch_norms(backend, mode, inplace, multiplier, tmp_path):
     models, x = models_of(backend), BRANCHES.input()
     package, (model, twin) = models.package, (models.build(BRANCHES, mode) for _ in range(2))
@@ -183,41 +183,31 @@ def test_a_network_without_batch_norms(backend, mode, inplace, multiplier, tmp_p
     assert list(changes) == ([] if multiplier == 0 else CHANGED)
     assert report.left == ()
     assert report.parameters_after == models.count(target)
-    for a, b in zip(models.outputs(target, x), models.outputs(twin, x), strict=True):
-        assert difference(a, b).relative < 1e-5
+    assert_close(models.outputs(target, x), models.outputs(twin, x))
     names = list(models.values(target))
     assert not [n for n in names if "norm" in n or "running" in n or "moving" in n]
     assert len([n for n in names if "stem" in n and "bias" in n]) == 1, "a bias to take the offset"
     if not inplace:
-        for name, value in models.values(model).items():
-            np.testing.assert_array_equal(value, untouched[name], err_msg=name)
+        assert_same(models.values(model), untouched)
     content = models.save(target, tmp_path).lower()
     assert b"doconv" not in content
     assert b"depthwise" not in content
-    assert same(
-        models.outputs(package.fold(target, fuse_batchnorm=True)[0], x), models.outputs(target, x)
-    )
+    again = package.fold(target, fuse_batchnorm=True)[0]
+    assert_same(models.outputs(again, x), models.outputs(target, x))
     assert not package.fold(twin if multiplier == 0 else target).report.changed
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH
 def test_what_would_not_be_finite_is_left(backend):
     models = models_of(backend)
-    net = Net(
-        {
-            "conv": conv,
-            "norm": Layer("norm", options=(("epsilon", 0.0 if backend == "mx" else 1e-12),)),
-        }
+    epsilon = 0.0 if backend == "mx" else 1e-12
+    model = models.build(
+        Net({"conv": conv, "norm": Layer("norm", options=(("epsilon", epsilon),))})
     )
-    model = models.build(net)
     state = models.package.export_state(model)
-    arrays = dict(state.arrays) | {
-        "norm.gamma": np.full(4, 1e38, np.float32),
-        "norm.running_var": np.full(4, 0, np.float32),
-    }
-    models.package.load_state(model, type(state)(state.layers, arrays))
+    bad = {"norm.gamma": np.full(4, 1e38, "f4"), "norm.running_var": np.zeros(4, "f4")}
+    models.package.load_state(model, State(state.layers, {**state.arrays, **bad}))
     target, report = models.package.fold(model, fuse_batchnorm=True)
     assert report.left == (Left("norm", models.types["norm"], NOT_FINITE),)
     assert not report.changed
-    for a, b in zip(models.values(target).items(), models.values(model).items(), strict=True):
-        np.testing.assert_array_equal(a[1], b[1], err_msg=a[0])
+    assert_same(list(models.values(target).values()), list(models.values(model).values()))

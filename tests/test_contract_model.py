@@ -6,18 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from equal import close, same
-from frameworks import BACKENDS, adapter_of
+from equal import assert_same, close, same
+from frameworks import BACKENDS
 from model_contract import (
     BATCH,
     BRANCHES,
     CHANGED,
+    SHAPE,
+    WAYS,
     Again,
     Layer,
     Net,
     conv,
     is_d,
     models_of,
+    norm,
     runs,
 )
 
@@ -38,104 +41,85 @@ from doconv_core.models.report import (
 EACH = pytest.mark.parametrize("backend", BACKENDS)
 RUNS = pytest.mark.parametrize(("backend", "mode"), runs())
 INPLACE = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-MULTIPLIERS = pytest.mark.parametrize("multiplier", [None, 20], ids=["S=M", "S=20"])
 SHAREABLE = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tf"])
 
-# Layers by path, in the order in which they are called, and their kinds: an adapter makes them.
-NETWORK = {
-    "first_norm": "norm",
-    "conv": "conv", "conv_norm": "norm",
-    "relu": "relu", "relu_norm": "norm",
-    "already": "do_conv", "already_norm": "norm",
-    "unselected": "conv",
-    "pointwise": "pointwise", "pointwise_norm": "norm",
-    "transposed": "transposed", "transposed_norm": "norm",
-    "own": "own", "own_norm": "norm",
-    "patched": "patched", "patched_norm": "norm",
-}  # fmt: skip
+# Layers in the order in which they are called, most with a batch norm behind them.
+MIXED = Net(
+    {
+        "first_norm": norm,
+        "conv": conv, "conv_norm": norm,
+        "relu": Layer("relu"), "relu_norm": norm,
+        "already": Layer("do_conv"), "already_norm": norm,
+        "unselected": conv,
+        "pointwise": Layer("conv", kernel=1), "pointwise_norm": norm,
+        "transposed": Layer("transposed"), "transposed_norm": norm,
+        "own": Layer("own"), "own_norm": norm,
+        "patched": Layer("patched"), "patched_norm": norm,
+    }
+)  # fmt: skip
 
 
-@pytest.fixture(params=BACKENDS)
-def adapter(request):
-    return adapter_of(request.param)
-
-
-def expected(adapter, action, changed, left, found):
-    """Return a report with the framework's names of types, and its own count of parameters."""
-    types = adapter.types
-    return Report(
-        action,
-        tuple(Change(path, types[old], types.get(new, new)) for path, old, new in changed),
-        tuple(Left(path, types[kind], reason) for path, kind, reason in left),
-        found.parameters_before,
-        found.parameters_after,
+@EACH
+def test_what_is_changed_and_left_is_told_alike(backend):
+    models = models_of(backend)
+    package, types = models.package, models.types
+    model = models.build(MIXED)
+    more, report = package.over_parameterize(model, where=lambda path, layer: path != "unselected")
+    conv, fused = types["conv"], fused_into(types["conv"])
+    counts = models.count(model), models.count(more)
+    changed = (Change("conv", conv, types["do_conv"]),)
+    left = (
+        Left("already", types["do_conv"], ALREADY),
+        Left("unselected", conv, NOT_SELECTED),
+        Left("pointwise", conv, ONE_TAP),
+        Left("transposed", types["transposed"], TRANSPOSED),
+        Left("own", types["own"], SUBCLASS),
+        Left("patched", conv, REPLACED),
     )
+    assert report == Report("over-parameterized", changed, left, *counts)
+    folded, report = package.fold(more, fuse_batchnorm=True)
+    changed = (
+        Change("conv", types["do_conv"], conv),
+        Change("conv_norm", types["norm"], fused),
+        Change("already", types["do_conv"], conv),
+        Change("already_norm", types["norm"], fused),
+        Change("pointwise_norm", types["norm"], fused),
+    )
+    reasons = {
+        "first_norm": NOT_DIRECT,
+        "relu_norm": NOT_DIRECT,
+        "transposed_norm": behind(TRANSPOSED),
+        "own_norm": behind(SUBCLASS),
+        "patched_norm": behind(REPLACED),
+    }
+    left = tuple(Left(path, types["norm"], reason) for path, reason in reasons.items())
+    counts = models.count(more), models.count(folded)
+    assert report == Report("folded", changed, left, *counts)
 
 
-def over_parameterized(adapter):
-    model = adapter.network(NETWORK)
-    return adapter.package.over_parameterize(model, where=lambda path, layer: path != "unselected")
-
-
-def test_what_is_over_parameterized_and_left_is_told_alike(adapter):
-    _, report = over_parameterized(adapter)
-    left = [
-        ("already", "do_conv", ALREADY),
-        ("unselected", "conv", NOT_SELECTED),
-        ("pointwise", "conv", ONE_TAP),
-        ("transposed", "transposed", TRANSPOSED),
-        ("own", "own", SUBCLASS),
-        ("patched", "conv", REPLACED),
-    ]
-    changed = [("conv", "conv", "do_conv")]
-    assert report == expected(adapter, "over-parameterized", changed, left, report)
-
-
-def test_what_is_folded_fused_and_left_is_told_alike(adapter):
-    model, _ = over_parameterized(adapter)
-    _, report = adapter.package.fold(model, fuse_batchnorm=True)
-    fused = fused_into(adapter.types["conv"])
-    changed = [
-        ("conv", "do_conv", "conv"),
-        ("conv_norm", "norm", fused),
-        ("already", "do_conv", "conv"),
-        ("already_norm", "norm", fused),
-        ("pointwise_norm", "norm", fused),
-    ]
-    left = [
-        ("first_norm", "norm", NOT_DIRECT),
-        ("relu_norm", "norm", NOT_DIRECT),
-        ("transposed_norm", "norm", behind(TRANSPOSED)),
-        ("own_norm", "norm", behind(SUBCLASS)),
-        ("patched_norm", "norm", behind(REPLACED)),
-    ]
-    assert report == expected(adapter, "folded", changed, left, report)
-
-
-@pytest.mark.parametrize("action", ["export", "load"])
-def test_a_layer_whose_forward_was_replaced_has_no_state(adapter, action):
+@EACH
+def test_a_layer_whose_forward_was_replaced_has_no_state(backend):
     """It may compute something else, as a subclass may, which has none either."""
-    package, model = adapter.package, adapter.network({"patched": "patched"})
-    state = package.export_state(adapter.network({"patched": "conv"}))
-    kind = adapter.types["conv"]
-    with pytest.raises(TypeError, match=f"'patched' is a {kind} with .*; {REPLACED}"):
-        package.export_state(model) if action == "export" else package.load_state(model, state)
-    (layer,) = layers(model)
-    if adapter.package.__name__ != "doconv_tf":  # in Keras a model of one layer has its name
+    models = models_of(backend)
+    package, kind = models.package, models.types["conv"]
+    model = models.build(Net({"patched": Layer("patched")}))
+    state = package.export_state(models.build(Net({"patched": conv})))
+    reason = f"'patched' is a {kind} with .*; {REPLACED}"
+    for action in (package.export_state, lambda model: package.load_state(model, state)):
+        with pytest.raises(TypeError, match=reason):
+            action(model)
+    if backend != "tf":  # where a model of one layer has its name
         with pytest.raises(TypeError, match=f"^the model itself is a {kind} with"):
-            package.export_state(layer)
+            package.export_state(models.layers(model)["patched"])
 
 
-def test_a_model_that_is_its_only_layer_is_named_so(adapter):
+@EACH
+def test_a_model_that_is_its_only_layer_is_named_so(backend):
+    models = models_of(backend)
+    layer = models.layer(conv, (BATCH, *SHAPE))
     message = "where matches no convolution: 'conv'; .* such as the model itself"
-    layer = next(iter(layers(adapter.network({"conv": "conv"}))))
     with pytest.warns(UserWarning, match=message):
-        adapter.package.over_parameterize(layer, where="conv")
-
-
-def layers(model):
-    """Return a model's layers, in whichever of the frameworks."""
-    return getattr(model, "layers", model)
+        models.package.over_parameterize(layer, where="conv")
 
 
 def ordinary_values(models, model):
@@ -144,9 +128,7 @@ def ordinary_values(models, model):
 
 def assert_same_values(found, expected, but=()):
     assert list(found) == list(expected), "names, or their order"
-    for name, value in expected.items():
-        if name not in but:
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert_same(*({n: v for n, v in each.items() if n not in but} for each in (found, expected)))
 
 
 def kinds(models, model):
@@ -154,111 +136,103 @@ def kinds(models, model):
 
 
 @RUNS
-@INPLACE
-@MULTIPLIERS
-def test_over_parameterizing_changes_nothing_but_the_layers(backend, mode, inplace, multiplier):
+@WAYS
+def test_there_and_back(backend, mode, inplace, multiplier, tmp_path):
+    """Nothing changes but the layers, and folding gives the ordinary model back."""
     models, x = models_of(backend), BRANCHES.input()
-    model, twin = (models.build(BRANCHES, mode) for _ in range(2))
-    models.layers(model)["head"].note = ["a user's own"]
+    package = models.package
+    model, twin, plain = (models.build(BRANCHES, mode) for _ in range(3))
+    for each in (model, plain):
+        models.layers(each)["head"].note = ["a user's own"]
     before, places = models.identities(model), models.layers(model)
-    result = models.package.over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
-    target, report = result
-    assert type(result) is Converted
-    assert (target is model) == inplace
-    assert type(target) is type(twin)
-    old, new = models.types["conv"], models.types["do_conv"]
-    assert report == Report(
-        "over-parameterized",
-        tuple(Change(path, old, new) for path in CHANGED),
-        (Left("body.point", old, ONE_TAP),),
-        models.count(twin),
-        models.count(target),
-    )
-    found, types = models.layers(target), kinds(models, twin)
-    do_conv = getattr(models.package, new)
-    assert kinds(models, target) == types | dict.fromkeys(CHANGED, do_conv), "types, by path"
-    assert found["head"].note == ["a user's own"]
-    assert found["stem"].spec.depth_multiplier == (multiplier or 9)
-    assert found["body.wide"].spec.depth_multiplier == (multiplier or 3)
+    result = package.over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
+    check_over_parameterized(models, model, result, plain, inplace, multiplier)
+    target, _ = result
+    if inplace:
+        found = models.layers(target)
+        assert all(found[path] is layer for path, layer in places.items()), "layers stay themselves"
+    if inplace and multiplier is None and backend != "tf":  # whose layers make variables anew
+        after = models.identities(target)
+        assert all(after[name] is value for name, value in before.items()), "an optimizer goes on"
     equal = same if multiplier is None or models.exact else close
     for training in (False, True, False):
         given = models.outputs(target, x, training), models.outputs(twin, x, training)
         assert equal(*given), f"outputs, training={training}"
     values = models.values(target)
     weights = [n for n in values if "norm" not in n and values[n].ndim > 1] if multiplier else ()
-    assert sum(map(is_d, values)) == len(CHANGED)
-    assert not any(v.any() for n, v in values.items() if is_d(n))
     assert_same_values(ordinary_values(models, target), models.values(twin), weights)
-    if inplace:
-        assert all(found[path] is layer for path, layer in places.items()), "layers stay themselves"
-    if inplace and multiplier is None and backend != "tf":  # whose layers make variables anew
-        after = models.identities(target)
-        assert all(after[name] is value for name, value in before.items()), "an optimizer goes on"
+
+    twin = models.train(package.over_parameterize(twin, depth_multiplier=multiplier)[0])
+    expected, untouched = models.outputs(models.train(target), x), models.values(target)
+    count, result = models.count(target), package.fold(target, inplace=inplace)
+    check_folded(models, target, result, plain, inplace, count)
+    folded, _ = result
     if not inplace:
-        fresh = models.build(BRANCHES, mode)
-        assert_same_values(models.values(model), models.values(fresh))
-        assert kinds(models, model) == types, "the original is untouched"
+        assert kinds(models, target) == kinds(models, twin), "the original is untouched"
+        assert_same_values(models.values(target), untouched)
+        assert same(models.outputs(target, x), expected)
         shared = {id(v) for v in models.identities(model).values()}
         assert not shared & {id(v) for v in models.identities(target).values()}
-        models.step(models.train(target), x)
-        assert same(models.outputs(model, x), models.outputs(fresh, x))
-
-
-@RUNS
-@INPLACE
-@MULTIPLIERS
-def test_folding_gives_the_ordinary_model_back(backend, mode, inplace, multiplier, tmp_path):
-    models, x = models_of(backend), BRANCHES.input()
-    fold, plain = models.package.fold, models.build(BRANCHES, mode)
-    model, twin = (
-        models.train(
-            models.package.over_parameterize(
-                models.build(BRANCHES, mode), depth_multiplier=multiplier, inplace=True
-            )[0]
-        )
-        for _ in range(2)
-    )
-    expected, untouched = models.outputs(model, x), models.values(model)
-    result = fold(model, inplace=inplace)
-    folded, report = result
-    assert type(result) is Converted
-    assert (folded is model) == inplace
-    old, new = models.types["do_conv"], models.types["conv"]
-    assert report == Report(
-        "folded",
-        tuple(Change(path, old, new) for path in CHANGED),
-        (),
-        models.count(twin),
-        models.count(plain),
-    )
-    assert kinds(models, folded) == kinds(models, plain)
+        models.step(target, x)
+        assert_same_values(models.values(model), models.values(plain))
+        assert kinds(models, model) == kinds(models, plain), "nor is the first one"
+        assert same(models.outputs(model, x), models.outputs(plain, x))
+    assert same(models.outputs(folded, x), expected)
     for training in (False, True, False):
         given = models.outputs(folded, x, training), models.outputs(twin, x, training)
-        assert same(*given), f"outputs, training={training}"
-    values, ordinary = models.values(folded), models.values(plain)
-    assert [(n, v.shape) for n, v in values.items()] == [(n, v.shape) for n, v in ordinary.items()]
-    for path, layer in models.layers(folded).items():
-        other = models.layers(plain)[path]
-        if path:
-            assert repr(layer) == repr(other)
-            assert vars(layer).keys() == vars(other).keys(), f"attributes of {path!r}"
-    twice, again = fold(folded, inplace=inplace)
-    assert not again.changed
-    assert not again.left
-    assert str(again).startswith("folded 0 layers, left 0; parameters: ")
-    assert_same_values(models.values(twice), values)
-    back, _ = models.package.over_parameterize(folded)
+        assert same(*given), f"folded outputs, training={training}"
+    back, _ = package.over_parameterize(folded)
     assert same(models.outputs(back, x), models.outputs(folded, x)), "there again"
-    if not inplace:
-        assert kinds(models, model) == kinds(models, twin), "the original is untouched"
-        assert_same_values(models.values(model), untouched)
-        assert same(models.outputs(model, x), expected)
     assert b"depthwise" in models.save(twin, tmp_path).lower()
     content = models.save(folded, tmp_path).lower()
     assert b"doconv" not in content
     assert b"depthwise" not in content
     models.load(plain, tmp_path)
     assert same(models.outputs(plain, x), models.outputs(folded, x)), "loaded into the ordinary"
+
+
+def check_over_parameterized(models, model, result, plain, inplace, multiplier):
+    """Assert which layers a model has in place of the plain one's, and that this is told."""
+    assert type(result) is Converted
+    target, report = result
+    assert (target is model) == inplace
+    assert type(target) is type(plain)
+    old, new = models.types["conv"], models.types["do_conv"]
+    changed = tuple(Change(path, old, new) for path in CHANGED)
+    left, counts = (Left("body.point", old, ONE_TAP),), (models.count(plain), models.count(target))
+    assert report == Report("over-parameterized", changed, left, *counts)
+    do_conv, found = getattr(models.package, new), models.layers(target)
+    types = kinds(models, plain) | dict.fromkeys(CHANGED, do_conv)
+    assert kinds(models, target) == types, "types, by path"
+    assert found["head"].note == ["a user's own"]
+    assert found["stem"].spec.depth_multiplier == (multiplier or 9)
+    assert found["body.wide"].spec.depth_multiplier == (multiplier or 3)
+    ds = {name: value for name, value in models.values(target).items() if is_d(name)}
+    assert len(ds) == len(CHANGED)
+    assert not any(value.any() for value in ds.values())
+
+
+def check_folded(models, model, result, plain, inplace, count):
+    """Assert that a model has become one like the plain one, and that this is told."""
+    assert type(result) is Converted
+    folded, report = result
+    assert (folded is model) == inplace
+    old, new = models.types["do_conv"], models.types["conv"]
+    changed = tuple(Change(path, old, new) for path in CHANGED)
+    assert report == Report("folded", changed, (), count, models.count(plain))
+    assert kinds(models, folded) == kinds(models, plain)
+    values, ordinary = models.values(folded), models.values(plain)
+    assert [(n, v.shape) for n, v in values.items()] == [(n, v.shape) for n, v in ordinary.items()]
+    layers = models.layers(plain)
+    for path, layer in models.layers(folded).items():
+        if path:
+            assert repr(layer) == repr(layers[path])
+            assert vars(layer).keys() == vars(layers[path]).keys(), f"attributes of {path!r}"
+    twice, again = models.package.fold(folded, inplace=inplace)
+    assert not again.changed
+    assert not again.left
+    assert str(again).startswith("folded 0 layers, left 0; parameters: ")
+    assert_same_values(models.values(twice), values)
 
 
 @EACH
@@ -325,8 +299,7 @@ def test_one_tap_layers_and_harmless_subclasses_are_folded_too(backend, inplace)
 
 
 @RUNS
-@INPLACE
-@MULTIPLIERS
+@WAYS
 def test_a_layer_in_several_places_stays_one(backend, mode, inplace, multiplier):
     models = models_of(backend)
     net = Net({"conv": conv, "again": Again("conv"), "body": conv, "more": Again("conv")})
@@ -358,8 +331,7 @@ TIED_NET = Net(
 
 
 @pytest.mark.parametrize(("backend", "mode"), [run for run in runs() if run[0] != "tf"])
-@INPLACE
-@MULTIPLIERS
+@WAYS
 def test_tied_weights_stay_tied_through_training_and_folding(backend, mode, inplace, multiplier):
     models = models_of(backend)
     package, model, x = models.package, models.build(TIED_NET, mode), TIED_NET.input()

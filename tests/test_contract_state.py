@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from equal import same
+from equal import assert_same, same
 from frameworks import BACKENDS
 from model_contract import Again, Layer, Net, conv, models_of, norm
 
 from doconv_core import State, StateError
 
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-FRAMEWORKS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
 
 
 def network(multiplier=12, bias=True, kind="do_conv", **more):
@@ -36,7 +35,7 @@ def test_state_goes_out_and_in(backend, multiplier):
         "first": "convolution", "body.point": "convolution", "last": "linear",
     }  # fmt: skip
     assert list(state.layers) == ["first", "body.point", "last"]
-    assert state.origin["framework"] == FRAMEWORKS[backend]
+    assert state.origin["framework"] == BACKENDS[backend]
     assert state.arrays["first.weight"].shape == (6, 2, multiplier or 9)
     assert state.arrays["first.depthwise_weight"].shape == (4, 9, multiplier or 9)
     assert state.arrays["last.weight"].shape == (3, 280)
@@ -47,8 +46,7 @@ def test_state_goes_out_and_in(backend, multiplier):
     assert {n.rpartition(".")[2] for n in package.export_state(layer).arrays} == names
     before = {name: value.copy() for name, value in state.arrays.items()}
     models.step(model, x)
-    for name, value in state.arrays.items():
-        np.testing.assert_array_equal(value, before[name], err_msg=f"{name} is the model's memory")
+    assert_same(state.arrays, before, "the arrays are not the model's memory")
 
 
 @EACH
@@ -115,8 +113,7 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(backend, name):
     before = models.values(model)
     with pytest.raises(error, match=message):
         models.package.load_state(model, state)
-    for name, value in models.values(model).items():
-        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert_same(models.values(model), before)
 
 
 @EACH
@@ -128,3 +125,36 @@ def test_what_is_no_model_has_no_state(backend):
         models.package.export_state(3)
     with pytest.raises(TypeError, match=rf"model must be a {kind}; received dict"):
         models.package.load_state({}, state)
+
+
+@EACH
+def test_numbers_that_the_model_cannot_hold_are_refused(backend):
+    models, net = models_of(backend), Net({"first": conv, "last": conv})
+    package, half = models.package, models.build(net, dtype="float16")
+    state, before = package.export_state(models.build(net)), models.values(half)
+
+    def with_bias(*values):
+        return State(state.layers, {**state.arrays, "last.bias": np.array(values, np.float32)})
+
+    with pytest.raises(
+        StateError, match=r"'last.bias' has 70000, which the model's float16 cannot"
+    ):
+        package.load_state(half, with_bias(1, -7e4, 0, 0))
+    assert_same(models.values(half), before)
+    package.load_state(half, with_bias(np.inf, np.nan, 0, 0))
+    found = package.export_state(half).arrays["last.bias"]
+    np.testing.assert_array_equal(found, np.array([np.inf, np.nan, 0, 0], "float16"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "tf"])
+def test_a_state_of_bfloat16_loses_no_bit(backend):
+    models, net = models_of(backend), Net({"conv": Layer("do_conv")})
+    package, (model, other) = (
+        models.package,
+        (models.build(net, dtype="bfloat16") for _ in range(2)),
+    )
+    state = package.export_state(models.train(model))
+    assert {array.dtype for array in state.arrays.values()} == {np.dtype(np.float32)}
+    package.load_state(other, state)
+    assert_same(package.export_state(other).arrays, state.arrays)
+    assert_same(models.outputs(other, net.input()), models.outputs(model, net.input()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from equal import same
+from equal import as_array, assert_same, same
 from frameworks import BACKENDS
 from model_contract import BRANCHES, Layer, Net, conv, models_of
 
@@ -39,8 +39,7 @@ def test_it_is_in_inference_and_changes_nothing(backend):
     for inputs in (given, given if backend == "tf" else (given,)):
         assert verify(model, model, inputs) == (0.0, 0.0), "no dropout"
         assert verify(model, twin, inputs) == (0.0, 0.0)
-    for name, value in models.values(twin).items():
-        np.testing.assert_array_equal(models.values(model)[name], value, err_msg=name)
+    assert_same(models.values(model), models.values(twin))
     assert same(models.outputs(model, x), models.outputs(twin, x))
     np.testing.assert_array_equal(x, before)
 
@@ -87,3 +86,46 @@ def test_outputs_that_cannot_be_compared(backend, a, b, error, message):
         models.package.verify(
             models.returning(a), models.returning(b), models.array(BRANCHES.input())
         )
+
+
+# Of whose models inputs are several arguments, or one; Keras' take one, which may be nested.
+SEVERAL = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tf"])
+
+
+@SEVERAL
+def test_a_tuple_is_several_arguments_and_a_list_is_one(backend):
+    models = models_of(backend)
+    verify, x, y = models.package.verify, *(models.array(BRANCHES.input(n)) for n in (1, 2))
+    a, b = models.returning(lambda x, y: x - y), models.returning(lambda x, y: y - x)
+    assert verify(a, b, (x, x)) == (0.0, 0.0)
+    assert verify(a, b, (x, y)).relative == 2
+    total = models.returning(lambda pair: pair[0] + pair[1])
+    for each in (sum, models.returning(sum)):
+        assert verify(total, each, [x, y]) == (0.0, 0.0)
+
+
+@SEVERAL
+def test_each_model_is_given_inputs_of_its_own(backend):
+    def forward(x, states):
+        x += 1
+        states[0] *= 2
+        return x + states[0]
+
+    models, values = models_of(backend), BRANCHES.input()
+    x, states = models.array(values), [models.array(values)]
+    for a in (forward, models.returning(forward)):
+        assert models.package.verify(a, models.returning(forward), (x, states)) == (0.0, 0.0)
+    assert_same(x, values)
+    assert_same(states[0], values)
+
+
+@EACH
+def test_functions_may_return_numpy_arrays_and_numbers(backend):
+    models, x = models_of(backend), np.ones((2, 2), np.float32)
+    verify, given, weight = models.package.verify, models.array(x), np.float32(2)
+    doubled = models.returning(lambda x: 2 * x)
+    assert verify(doubled, lambda x: as_array(x) * weight, given) == (0.0, 0.0)
+    assert verify(lambda x: (1.0, None), lambda x: (3.0, None), given) == (2, 2)
+    assert verify(lambda x: [4.0], lambda x: [as_array(x)[0, 0] + 4], given) == (1.0, 0.25)
+    numbers = lambda x: (3, 2.5, True, np.float32(4))  # noqa: E731
+    assert verify(numbers, numbers, given) == (0.0, 0.0)

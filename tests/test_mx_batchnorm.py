@@ -126,10 +126,3 @@ def test_looking_for_batch_norms_does_not_run_hooks():
     assert not seen
     outputs(model)
     assert len(seen) == 2
-
-
-def test_without_asking_batch_norms_are_left():
-    report = fold(built()).report
-    assert report.left == report.changed == ()
-    model = over_parameterize(built(chain(square(), nn.BatchNorm()))).model
-    assert type(fold(model).model[1]) is nn.BatchNorm

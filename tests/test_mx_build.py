@@ -14,7 +14,7 @@ from doconv_mx import build  # noqa: E402
 # isort: split
 import mxnet as mx  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
-from networks.described import NETWORKS, SHAPE  # noqa: E402
+from networks.described import NETWORKS, SHAPE, USUAL  # noqa: E402
 
 from doconv_core.networks.nodes import Conv, Network, sequence  # noqa: E402
 from doconv_mx.surgery import copied  # noqa: E402
@@ -51,7 +51,7 @@ def test_copied_stored_hybridized_and_exported(name, tmp_path):
     np.testing.assert_allclose(outputs(block), expected, 1e-5, 1e-6, err_msg="exported")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", USUAL)
 def test_two_in_one_network_have_parameters_of_their_own(name):
     net = nn.HybridSequential()
     pair = [build(NETWORKS[name]) for _ in range(2)]

@@ -17,7 +17,6 @@ import mxnet as mx  # noqa: E402
 from gluon_layers import image  # noqa: E402
 from gluon_models import (  # noqa: E402
     HYBRIDIZED,
-    INPLACE,
     MULTIPLIERS,
     Residual,
     built,
@@ -58,8 +57,9 @@ def graph(block):
 
 
 @HYBRIDIZED
-@INPLACE
-@MULTIPLIERS
+@pytest.mark.parametrize(
+    ("inplace", "multiplier"), [(False, 12), (True, None)], ids=["copy-S=12", "inplace-S=M"]
+)
 def test_there_and_back(hybridized, inplace, multiplier):
     block, twin = symbol(), symbol()
     names, before = list(block.params.keys()), graph(block)

@@ -97,7 +97,9 @@ def assert_same_arrays(found, expected):
     assert_same(list(found.values()), list(expected.values()))
 
 
-@pytest.mark.parametrize("do_conv", [False, True], ids=["ordinary", "do-conv"])
+@pytest.mark.parametrize(
+    "do_conv", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["ordinary", "do"]
+)
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_a_network_goes_round_and_comes_back_without_a_changed_bit(name, do_conv):
     models = {backend: build(name, do_conv) for backend, build in BUILDERS.items()}

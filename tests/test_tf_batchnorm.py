@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from equal import assert_close
 from frameworks import need
 
 need("tf")
 
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
-from keras_layers import BACKEND, array, assert_same  # noqa: E402
+from keras_layers import BACKEND, array  # noqa: E402
 from keras_models import (  # noqa: E402
-    EACH_KIND,
     SHAPE,
     filled,
     images,
-    inputs_of,
     over_parameterized,
-    predicted,
-    traces,
-    walk,
 )
 
 from doconv_core.models.report import (  # noqa: E402
     AXIS,
     NOT_DIRECT,
     NOT_FINITE,
-    OUTPUT,
     SEVERAL,
     behind,
 )
@@ -39,34 +34,6 @@ from doconv_tf import fold, over_parameterize, verify  # noqa: E402
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
-
-
-@EACH_KIND
-def test_batch_norms_are_fused_into_convolutions(kind):
-    model = over_parameterized(kind)
-    inputs = inputs_of(kind)
-    before = [array(v).copy() for v in model.weights]
-    fused, report = fold(model, fuse_batchnorm=True)
-    for value, variable in zip(before, model.weights, strict=True):
-        assert_same(variable, value)
-    assert verify(model, fused, inputs).relative < 1e-5
-    found = [predicted(m, inputs) for m in (model, fused)]
-    for one, other in zip(*map(keras.tree.flatten, found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    expected = {
-        "functional": ({}, {"norm": OUTPUT}),
-        "sequential": ({"norm": "fused into Conv2D"}, {}),
-        "subclassed": (
-            {},
-            {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN, "features.bn": UNKNOWN},
-        ),
-        "nested": ({}, {"block.inner.norm": UNKNOWN, "block.norm": UNKNOWN}),
-    }[kind]
-    norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
-    assert (norms, {left.path: left.reason for left in report.left}) == expected
-    names = [path for path, _ in walk(fused)]
-    assert names == [path for path, _ in walk(model)]
-    assert not traces(fused)
 
 
 def test_a_fused_model_can_be_saved_and_cut(tmp_path):
@@ -85,33 +52,30 @@ def test_a_fused_model_can_be_saved_and_cut(tmp_path):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", *DOUBLE])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **o: layers.Conv2D(6, 3, groups=3, **o),
-        lambda **o: layers.Conv2D(6, 1, **o),
-        lambda **o: layers.DepthwiseConv2D(3, depth_multiplier=2, **o),
-        lambda **o: layers.SeparableConv2D(6, 3, depth_multiplier=2, **o),
-    ],
-    ids=["grouped", "pointwise", "depthwise", "separable"],
-)
-def test_every_kind_of_convolution_is_fused(make, policy, data_format):
-    axis = -1 if data_format == "channels_last" else 1
-    options = {"data_format": data_format, "padding": "same", "dtype": policy, "name": "conv"}
-    conv = make(**options, use_bias=policy == "float64")
-    norm = layers.BatchNormalization(axis=axis, dtype=policy, center=policy != "float64")
-    inputs = keras.Input((3, 3, 3))
-    model = filled(keras.Model(inputs, norm(conv(inputs))))
-    if data_format == "channels_first" and BACKEND == "tensorflow":
-        fused, report = fold(model, fuse_batchnorm=True)  # TensorFlow has no such kernel on CPUs
-        assert len(report.changed) == 1
-        return
+def test_every_kind_of_convolution_is_fused(policy, data_format):
+    axis, double = (-1 if data_format == "channels_last" else 1), policy == "float64"
+    options = {"data_format": data_format, "padding": "same", "dtype": policy, "use_bias": double}
+    convs = [
+        layers.Conv2D(6, 3, groups=3, **options),
+        layers.Conv2D(6, 1, **options),
+        layers.DepthwiseConv2D(3, depth_multiplier=2, **options),
+        layers.SeparableConv2D(6, 3, depth_multiplier=2, **options),
+    ]
+    inputs, norm = keras.Input((3, 3, 3)), {"axis": axis, "dtype": policy, "center": not double}
+    outputs = [layers.BatchNormalization(**norm)(conv(inputs)) for conv in convs]
+    model = filled(keras.Model(inputs, outputs))
     fused, report = fold(model, fuse_batchnorm=True)
-    assert [c.after for c in report.changed] == [f"fused into {type(conv).__name__}"]
+    expected = sorted(f"fused into {type(conv).__name__}" for conv in convs)
+    assert sorted(change.after for change in report.changed) == expected
+    if data_format == "channels_first" and BACKEND == "tensorflow":
+        return  # which has no such kernel on CPUs
     bound = {"float32": 1e-5, "float64": 1e-12, "mixed_bfloat16": 3e-2}[policy]
-    assert verify(model, fused, images((2, 3, 3, 3))).relative < bound
-    assert fused.get_layer("conv").dtype_policy.name == policy
-    assert keras.backend.standardize_dtype(fused.output.dtype) == model.output.dtype
+    x = images((2, 3, 3, 3))
+    for conv, before, after in zip(convs, model(x), fused(x), strict=True):
+        assert_close(after, before, bound, conv.name)
+        assert after.dtype == before.dtype
+    for conv in convs:
+        assert fused.get_layer(conv.name).dtype_policy.name == policy
 
 
 class OwnCall(keras.Sequential):

@@ -14,11 +14,24 @@ from keras import layers  # noqa: E402
 from keras_layers import array, assert_same  # noqa: E402
 from keras_models import filled, functional, images, nested, subclassed, traces  # noqa: E402
 
+from doconv_core.kinds.base import recipe  # noqa: E402
 from doconv_core.kinds.bsconv import GROUPED, SHARES  # noqa: E402
 from doconv_core.models.report import TRANSPOSED  # noqa: E402
-from doconv_tf import BSConvS2D, BSConvU2D, fold, get_model, to_bsconv, verify  # noqa: E402
+from doconv_core.networks.nodes import (  # noqa: E402
+    Activation,
+    BatchNorm,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Linear,
+    Network,
+    numbered,
+)
+from doconv_tf import BSConvS2D, BSConvU2D, build, fold, to_bsconv, verify  # noqa: E402
 from doconv_tf.bsconv_kind import SEPARABLE  # noqa: E402
 from doconv_tf.ordinary import walk  # noqa: E402
+
+SIZES = [(8, 1), (8, 2), (12, 1), (12, 2)]  # channels and stride
 
 
 def network():
@@ -117,17 +130,23 @@ def test_folded_models_are_stored_and_trained(form, tmp_path):
     assert np.isfinite(model.fit(x(), y, verbose=0).history["loss"]).all()
 
 
-def test_networks_by_name_have_the_layers(tmp_path):
-    shape, x = (3, 16, 16), images((2, 16, 16, 3))
-    model = get_model("cifar_wrn16_1_bsconvs_p1d4", num_classes=10, input_shape=shape)
-    assert len([each for _, each in walk(model) if isinstance(each, BSConvS2D)]) == 13
+def described(kind):
+    """Return a network with convolutions of this kind, strided and not, and batch norms."""
+    parts = [(Conv(width, (3, 3), stride, kind=kind), BatchNorm()) for width, stride in SIZES]
+    nodes = [node for pair in parts for node in (*pair, Activation("relu"))]
+    return build(Network("net", numbered([*nodes, GlobalPool(), Flatten(), Linear(3)]), (3, 9, 9)))
+
+
+def test_networks_by_description_have_the_layers(tmp_path):
+    x = images((2, 9, 9, 3))
+    model = described(recipe("bsconvs", p=0.25))
+    assert len([each for _, each in walk(model) if isinstance(each, BSConvS2D)]) == len(SIZES)
     folded = fold(model, **in_form("merge"), fuse_batchnorm=True).model
     assert verify(folded, model, x).relative <= 1e-4
     model.save(tmp_path / "net.keras")
     assert_same(keras.saving.load_model(tmp_path / "net.keras")(x), model(x))
     # A dense convolution keeps the zeros around the image.
-    model = get_model("cifar_wrn16_1_bsconvu", num_classes=10, input_shape=shape)
-    folded, _ = fold(model, **in_form("dense"))
+    folded, _ = fold(described(recipe("bsconvu")), **in_form("dense"))
     kinds = [
         [type(part) for part in each.layers]
         for _, each in walk(folded)

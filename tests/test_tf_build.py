@@ -12,7 +12,7 @@ need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from networks.described import NETWORKS, SHAPE  # noqa: E402
+from networks.described import NETWORKS, OFTEN, SHAPE, USUAL  # noqa: E402
 
 from doconv_core.networks.initialize import initialize  # noqa: E402
 from doconv_core.networks.lowering import layers as described_layers  # noqa: E402
@@ -25,10 +25,6 @@ C, H, W = SHAPE
 X = np.random.default_rng(0).standard_normal((4, H, W, C)).astype(np.float32)
 
 
-# Together these have every kind of node.
-OFTEN = [("kinds", True), ("scales", False), ("branches", False), ("vectors1.0", False)]
-
-
 def built(name):
     keras.utils.set_random_seed(1)
     return build(NETWORKS[name])
@@ -38,44 +34,38 @@ def outputs(model):
     return ops.convert_to_numpy(model(X, training=False))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_stored_and_loaded_without_custom_objects(name, tmp_path):
-    model = built(name)
-    expected, other = outputs(model), build(NETWORKS[name])
-    model.save(tmp_path / "net.keras")
-    loaded = keras.saving.load_model(tmp_path / "net.keras")
+def check_stored_and_trained(name, jit, folder):
+    model, other = built(name), build(NETWORKS[name])
+    expected = outputs(model)
+    model.save(folder / "net.keras")
+    loaded = keras.saving.load_model(folder / "net.keras")
     np.testing.assert_array_equal(outputs(loaded), expected)
     assert list(export_state(loaded).layers) == list(export_state(model).layers)
-    model.save_weights(tmp_path / "net.weights.h5")
-    other.load_weights(tmp_path / "net.weights.h5")
+    model.save_weights(folder / "net.weights.h5")
+    other.load_weights(folder / "net.weights.h5")
     np.testing.assert_array_equal(outputs(other), expected)
-
-
-def check_trained(name, jit):
-    model = built(name)
-    before = outputs(model)
     model.compile("sgd", "mse", jit_compile=jit)
-    history = model.fit(X, np.zeros_like(before), epochs=3, batch_size=4, verbose=0).history["loss"]
+    fit = {"epochs": 3, "batch_size": 4, "verbose": 0}
+    history = model.fit(X, np.zeros_like(expected), **fit).history["loss"]
     assert np.isfinite(history).all()
     assert history[-1] < history[0]
     expected = outputs(model)
     np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "jit"), OFTEN)
-def test_trained(name, jit):
-    check_trained(name, jit)
+@pytest.mark.parametrize(("name", "jit"), [(name, name == "branches") for name in OFTEN])
+def test_stored_without_custom_objects_and_trained(name, jit, tmp_path):
+    check_stored_and_trained(name, jit, tmp_path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("name", "jit"), [(n, jit) for n in NETWORKS for jit in (False, True) if (n, jit) not in OFTEN]
-)
-def test_every_network_trained_in_either_way(name, jit):
-    check_trained(name, jit)
-
-
+@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_stored_and_trained_in_either_way(name, jit, tmp_path):
+    check_stored_and_trained(name, jit, tmp_path)
+
+
+@pytest.mark.parametrize("name", USUAL)
 def test_channels_first_has_the_same_state(name):
     network = NETWORKS[name]
     keras.config.set_image_data_format("channels_first")
@@ -108,13 +98,8 @@ def test_layers_that_help_leave_the_names_to_the_description():
     network = Network("one", numbered([body, Sequence()]), SHAPE)
     model = build(network)
     assert list(export_state(model).layers) == ["1.input", "1.input_pad", "1.add"]
-    assert [layer.name for layer in model.get_layer("1").layers] == [
-        "input_",
-        "input_pad_",
-        "input",
-        "input_pad",
-        "add",
-    ]
+    names = [layer.name for layer in model.get_layer("1").layers]
+    assert names == ["input_", "input_pad_", "input", "input_pad", "add"]
     assert outputs(model).shape == (4, 5, 5, 3)
 
 

@@ -58,76 +58,44 @@ def custom(*parts):
     return model
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (lambda: functional(convolution()), ((0, 0), (0, 0))),
-        (lambda: functional(convolution("same")), ("same", "same")),
-        (lambda: functional(convolution("same", 1)), ((1, 1), (1, 1))),
-        (
-            lambda: functional(layers.ZeroPadding2D(((0, 1), (2, 3))), convolution()),
-            ((0, 1), (2, 3)),
+def inner(*parts):
+    return keras.Sequential(list(parts))
+
+
+PAD, NONE, ONE = layers.ZeroPadding2D, ((0, 0), (0, 0)), ((1, 1), (1, 1))
+PADDED = {
+    "not": (lambda: functional(convolution()), NONE),
+    "same, strided": (lambda: functional(convolution("same")), ("same", "same")),
+    "same": (lambda: functional(convolution("same", 1)), ONE),
+    "pairs": (lambda: functional(PAD(((0, 1), (2, 3))), convolution()), ((0, 1), (2, 3))),
+    "DO-Conv": (lambda: functional(PAD(1), convolution(cls=DOConv2D)), ONE),
+    "same after zeros": (
+        lambda: functional(PAD(1), convolution("same")), ("same after zeros (1, 1)",) * 2,
+    ),
+    "sigmoid": (lambda: functional(PAD(1), layers.Activation("sigmoid"), convolution()), NONE),
+    "threshold": (lambda: functional(PAD(1), layers.ReLU(threshold=0.5), convolution()), NONE),
+    "of zero is zero": (
+        lambda: functional(
+            PAD(1), layers.ReLU(), layers.Dropout(0.5), layers.Identity(),
+            layers.Activation("tanh"), ops.relu, convolution(),
         ),
-        (
-            lambda: functional(layers.ZeroPadding2D(1), convolution(cls=DOConv2D)),
-            ((1, 1), (1, 1)),
-        ),
-        (
-            lambda: functional(layers.ZeroPadding2D(1), convolution("same")),
-            ("same after zeros (1, 1)",) * 2,
-        ),
-        (
-            lambda: functional(
-                layers.ZeroPadding2D(1), layers.Activation("sigmoid"), convolution()
-            ),
-            ((0, 0), (0, 0)),
-        ),
-        (
-            lambda: functional(layers.ZeroPadding2D(1), layers.ReLU(threshold=0.5), convolution()),
-            ((0, 0), (0, 0)),
-        ),
-        (
-            lambda: functional(
-                layers.ZeroPadding2D(1),
-                layers.ReLU(),
-                layers.Dropout(0.5),
-                layers.Identity(),
-                layers.Activation("tanh"),
-                ops.relu,
-                convolution(),
-            ),
-            ((1, 1), (1, 1)),
-        ),
-        (
-            lambda: functional(
-                layers.ZeroPadding2D(1), layers.ZeroPadding2D((2, 0)), convolution("same", 1)
-            ),
-            ((4, 4), (2, 2)),
-        ),
-        (
-            lambda: keras.Sequential(
-                [keras.Input(SHAPE), layers.ZeroPadding2D(1), convolution(strides=1)]
-            ),
-            ((1, 1), (1, 1)),
-        ),
-        (  # of a graph within a graph, from the outside in and from the inside out
-            lambda: functional(layers.ZeroPadding2D(1), keras.Sequential([convolution()])),
-            ((1, 1), (1, 1)),
-        ),
-        (
-            lambda: functional(
-                functional(layers.ReLU(), layers.ZeroPadding2D(1)), functional_of_any(convolution())
-            ),
-            ((1, 1), (1, 1)),
-        ),
-        (lambda: custom(layers.ZeroPadding2D(1), convolution()), ((0, 0), (0, 0))),
-        (
-            lambda: custom(keras.Sequential([layers.ZeroPadding2D(1), convolution()])),
-            ((1, 1), (1, 1)),
-        ),
-    ],
-)
-def test_zeros_before_a_convolution_count_as_its_padding(model, expected):
+        ONE,
+    ),
+    "twice": (lambda: functional(PAD(1), PAD((2, 0)), convolution("same", 1)), ((4, 4), (2, 2))),
+    "sequential": (lambda: inner(keras.Input(SHAPE), PAD(1), convolution(strides=1)), ONE),
+    "from the outside in": (lambda: functional(PAD(1), inner(convolution())), ONE),
+    "from the inside out": (
+        lambda: functional(functional(layers.ReLU(), PAD(1)), functional_of_any(convolution())),
+        ONE,
+    ),
+    "custom": (lambda: custom(PAD(1), convolution()), NONE),
+    "within a custom one": (lambda: custom(inner(PAD(1), convolution())), ONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_zeros_before_a_convolution_count_as_its_padding(name):
+    model, expected = PADDED[name]
     assert pads_of(model()) == expected
 
 
@@ -198,56 +166,49 @@ class Mixing(layers.Layer):
         return ops.flip(x, 1)
 
 
-@pytest.mark.parametrize(
-    ("model", "flattening"),
-    [
-        (lambda: vector(layers.Conv2D(3, 1), layers.GlobalAveragePooling2D()), None),
-        (lambda: vector(layers.Conv2D(3, 1)), None),
-        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten()), CHANNELS_FIRST),
-        (lambda: vector(layers.Conv2D(3, 1), layers.Reshape((-1,))), CHANNELS_FIRST),
-        (
-            lambda: vector(layers.Conv2D(3, 1), lambda x: ops.reshape(x, (-1, 90))),
-            CHANNELS_FIRST,
+def point(to=3):
+    return layers.Conv2D(to, 1)
+
+
+FLATTENED = [
+    (lambda: vector(point(), layers.GlobalAveragePooling2D()), None),
+    (lambda: vector(point()), None),
+    (lambda: vector(point(), layers.Flatten()), CHANNELS_FIRST),
+    (lambda: vector(point(), layers.Reshape((-1,))), CHANNELS_FIRST),
+    (lambda: vector(point(), lambda x: ops.reshape(x, (-1, 90))), CHANNELS_FIRST),
+    (lambda: vector(point(1), layers.Flatten()), None),
+    (lambda: vector(layers.Conv2D(3, (6, 5)), layers.Flatten()), None),
+    (
+        lambda: vector(
+            layers.MaxPooling2D(), layers.ReLU(), merged, layers.Flatten(), layers.Dropout(0.5),
+            layers.Activation("relu"), ops.tanh,
         ),
-        (lambda: vector(layers.Conv2D(1, 1), layers.Flatten()), None),
-        (lambda: vector(layers.Conv2D(3, (6, 5)), layers.Flatten()), None),
-        (
-            lambda: vector(
-                layers.MaxPooling2D(), layers.ReLU(), merged, layers.Flatten(), layers.Dropout(0.5),
-                layers.Activation("relu"), ops.tanh,
-            ),
-            CHANNELS_FIRST,
+        CHANNELS_FIRST,
+    ),
+    (lambda: vector(inner(point(), layers.ReLU()), layers.Flatten()), CHANNELS_FIRST),
+    (lambda: vector(point(), layers.Flatten(), layers.Dense(90)), None),
+    (lambda: vector(point(), layers.Flatten(), Mixing()), OWN),
+    (lambda: vector(point(), Mixing(), layers.Flatten()), OWN),
+    (lambda: vector(two_flattened), OWN),
+    (lambda: vector(point(), layers.Permute((2, 1, 3)), layers.Flatten()), OWN),
+    (lambda: vector(layers.Flatten()), OWN),  # images, but in which format?
+    (lambda: vector(layers.Flatten(), shape=(28, 28, 1)), None),
+    (lambda: vector(layers.Flatten(), shape=(1, 28, 28)), None),
+    (lambda: vector(layers.Flatten(), shape=(28, 28)), None),
+    (lambda: vector(shape=(90,)), None),
+    (lambda: vector(layers.Embedding(9, 4), layers.Flatten(), shape=(6,)), None),
+    (lambda: vector(layers.Conv1D(4, 3), layers.Flatten(), shape=(6, 2)), CHANNELS_FIRST),
+    (
+        lambda: vector(
+            point(), layers.GlobalMaxPooling2D(), layers.Reshape((1, 1, 3)), point(2),
+            layers.Flatten(),
         ),
-        (
-            lambda: vector(
-                keras.Sequential([layers.Conv2D(3, 1), layers.ReLU()]), layers.Flatten()
-            ),
-            CHANNELS_FIRST,
-        ),
-        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten(), layers.Dense(90)), None),
-        (lambda: vector(layers.Conv2D(3, 1), layers.Flatten(), Mixing()), OWN),
-        (lambda: vector(layers.Conv2D(3, 1), Mixing(), layers.Flatten()), OWN),
-        (lambda: vector(two_flattened), OWN),
-        (lambda: vector(layers.Conv2D(3, 1), layers.Permute((2, 1, 3)), layers.Flatten()), OWN),
-        (lambda: vector(layers.Flatten()), OWN),  # images, but in which format?
-        (lambda: vector(layers.Flatten(), shape=(28, 28, 1)), None),
-        (lambda: vector(layers.Flatten(), shape=(1, 28, 28)), None),
-        (lambda: vector(layers.Flatten(), shape=(28, 28)), None),
-        (lambda: vector(shape=(90,)), None),
-        (
-            lambda: vector(layers.Embedding(9, 4), layers.Flatten(), shape=(6,)),
-            None,
-        ),
-        (lambda: vector(layers.Conv1D(4, 3), layers.Flatten(), shape=(6, 2)), CHANNELS_FIRST),
-        (
-            lambda: vector(
-                layers.Conv2D(3, 1), layers.GlobalMaxPooling2D(), layers.Reshape((1, 1, 3)),
-                layers.Conv2D(2, 1), layers.Flatten(),
-            ),
-            None,
-        ),
-    ],
-)  # fmt: skip
+        None,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "flattening"), FLATTENED)
 def test_a_flattened_image_is_seen(model, flattening):
     assert export_state(model()).layers["head"].flattening == flattening
 
@@ -332,32 +293,27 @@ def test_channels_first_is_canonical_unless_flatten_turns_it():
 
 
 def test_every_layer_behind_a_flattened_image_is_reordered():
-    norms = [
-        layers.BatchNormalization(name="norm"), layers.PReLU(name="prelu"),
-        layers.LayerNormalization(name="layer_norm"),
-    ]  # fmt: skip
-    model = random_values(vector(layers.Conv2D(3, 1, name="conv"), layers.Flatten(), *norms))
-    state = export_state(model)
-    kernel = keras.ops.convert_to_numpy(model.get_layer("head").kernel)
-    expected = to_channels_first(kernel.T, SHAPE[:2])
-    np.testing.assert_array_equal(state.arrays["head.weight"], expected)
-    for name in ("norm.gamma", "norm.running_var", "layer_norm.beta"):
-        layer, _, weight = name.partition(".")
-        attribute = {"running_var": "moving_variance"}.get(weight, weight)
-        values = keras.ops.convert_to_numpy(getattr(model.get_layer(layer), attribute))
-        expected = to_channels_first(values, SHAPE[:2])
-        np.testing.assert_array_equal(state.arrays[name], expected)
-    other = random_values(
-        vector(
-            layers.Conv2D(3, 1, name="conv"), layers.Flatten(),
+    def model(seed):
+        norms = [
             layers.BatchNormalization(name="norm"), layers.PReLU(name="prelu"),
             layers.LayerNormalization(name="layer_norm"),
-        ),
-        seed=1,
-    )  # fmt: skip
+        ]  # fmt: skip
+        built = vector(layers.Conv2D(3, 1, name="conv"), layers.Flatten(), *norms)
+        return random_values(built, seed)
+
+    first, other = model(0), model(1)
+    state = export_state(first)
+    values = {
+        "head.weight": first.get_layer("head").kernel,
+        "norm.gamma": first.get_layer("norm").gamma,
+        "norm.running_var": first.get_layer("norm").moving_variance,
+        "layer_norm.beta": first.get_layer("layer_norm").beta,
+    }
+    for name, value in values.items():
+        expected = to_channels_first(ops.convert_to_numpy(value).T, SHAPE[:2])
+        np.testing.assert_array_equal(state.arrays[name], expected, err_msg=name)
     load_state(other, state)
-    for found, weight in zip(other.weights, model.weights, strict=True):
-        assert_same(found, weight)
+    assert_same(other.weights, first.weights)
 
 
 def test_groups_of_a_flattened_image_are_of_one_framework():
@@ -382,13 +338,6 @@ def test_what_a_subclassed_model_may_flatten_is_of_one_framework():
     assert export_state(pooled).layers["head"].flattening is None
     other = model(layers.Flatten())
     load_state(other, export_state(seen))
-    graph = keras.Sequential(
-        [
-            keras.Input(SHAPE),
-            layers.Conv2D(4, 1, name="conv"),
-            layers.Flatten(),
-            layers.Dense(2, name="head"),
-        ]
-    )
+    graph = vector(layers.Conv2D(4, 1, name="conv"), layers.Flatten())
     with pytest.raises(StateError, match="'head' may have the features of a flattened image, in "):
         load_state(graph, export_state(seen))

@@ -19,6 +19,8 @@ from keras_models import as_trained, images, nested, sequential, subclassed  # n
 
 from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 
+TAIL = pytest.mark.exhaustive
+
 
 def assert_converted(model, inputs, *paths):
     """Assert that the model is copied and converted with the same function; return the result."""
@@ -191,7 +193,9 @@ def test_a_step_compiled_by_xla_composes_a_shared_kernel_once():
     assert dots == [1, 1]
 
 
-@pytest.mark.parametrize("make", [nested, sequential, subclassed])
+@pytest.mark.parametrize(
+    "make", [sequential, *(pytest.param(m, marks=TAIL) for m in (nested, subclassed))]
+)
 def test_predict_then_compile_then_both_calls(make):
     """TensorFlow goes on tracking the function of `predict` that compiling lets go of."""
     model, x = make(), images()

@@ -1,10 +1,11 @@
-"""Over-parameterizing whole Keras models: the same function, and everything else kept.
+"""Whole Keras models, over-parameterized and folded: the same function, and all else kept.
 
 Nothing here names TensorFlow, so that it also runs on Keras' other backends.
 """
 
 from __future__ import annotations
 
+import json
 import zipfile
 
 import numpy as np
@@ -27,12 +28,15 @@ from keras_models import (  # noqa: E402
     functional,
     images,
     inputs_of,
+    predicted,
     sequential,
     subclassed,
+    traces,
     walk,
 )
 
 from doconv_core import Report  # noqa: E402
+from doconv_core.models.report import OUTPUT  # noqa: E402
 from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
 
 DOUBLE = [] if BACKEND == "jax" else ["float64"]  # which JAX has by a switch for all of a process
@@ -50,6 +54,15 @@ CONVERTED = {
 }  # fmt: skip
 
 
+UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
+FUSED = {
+    "functional": ({}, {"norm": OUTPUT}),
+    "sequential": ({"norm": "fused into Conv2D"}, {}),
+    "subclassed": ({}, dict.fromkeys(["block.inner.norm", "block.norm", "features.bn"], UNKNOWN)),
+    "nested": ({}, dict.fromkeys(["block.inner.norm", "block.norm"], UNKNOWN)),
+}
+
+
 def values(model):
     return {v.path: array(v).copy() for v in model.weights}
 
@@ -59,21 +72,21 @@ def kinds(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "multiplier"), [*((kind, None) for kind in KINDS), ("functional", 12)]
+    ("kind", "multiplier"),
+    [("functional", 12), ("sequential", None), ("subclassed", None), ("nested", 10)],
 )
-def test_nothing_changes_but_the_layers(kind, multiplier):
-    model = filled(KINDS[kind]())
+def test_there_and_back(kind, multiplier):
+    """Nothing changes but the layers, and folding gives the ordinary ones back."""
+    model, inputs = filled(KINDS[kind]()), inputs_of(kind)
     model.get_layer(index=-1).trainable = False
     before, structure, flags = values(model), kinds(model), [v.trainable for v in model.weights]
-    inputs = inputs_of(kind)
     new, report = over_parameterize(model, depth_multiplier=multiplier)
     assert [change.path for change in report.changed] == CONVERTED[kind]
     assert isinstance(report, Report)
     assert_equal_outputs(model, new, inputs)
     assert kinds(model) == structure
     assert [v.trainable for v in model.weights] == flags
-    for path, value in values(model).items():
-        assert_same(value, before[path])
+    assert_same(values(model), before)
     assert type(new) is type(model)
     assert new.name == model.name
     ds = depthwise(new)
@@ -85,11 +98,47 @@ def test_nothing_changes_but_the_layers(kind, multiplier):
     assert report.parameters_before == model.count_params()
     assert report.parameters_after == new.count_params()
 
+    before = values(as_trained(new))
+    reference, first = fold(new)
+    fused, told = fold(new, fuse_batchnorm=True)
+    assert_same(values(new), before)
+    assert_equal_outputs(new, reference, inputs)
+    check_fused(kind, fused, told, new, inputs)
+    changed, second = fold(new, inplace=True)
+    assert changed is new
+    for folded, report in ((reference, first), (changed, second)):
+        assert verify(reference, folded, inputs).absolute == 0
+        assert kinds(folded) == structure
+        assert [(v.path, v.shape) for v in folded.weights] == [
+            (v.path, v.shape) for v in model.weights
+        ]
+        assert {change.after for change in report.changed} <= {
+            "Conv1D", "Conv2D", "DepthwiseConv2D", "SeparableConv2D",
+        }  # fmt: skip
+        assert report.parameters_after == model.count_params()
+        assert not traces(folded)
+        again, report = fold(folded)
+        assert not report.changed
+        assert verify(folded, again, inputs).absolute == 0
+        if kind != "subclassed":
+            assert "doconv" not in json.dumps(folded.get_config(), default=repr).lower()
+
+
+def check_fused(kind, fused, report, model, inputs):
+    """Assert which batch norms have been fused, and that the function is the model's."""
+    assert verify(model, fused, inputs).relative < 1e-5
+    found = [predicted(m, inputs) for m in (model, fused)]
+    for one, other in zip(*map(keras.tree.flatten, found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    norms = {c.path: c.after for c in report.changed if c.before == "BatchNormalization"}
+    assert (norms, {left.path: left.reason for left in report.left}) == FUSED[kind]
+    assert [path for path, _ in walk(fused)] == [path for path, _ in walk(model)]
+    assert not traces(fused)
+
 
 @EACH_KIND
 def test_inplace_gives_the_model_itself(kind):
-    model = filled(KINDS[kind]())
-    inputs = inputs_of(kind)
+    model, inputs = filled(KINDS[kind]()), inputs_of(kind)
     model.compile("sgd", "mse", run_eagerly=kind in ("sequential", "nested"))
     expected = keras.tree.map_structure(np.copy, model.predict(inputs, verbose=0))
     layers_before = [layer for _, layer in walk(model)]
@@ -100,9 +149,8 @@ def test_inplace_gives_the_model_itself(kind):
     assert not model.compiled
     found = model.predict(inputs, verbose=0)
     keras.tree.map_structure(np.testing.assert_array_equal, found, expected)
-    changed = as_trained(model).predict(
-        inputs, verbose=0
-    )  # the compiled function is not the former one
+    # The compiled function is not the former one.
+    changed = as_trained(model).predict(inputs, verbose=0)
     flat = zip(keras.tree.flatten(changed), keras.tree.flatten(expected), strict=True)
     assert any((a != b).any() for a, b in flat)
 
@@ -267,7 +315,9 @@ def test_quantized_layers_and_tied_variables_are_left():
     assert new.first._kernel is new.second._kernel
 
 
-def test_errors_come_before_anything_is_changed():
+def test_what_is_not_built_is_refused_before_anything_is_changed():
+    with pytest.raises(ValueError, match=r"the model itself .* is not built"):
+        fold(DOConv2D(3, 3))
     model = keras.Sequential([layers.Conv2D(3, 3)], name="stack")
     message = r"the model itself \(Sequential 'stack'\) is not built, .*; call the model on data"
     with pytest.raises(ValueError, match=message):

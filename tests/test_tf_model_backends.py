@@ -8,13 +8,13 @@ import pytest
 from test_tf_backends import BACKENDS, TESTS, need_backend, run
 
 FILES = [
-    "test_tf_model.py", "test_tf_fold_model.py", "test_tf_batchnorm.py", "test_tf_separable.py",
+    "test_tf_model.py", "test_tf_batchnorm.py", "test_tf_separable.py",
     "test_tf_bsconv.py", "test_contract_bsconv.py", "test_contract_bsconv_model.py",
 ]  # fmt: skip
 CHOSEN = (
-    "tf and ((nothing_changes and None) or (inplace_gives and subclassed) or shared_layer or left "
-    "or (batch_norms_are_fused and not functional) or (takes_over and None) or stored_loaded "
-    "or composed_kernel_is or may_be_a_do_layer or losses_once or found_again or fold_in_every)"
+    "tf and (there_and_back or (inplace_gives and subclassed) or shared_layer or left "
+    "or (takes_over and None) or stored_loaded "
+    "or composed_kernel_is or may_be_a_do_layer or losses_once or fold_in_every)"
 )
 
 

@@ -240,16 +240,6 @@ def test_pruned_biases_and_frozen_layers():
     assert report.left == (Left("1", "BatchNorm2d", reason),)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype):
-    model = build(pair()).to(dtype)
-    folded, report = fold(model, fuse_batchnorm=True)
-    assert [c.path for c in report.changed] == ["1"]
-    assert {p.dtype for p in folded.parameters()} == {dtype}
-    steps = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-14}
-    assert verify(model, folded, images(dtype=dtype)).relative < steps[dtype]
-
-
 def test_synchronised_batch_norm_and_data_parallel():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build([DOConv2d(3, 4, 3), nn.BatchNorm2d(4)]))
     wrapped = nn.Sequential(nn.DataParallel(trained(model)))

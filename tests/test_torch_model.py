@@ -1,4 +1,4 @@
-"""PyTorch: over-parameterizing whole models changes nothing but what it says."""
+"""PyTorch: over-parameterizing and folding whole models changes nothing but what it says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ need("torch")
 import torch  # noqa: E402
 import torch.ao.nn.qat  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import REPLACED, Network, Residual, images, network, output, trained  # noqa: E402
 
+from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.models.report import TIED  # noqa: E402
-from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize  # noqa: E402
+from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize, verify  # noqa: E402
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -55,16 +57,23 @@ def test_every_rank_and_grouping_keeps_bits_and_output_format(larger, rank, chan
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_kept(dtype):
-    original = network().eval().to(dtype)
+    original, x = network().eval().to(dtype), images(dtype=dtype)
     model, _ = over_parameterize(original)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert torch.equal(output(model, images(dtype=dtype)), output(original, images(dtype=dtype)))
+    assert torch.equal(output(model, x), output(original, x))
+    folded, _ = fold(trained(model))
+    assert torch.equal(folded.stem[0].weight, model.stem[0].composed_kernel())
+    assert torch.equal(output(folded, x), output(model, x))
+    fused, report = fold(model, fuse_batchnorm=True)
+    assert len(report.changed) == len(REPLACED) + 5
+    assert {p.dtype for p in fused.parameters()} == {dtype}
+    steps = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-14}
+    assert verify(model, fused, x).relative < steps[dtype]
 
 
-def test_names_order_and_everything_else_is_kept():
+def test_names_gradients_modes_and_what_is_frozen_are_kept():
     original = network()
     original.stem[0].weight.requires_grad_(False)
-    original.stages[0].conv1.note = ["a user's own"]
     original.stages[0].eval()
     output(original).sum().backward()
     model, _ = over_parameterize(original)
@@ -73,7 +82,6 @@ def test_names_order_and_everything_else_is_kept():
     assert list(dict(model.named_modules())) == list(dict(original.named_modules()))
     stem = [name for name in model.state_dict() if name.startswith("stem.0.")]
     assert stem == ["stem.0.weight", "stem.0.bias", "stem.0.depthwise_weight"]
-    assert model.stages[0].conv1.note == ["a user's own"]
     assert {m.training for m in model.stages[0].modules()} == {False}
     assert not model.stem[0].depthwise_weight.requires_grad
     assert model.stem[0].bias.requires_grad
@@ -156,25 +164,33 @@ def test_hooks_survive_and_can_be_removed():
     model.load_state_dict(model.state_dict())
     order = ["pre", "pre kw", "DOConv2d", "always", "backward pre", "weight", "backward"]
     assert sorted(seen) == sorted([*order, "state", "loaded"])
-    seen.clear()
+    expected = output(trained(model))
+    copied, _ = fold(model)
     fold(model, inplace=True)
-    assert torch.equal(output(model), expected)
-    assert seen[:4] == ["pre", "pre kw", "Conv2d", "always"]
+    for folded in (copied, model):
+        seen.clear()
+        assert torch.equal(output(folded), expected)
+        assert seen[:4] == ["pre", "pre kw", "Conv2d", "always"]
     seen.clear()
     for handle in handles:
         handle.remove()
     output(model).sum().backward()
     assert seen == []
+    assert not torch.equal(output(model), expected), "nor is it doubled"
 
 
 def test_copies_pickles_and_state_dicts():
-    model = trained(over_parameterize(network().eval())[0])
+    model = trained_network()
     expected = output(model)
     assert torch.equal(output(copy.deepcopy(model)), expected)
     assert torch.equal(output(pickle.loads(pickle.dumps(model))), expected)
     other = over_parameterize(Network().eval())[0]
     other.load_state_dict(model.state_dict())
     assert torch.equal(output(other), expected)
+
+
+def trained_network():
+    return trained(over_parameterize(network().eval())[0])
 
 
 def test_nothing_random_happens():
@@ -201,3 +217,132 @@ def test_a_layer_that_is_reached_behind_pytorchs_back():
     over_parameterize(model, inplace=True)
     assert model.alias is model.conv1
     assert torch.equal(output(model, x), expected)
+
+
+def test_under_autocast_nothing_is_rounded():
+    model = trained_network()
+    expected, _ = fold(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded, _ = fold(model)
+        assert torch.equal(output(folded), output(model))
+    assert torch.equal(folded.stem[0].weight, expected.stem[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [torch.inference_mode, torch.no_grad])
+def test_a_model_folded_without_gradients_can_be_trained(wrap):
+    model = trained_network()
+    model.head["mix"].requires_grad_(False)
+    model.stem[0].weight.requires_grad_(False)
+    with wrap():
+        folded, _ = fold(model)
+    assert folded.stem[0].weight.requires_grad  # D was trained
+    assert not folded.head["mix"].weight.requires_grad
+    output(folded).sum().backward()
+    assert folded.stem[0].weight.grad is not None
+
+
+def test_in_place_an_optimizer_goes_on_with_w():
+    model = trained_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    output(model).sum().backward()
+    weight = model.stem[0].weight
+    fold(model, inplace=True)
+    assert model.stem[0].weight is weight
+    assert weight.grad is None
+    before = weight.clone()
+    output(model).sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_weights_tied_by_the_user_alone_come_apart():
+    """Two D's give two kernels, whatever W is."""
+    model = nn.Sequential(DOConv2d(3, 3, 3), DOConv2d(3, 3, 3), nn.ConvTranspose2d(3, 3, 3))
+    for other in model[1:]:
+        other.weight = model[0].weight
+    expected = trained(model)(images())
+    folded, _ = fold(model)
+    assert torch.equal(folded(images()), expected)
+    assert folded[0].weight is not folded[1].weight
+    assert torch.equal(folded[2].weight, model[2].weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: prune.l1_unstructured(DOConv2d(3, 3, 3), "weight", 0.5),
+            r"layer '1': a hook computes DOConv2d\.weight before each call .*prune\.remove",
+        ),
+        (
+            lambda: prune.l1_unstructured(DOConv2d(3, 3, 3), "bias", 0.5),
+            r"layer '1': a hook computes DOConv2d\.bias before each call",
+        ),
+        (
+            lambda: torch.jit.trace(DOConv2d(3, 3, 3), images()),
+            r"layer '1' is a DOConv2d that was compiled to TorchScript; fold the model first",
+        ),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_before_anything_is_changed(make, message):
+    model = nn.Sequential(DOConv2d(3, 3, 3), make())
+    with pytest.raises(NotFoldable, match=message):
+        fold(model, inplace=True)
+    assert type(model[0]) is DOConv2d
+    with pytest.raises(NotFoldable, match="the model itself"):
+        fold(model[1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrizations_are_folded_in(norm, training, inplace):
+    model = nn.Sequential(norm(trained(DOConv2d(3, 4, 3))), nn.ReLU())
+    model(images())
+    state = copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model).eval()(images())
+    model.train(training)
+    folded, _ = fold(model, inplace=inplace)
+    assert type(folded[0]) is nn.Conv2d
+    assert folded[0].training == training
+    assert list(folded.state_dict()) == ["0.weight", "0.bias"]
+    assert not list(folded[0].children())
+    assert torch.equal(folded(images()), expected)
+    assert folded[0].weight.requires_grad
+    if not inplace:
+        assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    assert b"Parametrized" not in pickle.dumps(folded)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (lambda: nn.BatchNorm2d(3), "BatchNorm2d"),
+        (lambda: nn.Dropout(0.5), "Dropout"),
+        (lambda: nn.RReLU(), "RReLU"),
+        (lambda: nn.LSTM(3, 3, num_layers=2, dropout=0.1), "LSTM"),
+    ],
+)
+def test_training_mode_is_warned_of_where_it_would_mislead(layer, name):
+    model = nn.Sequential(DOConv2d(3, 3, 3), layer())
+    message = rf"the model is in training mode, where layer '1' \({name}\) depend on the batch or"
+    with pytest.warns(UserWarning, match=message) as caught:
+        fold(model)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=rf"where the model itself \({name}\) depend on the batch"):
+        fold(layer())
+    fold(model.eval())
+    fold(nn.Sequential(DOConv2d(3, 3, 3), nn.Dropout(0.0), nn.ReLU()))
+
+
+@pytest.mark.parametrize(("inplace", "multiplier"), [(False, 20), (True, None)])
+def test_attributes_of_parameters_are_kept(multiplier, inplace):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    for parameter in model.parameters():
+        parameter.options = {"decay": False}
+    first = [p.options for p in model.parameters()]
+    model, _ = over_parameterize(model, depth_multiplier=multiplier, inplace=inplace)
+    folded, _ = fold(model, inplace=inplace)
+    for options, parameter in zip(first, folded.parameters(), strict=True):
+        assert parameter.options == {"decay": False}
+        assert (parameter.options is options) == inplace

@@ -54,12 +54,6 @@ def pruned(model):
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: pruned(network()), lambda: network().to("meta")])
-def test_what_cannot_be_exported_is_named(make):
-    with pytest.raises((TypeError, ValueError), match="'0"):
-        export_state(make())
-
-
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -91,16 +85,6 @@ def test_buffers_outside_the_state_dict_do_not_matter():
     assert torch.equal(model[:5](image()), other(image()))
 
 
-def test_bfloat16_state_loses_no_bit():
-    model, other = network().bfloat16(), network().bfloat16()
-    state = export_state(model)
-    assert state.arrays["0.weight"].dtype == np.float32
-    load_state(other, state)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    )
-
-
 def test_a_batch_norm_brings_its_statistics_and_leaves_its_count():
     model, other = nn.BatchNorm2d(4, 1e-3, 0.25), nn.BatchNorm2d(4, 1e-3, 0.25)
     for _ in range(3):
@@ -125,38 +109,31 @@ def test_parameters_over_the_same_memory_must_agree():
     np.testing.assert_array_equal(first.weight.detach().numpy(), state.arrays["0.weight"])
 
 
-@pytest.mark.parametrize(
-    ("model", "padding"),
-    [
-        (lambda c: nn.Sequential(nn.ZeroPad2d((1, 2, 3, 4)), c), ((4, 5), (2, 3))),
-        (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.0), c), ((2, 2), (2, 2))),
-        (lambda c: nn.Sequential(nn.ConstantPad2d(1, 0.5), c), ((1, 1), (1, 1))),
-        (lambda c: nn.Sequential(nn.ReflectionPad2d(1), c), ((1, 1), (1, 1))),
-        (lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Sigmoid(), c), ((1, 1), (1, 1))),
-        (
-            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Identity(), nn.Dropout(), nn.ReLU(), c),
-            ((2, 2), (2, 2)),
-        ),
-        (lambda c: nn.Sequential(nn.Sequential(nn.ZeroPad2d(1)), c), ((2, 2), (2, 2))),
-        (
-            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.Sequential(nn.ZeroPad2d(2)), c),
-            ((4, 4), (4, 4)),
-        ),
-        (lambda c: nn.Sequential(nn.ModuleList([nn.ZeroPad2d(1)]), c), ((1, 1), (1, 1))),
-        (
-            lambda c: nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d(2), nn.Sequential(c)),
-            ((4, 4), (4, 4)),
-        ),
-        (lambda c: nn.ModuleList([nn.ZeroPad2d(1), c]), ((1, 1), (1, 1))),
-        (
-            lambda c: nn.Sequential(nn.ZeroPad2d(1), c, c),
-            ("(1, 1) or (2, 2)", "(1, 1) or (2, 2)"),
-        ),
-    ],
-)
-def test_zeros_before_a_convolution_count_as_its_padding(model, padding):
-    state = export_state(model(nn.Conv2d(4, 4, 3, padding=1)))
+ONE, TWO, FOUR = ((1, 1), (1, 1)), ((2, 2), (2, 2)), ((4, 4), (4, 4))
+PADDED = [
+    (lambda c: [nn.ZeroPad2d((1, 2, 3, 4)), c], ((4, 5), (2, 3))),
+    (lambda c: [nn.ConstantPad2d(1, 0.0), c], TWO),
+    (lambda c: [nn.ConstantPad2d(1, 0.5), c], ONE),
+    (lambda c: [nn.ReflectionPad2d(1), c], ONE),
+    (lambda c: [nn.ZeroPad2d(1), nn.Sigmoid(), c], ONE),
+    (lambda c: [nn.ZeroPad2d(1), nn.Identity(), nn.Dropout(), nn.ReLU(), c], TWO),
+    (lambda c: [nn.Sequential(nn.ZeroPad2d(1)), c], TWO),
+    (lambda c: [nn.ZeroPad2d(1), nn.Sequential(nn.ZeroPad2d(2)), c], FOUR),
+    (lambda c: [nn.ModuleList([nn.ZeroPad2d(1)]), c], ONE),
+    (lambda c: [nn.ZeroPad2d(1), nn.ZeroPad2d(2), nn.Sequential(c)], FOUR),
+    (lambda c: [nn.ZeroPad2d(1), c, c], ("(1, 1) or (2, 2)",) * 2),
+]
+
+
+@pytest.mark.parametrize(("layers", "padding"), PADDED)
+def test_zeros_before_a_convolution_count_as_its_padding(layers, padding):
+    state = export_state(nn.Sequential(*layers(nn.Conv2d(4, 4, 3, padding=1))))
     assert next(iter(state.layers.values())).geometry.padding == padding
+
+
+def test_zeros_beside_a_convolution_are_no_padding():
+    state = export_state(nn.ModuleList([nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, padding=1)]))
+    assert state.layers["1"].geometry.padding == ONE
 
 
 def test_zeros_before_a_padding_of_another_mode_are_told_apart():
@@ -193,22 +170,9 @@ def test_zeros_before_a_transposed_convolution_are_so_many_strides_of_output():
 def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(model, error, message):
     state, model = export_state(network()), model()
     before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=r"'[045]"):
+        export_state(model)
     with pytest.raises(error, match=message):
         load_state(model, state)
     for name, value in model.state_dict().items():
         assert value.is_meta or torch.equal(value, before[name])
-
-
-def test_numbers_that_the_model_cannot_hold_are_refused():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
-    before = copy.deepcopy(model.state_dict())
-    state = export_state(model.float())
-    model[1].half()
-    arrays = {**state.arrays, "1.bias": np.array([1.0, -7e4], np.float32)}
-    with pytest.raises(StateError, match=r"'1.bias' has 70000, which the model's float16 cannot"):
-        load_state(model, State(state.layers, arrays))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    arrays["1.bias"] = np.array([np.inf, np.nan], np.float32)
-    load_state(model, State(state.layers, arrays))
-    assert model[1].bias.isinf()[0]
-    assert model[1].bias.isnan()[1]

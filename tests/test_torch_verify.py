@@ -6,7 +6,6 @@ import collections
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 from frameworks import need
 
@@ -97,27 +96,10 @@ def test_nested_outputs(structure):
     assert verify(a, b, x) == Difference(1.0, 0.25)
 
 
-def test_inputs_by_position_by_name_and_as_one_argument():
+def test_inputs_by_position_and_by_name():
     x, y = images(), 2 * images()
-
-    def subtract(x, y):
-        return x - y
-
-    model = Returning(subtract)
-    swapped = Returning(lambda x, y: y - x)
-    assert verify(model, swapped, (x, x)).absolute == 0
+    model, swapped = Returning(lambda x, y: x - y), Returning(lambda x, y: y - x)
     assert verify(model, swapped, (x, y)) == verify(model, swapped, {"x": x, "y": y})
-    assert verify(model, swapped, (x, y)).relative == 2
-    assert verify(Returning(sum), Returning(lambda pair: pair[0] + pair[1]), [x, y]).absolute == 0
-
-
-def test_inputs_are_not_changed():
-    x = images()
-    before = x.clone()
-    model = nn.Sequential(nn.ReLU(inplace=True), network())
-    assert verify(model, model, x).absolute == 0
-    assert verify(model, model, (x,)).absolute == 0
-    assert torch.equal(x, before)
 
 
 def test_both_models_see_the_same_random_numbers_and_none_is_used_up():
@@ -134,9 +116,7 @@ def test_gradients_are_neither_needed_nor_made():
     assert torch.is_grad_enabled()
 
 
-def test_other_callables():
+def test_exported_programs():
     model, _ = models()
     exported = torch.export.export(model, (images(),)).module()
     assert verify(model, exported, images()).relative < 1e-6
-    weight = np.float32(2)
-    assert verify(Returning(lambda x: 2 * x), lambda x: x.numpy() * weight, images()).absolute == 0

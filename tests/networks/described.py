@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from doconv_core.kinds.base import recipe
 from doconv_core.networks.nodes import (
     Activation,
@@ -135,3 +137,7 @@ NETWORKS = {
         "strided_kinds": _strided_kinds(),
     }.items()
 }
+
+# Together the first have every kind of node; the others are of the long tail.
+OFTEN = ("scales", "branches", "vectors1.0", "kinds")
+USUAL = [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in NETWORKS]
