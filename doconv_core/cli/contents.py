@@ -67,7 +67,7 @@ class Contents:
         self.entries = checkpoint.entries
         self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
         self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
-        self.layers: tuple[Layer, ...] = checkpoint.layers
+        self.layers: tuple[Layer, ...] = checkpoint.in_order
 
     @cached_property
     def metadata(self) -> dict[str, Metadata]:

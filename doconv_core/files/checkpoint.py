@@ -78,6 +78,11 @@ class Checkpoint(ABC):
         """The copies of the model that the file holds."""
         return tuple(dict.fromkeys(layer.part for layer in self.layers))
 
+    @property
+    def in_order(self) -> tuple[Layer, ...]:
+        """The layers in the model's order, as far as that is told."""
+        return self.layers
+
     def parameters(self, layer: Layer) -> int:
         """Return how many numbers of the layer are trained; not statistics and the identity."""
         kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
@@ -91,12 +96,12 @@ class Checkpoint(ABC):
         composed = sum(self.entries[layer.entries[role]].size for role in gone)
         return self.parameters(layer) - composed + prod(layer.kernel_shape)
 
-    @abstractmethod
     def read(self, name: str) -> Array:
         """Return an entry's values; bfloat16 and 8-bit floats, which NumPy lacks, as float32.
 
-        Raises KeyError for a name that is not in `entries`.
+        A format gives this or `read_stored`. Raises KeyError for a name that is not in `entries`.
         """
+        return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
         """Return an entry's values as they are stored; bfloat16 as `arrays.BITS`.

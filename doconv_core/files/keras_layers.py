@@ -47,10 +47,8 @@ class KerasLayers:
         self._file, self._nodes, self._entries = file, nodes, entries
 
     def find(self, sizes: Sizes) -> tuple[Layer, ...]:
-        """Return the layers that own arrays, in the model's order where a config tells it."""
-        order = {group: place for place, group in enumerate(self._nodes)}
-        found = list(self._layers(sizes))
-        return tuple(sorted(found, key=lambda layer: order.get(group_of(layer), len(order))))
+        """Return the layers that own arrays, in the order of their groups."""
+        return tuple(self._layers(sizes))
 
     def _layers(self, sizes: Sizes) -> Iterator[Layer]:
         used: set[str] = set()

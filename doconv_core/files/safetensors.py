@@ -18,7 +18,6 @@ from doconv_core.files.entries import (
     KernelSizes,
     check_names,
     copy_bytes,
-    from_storage,
     once,
     read_array,
     storage_dtype,
@@ -67,11 +66,6 @@ def sniff(begin: Beginning) -> bool:
     return begin.head[8:9] == b"{" and not text
 
 
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file, a plain state dict or a canonical state."""
-    return SafetensorsCheckpoint(path, kernel_sizes)
-
-
 def write(
     path: Path,
     entries: Sequence[Entry],
@@ -103,7 +97,7 @@ def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
 class SafetensorsCheckpoint(Checkpoint):
     """An open safetensors file. Raises CheckpointError where it is damaged or hostile."""
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path = path
         self._stored, self._start = _read_file_header(path)
         self._metadata: dict[str, str] = self._stored.pop("__metadata__", {})
@@ -147,10 +141,6 @@ class SafetensorsCheckpoint(Checkpoint):
                     )
             layers.append(_state_layer(path, form, roles, sizes))
         return tuple(layers)
-
-    def read(self, name: str) -> Array:
-        """Return an entry's values, as `Checkpoint.read` says."""
-        return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
@@ -215,6 +205,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self._file.close()
 
 
+read = SafetensorsCheckpoint
+
+
 def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return a file's header, as its library has accepted it, and where the data begins."""
     try:
@@ -233,12 +226,13 @@ def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes) -> Layer:
     spec: Any = form.spec
+    d_shape: Any = form.shapes.get(D)
     if form.kind == "convolution":
         if form.over_parameterized:
             sizes.given((path,), spec.taps)
         return Layer(
             path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-            spec=spec, kernel_shape=spec.kernel_shape, d_shape=form.shapes.get(D),
+            spec=spec, kernel_shape=spec.kernel_shape, d_shape=d_shape,
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None
