@@ -181,10 +181,7 @@ class GluonCheckpoint(Checkpoint):
                 file.write(_head(record, output.shape))
                 file.write(to_storage(kernel, record.dtype).data)
                 report()
-            names = [output.name.encode() for output in planned] if self._named else []
-            file.write(struct.pack("<Q", len(names)))
-            for name in names:
-                file.write(struct.pack("<Q", len(name)) + name)
+            _write_names(file, [output.name for output in planned] if self._named else [])
 
     def close(self) -> None:
         """Close the file."""
@@ -211,9 +208,13 @@ def write_params(path: Path, arrays: Mapping[str, Array]) -> None:
             record = Record(V2, array.shape, dtype, tail, 0, 0, 0, False)
             file.write(_head(record, array.shape))
             file.write(to_storage(array, dtype).data)
-        file.write(struct.pack("<Q", len(arrays)))
-        for name in arrays:
-            file.write(struct.pack("<Q", len(name.encode())) + name.encode())
+        _write_names(file, [*arrays])
+
+
+def _write_names(file: BinaryIO, names: Sequence[str]) -> None:
+    file.write(struct.pack("<Q", len(names)))
+    for name in map(str.encode, names):
+        file.write(struct.pack("<Q", len(name)) + name)
 
 
 def _head(record: Record, shape: tuple[int, ...]) -> bytes:
