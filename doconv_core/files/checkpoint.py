@@ -1,4 +1,9 @@
-"""Checkpoint files: opened by their format, whatever that is; composed and folded."""
+"""Checkpoint files: opened by their format, composed and folded.
+
+A format is one module, which the entry-point group `doconv.formats` names, and which has what
+`Format` says; a file is of the format whose `sniff` knows its first bytes. No list of them stands
+here.
+"""
 
 from __future__ import annotations
 
@@ -237,8 +242,9 @@ class Beginning:
 class Format(Protocol):
     """What a format's module has.
 
-    NAME: in words. SUFFIXES: by which a file to be written is told to be of it. FRAMEWORK: whose
-    names and layouts its files have. TYPES: of the arrays that it can write.
+    NAME: in words. SUFFIXES: by which a file to be written is told to be of it, and one to be read
+    is tried first. FRAMEWORK: whose names and layouts its files have. TYPES: of the arrays that it
+    can write.
     """
 
     NAME: str

@@ -1,4 +1,11 @@
-"""HDF5 files from strangers: every object looked at before any is read, and copied with changes."""
+"""HDF5 files from strangers: every object looked at before any is read, and copied with changes.
+
+In which order the members of a group were made, HDF5's library does not tell: it gives them by
+name. Folding a `.weights.h5` file needs it, as Keras numbers the layers of a list by class, in the
+list's order. But a group of the older kind, which is what the library writes unless asked
+otherwise, keeps the names in a heap of its own, one after the other as they came. Source: the HDF5
+file format specification, version 2.0: superblock, object header, symbol table, local heap.
+"""
 
 from __future__ import annotations
 

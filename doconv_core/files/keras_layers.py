@@ -1,4 +1,9 @@
-"""Which layers a Keras file holds, and how Keras names them, before and after folding."""
+"""Which layers a Keras file holds, and how Keras names them, before and after folding.
+
+In a file, a layer that is an attribute of another has the attribute's name. Those in a list or dict
+have their class's name in snake case, with a number from the second one on. So where a
+`do_conv2d_1` becomes a `conv2d`, its number depends on the ordinary ones before it.
+"""
 
 from __future__ import annotations
 
