@@ -280,7 +280,7 @@ def test_a_norm_behind_an_image_that_is_told(keras, tmp_path):
     assert "bn.beta: an image of 4x4x4 reordered" in done.stdout
     doconv("verify", tmp_path / "in.params", tmp_path / "out.weights.h5", "--flatten", "4x4x4")
     with open_checkpoint(tmp_path / "out.weights.h5") as file:
-        names = [name for layer in file.layers for name in layer.entries.values()]
+        names = [name for layer in file.in_order for name in layer.entries.values()]
         found = [file.read(name) for name in names if file.entries[name].shape == (64,)]
     expected = np.arange(64).reshape(4, 4, 4).transpose(1, 2, 0).ravel()
     assert any(np.array_equal(each, expected) for each in found)
@@ -344,7 +344,7 @@ def test_networks_of_a_zoo(name, tmp_path):
     arrays = {key: torch.zeros(()).expand(value.shape) for key, value in model.state_dict().items()}
     torch.save(arrays, tmp_path / "in.pt")
     with open_checkpoint(tmp_path / "in.pt") as file:
-        layers = file.layers
+        layers = file.in_order
         if name.startswith("efficientnet"):  # 320 channels, of which a last convolution makes 1280
             with pytest.raises(Failure, match=r"may be .* such as 320x2x2 of .*=no', or --flatten"):
                 Flattenings(file, layers, Images(), ordered=True)

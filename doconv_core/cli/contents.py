@@ -67,7 +67,7 @@ class Contents:
         self.entries = checkpoint.entries
         self.forms: Mapping[str, LayerForm] = checkpoint.forms or {}
         self.framework, self.ordered = checkpoint.framework, checkpoint.ordered
-        self.layers: tuple[Layer, ...] = checkpoint.layers
+        self.layers: tuple[Layer, ...] = checkpoint.in_order
 
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
@@ -148,13 +148,13 @@ class Contents:
 
     def _as_stored(self, layer: Layer, role: str) -> Values:
         entry = self.entries[layer.entries[role]]
-        read: Callable[[], Array] = partial(self.checkpoint.read, entry.name)
         shape = entry.shape
         if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
             shape = layer.kernel_shape or shape
 
-            def read() -> Array:
-                return layer.canonical(self.checkpoint.read(entry.name)).reshape(shape)
+        def read() -> Array:
+            found = self.checkpoint.read(entry.name)
+            return (layer.canonical(found) if role == "weight" else found).reshape(shape)
 
         return Values(shape, entry.dtype, read, (entry.name,))
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
@@ -131,64 +130,26 @@ def convert(
         contents.check_plain(layers, drop)
         images = Images(flattened, ignored="flattening" in ignore)
         if like is None:
-            how = _by_names(contents, layers, _target(target, name), folded, keep, drop, images)
+            framework, write = _target(target, name)
+            found = _flattenings(contents, contents, [(x, x) for x in layers], framework, images)
+            conversion = Conversion(contents, folded, found, keras=False)
+            plan = conversion.by_names(framework, layers, keep, drop)
+            required = required_of_target(contents, layers)
         else:
             template = Contents(stack.enter_context(opened(like, ())))
-            layers = _unsettled(layers, drop)
-            how = _like(contents, layers, template, folded, match, "geometry" in ignore, images)
+            paired = _paired(contents, _unsettled(layers, drop), template, match)
+            framework = template.framework
+            found = _flattenings(contents, template, paired.both, framework, images)
+            conversion = Conversion(contents, folded, found, keras=framework == KERAS)
+            plan = conversion.like(template, paired)
+            ignored = "geometry" in ignore
+            required = compare_metadata(contents, template, paired.both, ignored)
+            write = _writer_like(contents, template, paired)
         new = replacing(target, overwrite=force)
         with progress("converting") as step, writing_to(target), new as temporary:
-            how.write(temporary, how.plan, step)
-        _report(source, target, contents, how, as_json)
-
-
-class _How(NamedTuple):
-    """How IN becomes OUT. required: of the networks, for OUT to compute the same.
-
-    assumed: linear layers taken to be behind no flattened image, with the channels before them.
-    """
-
-    write: Write
-    plan: Plan
-    required: Sequence[Required]
-    assumed: Mapping[str, int]
-
-
-def _by_names(
-    contents: Contents,
-    layers: Sequence[Layer],
-    target: tuple[str, Write],
-    folded: bool,
-    keep: Sequence[str],
-    drop: Sequence[str],
-    images: Images,
-) -> _How:
-    """Return how a file becomes one by the names of the target's framework."""
-    framework, write = target
-    pairs = [(layer, layer) for layer in layers]
-    found = _flattenings(contents, contents, pairs, framework, images)
-    plan = Conversion(contents, folded, found, False).by_names(framework, layers, keep, drop)
-    required = required_of_target(contents, layers)
-    return _How(write, plan, required, found.assumed if found else {})
-
-
-def _like(
-    contents: Contents,
-    layers: Sequence[Layer],
-    template: Contents,
-    folded: bool,
-    match: str,
-    ignore_geometry: bool,
-    images: Images,
-) -> _How:
-    """Return how a file becomes one like the template."""
-    paired = _paired(contents, layers, template, match)
-    found = _flattenings(contents, template, paired.both, template.framework, images)
-    keras = template.framework == KERAS
-    plan = Conversion(contents, folded, found, keras).like(template, paired)
-    required = compare_metadata(contents, template, paired.both, ignore_geometry)
-    write = _writer_like(contents, template, paired)
-    return _How(write, plan, required, found.assumed if found else {})
+            write(temporary, plan, step)
+        assumed = found.assumed if found else {}
+        _report(source, target, contents, plan, required, assumed, as_json)
 
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
@@ -267,17 +228,14 @@ def _flattenings(
 
     pairs: layers with those of the template, which is IN itself where there is none.
     """
-    images = images._replace(behind=_behind_images(contents, [layer for layer, _ in pairs]))
+    layers = [layer for layer, _ in pairs]
+    behind = _behind_images(contents, layers)
     if (contents.framework == KERAS) == (framework == KERAS):
         return None
     keras = contents if contents.framework == KERAS else template
-    fed = {
-        layer.name: keras.fed[each.name]
-        for layer, other in pairs
-        if (each := layer if keras is contents else other).name in keras.fed
-    }
-    images = images._replace(fed=fed, file=str(keras.path))
-    layers = [layer for layer, _ in pairs]
+    told = ((a.name, keras.fed.get((a if keras is contents else b).name)) for a, b in pairs)
+    fed = {name: each for name, each in told if each is not None}
+    images = images._replace(behind=behind, fed=fed, file=str(keras.path))
     return Flattenings(contents.checkpoint, layers, images, contents.ordered)
 
 
@@ -301,30 +259,41 @@ def _behind_images(contents: Contents, layers: Sequence[Layer]) -> set[str]:
     return behind
 
 
-def _report(source: Path, target: Path, contents: Contents, how: _How, as_json: bool) -> None:
-    """Print what was written, from what, and what else must hold for it to compute the same."""
-    for name, channels in how.assumed.items():
+def _report(
+    source: Path,
+    target: Path,
+    contents: Contents,
+    plan: Plan,
+    required: Sequence[Required],
+    assumed: Mapping[str, int],
+    as_json: bool,
+) -> None:
+    """Print what was written, from what, and what else must hold for it to compute the same.
+
+    required: of the networks. assumed: linear layers taken to be behind no flattened image, with
+    the channels before them.
+    """
+    for name, channels in assumed.items():
         # Where it is seen by whoever reads neither table nor JSON.
         click.echo(one_line(_assumption(name, channels)), err=True)
-    used = {name for entry in how.plan.entries for name in entry.sources}
+    used = {name for entry in plan for name in entry.sources}
     left_out = [name for name in contents.entries if name not in used]
     left_out += contents.checkpoint.others
     if as_json:
         names = ("name", "shape", "dtype", "sources", "how")
-        entries = [{name: getattr(entry, name) for name in names} for entry in how.plan.entries]
         print_json(
             {
                 "source": str(source),
                 "target": str(target),
-                "entries": entries,
+                "entries": [{name: getattr(entry, name) for name in names} for entry in plan],
                 "left_out": left_out,
-                "required": [each._asdict() for each in how.required],
-                "no_image_assumed": dict(how.assumed),
+                "required": [each._asdict() for each in required],
+                "no_image_assumed": dict(assumed),
             }
         )
         return
     rows = []
-    for entry in how.plan.entries:
+    for entry in plan:
         sources = "the same" if entry.sources == (entry.name,) else ", ".join(entry.sources)
         origin = ": ".join(part for part in (sources, entry.how) if part)
         rows.append([entry.name, origin, size(entry.shape), entry.dtype])
@@ -332,10 +301,10 @@ def _report(source: Path, target: Path, contents: Contents, how: _How, as_json: 
     click.echo()
     if left_out:
         click.echo(one_line(f"left out: {', '.join(left_out)}"))
-    for network, what, layers in how.required:
+    for network, what, layers in required:
         file = target if network == OUT else source
         click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
-    click.echo(one_line(f"{target}: {counted(len(how.plan.entries), 'array')} written"))
+    click.echo(one_line(f"{target}: {counted(len(plan), 'array')} written"))
 
 
 def _assumption(name: str, channels: int) -> str:

@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import click
 
-from doconv_core.cli.command import counted, number, one_line, print_json, print_table, size
-from doconv_core.cli.cost_file import FileCost, cost_of_file
-from doconv_core.cli.cost_network import (
-    check_plot,
-    cost_of_network,
-    draw_network,
-    network_json,
-    print_network,
-)
+from doconv_core.cli.command import counted, print_json, size
+from doconv_core.cli.cost_file import cost_file, forms_object, print_forms
+from doconv_core.cli.cost_network import cost_network
 from doconv_core.cli.options import (
     KernelSizes,
     Place,
@@ -32,19 +25,12 @@ from doconv_core.cli.options import (
     places_type,
     target_argument,
 )
-from doconv_core.kinds.do_conv import LayerCost, layer_cost
+from doconv_core.kinds.do_conv import layer_cost
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.networks.names import describe
 
 GRAMMAR = "IN,OUT,KERNEL[,groups=N][,S=N][,stride=SIZE][,dilation=SIZE][,padding=SIZE][,bias=no]"
 _LAYER = re.compile(r"\s*\d+\s*,\s*\d+\s*,\s*\d+(x\d+)*\s*(,.*)?", re.IGNORECASE)
 _SIZES = ("stride", "dilation", "padding")
-FORMS = {
-    "ordinary": "ordinary",
-    "kernel_composed": "in training, composing the kernel",
-    "feature_composed": "in training, composing the features",
-    "folded": "folded",
-}
 
 
 @click.command(
@@ -113,7 +99,7 @@ def cost(
     if not is_layer_text(subject) and not Path(subject).is_file():
         if places or kernel_sizes:
             raise click.UsageError(f"{subject!r} is no file, as --at and --kernel-size need one.")
-        _network(subject, input_size, classes, batch, plot, force, as_json)
+        cost_network(subject, input_size, classes, batch, plot, force, as_json)
         return
     if classes is not None or plot is not None or force:
         raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
@@ -122,51 +108,13 @@ def cost(
             raise click.UsageError("--at and --kernel-size are for files; a LAYER says it all.")
         _layer(subject, input_size, batch, as_json)
         return
-    file = Path(subject)
     if input_size is not None and not any(place.divisor for _, place in places):
         raise click.UsageError(
             "a file does not tell at which positions its layers work; with --input, give such as "
             "--at 'layer1.*=/4', or --at /1 where all keep its size."
         )
-    with opened(file, kernel_sizes) as checkpoint:
-        try:
-            found = cost_of_file(checkpoint, places, input_size, batch)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
-    if as_json:
-        print_json(_file_object(subject, batch, found))
-    else:
-        _print_file(subject, batch, found)
-
-
-def _network(
-    name: str,
-    input_size: tuple[int, ...] | None,
-    classes: int | None,
-    batch: int,
-    plot: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    if plot is not None:
-        check_plot(plot, force)
-    try:
-        describe(name)
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{name!r} is no network: ")
-        raise click.UsageError(
-            f"{name!r} is no file, and no layer such as 64,64,3x3, and no network: {reason}"
-        ) from None
-    try:
-        found = cost_of_network(name, input_size, classes)
-    except ValueError as error:
-        raise click.UsageError(f"{name}: {error}") from None
-    if plot is not None:
-        draw_network(found, batch, plot, force)
-    if as_json:
-        network_json(found, batch)
-    else:
-        print_network(found, batch)
+    with opened(Path(subject), kernel_sizes) as checkpoint:
+        cost_file(checkpoint, places, input_size, batch, as_json)
 
 
 def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json: bool) -> None:
@@ -187,12 +135,12 @@ def _layer(subject: str, input_size: tuple[int, ...] | None, batch: int, as_json
                 "layer": {**sizes, "bias": layer.bias},
                 "batch": batch,
                 "output": output,
-                "cost": _cost_object(found),
+                "cost": forms_object(found),
             }
         )
         return
     click.echo(f"{counted(batch, 'image')} of {size(input_size)}, output {size(output)}")
-    _print_forms(found)
+    print_forms(found)
 
 
 def _spatial(input_size: tuple[int, ...], layer: LayerText) -> tuple[int, ...]:
@@ -205,74 +153,6 @@ def _spatial(input_size: tuple[int, ...], layer: LayerText) -> tuple[int, ...]:
             f"{size(input_size)}."
         )
     return input_size[1:]
-
-
-def _cost_object(found: LayerCost) -> dict[str, Any]:
-    return {form: getattr(found, form)._asdict() for form in FORMS}
-
-
-def _file_object(subject: str, batch: int, found: FileCost) -> dict[str, Any]:
-    return {
-        "file": subject,
-        "batch": batch,
-        "layers": [
-            {
-                "path": at.layer.path,
-                "part": at.layer.part,
-                "kind": at.layer.kind,
-                "output": at.output,
-                "cost": None if at.cost is None else _cost_object(at.cost),
-            }
-            for at in found.layers
-        ],
-        "uncounted": [at.layer.name for at in found.uncounted],
-        "total": _cost_object(found.total),
-    }
-
-
-def _print_forms(found: LayerCost) -> None:
-    least = found.ordinary.macs
-    print_table(
-        ["", "parameters", "multiply-accumulates", "ratio"],
-        [
-            [name, number(c.parameters), number(c.macs), f"{c.macs / least:.3f}" if least else ""]
-            for name, c in ((name, getattr(found, form)) for form, name in FORMS.items())
-        ],
-    )
-
-
-def _print_file(subject: str, batch: int, found: FileCost) -> None:
-    images = counted(batch, "image")
-    if found.uncounted:
-        click.echo(f"{subject}: {images}; where no output is told, for one position of it")
-    else:
-        click.echo(f"{subject}: {images}")
-    click.echo()
-    rows = []
-    for at in found.layers:
-        if at.cost is not None:
-            output = "one position" if at.output is None else size(at.output)
-            macs = [number(getattr(at.cost, form).macs) for form in FORMS if form != "folded"]
-            rows.append([at.layer.name, size(at.layer.kernel_shape or ()), output, *macs])
-    print_table(
-        ["layer", "kernel", "output", "ordinary, folded", "composing the kernel", "the features"],
-        rows,
-        text_columns=3,
-    )
-    click.echo()
-    if not any(at.output for at in found.layers):
-        total = found.total
-        click.echo(
-            f"parameters: {number(total.folded.parameters)} ordinary and folded, "
-            f"{number(total.kernel_composed.parameters)} in training"
-        )
-        return
-    _print_forms(found.total)
-    if found.uncounted:
-        names = [at.layer.name for at in found.uncounted]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        click.echo()
-        click.echo(one_line(f"not in the total, as --at does not tell their output: {shown}"))
 
 
 @dataclass(frozen=True)

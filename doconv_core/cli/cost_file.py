@@ -1,11 +1,14 @@
-"""What a checkpoint's layers cost, where the places are given at which they work."""
+"""What `doconv cost` prints of a checkpoint: its layers, where they work, and what they cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import click
+
+from doconv_core.cli.command import counted, number, one_line, print_json, print_table, size
 from doconv_core.cli.options import (
     Place,
     matching,
@@ -17,6 +20,13 @@ from doconv_core.kinds.base import Cost
 from doconv_core.kinds.do_conv import LayerCost, layer_cost
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place as named
+
+FORMS = {
+    "ordinary": "ordinary",
+    "kernel_composed": "in training, composing the kernel",
+    "feature_composed": "in training, composing the features",
+    "folded": "folded",
+}
 
 
 class LayerAt(NamedTuple):
@@ -43,7 +53,25 @@ class FileCost(NamedTuple):
     uncounted: list[LayerAt]
 
 
-def cost_of_file(
+def cost_file(
+    checkpoint: Checkpoint,
+    places: Sequence[tuple[str, Place]],
+    input_size: tuple[int, ...] | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Print what the layers of a file cost, each and all. A place that fits none is wrong usage."""
+    try:
+        found = _cost_of_file(checkpoint, places, input_size, batch)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if as_json:
+        print_json(_file_object(str(checkpoint.path), batch, found))
+    else:
+        _print_file(str(checkpoint.path), batch, found)
+
+
+def _cost_of_file(
     checkpoint: Checkpoint,
     places: Sequence[tuple[str, Place]],
     input_size: tuple[int, ...] | None,
@@ -56,7 +84,7 @@ def cost_of_file(
     and for a place of another number of dimensions than the kernel's, or relative to no input.
     """
     layers = []
-    for layer in checkpoint.layers:
+    for layer in checkpoint.in_order:
         if layer.part == checkpoint.parts[0]:
             output = _output(layer, places, input_size)
             positions = 1 if output is None else prod(output)
@@ -112,3 +140,73 @@ def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> L
         return layer_cost(layer.spec, positions, batch=batch, bias="bias" in layer.entries)
     # Of an ordinary convolution, the groups are not known, nor is there a D that would need them.
     return LayerCost(*[Cost(checkpoint.parameters(layer), prod(shape) * positions * batch)] * 4)
+
+
+def _file_object(file: str, batch: int, found: FileCost) -> dict[str, Any]:
+    return {
+        "file": file,
+        "batch": batch,
+        "layers": [
+            {
+                "path": at.layer.path,
+                "part": at.layer.part,
+                "kind": at.layer.kind,
+                "output": at.output,
+                "cost": None if at.cost is None else forms_object(at.cost),
+            }
+            for at in found.layers
+        ],
+        "uncounted": [at.layer.name for at in found.uncounted],
+        "total": forms_object(found.total),
+    }
+
+
+def _print_file(subject: str, batch: int, found: FileCost) -> None:
+    images = counted(batch, "image")
+    if found.uncounted:
+        click.echo(f"{subject}: {images}; where no output is told, for one position of it")
+    else:
+        click.echo(f"{subject}: {images}")
+    click.echo()
+    rows = []
+    for at in found.layers:
+        if at.cost is not None:
+            output = "one position" if at.output is None else size(at.output)
+            macs = [number(getattr(at.cost, form).macs) for form in FORMS if form != "folded"]
+            rows.append([at.layer.name, size(at.layer.kernel_shape or ()), output, *macs])
+    print_table(
+        ["layer", "kernel", "output", "ordinary, folded", "composing the kernel", "the features"],
+        rows,
+        text_columns=3,
+    )
+    click.echo()
+    if not any(at.output for at in found.layers):
+        total = found.total
+        click.echo(
+            f"parameters: {number(total.folded.parameters)} ordinary and folded, "
+            f"{number(total.kernel_composed.parameters)} in training"
+        )
+        return
+    print_forms(found.total)
+    if found.uncounted:
+        names = [at.layer.name for at in found.uncounted]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        click.echo()
+        click.echo(one_line(f"not in the total, as --at does not tell their output: {shown}"))
+
+
+def forms_object(found: LayerCost) -> dict[str, Any]:
+    """Return the cost of each form for JSON."""
+    return {form: getattr(found, form)._asdict() for form in FORMS}
+
+
+def print_forms(found: LayerCost) -> None:
+    """Print the table of what each form costs."""
+    least = found.ordinary.macs
+    print_table(
+        ["", "parameters", "multiply-accumulates", "ratio"],
+        [
+            [name, number(c.parameters), number(c.macs), f"{c.macs / least:.3f}" if least else ""]
+            for name, c in ((name, getattr(found, form)) for form, name in FORMS.items())
+        ],
+    )

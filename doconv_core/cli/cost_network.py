@@ -29,7 +29,38 @@ PLOTS = (".png", ".svg", ".pdf")
 MOST_NAMES = 60  # beside a plot; more could not be read
 
 
-def cost_of_network(
+def cost_network(
+    name: str,
+    input_size: tuple[int, ...] | None,
+    classes: int | None,
+    batch: int,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Print what a network costs, and draw it to `plot` if that is given."""
+    if plot is not None:
+        _check_plot(plot, force)
+    try:
+        describe(name)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{name!r} is no network: ")
+        raise click.UsageError(
+            f"{name!r} is no file, and no layer such as 64,64,3x3, and no network: {reason}"
+        ) from None
+    try:
+        found = _cost_of_network(name, input_size, classes)
+    except ValueError as error:
+        raise click.UsageError(f"{name}: {error}") from None
+    if plot is not None:
+        _draw(found, batch, plot, force)
+    if as_json:
+        _print_json(found, batch)
+    else:
+        _print(found, batch)
+
+
+def _cost_of_network(
     name: str, input_size: tuple[int, ...] | None, classes: int | None
 ) -> NetworkCost:
     """Return what a network costs for one image; ValueError for what gives no network.
@@ -47,7 +78,7 @@ def cost_of_network(
     return count(name, shape, classes)
 
 
-def print_network(found: NetworkCost, batch: int) -> None:
+def _print(found: NetworkCost, batch: int) -> None:
     """Print the table of its layers and its totals."""
     click.echo(f"{found.name}: {counted(batch, 'image')} of {size(found.input_shape)}")
     click.echo()
@@ -84,7 +115,7 @@ def _totals(found: NetworkCost, batch: int) -> list[tuple[str, int]]:
     return totals
 
 
-def network_json(found: NetworkCost, batch: int) -> None:
+def _print_json(found: NetworkCost, batch: int) -> None:
     """Print its layers and its totals as JSON."""
 
     def scaled(cost: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +137,7 @@ def network_json(found: NetworkCost, batch: int) -> None:
     )
 
 
-def check_plot(target: Path, force: bool) -> None:
+def _check_plot(target: Path, force: bool) -> None:
     """Raise Failure where a plot cannot be drawn or written to `target`."""
     if target.suffix.lower() not in PLOTS:
         raise click.UsageError(
@@ -123,7 +154,7 @@ def check_plot(target: Path, force: bool) -> None:
         ) from None
 
 
-def draw_network(found: NetworkCost, batch: int, target: Path, force: bool) -> None:
+def _draw(found: NetworkCost, batch: int, target: Path, force: bool) -> None:
     """Draw what its convolutions and linear layers cost, the first on top, to `target`."""
     from matplotlib.figure import Figure
 

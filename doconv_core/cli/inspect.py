@@ -52,7 +52,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
       doconv inspect model.safetensors --json
     """  # noqa: D301
     with opened(file, kernel_sizes) as checkpoint:
-        layers = checkpoint.layers
+        layers = checkpoint.in_order
         over_parameterized = [x for x in layers if x.over_parameterized and D in x.entries]
         measures = {}
         with progress("measuring") as step:

@@ -29,7 +29,7 @@ def parse_size(text: str, *, least: int = 1) -> tuple[int, ...] | None:
     return found if min(found) >= least else None
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
     """The type of an option such as `--input 224x224`: integers."""
 
     name = "size"
@@ -42,7 +42,7 @@ class SizeType(click.ParamType):
         return found or self.fail(f"{value!r} is no size; write it as 3x3 or 224x224.", param, ctx)
 
 
-class PatternType(click.ParamType):
+class PatternType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
     """The type of an option such as `--kernel-size conv1=3x3`: a glob pattern and a value.
 
     A value alone is for all layers. problem: what to say of a text of which `parse` makes nothing.

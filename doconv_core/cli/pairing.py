@@ -1,4 +1,9 @@
-"""Which layer of one file is which of another, and whether what both tell of it agrees."""
+"""Which layer of one file is which of another, and whether what both tell of it agrees.
+
+Canonical states and `.keras` files tell strides, epsilons and the like; the others hold arrays
+alone. Where both files of a conversion tell, they must agree; where one does, the network of the
+other must have the same.
+"""
 
 from __future__ import annotations
 

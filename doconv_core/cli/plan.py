@@ -8,11 +8,13 @@ which array is which, but its files tell of most layers what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -31,7 +33,7 @@ from doconv_core.cli.flattening import Flattenings
 from doconv_core.cli.options import literal, matches
 from doconv_core.cli.pairing import Paired, family, sides
 from doconv_core.files.checkpoint import Checkpoint, Format
-from doconv_core.files.entries import Entry
+from doconv_core.files.entries import Entry, Lazy
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.spec import ConvSpec
@@ -42,6 +44,7 @@ from doconv_core.state.layers import LayerForm
 
 Array = NDArray[Any]
 
+Step = Callable[[int, int], None]
 # The types that hold every number of a type.
 HOLD = {
     "float16": {"float16", "float32", "float64"},
@@ -71,37 +74,20 @@ class Planned:
     how: str = ""
 
 
-@dataclass
-class Plan:
-    """All that is to be written, in its order."""
-
-    entries: list[Planned] = field(default_factory=list)
-
-    def arrays(self, step: Callable[[int, int], None]) -> Mapping[str, Array]:
-        """Return the arrays by name, each made when it is asked for. step: called with progress."""
-        return _Arrays(self.entries, step)
+Plan: TypeAlias = Sequence[Planned]  # all that is to be written, in its order
 
 
-class _Arrays(Mapping[str, Array]):
-    """Arrays that are made one at a time, so that a large file needs little memory."""
+def _arrays(plan: Plan, step: Step) -> Lazy:
+    """Return the arrays by name, each made when it is asked for. step: called with progress."""
+    done = count()
 
-    def __init__(self, entries: Sequence[Planned], step: Callable[[int, int], None]) -> None:
-        self._entries = {entry.name: entry for entry in entries}
-        self._step, self._done = step, 0
-
-    def __getitem__(self, name: str) -> Array:
-        self._step(self._done, len(self))
-        self._done += 1
-        entry = self._entries[name]
+    def made(entry: Planned) -> Array:
+        step(next(done), len(plan))
         values = entry.values()
-        assert values.shape == entry.shape, (name, values.shape, entry.shape)
+        assert values.shape == entry.shape, (entry.name, values.shape, entry.shape)
         return values
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    return Lazy({entry.name: partial(made, entry) for entry in plan})
 
 
 class Target(NamedTuple):
@@ -162,12 +148,9 @@ class Conversion:
                     "--match order pairs layers of other names, --drop leaves out those of IN.",
                     IMPOSSIBLE,
                 )
-        plan = Plan()
-        for layer, other in paired.both:
-            plan.entries += self._like(layer, template, other)
         order = {name: place for place, name in enumerate(template.entries)}
-        plan.entries.sort(key=lambda entry: order[entry.name])
-        return plan
+        plan = [e for a, b in paired.both for e in self._like(a, template, b)]
+        return sorted(plan, key=lambda entry: order[entry.name])
 
     def _like(self, layer: Layer, template: Contents, other: Layer) -> list[Planned]:
         differs = _differs(self.source, layer, template, other)
@@ -218,7 +201,8 @@ class Conversion:
         them over under their names, or leave them out. Raises Failure for an entry of which nothing
         tells what it is.
         """
-        plan, unknown = Plan(), []
+        plan: list[Planned] = []
+        unknown: list[str] = []
         for layer in layers:
             names, values = self._names(framework, layer), self.values(layer)
             for name, role in state_names(layer).items():
@@ -232,7 +216,7 @@ class Conversion:
             shapes = {name: entry.shape for name, entry in target.entries.items()}
             words = sides(self.source.path, self.source.path)
             fitted = fit_arrays(values, shapes, words)
-            plan.entries += [target.planned(name, fitted[name]) for name in target.entries]
+            plan += [target.planned(name, fitted[name]) for name in target.entries]
         if unknown:
             raise _no_counterpart(self.source, unknown)
         _check_names(plan, framework)
@@ -359,7 +343,7 @@ def _described(layer: Layer) -> str:
 
 def _check_names(plan: Plan, framework: str) -> None:
     seen: dict[str, Planned] = {}
-    for entry in plan.entries:
+    for entry in plan:
         other = seen.setdefault(entry.name, entry)
         if other is not entry:
             both = " and ".join(repr(each.sources[0]) for each in (other, entry) if each.sources)
@@ -384,7 +368,6 @@ def _no_counterpart(source: Contents, unknown: list[str]) -> Failure:
     )
 
 
-Step = Callable[[int, int], None]
 WORDS = {"Gluon": "Gluon's"}  # files of a format, in a sentence
 
 
@@ -396,7 +379,7 @@ def write_file(
     Raises Failure for an entry of a type that these files lack, or that is not written here, and
     where what writes them is not installed.
     """
-    for entry in plan.entries:
+    for entry in plan:
         if entry.dtype not in form.TYPES:
             name = entry.sources[0] if entry.sources else entry.name
             raise Failure(
@@ -404,9 +387,9 @@ def write_file(
                 f"{WORDS.get(form.NAME, form.NAME)} files; --drop '{literal(name)}' leaves it out.",
                 IMPOSSIBLE,
             )
-    entries = [Entry(entry.name, entry.shape, entry.dtype) for entry in plan.entries]
+    entries = [Entry(entry.name, entry.shape, entry.dtype) for entry in plan]
     try:
-        form.write(path, entries, plan.arrays(step), like)
+        form.write(path, entries, _arrays(plan, step), like)
     except ImportError as error:
         raise Failure(f"a {form.NAME} file cannot be written: {error}", MISSING) from error
 
@@ -419,6 +402,6 @@ def write_state_like(
     origin: Mapping[str, str],
 ) -> None:
     """Write a canonical state of these layers. origin: who has trained it, if that is known."""
-    dtypes = {entry.name: entry.dtype for entry in plan.entries}
-    arrays = {name: array.astype(dtypes[name]) for name, array in plan.arrays(step).items()}
+    dtypes = {entry.name: entry.dtype for entry in plan}
+    arrays = {name: array.astype(dtypes[name]) for name, array in _arrays(plan, step).items()}
     write_state(State(forms, arrays, origin), path)

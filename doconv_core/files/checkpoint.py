@@ -1,4 +1,9 @@
-"""Checkpoint files: opened by their format, whatever that is; composed and folded."""
+"""Checkpoint files: opened by their format, composed and folded.
+
+A format is one module, which the entry-point group `doconv.formats` names, and which has what
+`Format` says; a file is of the format whose `sniff` knows its first bytes. No list of them stands
+here.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +83,11 @@ class Checkpoint(ABC):
         """The copies of the model that the file holds."""
         return tuple(dict.fromkeys(layer.part for layer in self.layers))
 
+    @property
+    def in_order(self) -> tuple[Layer, ...]:
+        """The layers in the model's order, as far as that is told."""
+        return self.layers
+
     def parameters(self, layer: Layer) -> int:
         """Return how many numbers of the layer are trained; not statistics and the identity."""
         kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
@@ -91,12 +101,12 @@ class Checkpoint(ABC):
         composed = sum(self.entries[layer.entries[role]].size for role in gone)
         return self.parameters(layer) - composed + prod(layer.kernel_shape)
 
-    @abstractmethod
     def read(self, name: str) -> Array:
         """Return an entry's values; bfloat16 and 8-bit floats, which NumPy lacks, as float32.
 
-        Raises KeyError for a name that is not in `entries`.
+        A format gives this or `read_stored`. Raises KeyError for a name that is not in `entries`.
         """
+        return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
         """Return an entry's values as they are stored; bfloat16 as `arrays.BITS`.
@@ -232,8 +242,9 @@ class Beginning:
 class Format(Protocol):
     """What a format's module has.
 
-    NAME: in words. SUFFIXES: by which a file to be written is told to be of it. FRAMEWORK: whose
-    names and layouts its files have. TYPES: of the arrays that it can write.
+    NAME: in words. SUFFIXES: by which a file to be written is told to be of it, and one to be read
+    is tried first. FRAMEWORK: whose names and layouts its files have. TYPES: of the arrays that it
+    can write.
     """
 
     NAME: str

@@ -65,6 +65,22 @@ class Entry:
         return " " not in self.dtype
 
 
+class Lazy(Mapping[str, Array]):
+    """Arrays by name, each made when it is asked for: a large file needs little memory."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Array]]) -> None:
+        self._make = make
+
+    def __getitem__(self, name: str) -> Array:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+
 WRAPPERS = ("module.", "_orig_mod.")
 OUTSIDE = r"(?:[A-Za-z]:)?/|(?:.*/)?\.\.(?:/|$)"
 # What keys tell of dicts in a training checkpoint: that it is no model, or an average of one.

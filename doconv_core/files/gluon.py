@@ -9,8 +9,9 @@ versions lack some of it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +25,9 @@ from doconv_core.files.entries import (
     CheckpointError,
     Entry,
     KernelSizes,
+    Lazy,
     check_names,
     copy_bytes,
-    from_storage,
     read_array,
     storage_dtype,
     to_storage,
@@ -57,11 +58,6 @@ def sniff(begin: Beginning) -> bool:
     return head[:4] == b"\x12\x01\x00\x00" and head[4:16] in (bytes(12), bytes(4) + head[8:16])
 
 
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file."""
-    return GluonCheckpoint(path, kernel_sizes)
-
-
 def write(
     path: Path,
     entries: Sequence[Entry],
@@ -69,23 +65,11 @@ def write(
     like: Checkpoint | None = None,
 ) -> None:
     """Write parameters as `save_parameters` does, one array in memory at a time."""
-    write_params(path, _Stored(entries, arrays))
 
+    def stored(entry: Entry) -> Array:
+        return arrays[entry.name].astype(entry.dtype, copy=False)
 
-class _Stored(Mapping[str, Array]):
-    """Arrays, each made when it is asked for, in the type in which it is to be stored."""
-
-    def __init__(self, entries: Sequence[Entry], arrays: Mapping[str, Array]) -> None:
-        self._dtypes, self._arrays = {entry.name: entry.dtype for entry in entries}, arrays
-
-    def __getitem__(self, name: str) -> Array:
-        return self._arrays[name].astype(self._dtypes[name], copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._dtypes)
-
-    def __len__(self) -> int:
-        return len(self._dtypes)
+    write_params(path, Lazy({entry.name: partial(stored, entry) for entry in entries}))
 
 
 @dataclass(frozen=True)
@@ -150,7 +134,7 @@ class _Reader:
 class GluonCheckpoint(Checkpoint):
     """An open `.params` file. Raises CheckpointError where it is damaged or hostile."""
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path, self.format, self.framework = path, "Gluon parameters", FRAMEWORK
         self._file = path.open("rb")
         try:
@@ -173,10 +157,6 @@ class GluonCheckpoint(Checkpoint):
         except BaseException:
             self._file.close()
             raise
-
-    def read(self, name: str) -> Array:
-        """Return an entry's values, as `Checkpoint.read` says."""
-        return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
@@ -201,14 +181,14 @@ class GluonCheckpoint(Checkpoint):
                 file.write(_head(record, output.shape))
                 file.write(to_storage(kernel, record.dtype).data)
                 report()
-            names = [output.name.encode() for output in planned] if self._named else []
-            file.write(struct.pack("<Q", len(names)))
-            for name in names:
-                file.write(struct.pack("<Q", len(name)) + name)
+            _write_names(file, [output.name for output in planned] if self._named else [])
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+read = GluonCheckpoint
 
 
 def write_params(path: Path, arrays: Mapping[str, Array]) -> None:
@@ -228,9 +208,13 @@ def write_params(path: Path, arrays: Mapping[str, Array]) -> None:
             record = Record(V2, array.shape, dtype, tail, 0, 0, 0, False)
             file.write(_head(record, array.shape))
             file.write(to_storage(array, dtype).data)
-        file.write(struct.pack("<Q", len(arrays)))
-        for name in arrays:
-            file.write(struct.pack("<Q", len(name.encode())) + name.encode())
+        _write_names(file, [*arrays])
+
+
+def _write_names(file: BinaryIO, names: Sequence[str]) -> None:
+    file.write(struct.pack("<Q", len(names)))
+    for name in map(str.encode, names):
+        file.write(struct.pack("<Q", len(name)) + name)
 
 
 def _head(record: Record, shape: tuple[int, ...]) -> bytes:

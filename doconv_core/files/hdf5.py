@@ -1,11 +1,19 @@
-"""HDF5 files from strangers: every object looked at before any is read, and copied with changes."""
+"""HDF5 files from strangers: every object looked at before any is read, and copied with changes.
+
+In which order the members of a group were made, HDF5's library does not tell: it gives them by
+name. Folding a `.weights.h5` file needs it, as Keras numbers the layers of a list by class, in the
+list's order. But a group of the older kind, which is what the library writes unless asked
+otherwise, keeps the names in a heap of its own, one after the other as they came. Source: the HDF5
+file format specification, version 2.0: superblock, object header, symbol table, local heap.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -25,6 +33,8 @@ from doconv_core.files.entries import (
     to_storage,
 )
 
+# What h5py raises where a file is not what it says.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 MAX_DEPTH, MAX_OBJECTS = 64, 1 << 20
 SMALL = 1 << 20  # bytes that an array may have however few of them are stored
 MAX_RATIO = 1000
@@ -53,11 +63,9 @@ class Hdf5:
             self._visit(self.file, "")
         except BaseException as error:
             self.file.close()
-            if isinstance(error, (OSError, RuntimeError, KeyError, ValueError, TypeError)):
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{path} is damaged: {error}.") from error
-            raise
+            if not isinstance(error, DAMAGE) or isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is damaged: {error}.") from error
         check_names(path, self.arrays)
 
     def _visit(self, group: Any, path: str) -> None:
@@ -104,6 +112,14 @@ class Hdf5:
     def _refused(self, path: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {shown(path)} {problem}; it is not read.")
 
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Tell of what the library refuses in the block, which reads what is at `path`."""
+        try:
+            yield
+        except DAMAGE as error:
+            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
+
     def dtype(self, path: str) -> str:
         """Return the element type of an array: NumPy's word, or "bfloat16"."""
         dtype = self.arrays[path].dtype
@@ -118,22 +134,18 @@ class Hdf5:
 
     def read(self, path: str) -> Array:
         """Return the values of an array as they are stored."""
-        try:
+        with self._reading(path):
             values = np.empty(self.arrays[path].shape, self.arrays[path].dtype)
             if values.size:
                 self.arrays[path].read_direct(values)
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
         if values.dtype.kind == "V":
             return values.view(BITS)
         return values.astype(storage_dtype(str(values.dtype.newbyteorder("="))), copy=False)
 
     def attribute(self, path: str, name: str) -> str:
         """Return a text attribute of a group, "" where it has none."""
-        try:
+        with self._reading(path):
             value = self.groups[path].attrs.get(name, "")
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
         return value if isinstance(value, str) else ""
 
@@ -179,13 +191,11 @@ class Hdf5:
             raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
     def _copy_attributes(self, path: str, old: Any, new: Any, gone: set[str]) -> None:
-        try:
+        with self._reading(path):
             for name, value in old.attrs.items():
                 if name == "weight_names":
                     value = [text for text in value if _text(text) not in gone]
                 new.attrs.create(name, value, dtype=old.attrs.get_id(name).dtype)
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: {shown(path)} is damaged: {error}.") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -34,7 +34,7 @@ from doconv_core.files.keras_layers import (
 )
 from doconv_core.files.keras_weights import TYPES as TYPES
 from doconv_core.files.keras_weights import KerasWeightsCheckpoint
-from doconv_core.files.layers import Sizes
+from doconv_core.files.layers import Layer, Sizes
 from doconv_core.maths.batchnorm import NotFoldable
 
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), "Keras"
@@ -46,11 +46,6 @@ KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Pyth
 def sniff(begin: Beginning) -> bool:
     """Return whether this is an archive with Keras' members."""
     return {CONFIG, "metadata.json"} <= begin.members
-
-
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file."""
-    return KerasCheckpoint(path, kernel_sizes)
 
 
 def write(
@@ -73,7 +68,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     format = "Keras"
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path = path
         self._opened = ExitStack()
         self._archive = self._opened.enter_context(open_archive(path))
@@ -100,6 +95,12 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def in_order(self) -> tuple[Layer, ...]:
+        """The layers in the order of the config's; behind them those that it does not tell."""
+        order = {group: place for place, group in enumerate(self.nodes or {})}
+        return tuple(sorted(self.layers, key=lambda x: order.get(group_of(x), len(order))))
 
     def _read_config(self) -> dict[str, Any]:
         if WEIGHTS not in self._archive.namelist():
@@ -172,3 +173,6 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         if file is not None:
             file.close()
         self._opened.close()
+
+
+read = KerasCheckpoint

@@ -1,4 +1,9 @@
-"""Which layers a Keras file holds, and how Keras names them, before and after folding."""
+"""Which layers a Keras file holds, and how Keras names them, before and after folding.
+
+In a file, a layer that is an attribute of another has the attribute's name. Those in a list or dict
+have their class's name in snake case, with a number from the second one on. So where a
+`do_conv2d_1` becomes a `conv2d`, its number depends on the ordinary ones before it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from doconv_core.files.entries import FLOATS, Entry
 from doconv_core.files.hdf5 import Hdf5
@@ -30,11 +35,33 @@ from doconv_core.maths.spec import ConvSpec
 
 D_ENTRY = "depthwise_kernel"
 NOT_A_MODEL = ("optimizer",)
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
-TRANSPOSED_CLASSES = ("conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
-NORMS = ("layer_normalization", "group_normalization")
+
+
+class Stored(NamedTuple):
+    """How Keras stores a class of layers: what kind it is, its weight's layout, and its entries.
+
+    axes: of the weight, 0 for any number. entries: how many there may be. by_class: whether the
+    name must be the class's for sure, as an attribute's may be another's.
+    """
+
+    kind: str
+    layout: str
+    axes: int
+    entries: tuple[int, ...] = (1, 2)
+    by_class: bool = False
+
+
+STORED = {
+    **{f"conv{n}d": Stored(CONVOLUTION, "*IO", n + 2) for n in (1, 2, 3)},
+    **{f"depthwise_conv{n}d": Stored(CONVOLUTION, "*CN", n + 2) for n in (1, 2)},
+    **{f"conv{n}d_transpose": Stored(TRANSPOSED, "*IO", n + 2, by_class=True) for n in (1, 2, 3)},
+    "dense": Stored(LINEAR, "*IO", 2),
+    "embedding": Stored(LINEAR, CANONICAL, 2, (1,), by_class=True),
+    "layer_normalization": Stored(NORM, CANONICAL, 0, (2,), by_class=True),
+    "group_normalization": Stored(NORM, CANONICAL, 0, (2,), by_class=True),
+}
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -47,10 +74,8 @@ class KerasLayers:
         self._file, self._nodes, self._entries = file, nodes, entries
 
     def find(self, sizes: Sizes) -> tuple[Layer, ...]:
-        """Return the layers that own arrays, in the model's order where a config tells it."""
-        order = {group: place for place, group in enumerate(self._nodes)}
-        found = list(self._layers(sizes))
-        return tuple(sorted(found, key=lambda layer: order.get(group_of(layer), len(order))))
+        """Return the layers that own arrays, in the order of their groups."""
+        return tuple(self._layers(sizes))
 
     def _layers(self, sizes: Sizes) -> Iterator[Layer]:
         used: set[str] = set()
@@ -157,10 +182,9 @@ class KerasLayers:
             return Layer(path, OTHER, roles)
         if stem == "batch_normalization":
             return _norm(path, roles, config)
-        kind, layout = _guess(stem, first.shape)
-        if kind is None and self._is_certain(group):
-            kind, layout = _guess_rarer(stem, first.shape, len(roles))
-        if kind is None or len(roles) > 2 or {*roles} - {"0", "1"}:
+        kind, layout, axes, entries, by_class = STORED.get(stem, Stored(OTHER, "", 0))
+        fits = axes in (0, len(first.shape)) and len(roles) in entries and {*roles} <= {"0", "1"}
+        if kind == OTHER or not fits or (by_class and not self._is_certain(group)):
             return Layer(path, OTHER, roles)
         named = {"weight": roles["0"]} | ({"bias": roles["1"]} if "1" in roles else {})
         kernel = None if kind == NORM else canonical_shape(first.shape, layout)
@@ -242,24 +266,6 @@ def _norm(path: str, roles: dict[str, str], config: Mapping[str, Any]) -> Layer:
     if len(expected) != len(roles):
         return Layer(path, OTHER, roles, note="a batch norm; which of its entries is which is open")
     return Layer(path, BATCH_NORM, dict(zip(expected, roles.values(), strict=True)))
-
-
-def _guess(stem: str, shape: tuple[int, ...]) -> tuple[str | None, str]:
-    if stem in CONVOLUTIONS and len(shape) == CONVOLUTIONS.index(stem) + 3:
-        return CONVOLUTION, "*IO"
-    if stem in DEPTHWISE and len(shape) == DEPTHWISE.index(stem) + 3:
-        return CONVOLUTION, "*CN"
-    return (LINEAR if stem == "dense" and len(shape) == 2 else None), "*IO"
-
-
-def _guess_rarer(stem: str, shape: tuple[int, ...], entries: int) -> tuple[str | None, str]:
-    """Return kind and layout of a layer whose class alone tells it, and which has no spec here."""
-    if stem in NORMS and entries == 2:
-        return NORM, CANONICAL
-    if stem == "embedding" and len(shape) == 2 and entries == 1:
-        return LINEAR, CANONICAL
-    transposed = stem in TRANSPOSED_CLASSES and len(shape) == TRANSPOSED_CLASSES.index(stem) + 3
-    return (TRANSPOSED if transposed else None), "*IO"
 
 
 def _with_spec(layer: Layer, shape: tuple[int, ...], config: Mapping[str, Any]) -> Layer:

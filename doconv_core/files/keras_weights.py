@@ -14,7 +14,6 @@ from doconv_core.files.entries import (
     CheckpointError,
     Entry,
     KernelSizes,
-    from_storage,
     shown,
     storage_dtype,
     to_storage,
@@ -38,11 +37,6 @@ def sniff(begin: Beginning) -> bool:
     return begin.head[:8] == b"\x89HDF\r\n\x1a\n"
 
 
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file."""
-    return KerasWeightsCheckpoint(path, kernel_sizes)
-
-
 def write(
     path: Path,
     entries: Sequence[Entry],
@@ -60,7 +54,7 @@ class KerasWeightsCheckpoint(Checkpoint):
 
     format, framework, ordered = "Keras weights", FRAMEWORK, False
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path = path
         sizes = Sizes(kernel_sizes)
         file = Hdf5(path)
@@ -103,10 +97,6 @@ class KerasWeightsCheckpoint(Checkpoint):
         return find_layers(
             self.entries, keys, sizes, separators="/", framework="TensorFlow", layouts=("*IO",)
         )
-
-    def read(self, name: str) -> Array:
-        """Return an entry's values, as `Checkpoint.read` says."""
-        return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
@@ -179,6 +169,9 @@ class KerasWeightsCheckpoint(Checkpoint):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+read = KerasWeightsCheckpoint
 
 
 def _renumbered(name: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from doconv_core.files.entries import FLOATS, Array, Entry, KernelSizes, groups_of, shown
-from doconv_core.files.reference import LAYOUTS, ORIGIN, D, find_reference
+from doconv_core.files.reference import LAYOUTS, ORIGIN, find_reference
+from doconv_core.files.reference import D as D
 from doconv_core.kinds.base import ComposedKind, kinds
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.layout import from_canonical, to_canonical

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,6 @@ from doconv_core.files.entries import (
     KernelSizes,
     check_names,
     copy_bytes,
-    from_storage,
     once,
     read_array,
     storage_dtype,
@@ -67,11 +66,6 @@ def sniff(begin: Beginning) -> bool:
     return begin.head[8:9] == b"{" and not text
 
 
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file, a plain state dict or a canonical state."""
-    return SafetensorsCheckpoint(path, kernel_sizes)
-
-
 def write(
     path: Path,
     entries: Sequence[Entry],
@@ -80,21 +74,23 @@ def write(
 ) -> None:
     """Write a plain safetensors file, one array in memory at a time."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {}
-    position = 0
-    for entry in entries:
-        end = position + entry.size * storage_dtype(entry.dtype).itemsize
-        header[entry.name] = {
-            "dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [position, end]
-        }  # fmt: skip
-        position = end
+    sizes = (each.size * storage_dtype(each.dtype).itemsize for each in entries)
+    told = [(e.name, codes[e.dtype], e.shape, n) for e, n in zip(entries, sizes, strict=True)]
     with path.open("wb") as file:
-        _write_header(file, header)
+        _write_header(file, {}, told)
         for entry in entries:
             file.write(to_storage(arrays[entry.name], entry.dtype).data)
 
 
-def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
+def _write_header(
+    file: BinaryIO, header: dict[str, Any], told: Iterable[tuple[str, str, Sequence[int], int]]
+) -> None:
+    """Write what is before the data. told: name, type, shape and bytes of each entry."""
+    position = 0
+    for name, code, shape, size in told:
+        offsets = [position, position + size]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+        position += size
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -103,7 +99,7 @@ def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
 class SafetensorsCheckpoint(Checkpoint):
     """An open safetensors file. Raises CheckpointError where it is damaged or hostile."""
 
-    def __init__(self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path = path
         self._stored, self._start = _read_file_header(path)
         self._metadata: dict[str, str] = self._stored.pop("__metadata__", {})
@@ -148,10 +144,6 @@ class SafetensorsCheckpoint(Checkpoint):
             layers.append(_state_layer(path, form, roles, sizes))
         return tuple(layers)
 
-    def read(self, name: str) -> Array:
-        """Return an entry's values, as `Checkpoint.read` says."""
-        return from_storage(self.read_stored(name))
-
     def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
         found = self.entries[name]
@@ -169,24 +161,17 @@ class SafetensorsCheckpoint(Checkpoint):
                 if o.layer else o
                 for o in planned
             ]  # fmt: skip
-        header: dict[str, Any] = {}
-        if self._metadata:
-            header["__metadata__"] = self._folded_metadata()
-        position = 0
+        told = []
         for output in planned:
-            code = self._stored[output.source]["dtype"]
             begin, end = self._stored[output.source]["data_offsets"]
             size = end - begin
             if output.layer is not None:
                 dtype = self.entries[output.source].dtype
                 size = prod(output.shape) * storage_dtype(dtype).itemsize
-            offsets = [position, position + size]
-            header[output.name] = {
-                "dtype": code, "shape": list(output.shape), "data_offsets": offsets
-            }  # fmt: skip
-            position += size
+            told.append((output.name, self._stored[output.source]["dtype"], output.shape, size))
+        metadata = {"__metadata__": self._folded_metadata()} if self._metadata else {}
         with target.open("wb") as file:
-            _write_header(file, header)
+            _write_header(file, metadata, told)
             for output in planned:
                 if output.layer is None:
                     self._copy(output.source, file)
@@ -215,6 +200,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self._file.close()
 
 
+read = SafetensorsCheckpoint
+
+
 def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return a file's header, as its library has accepted it, and where the data begins."""
     try:
@@ -233,12 +221,13 @@ def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes) -> Layer:
     spec: Any = form.spec
+    d_shape: Any = form.shapes.get(D)
     if form.kind == "convolution":
         if form.over_parameterized:
             sizes.given((path,), spec.taps)
         return Layer(
             path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-            spec=spec, kernel_shape=spec.kernel_shape, d_shape=form.shapes.get(D),
+            spec=spec, kernel_shape=spec.kernel_shape, d_shape=d_shape,
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None

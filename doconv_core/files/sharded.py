@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, outputs
+from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
     Array,
     CheckpointError,
     Entry,
     KernelSizes,
+    Lazy,
     check_names,
     once,
     shown,
@@ -37,11 +39,6 @@ SHARD = 5_000_000_000  # bytes of arrays in a shard that is written anew
 def sniff(begin: Beginning) -> bool:
     """Return whether this may be an index: a JSON object, as its suffix says."""
     return begin.head[:1] == b"{" and begin.path.name.endswith(".json")
-
-
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open files."""
-    return ShardedCheckpoint(path, kernel_sizes)
 
 
 def write(
@@ -133,41 +130,32 @@ class ShardedCheckpoint(Checkpoint):
             )
         return file
 
-    def _file(self, name: str) -> SafetensorsCheckpoint:
-        return self._files[self.shard_of[name]]
-
-    def read(self, name: str) -> Array:
-        """Return an entry's values, as `Checkpoint.read` says."""
-        return self._file(name).read(name)
-
     def read_stored(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read_stored` says."""
-        return self._file(name).read_stored(name)
+        return self._files[self.shard_of[name]].read_stored(name)
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the files, folded, as `Checkpoint.write_folded` says, in as many shards."""
-        planned = {output.name: output for output in outputs(self)}
-        checkpoint = self
+        planned = outputs(self)
 
-        class Folded(dict[str, Array]):
-            def __missing__(self, name: str) -> Array:
-                output = planned[name]
-                if output.layer is None:
-                    return checkpoint.read_stored(output.source)
-                kernel = folded_kernel(checkpoint, output.layer, output.shape)
-                report()
-                return kernel
+        def made(output: Output) -> Array:
+            if output.layer is None:
+                return self.read_stored(output.source)
+            kernel = folded_kernel(self, output.layer, output.shape)
+            report()
+            return kernel
 
-        entries = [
-            Entry(name, output.shape, self.entries[output.source].dtype)
-            for name, output in planned.items()
-        ]
-        numbers = [self.shard_of[output.source] for output in planned.values()]
-        _write(target, entries, Folded(), numbers, len(self.shards), self.metadata)
+        entries = [Entry(o.name, o.shape, self.entries[o.source].dtype) for o in planned]
+        arrays = Lazy({output.name: partial(made, output) for output in planned})
+        numbers = [self.shard_of[output.source] for output in planned]
+        _write(target, entries, arrays, numbers, len(self.shards), self.metadata)
 
     def close(self) -> None:
         """Close the shards."""
         self._opened.close()
+
+
+read = ShardedCheckpoint
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

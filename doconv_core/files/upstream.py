@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,41 +142,30 @@ def _converted(checkpoint: Checkpoint, layers: list[Layer]) -> Upstream:
                 entries[entry(layer.path, key)] = checkpoint.read(name)
             continue
         bias = layer.entries.get("bias")
-        own = {} if bias is None else {"bias": checkpoint.read(bias)}
+        own: dict[str, Any] = {} if bias is None else {"bias": checkpoint.read(bias)}
         if not layer.over_parameterized:
             entries |= _named(layer.path, {"weight": checkpoint.kernel(layer), **own})
             continue
-        spec, weight, depthwise, reason = _trained(checkpoint, layer)
-        kept = {"weight": weight.reshape(spec.parameter_shape), D: depthwise}
-        entries |= _named(layer.path, {**kept, **own})
-        if reason:
-            folded[layer.path] = reason
-            spec = ConvSpec(spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups)
-            own = {"weight": weight[..., : spec.taps], **own}
+        kernel = checkpoint.kernel(layer)
+        assert layer.d_shape is not None  # as the layer has a D
+        inputs, taps, multiplier = layer.d_shape
+        ordinary = ConvSpec(inputs, kernel.shape[0], kernel.shape[2:], inputs // kernel.shape[1])
+        spec = replace(ordinary, depth_multiplier=max(multiplier, taps))
+        form = LayerForm(spec, True, bias is not None)
+        try:
+            weight, depthwise = checkpoint.pair(layer)
+        except NotFoldable as error:
+            folded[layer.path] = str(error).partition(": ")[2]
+            weight, depthwise = from_kernel(kernel, spec)
+            form = LayerForm(ordinary, False, bias is not None)
         else:
             carried.append(layer.path)
-            own = {"weight": weight, D: depthwise, **own}
-        forms[layer.path] = LayerForm(spec, not reason, bias is not None)
-        arrays |= _named(layer.path, own)
+        kept: dict[str, Any] = {"weight": weight.reshape(spec.parameter_shape), D: depthwise}
+        entries |= _named(layer.path, {**kept, **own})
+        forms[layer.path] = form
+        own |= {"weight": weight, D: depthwise} if form.composed else {"weight": weight[..., :taps]}
+        arrays |= _named(layer.path, {name: own[name] for name in form.shapes})
     return Upstream(entries, State(forms, arrays), tuple(carried), folded)
-
-
-def _trained(checkpoint: Checkpoint, layer: Layer) -> tuple[ConvSpec, Array, Array, str]:
-    """Return a layer's sizes, W and D; and why they are not the trained ones, "" where they are."""
-    kernel = checkpoint.kernel(layer)
-    assert layer.d_shape is not None  # as the layer has a D
-    inputs, taps, multiplier = layer.d_shape
-    groups = inputs // kernel.shape[1]
-    spec = ConvSpec(inputs, kernel.shape[0], kernel.shape[2:], groups, max(multiplier, taps))
-    try:
-        weight, depthwise = checkpoint.pair(layer)
-    except NotFoldable as error:
-        reason = str(error).partition(": ")[2]
-        weight, depthwise = from_kernel(kernel, spec)
-    else:
-        reason = ""
-    assert depthwise is not None  # for the same reason
-    return spec, weight, depthwise, reason
 
 
 def _named(path: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -197,15 +187,13 @@ class InMemory(Checkpoint):
         self, content: Mapping[str, Any], framework: str, kernel_sizes: KernelSizes
     ) -> None:
         self.path, self.format = PATH, "arrays"
-        self._values = {
+        given = {
             name: _values(name, value)
             for name, value in _main_state(content).items()
             if isinstance(name, str) and _is_array(value)
         }
-        self.entries = {
-            name: Entry(name, values.array.shape, values.dtype)
-            for name, values in self._values.items()
-        }
+        self._arrays = {name: array for name, (array, _) in given.items()}
+        self.entries = {n: Entry(n, array.shape, dtype) for n, (array, dtype) in given.items()}
         sizes = Sizes(kernel_sizes)
         keys = without_wrappers([*self.entries])
         self.layers = find_layers(self.entries, keys, sizes, separators="._/", framework=framework)
@@ -213,7 +201,7 @@ class InMemory(Checkpoint):
 
     def read(self, name: str) -> Array:
         """Return an entry's values, as `Checkpoint.read` says."""
-        return self._values[name].array
+        return self._arrays[name]
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Refuse: there is no file of which another could be made."""
@@ -221,13 +209,6 @@ class InMemory(Checkpoint):
 
     def close(self) -> None:
         """Do nothing: the arrays are the caller's."""
-
-
-class _Values(NamedTuple):
-    """An array to compute with. dtype: of the values that were given."""
-
-    array: Array
-    dtype: str
 
 
 def _is_tensor(value: Any) -> bool:
@@ -256,33 +237,25 @@ def _main_state(content: Mapping[str, Any]) -> Mapping[str, Any]:
     )
 
 
-def _values(name: str, value: Any) -> _Values:
-    try:
-        found = _as_numpy(value)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise _no_array(name, value) from error
-    if found.array.dtype.kind not in NUMBERS:
-        raise _no_array(name, value)
-    return found
-
-
-def _as_numpy(value: Any) -> _Values:
-    if hasattr(value, "asnumpy"):  # of MXNet
-        value = value.asnumpy()
-    elif hasattr(value, "detach"):  # of PyTorch; it may be on a device, and require grad
-        value = value.detach().cpu()
-        if str(value.dtype) == f"torch.{BFLOAT16}":
-            return _Values(value.float().numpy(), BFLOAT16)
-    array = np.asarray(value)
-    if array.dtype.name == BFLOAT16:  # of ml_dtypes, as TensorFlow and JAX give it
-        return _Values(array.astype(np.float32), BFLOAT16)
-    return _Values(array, array.dtype.name)
-
-
-def _no_array(name: str, value: Any) -> CheckpointError:
-    dtype = getattr(value, "dtype", "")
-    described = f"{type(value).__name__} {dtype}".strip()
-    return CheckpointError(
+def _values(name: str, value: Any) -> tuple[Array, str]:
+    """Return an array to compute with, and the dtype of the values that were given."""
+    described = f"{type(value).__name__} {getattr(value, 'dtype', '')}".strip()
+    problem = CheckpointError(
         f"{PATH}: entry {shown(name)} is no array of numbers: received a {described}; give it as a "
         "NumPy array, or leave it out."
     )
+    try:
+        if hasattr(value, "asnumpy"):  # of MXNet
+            value = value.asnumpy()
+        elif hasattr(value, "detach"):  # of PyTorch; it may be on a device, and require grad
+            value = value.detach().cpu()
+            if str(value.dtype) == f"torch.{BFLOAT16}":
+                return value.float().numpy(), BFLOAT16
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise problem from error
+    if array.dtype.name == BFLOAT16:  # of ml_dtypes, as TensorFlow and JAX give it
+        return array.astype(np.float32), BFLOAT16
+    if array.dtype.kind not in NUMBERS:
+        raise problem
+    return array, array.dtype.name
