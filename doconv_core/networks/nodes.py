@@ -40,13 +40,6 @@ class Unfit(Exception):
     """Why a node cannot be where it is; what follows its path in a message."""
 
 
-class Step(NamedTuple):
-    """A layer's output, and `back`: from its gradient to the input's, and those of the arrays."""
-
-    output: Array
-    back: Callable[[Array], tuple[Array, Arrays]]
-
-
 class Pass(NamedTuple):
     """What a node makes of an input, and `back`: from the output's gradient to the input's."""
 
@@ -65,8 +58,11 @@ class Layer:
         """Return what the node is in a state; None where it has no arrays."""
         return None
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
-        """Return what the node makes of `x`, with its arrays by name."""
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
+        """Return what the node makes of `x`.
+
+        arrays: its own, by name. gradients: where the pass back puts those of what is trained.
+        """
         raise NotImplementedError
 
     @property
@@ -167,7 +163,7 @@ class Conv(Layer):
             return LayerForm(spec, bias=self.bias, geometry=geometry)
         return LayerForm(kind.spec(spec), kind.name, self.bias, geometry=geometry)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Convolve with the kernel, which a composed layer composes of its weights."""
         conv = self.spec(x.shape[1:])
         kind = composed_by(self.kind, conv)
@@ -178,15 +174,17 @@ class Conv(Layer):
             kernel = kind.compose(weights, kind.spec(conv))
         how: Any = {"stride": self.stride, "padding": self.pads, "groups": conv.groups}
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             dx, dkernel, dbias = convolve_gradient(x, kernel, dy, **how)
             if kind is None:
-                found = {"weight": dkernel.reshape(weights["weight"].shape)}
+                gradients["weight"] = dkernel.reshape(weights["weight"].shape)
             else:
-                found = kind.gradient(weights, dkernel, kind.spec(conv))
-            return dx, found | ({"bias": dbias} if "bias" in arrays else {})
+                gradients.update(kind.gradient(weights, dkernel, kind.spec(conv)))
+            if "bias" in arrays:
+                gradients["bias"] = dbias
+            return dx
 
-        return Step(convolve(x, kernel, arrays.get("bias"), **how), back)
+        return Pass(convolve(x, kernel, arrays.get("bias"), **how), back)
 
     @property
     def word(self) -> str:
@@ -207,7 +205,7 @@ class BatchNorm(Layer):
         spec = BatchNormSpec(before[0], self.epsilon, self.momentum)
         return LayerForm(spec, bias=self.affine, scale=self.affine)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take in training the batch's own mean and biased variance, else the running ones."""
         axes = (0, *range(2, x.ndim))
 
@@ -219,21 +217,22 @@ class BatchNorm(Layer):
             mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
         else:
             mean, variance = (along_channels(arrays[f"running_{s}"]) for s in ("mean", "var"))
-        factor = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
+        factor: Array = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
         normal = (x - mean) * factor
         output = normal * gamma
         if self.affine:
             output = output + along_channels(arrays["beta"])
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             dx = dy * gamma
             if training:  # the statistics depend on x too
                 along = (dx * normal).mean(axes, keepdims=True)
                 dx = dx - dx.mean(axes, keepdims=True) - normal * along
-            found = {"gamma": (dy * normal).sum(axes), "beta": dy.sum(axes)} if self.affine else {}
-            return dx * factor, found
+            if self.affine:
+                gradients.update(gamma=(dy * normal).sum(axes), beta=dy.sum(axes))
+            return dx * factor
 
-        return Step(output, back)
+        return Pass(output, back)
 
     def operations(self, before: Shape, after: Shape) -> int:
         """Return two for each input."""
@@ -250,21 +249,21 @@ class Activation(Layer):
         """Check the name."""
         _one_of(ACTIVATIONS, self.name)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x · it."""
         name, zero, six = self.name, x.dtype.type(0), x.dtype.type(6)
         if name == "relu":
-            return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
+            return Pass(np.maximum(x, zero), lambda dy: dy * (x > 0))
         if name == "relu6":
-            return Step(np.clip(x, zero, six), lambda dy: (dy * ((x > 0) & (x < 6)), {}))
+            return Pass(np.clip(x, zero, six), lambda dy: dy * ((x > 0) & (x < 6)))
         if name == "tanh":
             output = np.tanh(x)
-            return Step(output, lambda dy: (dy * (1 - output**2), {}))
+            return Pass(output, lambda dy: dy * (1 - output**2))
         sigmoid = np.clip(x + six / 2, zero, six) / six
         slope = ((x > -3) & (x < 3)) / six
         if name == "hard_sigmoid":
-            return Step(sigmoid, lambda dy: (dy * slope, {}))
-        return Step(x * sigmoid, lambda dy: (dy * (sigmoid + x * slope), {}))
+            return Pass(sigmoid, lambda dy: dy * slope)
+        return Pass(x * sigmoid, lambda dy: dy * (sigmoid + x * slope))
 
     @property
     def word(self) -> str:
@@ -300,7 +299,7 @@ class Pool(Layer):
         sides = (_positions(n, self.size, self.stride, self.padding) for n in before[1:])
         return (before[0], *sides)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take of each window the largest entry, the first of equals; or the image's mean."""
         seen = self._windows(x, -np.inf)  # (B, C, *out, taps)
         if self.name == "max":
@@ -310,14 +309,14 @@ class Pool(Layer):
             inside = self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0)
             shares = np.broadcast_to(inside / inside.sum(-1, keepdims=True), seen.shape)
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             taps = np.moveaxis(dy[..., None] * shares, -1, 2)
             taps = taps.reshape(*dy.shape[:2], *self.kernel_size, *dy.shape[2:])
             padded = (*x.shape[:2], *(n + 2 * self.padding for n in x.shape[2:]))
             dx = windows_gradient(taps, padded, (self.stride,) * 2, (1, 1))
-            return pad_gradient(dx, x.shape[2:], self.padding), {}
+            return pad_gradient(dx, x.shape[2:], self.padding)
 
-        return Step((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
+        return Pass((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
 
     def _windows(self, x: Array, outside: float) -> Array:
         around = (self.padding, self.padding)
@@ -350,11 +349,11 @@ class GlobalPool(Layer):
         _check_image(before)
         return (before[0], 1, 1)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take the mean."""
         share = x.dtype.type(1 / (x.shape[2] * x.shape[3]))
         output = x.mean((2, 3), keepdims=True)
-        return Step(output, lambda dy: (np.broadcast_to(dy * share, x.shape), {}))
+        return Pass(output, lambda dy: np.broadcast_to(dy * share, x.shape))
 
     def operations(self, before: Shape, after: Shape) -> int:
         """Return one for each input."""
@@ -369,9 +368,9 @@ class Flatten(Layer):
         """Return how many entries there are."""
         return (prod(before),)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Reshape the input."""
-        return Step(x.reshape(len(x), -1), lambda dy: (dy.reshape(x.shape), {}))
+        return Pass(x.reshape(len(x), -1), lambda dy: dy.reshape(x.shape))
 
 
 @dataclass(frozen=True)
@@ -380,14 +379,14 @@ class Dropout(Layer):
 
     rate: float
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Do nothing, in inference; in training it is random: no evaluation can agree on it."""
         if training and self.rate:
             raise ValueError(
                 "dropout is random in training, so that no output is the right one; evaluate with "
                 f"training=False, or a network with rate 0; received rate={self.rate}."
             )
-        return Step(x, lambda dy: (dy, {}))
+        return Pass(x, lambda dy: dy)
 
 
 @dataclass(frozen=True)
@@ -407,16 +406,18 @@ class Linear(Layer):
         """Return a linear layer."""
         return LayerForm(LinearSpec(before[0], self.features), bias=self.bias)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Multiply with the weight, `(out, in)`, and add the bias."""
         weight, bias = arrays["weight"], arrays.get("bias")
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            found = {"weight": dy.T @ x}
-            return dy @ weight, found | ({} if bias is None else {"bias": dy.sum(0)})
+        def back(dy: Array) -> Array:
+            gradients["weight"] = dy.T @ x
+            if bias is not None:
+                gradients["bias"] = dy.sum(0)
+            return dy @ weight
 
         output = x @ weight.T
-        return Step(output if bias is None else output + bias, back)
+        return Pass(output if bias is None else output + bias, back)
 
 
 @dataclass(frozen=True)
