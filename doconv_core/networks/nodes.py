@@ -24,7 +24,7 @@ from doconv_core.maths.convolve import (
     windows_gradient,
 )
 from doconv_core.maths.geometry import Geometry, symmetric
-from doconv_core.maths.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec, check_choice
 from doconv_core.state.file import Array
 from doconv_core.state.layers import BatchNormSpec, LayerForm, LinearSpec, Shape
 
@@ -70,8 +70,9 @@ class Layer:
         """The name of its kind in a table of costs."""
         return sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return the operations for one image of a layer without a weight, by BSConv's rule."""
+    @property
+    def per_input(self) -> int:
+        """The operations for each input, by BSConv's rule, of a layer without a weight."""
         return 0
 
 
@@ -97,11 +98,6 @@ class Block:
 
 Node: TypeAlias = Layer | Block
 Children: TypeAlias = tuple[tuple[str, Node], ...]
-
-
-def _one_of(known: tuple[str, ...], name: str) -> None:
-    if name not in known:
-        raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
 def _check_image(shape: Shape) -> None:
@@ -196,6 +192,7 @@ class Conv(Layer):
 class BatchNorm(Layer):
     """A batch norm. momentum: the new batch's weight. affine: whether it has scale and shift."""
 
+    per_input = 2
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
@@ -234,10 +231,6 @@ class BatchNorm(Layer):
 
         return Pass(output, back)
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return two for each input."""
-        return 2 * prod(before)
-
 
 @dataclass(frozen=True)
 class Activation(Layer):
@@ -247,7 +240,7 @@ class Activation(Layer):
 
     def __post_init__(self) -> None:
         """Check the name."""
-        _one_of(ACTIVATIONS, self.name)
+        check_choice("name", self.name, ACTIVATIONS)
 
     def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x · it."""
@@ -270,15 +263,17 @@ class Activation(Layer):
         """The function's name."""
         return self.name
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each output of a ReLU."""
-        return prod(after) if self.name == "relu" else 0
+    @property
+    def per_input(self) -> int:
+        """One of a ReLU."""
+        return 1 if self.name == "relu" else 0
 
 
 @dataclass(frozen=True)
 class Pool(Layer):
     """A pooling layer. name: "max" or "average". Its windows do not count what is padded."""
 
+    per_input = 1
     name: str
     size: int
     stride: int
@@ -286,7 +281,7 @@ class Pool(Layer):
 
     def __post_init__(self) -> None:
         """Check the name, and that every window meets the image."""
-        _one_of(POOLS, self.name)
+        check_choice("name", self.name, POOLS)
         if not 0 <= 2 * self.padding <= self.size:
             raise ValueError(
                 "padding must be at most half of a pool's size; received "
@@ -335,14 +330,12 @@ class Pool(Layer):
         """The kind of pooling."""
         return f"{self.name}_pool"
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each input."""
-        return prod(before)
-
 
 @dataclass(frozen=True)
 class GlobalPool(Layer):
     """The mean over all positions, `(B, C, 1, 1)`."""
+
+    per_input = 1
 
     def after(self, before: Shape) -> Shape:
         """Return the channels, of one position."""
@@ -354,10 +347,6 @@ class GlobalPool(Layer):
         share = x.dtype.type(1 / (x.shape[2] * x.shape[3]))
         output = x.mean((2, 3), keepdims=True)
         return Pass(output, lambda dy: np.broadcast_to(dy * share, x.shape))
-
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each input."""
-        return prod(before)
 
 
 @dataclass(frozen=True)
