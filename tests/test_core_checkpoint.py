@@ -17,8 +17,7 @@ from doconv_core.files.entries import CheckpointError
 from doconv_core.files.folding import fold_checkpoint
 from doconv_core.files.formats import open_checkpoint
 from doconv_core.files.reference import BLOCK, compose_blocks
-from doconv_core.state.file import entry
-from doconv_core.state.layers import LinearSpec
+from doconv_core.state.file import LinearSpec, entry
 
 
 @pytest.fixture

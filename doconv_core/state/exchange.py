@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
-from doconv_core.state.file import Array, State, entry
+from doconv_core.state.file import Array, State, entry, origin_of
 from doconv_core.state.layers import LayerForm
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
 
@@ -42,16 +42,18 @@ def export_from(holder: Holder) -> State:
         for path, form in holder.layers.items()
         for name, shape in form.shapes.items()
     }
-    network = {"network": holder.network} if holder.network else {}
-    origin = {"framework": holder.framework, "version": holder.version, **network}
+    origin = origin_of(holder.framework, holder.version, holder.network)
     return State(holder.layers, arrays, origin)
 
 
-def load_into(holder: Holder, state: State, *, match: Match, ignore: str | Iterable[str]) -> None:
+def load_into(
+    holder: Holder, state: State, *, match: Match, ignore: str | Iterable[str], stacklevel: int = 4
+) -> None:
     """Copy a state into the model. match, ignore: see `fit_state`.
 
     Everything is checked first, so that an error leaves the model as it was. Raises StateError for
-    a state that is not this model's; warns where a batch norm's momentum differs.
+    a state that is not this model's; warns where a batch norm's momentum differs. stacklevel: of
+    that warning, counted from `fit_state`; such that it points to the caller's caller.
     """
     fitted = fit_state(
         state,
@@ -60,7 +62,7 @@ def load_into(holder: Holder, state: State, *, match: Match, ignore: str | Itera
         ignore=ignore,
         framework=holder.framework,
         network=holder.network,
-        stacklevel=4,  # the warning is of what the user calls
+        stacklevel=stacklevel,
     )
     assignments = [
         holder.assignment(path, name, array)

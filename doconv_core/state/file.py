@@ -88,6 +88,11 @@ class State:
                 raise StateError(f"entry {name!r} belongs to no layer of the state.")
 
 
+def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
+    """Return a state's origin. network: a name that `describe` knows; None for another model."""
+    return {"framework": framework, "version": version, **({"network": network} if network else {})}
+
+
 def shapes_of(layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each entry of a state with these layers, in their order."""
     return {entry(path, n): s for path, form in layers.items() for n, s in form.shapes.items()}

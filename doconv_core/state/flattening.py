@@ -102,21 +102,24 @@ def _merged(config: Config, values: Values) -> Value:
     wide = [value for value in values if value.several] or values
     if len({(value.order, value.shape, value.image) for value in wide}) > 1:
         return Value()
-    return wide[0]._replace(makers=_makers(wide))
-
-
-def _makers(values: Values) -> frozenset[str]:
-    return frozenset[str]().union(*(value.makers for value in values))
+    return wide[0]._replace(makers=frozenset().union(*(value.makers for value in wide)))
 
 
 def _concatenated(config: Config, values: Values) -> Value:
-    first, *others = {value.order for value in values}
-    return Value() if others or first == FLAT else Value(first, makers=_makers(values))
+    orders = {value.order for value in values}
+    makers = frozenset[str]().union(*(value.makers for value in values))
+    return (
+        Value(orders.pop(), makers=makers) if len(orders) == 1 and FLAT not in orders else Value()
+    )
 
 
 def _convolution(config: Config, values: Values) -> Value:
     format_ = config.get("data_format")
     return Value(format_) if format_ in (LAST, FIRST) else Value()
+
+
+def _spatial(config: Config, values: Values) -> Value:
+    return values[0]._replace(shape=None)
 
 
 def _global_pooling(config: Config, values: Values) -> Value:
@@ -196,7 +199,7 @@ RULES: dict[str, Rule] = {
     "merge": _merged,
     "concatenate": _concatenated,
     "convolution": _convolution,
-    "spatial": lambda config, values: values[0]._replace(shape=None),
+    "spatial": _spatial,
     "global pooling": _global_pooling,
     "dense": _dense,
     "features last": lambda config, values: Value(SAME),
