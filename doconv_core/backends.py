@@ -6,7 +6,6 @@ import re
 import sys
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -40,20 +39,24 @@ def require_framework(extra: str, module: str, distribution: str = "doconv") -> 
     ImportError: doconv_torch needs tensor_library_that_is_not_here, which is not installed. ...
     """
     requirement = _requirement(extra, module, distribution)
+    marker = None if requirement is None else requirement.marker
+    needed = module if requirement is None else f"{requirement.name}{requirement.specifier}"
     advice = f'Install it with: python -m pip install "{distribution}[{extra}]"'
-    if requirement is not None and requirement.marker is not None:
-        _check_python(requirement, extra)
-    if find_spec(module) is None:
+    if marker is not None and not marker.evaluate({"extra": extra}):
+        supported = str(marker).split(" and extra ==")[0]
+        found = ".".join(map(str, sys.version_info[:3]))
         raise ImportError(
-            f"doconv_{extra} needs {_named(requirement) if requirement else module}, which is not "
-            f"installed. {advice}"
+            f"doconv_{extra} needs {needed}, which is supported where {supported}; this is Python "
+            f"{found}. Use an older Python for this backend."
         )
+    if find_spec(module) is None:
+        raise ImportError(f"doconv_{extra} needs {needed}, which is not installed. {advice}")
     version = _version(module)
     if requirement is None or version is None:
         return
     # A vendor's build of a release may call itself a pre-release of it, so 2.6.0a0 counts as 2.6.0.
-    found = {Version(version).public, Version(version).base_version}
-    if not any(requirement.specifier.contains(v, prereleases=True) for v in found):
+    names = Version(version).public, Version(version).base_version
+    if not any(requirement.specifier.contains(name, prereleases=True) for name in names):
         raise ImportError(
             f"doconv_{extra} supports {module} {requirement.specifier}; found {version}. {advice}"
         )
@@ -70,21 +73,6 @@ def _requirement(extra: str, module: str, distribution: str) -> Requirement | No
         if requirement.name == module and asked_by and asked_by.group(1) == extra:
             return requirement
     return None
-
-
-def _check_python(requirement: Requirement, extra: str) -> None:
-    environment: Any = {"extra": extra}
-    if requirement.marker is not None and not requirement.marker.evaluate(environment):
-        supported = str(requirement.marker).split(" and extra ==")[0]
-        found = ".".join(map(str, sys.version_info[:3]))
-        raise ImportError(
-            f"doconv_{extra} needs {_named(requirement)}, which is supported where {supported}; "
-            f"this is Python {found}. Use an older Python for this backend."
-        )
-
-
-def _named(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"
 
 
 def _version(module: str) -> str | None:

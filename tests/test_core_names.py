@@ -115,6 +115,7 @@ def test_names_that_there_are(name):
         ("plain18_doconv_doconv", "no family has such names", "plain18_doconv"),
         ("Cifar_ResNet20", "no family has such names", "cifar_resnet20"),
         ("cifar_resnet20 ", "no family has such names", "cifar_resnet20"),
+        ("cifar_resnet20_", "no family has such names", "cifar_resnet20"),
         ("cifar_resnet２０", "no family has such names", "cifar_resnet20"),
         ("mobilenetv1_w99999999999", "no family has such names", "mobilenetv1_w1"),
         ("", "no family has such names", "tutorial_"),

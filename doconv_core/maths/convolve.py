@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
 
 from doconv_core.maths.numeric import Array, as_floats, widened
-from doconv_core.maths.spec import MAX_RANK, as_integer, as_tuple, is_sequence
+from doconv_core.maths.spec import MAX_RANK, as_integer, as_tuple, check_choice, is_sequence
 
 Padding = tuple[tuple[int, int], ...]
 
@@ -224,10 +224,7 @@ def _geometry(
 
 
 def _check_padding(size: tuple[int, ...], pairs: Padding, mode: str) -> None:
-    if mode not in PADDING_MODES:
-        raise ValueError(
-            f"padding_mode must be one of {', '.join(PADDING_MODES)}; received {mode!r}."
-        )
+    check_choice("padding_mode", mode, PADDING_MODES)
     largest = {"reflect": -1, "circular": 0}
     for n, pair in zip(size, pairs, strict=True):
         if mode in largest and max(pair) > max(n + largest[mode], 0):

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from doconv_core.maths.spec import as_integer, as_tuple, is_sequence
+from doconv_core.maths.convolve import PADDING_MODES
+from doconv_core.maths.spec import as_integer, as_tuple, check_choice, is_sequence
 
 # Positions before and after; or in words, where they depend on more than the layer knows.
 Pad: TypeAlias = "tuple[int, int] | str"
@@ -19,7 +20,6 @@ Pad: TypeAlias = "tuple[int, int] | str"
 Extra: TypeAlias = "tuple[tuple[int, int], ...]"
 
 SAME = "same"  # with a stride: it depends on the size of the input
-MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,7 @@ class Geometry:
         put(self, "stride", as_tuple("stride", self.stride, rank))
         put(self, "dilation", as_tuple("dilation", self.dilation, rank))
         put(self, "padding", tuple(_as_pad(d, pad) for d, pad in enumerate(self.padding)))
-        if self.padding_mode not in MODES:
-            raise ValueError(
-                f"padding_mode must be one of {', '.join(MODES)}; received {self.padding_mode!r}."
-            )
+        check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         if not any(isinstance(pad, str) or any(pad) for pad in self.padding):
             put(self, "padding_mode", "zeros")
 

@@ -23,6 +23,7 @@ from typing import TypeAlias
 import numpy as np
 
 from doconv_core.maths.numeric import Array
+from doconv_core.maths.spec import check_choice
 
 # Which of the canonical order's axes are elsewhere in each layout, and where.
 _Axes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
@@ -86,6 +87,5 @@ def from_channels_first(features: Array, positions: tuple[int, ...]) -> Array:
 
 
 def _moved(layout: str) -> _Axes:
-    if layout not in _MOVED:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; received {layout!r}.")
+    check_choice("layout", layout, LAYOUTS)
     return _MOVED[layout]

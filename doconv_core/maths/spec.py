@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -43,6 +43,12 @@ def check_divisible(name: str, channels: int, groups: int) -> None:
         raise ValueError(
             f"{name} must be divisible by groups; received {name}={channels}, groups={groups}."
         )
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError, which lists the choices, for a value that is none of them."""
+    if value not in tuple(choices):  # of which not all can be asked for what has no hash
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; received {value!r}.")
 
 
 def is_sequence(value: Any) -> bool:

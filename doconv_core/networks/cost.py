@@ -145,7 +145,7 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
     return CountedLayer(
         at.path, kind, at.before, at.after, getattr(at.node, "kernel_size", None),
         parameters=parameters,
-        flops=macs + biases if macs else at.node.operations(at.before, at.after),
+        flops=macs + biases if macs else at.node.per_input * prod(at.before),
         macs=macs,
         training_parameters=trained.parameters,
         composition_macs=trained.macs - macs,

@@ -100,14 +100,7 @@ def _passed(
             output, back = node.step(x, lambda name, *child: step(entry(path, name), *child))
         else:
             arrays = {name: each.astype(x.dtype) for name, each in fitted.get(path, {}).items()}
-            output, own = node.step(x, arrays, training)
-
-            def back(dy: Array) -> Array:
-                dx, gradients = own(dy)
-                if gradients:
-                    found[path] = gradients
-                return dx
-
+            output, back = node.step(x, arrays, found.get(path, {}), training)
         return Pass(output, back if keep else _no_way_back)
 
     return step("", lowered(network, shape).body, x), found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from math import prod
 
 import numpy as np
 
@@ -65,19 +66,13 @@ def _drawn(path: str, form: LayerForm, seed: int) -> Array:
     """Return the kernel of a convolution, or the weight of a linear layer, in float64."""
     numbers = _numbers(entry(path, "weight"), seed)
     spec = form.spec if form.composed is None else form.composed.conv(form.spec)
-    if not isinstance(spec, ConvSpec):
-        return _xavier(numbers, spec.in_features, spec.out_features, form.shapes["weight"])
-    fan_in = spec.in_channels_per_group * spec.taps
-    if path.split(".")[-1] == CLASSIFIER:
-        fan_out = spec.out_channels_per_group * spec.taps
-        return _xavier(numbers, fan_in, fan_out, spec.kernel_shape)
-    bound = math.sqrt(6 / fan_in)
-    return numbers.uniform(-bound, bound, spec.kernel_shape)
-
-
-def _xavier(
-    numbers: np.random.RandomState, fan_in: int, fan_out: int, shape: tuple[int, ...]
-) -> Array:
+    shape = spec.kernel_shape if isinstance(spec, ConvSpec) else form.shapes["weight"]
+    fan_in, fan_out = prod(shape[1:]), shape[0] * prod(shape[2:])
+    if isinstance(spec, ConvSpec):
+        fan_out //= spec.groups
+        if path.split(".")[-1] != CLASSIFIER:
+            bound = math.sqrt(6 / fan_in)
+            return numbers.uniform(-bound, bound, shape)
     return numbers.normal(0, math.sqrt(2 / (fan_in + fan_out)), shape)
 
 

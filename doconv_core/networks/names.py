@@ -7,9 +7,11 @@ one whose convolutions of more than one tap are over-parameterized.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 
 from doconv_core.kinds.base import ComposedKind, Recipe, kinds, recipe
@@ -43,17 +45,13 @@ def describe(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string; received {name!r}.")
-    family, build, kind = _parsed(name)
+    family, build = _parsed(name)
     classes, (channels, *size) = family.dataset
     if num_classes is not None:
         classes = as_integer("num_classes", num_classes)
     if in_channels is not None:
         channels = as_integer("in_channels", in_channels)
-    body = build(classes, kind)
-    composed = _composed(name)
-    if composed:
-        body = over_parameterized(body, composed)
-    return Network(name, body, (channels, size[0], size[1]))
+    return Network(name, build(classes), (channels, size[0], size[1]))
 
 
 def known_name(name: object) -> str | None:
@@ -82,19 +80,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _all_names() if fnmatchcase(name, pattern)]
 
 
-def over_parameterized(body: Sequence, word: str = "doconv") -> Sequence:
-    """Return the nodes with every convolution of more than one tap one of this kind."""
+def _built(build: Build, kind: Recipe, word: str | None, classes: int) -> Sequence:
+    """Return the nodes; with a word, every convolution of more than one tap is of its kind."""
 
     def change(conv: Conv) -> Conv:
-        return replace(conv, kind=recipe(word)) if prod(conv.kernel_size) > 1 else conv
+        return replace(conv, kind=recipe(word)) if word and prod(conv.kernel_size) > 1 else conv
 
-    body = replaced(body, change)
+    body: Sequence = replaced(build(classes, kind), change)
     return body
 
 
-def _parsed(name: str) -> tuple[Family, Build, Recipe]:
-    """Return a name's family, what builds the network, and of which kind of convolutions."""
-    plain = name.removesuffix(f"_{_composed(name)}")
+def _parsed(name: str) -> tuple[Family, Callable[[int], Sequence]]:
+    """Return a name's family, and what builds the network, of the number of classes."""
+    # The word of the kind that composes all kernels, if the name ends with one.
+    word = next((word for word in _composed_words() if name.endswith(f"_{word}")), None)
+    plain = name if word is None else name.removesuffix(f"_{word}")
     suffix = BSCONV.fullmatch(plain)
     base = suffix[1] if suffix else plain
     for family in FAMILIES:
@@ -104,11 +104,11 @@ def _parsed(name: str) -> tuple[Family, Build, Recipe]:
         try:
             build = family.resolve(*found.groups())
             kind = _kind(family, suffix) if suffix else ORDINARY
-            if kind.name != "conv" and name != plain and family.variants != "s_p1d6":
+            if kind != ORDINARY and word is not None and family.variants != "s_p1d6":
                 raise ValueError("the convolutions within a BSConv are not over-parameterized")
         except ValueError as error:
             raise _refused(name, str(error), _names_of(family)) from None
-        return family, build, kind
+        return family, partial(_built, build, kind, word)
     raise _refused(name, "no family has such names", _all_names())
 
 
@@ -131,11 +131,6 @@ def _composed_words() -> tuple[str, ...]:
     return tuple(
         word for kind in kinds().values() if isinstance(kind, ComposedKind) for word in kind.words
     )
-
-
-def _composed(name: str) -> str:
-    """Return the word of the kind that composes all kernels, with which a name ends, or ""."""
-    return next((word for word in _composed_words() if name.endswith(f"_{word}")), "")
 
 
 def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:

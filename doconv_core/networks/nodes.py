@@ -24,7 +24,7 @@ from doconv_core.maths.convolve import (
     windows_gradient,
 )
 from doconv_core.maths.geometry import Geometry, symmetric
-from doconv_core.maths.spec import ConvSpec
+from doconv_core.maths.spec import ConvSpec, check_choice
 from doconv_core.state.file import Array
 from doconv_core.state.layers import BatchNormSpec, LayerForm, LinearSpec, Shape
 
@@ -38,13 +38,6 @@ ORDINARY = recipe()
 
 class Unfit(Exception):
     """Why a node cannot be where it is; what follows its path in a message."""
-
-
-class Step(NamedTuple):
-    """A layer's output, and `back`: from its gradient to the input's, and those of the arrays."""
-
-    output: Array
-    back: Callable[[Array], tuple[Array, Arrays]]
 
 
 class Pass(NamedTuple):
@@ -65,8 +58,11 @@ class Layer:
         """Return what the node is in a state; None where it has no arrays."""
         return None
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
-        """Return what the node makes of `x`, with its arrays by name."""
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
+        """Return what the node makes of `x`.
+
+        arrays: its own, by name. gradients: where the pass back puts those of what is trained.
+        """
         raise NotImplementedError
 
     @property
@@ -74,8 +70,9 @@ class Layer:
         """The name of its kind in a table of costs."""
         return sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return the operations for one image of a layer without a weight, by BSConv's rule."""
+    @property
+    def per_input(self) -> int:
+        """The operations for each input, by BSConv's rule, of a layer without a weight."""
         return 0
 
 
@@ -101,11 +98,6 @@ class Block:
 
 Node: TypeAlias = Layer | Block
 Children: TypeAlias = tuple[tuple[str, Node], ...]
-
-
-def _one_of(known: tuple[str, ...], name: str) -> None:
-    if name not in known:
-        raise ValueError(f"name must be one of {', '.join(known)}; received {name!r}.")
 
 
 def _check_image(shape: Shape) -> None:
@@ -167,7 +159,7 @@ class Conv(Layer):
             return LayerForm(spec, bias=self.bias, geometry=geometry)
         return LayerForm(kind.spec(spec), kind.name, self.bias, geometry=geometry)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Convolve with the kernel, which a composed layer composes of its weights."""
         conv = self.spec(x.shape[1:])
         kind = composed_by(self.kind, conv)
@@ -178,15 +170,17 @@ class Conv(Layer):
             kernel = kind.compose(weights, kind.spec(conv))
         how: Any = {"stride": self.stride, "padding": self.pads, "groups": conv.groups}
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             dx, dkernel, dbias = convolve_gradient(x, kernel, dy, **how)
             if kind is None:
-                found = {"weight": dkernel.reshape(weights["weight"].shape)}
+                gradients["weight"] = dkernel.reshape(weights["weight"].shape)
             else:
-                found = kind.gradient(weights, dkernel, kind.spec(conv))
-            return dx, found | ({"bias": dbias} if "bias" in arrays else {})
+                gradients.update(kind.gradient(weights, dkernel, kind.spec(conv)))
+            if "bias" in arrays:
+                gradients["bias"] = dbias
+            return dx
 
-        return Step(convolve(x, kernel, arrays.get("bias"), **how), back)
+        return Pass(convolve(x, kernel, arrays.get("bias"), **how), back)
 
     @property
     def word(self) -> str:
@@ -198,6 +192,7 @@ class Conv(Layer):
 class BatchNorm(Layer):
     """A batch norm. momentum: the new batch's weight. affine: whether it has scale and shift."""
 
+    per_input = 2
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
@@ -207,7 +202,7 @@ class BatchNorm(Layer):
         spec = BatchNormSpec(before[0], self.epsilon, self.momentum)
         return LayerForm(spec, bias=self.affine, scale=self.affine)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take in training the batch's own mean and biased variance, else the running ones."""
         axes = (0, *range(2, x.ndim))
 
@@ -219,25 +214,22 @@ class BatchNorm(Layer):
             mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
         else:
             mean, variance = (along_channels(arrays[f"running_{s}"]) for s in ("mean", "var"))
-        factor = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
+        factor: Array = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
         normal = (x - mean) * factor
         output = normal * gamma
         if self.affine:
             output = output + along_channels(arrays["beta"])
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             dx = dy * gamma
             if training:  # the statistics depend on x too
                 along = (dx * normal).mean(axes, keepdims=True)
                 dx = dx - dx.mean(axes, keepdims=True) - normal * along
-            found = {"gamma": (dy * normal).sum(axes), "beta": dy.sum(axes)} if self.affine else {}
-            return dx * factor, found
+            if self.affine:
+                gradients.update(gamma=(dy * normal).sum(axes), beta=dy.sum(axes))
+            return dx * factor
 
-        return Step(output, back)
-
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return two for each input."""
-        return 2 * prod(before)
+        return Pass(output, back)
 
 
 @dataclass(frozen=True)
@@ -248,38 +240,40 @@ class Activation(Layer):
 
     def __post_init__(self) -> None:
         """Check the name."""
-        _one_of(ACTIVATIONS, self.name)
+        check_choice("name", self.name, ACTIVATIONS)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """tanh; ReLU; ReLU6 = min(ReLU, 6); hard sigmoid = ReLU6(x + 3) / 6; hard swish: x · it."""
         name, zero, six = self.name, x.dtype.type(0), x.dtype.type(6)
         if name == "relu":
-            return Step(np.maximum(x, zero), lambda dy: (dy * (x > 0), {}))
+            return Pass(np.maximum(x, zero), lambda dy: dy * (x > 0))
         if name == "relu6":
-            return Step(np.clip(x, zero, six), lambda dy: (dy * ((x > 0) & (x < 6)), {}))
+            return Pass(np.clip(x, zero, six), lambda dy: dy * ((x > 0) & (x < 6)))
         if name == "tanh":
             output = np.tanh(x)
-            return Step(output, lambda dy: (dy * (1 - output**2), {}))
+            return Pass(output, lambda dy: dy * (1 - output**2))
         sigmoid = np.clip(x + six / 2, zero, six) / six
         slope = ((x > -3) & (x < 3)) / six
         if name == "hard_sigmoid":
-            return Step(sigmoid, lambda dy: (dy * slope, {}))
-        return Step(x * sigmoid, lambda dy: (dy * (sigmoid + x * slope), {}))
+            return Pass(sigmoid, lambda dy: dy * slope)
+        return Pass(x * sigmoid, lambda dy: dy * (sigmoid + x * slope))
 
     @property
     def word(self) -> str:
         """The function's name."""
         return self.name
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each output of a ReLU."""
-        return prod(after) if self.name == "relu" else 0
+    @property
+    def per_input(self) -> int:
+        """One of a ReLU."""
+        return 1 if self.name == "relu" else 0
 
 
 @dataclass(frozen=True)
 class Pool(Layer):
     """A pooling layer. name: "max" or "average". Its windows do not count what is padded."""
 
+    per_input = 1
     name: str
     size: int
     stride: int
@@ -287,7 +281,7 @@ class Pool(Layer):
 
     def __post_init__(self) -> None:
         """Check the name, and that every window meets the image."""
-        _one_of(POOLS, self.name)
+        check_choice("name", self.name, POOLS)
         if not 0 <= 2 * self.padding <= self.size:
             raise ValueError(
                 "padding must be at most half of a pool's size; received "
@@ -300,7 +294,7 @@ class Pool(Layer):
         sides = (_positions(n, self.size, self.stride, self.padding) for n in before[1:])
         return (before[0], *sides)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take of each window the largest entry, the first of equals; or the image's mean."""
         seen = self._windows(x, -np.inf)  # (B, C, *out, taps)
         if self.name == "max":
@@ -310,14 +304,14 @@ class Pool(Layer):
             inside = self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0)
             shares = np.broadcast_to(inside / inside.sum(-1, keepdims=True), seen.shape)
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
+        def back(dy: Array) -> Array:
             taps = np.moveaxis(dy[..., None] * shares, -1, 2)
             taps = taps.reshape(*dy.shape[:2], *self.kernel_size, *dy.shape[2:])
             padded = (*x.shape[:2], *(n + 2 * self.padding for n in x.shape[2:]))
             dx = windows_gradient(taps, padded, (self.stride,) * 2, (1, 1))
-            return pad_gradient(dx, x.shape[2:], self.padding), {}
+            return pad_gradient(dx, x.shape[2:], self.padding)
 
-        return Step((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
+        return Pass((shares * np.where(shares > 0, seen, 0)).sum(-1), back)
 
     def _windows(self, x: Array, outside: float) -> Array:
         around = (self.padding, self.padding)
@@ -336,29 +330,23 @@ class Pool(Layer):
         """The kind of pooling."""
         return f"{self.name}_pool"
 
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each input."""
-        return prod(before)
-
 
 @dataclass(frozen=True)
 class GlobalPool(Layer):
     """The mean over all positions, `(B, C, 1, 1)`."""
+
+    per_input = 1
 
     def after(self, before: Shape) -> Shape:
         """Return the channels, of one position."""
         _check_image(before)
         return (before[0], 1, 1)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Take the mean."""
         share = x.dtype.type(1 / (x.shape[2] * x.shape[3]))
         output = x.mean((2, 3), keepdims=True)
-        return Step(output, lambda dy: (np.broadcast_to(dy * share, x.shape), {}))
-
-    def operations(self, before: Shape, after: Shape) -> int:
-        """Return one for each input."""
-        return prod(before)
+        return Pass(output, lambda dy: np.broadcast_to(dy * share, x.shape))
 
 
 @dataclass(frozen=True)
@@ -369,9 +357,9 @@ class Flatten(Layer):
         """Return how many entries there are."""
         return (prod(before),)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Reshape the input."""
-        return Step(x.reshape(len(x), -1), lambda dy: (dy.reshape(x.shape), {}))
+        return Pass(x.reshape(len(x), -1), lambda dy: dy.reshape(x.shape))
 
 
 @dataclass(frozen=True)
@@ -380,14 +368,14 @@ class Dropout(Layer):
 
     rate: float
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Do nothing, in inference; in training it is random: no evaluation can agree on it."""
         if training and self.rate:
             raise ValueError(
                 "dropout is random in training, so that no output is the right one; evaluate with "
                 f"training=False, or a network with rate 0; received rate={self.rate}."
             )
-        return Step(x, lambda dy: (dy, {}))
+        return Pass(x, lambda dy: dy)
 
 
 @dataclass(frozen=True)
@@ -407,16 +395,18 @@ class Linear(Layer):
         """Return a linear layer."""
         return LayerForm(LinearSpec(before[0], self.features), bias=self.bias)
 
-    def step(self, x: Array, arrays: Arrays, training: bool) -> Step:
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Multiply with the weight, `(out, in)`, and add the bias."""
         weight, bias = arrays["weight"], arrays.get("bias")
 
-        def back(dy: Array) -> tuple[Array, Arrays]:
-            found = {"weight": dy.T @ x}
-            return dy @ weight, found | ({} if bias is None else {"bias": dy.sum(0)})
+        def back(dy: Array) -> Array:
+            gradients["weight"] = dy.T @ x
+            if bias is not None:
+                gradients["bias"] = dy.sum(0)
+            return dy @ weight
 
         output = x @ weight.T
-        return Step(output if bias is None else output + bias, back)
+        return Pass(output if bias is None else output + bias, back)
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,7 @@ class State:
         """Check that each layer has its entries, and that there are no others."""
         if not all(isinstance(text, str) for item in self.origin.items() for text in item):
             raise StateError(f"origin must be of texts; found {dict(self.origin)!r}.")
-        expected = {
-            entry(path, name): shape
-            for path, form in self.layers.items()
-            for name, shape in form.shapes.items()
-        }
+        expected = shapes_of(self.layers)
         for name, shape in expected.items():
             if name not in self.arrays:
                 raise StateError(f"entry {name!r} is missing; expected shape {shape}.")
@@ -95,6 +91,11 @@ class State:
 def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
     """Return a state's origin. network: a name that `describe` knows; None for another model."""
     return {"framework": framework, "version": version, **({"network": network} if network else {})}
+
+
+def shapes_of(layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each entry of a state with these layers, in their order."""
+    return {entry(path, n): s for path, form in layers.items() for n, s in form.shapes.items()}
 
 
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
@@ -142,8 +143,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
                     raise StateError(
                         f"{file}: entry {name!r} is {dtype}; expected F16, F32 or F64."
                     )
-            order = [entry(path, name) for path, form in layers.items() for name in form.shapes]
-            place = {name: n for n, name in enumerate(order)}
+            place = {name: n for n, name in enumerate(shapes_of(layers))}
             names.sort(key=lambda name: place.get(name, len(place)))
             arrays = {name: stored.get_tensor(name) for name in names}
     except SafetensorError as error:

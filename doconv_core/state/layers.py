@@ -238,7 +238,12 @@ class LayerForm:
                 raise TypeError(f"{name} must be True or False; received {getattr(self, name)!r}.")
         possible = self._possible()
         if isinstance(self.spec, ConvSpec) and not self.over_parameterized:
-            _check_ordinary(self.spec)
+            taps, multiplier = self.spec.taps, self.spec.depth_multiplier
+            if multiplier != taps:
+                raise ValueError(
+                    f"an ordinary convolution of {taps} taps has no other depth_multiplier; "
+                    f"received depth_multiplier={multiplier}."
+                )
         put(self, "bias", self.bias and not possible.keys().isdisjoint({"bias", "beta"}))
         put(self, "scale", self.scale and "gamma" in possible)
         self._check_geometry()
@@ -254,9 +259,7 @@ class LayerForm:
         if not isinstance(told, (bool, str)):
             raise TypeError(f"over_parameterized must be True or False; received {told!r}.")
         kind = composed_kind(told)
-        if kind is None:
-            return False
-        if not isinstance(self.spec, kind.spec_type):
+        if kind is None or not isinstance(self.spec, kind.spec_type):
             return False
         if kind.obstacle(kind.conv(self.spec)) is not None:
             return False
@@ -307,14 +310,6 @@ def composed_kind(name: bool | str) -> ComposedKind | None:
     if not isinstance(kind, ComposedKind):
         raise ValueError(f"kind {name!r} is no layer with a composed kernel, but ordinary ones.")
     return kind
-
-
-def _check_ordinary(spec: ConvSpec) -> None:
-    if spec.depth_multiplier != spec.taps:
-        raise ValueError(
-            f"an ordinary convolution of {spec.taps} taps has no other depth_multiplier; received "
-            f"depth_multiplier={spec.depth_multiplier}."
-        )
 
 
 def suspect_flattening(
