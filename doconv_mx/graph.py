@@ -151,7 +151,8 @@ class Operators:
 
     def source(self, node: dict[str, Any], position: int) -> dict[str, Any]:
         """Return what gives a node its input at this position."""
-        return self.nodes[node["inputs"][position][0]]
+        index: int = node["inputs"][position][0]
+        return self.nodes[index]
 
     def variable(self, node: dict[str, Any], position: int) -> str | None:
         """Return the name of the variable that is an input of a node; None for what is none."""

@@ -114,8 +114,10 @@ def _geometry(options: Mapping[str, Any]) -> Geometry:
 
 
 def _transposed(block: Any) -> TransposedConvSpec:
-    kernel, outputs, groups = map(settings(block).get, ("kernel", "num_filter", "num_group"))
-    return TransposedConvSpec(block.weight.shape[0], outputs, kernel, groups)
+    options = settings(block)
+    return TransposedConvSpec(
+        block.weight.shape[0], options["num_filter"], options["kernel"], options["num_group"]
+    )
 
 
 def _batch_norm(block: Any) -> BatchNormSpec:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 from mxnet.gluon import HybridBlock, nn
 
-from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
-from doconv_core.networks.lowering import parts
+from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, infer, padding
 from doconv_core.networks.shapes import children as children_of
 from doconv_core.state.file import entry
@@ -139,12 +137,7 @@ def _block(placed: dict[str, Placed], path: str, prefix: str) -> HybridBlock:
 def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     conv = placed.node
     channels = placed.before[0]
-    cls: Any = nn.Conv2D
-    options: dict[str, Any] = {}
-    kind = of_word(conv.kind.name)
-    if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
-        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
-        cls, options = LAYER_KINDS[kind.name].realize(cls, conv.kind)
+    cls, options = layer_type(LAYER_KINDS, placed, nn.Conv2D)
     layer: HybridBlock = cls(
         in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
         strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,

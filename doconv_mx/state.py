@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block, Parameter
 
-from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.networks.names import known_name
-from doconv_core.state.exchange import Holder, export_from, load_into
-from doconv_core.state.file import Array, State, entry
+from doconv_core.state.exchange import Holder, Kept, export_from, load_into
+from doconv_core.state.file import Array, State
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match
 from doconv_mx.layers import check_axes, form_of, layout_of
@@ -75,19 +73,16 @@ class _Blocks(Holder):
         last = any(layout_of(block) in LAST for block in self._blocks.values())
         self.layers = suspect_flattening(forms, forms if last else ())
 
-    def get(self, path: str, name: str) -> Array:
-        """Return a copy of an entry, in the first context, as an array."""
-        block = self._blocks[path]
-        array: Array = getattr(block, name).list_data()[0].asnumpy()
-        return to_canonical(array, layout_of(block)) if name == "weight" else array
-
-    def assignment(self, path: str, name: str, array: Array) -> Assignment:
-        """Return what gives an entry this array."""
+    def kept(self, path: str, name: str) -> Kept:
+        """Return the parameter that is an entry, and its layout."""
         block = self._blocks[path]
         parameter = getattr(block, name)
-        if name == "weight":
-            array = _as_kept(array, parameter, layout_of(block))
-        return Assignment(entry(path, name), parameter, np.dtype(parameter.dtype).name, array)
+        return Kept(parameter, np.dtype(parameter.dtype).name, layout_of(block))
+
+    def get(self, parameter: Parameter) -> Array:
+        """Return a parameter's values in the first context as an array."""
+        array: Array = parameter.list_data()[0].asnumpy()
+        return array
 
     def put(self, assignment: Assignment) -> None:
         """Copy an array to where its entry is, in every context."""
@@ -97,11 +92,3 @@ class _Blocks(Holder):
             # oneDNN's, over which MXNet copies no other memory.
             values = mx.nd.from_numpy(np.array(array, dtype, order="C"))
             parameter.set_data(native(values))
-
-
-def _as_kept(weight: Array, parameter: Parameter, layout: str) -> Any:
-    """Return a canonical weight in the parameter's shape and layout."""
-    if layout in LAST:
-        body = parameter.shape[1:-1]
-        weight = from_canonical(weight.reshape(*weight.shape[:2], *body), layout)
-    return weight.reshape(parameter.shape)

@@ -58,7 +58,7 @@ def nodes(block: SymbolBlock) -> list[Node]:
     operators = Operators(graph[1])
     found: dict[str, Node] = {}
     for node in operators.of(CONVOLUTIONS):
-        parameter = by_name(block).get(operators.variable(node, 1))
+        parameter = by_name(block).get(operators.variable(node, 1) or "")
         layer = _layer(node, parameter)
         uses = operators.users(operators.source(node, 1))
         alike = all(
@@ -84,7 +84,7 @@ def norms(block: SymbolBlock) -> list[Node]:
     """Return the batch norms in a block's graph."""
     found, operators = [], Operators(graph_of(block)[1])
     for node in operators.of(NORMS):
-        gamma = by_name(block).get(operators.variable(node, 1))
+        gamma = by_name(block).get(operators.variable(node, 1) or "")
         key = node["name"] if gamma is None else _key(block, gamma)
         layer = nn.BatchNorm(prefix="")
         name = key if gamma is None else key.removesuffix("_gamma")

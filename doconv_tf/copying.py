@@ -78,8 +78,7 @@ class _Copier:
             old, new = self._todo.pop()
             self._fill(old, new)
             self._done.append((old, new))
-        self._connect_operations()
-        self._connect_tensors()
+        self._connect()
         for _, new in reversed(self._done):
             if isinstance(new, keras.Layer) and new.built:
                 list_parameters(new)
@@ -146,22 +145,20 @@ class _Copier:
         if has_maker(old):
             self._copy(maker_of(old))
 
-    def _connect_operations(self) -> None:
-        """Give each operation its copied nodes, and each tracker the ids of what it tracks."""
+    def _connect(self) -> None:
+        """Give operations their copied nodes, tensors their origins, functions their nodes' keys.
+
+        And each tracker the ids of what it tracks.
+        """
         for old, new in self._done:
+            recount(new)
             if isinstance(old, keras.Operation):
                 for name in NODES:
                     nodes = [self._memo.get(id(node)) for node in getattr(old, name)]
                     vars(new)[name] = [node for node in nodes if node is not None]
-        for _, new in self._done:
-            recount(new)
-
-    def _connect_tensors(self) -> None:
-        """Give each symbolic tensor its origin, and each function the keys of its nodes."""
-        for old, new in self._done:
+        for old, new in self._done:  # by the place among those nodes
             if has_maker(old):
                 set_maker(new, old, self._memo[id(maker_of(old))])
-        for _, new in self._done:
             if isinstance(new, keras.Function):
                 set_keys(new)
 
@@ -196,12 +193,8 @@ def _slots(value: Any) -> dict[str, Any]:
 
 
 def _empty(value: Any) -> Any:
-    kind = type(value)
-    if isinstance(value, keras.Layer):
-        return keras.Layer.__new__(kind)
-    if isinstance(value, keras.Operation):
-        return keras.Operation.__new__(kind)
-    return object.__new__(kind)
+    bases = (base for base in (keras.Layer, keras.Operation) if isinstance(value, base))
+    return next(bases, object).__new__(type(value))
 
 
 def _not_copied(holder: Any, problem: str) -> TypeError:

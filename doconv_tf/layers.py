@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
     form: LayerForm
     variables: dict[str, Any]
-    layout: str = ""
+    layout: str = "OI"
     positions: tuple[int, ...] | None = None
 
 
@@ -104,7 +104,7 @@ def _part(
     layer: Any,
     around: Surroundings,
     spec: Any,
-    layout: str = "",
+    layout: str = "OI",
     *,
     features: int | None = None,
     geometry: Geometry | None = None,

@@ -26,15 +26,8 @@ _RECURRENT = (_layers.ConvLSTM1D, _layers.ConvLSTM2D, _layers.ConvLSTM3D)
 CONVOLUTIONS = (*ORDINARY, *TRANSPOSED_CONVS, *_RECURRENT)
 
 
-def walk(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """Yield the layer and all below it, with their paths; a shared one wherever it occurs."""
-    yield path, layer
-    for child in children(layer):
-        yield from walk(child, below(path, child))
-
-
 def first_occurrences(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
-    """Return what `walk` yields, a layer that occurs several times by its first path alone."""
+    """Return the layer and all below it, each with the path at which it is met first."""
     found: dict[int, tuple[str, keras.Layer]] = {}
     todo = [("", layer)]
     while todo:

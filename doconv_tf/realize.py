@@ -8,10 +8,9 @@ from typing import Any
 
 import keras
 
-from doconv_core.kinds.base import SeparableKind, of_word
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
-from doconv_core.networks.lowering import parts
+from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, children, infer, padding
 from doconv_core.state.file import entry
 from doconv_tf.kinds import LAYER_KINDS
@@ -145,24 +144,19 @@ def _convolution(placed: Placed, name: str, x: Any, names: _Names) -> Any:
     groups = conv.groups or channels
     word, pads = _padding(conv)
     options = {"strides": conv.stride, "padding": word, "use_bias": conv.bias, "name": name}
-    kind = of_word(conv.kind.name) if prod(conv.kernel_size) > 1 else None  # nothing to separate
     depthwise = groups == channels > 1 and conv.channels % channels == 0
     cls: Any = _layers.DepthwiseConv2D if depthwise else _layers.Conv2D
-    if isinstance(kind, SeparableKind):  # whose padding is to come behind its first parts
-        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
-        options["around"], pads, cls = pads, (0, 0), _layers.Conv2D
-    elif depthwise:
+    cls, more = layer_type(LAYER_KINDS, placed, cls)
+    if issubclass(cls, _layers.DepthwiseConv2D):
         options["depth_multiplier"] = conv.channels // channels
-    else:
-        options["groups"] = groups
-    if kind is not None:
-        cls, more = LAYER_KINDS[kind.name].realize(cls, conv.kind)
-        options |= more
+    elif issubclass(cls, _layers.Conv2D):
+        options |= {"filters": conv.channels, "groups": groups}
+    else:  # of several parts, behind the first of which the padding is to come
+        options |= {"filters": conv.channels, "around": pads}
+        pads = (0, 0)
     if any(pads):
         x = _layers.ZeroPadding2D(pads, name=names.free(f"{name}_pad"))(x)
-    if not issubclass(cls, _layers.DepthwiseConv2D):
-        options["filters"] = conv.channels
-    layer = cls(kernel_size=conv.kernel_size, **options)
+    layer = cls(kernel_size=conv.kernel_size, **options, **more)
     return (mark_orthonormal(layer) if conv.orthonormal else layer)(x)
 
 

@@ -9,14 +9,8 @@ import numpy as np
 from keras import ops
 
 from doconv_core.kinds.base import Array
-from doconv_core.maths.layout import (
-    from_canonical,
-    from_channels_first,
-    to_canonical,
-    to_channels_first,
-)
 from doconv_core.networks.names import known_name
-from doconv_core.state.exchange import Holder, export_from, load_into
+from doconv_core.state.exchange import Holder, Kept, export_from, load_into
 from doconv_core.state.file import State, entry
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match
@@ -71,25 +65,17 @@ class _Layers(Holder):
         self.network = known_name(model.name)
         self.layers = {path: part.form for path, part in self._parts.items()}
 
-    def get(self, path: str, name: str) -> Array:
-        """Return a copy of an entry as an array; bfloat16 as float32."""
-        part = self._parts[path]
-        variable = part.variables[name]
-        array: Array = ops.convert_to_numpy(variable)
-        if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
-            array = array.astype(np.float32)
-        if name == "weight" and part.layout:
-            array = to_canonical(array, part.layout)
-        array = array.reshape(part.form.shapes[name])
-        positions = _positions(part, name)
-        return array.copy() if positions is None else to_channels_first(array, positions).copy()
-
-    def assignment(self, path: str, name: str, array: Array) -> Assignment:
-        """Return what gives an entry this array."""
+    def kept(self, path: str, name: str) -> Kept:
+        """Return the variable that is an entry, and the order of its axes and features."""
         part = self._parts[path]
         variable = part.variables[name]
         dtype = keras.backend.standardize_dtype(variable.dtype)
-        return Assignment(entry(path, name), variable, dtype, _from_array(array, part, name))
+        return Kept(variable, dtype, part.layout, part.positions)
+
+    def get(self, parameter: keras.Variable) -> Array:
+        """Return a variable's values as an array; bfloat16 as float32."""
+        array: Array = ops.convert_to_numpy(parameter)
+        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
     def put(self, assignment: Assignment) -> None:
         """Assign an array to its variable."""
@@ -136,22 +122,3 @@ def _walk(path: str, layer: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
     yield path, layer
     for child in ordered_children(layer):
         yield from _walk(entry(path, child.name), child)
-
-
-def _from_array(array: Array, part: Part, name: str) -> Array:
-    positions = _positions(part, name)
-    if positions is not None:
-        array = from_channels_first(array, positions)
-    if name == "weight" and part.layout:
-        form = part.form
-        spec, composed = form.spec, form.composed
-        shape = getattr(spec, "kernel_shape", array.shape)
-        if composed is not None:
-            shape, spec = composed.parameter_shape(spec), composed.conv(spec)
-        return from_canonical(array.reshape(shape), part.layout, getattr(spec, "groups", 1))
-    return array.reshape(part.variables[name].shape)
-
-
-def _positions(part: Part, name: str) -> tuple[int, ...] | None:
-    """Return the size of the image that the entry's last axis is, flattened, to be reordered."""
-    return None if part.form.kind == "linear" and name == "bias" else part.positions

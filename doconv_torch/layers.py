@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from doconv_core.maths.geometry import Extra, Geometry, Pad, padded, same, symmetric
 from doconv_core.models.report import REPLACED
@@ -120,7 +120,7 @@ def _form(module: Any, uses: Uses) -> LayerForm:
 def _geometry(module: Any, uses: Uses) -> Geometry:
     stride, dilation, size = module.stride, module.dilation, module.kernel_size
     pads: Sequence[Pad]
-    if isinstance(module, _ConvTransposeNd):
+    if module.transposed:
         pads = [(p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True)]
         return Geometry(stride, dilation, padded(pads, in_outputs(uses, stride)))
     if module.padding == "same":

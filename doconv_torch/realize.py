@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from doconv_core.kinds.base import of_word
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
-from doconv_core.networks.lowering import parts
+from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, children, infer, padding
 from doconv_core.state.file import entry
 from doconv_torch.kinds import LAYER_KINDS
@@ -129,16 +127,10 @@ def _module(placed: dict[str, Placed], path: str) -> nn.Module:
 def _convolution(placed: Placed) -> nn.Module:
     conv = placed.node
     channels = placed.before[0]
-    cls: Any = nn.Conv2d
-    options = {"groups": conv.groups or channels}
-    kind = of_word(conv.kind.name)
-    if kind is not None and prod(conv.kernel_size) > 1:  # else there is nothing to separate
-        parts(placed.path, conv, placed.before)  # which refuses what gives no layer
-        cls, more = LAYER_KINDS[kind.name].realize(cls, conv.kind)
-        options |= more
+    cls, options = layer_type(LAYER_KINDS, placed, nn.Conv2d)
     layer = cls(
         channels, conv.channels, conv.kernel_size, conv.stride, padding(conv), bias=conv.bias,
-        **options,
+        groups=conv.groups or channels, **options,
     )  # fmt: skip
     made: nn.Module = mark_orthonormal(layer) if conv.orthonormal else layer
     return made

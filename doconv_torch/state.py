@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from doconv_core.networks.names import known_name
-from doconv_core.state.exchange import Holder, export_from, load_into
-from doconv_core.state.file import Array, State, entry
+from doconv_core.state.exchange import Holder, Kept, export_from, load_into
+from doconv_core.state.file import Array, State
 from doconv_core.state.match import Assignment, Match
 from doconv_torch.layers import attribute, form_of, owned, paddings
 
@@ -69,30 +68,24 @@ class _Modules(Holder):
             path: form_of(path, module, uses[id(module)]) for path, module in self._modules.items()
         }
 
-    def get(self, path: str, name: str) -> Array:
-        """Return a copy of an entry as an array; bfloat16 as float32."""
-        value = self._tensor(path, name).detach().cpu()
-        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
-        return array
+    def kept(self, path: str, name: str) -> Kept:
+        """Return the tensor that is an entry."""
+        tensor: Tensor = getattr(self._modules[path], attribute(name))
+        return Kept(tensor, str(tensor.dtype).removeprefix("torch."), memory=_memory(tensor))
 
-    def assignment(self, path: str, name: str, array: Array) -> Assignment:
-        """Return what gives an entry this array."""
-        tensor = self._tensor(path, name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        array = array.reshape(tensor.shape)
-        return Assignment(entry(path, name), tensor, dtype, array, _memory(tensor))
+    def get(self, parameter: Tensor) -> Array:
+        """Return a tensor's values as an array; bfloat16 as float32."""
+        value = parameter.detach().cpu()
+        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return array
 
     def put(self, assignment: Assignment) -> None:
         """Copy an array to where its entry is."""
         with torch.no_grad():
             assignment.parameter.copy_(torch.from_numpy(assignment.array.copy()))
 
-    def _tensor(self, path: str, name: str) -> Tensor:
-        tensor: Tensor = getattr(self._modules[path], attribute(name))
-        return tensor
 
-
-def _memory(tensor: Tensor) -> Any:
+def _memory(tensor: Tensor) -> Hashable:
     """Return where a tensor's values lie; two parameters may be one by that alone."""
     if not tensor.numel() or not tensor.data_ptr():  # which share nothing, or cannot tell
         return None

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, TypeVar
 
+from doconv_core.kinds.base import of_word
+from doconv_core.models.view import LayerKind
 from doconv_core.networks.initialize import initialize
+from doconv_core.networks.lowering import parts
 from doconv_core.networks.names import describe
 from doconv_core.networks.nodes import Network
-from doconv_core.networks.shapes import for_input
+from doconv_core.networks.shapes import Placed, for_input
 from doconv_core.state.file import State
 
 Model = TypeVar("Model")
+
+
+def layer_type(
+    layer_kinds: Mapping[str, LayerKind], placed: Placed, ordinary: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the type of layer for a network's convolution, and what it takes beside its sizes.
+
+    layer_kinds: the framework's. ordinary: the type of an ordinary one, which one of a single tap
+    is. Raises ValueError, by path, for what gives no layer.
+    """
+    conv = placed.node
+    kind = of_word(conv.kind.name)
+    if kind is None or prod(conv.kernel_size) == 1:
+        return ordinary, {}
+    parts(placed.path, conv, placed.before)  # which refuses what gives no layer
+    return layer_kinds[kind.name].realize(ordinary, conv.kind)
 
 
 def get_model(

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+from doconv_core.maths.layout import (
+    from_canonical,
+    from_channels_first,
+    to_canonical,
+    to_channels_first,
+)
 from doconv_core.state.file import Array, State, entry, origin_of
-from doconv_core.state.layers import LayerForm
+from doconv_core.state.layers import LayerForm, Shape
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
+
+
+class Kept(NamedTuple):
+    """An entry as a model keeps it.
+
+    parameter: what holds it, which has a shape. dtype: the parameter's, by name. layout: the
+    layer's weight's, a word of `doconv_core.maths.layout`. positions: the size of the image that
+    the layer's features are, flattened channels last; else None. memory: as in `Assignment`.
+    """
+
+    parameter: Any
+    dtype: str
+    layout: str = "OI"
+    positions: Shape | None = None
+    memory: Hashable = None
 
 
 class Holder(ABC):
@@ -23,12 +45,12 @@ class Holder(ABC):
     layers: Mapping[str, LayerForm]
 
     @abstractmethod
-    def get(self, path: str, name: str) -> Array:
-        """Return a copy of a layer's entry, canonical; its shape need not be the form's yet."""
+    def kept(self, path: str, name: str) -> Kept:
+        """Return where and how the model keeps a layer's entry."""
 
     @abstractmethod
-    def assignment(self, path: str, name: str, array: Array) -> Assignment:
-        """Return what gives a layer's entry this canonical array, and change nothing."""
+    def get(self, parameter: Any) -> Array:
+        """Return a parameter's values, of which a copy is made."""
 
     @abstractmethod
     def put(self, assignment: Assignment) -> None:
@@ -38,9 +60,9 @@ class Holder(ABC):
 def export_from(holder: Holder) -> State:
     """Return a copy of what the model holds, as a state."""
     arrays = {
-        entry(path, name): holder.get(path, name).reshape(shape)
+        entry(path, name): _exported(holder, path, name)
         for path, form in holder.layers.items()
-        for name, shape in form.shapes.items()
+        for name in form.shapes
     }
     origin = origin_of(holder.framework, holder.version, holder.network)
     return State(holder.layers, arrays, origin)
@@ -65,10 +87,46 @@ def load_into(
         stacklevel=stacklevel,
     )
     assignments = [
-        holder.assignment(path, name, array)
+        _assignment(holder, path, name, array)
         for path, arrays in fitted.items()
         for name, array in arrays.items()
     ]
     check_assignments(assignments)
     for assignment in assignments:
         holder.put(assignment)
+
+
+def _exported(holder: Holder, path: str, name: str) -> Array:
+    """Return a copy of a layer's entry, canonical."""
+    kept, form = holder.kept(path, name), holder.layers[path]
+    array, positions = holder.get(kept.parameter), _positions(form, name, kept)
+    if name == "weight":
+        array = to_canonical(array, kept.layout)
+    array = array.reshape(form.shapes[name])
+    return (array if positions is None else to_channels_first(array, positions)).copy()
+
+
+def _assignment(holder: Holder, path: str, name: str, array: Array) -> Assignment:
+    """Return what gives a layer's entry this canonical array."""
+    kept, form = holder.kept(path, name), holder.layers[path]
+    positions = _positions(form, name, kept)
+    if positions is not None:
+        array = from_channels_first(array, positions)
+    if name == "weight":
+        array = _as_kept(form, array, kept.layout)
+    array = array.reshape(tuple(kept.parameter.shape))
+    return Assignment(entry(path, name), kept.parameter, kept.dtype, array, kept.memory)
+
+
+def _positions(form: LayerForm, name: str, kept: Kept) -> Shape | None:
+    """Return the size of the image that an entry's last axis is, flattened, to be reordered."""
+    return None if form.kind == "linear" and name == "bias" else kept.positions
+
+
+def _as_kept(form: LayerForm, weight: Array, layout: str) -> Array:
+    """Return a canonical weight with its spatial axes, in this layout."""
+    sizes, composed = form.spec, form.composed
+    shape = getattr(sizes, "kernel_shape", weight.shape)
+    if composed is not None:
+        shape, sizes = composed.parameter_shape(sizes), composed.conv(sizes)
+    return from_canonical(weight.reshape(shape), layout, getattr(sizes, "groups", 1))

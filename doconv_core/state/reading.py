@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.geometry import Extra
 from doconv_core.models.view import LayerKind
 from doconv_core.state.match import unsupported_layer
@@ -41,8 +42,8 @@ def read_layer(
 
 def is_composed(layer_kinds: Mapping[str, LayerKind], cls: type) -> bool:
     """Return whether layers of this very type are a kind's that composes their kernel."""
-    types = (getattr(layers, "types", {}) for layers in layer_kinds.values())
-    return any(cls in each.values() for each in types)
+    composed = (x for x in layer_kinds.values() if isinstance(x.kind, ComposedKind))
+    return any(cls in getattr(layers, "types", {}).values() for layers in composed)
 
 
 def in_outputs(uses: Iterable[Extra], stride: Iterable[int]) -> set[Extra]:
