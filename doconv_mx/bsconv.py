@@ -1,9 +1,4 @@
-"""The BSConv layers of MXNet Gluon: blueprint separable convolutions.
-
-With DO-Conv they compose in one way: the depthwise part may be a DO-Conv layer, which
-`over_parameterize` makes it, and folds with the rest. The pointwise parts have one tap and nothing
-to over-parameterize; a DO-Conv layer does not become a BSConv before it is folded.
-"""
+"""The BSConv layers of MXNet Gluon: blueprint separable convolutions."""
 
 from __future__ import annotations
 
@@ -23,13 +18,14 @@ from doconv_core.kinds.bsconv import (
     P,
     as_choice,
     batch_norm_options,
+    check_groups,
+    check_kernel,
 )
 from doconv_core.kinds.bsconv_init import blueprints
-from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import to_canonical
 from doconv_mx import private
 from doconv_mx.arguments import StandIn
-from doconv_mx.bsconv_fold import check_forward, folded
+from doconv_mx.bsconv_kind import BSConvLayers
 from doconv_mx.composed import ComposedConv
 from doconv_mx.ordinary import (
     channels_per_group,
@@ -72,11 +68,7 @@ class _BSConv(StandIn, nn.HybridSequential):
             )
         bn_options, sizes = own.pop("bn_options"), (given.channels, given.kernel_size)
         outline = BSConvSpec(in_channels or 1, *sizes, self.variant, **own)
-        if given.groups != 1:
-            raise ValueError(
-                f"{kind} takes groups=1 alone: its pointwise convolution reads every channel, and "
-                f"its depthwise one each for itself; received groups={given.groups}."
-            )
+        check_groups(kind, given.groups)
         norms = batch_norm_options(outline.with_bn, bn_options, BN_OPTIONS)
         nn.HybridSequential.__init__(self, **given.scope)
         self._outline, self._deferred, self._layout = outline, not in_channels, given.layout
@@ -139,11 +131,7 @@ class _BSConv(StandIn, nn.HybridSequential):
         Raises NotFoldable for a layer with batch norms, which is no mere kernel: `fold` it.
         ValueError for a layer that has no values yet.
         """
-        if self._outline.with_bn:
-            raise NotFoldable(
-                f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
-                "gives the convolution where there is one."
-            )
+        check_kernel(type(self).__name__, self._outline)
         parts = list(private.children(self).values())
         for part in parts:
             contexts(part, f"{type(self).__name__}.composed_kernel")
@@ -169,8 +157,8 @@ class _BSConv(StandIn, nn.HybridSequential):
         Raises NotFoldable, with the reason, for what would not be exact, ValueError for another
         form, and for a layer without values that are to be computed with.
         """
-        check_forward(self, _BSConv, form)
-        return folded(self, form)
+        folded: HybridBlock = BSCONVS.folded(self, form)
+        return folded
 
     @classmethod
     def from_conv(
@@ -389,7 +377,4 @@ class BSConvS3D(_BSConvS):
 # The names of the reference implementation.
 BSConvU, BSConvS = BSConvU2D, BSConvS2D
 
-LAYERS = {
-    (cls.variant, cls.ordinary): cls
-    for cls in (BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)
-}
+BSCONVS = BSConvLayers(_BSConv, BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)

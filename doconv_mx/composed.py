@@ -13,13 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
-from mxnet.gluon import Block, Parameter, nn
+from mxnet.gluon import Parameter, nn
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.base import ComposedKind, Shape
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec, check_divisible
-from doconv_core.models.view import Folding, LayerKind, ModelView, Site
+from doconv_core.models import composed
+from doconv_core.models.composed import PLAIN
+from doconv_core.models.report import own_method
+from doconv_core.models.view import Folding, ModelView, Site
 from doconv_mx import symbols
 from doconv_mx.arguments import StandIn
 from doconv_mx.ordinary import (
@@ -236,34 +239,15 @@ class ComposedConv(StandIn, Conv):
         return self.params.get(name, shape=shape, init=init)
 
 
-class ComposedLayers(LayerKind):
+class ComposedLayers(composed.ComposedLayers):
     """A composed kind's layers in Gluon. A layer is converted where it stands, by its class.
 
-    types: by the ordinary type in whose place each is. operators: those of MXNet that take its
-    entries in a graph that composes a kernel, by which it is known.
+    operators: those of MXNet that take its entries in a graph that composes a kernel, by which it
+    is known.
     """
 
     shareable = True
-    kind: ComposedKind
     operators: frozenset[str] = frozenset()
-
-    def __init__(self, *types: type[ComposedConv]) -> None:
-        self.types: dict[type[Conv], type[ComposedConv]] = {cls.ordinary: cls for cls in types}
-        self.kind = types[0].kind
-        self.base = _base_of(types[0])
-        self.type_names = frozenset(cls.__name__ for cls in types)
-
-    def owns(self, layer: Block) -> bool:
-        """Return whether a block is one of these."""
-        return isinstance(layer, self.base)
-
-    def replacement(self, layer: Block, options: Mapping[str, Any]) -> str:
-        """Return the name of the type that takes an ordinary layer's place."""
-        return self.types[type(layer)].__name__
-
-    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the type of layer for a network's convolution, and what it takes more."""
-        return self.types[ordinary], {}
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have."""
@@ -281,15 +265,8 @@ class ComposedLayers(LayerKind):
 
     def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
         """Make ordinary layers these, where they stand; those of one weight share the entries."""
-        groups: dict[int, tuple[list[Any], Any]] = {}
-        nodes = []
-        for site, spec in chosen:
-            node = symbols.node_of(site.layer)
-            if node is None:
-                groups.setdefault(id(site.layer.weight), ([], spec))[0].append(site.layer)
-            else:
-                nodes.append((node, spec))
-        for layers, spec in groups.values():
+        groups, nodes = _by_weight(chosen)
+        for layers, spec in groups:
             compose_layers(layers, self.types, spec)
         symbols.compose_nodes(nodes, self.types)
 
@@ -317,17 +294,25 @@ class ComposedLayers(LayerKind):
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Make the layers ordinary ones, where they stand; those of one weight share the kernel."""
-        groups: dict[int, list[Any]] = {}
-        nodes = []
-        for site, _ in planned:
-            node = symbols.node_of(site.layer)
-            if node is None:
-                groups.setdefault(id(site.layer.weight), []).append(site.layer)
-            else:
-                nodes.append(node)
-        for layers in groups.values():
+        groups, nodes = _by_weight(planned)
+        for layers, _ in groups:
             fold_layers(layers)
-        symbols.fold_nodes(nodes)
+        symbols.fold_nodes([node for node, _ in nodes])
+
+
+def _by_weight(
+    chosen: Sequence[tuple[Site, Any]],
+) -> tuple[list[tuple[list[Any], Any]], list[tuple[Any, Any]]]:
+    """Return the layers that share each weight, and the nodes of symbols, with what is of them."""
+    groups: dict[int, tuple[list[Any], Any]] = {}
+    nodes = []
+    for site, what in chosen:
+        node = symbols.node_of(site.layer)
+        if node is None:
+            groups.setdefault(id(site.layer.weight), ([], what))[0].append(site.layer)
+        else:
+            nodes.append((node, what))
+    return list(groups.values()), nodes
 
 
 def check_foldable(layer: ComposedConv) -> None:
@@ -335,10 +320,7 @@ def check_foldable(layer: ComposedConv) -> None:
     cls, plain = type(layer), _base_of(type(layer))
     methods = ("__call__", "forward", "hybrid_forward")
     if is_replaced(layer) or any(getattr(cls, m) is not getattr(plain, m) for m in methods):
-        raise NotFoldable(
-            f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
-            "it would be folded to might compute something else; fold() is for the plain layer."
-        )
+        raise NotFoldable(own_method(cls, "forward", PLAIN))
 
 
 def _base_of(cls: type[ComposedConv]) -> type[ComposedConv]:

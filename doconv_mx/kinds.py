@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from doconv_core.models.view import LayerKinds
-from doconv_mx.bsconv_kind import BSCONVS
+from doconv_mx.bsconv import BSCONVS
 from doconv_mx.do_conv import DO_CONVS
 
 LAYER_KINDS = LayerKinds()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mxnet as mx
 import numpy as np
 from mxnet.gluon import Block, Parameter
@@ -11,6 +9,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import require_values
 from doconv_mx.parameter import native
@@ -47,12 +46,8 @@ def orthonormality_loss(
     """
     check_model(model)
     alpha = as_number("alpha", alpha)
-    weights = list(_weights(model))
-    if not weights:
-        raise ValueError(
-            f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1D, "
-            "BSConvS2D or BSConvS3D, nor a convolution that was given to mark_orthonormal."
-        )
+    blocks, types = (block for _, block in walk(model)), "BSConvS1D, BSConvS2D or BSConvS3D"
+    weights = [layer.weight for layer in counted(model, blocks, LAYER_KINDS, Conv, types)]
     require_values(weights, "orthonormality_loss")
     arrays = [_on(weight, ctx) for weight in weights]
     wide = any(np.dtype(weight.dtype).itemsize > 4 for weight in weights)
@@ -74,30 +69,10 @@ def mark_orthonormal(conv: Conv) -> Conv:
     >>> mark_orthonormal(mx.gluon.nn.Conv2D(4, 1)).orthonormal
     True
     """
-    if not isinstance(conv, Conv) or is_transposed(conv):
-        raise TypeError(
-            f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
-        )
-    size, groups = tuple(settings(conv)["kernel"]), settings(conv)["num_group"]
-    if set(size) != {1} or groups != 1:
-        raise ValueError(
-            "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
-            f"received kernel_size={size}, groups={groups}."
-        )
+    check_convolution(conv, isinstance(conv, Conv) and not is_transposed(conv))
+    check_pointwise(tuple(settings(conv)["kernel"]), settings(conv)["num_group"])
     conv.orthonormal = True
     return conv
-
-
-def _weights(model: Block) -> Iterator[Parameter]:
-    seen: set[int] = set()
-    for _, block in walk(model):
-        found = [layers.orthonormal(block) for layers in LAYER_KINDS.values()]
-        if isinstance(block, Conv) and getattr(block, "orthonormal", False) is True:
-            found.append(block)
-        for layer in found:
-            if layer is not None and id(layer) not in seen:
-                seen.add(id(layer))
-                yield layer.weight
 
 
 def _on(weight: Parameter, ctx: mx.Context | None) -> NDArray:

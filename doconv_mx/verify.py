@@ -11,7 +11,7 @@ from mxnet.gluon import Block
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.verify import flat, largest_difference
+from doconv_core.models.verify import flat, largest_difference, nested
 from doconv_mx.private import has_values, waiting
 from doconv_mx.tree import parameters
 
@@ -51,7 +51,7 @@ def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any
     undrawn = [p for p in owned if waiting(p)]
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     with autograd.pause(train_mode=False):
-        output = model(*_own(arguments))
+        output = model(*nested(arguments, _own))
     drawn = [p.name for p in undrawn if has_values(p)]
     if drawn:
         raise ValueError(
@@ -61,15 +61,9 @@ def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any
     return flat(output, _as_array, "arrays")
 
 
-def _own(inputs: Any) -> Any:
-    """Return the inputs with arrays of their own: a model may change its input in place."""
-    if isinstance(inputs, (NDArray, np.ndarray)):
-        return inputs.copy()
-    if isinstance(inputs, dict):
-        return {key: _own(value) for key, value in inputs.items()}
-    if type(inputs) in (tuple, list):
-        return type(inputs)(map(_own, inputs))
-    return inputs
+def _own(value: Any) -> Any:
+    """Return an input of its own, where it is an array: a model may change it in place."""
+    return value.copy() if isinstance(value, (NDArray, np.ndarray)) else value
 
 
 def _as_array(value: Any) -> Any:

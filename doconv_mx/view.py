@@ -8,7 +8,6 @@ from typing import Any
 
 from mxnet.gluon import Block, SymbolBlock
 
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_core.state.file import entry
 from doconv_mx import batchnorm, graph, symbols
@@ -28,6 +27,9 @@ class View(ModelView):
     """
 
     model: Block
+    batch_norm = BatchNorm
+    is_convolution, outline = staticmethod(is_convolution), staticmethod(outline)
+    fuse = staticmethod(batchnorm.fuse)
 
     def __init__(self, model: Block) -> None:
         check_model(model)
@@ -50,18 +52,10 @@ class View(ModelView):
         """Return the blocks inside a block."""
         return [block for _, block in walk(layer)][1:]
 
-    def is_convolution(self, layer: Block) -> bool:
-        """Return whether a block is, or is called, a convolution of any kind."""
-        return is_convolution(layer)
-
     def obstacle(self, layer: Any) -> str | None:
         """Return why a convolution cannot be replaced."""
         node = symbols.node_of(layer)
         return obstacle(layer) if node is None else node.reason
-
-    def outline(self, layer: Any) -> ConvSpec:
-        """Return the sizes of an ordinary convolution; of inferred channels as many as groups."""
-        return outline(layer)
 
     def holders(self, layer: Any) -> list[Any]:
         """Return the layers that have the very weight; None for other uses and other layouts."""
@@ -96,10 +90,6 @@ class View(ModelView):
         """Let every hybridized block build its graph anew."""
         forget_graphs(self.model)
 
-    def is_batch_norm(self, layer: Block) -> bool:
-        """Return whether a block is a batch norm."""
-        return isinstance(layer, BatchNorm)
-
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands."""
         node = symbols.node_of(norm)
@@ -115,10 +105,6 @@ class View(ModelView):
         """Return why this convolution and this batch norm cannot be fused."""
         assert self._owners is not None  # as `flow` was asked before
         return batchnorm.pair_obstacle(conv, norm, self._owners, self._names)
-
-    def fuse(self, conv: Any, norm: Any) -> str | None:
-        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
-        return batchnorm.fuse(conv, norm)
 
 
 def _is_alike(block: Block, layer: Any) -> bool:

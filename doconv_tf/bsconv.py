@@ -1,9 +1,4 @@
-"""The BSConv layers of Keras: blueprint separable convolutions.
-
-With DO-Conv they compose in one way: the depthwise part may be a DO layer, which
-`over_parameterize` makes it, and folds with the rest. The pointwise parts have one tap and nothing
-to over-parameterize; a DO layer does not become a BSConv before it is folded.
-"""
+"""The BSConv layers of Keras: blueprint separable convolutions."""
 
 from __future__ import annotations
 
@@ -21,12 +16,13 @@ from doconv_core.kinds.bsconv import (
     as_choice,
     as_number,
     batch_norm_options,
+    check_groups,
+    check_kernel,
 )
 from doconv_core.kinds.bsconv_init import blueprints
-from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import as_tuple
 from doconv_tf.arguments import StandIn
-from doconv_tf.bsconv_fold import as_array, folded, put_kernel
+from doconv_tf.bsconv_kind import BSConvLayers, as_array, put_kernel
 from doconv_tf.bsconv_parts import make_parts
 from doconv_tf.composed import ComposedConv
 from doconv_tf.ordinary import check_ordinary, like
@@ -72,11 +68,7 @@ class _BSConv(StandIn, keras.Sequential):
             raise TypeError(f"{kind} takes no {', '.join(sorted(unknown))}.")
         sizes = {name: own[name] for name in own.keys() & set(_SIZES)}
         spec = BSConvSpec(1, given["filters"], given["kernel_size"], self.variant, **sizes)
-        if given.get("groups", 1) != 1:
-            raise ValueError(
-                f"{kind} takes groups=1 alone: its pointwise convolution reads every channel, and "
-                f"its depthwise one each for itself; received groups={given['groups']}."
-            )
+        check_groups(kind, given.get("groups", 1))
         around = as_tuple("around", own["around"], rank, least=0)
         norms = batch_norm_options(spec.with_bn, own["bn_options"], BN_OPTIONS)
         conv = self.ordinary(**{**_OPTIONS, **given, "name": "conv"})
@@ -185,11 +177,7 @@ class _BSConv(StandIn, keras.Sequential):
         is no mere kernel: `fold` it.
         """
         self._require_built()
-        if self.with_bn:
-            raise NotFoldable(
-                f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
-                "gives the convolution where there is one."
-            )
+        check_kernel(type(self).__name__, self.spec)
         *pointwise, depthwise = (each for each in self.layers if each.weights)
         composed = isinstance(depthwise, ComposedConv)
         dw = depthwise.composed_kernel() if composed else depthwise.kernel
@@ -213,7 +201,7 @@ class _BSConv(StandIn, keras.Sequential):
         form and if the layer is not built.
         """
         self._require_built()
-        return folded(self, form)
+        return BSCONVS.folded(self, form)
 
     @classmethod
     def from_conv(
@@ -394,7 +382,4 @@ class BSConvS3D(_BSConvS):
 
 # The names of the reference implementation.
 BSConvU, BSConvS = BSConvU2D, BSConvS2D
-LAYERS = {
-    (cls.variant, cls.ordinary): cls
-    for cls in (BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)
-}
+BSCONVS = BSConvLayers(_BSConv, BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)

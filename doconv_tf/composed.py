@@ -23,8 +23,10 @@ from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.models.report import REPLACED
-from doconv_core.models.view import Folding, LayerKind, ModelView, Site
+from doconv_core.models import composed
+from doconv_core.models.composed import PLAIN
+from doconv_core.models.report import REPLACED, own_method
+from doconv_core.models.view import Folding, ModelView, Site
 from doconv_tf.arguments import StandIn
 from doconv_tf.ordinary import check_ordinary, is_replaced, like, policy_of, put, spec_of
 from doconv_tf.refused import Unquantized
@@ -203,11 +205,7 @@ class ComposedConv(StandIn, Unquantized):
         plain = {name: getattr(self.ordinary, name, None) for name in ("call", "convolution_op")}
         for name, method in {**plain, self.kernel_name: ComposedConv.kernel}.items():
             if getattr(cls, name, None) is not method:
-                raise NotFoldable(
-                    f"{cls.__module__}.{cls.__qualname__} has a {name} of its own, so the "
-                    "convolution it would be folded to might compute something else; fold() is for "
-                    "the plain layer."
-                )
+                raise NotFoldable(own_method(cls, name, PLAIN))
         self._require_built()
 
     @classmethod
@@ -311,38 +309,8 @@ def _module_of(name: str) -> Any:
     return getattr(keras, f"{name.rpartition('_')[2]}s")
 
 
-class ComposedLayers(LayerKind):
-    """A composed kind's layers in Keras. A layer is converted where it stands.
-
-    types: by the ordinary type in whose place each is.
-    """
-
-    kind: ComposedKind
-
-    def __init__(self, *types: Any) -> None:
-        self.types: dict[Any, Any] = {cls.ordinary: cls for cls in types}
-        self.kind = types[0].kind
-        self.type_names = frozenset(cls.__name__ for cls in types)
-
-    def owns(self, layer: Any) -> bool:
-        """Return whether a layer is one of these, or of a subclass."""
-        return isinstance(layer, tuple(self.types.values()))
-
-    def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
-        """Return the name of the type that takes an ordinary layer's place."""
-        return str(self.types[type(layer)].__name__)
-
-    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the type of layer for a network's convolution, and what it takes more."""
-        if ordinary not in self.types:
-            return super().realize(ordinary, recipe)
-        return self.types[ordinary], {}
-
-    def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
-        """Return why a convolution is left that nothing else keeps from being replaced."""
-        if type(layer) not in self.types:
-            return f"no layer of kind {self.kind.name!r} takes its place"
-        return super().obstacle(view, layer, options)
+class ComposedLayers(composed.ComposedLayers):
+    """A composed kind's layers in Keras. A layer is converted where it stands."""
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the new layer."""

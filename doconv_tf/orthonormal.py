@@ -13,6 +13,7 @@ from keras import ops
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, none_counted
 from doconv_tf.ordinary import CONVS, first_occurrences
 from doconv_tf.private import kernel_variable
 
@@ -102,15 +103,8 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
     >>> float(orthonormality_loss(conv)) > 0
     True
     """
-    if not isinstance(conv, CONVS):
-        raise TypeError(
-            f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
-        )
-    if set(conv.kernel_size) != {1} or conv.groups != 1:
-        raise ValueError(
-            "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
-            f"received kernel_size={conv.kernel_size}, groups={conv.groups}."
-        )
+    check_convolution(conv, isinstance(conv, CONVS))
+    check_pointwise(conv.kernel_size, conv.groups)
     if not is_marked(conv):
         _regularize(conv, Orthonormality(other=conv.kernel_regularizer))
     return conv
@@ -159,11 +153,7 @@ def _marked(model: keras.Layer) -> list[Any]:
         raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
     found = [layer for _, layer in first_occurrences(model) if is_marked(layer)]
     if not found:
-        raise ValueError(
-            f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1D, "
-            "BSConvS2D or BSConvS3D that is built, nor a convolution that was given to "
-            "mark_orthonormal."
-        )
+        raise none_counted(model, "BSConvS1D, BSConvS2D or BSConvS3D that is built")
     distinct: dict[int, Any] = {}  # a weight that is tied counts once
     for conv in found:
         if not conv.built:

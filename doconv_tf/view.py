@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.view import ModelView, Site
 from doconv_tf import batchnorm, graph
 from doconv_tf.copying import copied
@@ -32,6 +31,9 @@ class View(ModelView):
     """
 
     model: keras.Layer
+    batch_norm = keras.layers.BatchNormalization
+    obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
+    norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
 
     def __init__(self, model: keras.Layer) -> None:
         require_built("", model)
@@ -55,14 +57,6 @@ class View(ModelView):
     def is_convolution(self, layer: keras.Layer) -> bool:
         """Return whether a layer is a convolution of any kind, recurrent ones too."""
         return isinstance(layer, CONVOLUTIONS)
-
-    def obstacle(self, layer: keras.Layer) -> str | None:
-        """Return why a convolution cannot be replaced."""
-        return obstacle(layer)
-
-    def outline(self, layer: keras.Layer) -> ConvSpec:
-        """Return the sizes of an ordinary convolution; of a separable one, its depthwise part's."""
-        return spec_of(layer)
 
     def holders(self, layer: keras.Layer) -> list[Any]:
         """Return the layers that have one of its variables as theirs."""
@@ -102,14 +96,6 @@ class View(ModelView):
             unmark(layer)
         return bool(marked)
 
-    def is_batch_norm(self, layer: keras.Layer) -> bool:
-        """Return whether a layer is a batch norm."""
-        return isinstance(layer, keras.layers.BatchNormalization)
-
-    def norm_obstacle(self, norm: keras.Layer) -> str | None:
-        """Return why a batch norm cannot be fused, wherever it stands."""
-        return batchnorm.norm_obstacle(norm)
-
     def flow(self) -> graph.Seen:
         """Return who follows whom in the model's graphs."""
         self._seen = graph.Graph(self.model).flow()
@@ -118,7 +104,3 @@ class View(ModelView):
     def pair_obstacle(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
         """Return why this convolution and this batch norm cannot be fused."""
         return batchnorm.pair_obstacle(conv, norm, self._seen)
-
-    def fuse(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
-        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
-        return batchnorm.fuse(conv, norm)

@@ -1,9 +1,4 @@
-"""The BSConv layers of PyTorch: blueprint separable convolutions.
-
-With DO-Conv they compose in one way: the depthwise part may be a DO layer, which
-`over_parameterize` makes it, and folds with the rest. The pointwise parts have one tap and nothing
-to over-parameterize; a DO layer does not become a BSConv before it is folded.
-"""
+"""The BSConv layers of PyTorch: blueprint separable convolutions."""
 
 from __future__ import annotations
 
@@ -23,12 +18,14 @@ from doconv_core.kinds.bsconv import (
     P,
     as_choice,
     batch_norm_options,
+    check_groups,
+    check_kernel,
 )
 from doconv_core.kinds.bsconv_init import blueprints
-from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import as_tuple
-from doconv_torch.bsconv_fold import as_array, as_tensor, folded
+from doconv_torch.bsconv_kind import BSConvLayers, as_array, as_tensor
 from doconv_torch.composed import ComposedConv, check_ordinary
+from doconv_torch.surgery import ordinary_tensors
 
 BN_OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "bias")
@@ -58,9 +55,14 @@ class _BSConv(nn.Sequential):
     # TorchScript is not to compile them.
     __jit_unused_properties__ = (*_GEOMETRY, "in_channels", "out_channels", "kernel_size")
 
+    @classmethod
+    def _spec(cls, in_channels: int, out_channels: int, kernel_size: Any, **own: Any) -> BSConvSpec:
+        kernel_size = as_tuple("kernel_size", kernel_size, cls.rank)
+        return BSConvSpec(in_channels, out_channels, kernel_size, cls.variant, **own)
+
     def _make(
         self,
-        sizes: dict[str, Any],
+        spec: BSConvSpec,
         geometry: tuple[Any, Any, Any],
         groups: int,
         bias: bool,
@@ -70,13 +72,7 @@ class _BSConv(nn.Sequential):
     ) -> None:
         """Validate the arguments, and create the parts in the order of their use."""
         rank = self.rank
-        sizes["kernel_size"] = as_tuple("kernel_size", sizes["kernel_size"], rank)
-        spec = BSConvSpec(**sizes, variant=self.variant)
-        if groups != 1:
-            raise ValueError(
-                f"{type(self).__name__} takes groups=1 alone: its pointwise convolution reads "
-                f"every channel, and its depthwise one each for itself; received groups={groups}."
-            )
+        check_groups(type(self).__name__, groups)
         stride, padding, dilation = geometry
         as_tuple("stride", stride, rank)
         as_tuple("dilation", dilation, rank)
@@ -128,11 +124,7 @@ class _BSConv(nn.Sequential):
         `(O, I, *kernel_size)`, in the parameters' dtype; half types are composed in float32.
         Raises NotFoldable for a layer with batch norms, which is no mere kernel: `fold` it.
         """
-        if self.spec.with_bn:
-            raise NotFoldable(
-                f"a {type(self).__name__} with batch norms is no mere kernel; fold(form='dense') "
-                "gives the convolution where there is one."
-            )
+        check_kernel(type(self).__name__, self.spec)
         parts: list[Any] = list(self.children())
         *pointwise, last = parts
         dw = last.composed_kernel() if isinstance(last, ComposedConv) else last.weight
@@ -153,7 +145,9 @@ class _BSConv(nn.Sequential):
         Raises NotFoldable, with the reason, for what would not be exact, ValueError for another
         form.
         """
-        return folded(self, form)
+        with ordinary_tensors():
+            folded: nn.Module = BSCONVS.folded(self, form).train(self.training)
+            return folded
 
     @classmethod
     def from_conv(
@@ -241,14 +235,9 @@ class _BSConvU(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "kernel_size": kernel_size,
-            "with_bn": with_bn,
-        }
+        spec = self._spec(in_channels, out_channels, kernel_size, with_bn=with_bn)
         geometry, factory = (stride, padding, dilation), {"device": device, "dtype": dtype}
-        self._make(sizes, geometry, groups, bias, padding_mode, factory, bn_options)
+        self._make(spec, geometry, groups, bias, padding_mode, factory, bn_options)
 
 
 class _BSConvS(_BSConv):
@@ -275,26 +264,16 @@ class _BSConvS(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "kernel_size": kernel_size,
-            "p": p,
-            "min_mid_channels": min_mid_channels,
-            "with_bn": with_bn,
-        }
+        own = {"p": p, "min_mid_channels": min_mid_channels, "with_bn": with_bn}
+        spec = self._spec(in_channels, out_channels, kernel_size, **own)
         geometry, factory = (stride, padding, dilation), {"device": device, "dtype": dtype}
-        self._make(sizes, geometry, groups, bias, padding_mode, factory, bn_options)
+        self._make(spec, geometry, groups, bias, padding_mode, factory, bn_options)
 
 
 class BSConvU1d(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
 
-    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, L)` becomes `(B, O, L')`; all else is as of `BSConvU2d`.
 
     >>> layer = BSConvU1d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8)).shape
@@ -328,11 +307,7 @@ class BSConvU2d(_BSConvU):
 class BSConvU3d(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
 
-    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvU2d`.
 
     >>> layer = BSConvU3d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
@@ -347,12 +322,7 @@ class BSConvU3d(_BSConvU):
 class BSConvS1d(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
 
-    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
-    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
-    and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, L)` becomes `(B, O, L')`; all else is as of `BSConvS2d`.
 
     >>> layer = BSConvS1d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8)).shape
@@ -387,12 +357,7 @@ class BSConvS2d(_BSConvS):
 class BSConvS3d(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
 
-    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
-    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
-    and `bn_options`, a dict of the batch norm's arguments.
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvS2d`.
 
     >>> layer = BSConvS3d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8, 8, 8)).shape
@@ -406,7 +371,4 @@ class BSConvS3d(_BSConvS):
 
 # The names of the reference implementation.
 BSConvU, BSConvS = BSConvU2d, BSConvS2d
-LAYERS: dict[tuple[str, type[nn.Module]], type[_BSConv]] = {
-    (cls.variant, cls.ordinary): cls
-    for cls in (BSConvU1d, BSConvU2d, BSConvU3d, BSConvS1d, BSConvS2d, BSConvS3d)
-}
+BSCONVS = BSConvLayers(_BSConv, BSConvU1d, BSConvU2d, BSConvU3d, BSConvS1d, BSConvS2d, BSConvS3d)

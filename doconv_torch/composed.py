@@ -19,7 +19,10 @@ from torch.nn.utils import parametrizations, parametrize
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec, as_tuple
-from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
+from doconv_core.models import composed
+from doconv_core.models.composed import PLAIN
+from doconv_core.models.report import own_method
+from doconv_core.models.view import Folding, Leave, ModelView, Site
 from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, spec_of
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
@@ -158,32 +161,10 @@ class ComposedConv(_ConvNd):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class ComposedLayers(LayerKind):
-    """A composed kind's layers in PyTorch. A layer is converted where it stands, by its class.
-
-    types: by the ordinary type in whose place each is.
-    """
+class ComposedLayers(composed.ComposedLayers):
+    """A composed kind's layers in PyTorch. A layer is converted where it stands, by its class."""
 
     shareable = True
-    kind: ComposedKind
-
-    def __init__(self, *types: type[ComposedConv]) -> None:
-        self.types: dict[type[nn.Module], type[ComposedConv]] = {cls.ordinary: cls for cls in types}
-        self.kind = types[0].kind
-        self.base = _base_of(types[0])
-        self.type_names = frozenset(cls.__name__ for cls in types)
-
-    def owns(self, layer: nn.Module) -> bool:
-        """Return whether a module is one of these."""
-        return isinstance(layer, self.base)
-
-    def replacement(self, layer: nn.Module, options: Mapping[str, Any]) -> str:
-        """Return the name of the type that takes an ordinary layer's place."""
-        return self.types[type(layer)].__name__
-
-    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the type of layer for a network's convolution, and what it takes more."""
-        return self.types[ordinary], {}
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have."""
@@ -336,10 +317,7 @@ def check_foldable(layer: ComposedConv) -> None:
         or cls._conv_forward is not layer.ordinary._conv_forward
         or not own.keys().isdisjoint(("forward", "_conv_forward", "composed_kernel"))
     ):
-        raise NotFoldable(
-            f"{cls.__module__}.{cls.__qualname__} has a forward of its own, so the convolution "
-            "it would be folded to might compute something else; fold() is for the plain layer."
-        )
+        raise NotFoldable(own_method(cls, "forward", PLAIN))
     # What a hook sets before each call is no parameter, and is out of date after a training step.
     computed = [name for name in (*layer.kind.names, "bias") if name in own]
     if computed:

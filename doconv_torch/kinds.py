@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from doconv_core.models.view import LayerKinds
-from doconv_torch.bsconv_kind import BSCONVS
+from doconv_torch.bsconv import BSCONVS
 from doconv_torch.do_conv import DO_CONVS
 
 LAYER_KINDS = LayerKinds()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.kinds.bsconv import as_number
 from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
 from doconv_torch.kinds import LAYER_KINDS
 
 Conv = TypeVar("Conv", bound=_ConvNd)
@@ -39,15 +39,11 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     alpha = as_number("alpha", alpha)
-    weights = list(_weights(model))
-    if not weights:
-        raise ValueError(
-            f"the {type(model).__name__} has no weight to make orthonormal: neither a BSConvS1d, "
-            "BSConvS2d or BSConvS3d, nor a convolution that was given to mark_orthonormal."
-        )
-    total = _norm(weights[0])
-    for weight in weights[1:]:
-        total = total + _norm(weight).to(total.device)
+    types = "BSConvS1d, BSConvS2d or BSConvS3d"
+    first, *others = counted(model, model.modules(), LAYER_KINDS, _ConvNd, types)
+    total = _norm(first.weight)
+    for layer in others:
+        total = total + _norm(layer.weight).to(total.device)
     return alpha * total
 
 
@@ -62,29 +58,11 @@ def mark_orthonormal(conv: Conv) -> Conv:
     >>> mark_orthonormal(torch.nn.Conv2d(8, 4, 1)).orthonormal
     True
     """
-    if not isinstance(conv, _ConvNd) or isinstance(conv, _ConvTransposeNd):
-        raise TypeError(
-            f"mark_orthonormal takes a convolution; received {type(conv).__qualname__}."
-        )
-    if set(conv.kernel_size) != {1} or conv.groups != 1:
-        raise ValueError(
-            "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
-            f"received kernel_size={conv.kernel_size}, groups={conv.groups}."
-        )
+    transposed = isinstance(conv, _ConvTransposeNd)
+    check_convolution(conv, isinstance(conv, _ConvNd) and not transposed)
+    check_pointwise(conv.kernel_size, conv.groups)
     conv.orthonormal = True  # type: ignore[assignment]  # modules are said to have tensors only
     return conv
-
-
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    seen: list[Any] = []
-    for module in model.modules():
-        found = [layers.orthonormal(module) for layers in LAYER_KINDS.values()]
-        if isinstance(module, _ConvNd) and getattr(module, "orthonormal", False) is True:
-            found.append(module)
-        for layer in found:
-            if layer is not None and not any(layer is other for other in seen):
-                seen.append(layer)
-                yield layer.weight
 
 
 def _norm(weight: Tensor) -> Tensor:

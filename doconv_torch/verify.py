@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.maths.numeric import Difference
-from doconv_core.models.verify import flat, largest_difference
+from doconv_core.models.verify import flat, largest_difference, nested
 
 
 def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Difference:
@@ -60,21 +60,15 @@ def _evaluating(*models: Any) -> Iterator[None]:
 
 
 def _called(model: Callable[..., Any], inputs: Any) -> Any:
-    inputs = _cloned(inputs)
+    inputs = nested(inputs, _cloned)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _cloned(inputs: Any) -> Any:
-    """Return the inputs with tensors of their own: a model may change its input in place."""
-    if isinstance(inputs, Tensor):
-        return inputs.detach().clone()
-    if isinstance(inputs, dict):
-        return {key: _cloned(value) for key, value in inputs.items()}
-    if type(inputs) in (list, tuple):
-        return type(inputs)(_cloned(value) for value in inputs)
-    return inputs
+    """Return an input of its own, where it is a tensor: a model may change it in place."""
+    return inputs.detach().clone() if isinstance(inputs, Tensor) else inputs
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
@@ -33,6 +32,10 @@ class View(ModelView):
     """A module and all below it. Raises TypeError for what is none, or wrapped in DDP or FSDP."""
 
     model: nn.Module
+    batch_norm = _BatchNorm
+    name_of, is_convolution = staticmethod(kind_of), staticmethod(is_convolution)
+    obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
+    norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
@@ -50,22 +53,6 @@ class View(ModelView):
     def below(self, layer: nn.Module) -> list[nn.Module]:
         """Return the modules inside a module."""
         return list(layer.modules())[1:]
-
-    def name_of(self, layer: nn.Module) -> str:
-        """Return the name of a module's type; of a scripted one, that of its Python type."""
-        return kind_of(layer)
-
-    def is_convolution(self, layer: nn.Module) -> bool:
-        """Return whether a module is a convolution of any kind."""
-        return is_convolution(layer)
-
-    def obstacle(self, layer: nn.Module) -> str | None:
-        """Return why a convolution cannot be replaced."""
-        return obstacle(layer)
-
-    def outline(self, layer: Any) -> ConvSpec:
-        """Return the sizes of an ordinary convolution."""
-        return spec_of(layer)
 
     def holders(self, layer: Any) -> list[Any]:
         """Return the modules that have the very weight; None for what has its memory otherwise."""
@@ -109,14 +96,6 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
-    def is_batch_norm(self, layer: nn.Module) -> bool:
-        """Return whether a module is a batch norm."""
-        return isinstance(layer, _BatchNorm)
-
-    def norm_obstacle(self, norm: nn.Module) -> str | None:
-        """Return why a batch norm cannot be fused, wherever it stands."""
-        return batchnorm.norm_obstacle(norm)
-
     def flow(self) -> Flow:
         """Return who follows whom, by symbolic tracing."""
         self._flow, self._owners = graph.flow(self.model), owners(self.model)
@@ -125,10 +104,6 @@ class View(ModelView):
     def pair_obstacle(self, conv: nn.Module, norm: nn.Module) -> str | None:
         """Return why this convolution and this batch norm cannot be fused."""
         return batchnorm.pair_obstacle(conv, norm, self._flow.touched, self._owners)
-
-    def fuse(self, conv: nn.Module, norm: nn.Module) -> str | None:
-        """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
-        return batchnorm.fuse(conv, norm)
 
 
 def _varies(module: nn.Module) -> bool:

@@ -28,7 +28,8 @@ from doconv_core.kinds.base import (
     SeparableKind,
     register,
 )
-from doconv_core.maths.numeric import as_floats, widened
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.numeric import as_floats, shaped, widened
 from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 
 VARIANTS = ("u", "s")
@@ -165,6 +166,24 @@ class BSConvSpec:
         return (*(kind + number for number in numbers for kind in kinds), "depthwise")
 
 
+def check_groups(name: str, groups: int) -> None:
+    """Raise ValueError where a BSConv layer, named by its type, is to have groups."""
+    if groups != 1:
+        raise ValueError(
+            f"{name} takes groups=1 alone: its pointwise convolution reads every channel, and its "
+            f"depthwise one each for itself; received groups={groups}."
+        )
+
+
+def check_kernel(name: str, spec: BSConvSpec) -> None:
+    """Raise NotFoldable where a BSConv layer, named by its type, is no mere kernel."""
+    if spec.with_bn:
+        raise NotFoldable(
+            f"a {name} with batch norms is no mere kernel; fold(form='dense') gives the "
+            "convolution where there is one."
+        )
+
+
 def merge_pointwise(first: ArrayLike, second: ArrayLike) -> Array:
     """Return the weight of the pointwise convolution that equals BSConv-S's two, `W2·W1`.
 
@@ -191,7 +210,7 @@ def merge_pointwise_gradient(
            [3.]]))
     """
     w1, w2 = _pair(first, second)
-    product = widened(_shaped("gradient", gradient, (len(w2), w1.shape[1])))
+    product = widened(shaped("gradient", gradient, (len(w2), w1.shape[1])))
     return (
         (widened(w2).T @ product).astype(w1.dtype),
         (product @ widened(w1).T).astype(w2.dtype),
@@ -229,7 +248,7 @@ def compose_bsconv_gradient(
     """
     pw, dw = _checked(pointwise, depthwise, spec)
     shape = spec.dense.kernel_shape
-    gradient = widened(_shaped("kernel_gradient", kernel_gradient, shape))
+    gradient = widened(shaped("kernel_gradient", kernel_gradient, shape))
     gradient = gradient.reshape(*pw.shape, spec.taps)
     return (
         np.einsum("oim,om->oi", gradient, widened(dw)).astype(pw.dtype),
@@ -259,16 +278,9 @@ def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
 
 def _checked(pointwise: ArrayLike, depthwise: ArrayLike, spec: BSConvSpec) -> tuple[Array, Array]:
     return (
-        _shaped("pointwise", pointwise, (spec.out_channels, spec.in_channels)),
-        _shaped("depthwise", depthwise, spec.depthwise_shape),
+        shaped("pointwise", pointwise, (spec.out_channels, spec.in_channels)),
+        shaped("depthwise", depthwise, spec.depthwise_shape),
     )
-
-
-def _shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
-    found = as_floats(name, array)
-    if found.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}; received {found.shape}.")
-    return found
 
 
 class BSConvCost(NamedTuple):

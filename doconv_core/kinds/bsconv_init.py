@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from doconv_core.kinds.bsconv import BSConvSpec
-from doconv_core.maths.numeric import as_floats
+from doconv_core.maths.numeric import shaped
 
 Array = NDArray[Any]
 
@@ -57,10 +57,8 @@ def blueprints(kernel: ArrayLike, spec: BSConvSpec) -> Blueprints:
     >>> round(blueprints(alike, BSConvSpec(2, 2, (2,))).explained, 3)  # one filter has two images
     0.963
     """
-    original = as_floats("kernel", kernel)
     shape = spec.dense.kernel_shape
-    if original.shape != shape:
-        raise ValueError(f"kernel must have shape {shape}; received {original.shape}.")
+    original = shaped("kernel", kernel, shape)
     filters = original.astype(np.float64).reshape(*shape[:2], spec.taps)
     if not np.isfinite(filters).all():
         raise ValueError("kernel must be finite; received one with infinities or NaNs.")

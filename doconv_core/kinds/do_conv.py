@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from doconv_core.kinds.base import ONE_TAP, Array, ComposedKind, Cost, Shape, register
 from doconv_core.maths.convolve import convolve
-from doconv_core.maths.numeric import as_floats, widened
+from doconv_core.maths.numeric import shaped, widened
 from doconv_core.maths.spec import ConvSpec, as_integer
 
 
@@ -73,7 +73,7 @@ def compose_gradient(
             [0., 0.]]]))
     """
     weight, depthwise = _checked(weight, depthwise, spec)
-    gradient = _of_shape("kernel_gradient", kernel_gradient, spec.kernel_shape)
+    gradient = shaped("kernel_gradient", kernel_gradient, spec.kernel_shape)
     if depthwise is None:
         return gradient.reshape(spec.weight_shape).astype(weight.dtype), None
     w, d = _grouped(widened(weight), widened(depthwise), spec)
@@ -98,7 +98,7 @@ def from_kernel(kernel: ArrayLike, spec: ConvSpec) -> tuple[Array, Array | None]
     >>> weight, compose(weight, depthwise, spec)
     (array([[[1., 2., 0.]]]), array([[[1., 2.]]]))
     """
-    kernel = _of_shape("kernel", kernel, spec.kernel_shape)
+    kernel = shaped("kernel", kernel, spec.kernel_shape)
     weight = np.zeros(spec.weight_shape, kernel.dtype)
     weight[..., : spec.taps] = kernel.reshape(*kernel.shape[:2], spec.taps)
     if spec.depthwise_shape is None:
@@ -177,7 +177,7 @@ def _repeat_tiles(k: Array, spec: ConvSpec) -> Array:
 def _checked(
     weight: ArrayLike, depthwise: ArrayLike | None, spec: ConvSpec
 ) -> tuple[Array, Array | None]:
-    weight = _of_shape("weight", weight, spec.weight_shape)
+    weight = shaped("weight", weight, spec.weight_shape)
     if spec.depthwise_shape is None:
         if depthwise is not None:
             raise ValueError(
@@ -187,20 +187,13 @@ def _checked(
         return weight, None
     if depthwise is None:
         raise ValueError(f"depthwise must have shape {spec.depthwise_shape}; received None.")
-    depthwise = _of_shape("depthwise", depthwise, spec.depthwise_shape)
+    depthwise = shaped("depthwise", depthwise, spec.depthwise_shape)
     if weight.dtype != depthwise.dtype:
         raise TypeError(
             "weight and depthwise must have the same dtype; received "
             f"{weight.dtype} and {depthwise.dtype}."
         )
     return weight, depthwise
-
-
-def _of_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = as_floats(name, array)
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
-    return array
 
 
 class LayerCost(NamedTuple):

@@ -19,6 +19,14 @@ def as_floats(name: str, array: ArrayLike) -> Array:
     return array
 
 
+def shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Return `array` as an array of floats; ValueError names it where its shape is another."""
+    array = as_floats(name, array)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; received {array.shape}.")
+    return array
+
+
 def widened(array: Array) -> Array:
     """Return `array` in the dtype it is computed in: float32 for half types, else its own."""
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array

@@ -46,6 +46,14 @@ def fused_into(kind: str) -> str:
     return f"fused into {kind}"
 
 
+def own_method(cls: type, method: str, advice: str) -> str:
+    """Return why a layer is not folded whose class has a method of its own."""
+    return (
+        f"{cls.__module__}.{cls.__qualname__} has a {method} of its own, so the convolution it "
+        f"would be folded to might compute something else{advice}."
+    )
+
+
 def place(path: str) -> str:
     """Return how a message names the layer at `path`, be it the model itself."""
     return f"layer {path!r}" if path else "the model itself"

@@ -15,6 +15,15 @@ from doconv_core.models.report import listed
 NUMBERS = (bool, int, float, np.ndarray, np.generic)
 
 
+def nested(inputs: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a model's inputs, nested in dicts, lists and tuples, each as `change` makes it."""
+    if isinstance(inputs, dict):
+        return {key: nested(value, change) for key, value in inputs.items()}
+    if type(inputs) in (list, tuple):
+        return type(inputs)(nested(value, change) for value in inputs)
+    return change(inputs)
+
+
 def flat(
     output: Any, as_array: Callable[[Any], Any], tensors: str, place: str = ""
 ) -> dict[str, Any]:

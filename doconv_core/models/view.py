@@ -47,9 +47,11 @@ class ModelView(ABC):
     """A model as the tools see it, made of a model; TypeError for what is none.
 
     `sites` is computed anew at each call: a tool changes the model between two of them.
+    batch_norm: the type of the framework's batch norms.
     """
 
     model: Any
+    batch_norm: type
 
     @abstractmethod
     def sites(self) -> list[Site]:
@@ -64,7 +66,7 @@ class ModelView(ABC):
         return type(layer).__name__
 
     @abstractmethod
-    def is_convolution(self, layer: Any) -> bool:
+    def is_convolution(self, layer: Any, /) -> bool:
         """Return whether a layer is a convolution of any kind, in the framework's own sense."""
 
     @abstractmethod
@@ -111,9 +113,9 @@ class ModelView(ABC):
 
     # The rest is what batch-norm fusion asks.
 
-    @abstractmethod
     def is_batch_norm(self, layer: Any) -> bool:
         """Return whether a layer is a batch norm, of whatever class."""
+        return isinstance(layer, self.batch_norm)
 
     @abstractmethod
     def norm_obstacle(self, norm: Any) -> str | None:

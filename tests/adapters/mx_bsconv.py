@@ -18,7 +18,7 @@ from mxnet.gluon import HybridBlock, nn
 from adapters.mx import LAYERS as DO_LAYERS
 from adapters.mx import ORDINARY, Own, array
 from doconv_mx import surgery, tree
-from doconv_mx.bsconv import LAYERS
+from doconv_mx.bsconv import BSCONVS
 
 WORDS = {
     "stride": "strides", "padding": "padding", "eps": "epsilon", "wrong": "eps",
@@ -58,7 +58,8 @@ def make(
     if kind in ("conv", "own"):
         made = {"conv": conv, "own": Own}[kind](o, kernel, in_channels=i, **options)
     else:
-        cls = {"do_conv": DO_LAYERS[rank - 1], "doubled": Doubled}.get(kind) or LAYERS[kind, conv]
+        others = {"do_conv": DO_LAYERS[rank - 1], "doubled": Doubled}
+        cls = others.get(kind) or BSCONVS.layers[kind, conv]
         made = cls(i, o, kernel, **options)
     return initialized(made, dtype)
 

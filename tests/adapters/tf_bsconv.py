@@ -16,7 +16,7 @@ import doconv_tf as package
 from adapters.tf import LAYERS as DO_LAYERS
 from adapters.tf import ORDINARY, Own, forward, to_canonical
 from doconv_tf import copying, ordinary
-from doconv_tf.bsconv import LAYERS
+from doconv_tf.bsconv import BSCONVS
 
 __all__ = ["forward"]
 BACKEND = keras.backend.backend()
@@ -31,7 +31,7 @@ WORDS = {
 # JAX computes in float32 unless it is told otherwise.
 DOUBLE, EXACT = ("float32", 1e-5) if BACKEND == "jax" else ("float64", 1e-11)
 HALF_TYPES = ("float16", "bfloat16")
-REFUSE_OWN_CALLS = ("merge", "dense")
+REFUSE_OWN_CALLS = ("keep", "merge", "dense")
 copied, walk = copying.copied, lambda model: dict(ordinary.walk(model))
 
 
@@ -61,7 +61,7 @@ def make(
 ) -> keras.Layer:
     conv, do_conv = ORDINARY[rank - 1], DO_LAYERS[rank - 1]
     made = {"conv": conv, "do_conv": do_conv, "own": Own, "doubled": Doubled}
-    layer = (made.get(kind) or LAYERS[kind, conv])(o, kernel, **options)
+    layer = (made.get(kind) or BSCONVS.layers[kind, conv])(o, kernel, **options)
     layer.build((None, *size[:rank], i))
     return layer
 

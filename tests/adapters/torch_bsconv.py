@@ -14,7 +14,7 @@ from torch import nn
 import doconv_torch as package
 from adapters.torch import LAYERS as DO_LAYERS
 from adapters.torch import ORDINARY, Own, array, tensor
-from doconv_torch.bsconv import LAYERS
+from doconv_torch.bsconv import BSCONVS
 
 WORDS = {
     "stride": "stride", "padding": "padding", "eps": "eps", "wrong": "epsilon",
@@ -41,7 +41,7 @@ class Doubled(package.BSConvU2d):
 def make(kind: str, i: int, o: int, kernel: Any, rank: int = 2, **options: Any) -> nn.Module:
     conv, do_conv = ORDINARY[rank - 1], DO_LAYERS[rank - 1]
     made = {"conv": conv, "do_conv": do_conv, "own": Own, "doubled": Doubled}
-    return (made.get(kind) or LAYERS[kind, conv])(i, o, kernel, **options).eval()
+    return (made.get(kind) or BSCONVS.layers[kind, conv])(i, o, kernel, **options).eval()
 
 
 def build(case: BSConvCase, dtype: str = "float32") -> nn.Module:
