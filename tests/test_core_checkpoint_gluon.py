@@ -187,7 +187,7 @@ def test_the_depthwise_part_of_a_bsconv_by_its_flat_name(file, tmp_path, cls, bi
     assert (tmp_path / "out").read_bytes() == file.read_bytes()
 
 
-def test_a_d_without_its_w_is_no_convolution(file, tmp_path):
+def test_a_d_without_its_w_is_no_convolution(file):
     write_params(file, {"conv_depthwise_weight": numbers(4, 9, 9), "conv_bias": numbers(6)})
     refused(file, "named like an over-parameterized layer, but its entri")
 
@@ -357,7 +357,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_and_hostile_files_are_refused_in_one_line(file, tmp_path, case):
+def test_damaged_and_hostile_files_are_refused_in_one_line(file, case):
     content, message = HOSTILE[case]
     file.write_bytes(content)
     refused(file, message, CheckpointError)
