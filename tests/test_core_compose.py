@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import one_test, refuses
 from equal import assert_close, assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries, layers, specs, weights
 
@@ -26,10 +26,8 @@ from doconv_core import (
 )
 
 EXACT = 1e-12  # relative, for two ways to the same float64 result
-properties = settings(max_examples=200, deadline=None)
 
 
-@properties
 @given(st.data())
 def test_kernel_composition_equals_feature_composition(data):
     spec, weight, depthwise, rng = data.draw(layers())
@@ -42,7 +40,6 @@ def test_kernel_composition_equals_feature_composition(data):
     assert_close(by_features, by_kernel, EXACT)
 
 
-@properties
 @given(layers())
 def test_zero_depthwise_weight_is_the_ordinary_convolution_exactly(layer):
     spec, weight, depthwise, _ = layer
@@ -53,7 +50,6 @@ def test_zero_depthwise_weight_is_the_ordinary_convolution_exactly(layer):
     assert_same(kernel, whole.sum(axis=2))
 
 
-@properties
 @given(layers())
 def test_linear_in_weight(layer):
     spec, weight, depthwise, rng = layer
@@ -63,7 +59,6 @@ def test_linear_in_weight(layer):
     assert_close(together, apart, EXACT)
 
 
-@properties
 @given(layers(min_taps=2))
 def test_affine_in_depthwise_weight(layer):
     spec, weight, depthwise, rng = layer
@@ -73,7 +68,6 @@ def test_affine_in_depthwise_weight(layer):
     assert_close(middle, ends / 2, EXACT)
 
 
-@properties
 @given(layers())
 def test_a_grouped_layer_is_its_groups_one_by_one(layer):
     spec, weight, depthwise, _ = layer
@@ -90,7 +84,6 @@ def test_a_grouped_layer_is_its_groups_one_by_one(layer):
     assert_close(compose(weight, depthwise, spec), np.concatenate(kernels), EXACT)
 
 
-@properties
 @given(layers())
 def test_gradient_equals_finite_differences(layer):
     spec, weight, depthwise, rng = layer
@@ -110,7 +103,6 @@ def test_gradient_equals_finite_differences(layer):
     assert abs((dd * step).sum() - (dk * (ends[0] - ends[1])).sum() / 2) <= EXACT * scale
 
 
-@properties
 @given(specs(), st.integers(0, 2**32 - 1), st.sampled_from(["float16", "float32", "float64"]))
 def test_taking_over_a_kernel_and_composing_returns_it_exactly(spec, seed, dtype):
     kernel = np.random.default_rng(seed).standard_normal(spec.kernel_shape).astype(dtype)
@@ -122,7 +114,6 @@ def test_taking_over_a_kernel_and_composing_returns_it_exactly(spec, seed, dtype
     assert_same(returned, kernel)
 
 
-@properties
 @given(layers(min_taps=2))
 def test_every_kernel_is_reached_where_the_depthwise_weight_has_full_rank(layer):
     spec, _, depthwise, rng = layer
@@ -136,7 +127,6 @@ def test_every_kernel_is_reached_where_the_depthwise_weight_has_full_rank(layer)
     assert difference(compose(weight, depthwise, spec), target).relative <= 1e-8
 
 
-@properties
 @given(layers(min_taps=2))
 def test_below_full_rank_some_kernel_is_out_of_reach(layer):
     spec, _, depthwise, rng = layer
@@ -237,7 +227,6 @@ def convolve_by_definition(x, kernel, bias, stride, padding, dilation, groups, p
     return y
 
 
-@properties
 @given(st.data())
 def test_convolve_is_its_definition(data):
     spec, weight, depthwise, rng = data.draw(layers())
@@ -250,7 +239,6 @@ def test_convolve_is_its_definition(data):
     )
 
 
-@properties
 @given(st.data())
 def test_convolve_gradient_equals_finite_differences(data):
     spec, weight, depthwise, rng = data.draw(layers())
