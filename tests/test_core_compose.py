@@ -182,29 +182,35 @@ def test_identity_is_tiled(multiplier):
     assert_same(identity(spec), expected)
 
 
-def test_wrong_arrays_are_named():
-    spec = ConvSpec(4, 6, (3, 3), 2)
-    weight, depthwise = weights(spec, np.random.default_rng(0))
-    with pytest.raises(
-        ValueError, match=r"weight must have shape \(6, 2, 9\); received \(6, 4, 9\)"
-    ):
-        compose(np.zeros((6, 4, 9)), depthwise, spec)
-    with pytest.raises(
-        ValueError, match=r"depthwise must have shape \(4, 9, 9\); received \(9, 9, 4\)"
-    ):
-        compose(weight, depthwise.T, spec)
-    with pytest.raises(ValueError, match=r"depthwise must have shape \(4, 9, 9\); received None"):
-        compose(weight, None, spec)
-    with pytest.raises(ValueError, match=r"kernel_gradient must have shape \(6, 2, 3, 3\)"):
-        compose_gradient(weight, depthwise, weight, spec)
-    with pytest.raises(ValueError, match=r"kernel must have shape \(6, 2, 3, 3\)"):
-        from_kernel(weight, spec)
-    with pytest.raises(ValueError, match="one tap has no depthwise weight"):
-        compose(np.zeros((6, 2, 1)), depthwise, ConvSpec(4, 6, (1, 1), 2))
-    with pytest.raises(TypeError, match="weight must be an array of floats; received dtype int64"):
-        compose(np.zeros((6, 2, 9), int), depthwise, spec)
-    with pytest.raises(TypeError, match="same dtype; received float64 and float32"):
-        compose(weight, depthwise.astype(np.float32), spec)
+def refused_pair(weight=None, depthwise=None, spec=None, call=compose):
+    """Call with a W and a D of a grouped 3×3 layer, or others; D may be a function of that one."""
+    of = ConvSpec(4, 6, (3, 3), 2)
+    w, d = weights(of, np.random.default_rng(0))
+    weight, depthwise = w if weight is None else weight, depthwise(d) if depthwise else d
+    return call(weight, depthwise, spec or of)
+
+
+def with_its_gradient(weight, depthwise, spec):
+    return compose_gradient(weight, depthwise, weight, spec)
+
+
+test_wrong_arrays_are_named = refuses(
+    lambda given: refused_pair(**given),
+    ({"weight": np.zeros((6, 4, 9))}, ValueError,
+     r"weight must have shape \(6, 2, 9\); received \(6, 4, 9\)"),
+    ({"depthwise": np.transpose}, ValueError,
+     r"depthwise must have shape \(4, 9, 9\); received \(9, 9, 4\)"),
+    ({"depthwise": lambda d: None}, ValueError,
+     r"depthwise must have shape \(4, 9, 9\); received None"),
+    ({"call": with_its_gradient}, ValueError, r"kernel_gradient must have shape \(6, 2, 3, 3\)"),
+    ({"call": lambda weight, d, spec: from_kernel(weight, spec)}, ValueError,
+     r"kernel must have shape \(6, 2, 3, 3\)"),
+    ({"weight": np.zeros((6, 2, 1)), "spec": ConvSpec(4, 6, (1, 1), 2)}, ValueError,
+     "one tap has no depthwise weight"),
+    ({"weight": np.zeros((6, 2, 9), int)}, TypeError,
+     "weight must be an array of floats; received dtype int64"),
+    ({"depthwise": np.float32}, TypeError, "same dtype; received float64 and float32"),
+)  # fmt: skip
 
 
 # The reference convolution itself is held against its definition, one product at a time.
