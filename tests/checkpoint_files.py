@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from doconv_core import CheckpointError, ConvSpec, NotFoldable, compose, fold_checkpoint
 
@@ -27,6 +28,19 @@ def pair(spec, seed=0, dtype=np.float32):
     depthwise = numbers(*spec.depthwise_shape, seed=seed + 1, dtype=dtype)
     kernel = compose(weight, depthwise, spec)
     return weight.reshape(spec.parameter_shape), depthwise, kernel
+
+
+def one_layer(spec):
+    """Return the entries of one over-parameterized layer, `a`, and the kernel that it folds to."""
+    weight, depthwise, kernel = pair(spec)
+    return {"a.weight": weight, "a.depthwise_weight": depthwise}, kernel
+
+
+def folded_arrays(arrays, file, **options):
+    """Fold a file of safetensors with these arrays; return the report and the arrays of `out`."""
+    save_file(arrays, file)
+    out = file.with_name("out")
+    return fold_checkpoint(file, out, **options), load_file(out)
 
 
 def state_dict(specs=SPECS, dtype=np.float32):

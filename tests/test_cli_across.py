@@ -7,9 +7,12 @@ import importlib
 import numpy as np
 import pytest
 from command_line import DIFFERENT, IMPOSSIBLE, MISSING, TARGET, USAGE, doconv
+from equal import as_array
 from frameworks import imported, need
 
 from doconv_core import difference, open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("unprobed")
 
 SIZE = ("--kernel-size", "depthwise=3x3")  # its S is above M
 FLAT = ("--flatten", "fc=6x4x4")
@@ -104,7 +107,7 @@ def torch_output(model, image):
 
 def keras_output(path, image):
     model = importlib.import_module("keras").saving.load_model(path)
-    return model.predict(image.transpose(0, 2, 3, 1), verbose=0)
+    return as_array(model(image.transpose(0, 2, 3, 1)))
 
 
 def gluon_output(model, path, image):
@@ -219,7 +222,7 @@ def test_weights_alone_are_filled_too(trained, image, tmp_path):
     doconv(*args, code=IMPOSSIBLE, error=error)
     doconv(*args, *FLAT)
     like.load_weights(out)
-    found = like.predict(image.transpose(0, 2, 3, 1), verbose=0)
+    found = as_array(like(image.transpose(0, 2, 3, 1)))
     assert difference(found, torch_output(model, image)).relative < 1e-5
 
 
@@ -255,7 +258,7 @@ def test_keras_norms_embeddings_and_transposed_convolutions(tmp_path):
     net.load_state_dict(torch.load(out, weights_only=True))
     indices = rng.integers(0, 9, (2, 6))
     found = torch_output(net, indices).transpose(0, 2, 3, 1)
-    assert difference(found, model.predict(indices, verbose=0)).relative < 1e-5
+    assert difference(found, as_array(model(indices))).relative < 1e-5
 
 
 def test_copies_of_a_model_and_bfloat16(tmp_path):

@@ -24,6 +24,8 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 
+pytestmark = pytest.mark.usefixtures("unprobed")
+
 
 def write(path, origin=(), /, **layers):
     """Write a state of these layers, of random numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from equal import assert_close
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights
 
@@ -17,7 +17,6 @@ from doconv_core import (
     orthonormality,
 )
 
-properties = settings(max_examples=200, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -33,14 +32,12 @@ def assert_found_again(spec, seed, tolerance):
     assert found.explained >= 1 - 1e-12
 
 
-@properties
 @given(bsconv_specs(variants="u"), bsconv_specs(variants="s"), seeds)
 def test_a_kernel_of_blueprints_or_subspace_blueprints_is_found_again(u, s, seed):
     assert_found_again(u, seed, 1e-12)
     assert_found_again(s, seed, 1e-10)
 
 
-@properties
 @given(bsconv_specs(), seeds)
 def test_the_explained_variance_is_the_share_that_is_not_lost(spec, seed):
     rng = np.random.default_rng(seed)
@@ -54,7 +51,6 @@ def test_the_explained_variance_is_the_share_that_is_not_lost(spec, seed):
         assert orthonormality(found.pointwise[0]) <= 1e-12
 
 
-@properties
 @given(bsconv_specs(variants="u"), seeds)
 def test_no_other_blueprint_explains_more(spec, seed):
     rng = np.random.default_rng(seed)
@@ -65,7 +61,6 @@ def test_no_other_blueprint_explains_more(spec, seed):
     assert np.isclose(blueprints(kernel, spec).explained, best, atol=1e-12)
 
 
-@properties
 @given(bsconv_specs(variants="s"), seeds)
 def test_a_subspace_explains_no_less_than_one_found_in_one_step(spec, seed):
     """Of the best blueprints without a subspace, the weights' nearest subspace."""

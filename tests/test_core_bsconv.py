@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import refuses
 from equal import assert_close, assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
 
@@ -25,7 +25,6 @@ from doconv_core import (
     orthonormality_gradient,
 )
 
-properties = settings(max_examples=200, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -41,7 +40,6 @@ def assert_slopes(function, arguments, gradients, rng):
         assert np.isclose((gradient * step).sum(), expected, rtol=1e-9, atol=1e-10)
 
 
-@properties
 @given(st.integers(1, 3000), st.floats(0.001, 1), st.integers(1, 50))
 def test_mid_channels_follow_the_rule(channels, p, least):
     mid = mid_channels(channels, p, least)
@@ -89,7 +87,6 @@ def test_a_spec_names_its_parts_in_order():
     assert BSConvSpec(*sizes).mid_channels is None
 
 
-@properties
 @given(st.data())
 def test_the_kernel_equals_the_convolutions_one_after_another(data):
     spec = data.draw(bsconv_specs(with_bn=False))
@@ -107,7 +104,6 @@ def test_the_kernel_equals_the_convolutions_one_after_another(data):
     assert_close(found, expected, 1e-11)
 
 
-@properties
 @given(bsconv_specs(), seeds)
 def test_the_kernels_gradient_is_its_slope(spec, seed):
     rng = np.random.default_rng(seed)
@@ -120,7 +116,6 @@ def test_the_kernels_gradient_is_its_slope(spec, seed):
     )
 
 
-@properties
 @given(bsconv_specs(variants="s"), seeds)
 def test_the_merged_weights_gradient_is_its_slope(spec, seed):
     rng = np.random.default_rng(seed)
@@ -132,7 +127,6 @@ def test_the_merged_weights_gradient_is_its_slope(spec, seed):
     )
 
 
-@properties
 @given(st.integers(1, 6), st.integers(1, 6), seeds)
 def test_orthonormalitys_gradient_is_its_slope(mid, channels, seed):
     rng = np.random.default_rng(seed)
@@ -146,7 +140,6 @@ def test_orthonormalitys_gradient_is_its_slope(mid, channels, seed):
         assert np.isclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@properties
 @given(st.integers(1, 6), st.integers(0, 4), seeds)
 def test_orthonormal_rows_have_no_loss(mid, more, seed):
     square = np.random.default_rng(seed).standard_normal((mid + more, mid + more))
@@ -160,7 +153,6 @@ def test_orthonormality_has_no_gradient_at_its_kink():
     assert_same(gradient, np.zeros((3, 5), np.float32))
 
 
-@properties
 @given(bsconv_specs(), st.integers(1, 50), st.integers(1, 50), st.booleans())
 def test_costs_are_those_of_the_layers(spec, positions, input_positions, bias):
     cost = bsconv_cost(spec, positions, input_positions=input_positions, bias=bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cases import refuses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import bsconv_specs, bsconv_weights, geometries
 
@@ -29,8 +29,6 @@ from doconv_core.kinds.bsconv import BSCONV, as_kernel_sizes, batch_norm_options
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.models.fold import forms_of
 from doconv_core.models.report import Choice
-
-properties = settings(max_examples=200, deadline=None)
 
 
 def normalization(channels, rng):
@@ -58,7 +56,6 @@ def run(steps, x):
     return x
 
 
-@properties
 @given(st.data())
 def test_folding_changes_nothing(data):
     spec = data.draw(bsconv_specs())

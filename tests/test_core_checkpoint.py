@@ -7,7 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import SPECS, numbers, pair, refused, state_dict
+from checkpoint_files import SPECS, folded_arrays, numbers, one_layer, pair, refused, state_dict
 from equal import assert_close
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -114,15 +114,13 @@ def test_the_order_of_the_data_is_kept(file, tmp_path):
         assert list(checkpoint.entries) == before
 
 
-def test_bfloat16_is_composed_in_float32_and_rounded_once(file, tmp_path):
+def test_bfloat16_is_composed_in_float32_and_rounded_once(file):
     arrays = {k: v for k, v in state_dict()[0].items() if k.startswith("features.2")}
     rounded = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
-    save_file(rounded, file)
+    found = folded_arrays(rounded, file)[1]["features.2.weight"]
     with open_checkpoint(file) as checkpoint:
         assert {e.dtype for e in checkpoint.entries.values()} == {"bfloat16"}
         assert checkpoint.read("features.2.bias").dtype == np.float32
-    fold_checkpoint(file, tmp_path / "out")
-    found = load_file(tmp_path / "out")["features.2.weight"]
     assert found.dtype == ml_dtypes.bfloat16
     wide = {name: array.astype(np.float32) for name, array in rounded.items()}
     weight = wide["features.2.weight"].reshape(8, 2, 9)
@@ -130,52 +128,47 @@ def test_bfloat16_is_composed_in_float32_and_rounded_once(file, tmp_path):
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 
 
-def test_d_in_a_wider_type_than_w(file, tmp_path):
+def test_d_in_a_wider_type_than_w(file):
     weight, depthwise, _ = pair(SPECS["features.2"])
     half = weight.astype(np.float16)
-    save_file({"weight": half, "depthwise_weight": depthwise}, file)
-    fold_checkpoint(file, tmp_path / "out")
+    _, found = folded_arrays({"weight": half, "depthwise_weight": depthwise}, file)
     expected = compose(half.astype(np.float32).reshape(8, 2, 9), depthwise, SPECS["features.2"])
-    np.testing.assert_array_equal(load_file(tmp_path / "out")["weight"], expected.astype("f2"))
+    np.testing.assert_array_equal(found["weight"], expected.astype("f2"))
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrappers_names_are_kept_and_are_in_no_path(file, tmp_path, wrapper):
+def test_wrappers_names_are_kept_and_are_in_no_path(file, wrapper):
     arrays, folded = state_dict()
     named = {f"{wrapper}{name}": array for name, array in arrays.items()}
-    save_file({**named, "n_averaged": np.array(3)}, file)
+    _, found = folded_arrays({**named, "n_averaged": np.array(3)}, file)
     with open_checkpoint(file) as checkpoint:
         assert {layer.path for layer in checkpoint.layers} == {*SPECS, "norm", "plain", "head", ""}
-    fold_checkpoint(file, tmp_path / "out")
-    found = load_file(tmp_path / "out")
     assert found.keys() == {f"{wrapper}{name}" for name in folded} | {"n_averaged"}
 
 
-def test_an_averaged_copy_without_dots_is_folded_too(file, tmp_path):
+def test_an_averaged_copy_without_dots_is_folded_too(file):
     weight, depthwise, kernel = pair(SPECS["features.2"])
     names = ("model.conv.", "model_ema.conv")
-    save_file({f"{n}weight": weight for n in names} | {f"{n}depthwise_weight": depthwise
-              for n in names}, file)  # fmt: skip
-    report = fold_checkpoint(file, tmp_path / "out")
-    found = load_file(tmp_path / "out")
+    arrays = {f"{n}weight": weight for n in names}
+    report, found = folded_arrays(arrays | {f"{n}depthwise_weight": depthwise for n in names}, file)
     assert found.keys() == {"model.conv.weight", "model_ema.convweight"}
     close(found["model_ema.convweight"], kernel)
     assert len(report.changed) == 2
 
 
-def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file, tmp_path):
-    spec = ConvSpec(4, 6, (3, 3), 2, 12)
-    weight, depthwise, kernel = pair(spec)
-    save_file({"a.weight": weight, "a.depthwise_weight": depthwise}, file)
+def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file):
+    arrays, kernel = one_layer(ConvSpec(4, 6, (3, 3), 2, 12))
+    save_file(arrays, file)
     with open_checkpoint(file) as checkpoint:
         (layer,) = checkpoint.layers
         assert layer.over_parameterized
         assert layer.spec is None
         assert checkpoint.pair(layer)[0].shape == (6, 2, 12)
-    message = r"layer 'a': its kernel size is not in the file, which tells 9 taps; give it, with ke"
-    refused(file, message)
-    fold_checkpoint(file, tmp_path / "out", kernel_sizes={"a*": (3, 3), "?": [9]})
-    close(load_file(tmp_path / "out")["a.weight"], kernel)
+    refused(
+        file, "layer 'a': its kernel size is not in the file, which tells 9 taps; give it, with"
+    )
+    _, found = folded_arrays(arrays, file, kernel_sizes={"a*": (3, 3), "?": [9]})
+    close(found["a.weight"], kernel)
 
 
 @pytest.mark.parametrize(
@@ -188,18 +181,15 @@ def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file, tmp_path):
     ],
 )
 def test_kernel_sizes_that_do_not_fit_are_refused(file, sizes, message):
-    weight, depthwise, _ = pair(ConvSpec(4, 6, (3, 3), 2, 12))
-    save_file({"a.weight": weight, "a.depthwise_weight": depthwise}, file)
+    save_file(one_layer(ConvSpec(4, 6, (3, 3), 2, 12))[0], file)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(file, kernel_sizes=sizes)
 
 
 def test_a_kernel_size_that_contradicts_the_file_is_refused(file):
-    weight, depthwise, _ = pair(SPECS["features.0"])
-    save_file({"a.weight": weight, "a.depthwise_weight": depthwise}, file)
-    with pytest.raises(
-        ValueError, match=r"has the kernel size \(3, 3\) in the file; received \(9,\)"
-    ):
+    save_file(one_layer(SPECS["features.0"])[0], file)
+    message = r"has the kernel size \(3, 3\) in the file; received \(9,\)"
+    with pytest.raises(ValueError, match=message):
         open_checkpoint(file, kernel_sizes={"a": (9,)})
 
 
@@ -215,7 +205,7 @@ def test_a_kernel_size_that_contradicts_the_file_is_refused(file):
         ((8, 3, 3, 3), (3, 9)),
     ],
 )
-def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, tmp_path, shapes):
+def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, shapes):
     save_file({"a.weight": numbers(*shapes[0]), "a.depthwise_weight": numbers(*shapes[1])}, file)
     message = (
         "layer 'a': named like an over-parameterized layer, but its entries make none: "
@@ -229,13 +219,13 @@ def test_what_is_named_like_a_layer_of_ours_but_is_none_is_refused(file, tmp_pat
     )  # fmt: skip
 
 
-def test_integers_are_refused(file, tmp_path):
-    weight, depthwise, _ = pair(SPECS["features.0"])
-    save_file({"a.weight": weight.astype(np.int8), "a.depthwise_weight": depthwise}, file)
+def test_integers_are_refused(file):
+    arrays, _ = one_layer(SPECS["features.0"])
+    save_file(arrays | {"a.weight": arrays["a.weight"].astype(np.int8)}, file)
     refused(file, r"'weight' \(8, 3, 3, 3\) of int8")
 
 
-def test_a_d_without_its_w_is_refused(file, tmp_path):
+def test_a_d_without_its_w_is_refused(file):
     """As PyTorch's weight normalization leaves it: W is of two entries then."""
     _, depthwise, _ = pair(SPECS["features.0"])
     arrays = {"a.weight_g": numbers(8, 1, 1, 1), "a.weight_v": numbers(8, 3, 3, 3)}
@@ -243,22 +233,21 @@ def test_a_d_without_its_w_is_refused(file, tmp_path):
     refused(file, r"layer 'a': .*'weight_g' \(8, 1, 1, 1\) of float32, 'w")
 
 
-def test_an_ordinary_depthwise_kernel_under_ds_name_is_left(file, tmp_path):
+def test_an_ordinary_depthwise_kernel_under_ds_name_is_left(file):
     arrays = {"a.weight": numbers(8, 3, 3, 3), "a.depthwise_weight": numbers(3, 1, 3, 3)}
-    save_file(arrays, file)
-    report = fold_checkpoint(file, tmp_path / "out")
+    report, found = folded_arrays(arrays, file)
     assert report.changed == ()
-    assert load_file(tmp_path / "out").keys() == arrays.keys()
+    assert found.keys() == arrays.keys()
     (left,) = report.left
     assert left.reason.startswith("named like an over-parameterized layer, but its entries make")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
-def test_a_kernel_that_is_not_finite_is_refused(file, tmp_path, bad):
-    weight, depthwise, _ = pair(SPECS["features.0"])
-    weight[3, 1, 0, 0] = bad
-    depthwise *= 4
-    save_file({"a.weight": weight, "a.depthwise_weight": depthwise}, file)
+def test_a_kernel_that_is_not_finite_is_refused(file, bad):
+    arrays, _ = one_layer(SPECS["features.0"])
+    arrays["a.weight"][3, 1, 0, 0] = bad
+    arrays["a.depthwise_weight"] *= 4
+    save_file(arrays, file)
     refused(file, r"layer 'a': the folded kernel is not finite")
 
 

@@ -31,6 +31,13 @@ def file(tmp_path):
     return tmp_path / "model.params"
 
 
+def check_carried_over(file):
+    """Assert that nothing is folded in a file, and that it is written as it is."""
+    out = file.with_name("out")
+    assert fold_checkpoint(file, out).changed == ()
+    assert out.read_bytes() == file.read_bytes()
+
+
 def network():
     net = nn.HybridSequential()
     net.add(DOConv2D(3, 8, 3, groups=1), nn.BatchNorm(in_channels=8), DOConv2D(8, 8, 3, groups=4))
@@ -162,18 +169,17 @@ def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file, tmp_path):
                                atol=1e-6)  # fmt: skip
 
 
-def test_an_ordinary_depthwise_layer_by_that_name_is_none_of_ours(file, tmp_path):
+def test_an_ordinary_depthwise_layer_by_that_name_is_none_of_ours(file):
     arrays = {"block_depthwise_weight": numbers(8, 1, 3, 3), "block_weight": numbers(8, 8, 1, 1)}
     write_params(file, arrays)
     with open_checkpoint(file) as checkpoint:
         assert [layer.path for layer in checkpoint.layers] == ["block_depthwise", "block"]
-    assert fold_checkpoint(file, tmp_path / "out").changed == ()
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    check_carried_over(file)
 
 
 @pytest.mark.parametrize("cls", [BSConvU1D, BSConvS2D])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_depthwise_part_of_a_bsconv_by_its_flat_name(file, tmp_path, cls, bias):
+def test_the_depthwise_part_of_a_bsconv_by_its_flat_name(file, cls, bias):
     layer = cls(4, 8, 3, use_bias=bias, prefix="bs_")
     layer.initialize()
     layer.collect_params().save(str(file))
@@ -183,11 +189,10 @@ def test_the_depthwise_part_of_a_bsconv_by_its_flat_name(file, tmp_path, cls, bi
         assert (depthwise.path, depthwise.note) == ("bs_depthwise", "")
         assert depthwise.kernel_shape == (8, 1, *layer.depthwise.weight.shape[2:])
         assert [found.path for found in pointwise] == [f"bs_{n}" for n in layer.spec.names[:-1]]
-    assert fold_checkpoint(file, tmp_path / "out").changed == ()
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    check_carried_over(file)
 
 
-def test_a_d_without_its_w_is_no_convolution(file, tmp_path):
+def test_a_d_without_its_w_is_no_convolution(file):
     write_params(file, {"conv_depthwise_weight": numbers(4, 9, 9), "conv_bias": numbers(6)})
     refused(file, "named like an over-parameterized layer, but its entri")
 
@@ -211,7 +216,7 @@ def test_what_mxnet_writes_is_read(file, dtype, shape):
         np.testing.assert_array_equal(checkpoint.read("a"), array.asnumpy())
 
 
-def test_scalars_of_numpy_mode(file, tmp_path):
+def test_scalars_of_numpy_mode(file):
     mx.npx.set_np()
     try:
         mx.npx.save(str(file), {"scalar": mx.np.array(2.5), "b": mx.np.ones((2, 2))})
@@ -220,8 +225,7 @@ def test_scalars_of_numpy_mode(file, tmp_path):
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.entries["scalar"].shape == ()
         assert checkpoint.read("scalar") == 2.5
-    fold_checkpoint(file, tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    check_carried_over(file)
 
 
 def test_bfloat16(file):
@@ -232,16 +236,15 @@ def test_bfloat16(file):
         np.testing.assert_array_equal(checkpoint.read("a"), np.array([1.5, -2.25], np.float32))
 
 
-def test_lists_without_names(file, tmp_path):
+def test_lists_without_names(file):
     mx.nd.save(str(file), [mx.nd.ones((2, 2)), mx.nd.zeros((3,))])
     with open_checkpoint(file) as checkpoint:
         assert list(checkpoint.entries) == ["0", "1"]
-    fold_checkpoint(file, tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    check_carried_over(file)
 
 
 @pytest.mark.parametrize("kind", ["row_sparse", "csr"])
-def test_sparse_arrays_are_carried_over_and_not_read(file, tmp_path, kind):
+def test_sparse_arrays_are_carried_over_and_not_read(file, kind):
     sparse = mx.nd.array([[0, 1], [0, 0], [2, 3]]).tostype(kind)
     sparse.wait_to_read()  # MXNet writes its shape before it waits for it
     arrays = {"s": sparse, "a": mx.nd.ones((2, 2))}
@@ -251,8 +254,7 @@ def test_sparse_arrays_are_carried_over_and_not_read(file, tmp_path, kind):
         np.testing.assert_array_equal(checkpoint.read("a"), np.ones((2, 2)))
         with pytest.raises(CheckpointError, match="entry 's' is sparse, which is not read here"):
             checkpoint.read("s")
-    fold_checkpoint(file, tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    check_carried_over(file)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -357,7 +359,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_and_hostile_files_are_refused_in_one_line(file, tmp_path, case):
+def test_damaged_and_hostile_files_are_refused_in_one_line(file, case):
     content, message = HOSTILE[case]
     file.write_bytes(content)
     refused(file, message, CheckpointError)

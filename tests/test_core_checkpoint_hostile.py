@@ -69,7 +69,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_and_hostile_files_are_refused_in_one_line(file, tmp_path, case):
+def test_damaged_and_hostile_files_are_refused_in_one_line(file, case):
     content, message = HOSTILE[case]
     file.write_bytes(content)
     refused(file, message, CheckpointError)

@@ -199,7 +199,7 @@ def test_subclassed_models_weights(weights, tmp_path):
     same_outputs(plain, model)
 
 
-def test_a_list_that_shares_layers_with_an_attribute_is_not_guessed(weights, tmp_path):
+def test_a_list_that_shares_layers_with_an_attribute_is_not_guessed(weights):
     model = Block(first="attribute")
     model(images())
     model.save_weights(weights)
@@ -251,7 +251,7 @@ class Doubled(DOConv2D):
         return 2 * super().call(x)
 
 
-def test_subclasses_are_not_folded(file, tmp_path):
+def test_subclasses_are_not_folded(file):
     model = keras.Sequential([keras.Input(IMAGE), Doubled(4, 3, name="double")])
     model.save(file)
     refused(file, r"layer 'double': it is a Doubled, which may compute")

@@ -142,7 +142,7 @@ HOSTILE_ARCHIVES["a model in a model in a model"] = (nested, "config.json is nes
 
 
 @pytest.mark.parametrize("case", HOSTILE_ARCHIVES)
-def test_hostile_archives_are_refused_in_one_line(file, tmp_path, case):
+def test_hostile_archives_are_refused_in_one_line(file, case):
     make, message = HOSTILE_ARCHIVES[case]
     make(file)
     refused(file, message, CheckpointError)
@@ -223,14 +223,14 @@ HOSTILE_HDF5 = {
 
 
 @pytest.mark.parametrize("case", HOSTILE_HDF5)
-def test_hostile_hdf5_files_are_refused_in_one_line(weights, tmp_path, case):
+def test_hostile_hdf5_files_are_refused_in_one_line(weights, case):
     make, message = HOSTILE_HDF5[case]
     with h5py.File(weights, "w") as file:
         make(file)
     refused(weights, message, CheckpointError)
 
 
-def test_truncated_hdf5_files_are_refused(weights, tmp_path):
+def test_truncated_hdf5_files_are_refused(weights):
     functional().save_weights(weights)
     whole = weights.read_bytes()
     for length in (8, 9, 100, len(whole) // 2, len(whole) - 1):
@@ -241,7 +241,7 @@ def test_truncated_hdf5_files_are_refused(weights, tmp_path):
         open_checkpoint(weights)
 
 
-def test_a_heap_in_which_the_library_would_search_forever_is_refused(weights, tmp_path):
+def test_a_heap_in_which_the_library_would_search_forever_is_refused(weights):
     functional().save_weights(weights)
     content = bytearray(weights.read_bytes())
     heap = content.index(b"GCOL")
@@ -258,7 +258,7 @@ def test_a_heap_in_which_the_library_would_search_forever_is_refused(weights, tm
         open_checkpoint(weights)
 
 
-def test_damaged_compressed_data_is_refused(weights, tmp_path):
+def test_damaged_compressed_data_is_refused(weights):
     with h5py.File(weights, "w") as file:
         data = file.create_dataset("layers/do_conv2d/vars/0", data=numbers(3, 3, 4, 4),
                                    compression="gzip", fletcher32=True)  # fmt: skip
@@ -276,7 +276,7 @@ def test_files_of_the_older_kind_are_not_misread(tmp_path):
         open_checkpoint(tmp_path / "old.h5")
 
 
-def test_weights_and_assets_are_compared_with_their_check_sums(file, tmp_path):
+def test_weights_and_assets_are_compared_with_their_check_sums(file):
     model = functional()
     model.save(file)
     with zipfile.ZipFile(file, "a") as old:

@@ -103,7 +103,7 @@ def test_folded_weights_load_into_the_ordinary_model(file, weights, tmp_path, mu
     assert difference(outputs(plain), outputs(model)).relative <= 1e-5
 
 
-def test_one_dimension_leaves_no_kernel_size_open(weights, tmp_path):
+def test_one_dimension_leaves_no_kernel_size_open(weights):
     network(12).save_weights(weights)
     with open_checkpoint(weights) as checkpoint:
         unknown = {x.path for x in checkpoint.layers if x.kernel_shape is None}

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import states
 
@@ -358,7 +358,6 @@ def test_what_a_layer_owns_is_checked_by_name():
     assert str(error) == "layer 'norm' is a float with 'gamma'; it is odd."
 
 
-@settings(max_examples=200, deadline=None)
 @given(states())
 def test_any_state_fits_its_own_layers_and_by_order_none_more(state):
     fitted = fit_state(state, state.layers, match="order", ignore="flattening")
@@ -379,7 +378,6 @@ def test_a_norm_without_arrays_gets_them():
     assert (arrays["beta"] == 0).all()
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.permutations(list(FORMS)))
 def test_the_order_of_paths_does_not_matter_where_paths_match(order):
     state = state_of(FORMS)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_files import only_line
+from command_line import BAD_FILE, doconv
 from equal import assert_close
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +21,6 @@ from doconv_core import (
 from doconv_core.files.entries import Entry
 from doconv_core.files.sharded import write as write_sharded
 
-ROOT = Path(__file__).parents[1]
 SPEC = ConvSpec(4, 6, (3, 3), 2)
 
 
@@ -40,17 +37,15 @@ def arrays(seed=0):
     return model, compose(weight, depthwise, SPEC)
 
 
-def doconv(*arguments, path=""):
-    """Run the command in a process of its own; path: where other distributions are."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT))))}
-    program = [sys.executable, "-c", "from doconv_core.cli import main; main()"]
-    return subprocess.run(
-        [*program, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+def check(*commands):
+    """Run commands, each with what it has to print among the rest, and nothing else to say."""
+    for command, told in commands:
+        done = doconv(*command)
+        assert done.stderr == "", command
+        assert told in done.stdout, command
 
 
-def test_a_format_of_another_package_is_one_module(tmp_path):
+def test_a_format_of_another_package_is_one_module(tmp_path, monkeypatch):
     """It is inspected, folded, converted to and from, and compared, by an entry point alone."""
     distribution = tmp_path / "toy_format-1.0.dist-info"
     distribution.mkdir()
@@ -58,31 +53,25 @@ def test_a_format_of_another_package_is_one_module(tmp_path):
         "Metadata-Version: 2.1\nName: toy-format\nVersion: 1.0\n"
     )
     (distribution / "entry_points.txt").write_text("[doconv.formats]\ntoy = toy.format\n")
-    paths = os.pathsep.join((str(tmp_path), str(ROOT / "tests")))
+    monkeypatch.syspath_prepend(tmp_path)
     model, kernel = arrays()
     source = tmp_path / "m.safetensors"
     save_file(model, source)
     toy, folded, back = tmp_path / "m.toy", tmp_path / "f.toy", tmp_path / "b.safetensors"
-    for command, told in (
+    check(
         (["convert", source, toy], "3 arrays written"),
         (["inspect", toy], "m.toy: toy, 2 layers, 1 of them over-parameterized"),
         (["fold", toy, folded], "folded 1 layer"),
         (["convert", folded, back], "2 arrays written"),
         (["verify", source, folded], "equal"),
-    ):
-        done = doconv(*command, path=paths)
-        assert (done.returncode, done.stderr) == (0, ""), command
-        assert told in done.stdout, command
+    )
     found = load_file(back)
     assert_close(found["conv.weight"], kernel)
     np.testing.assert_array_equal(found["fc.weight"], model["fc.weight"])
     (tmp_path / "broken.toy").write_text('{"toy": {')
-    done = doconv("inspect", tmp_path / "broken.toy", path=paths)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
-    done = doconv("inspect", toy)  # where the package is not installed
-    assert done.returncode == 3
-    assert "is no checkpoint that is known here" in done.stderr
+    doconv("inspect", tmp_path / "broken.toy", code=BAD_FILE, error="broken.toy")
+    monkeypatch.undo()  # the package is not installed
+    doconv("inspect", toy, code=BAD_FILE, error="is no checkpoint that is known here")
 
 
 def sharded(folder, model, where=None):
@@ -133,16 +122,13 @@ def test_sharded_safetensors_are_folded_converted_and_compared(tmp_path):
         assert (checkpoint.format, checkpoint.parts) == ("sharded safetensors", ("",))
         assert_close(checkpoint.read("conv.weight"), kernel)
         np.testing.assert_array_equal(checkpoint.read("fc.weight"), model["fc.weight"])
-    for command, told in (
+    check(
         (["verify", index, target], "equal"),
         (["convert", index, whole], "3 arrays written"),
         (["convert", whole, again], "3 arrays written"),
         (["verify", index, again], "equal"),
         (["inspect", again], "sharded safetensors, 2 layers, 1 of them over-parameterized"),
-    ):
-        done = doconv(*command)
-        assert (done.returncode, done.stderr) == (0, ""), command
-        assert told in done.stdout, command
+    )
     assert (out / "a-00001-of-00001.safetensors").exists()
     target.unlink()  # its parts are there, and not to be replaced
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -189,5 +175,5 @@ def test_hostile_indexes_are_refused_in_one_line(case, tmp_path):
     files = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=message) as error:
         fold_checkpoint(index, tmp_path / "out.safetensors.index.json")
-    assert "\n" not in str(error.value)
+    only_line(error)
     assert sorted(tmp_path.iterdir()) == files

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import one_test, refuses
 from equal import assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from doconv_core import (
@@ -123,7 +123,6 @@ def test_a_geometry_is_without_what_makes_no_difference():
     assert form.geometry == Geometry((2, 2), (1, 2), ((0, 0), (1, 1)))
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 20))
 def test_same_padding_keeps_the_positions(size, dilation, positions):
     ((before, after),) = same((size,), (1,), (dilation,))
@@ -172,7 +171,6 @@ def test_every_layout_leads_there_and_back(layout):
     assert kept.shape == expected
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 4), st.booleans())
 def test_a_flattened_image_is_reordered_by_its_axes(positions, channels, vector):
     image = np.arange(2 * channels * np.prod(positions)).reshape(2, *positions, channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from doconv_core import (
@@ -139,7 +139,6 @@ def test_not_foldable_is_a_type_error():
     assert issubclass(NotFoldable, TypeError)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(),
     st.integers(1, 2),

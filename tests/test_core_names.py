@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 from cases import one_test, refuses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from doconv_core import count
@@ -140,7 +140,6 @@ def test_the_least_widths_leave_a_channel_and_no_more(version):
         describe(f"{build}_w{least.numerator}d{least.denominator + 1}")
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 400), st.sampled_from(["1", "2", "3_small", "3_large"]))
 def test_any_width_gives_a_network_or_is_refused(above, below, version):
     least, table = mobilenets.LEAST[f"v{version}"], mobilenets.TABLES.get(f"v{version}")
@@ -155,7 +154,6 @@ def test_any_width_gives_a_network_or_is_refused(above, below, version):
     assert placed["stem.conv"].after[0] == stem * above // below
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_any_share_gives_a_network_or_is_refused(above, below):
     name = f"cifar_resnet20_bsconvs_p{above}d{below}"
@@ -167,7 +165,6 @@ def test_any_share_gives_a_network_or_is_refused(above, below):
     assert kinds == {recipe("bsconvs", p=above / below, with_bn=True)}
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_is_refused_in_one_way(text):
     if text in NAMES:

@@ -13,8 +13,9 @@ from cases import one_test, refuses
 
 from doconv_core import ConvSpec, Cost, LayerCost, count, layer_cost
 from doconv_core.kinds.base import recipe
+from doconv_core.networks.families import FAMILIES
 from doconv_core.networks.lowering import lowered
-from doconv_core.networks.names import describe, list_models
+from doconv_core.networks.names import LISTED, describe, list_models
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
@@ -167,9 +168,7 @@ def by_the_rule(network):
     return found
 
 
-@one_test
-@pytest.mark.parametrize("name", list_models())
-def test_a_network_costs_what_its_nodes_and_shapes_give(name):
+def check_cost(name):
     found = count(name, None, None)
     assert {what: getattr(found, what) for what in COSTS} == by_the_rule(describe(name))
     assert len({row.path for row in found.layers}) == len(found.layers)
@@ -178,8 +177,20 @@ def test_a_network_costs_what_its_nodes_and_shapes_give(name):
 
 
 @one_test
-@pytest.mark.parametrize("name", [n for n in list_models("*_doconv") if "602" not in n])
-def test_doconv_costs_more_in_training_alone(name):
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.usual[0])
+def test_a_network_costs_what_its_nodes_and_shapes_give(family):
+    for suffix in (*LISTED[family.variants], "_doconv"):
+        check_cost(family.usual[0] + suffix)
+
+
+@pytest.mark.exhaustive
+@one_test
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_costs_what_its_nodes_and_shapes_give(name):
+    check_cost(name)
+
+
+def check_doconv(name):
     plain, found = (count(n, None, None) for n in (name.removesuffix("_doconv"), name))
     same = ("parameters", "flops", "macs")
     assert [getattr(found, what) for what in same] == [getattr(plain, what) for what in same]
@@ -197,6 +208,19 @@ def test_doconv_costs_more_in_training_alone(name):
         for row in plain.layers
         if row.kind == "conv"
     )
+
+
+@one_test
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.usual[0])
+def test_doconv_costs_more_in_training_alone(family):
+    check_doconv(f"{family.usual[0]}_doconv")
+
+
+@pytest.mark.exhaustive
+@one_test
+@pytest.mark.parametrize("name", [n for n in list_models("*_doconv") if "602" not in n])
+def test_doconv_of_every_network_costs_more_in_training_alone(name):
+    check_doconv(name)
 
 
 def test_the_rows_of_bsconv():

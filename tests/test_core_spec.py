@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from cases import one_test, refuses
 from equal import assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from strategies import specs
 
 from doconv_core import ConvSpec, Cost, from_canonical, layer_cost, to_canonical
 
 
-@settings(max_examples=200, deadline=None)
 @given(specs())
 def test_shapes_follow_from_the_sizes(spec):
     taps = prod(spec.kernel_size)

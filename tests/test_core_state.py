@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import one_test
 from equal import assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from strategies import states
@@ -85,7 +85,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("states")
 
 
-@settings(max_examples=200, deadline=None)
 @given(states())
 def test_any_state_comes_back_from_its_file(folder, state):
     write_state(state, folder / "a.safetensors")
@@ -96,7 +95,6 @@ def test_any_state_comes_back_from_its_file(folder, state):
     assert_same(back.arrays, state.arrays)
 
 
-@settings(max_examples=200, deadline=None)
 @given(states(), st.data())
 def test_a_changed_file_is_read_or_refused(folder, state, data):
     file = folder / "a.safetensors"

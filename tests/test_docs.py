@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from cases import one_test
-from frameworks import BACKENDS, fresh, need
+from frameworks import BACKENDS, fresh, is_here
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+WHOLE = re.compile(r"keras\.applications|get_model\(\"plain18\"")
 
 
 def text_of(document):
@@ -41,21 +43,28 @@ for name, example in json.load(sys.stdin).items():
 """
 
 
-def programs():
-    """Return the documents' examples, by name, for each set of backends that they need."""
-    found = {}
-    for document in DOCUMENTS:
-        for number, example in enumerate(examples(document)):
-            needed = tuple(name for name in BACKENDS if name in packages(example))
-            found.setdefault(needed, {})[f"{document.stem}-{number}"] = example
-    return found
+def programs(whole):
+    """Return the documents' examples by name; whole: those of guides' whole networks, or the rest.
+
+    The README has a whole network in each framework; smaller ones are folded and exported alike.
+    """
+    return {
+        f"{document.stem}-{number}": example
+        for document in DOCUMENTS
+        for number, example in enumerate(examples(document))
+        if (document != README and bool(WHOLE.search(example))) == whole
+    }
 
 
-@pytest.mark.parametrize("needed", programs(), ids=lambda names: "-".join(names) or "core")
-def test_examples_run(needed, tmp_path):
-    chosen = programs()[needed]
-    for backend in needed:
-        need(backend)
+@pytest.mark.parametrize("tf", [False, True], ids=["others", "tf"])
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["", "whole"]
+)
+def test_examples_run(tf, whole, tmp_path):
+    """The examples in two processes, of which TensorFlow's takes as long as all the others."""
+    chosen = {n: e for n, e in programs(whole).items() if ("tf" in packages(e)) == tf}
+    missing = [name for name in BACKENDS if not is_here(name)]
+    chosen = {name: e for name, e in chosen.items() if packages(e).isdisjoint(missing)}
     for example in chosen.values():
         assert packages(example)
         assert "assert" in example  # it shows what it claims
@@ -72,19 +81,19 @@ def test_links_lead_somewhere(document):
 
 
 def test_the_readme_shows_every_package():
-    shown = set().union(*map(packages, examples(ROOT / "README.md")))
+    shown = set().union(*map(packages, examples(README)))
     assert shown == {"core", *BACKENDS}
 
 
 def test_the_readme_shows_the_three_calls_in_every_backend():
     for backend in BACKENDS:
-        text = "".join(e for e in examples(ROOT / "README.md") if backend in packages(e))
+        text = "".join(e for e in examples(README) if backend in packages(e))
         for call in ("over_parameterize(", "fold(", "verify("):
             assert call in text, (backend, call)
 
 
 def test_the_two_commands_are_in_the_readme_once():
-    lines = text_of(ROOT / "README.md").splitlines()
+    lines = text_of(README).splitlines()
     for extras, then in (("all", "python samples/compare.py"), ("all,test", "pytest")):
         line = f'python -m pip install -c constraints.txt -e ".[{extras}]" && {then}'
         assert lines.count(line) == 1

@@ -44,8 +44,9 @@ CASES = {
     "tutorial_tf": (DIGITS, 0),
     "tutorial_gluon_doconv": (DIGITS, 0),
 }
-# Those whose blocks and strides others have, too, take the more of the time.
-OFTEN = [name for name in CASES if name.startswith(("cifar_wrn", "cifar_mob", "tutorial", "plain"))]
+# The others have blocks and strides that these have, too, and take the more of the time.
+QUICK = ("cifar_wrn", "cifar_mobilenetv1", "cifar_mobilenetv2", "cifar_mobilenetv3_small")
+OFTEN = [name for name in CASES if name.startswith((*QUICK, "tutorial", "plain"))]
 MORE = ["resnet50_v1b", "resnet50_v2_doconv", "resnext50_32x4d_doconv", "mobilenetv3_large"]
 MORE += ["tutorial_tf", "tutorial_gluon_doconv", "resnet18_bsconvs_p1d6", "mobilenetv2_w3d4"]
 

@@ -42,6 +42,13 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def folded(content, file, legacy=False, **options):
+    """Save, fold, and return the report and what is in the new file, which may be there already."""
+    save(content, file, legacy)
+    out = file.with_name("out")
+    return fold_checkpoint(file, out, overwrite=True, **options), load(out)
+
+
 def network():
     torch.manual_seed(0)
     layers = [DOConv2d(3, 8, 3, groups=1), nn.BatchNorm2d(8), DOConv2d(8, 8, 3, groups=4)]
@@ -74,7 +81,7 @@ def test_a_folded_file_loads_into_the_ordinary_network(file, tmp_path, legacy):
 
 
 @LEGACY
-def test_everything_else_in_a_training_checkpoint_stays(file, tmp_path, legacy):
+def test_everything_else_in_a_training_checkpoint_stays(file, legacy):
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     net(torch.rand(2, 3, 5, 5)).sum().backward()
@@ -89,15 +96,13 @@ def test_everything_else_in_a_training_checkpoint_stays(file, tmp_path, legacy):
         "args": {"lr": 0.1, "milestones": [1, 2], "name": "resnet"},
         1: "one",
     }
-    save(content, file, legacy)
+    report, found = folded(content, file, legacy)
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.parts == ("", "ema/module")
         assert checkpoint.others == ("ema/decay", "epoch", "optimizer", "args", "1")
         assert checkpoint.layers[0].path == "0"
         assert checkpoint.layers[0].entries["weight"] == "state_dict/module.0.weight"
-    report = fold_checkpoint(file, tmp_path / "out")
     assert [c.path for c in report.changed] == ["0", "2", "ema/module/0", "ema/module/2"]
-    found = load(tmp_path / "out")
     assert list(found) == list(content)
     assert {k: found[k] for k in ("epoch", "args")} == {k: content[k] for k in ("epoch", "args")}
     assert found["ema"]["decay"] == 0.9
@@ -114,22 +119,20 @@ def test_everything_else_in_a_training_checkpoint_stays(file, tmp_path, legacy):
 
 @pytest.mark.parametrize("keys", [(), ("model",), ("a", "b", "net")])
 @pytest.mark.parametrize("wrapper", ["", "module."])
-def test_state_dicts_lie_at_any_depth(file, tmp_path, keys, wrapper):
-    arrays, folded = state_dict()
+def test_state_dicts_lie_at_any_depth(file, keys, wrapper):
+    arrays, ordinary = state_dict()
     content = tensors(arrays, wrapper)
     for key in reversed(keys):
         content = {key: content}
-    save(content, file)
+    _, found = folded(content, file)
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.parts == ("",)
         assert {layer.path for layer in checkpoint.layers} >= SPECS.keys()
-    fold_checkpoint(file, tmp_path / "out")
-    found = load(tmp_path / "out")
     for key in keys:
         assert list(found) == [key]
         found = found[key]
-    assert set(found) == {wrapper + name for name in folded}
-    for name, expected in folded.items():
+    assert set(found) == {wrapper + name for name in ordinary}
+    for name, expected in ordinary.items():
         np.testing.assert_allclose(found[wrapper + name], expected, atol=1e-5)
 
 
@@ -149,14 +152,12 @@ def test_an_averaged_copy_comes_second(file, name):
         assert checkpoint.layers[0].entries["weight"].startswith("weights/")
 
 
-def test_shared_tensors_and_dicts_stay_shared(file, tmp_path):
+def test_shared_tensors_and_dicts_stay_shared(file):
     weight, depthwise, kernel = map(torch.from_numpy, pair(SPECS["features.2"]))
     other = torch.from_numpy(numbers(6, 6))
     one = {"a.weight": weight, "a.depthwise_weight": depthwise, "c.weight": other}
     one |= {"b.weight": weight, "b.depthwise_weight": depthwise, "d.weight": other}
-    save({"model": one, "same": one, "best": dict(one)}, file)
-    fold_checkpoint(file, tmp_path / "out")
-    found = load(tmp_path / "out")
+    _, found = folded({"model": one, "same": one, "best": dict(one)}, file)
     assert found["same"] is found["model"]
     first = found["model"]
     torch.testing.assert_close(first["a.weight"], kernel)
@@ -165,32 +166,29 @@ def test_shared_tensors_and_dicts_stay_shared(file, tmp_path):
         assert first[left].data_ptr() == found["best"][right].data_ptr()
     del one["b.depthwise_weight"]
     one["b.depthwise_weight"] = depthwise + 1
-    save(one, file)
-    fold_checkpoint(file, tmp_path / "out", overwrite=True)
-    found = load(tmp_path / "out")
+    _, found = folded(one, file)
     assert not torch.equal(found["a.weight"], found["b.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_types_are_kept(file, tmp_path, dtype):
-    arrays, folded = state_dict()
-    save({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors(arrays).items()}, file)
-    fold_checkpoint(file, tmp_path / "out")
-    found = load(tmp_path / "out")
+def test_types_are_kept(file, dtype):
+    arrays, ordinary = state_dict()
+    content = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors(arrays).items()}
+    _, found = folded(content, file)
     for path in SPECS:
         assert found[f"{path}.weight"].dtype == dtype
-        expected = torch.from_numpy(folded[f"{path}.weight"]).to(dtype)
+        expected = torch.from_numpy(ordinary[f"{path}.weight"]).to(dtype)
         torch.testing.assert_close(found[f"{path}.weight"], expected, rtol=0.1, atol=0.1)
     assert found["norm.num_batches_tracked"].dtype == torch.int64
 
 
-def test_parameters_and_memory_formats_are_kept(file, tmp_path):
+def test_parameters_and_memory_formats_are_kept(file):
     weight, depthwise, _ = map(torch.from_numpy, pair(SPECS["features.0"]))
     last = weight.contiguous(memory_format=torch.channels_last)
     frozen = nn.Parameter(last, requires_grad=False)
-    save({"weight": frozen, "depthwise_weight": nn.Parameter(depthwise)}, file)
-    fold_checkpoint(file, tmp_path / "out")
-    found = load(tmp_path / "out")["weight"]
+    found = folded({"weight": frozen, "depthwise_weight": nn.Parameter(depthwise)}, file)[1][
+        "weight"
+    ]
     assert isinstance(found, nn.Parameter)
     assert not found.requires_grad
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -345,9 +343,8 @@ def test_a_missing_framework_is_told(file, monkeypatch):
         open_checkpoint(file)
 
 
-def test_ranks_other_than_two(file, tmp_path):
+def test_ranks_other_than_two(file):
     spec = ConvSpec(2, 3, (4,))
     weight, depthwise, kernel = pair(spec)
-    save(tensors({"weight": weight, "depthwise_weight": depthwise}), file)
-    fold_checkpoint(file, tmp_path / "out")
-    np.testing.assert_allclose(load(tmp_path / "out")["weight"], kernel, atol=1e-6)
+    _, found = folded(tensors({"weight": weight, "depthwise_weight": depthwise}), file)
+    np.testing.assert_allclose(found["weight"], kernel, atol=1e-6)

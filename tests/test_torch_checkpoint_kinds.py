@@ -192,7 +192,7 @@ def test_other_kinds_of_tensors_are_carried_over(file, tmp_path, kind, legacy):
 @QUANTIZED
 @KINDS
 @pytest.mark.parametrize("role", ["weight", "depthwise_weight"])
-def test_no_layer_is_left_because_half_of_it_is_no_plain_array(file, tmp_path, role, kind):
+def test_no_layer_is_left_because_half_of_it_is_no_plain_array(file, role, kind):
     weight, depthwise, _ = map(torch.from_numpy, pair(SPECS["features.0"]))
     arrays = {"a.weight": weight, "a.depthwise_weight": depthwise}
     arrays[f"a.{role}"] = of_kind(kind, arrays[f"a.{role}"])

@@ -40,6 +40,7 @@ def test_network(name, network):
     assert row.change > 0
 
 
+@pytest.mark.exhaustive
 def test_atrous_convolutions_are_over_parameterized_and_come_back():
     need("torch")
     driver = importlib.import_module("zoo_torch")
