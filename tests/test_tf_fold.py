@@ -5,8 +5,6 @@ Nothing here names TensorFlow, so that it also runs on Keras' other backends.
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from frameworks import need
 
@@ -49,8 +47,7 @@ def test_fold_and_from_conv_keep_what_decides_the_dtype():
 
 
 @EACH
-@pytest.mark.parametrize("frozen", [(), ("_kernel",), ("_kernel", "depthwise_kernel"), ("bias",)])
-def test_fold_keeps_what_the_layer_was(do_conv, conv, frozen):
+def test_fold_keeps_what_the_layer_was(do_conv, conv):
     w = "depthwise" if do_conv is DODepthwiseConv2D else "kernel"
     usual = {
         "kernel_size": 3,
@@ -70,19 +67,14 @@ def test_fold_keeps_what_the_layer_was(do_conv, conv, frozen):
     layer = do_conv(**arguments(do_conv, **usual), **with_multiplier(do_conv, 28))
     layer.build(shape_for(do_conv))
     random_values(layer)
-    for name in frozen:
-        getattr(layer, name).trainable = False
-    state, drawn = random.getstate(), array(seed.state).copy()
+    drawn = array(seed.state).copy()
     folded = layer.fold()
-    assert random.getstate() == state
     assert_same(seed.state, drawn)
     assert type(folded) is conv
     assert folded.built
     theirs, ours = folded.get_config(), layer.get_config()
     assert {name: ours[name] for name in theirs} == theirs
     assert folded.activation is layer.activation
-    assert folded.kernel.trainable == (len(frozen) < 2)
-    assert folded.bias.trainable == ("bias" not in frozen)
     x = image(shape_for(do_conv))
     assert_same(folded.kernel, layer.composed_kernel())
     assert_same(ops.cast(folded(x), "float32"), ops.cast(layer(x), "float32"))
@@ -122,59 +114,14 @@ def test_an_activation_with_weights_is_cloned(cls, change, called):
     assert (array(new(image())) != array(old(image()))).any()
 
 
-class Doubled(DOConv2D):
-    """Doubles the output."""
-
-    def call(self, inputs):
-        return 2 * super().call(inputs)
-
-
-class Padded(DOConv2D):
-    """Convolves something else."""
-
-    def convolution_op(self, inputs, kernel):
-        return super().convolution_op(inputs + 1, kernel)
-
-
-class Centred(DOConv2D):
-    """Convolves with another kernel than the composed one."""
-
-    @property
-    def kernel(self):
-        return super().kernel - ops.mean(super().kernel)
-
-
-class Renamed(DODepthwiseConv2D):
-    """Computes what its base does."""
-
-
-@pytest.mark.parametrize(
-    ("cls", "name"), [(Doubled, "call"), (Padded, "convolution_op"), (Centred, "kernel")]
-)
-def test_fold_refuses_a_subclass_that_computes_something_else(cls, name):
-    layer = cls(6, 3)
-    layer.build(SHAPE)
-    with pytest.raises(TypeError, match=rf"\.{cls.__name__} has a {name} of its own, so the conv"):
-        layer.fold()
-
-
-def test_fold_takes_a_subclass_that_computes_the_same():
-    layer = Renamed(3)
-    layer.build(SHAPE)
-    assert_same(layer.fold()(image()), layer(image()))
-
-
 @EACH
-@pytest.mark.parametrize("multiplier", [None, 30])
-@pytest.mark.parametrize("trainable", [True, False])
-def test_from_conv_does_not_change_the_function(do_conv, conv, multiplier, trainable):
+@pytest.mark.parametrize(("multiplier", "trainable"), [(None, False), (30, True)])
+def test_from_conv_keeps_what_the_layer_was(do_conv, conv, multiplier, trainable):
     usual = {"kernel_size": 3, "padding": "same", "use_bias": False, "name": "named"}
     plain = conv(**arguments(conv, **usual), trainable=trainable)
     x = image(shape_for(do_conv))
     expected = array(plain(x))
-    state = random.getstate()
     layer = do_conv.from_conv(plain, **with_multiplier(do_conv, multiplier))
-    assert random.getstate() == state
     assert_same(layer(x), expected)
     assert_same(layer.fold().kernel, plain.kernel)
     assert layer.bias is None
@@ -185,24 +132,13 @@ def test_from_conv_does_not_change_the_function(do_conv, conv, multiplier, train
     assert {name: ours[name] for name in theirs} == theirs
 
 
-class Standardised(layers.Conv2D):
-    """A convolution that computes something else."""
-
-
 def test_from_conv_refuses_what_computes_something_else():
-    message = r"takes over a keras\.layers\.Conv2D, exactly; received .*Standardised"
-    with pytest.raises(TypeError, match=message):
-        DOConv2D.from_conv(Standardised(6, 3))
-    with pytest.raises(TypeError, match=r"received doconv_tf\.do_conv\.DOConv2D"):
-        DOConv2D.from_conv(trained())
     with pytest.raises(
         TypeError, match=r"keras\.layers\.DepthwiseConv2D, exactly; received .*Conv"
     ):
         DODepthwiseConv2D.from_conv(layers.Conv2D(6, 3))
     plain = layers.Conv2D(6, 3)
     plain.build(SHAPE)
-    with pytest.raises(ValueError, match="depth_multiplier must be at least"):
-        DOConv2D.from_conv(plain, depth_multiplier=8)
     plain.enable_lora(2)
     with pytest.raises(TypeError, match="is quantized or has LoRA enabled"):
         DOConv2D.from_conv(plain)
