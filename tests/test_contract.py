@@ -128,9 +128,15 @@ def test_a_layer_keeps_its_promises(adapter, case, tmp_path):
 
 @one_test
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
-@pytest.mark.parametrize("extra", [0, 3])
-def test_folding_and_taking_over_keep_what_is_trained_and_draw_nothing(adapter, frozen, extra):
-    layer_case = case(4, 6, (3, 3), (7, 8), groups=2, extra=extra)
+@pytest.mark.parametrize(
+    "layer_case",
+    [
+        case(4, 6, (3, 3), (7, 8), groups=2),
+        case(4, 6, (3, 3), (7, 8), groups=2, extra=3),
+        case(4, 8, (3, 3), (6, 7), groups=4, depthwise_layer=True),
+    ],
+)
+def test_folding_and_taking_over_keep_what_is_trained_and_draw_nothing(adapter, frozen, layer_case):
     layer, x = built(adapter, layer_case, make_problem(layer_case), adapter.DOUBLE)
     x = x.astype(adapter.DOUBLE)
     for name in frozen:

@@ -215,6 +215,12 @@ def test_the_loss_counts_once_beside_that_of_the_outputs(hybridized, contexts):
     np.testing.assert_allclose(difference, orthonormality_gradient(before), rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_has_the_widest_dtype():
+    model = two()
+    model[0].cast("float64")
+    assert orthonormality_loss(model).dtype == np.float64
+
+
 def test_each_context_has_a_loss_of_its_own_copies():
     model = two(TWO)
     model[0].pointwise1.weight.data(TWO[1])[:] = 0

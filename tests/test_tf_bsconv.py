@@ -233,10 +233,9 @@ def fitted(model, **options):
     return model.fit(image(), target, verbose=0).history["loss"][0], target
 
 
-@pytest.mark.parametrize("jit", [BACKEND == "jax", BACKEND != "torch"])
-def test_fit_includes_the_loss(jit):
+def test_fit_includes_the_loss():
     model = two()
-    plain, target = fitted(model, jit_compile=jit)
+    plain, target = fitted(model, jit_compile=BACKEND != "torch")
     extra = expected_loss(model)
     # Without compiling again: what was compiled is not to lose the loss in silence.
     add_orthonormality(model, 0.5)

@@ -52,7 +52,7 @@ def test_saved_model(fuse, tmp_path):
 
 def test_saved_model_of_a_trained_model_has_no_optimizer(tmp_path):
     model, _ = over_parameterize(filled(sequential()))
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit(images(), np.ones((2, 2), "float32"), verbose=0)
     for ordinary in (fold(model)[0], fold(model, inplace=True)[0]):
         ordinary.export(tmp_path / "model", verbose=False)
