@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,17 +13,21 @@ from contract import (
     HALF_CASES,
     HALF_ROUNDOFF,
     ask,
+    built,
     case,
     check,
+    check_refused,
+    fill,
     make_problem,
     rounded,
+    say,
     solve,
     tolerances,
 )
 from equal import assert_close, assert_same
 from frameworks import BACKENDS, adapter_of
 
-from doconv_core import available_backends, compose, pad
+from doconv_core import available_backends, compose
 
 # MXNet has no bfloat16; and no float16 convolution on the CPU, so that its adapter convolves the
 # layer's own float16 kernel in float32. TensorFlow sums a bias's gradient in the half type itself.
@@ -33,37 +37,9 @@ HALF_TYPES = pytest.mark.parametrize(
 )
 
 
-class Run:
-    """A layer of one backend, built for a case, with the core's answer to it."""
-
-    def __init__(self, adapter, case, dtype="float32", **options):
-        self.adapter, self.case = adapter, case
-        self.problem = make_problem(case, dtype, **options)
-        self.native = adapter.pads(case)  # or else its input is padded before
-        self.own = case if self.native else case.padded_outside()
-        self.layer = adapter.build(self.own, self.problem, dtype)
-        x = self.problem.x
-        self.x = x if self.native else pad(x, case.padding, case.padding_mode)
-
-    @cached_property
-    def expected(self):
-        return solve(self.case, self.problem)
-
-    def results(self):
-        return ask(self.adapter, self.layer, self.case, self.problem, self.native)
-
-    def output(self, layer):
-        return self.adapter.forward(layer, self.x)
-
-
 @pytest.fixture(params=BACKENDS)
 def adapter(request):
     return adapter_of(request.param)
-
-
-@pytest.fixture(params=CASES, ids=str)
-def run(adapter, request):
-    return Run(adapter, request.param)
 
 
 def test_every_backend_of_this_package_has_an_adapter():
@@ -104,63 +80,138 @@ def test_each_framework_pads_by_itself_where_it_can(adapter):
     assert ours != (adapter is adapter_of("mx"))
 
 
-def agrees_with_the_core(run, folder):
-    bounds = tolerances(run.case, run.problem, run.expected, "float32")
-    check(run.results(), run.expected, bounds)
+def in_double(problem):
+    return {name: array.astype(float) for name, array in problem.arrays.items()}
 
 
-def folds_to_the_ordinary_layer(run, folder):
-    folded = run.layer.fold()
-    assert type(folded) is run.adapter.ordinary_type(run.case)
-    assert_close(run.output(folded), run.expected.output, FLOAT32_TOLERANCE, "of the core's")
-    assert_same(run.output(folded), run.output(run.layer), "of the layer's")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_keeps_its_promises(adapter, case, tmp_path):
+    """It computes, is saved as, folds to and begins as what the core and ordinary layers say."""
+    problem, spec = make_problem(case), case.spec
+    expected = solve(case, problem)
+    layer, x = built(adapter, case, problem)
+    own = case if adapter.pads(case) else case.padded_outside()
+    output = adapter.forward(layer, x)
+    check(ask(adapter, layer, x, case, problem), expected, FLOAT32_TOLERANCE)
 
+    loaded = adapter.round_trip(layer, adapter.build(own), x, tmp_path)
+    for what, each in (("layer", layer), ("loaded", loaded)):
+        assert (type(each), each.spec) == (type(layer), spec), what
+        assert adapter.entries(each).keys() == problem.arrays.keys(), what
+        assert_same(adapter.package.export_state(each).arrays, problem.arrays, what)
+        assert_same(adapter.forward(each, x), output, what)
 
-def begins_as_the_ordinary_layer(run, folder):
-    zero = Run(run.adapter, run.case, zero_depthwise=True)
-    kernel = compose(zero.problem.weight, zero.problem.depthwise, run.case.spec)
-    assert_same(run.adapter.composed_kernel(zero.layer), kernel, "kernel")
-    plain = run.adapter.ordinary(run.own, kernel, zero.problem.bias)
-    expected = zero.output(plain)
-    assert_same(zero.output(zero.layer), expected, "zero D")
-    assert_same(zero.output(type(zero.layer).from_conv(plain)), expected, "taken over")
+    folded = layer.fold()
+    assert type(folded) is adapter.ordinary_type(case)
+    assert_same(adapter.forward(folded, x), output, "folded")
+    assert adapter.entries(folded).keys() == problem.arrays.keys() - {"depthwise_weight"}
 
+    double = built(adapter, case, problem, adapter.DOUBLE)[0]
+    exact, arrays = {"float64": 1e-14, "float32": 1e-6}[adapter.DOUBLE], in_double(problem)
+    kernel = compose(arrays["weight"], arrays.get("depthwise_weight"), spec)
+    assert_close(adapter.composed_kernel(double)[0], kernel, exact, "composed kernel")
 
-def is_saved_and_loaded(run, folder):
-    loaded = run.adapter.round_trip(run.layer, run.own, folder)
-    problem, expected = run.problem, {"weight": run.problem.weight}
-    if run.case.spec.over_parameterized:
-        expected["depthwise_weight"] = problem.depthwise
-    if run.case.bias:
-        expected["bias"] = problem.bias
-    assert_same(run.adapter.state(run.layer), expected, "exported")
-    assert_same(run.adapter.state(loaded), expected, "loaded")
-    assert_same(run.output(loaded), run.output(run.layer), "output")
+    arrays = {n: 0 * a if n == "depthwise_weight" else a for n, a in problem.arrays.items()}
+    fill(adapter, layer, case, arrays)
+    kernel = compose(arrays["weight"], arrays.pop("depthwise_weight", None), spec)
+    assert_same(adapter.composed_kernel(layer)[0], kernel, "kernel without D")
+    arrays["weight"] = kernel.reshape(*kernel.shape[:2], spec.taps)
+    plain = fill(adapter, adapter.build(own, kind="conv"), case, arrays)
+    expected = adapter.forward(plain, x)
+    assert_same(adapter.forward(layer, x), expected, "without D")
+    taken = adapter.take_over(case, plain)
+    assert taken.spec == spec
+    assert_same(adapter.forward(taken, x), expected, "taken over")
+    assert_same(adapter.composed_kernel(taken)[0], kernel, "kernel taken over")
+    assert_same(adapter.forward(type(taken).from_conv(plain), x), expected, "of the usual S")
 
 
 @one_test
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
 @pytest.mark.parametrize(
-    "promise",
+    "layer_case",
     [
-        agrees_with_the_core,
-        folds_to_the_ordinary_layer,
-        begins_as_the_ordinary_layer,
-        is_saved_and_loaded,
+        case(4, 6, (3, 3), (7, 8), groups=2),
+        case(4, 6, (3, 3), (7, 8), groups=2, extra=3),
+        case(4, 8, (3, 3), (6, 7), groups=4, depthwise_layer=True),
     ],
 )
-def test_a_layer_keeps_its_promises(run, promise, tmp_path):
-    promise(run, tmp_path)
+def test_folding_and_taking_over_keep_what_is_trained_and_draw_nothing(adapter, frozen, layer_case):
+    layer, x = built(adapter, layer_case, make_problem(layer_case), adapter.DOUBLE)
+    x = x.astype(adapter.DOUBLE)
+    for name in frozen:
+        adapter.freeze(adapter.entries(layer)[name])
+    kernel, bias, found, nothing = len(frozen) < 2, "bias" not in frozen, [], lambda: None
+    drawn = adapter.drawn_after(lambda: found.append(layer.fold()))
+    assert_same(drawn, adapter.drawn_after(nothing), "folded")
+    drawn = adapter.drawn_after(lambda: found.append(adapter.take_over(layer_case, found[0])))
+    assert_same(drawn, adapter.drawn_after(nothing), "taken over")
+    trained = {"weight": kernel, "depthwise_weight": kernel, "bias": bias}
+    for each in found:
+        entries = adapter.entries(each)
+        assert {name: adapter.is_trained(p) for name, p in entries.items()} == {
+            name: trained[name] for name in entries
+        }
+        assert adapter.dtypes(each) == {adapter.DOUBLE}
+        assert_same(adapter.forward(each, x), adapter.forward(layer, x))
+
+
+def test_what_computes_something_else_is_neither_folded_nor_taken_over(adapter):
+    make, words = adapter.make, partial(say, adapter)
+    take = type(make("do_conv", 4, 6, 3)).from_conv
+    exactly, own = "takes over a {conv}, exactly; received .*", "has a {} of its own, so the co"
+    check_refused(
+        *(
+            (make(cls, 4, 6, 3).fold, TypeError, rf"\b{cls.__name__} {own.format(name)}")
+            for cls, name in adapter.OTHERS.items()
+        ),
+        (lambda: take(make("own", 4, 6, 3)), TypeError, words(exactly + "Own")),
+        (lambda: take(make("conv", 4, 6, 3, 1)), TypeError, words(exactly + "Conv1{d}")),
+        (
+            lambda: take(make("do_conv", 4, 6, 3)),
+            TypeError,
+            words(rf"received {adapter.package.__name__}\.do_conv\.DOConv2{{d}}"),
+        ),
+        (
+            lambda: take(make("conv", 4, 6, 3), depth_multiplier=8),
+            ValueError,
+            "depth_multiplier must be at least",
+        ),
+    )
+    same, x = make(adapter.Named, 4, 6, 3), np.ones((2, 4, 5, 5), "float32")
+    assert_same(adapter.forward(same.fold(), x), adapter.forward(same, x))
+
+
+def test_wrong_arguments_are_refused(adapter):
+    rows = [
+        ({"kernel": (3, 3, 3)}, ValueError, "kernel_size must be one integer or 2 of them"),
+        ({"kernel": 0}, ValueError, "kernel_size must be at least 1"),
+        ({"kernel": 2.5}, TypeError, "kernel_size must be an integer"),
+        ({"groups": 0}, ValueError, "groups must be at least 1; received groups=0"),
+        ({"stride": 0}, ValueError, "{stride} must be at least 1; received {stride}=0"),
+        ({"dilation": (1, -1)}, ValueError, r"{dilation}\[1\] must be at least 1"),
+        ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number of"),
+        ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
+    ]
+    make, words = partial(adapter.make, "do_conv", 4, 6), partial(say, adapter)
+    check_refused(
+        *(
+            (partial(make, **{"kernel": 3, **words(options)}), error, words(message))
+            for options, error, message in rows
+        )
+    )
 
 
 @HALF_TYPES
 @one_test
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
 def test_half_precision_is_within_its_bound(backend, case, dtype):
-    run = Run(adapter_of(backend), case, dtype)
-    found = run.results()
-    bounds = tolerances(case, run.problem, run.expected, dtype, sums_in_half=backend == "tf")
-    check(found, run.expected, bounds)
-    assert_same(run.output(run.layer.fold()), found.output)
+    adapter, problem = adapter_of(backend), make_problem(case, dtype)
+    layer, x = built(adapter, case, problem, dtype)
+    expected, found = solve(case, problem), ask(adapter, layer, x, case, problem)
+    bounds = tolerances(case, problem, expected, dtype, sums_in_half=backend == "tf")
+    check(found, expected, bounds)
+    assert_same(adapter.forward(layer.fold(), x), found.output)
 
 
 @HALF_TYPES
@@ -168,14 +219,13 @@ def test_half_precision_is_within_its_bound(backend, case, dtype):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_small_depthwise_weight_is_not_lost_in_half_precision(backend, dtype, groups):
     """Added to a 1 in half precision, a D of less than its last bit would be gone."""
-    adapter = adapter_of(backend)
-    layer_case = case(16, 16, (3, 3), (5, 5), groups=groups)
-    spec = layer_case.spec
+    adapter, layer_case = adapter_of(backend), case(16, 16, (3, 3), (5, 5), groups=groups)
     problem = make_problem(layer_case, dtype)
     small = rounded(0.9 * HALF_ROUNDOFF[dtype] * np.eye(9), dtype)
-    problem = problem._replace(depthwise=np.tile(small, (16, 1, 1)))
-    kernel = adapter.composed_kernel(adapter.build(layer_case, problem, dtype))
-    exact = compose(problem.weight.astype(float), problem.depthwise.astype(float), spec)
+    problem.arrays["depthwise_weight"] = np.tile(small, (16, 1, 1))
+    kernel = adapter.composed_kernel(built(adapter, layer_case, problem, dtype)[0])[0]
+    arrays = in_double(problem)
+    exact = compose(arrays["weight"], arrays["depthwise_weight"], layer_case.spec)
     # Half the distance of neighbouring numbers is what one rounding may be off by.
     half_spacing = HALF_ROUNDOFF[dtype] * 2.0 ** np.floor(np.log2(np.abs(exact)))
     # The product with D may be rounded as well: in its own last place, or where float16 ends.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import contract
 import ml_dtypes
 import numpy as np
 import pytest
-from contract import FLOAT32_TOLERANCE, rounded
+from contract import FLOAT32_TOLERANCE, ask, check, rounded
 from contract_bsconv import (
     ARGUMENT,
     CASES,
@@ -22,7 +23,7 @@ from contract_bsconv import (
     snapshot,
     solve,
 )
-from equal import assert_close
+from equal import assert_close, assert_same
 from frameworks import BACKENDS
 
 from doconv_core import (
@@ -31,7 +32,6 @@ from doconv_core import (
     orthonormality,
     orthonormality_gradient,
     pad,
-    pad_gradient,
 )
 from doconv_core.networks.nodes import Flatten, Linear, Network, sequence
 
@@ -46,12 +46,7 @@ def usual(variant="s", **options):
 
 
 def built(adapter, case, problem=None, dtype="float32"):
-    """Return the layer with the problem's state, and the input that it takes."""
-    problem = problem or make_problem(case)
-    native = adapter.pads(case)
-    layer = adapter.build(case if native else case.padded_outside(), dtype)
-    put(adapter, layer, problem.arrays)
-    return layer, problem.x if native else pad(problem.x, case.padding, case.padding_mode)
+    return contract.built(adapter, case, problem or make_problem(case), dtype)
 
 
 def class_of(adapter, name):
@@ -59,7 +54,7 @@ def class_of(adapter, name):
 
 
 def test_the_table_covers_what_it_promises():
-    assert len(set(map(str, CASES))) == len(CASES) >= 50
+    assert len(set(map(str, CASES))) == len(CASES) >= 25
     for variant in "us":
         cases = [case for case in CASES if case.spec.variant == variant]
         assert {case.spec.rank for case in cases} == {1, 2, 3}
@@ -76,8 +71,8 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
     problem = make_problem(case)
     expected = solve(case, problem)
     layer, x = built(adapter, case, problem)
-
-    output, fresh = adapter.forward(layer, x), built(adapter, case)[0]
+    output = adapter.forward(layer, x)
+    fresh = adapter.build(case if adapter.pads(case) else case.padded_outside())
     loaded = adapter.round_trip(layer, fresh, x, tmp_path)
     for what, each in (("layer", layer), ("loaded", loaded)):
         assert type(each) is type(layer), what
@@ -100,14 +95,7 @@ def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
         if form == "keep":
             np.testing.assert_array_equal(adapter.forward(folded, x), output, form)
 
-    found = adapter.gradients(layer, x, problem.dy)
-    assert_close(found.output, expected.output, FLOAT32_TOLERANCE, "output")
-    dx = found.x
-    if dx.shape != problem.x.shape:
-        dx = pad_gradient(dx, case.size, case.padding, case.padding_mode)
-    assert_close(dx, expected.x, FLOAT32_TOLERANCE, "gradient of the input")
-    for name, gradient in expected.arrays.items():
-        assert_close(found.arrays[name], gradient, FLOAT32_TOLERANCE, f"gradient of {name}")
+    check(ask(adapter, layer, x, case, problem), expected, FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", "us")
@@ -303,6 +291,54 @@ def test_what_has_no_loss_is_refused(adapter):
 def linear(adapter):
     network = Network("one", sequence(("flatten", Flatten()), ("linear", Linear(2))), (1, 2, 2))
     return adapter.walk(adapter.described(network))["linear"]
+
+
+def test_the_loss_is_computed_in_float32_at_least(adapter):
+    problem = make_problem(usual())
+    for dtype in (*adapter.HALF_TYPES, adapter.DOUBLE):
+        arrays = {name: rounded(array, dtype) for name, array in problem.arrays.items()}
+        wide = "float32" if dtype in adapter.HALF_TYPES else dtype
+        layers = [
+            built(adapter, usual(), problem._replace(arrays=arrays), each)[0]
+            for each in (dtype, wide)
+        ]
+        losses = [adapter.package.orthonormality_loss(layer) for layer in layers]
+        assert_same(*losses, dtype)
+        assert wide in str(losses[0].dtype)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0])
+def test_training_with_the_loss_makes_the_rows_orthonormal(adapter, alpha):
+    model = adapter.chain(("s", 8, 6, 3), ("s", 6, 4, 3), rank=1, with_bn=True)
+    rng = np.random.default_rng(0)
+    x, target = (rng.standard_normal(shape).astype("f4") for shape in ((16, 8, 12), (16, 4, 8)))
+    steps = 240 if alpha else 20
+    rates = 0.1 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+    adapter.descend(model, x, target, alpha, rates)
+    arrays = adapter.package.export_state(model).arrays
+    weights = [w[..., 0] for name, w in arrays.items() if name.endswith("pointwise1.weight")]
+    assert len(weights) == 2
+    for w in weights:
+        off = np.abs(w @ w.T - np.eye(len(w))).max()
+        assert off <= 1e-5 if alpha else off > 0.5
+
+
+@pytest.mark.parametrize("variant", "us")
+def test_copies_are_whole_and_folding_keeps_what_is_trained_and_the_dtype(adapter, variant):
+    for with_bn in (False, True):
+        case = usual(variant, with_bn=with_bn, padding=0)
+        layer, x = built(adapter, case, dtype=adapter.DOUBLE)
+        x = x.astype(adapter.DOUBLE)
+        output, other = adapter.forward(layer, x), adapter.copied(layer)
+        assert (type(other), other.spec) == (type(layer), layer.spec)
+        assert_same(adapter.forward(other, x), output)
+        for parameter in adapter.entries(layer).values():
+            adapter.freeze(parameter)
+        for form in FORMS:
+            folded = layer.fold(**in_form(form))
+            assert adapter.trainable(folded) == 0, form
+            assert adapter.dtypes(folded) == {adapter.DOUBLE}, form
+            assert_close(adapter.forward(folded, x), output, adapter.EXACT, form)
 
 
 def test_the_package_has_every_name(adapter):

@@ -16,7 +16,7 @@ from doconv_mx import BSConvS2D, BSConvU2D, fold, to_bsconv, verify  # noqa: E40
 
 # isort: split
 import mxnet as mx  # noqa: E402
-from adapters.mx_bsconv import Doubled  # noqa: E402
+from adapters.mx import Doubled  # noqa: E402
 from gluon_layers import array  # noqa: E402
 from gluon_models import built, chain, square, trained_statistics  # noqa: E402
 from mxnet import autograd  # noqa: E402

@@ -119,7 +119,7 @@ def zoo_model(name):
 
 
 @IMPORTS
-@pytest.mark.parametrize("name", ["cifar_resnet20_v1", "cifar_resnet20_v2", "mobilenetv2_0.25"])
+@pytest.mark.parametrize("name", ["cifar_resnet20_v2", "mobilenetv2_0.25"])
 def test_a_network_of_the_zoo(name, tmp_path):
     model, x = zoo_model(name), mx.nd.random.uniform(shape=(2, 3, 32, 32))
     model.hybridize()

@@ -16,7 +16,6 @@ BACKENDS = ["tensorflow", "jax", "torch"]
 FILES = [
     "test_contract.py",
     "test_tf.py",
-    "test_tf_fold.py",
     "test_tf_models.py",
     "test_tf_state.py",
 ]

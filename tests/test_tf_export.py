@@ -19,7 +19,6 @@ from keras_models import as_trained, filled, functional, images, sequential  # n
 
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
 
-FUSE = pytest.mark.parametrize("fuse", [False, True])
 BOUND = 1e-5  # of kernels and fused constants in float32
 
 
@@ -42,7 +41,7 @@ def assert_no_trace(folder):
         assert b"doconv" not in path.read_bytes().lower(), path
 
 
-@FUSE
+@pytest.mark.parametrize("fuse", [False, True])
 def test_saved_model(fuse, tmp_path):
     model, ordinary = folded(sequential, fuse)
     ordinary.export(tmp_path / "model", verbose=False)
@@ -53,7 +52,7 @@ def test_saved_model(fuse, tmp_path):
 
 def test_saved_model_of_a_trained_model_has_no_optimizer(tmp_path):
     model, _ = over_parameterize(filled(sequential()))
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit(images(), np.ones((2, 2), "float32"), verbose=0)
     for ordinary in (fold(model)[0], fold(model, inplace=True)[0]):
         ordinary.export(tmp_path / "model", verbose=False)
@@ -66,9 +65,8 @@ def test_saved_model_of_a_trained_model_has_no_optimizer(tmp_path):
 
 # TensorFlow deprecates its own interpreter for a package that is not installed with it.
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
-@FUSE
-def test_tflite(fuse, tmp_path):
-    model, ordinary = folded(sequential, fuse)
+def test_tflite(tmp_path):
+    model, ordinary = folded(sequential, fuse=True)
     content = tf.lite.TFLiteConverter.from_keras_model(ordinary).convert()
     (tmp_path / "model.tflite").write_bytes(content)
     interpreter = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
@@ -87,9 +85,8 @@ def test_tflite(fuse, tmp_path):
 
 # Keras' exporter asks NumPy for names that newer versions of NumPy will give another meaning.
 @pytest.mark.filterwarnings("ignore:In the future `np.object` will be defined:FutureWarning")
-@FUSE
-def test_onnx(fuse, tmp_path):
-    model, ordinary = folded(flat, fuse)
+def test_onnx(tmp_path):
+    model, ordinary = folded(flat, fuse=False)
     inputs = {"a": images(seed=1), "b": images(seed=2)}
     ordinary([inputs["a"], inputs["b"]])  # Keras exports to ONNX what was called
     ordinary.export(tmp_path / "model.onnx", format="onnx", verbose=False)
@@ -117,6 +114,7 @@ print(keras.backend.backend())
 """
 
 
+@pytest.mark.exhaustive
 def test_onnx_of_grouped_convolutions_by_way_of_pytorch(tmp_path):
     need("torch")
     model, ordinary = folded(sequential, True)

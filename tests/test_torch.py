@@ -17,7 +17,6 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
-from doconv_core import compose, difference  # noqa: E402
 from doconv_torch import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 
 PAIRS = [(DOConv1d, nn.Conv1d), (DOConv2d, nn.Conv2d), (DOConv3d, nn.Conv3d)]
@@ -81,17 +80,6 @@ def test_every_padding_of_the_ordinary_layer(mode, padding):
     assert torch.equal(layer(image()), plain(image()))
 
 
-@one_test
-@MULTIPLIERS
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_composition_is_the_cores(multiplier, groups):
-    layer = DOConv2d(4, 8, 3, groups=groups, depth_multiplier=multiplier, dtype=torch.float64)
-    nn.init.normal_(layer.depthwise_weight)
-    weight = layer.weight.detach().numpy().reshape(layer.spec.weight_shape)
-    expected = compose(weight, layer.depthwise_weight.detach().numpy(), layer.spec)
-    assert difference(layer.composed_kernel().detach().numpy(), expected).relative < 1e-14
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_composes_in_the_parameters_dtype_and_casts_once(dtype):
     layer = trained()
@@ -131,14 +119,8 @@ def test_copies_and_pickles_are_whole():
     assert torch.equal(torch.load(buffer, weights_only=False)(image()), layer(image()))
 
 
-@MULTIPLIERS
-def test_state_dict_holds_parameters_and_nothing_else(multiplier):
-    layer = trained(multiplier)
-    state = layer.state_dict()
-    assert set(state) == {"weight", "depthwise_weight", "bias"}
-    other = DOConv2d(4, 6, 3, padding=1, groups=2, depth_multiplier=multiplier)
-    other.load_state_dict(state)
-    assert torch.equal(other(image()), layer(image()))
+def test_state_dict_holds_parameters_and_nothing_else():
+    assert set(trained().state_dict()) == {"weight", "depthwise_weight", "bias"}
 
 
 @MULTIPLIERS
@@ -165,7 +147,7 @@ def test_what_does_not_load_is_named_by_pytorch():
         nn.Conv2d(4, 6, 3, groups=2).load_state_dict(trained().state_dict())
 
 
-@MULTIPLIERS
+@pytest.mark.parametrize("multiplier", [None, 19])
 def test_compile_export_and_trace(multiplier):
     layer, x = trained(multiplier), image()
     expected = layer(x)
@@ -189,9 +171,9 @@ def test_compile_under_autocast_is_one_graph():
         assert torch.allclose(compiled(x), layer(x))
 
 
-@MULTIPLIERS
+@pytest.mark.parametrize("multiplier", [None, 5])
 def test_double_backward(multiplier):
-    layer = DOConv2d(2, 4, 2, groups=2, dtype=torch.float64, depth_multiplier=multiplier and 5)
+    layer = DOConv2d(2, 4, 2, groups=2, dtype=torch.float64, depth_multiplier=multiplier)
     nn.init.normal_(layer.depthwise_weight)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
@@ -258,26 +240,6 @@ def test_repr_names_the_depth_multiplier():
     )
 
 
-class Doubled(DOConv2d):
-    """A layer that computes something else."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Shifted(DOConv2d):
-    """A layer that computes something else in the convolution itself."""
-
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x, weight + 1, bias)
-
-
-@pytest.mark.parametrize("cls", [Doubled, Shifted])
-def test_fold_refuses_what_computes_something_else(cls):
-    with pytest.raises(TypeError, match=f"{cls.__name__} has a forward of its own"):
-        cls(4, 6, 3).fold()
-
-
 @MULTIPLIERS
 @pytest.mark.parametrize("groups", [1, 2])
 def test_kernels_are_contiguous(multiplier, groups):
@@ -300,78 +262,34 @@ def test_inputs_without_a_batch_or_with_none(shape):
     assert torch.equal(layer(x), layer.fold()(x))
 
 
-@one_test
 @MULTIPLIERS
-@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "depthwise_weight"), ("bias",)])
-def test_fold_keeps_what_the_layer_was(multiplier, frozen):
-    layer = trained(multiplier, dtype=torch.float64, bias=True).eval()
-    for name in frozen:
-        layer.get_parameter(name).requires_grad_(False)
-    before = torch.get_rng_state()
-    folded = layer.fold()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert type(folded) is nn.Conv2d
-    assert folded.weight.is_contiguous()
-    assert not folded.training
-    assert folded.weight.dtype == torch.float64
-    assert folded.weight.requires_grad == (len(frozen) < 2)
-    assert folded.bias.requires_grad == ("bias" not in frozen)
+def test_fold_and_from_conv_keep_what_the_layer_was(multiplier):
+    folded = trained(multiplier).eval().fold()
     assert folded.weight.is_leaf
     assert folded.extra_repr() == nn.Conv2d(4, 6, 3, padding=1, groups=2).extra_repr()
-    x = image(dtype=torch.float64)
-    assert torch.equal(folded(x), layer(x))
     assert set(folded.state_dict()) == {"weight", "bias"}
-
-
-@RANKED
-@MULTIPLIERS
-def test_from_conv_does_not_change_the_function(do_conv, conv, multiplier):
-    rank = PAIRS.index((do_conv, conv)) + 1
-    plain = conv(4, 6, 2, groups=2, bias=False, padding="same", padding_mode="reflect").eval()
-    plain.weight.requires_grad_(False)
-    before = torch.get_rng_state()
-    layer = do_conv.from_conv(plain, depth_multiplier=multiplier)
-    assert torch.equal(torch.get_rng_state(), before)
-    x = torch.randn(2, 4, *[5] * rank)
-    assert torch.equal(layer(x), plain(x))
+    layer = DOConv2d.from_conv(folded, depth_multiplier=multiplier)
+    assert not folded.training
     assert not layer.training
+    assert layer.weight.data_ptr() != folded.weight.data_ptr()
+    plain = nn.Conv2d(4, 6, 2, bias=False, padding="same", padding_mode="reflect")
+    layer = DOConv2d.from_conv(plain, depth_multiplier=multiplier)
+    assert torch.equal(layer(image()), plain(image()))
     assert layer.bias is None
-    assert not any(p.requires_grad for p in layer.parameters())
-    assert layer.weight.data_ptr() != plain.weight.data_ptr()
-    assert torch.equal(layer.fold().weight, plain.weight)
 
 
-class Standardised(nn.Conv2d):
-    """A convolution that computes something else."""
-
-
-def test_from_conv_refuses_what_computes_something_else():
-    message = r"takes over a torch\.nn\.Conv2d, exactly; received .*Standardised"
-    with pytest.raises(TypeError, match=message):
-        DOConv2d.from_conv(Standardised(4, 6, 3))
-    with pytest.raises(TypeError, match=r"received doconv_torch\.do_conv\.DOConv2d"):
-        DOConv2d.from_conv(trained())
-    with pytest.raises(TypeError, match=r"torch\.nn\.Conv2d, exactly; received .*Conv1d"):
-        DOConv2d.from_conv(nn.Conv1d(4, 6, 3))
+def test_from_conv_refuses_a_weight_that_is_no_parameter():
     pruned = nn.Conv2d(4, 6, 3)
     prune.l1_unstructured(pruned, "weight", 0.5)
     with pytest.raises(TypeError, match="needs a layer whose weight is a parameter"):
         DOConv2d.from_conv(pruned)
-    with pytest.raises(ValueError, match="depth_multiplier must be at least"):
-        DOConv2d.from_conv(nn.Conv2d(4, 6, 3), depth_multiplier=8)
 
 
 test_wrong_arguments_are_refused = refuses(
     lambda given: DOConv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **given}),
     ({"in_channels": 0}, ValueError, "in_channels must be at least 1; received in_channels=0"),
     ({"groups": 3}, ValueError, "in_channels must be divisible by groups.*groups=3"),
-    ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be one integer or 2 of them"),
-    ({"kernel_size": 2.5}, TypeError, "kernel_size must be an integer"),
-    ({"stride": 0}, ValueError, "stride must be at least 1; received stride=0"),
-    ({"dilation": (1, 0)}, ValueError, r"dilation\[1\] must be at least 1"),
     ({"padding": -1}, ValueError, "padding must be at least 0; received padding=-1"),
     ({"padding": "full"}, ValueError, "Invalid padding string 'full'"),
     ({"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
-    ({"depth_multiplier": 8}, ValueError, "depth_multiplier must be at least the number"),
-    ({"depth_multiplier": 9.5}, TypeError, "depth_multiplier must be an integer"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 from frameworks import need
@@ -21,19 +22,27 @@ LAYERS = pytest.mark.parametrize(
 )
 
 
-@LAYERS
-def test_micro_batches_add_the_gradients_of_no_block(multiplier, groups):
-    model = layer(multiplier, groups)
-    for seed in range(3):
-        model(batch(seed)).square().sum().backward()
+def of_both(model, run):
+    """Assert that a block changes no gradient of a run; return them, and the compositions in it."""
+    run()
     expected = gradients(model)
     model.zero_grad()
     with compositions() as calls, composed_once(model):
+        run()
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-12)
+    return expected, len(calls)
+
+
+@LAYERS
+def test_micro_batches_add_the_gradients_of_no_block(multiplier, groups):
+    model = layer(multiplier, groups)
+
+    def run():
         for seed in range(3):
             model(batch(seed)).square().sum().backward()
             assert model.depthwise_weight.grad is not None
-    assert len(calls) == 1
-    torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-12)
+
+    assert of_both(model, run)[1] == 1
 
 
 @LAYERS
@@ -79,14 +88,9 @@ def test_a_whole_model_and_its_accumulated_step():
     for model_, block in ((model, False), (other, True)):
         optimizer = torch.optim.SGD(model_.parameters(), lr=0.01)
         for _ in range(2):
-            with compositions() as calls:
-                if block:
-                    with composed_once(model_):
-                        for count in (2, 3):
-                            output(model_, images(count)).square().mean().backward()
-                else:
-                    for count in (2, 3):
-                        output(model_, images(count)).square().mean().backward()
+            with compositions() as calls, composed_once(model_) if block else nullcontext():
+                for count in (2, 3):
+                    output(model_, images(count)).square().mean().backward()
             assert len(calls) == (6 if block else 12)
             optimizer.step()
             optimizer.zero_grad()
@@ -98,13 +102,7 @@ def test_partly_frozen_layers():
     for frozen in ("weight", "depthwise_weight"):
         model, other = layer(), "depthwise_weight" if frozen == "weight" else "weight"
         getattr(model, frozen).requires_grad_(False)
-        model(batch()).sum().backward()
-        expected = gradients(model)
-        model.zero_grad()
-        with composed_once(model):
-            model(batch()).sum().backward()
-        torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-12)
-        assert other in expected
+        assert other in of_both(model, lambda model=model: model(batch()).sum().backward())[0]
 
 
 @pytest.mark.parametrize("backward_under_autocast", [False, True])
@@ -184,12 +182,7 @@ def test_checkpointed_calls(reentrant):
                            use_reentrant=reentrant)  # fmt: skip
             y.square().sum().backward()
 
-    run()
-    expected = gradients(model)
-    model.zero_grad()
-    with composed_once(model):
-        run()
-    torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-12)
+    of_both(model, run)
 
 
 def test_a_checkpoint_recomputed_after_the_block_is_refused_by_pytorch():
@@ -203,12 +196,7 @@ def test_a_checkpoint_recomputed_after_the_block_is_refused_by_pytorch():
 def test_saved_tensor_hooks_and_anomaly_mode():
     model = layer()
     with torch.autograd.graph.save_on_cpu(), torch.autograd.set_detect_anomaly(True, False):
-        model(batch()).sum().backward()
-        expected = gradients(model)
-        model.zero_grad()
-        with composed_once(model):
-            model(batch()).sum().backward()
-    torch.testing.assert_close(gradients(model), expected)
+        of_both(model, lambda: model(batch()).sum().backward())
 
 
 def test_replicas_and_parametrized_layers_compose_as_usual():

@@ -29,9 +29,8 @@ def models(fuse_batchnorm):
 
 # PyTorch's own exporter still asks in a way that PyTorch has deprecated.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-@FUSED
-def test_onnx_in_its_runtime(fuse_batchnorm, tmp_path):
-    model, folded = models(fuse_batchnorm)
+def test_onnx_in_its_runtime(tmp_path):
+    model, folded = models(fuse_batchnorm=False)
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch")
     torch.onnx.export(

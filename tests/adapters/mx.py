@@ -1,21 +1,72 @@
-"""The contract's cases in MXNet Gluon."""
+"""The contract in MXNet Gluon: layers, chains of them, and networks by description."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import doconv_mx  # before MXNet, which it makes importable
+import doconv_mx as package  # before MXNet, which it makes importable
 
 # isort: split
 import mxnet as mx
 import numpy as np
-from contract import Case, Problem, Results
+from contract import Case, Results, snapshot
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, nn
+from mxnet.gluon import HybridBlock, Trainer, nn
 
-LAYERS = (doconv_mx.DOConv1D, doconv_mx.DOConv2D, doconv_mx.DOConv3D)
+from doconv_mx import surgery, tree
+from doconv_mx.bsconv import BSCONVS
+
+LAYERS = (package.DOConv1D, package.DOConv2D, package.DOConv3D)
 ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
+WORDS = {
+    "stride": "strides", "dilation": "dilation", "out": "channels", "padding": "padding",
+    "eps": "epsilon", "wrong": "eps", "norms": "momentum, epsilon", "d": "D",
+    "sequential": "HybridSequential", "call": "forward", "conv": "mxnet.gluon.nn.Conv2D",
+    "module": "mxnet.gluon.Block", "root": "Network", "none": "Dropout",
+}  # fmt: skip
+DOUBLE, EXACT = "float64", 1e-12
+HALF_TYPES = ("float16",)
+REFUSE_OWN_CALLS = ("keep", "merge", "dense")
+types = {
+    "conv": "Conv2D", "do_conv": "DOConv2D", "norm": "BatchNorm", "own": "Own",
+    "transposed": "Conv2DTranspose",
+}  # fmt: skip
+copied, walk = surgery.copied, lambda model: dict(tree.walk(model))
+
+
+class Own(nn.Conv2D):
+    """A convolution that may compute something else."""
+
+
+class Doubled(package.BSConvU2D):
+    """A BSConv that computes something else."""
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return 2 * super().hybrid_forward(F, x)
+
+
+class DoubledDO(package.DOConv2D):
+    """A DO layer that computes something else."""
+
+    def hybrid_forward(self, F: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().hybrid_forward(F, x, *args, **kwargs)
+
+
+class DoubledEagerly(package.DOConv2D):
+    """A DO layer that computes something else."""
+
+    def forward(self, x: Any, *args: Any) -> Any:
+        return 2 * super().forward(x, *args)
+
+
+class Named(package.DOConv2D):
+    """A DO layer that computes the same."""
+
+
+OTHERS = {DoubledDO: "forward", DoubledEagerly: "forward"}
 
 
 def pads(case: Case) -> bool:
@@ -23,133 +74,246 @@ def pads(case: Case) -> bool:
     return case.symmetric and case.padding_mode == "zeros"
 
 
-def arguments(case: Case) -> dict[str, Any]:
-    """Return the constructor's arguments, the same for both layers."""
-    return {
-        "in_channels": case.spec.in_channels,
-        "channels": case.spec.out_channels,
-        "kernel_size": case.spec.kernel_size,
-        "strides": case.stride,
-        "padding": tuple(before for before, _ in case.padding),
-        "dilation": case.dilation,
-        "groups": case.spec.groups,
-        "use_bias": case.bias,
-    }
+def initialized(block: HybridBlock, dtype: str = "float32", ctx: Any = None) -> HybridBlock:
+    mx.random.seed(0)
+    block.cast(dtype)
+    block.initialize(mx.init.Normal(0.5), ctx=ctx)
+    return block
+
+
+def make(
+    kind: str, i: int, o: int, kernel: Any, rank: int = 2, dtype: str = "float32", **options: Any
+) -> HybridBlock:
+    conv = ORDINARY[rank - 1]
+    if kind in ("norm", "relu"):
+        made = nn.BatchNorm(in_channels=i) if kind == "norm" else nn.Activation("relu")
+    elif kind in ("conv", "own", "transposed", "patched"):
+        cls = {"own": Own, "transposed": nn.Conv2DTranspose}.get(kind, conv)
+        made = cls(o, kernel, in_channels=i, **options)
+        if kind == "patched":
+            made.hybrid_forward = made.hybrid_forward
+    else:
+        cls = {"do_conv": LAYERS[rank - 1], "doubled": Doubled}.get(kind, kind)
+        made = (BSCONVS.layers[kind, conv] if isinstance(cls, str) else cls)(i, o, kernel, **options)
+    return initialized(made, dtype)
+
+
+def build(case: Case, dtype: str = "float32", kind: str | None = None) -> HybridBlock:
+    spec, kind = case.spec, kind or case.kind
+    padding = tuple(before for before, _ in case.padding)
+    return make(
+        kind, spec.in_channels, spec.out_channels, spec.kernel_size, spec.rank, dtype,
+        strides=case.stride, padding=padding, dilation=case.dilation, use_bias=case.bias,
+        **case.options(kind, WORDS["eps"]),
+    )  # fmt: skip
 
 
 def ordinary_type(case: Case) -> type:
     return ORDINARY[case.spec.rank - 1]
 
 
-def empty(case: Case, dtype: str) -> HybridBlock:
-    options = {"depth_multiplier": case.spec.depth_multiplier}
-    layer = LAYERS[case.spec.rank - 1](**arguments(case), **options)
-    layer.cast(dtype)
-    layer.initialize()
-    return layer
+def take_over(case: Case, conv: HybridBlock) -> HybridBlock:
+    multiplier = case.spec.depth_multiplier
+    return LAYERS[case.spec.rank - 1].from_conv(conv, depth_multiplier=multiplier)
 
 
-def build(case: Case, problem: Problem, dtype: str) -> HybridBlock:
-    layer = empty(case, dtype)
-    layer.weight.set_data(problem.weight.reshape(layer.weight.shape))
-    if problem.depthwise is not None:
-        layer.depthwise_weight.set_data(problem.depthwise)
-    if problem.bias is not None:
-        layer.bias.set_data(problem.bias)
-    return layer
-
-
-def ordinary(case: Case, kernel: np.ndarray, bias: np.ndarray | None) -> HybridBlock:
-    layer = ordinary_type(case)(**arguments(case))
-    layer.initialize()
-    layer.weight.set_data(kernel)
-    if bias is not None:
-        layer.bias.set_data(bias)
-    return layer
-
-
-def forward(layer: HybridBlock, x: np.ndarray) -> np.ndarray:
-    return call(layer, array(x)).asnumpy()
-
-
-def gradients(layer: HybridBlock, x: np.ndarray, dy: np.ndarray) -> Results:
-    inputs = array(x)
-    inputs.attach_grad()
-    with autograd.record():
-        output = call(layer, inputs)
-    output.backward(array(dy))
-    d, b = layer.depthwise_weight, layer.bias
-    return Results(
-        output.asnumpy(),
-        inputs.grad.asnumpy(),
-        layer.weight.grad().asnumpy().reshape(layer.spec.weight_shape),
-        None if d is None else d.grad().asnumpy(),
-        None if b is None else b.grad().asnumpy(),
-    )
-
-
-def call(layer: HybridBlock, x: mx.nd.NDArray) -> mx.nd.NDArray:
-    """Return the layer's output; in float16, of which MXNet's CPU computes no convolution at all,
-    that of the kernel composed by the layer in float16, convolved in float32 and rounded.
-    """
-    if x.dtype != np.float16:
-        return layer(x)
-    kernel = layer.composed_kernel() if hasattr(layer, "composed_kernel") else layer.weight.data()
-    given = (x, kernel) if layer.bias is None else (x, kernel, layer.bias.data())
-    return mx.nd.Convolution(*(a.astype("float32") for a in given), **layer._kwargs).astype(x.dtype)
-
-
-def composed_kernel(layer: HybridBlock) -> np.ndarray:
-    return layer.composed_kernel().asnumpy()
-
-
-def round_trip(layer: HybridBlock, case: Case, folder: Path) -> HybridBlock:
-    file = str(folder / "layer.params")
-    layer.save_parameters(file)
-    loaded = empty(case, layer.weight.data().asnumpy().dtype.name)
-    loaded.load_parameters(file)
-    return loaded
-
-
-def state(layer: HybridBlock) -> dict[str, np.ndarray]:
-    return dict(doconv_mx.export_state(layer).arrays)
-
-
-package = doconv_mx
-types = {
-    "conv": "Conv2D", "do_conv": "DOConv2D", "norm": "BatchNorm", "own": "Own",
-    "transposed": "Conv2DTranspose",
-}  # fmt: skip
-
-
-class Own(nn.Conv2D):
-    """A convolution that may compute something else."""
+def chain(*layers: Any, rank: int = 2, **options: Any) -> HybridBlock:
+    model = nn.HybridSequential()
+    for row in layers:
+        model.add(model[row] if isinstance(row, int) else make(*row, rank=rank, **options))
+    return model
 
 
 def network(kinds: dict[str, str]) -> HybridBlock:
-    made = {
-        "conv": lambda: nn.Conv2D(4, 3, in_channels=4),
-        "pointwise": lambda: nn.Conv2D(4, 1, in_channels=4),
-        "do_conv": lambda: doconv_mx.DOConv2D(4, 4, 3),
-        "own": lambda: Own(4, 3, in_channels=4),
-        "transposed": lambda: nn.Conv2DTranspose(4, 3, in_channels=4),
-        "patched": patched,
-        "norm": lambda: nn.BatchNorm(in_channels=4),
-        "relu": lambda: nn.Activation("relu"),
-    }
     model = nn.HybridSequential()
     for name, kind in kinds.items():
-        model.register_child(made[kind](), name)
+        point = kind == "pointwise"
+        model.register_child(make("conv" if point else kind, 4, 4, 1 if point else 3), name)
+    return model
+
+
+def described(network: Any, dtype: str = "float32", **options: Any) -> HybridBlock:
+    model = package.build(network, **options)
+    model.cast(dtype)
     model.initialize()
     return model
 
 
-def patched() -> HybridBlock:
-    conv = nn.Conv2D(4, 3, in_channels=4)
-    conv.hybrid_forward = conv.hybrid_forward
-    return conv
+def empty(network: Any) -> HybridBlock:
+    return package.build(network)
+
+
+def round_trip(layer: HybridBlock, new: HybridBlock, x: Any, folder: Path) -> HybridBlock:
+    layer.save_parameters(str(folder / "layer.params"))
+    new.load_parameters(str(folder / "layer.params"))
+    return new
 
 
 def array(values: np.ndarray) -> mx.nd.NDArray:
     # Not mx.nd.array, which uses names that SciPy has deprecated.
     return mx.nd.from_numpy(np.array(values, order="C"))
+
+
+def forward(model: HybridBlock, x: np.ndarray) -> np.ndarray:
+    return _call(model, array(x)).asnumpy()
+
+
+def gradients(
+    model: HybridBlock,
+    x: np.ndarray,
+    dy: np.ndarray,
+    training: bool = False,
+    composed: bool = False,
+) -> Results:
+    inputs = array(x)
+    inputs.attach_grad()
+    _use_statistics(model, not training)
+    with autograd.record():
+        output = (_by_kernel if composed else _call)(model, inputs)
+    output.backward(array(dy))
+    _use_statistics(model, False)
+    return Results(output.asnumpy(), inputs.grad.asnumpy(), _gradients(model))
+
+
+def _call(model: HybridBlock, x: mx.nd.NDArray) -> mx.nd.NDArray:
+    """Return the output; in float16, of which MXNet's CPU computes no convolution at all, that of
+    the kernel composed by the layer in float16, convolved in float32 and rounded.
+    """
+    if x.dtype != np.float16:
+        return model(x)
+    kernel = model.composed_kernel() if hasattr(model, "composed_kernel") else model.weight.data()
+    given = (x, kernel) if model.bias is None else (x, kernel, model.bias.data())
+    return mx.nd.Convolution(*(a.astype("float32") for a in given), **model._kwargs).astype(x.dtype)
+
+
+def _use_statistics(model: HybridBlock, use: bool) -> None:
+    """Let batch norms compute as in inference, or not, also where gradients are recorded.
+
+    Instead of `record(train_mode=False)`, in which MXNet's max pooling has no right gradient.
+    """
+    for block in walk(model).values():
+        if isinstance(block, nn.BatchNorm):
+            block._kwargs["use_global_stats"] = use
+
+
+def _by_kernel(layer: HybridBlock, x: Any) -> Any:
+    kernel, options = layer.composed_kernel(), layer.depthwise._kwargs
+    return mx.nd.Convolution(
+        x, kernel, layer.bias.data(), kernel=kernel.shape[2:], num_filter=kernel.shape[0],
+        stride=options["stride"], dilate=options["dilate"],
+    )  # fmt: skip
+
+
+def penalty(model: HybridBlock, alpha: float = 0.1) -> tuple[float, dict[str, np.ndarray]]:
+    with autograd.record():
+        loss = package.orthonormality_loss(model, alpha)
+    loss.backward()
+    return loss.asscalar(), _gradients(model)
+
+
+def _gradients(model: HybridBlock) -> dict[str, np.ndarray]:
+    """Return the gradients of the parameters, by their names in a state."""
+    state = snapshot(package, model)
+    for parameter in model.collect_params().values():
+        if parameter.grad_req != "null":
+            parameter.set_data(parameter.grad())
+    found = snapshot(package, model).arrays
+    package.load_state(model, state)
+    return found
+
+
+def descend(
+    model: HybridBlock, x: np.ndarray, target: np.ndarray, alpha: float, rates: Iterable[float]
+) -> None:
+    x, target = array(x), array(target)
+    model.hybridize()
+    trainer = Trainer(model.collect_params(), "sgd")
+    for rate in rates:
+        trainer.set_learning_rate(rate)
+        with autograd.record():
+            loss = ((model(x) - target) ** 2).mean() + package.orthonormality_loss(model, alpha)
+        loss.backward()
+        trainer.step(1)
+
+
+def composed_kernel(layer: HybridBlock) -> tuple[np.ndarray, str]:
+    kernel = layer.composed_kernel().asnumpy()
+    return kernel, kernel.dtype.name
+
+
+def is_ordinary(layer: HybridBlock, form: str) -> bool:
+    if form == "dense":
+        return type(layer) in ORDINARY
+    types = {type(block) for block in walk(layer).values()}
+    if form == "merge":
+        parts = list(layer._children)
+        return types <= {nn.HybridSequential, *ORDINARY} and parts == ["pointwise", "depthwise"]
+    return types <= {nn.HybridSequential, *ORDINARY, nn.BatchNorm}
+
+
+def dtypes(layer: HybridBlock) -> set[str]:
+    return {p.data().asnumpy().dtype.name for p in layer.collect_params().values()}
+
+
+def trainable(model: HybridBlock) -> int:
+    parameters = model.collect_params().values()
+    return sum(prod(p.shape) for p in parameters if p.grad_req != "null")
+
+
+def entries(layer: HybridBlock) -> dict[str, Any]:
+    return dict(layer._collect_params_with_prefix())
+
+
+def freeze(parameter: Any) -> None:
+    parameter.grad_req = "null"
+
+
+def is_trained(parameter: Any) -> bool:
+    return parameter.grad_req == "write"
+
+
+def drawn_after(call: Callable[[], Any]) -> Any:
+    mx.random.seed(0)
+    call()
+    return mx.nd.random.uniform(shape=3)
+
+
+def _subclassed(made: HybridBlock) -> None:
+    made.register_child(Own(6, 3, groups=6, in_channels=6), "depthwise")
+    vars(made)["depthwise"] = made._children["depthwise"]
+
+
+def _other(name: str, i: int, *arguments: Any, **options: Any) -> Any:
+    conv = initialized(nn.Conv2D(*arguments, in_channels=i, **options))
+    return lambda made: setattr(made, name, conv)
+
+
+def own_call(made: HybridBlock) -> None:
+    made.forward = made.forward
+
+
+NOT_FOLDABLE = [
+    (
+        lambda made: made.pointwise1.register_forward_hook(lambda *_: None),
+        "its pointwise1 has hooks, which would see other values; remove them first",
+    ),
+    (_subclassed, "its depthwise cannot be folded: it is a Own; expected a mxnet.gluon.nn.Conv"),
+    (
+        lambda made: made.add(nn.Activation("relu")),
+        "its parts are pointwise1, batch_norm1, .*; expected pointwise1",
+    ),
+    (_other("pointwise1", 8, 4, 1, 2), "its pointwise1 is no pointwise convolution of stride"),
+    (_other("pointwise1", 8, 4, 3), "its pointwise1 is no pointwise convolution of stride 1"),
+    (_other("pointwise1", 8, 4, 1, activation="relu"), "pointwise1 is no pointwise convolution"),
+    (
+        _other("pointwise1", 8, 4, 1, layout="NHWC"),
+        "its pointwise1 cannot be folded: its layout is NHWC; expected .* of layout NCHW",
+    ),
+    (_other("depthwise", 6, 6, 3), "its depthwise is no depthwise convolution"),
+    (own_call, "has a forward of its own"),
+    (
+        lambda made: setattr(made, "batch_norm1", nn.BatchNorm(axis=2, in_channels=7)),
+        "its batch_norm1 cannot be folded: normalizes another axis",
+    ),
+    (lambda made: made.depthwise.register_forward_hook(print), "its depthwise has hooks"),
+]
