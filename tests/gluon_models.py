@@ -37,9 +37,6 @@ class Residual(HybridBlock):
         return self.head(y), self.head(F.slice_axis(self.body(y), axis=3, begin=1, end=None))
 
 
-CONVOLUTIONS = ["conv1", "body.0", "head"]
-
-
 def built(model=None, hybridized=False, ctx=None, dtype="float32", run=True):
     """Return a model with values that are not trivial, the same in every call, after one run."""
     model = model or Residual()

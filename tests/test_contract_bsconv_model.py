@@ -36,6 +36,7 @@ from doconv_core.networks.nodes import Activation, Conv, Network, Residual, sequ
 other_size = "its kernel_size {} is not among kernel_sizes".format
 NOTHING = "the model has no convolution that could be replaced"
 SHAPE = (4, 12, 10)
+TAIL = pytest.mark.exhaustive
 BODY = sequence(
     ("conv", Conv(8, (3, 3))),
     ("relu", Activation("relu")),
@@ -248,7 +249,7 @@ def test_a_layer_of_ones_own_is_kept_and_not_folded(adapter):
         adapter.package.fold(model, **in_form("deploy"))
 
 
-@pytest.mark.parametrize("multiplier", [None, 25])
+@pytest.mark.parametrize("multiplier", [pytest.param(None, marks=TAIL), 25])
 def test_over_parameterized_depthwise_parts_fold(adapter, multiplier):
     parts = [f"{path}.depthwise" for path in REPLACED]
     options = {"where": "*.depthwise", "depth_multiplier": multiplier}
@@ -299,7 +300,7 @@ def loss_of(adapter, model, ending, number):
         ("cifar_mobilenetv2_w1d4_bsconvs_p1d6", "project.conv.weight", 17),
         pytest.param(
             "cifar_mobilenetv3_small_w1d2_bsconvs_p1d6", "project.conv.weight", 11,
-            marks=pytest.mark.exhaustive,
+            marks=TAIL,
         ),
     ],
 )  # fmt: skip
@@ -324,13 +325,20 @@ def list_bsconvs(adapter, model):
     return [item for item in kinds(adapter, model).items() if item[1].startswith("BSConv")]
 
 
-def test_a_network_by_name_folds_to_each_form(adapter):
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param([("keep", True), ("merge", False), ("dense", True)], id="each form"),
+        pytest.param([*product(FORMS, (False, True))], id="each way", marks=TAIL),
+    ],
+)
+def test_a_network_by_name_folds_to_each_form(adapter, ways):
     shape, fold = (3, 16, 16), adapter.package.fold
     model = adapter.package.get_model("cifar_wrn16_1_bsconvu", num_classes=5, input_shape=shape)
     x = np.random.default_rng(0).random((2, *shape)).astype("float32")
     expected = adapter.forward(model, x)
     assert len(list_bsconvs(adapter, model)) == 13  # the stem, and twelve in units
-    for form, fuse in product(FORMS, (False, True)):
+    for form, fuse in ways:
         folded, report = fold(model, **in_form(form), fuse_batchnorm=fuse)
         assert (report.forms, len(report.choices)) == ({"bsconv": form}, 13)
         assert_close(adapter.forward(folded, x), expected, 1e-5, f"{form}, fuse_batchnorm={fuse}")

@@ -114,10 +114,7 @@ LEFT = {
         "it has no running statistics",
     ),
     "output kept": (lambda: build(pair(), keeps), OUTPUT),
-    "output listed": (
-        lambda: build(pair(), appends),
-        OUTPUT,
-    ),
+    "output listed": (lambda: build(pair(), appends), OUTPUT),
     "changed in place": (
         lambda: build(pair(), lambda self, body, x: body[1](body[0](x).mul_(2))),
         NOT_DIRECT,
