@@ -94,7 +94,9 @@ def make(
             made.hybrid_forward = made.hybrid_forward
     else:
         cls = {"do_conv": LAYERS[rank - 1], "doubled": Doubled}.get(kind, kind)
-        made = (BSCONVS.layers[kind, conv] if isinstance(cls, str) else cls)(i, o, kernel, **options)
+        made = (BSCONVS.layers[kind, conv] if isinstance(cls, str) else cls)(
+            i, o, kernel, **options
+        )
     return initialized(made, dtype)
 
 
