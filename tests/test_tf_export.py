@@ -65,8 +65,9 @@ def test_saved_model_of_a_trained_model_has_no_optimizer(tmp_path):
 
 # TensorFlow deprecates its own interpreter for a package that is not installed with it.
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
-def test_tflite(tmp_path):
-    model, ordinary = folded(sequential, fuse=True)
+@pytest.mark.parametrize("fuse", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_tflite(fuse, tmp_path):
+    model, ordinary = folded(sequential, fuse)
     content = tf.lite.TFLiteConverter.from_keras_model(ordinary).convert()
     (tmp_path / "model.tflite").write_bytes(content)
     interpreter = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
@@ -85,8 +86,9 @@ def test_tflite(tmp_path):
 
 # Keras' exporter asks NumPy for names that newer versions of NumPy will give another meaning.
 @pytest.mark.filterwarnings("ignore:In the future `np.object` will be defined:FutureWarning")
-def test_onnx(tmp_path):
-    model, ordinary = folded(flat, fuse=False)
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_onnx(fuse, tmp_path):
+    model, ordinary = folded(flat, fuse)
     inputs = {"a": images(seed=1), "b": images(seed=2)}
     ordinary([inputs["a"], inputs["b"]])  # Keras exports to ONNX what was called
     ordinary.export(tmp_path / "model.onnx", format="onnx", verbose=False)

@@ -29,8 +29,11 @@ def models(fuse_batchnorm):
 
 # PyTorch's own exporter still asks in a way that PyTorch has deprecated.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-def test_onnx_in_its_runtime(tmp_path):
-    model, folded = models(fuse_batchnorm=False)
+@pytest.mark.parametrize(
+    "fuse_batchnorm", [False, pytest.param(True, marks=pytest.mark.exhaustive)]
+)
+def test_onnx_in_its_runtime(fuse_batchnorm, tmp_path):
+    model, folded = models(fuse_batchnorm)
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch")
     torch.onnx.export(

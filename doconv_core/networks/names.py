@@ -45,7 +45,13 @@ def describe(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string; received {name!r}.")
-    family, build = _parsed(name)
+    try:
+        family, build = _parsed(name)
+    except _Unknown as error:
+        nearest = listed(map(repr, get_close_matches(name, error.names, 3, 0)), "and")
+        raise ValueError(
+            f"{name!r} is no network: {error.reason}; the nearest are {nearest}."
+        ) from None
     classes, (channels, *size) = family.dataset
     if num_classes is not None:
         classes = as_integer("num_classes", num_classes)
@@ -60,7 +66,7 @@ def known_name(name: object) -> str | None:
         return None
     try:
         _parsed(name)
-    except ValueError:
+    except _Unknown:
         return None
     return name
 
@@ -90,6 +96,14 @@ def _built(build: Build, kind: Recipe, word: str | None, classes: int) -> Sequen
     return body
 
 
+class _Unknown(Exception):
+    """There is no network of a name. names: of which the nearest are worth telling."""
+
+    def __init__(self, reason: str, names: tuple[str, ...]) -> None:
+        super().__init__(reason)
+        self.reason, self.names = reason, names
+
+
 def _parsed(name: str) -> tuple[Family, Callable[[int], Sequence]]:
     """Return a name's family, and what builds the network, of the number of classes."""
     # The word of the kind that composes all kernels, if the name ends with one.
@@ -107,9 +121,9 @@ def _parsed(name: str) -> tuple[Family, Callable[[int], Sequence]]:
             if kind != ORDINARY and word is not None and family.variants != "s_p1d6":
                 raise ValueError("the convolutions within a BSConv are not over-parameterized")
         except ValueError as error:
-            raise _refused(name, str(error), _names_of(family)) from None
+            raise _Unknown(str(error), _names_of(family)) from None
         return family, partial(_built, build, kind, word)
-    raise _refused(name, "no family has such names", _all_names())
+    raise _Unknown("no family has such names", _all_names())
 
 
 def _kind(family: Family, suffix: re.Match[str]) -> Recipe:
@@ -131,11 +145,6 @@ def _composed_words() -> tuple[str, ...]:
     return tuple(
         word for kind in kinds().values() if isinstance(kind, ComposedKind) for word in kind.words
     )
-
-
-def _refused(name: str, reason: str, names: tuple[str, ...]) -> ValueError:
-    nearest = listed(map(repr, get_close_matches(name, names, 3, 0)), "and")
-    return ValueError(f"{name!r} is no network: {reason}; the nearest are {nearest}.")
 
 
 def _names_of(family: Family) -> tuple[str, ...]:
