@@ -369,11 +369,24 @@ def test_an_error_or_an_interruption_leaves_the_previous_results_whole(
 # The samples themselves
 
 
-def run(sample, out, *arguments):
-    """Run a sample in a fresh interpreter, its warnings errors, and return what it printed."""
+RUN_EACH = """
+import os, runpy, sys
+sample, *folders = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sample))
+for folder, arguments in zip(folders, ([], ["--layer", "doconv"])):
+    sys.argv = [sample, "--runs", "1", "--epochs", "1", "--out", folder, *arguments]
+    runpy.run_path(sample, run_name="__main__")
+"""
+
+
+def run(sample, *folders):
+    """Run a sample in a fresh interpreter, then with one layer alone, its warnings errors.
+
+    Returns what was printed.
+    """
     warnings = ["error", "ignore:Please import `csr_matrix`:DeprecationWarning"]  # see pyproject
-    command = [*(f"-W{w}" for w in warnings), FOLDER / f"{sample}.py", "--runs", 1, "--epochs", 1]
-    return fresh(*command, "--out", out, *arguments, cwd=out).stdout
+    command = [*(f"-W{w}" for w in warnings), "-c", RUN_EACH, FOLDER / f"{sample}.py", *folders]
+    return fresh(*command, cwd=folders[0]).stdout
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -382,7 +395,7 @@ def test_a_short_run(sample, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     for folder in (first, again):
         folder.mkdir()
-    printed = run(sample, first)
+    printed = run(sample, first, again)
     report = json.loads((first / f"{sample}.json").read_text())
     assert harness.table(report["accuracy"]) in printed
     assert "predictions: all agree" in printed
@@ -402,7 +415,6 @@ def test_a_short_run(sample, tmp_path):
     assert not np.array_equal(outputs["conv"], outputs["doconv"])
 
     # The same seed gives the same result, whether or not the baseline was trained before it.
-    run(sample, again, "--layer", "doconv")
     repeated = load_file(again / f"{sample}.outputs.safetensors")
     assert np.array_equal(repeated["doconv"], outputs["doconv"])
     for kind in ("doconv", "folded"):

@@ -1,4 +1,4 @@
-"""Training agrees: 100 steps in every framework, against the core in float64."""
+"""Training agrees in every framework with the core's in float64: some steps, or all 100."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ MODULES = {"torch": "compare_pt", "tf": "compare_tf", "mx": "compare_mx"}
 ALLOWED = compare_problem.TRAINED
 
 
-@pytest.fixture(scope="module")
-def problem():
-    return compare_problem.make_problem()
+@pytest.fixture(
+    scope="module", params=[20, pytest.param(compare_problem.STEPS, marks=pytest.mark.exhaustive)]
+)
+def problem(request):
+    """The problem in its first steps, in which any other arithmetic shows, or in all of them."""
+    return compare_problem.make_problem(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,10 @@ def core(problem):
 
 
 def test_the_problem_is_worth_solving(problem, core):
-    assert len(core.losses) == compare_problem.STEPS == 100
-    assert ALLOWED == 1e-3
-    assert np.mean(core.losses[-10:]) < 0.1 * core.losses[0]
+    assert len(core.losses) == len(problem.labels)
+    assert (compare_problem.STEPS, ALLOWED) == (100, 1e-3)
+    share = 0.1 if len(core.losses) == 100 else 0.5
+    assert np.mean(core.losses[-10:]) < share * core.losses[0]
     for name, array in core.trained.items():
         assert difference(array, problem.state.arrays[name]).absolute > 1e-3, name
 
