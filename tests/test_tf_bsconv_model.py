@@ -12,7 +12,7 @@ need("tf")
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
 from keras_layers import array, assert_same  # noqa: E402
-from keras_models import filled, functional, images, nested, subclassed, traces  # noqa: E402
+from keras_models import filled, functional, images, nested, subclassed, traces, walk  # noqa: E402
 
 from doconv_core.kinds.base import recipe  # noqa: E402
 from doconv_core.kinds.bsconv import GROUPED, SHARES  # noqa: E402
@@ -29,7 +29,6 @@ from doconv_core.networks.nodes import (  # noqa: E402
 )
 from doconv_tf import BSConvS2D, BSConvU2D, build, fold, to_bsconv, verify  # noqa: E402
 from doconv_tf.bsconv_kind import SEPARABLE  # noqa: E402
-from doconv_tf.ordinary import walk  # noqa: E402
 
 SIZES = [(8, 1), (8, 2), (12, 1), (12, 2)]  # channels and stride
 

@@ -101,9 +101,11 @@ def _merged(config: Config, values: Values) -> Value:
     """Return a sum or the like; what is one number for each channel is spread over an image."""
     wide = [value for value in values if value.several] or values
     order = _common(wide)
-    if order is None or len({(value.shape, value.image) for value in wide}) > 1:
+    shapes, images = {value.shape for value in wide}, {value.image for value in wide}
+    if order is None or len(images) > 1 or (len(shapes) > 1 and order not in (LAST, FIRST)):
         return Value()
-    return wide[0]._replace(order=order, makers=_makers(wide))
+    shape = wide[0].shape if len(shapes) == 1 else None  # of images, some may be of any size
+    return wide[0]._replace(order=order, shape=shape, makers=_makers(wide))
 
 
 def _concatenated(config: Config, values: Values) -> Value:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import keras_models
 import numpy as np
 from contract import Case, Results, snapshot
 from equal import as_array
@@ -20,7 +21,6 @@ from keras import ops
 import doconv_tf as package
 from doconv_core import to_canonical
 from doconv_tf import copying
-from doconv_tf import ordinary as surgery
 from doconv_tf.bsconv import BSCONVS
 
 BACKEND = keras.backend.backend()
@@ -42,7 +42,7 @@ types = {
     "conv": "Conv2D", "do_conv": "DOConv2D", "norm": "BatchNormalization", "own": "Own",
     "transposed": "Conv2DTranspose",
 }  # fmt: skip
-copied, walk = copying.copied, lambda model: dict(surgery.walk(model))
+copied, walk = copying.copied, lambda model: dict(keras_models.walk(model))
 
 
 class Own(keras.layers.Conv2D):

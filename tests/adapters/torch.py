@@ -163,7 +163,8 @@ def gradients(
 
 
 def _in(model: nn.Module, x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x.copy()).to(next(model.parameters()).dtype)
+    dtype = next((each.dtype for each in model.parameters()), torch.float32)
+    return torch.from_numpy(x.copy()).to(dtype)
 
 
 def _by_kernel(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
