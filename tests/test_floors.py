@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cases import one_test
 from floors import PACKAGES, Arrow, arrows, circles, modules, runs_up, violations
@@ -16,6 +18,18 @@ def test_every_file_is_read():
     for package in PACKAGES:
         assert sum(name.startswith(package) for name in read) > 10
         assert sum(arrow.source.startswith(package) for arrow in found) > 10
+
+
+def test_a_package_imports_no_other_framework():
+    frameworks = {"gluoncv", "jax", "keras", "mxnet", "tensorflow", "torch"}
+    found = {package: set() for package in PACKAGES}
+    for name, path in modules().items():
+        names = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        found[name.partition(".")[0]] |= frameworks.intersection(names)
+    assert found == {
+        "doconv_core": set(), "doconv_torch": {"torch"}, "doconv_tf": {"keras", "tensorflow"},
+        "doconv_mx": {"mxnet"},
+    }  # fmt: skip
 
 
 @one_test

@@ -18,6 +18,7 @@ BRINGS = {
 }
 
 
+@pytest.mark.exhaustive  # test_floors reads which frameworks are imported
 @pytest.mark.parametrize("package", BRINGS)
 def test_a_package_alone_brings_no_other_framework(package):
     if package != "doconv_core":
@@ -72,6 +73,7 @@ def test_the_frameworks_get_on_in_every_order(order):
     assert printed == "".join(backend + expected[backend] for backend in order)
 
 
+@pytest.mark.exhaustive
 def test_mxnets_and_gluoncvs_imports_raise_no_warning():
     need("mx")
     code = "import doconv_mx; print(doconv_mx.import_gluoncv().__name__)"
