@@ -306,7 +306,6 @@ class Adapter(ModuleType):
     build(case, dtype, kind): the case's layer; with the kind conv, the ordinary one, which is of
     the class ordinary_type(case). take_over(case, conv): the DO layer of it that `from_conv` gives.
     chain(*layers, rank, **options): of what `make` takes, or numbers of earlier ones, by position.
-    network(kinds): one of four channels everywhere, without padding, by path.
     described(network, dtype, **options), empty(network): what a description says; without values.
     round_trip(layer, new, x, folder): a layer, new or not, with what was saved of another.
     copied(model); walk(model): its layers by path; trainable(model): the number of what is trained.

@@ -285,14 +285,6 @@ def test_the_loss_of_a_converted_model_is_zero_at_first_and_gone_when_it_is_fold
         adapter.package.orthonormality_loss(adapter.package.fold(model).model)
 
 
-def loss_of(adapter, model, ending, number):
-    """Return what the loss of a network by name is to be, of its weights with this ending."""
-    arrays = adapter.package.export_state(model).arrays
-    weights = [array[..., 0] for path, array in arrays.items() if path.endswith(ending)]
-    assert len(weights) == number
-    return 0.1 * sum(map(orthonormality, weights))
-
-
 @pytest.mark.parametrize(
     ("name", "ending", "number"),
     [

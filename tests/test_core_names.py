@@ -19,7 +19,6 @@ from doconv_core.networks.nodes import BatchNorm, Conv
 from doconv_core.networks.shapes import infer
 
 NAMES = list_models()
-INNER = ("conv1", "conv2")
 
 
 def convolutions(name, **options):

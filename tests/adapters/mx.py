@@ -126,14 +126,6 @@ def chain(*layers: Any, rank: int = 2, **options: Any) -> HybridBlock:
     return model
 
 
-def network(kinds: dict[str, str]) -> HybridBlock:
-    model = nn.HybridSequential()
-    for name, kind in kinds.items():
-        point = kind == "pointwise"
-        model.register_child(make("conv" if point else kind, 4, 4, 1 if point else 3), name)
-    return model
-
-
 def described(network: Any, dtype: str = "float32", **options: Any) -> HybridBlock:
     model = package.build(network, **options)
     model.cast(dtype)

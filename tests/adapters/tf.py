@@ -171,14 +171,6 @@ def chain(*layers: Any, rank: int = 2, **options: Any) -> keras.Model:
     return keras.Model(x, y)
 
 
-def network(kinds: dict[str, str]) -> keras.Model:
-    layers = [keras.Input((20, 20, 4))]
-    for name, kind in kinds.items():
-        point = kind == "pointwise"
-        layers.append(make("conv" if point else kind, 4, 4, 1 if point else 3, name=name))
-    return keras.Sequential(layers)
-
-
 def described(network: Any, dtype: str = "float32", **options: Any) -> keras.Model:
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()

@@ -119,14 +119,6 @@ def chain(*layers: Any, rank: int = 2, **options: Any) -> nn.Module:
     return nn.Sequential(*found)
 
 
-def network(kinds: dict[str, str]) -> nn.Module:
-    model = nn.Sequential()
-    for name, kind in kinds.items():
-        point = kind == "pointwise"
-        model.add_module(name, make("conv" if point else kind, 4, 4, 1 if point else 3))
-    return model
-
-
 def described(network: Any, dtype: str = "float32", **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return package.build(network, **options).to(getattr(torch, dtype)).eval()
