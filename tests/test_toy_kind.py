@@ -130,6 +130,11 @@ def test_files_of_it_are_folded_and_converted(tmp_path):
     assert told["folded"] == ["conv.weight", "conv.bias"]
     assert told["converted"] == ["conv.weight", "conv.scale", "conv.bias"]
     assert_close(np.array(told["kernel"]), np.array(told["expected"]))
+    # A state of it is folded and read as an ordinary layer's, and so is the state as another file.
+    assert told["state"] == told["ordinary"] == ["weight", "bias"]
+    assert_close(np.array(told["arrays"]), np.array(told["expected"]))
+    assert told["cost"] == {"ordinary": [112, 108], "kernel_composed": [116, 216]}
+    assert told["taken"] == "over-parameterized, scaled"
 
 
 def in_files(folder):
@@ -137,7 +142,15 @@ def in_files(folder):
     from safetensors.numpy import save_file
     from toy.core import SCALED
 
-    from doconv_core import ConvSpec, fold_checkpoint, open_checkpoint
+    from doconv_core import (
+        ConvSpec,
+        LayerForm,
+        State,
+        fold_checkpoint,
+        open_checkpoint,
+        read_state,
+        write_state,
+    )
     from doconv_core.cli.command import doconv
 
     folder, spec = Path(folder), ConvSpec(3, 4, (3, 3))
@@ -155,8 +168,32 @@ def in_files(folder):
     fold_checkpoint(file, folded)
     done = CliRunner().invoke(doconv, ["convert", str(file), str(converted)])
     assert done.exit_code == 0, done.output
+    form = LayerForm(spec, "scaled")
+    state = State({"conv": form}, {f"conv.{n}": arrays[f"conv.{n}"].reshape(s)
+                                   for n, s in form.shapes.items()})  # fmt: skip
+    whole, ordinary, like = (folder / f"{name}.safetensors" for name in ("s", "o", "l"))
+    write_state(state, whole)
+
+    def run(*command):
+        done = CliRunner().invoke(doconv, [*map(str, command)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run("fold", whole, ordinary)
+    run("convert", whole, folder / "o.params", "--fold")
+    run("convert", ordinary, like, "--like", whole)
+    taken = json.loads(run("convert", ordinary, like, "--like", whole, "--force", "--json"))
+    costs = json.loads(run("cost", whole, "--json"))["layers"][0]["cost"]
+    read = read_state(ordinary)
+    with open_checkpoint(folder / "o.params") as one:
+        plain = [*one.entries]
     with open_checkpoint(folded) as one, open_checkpoint(converted) as two:
         return {
+            "state": [*read.layers["conv"].shapes],
+            "ordinary": [name.removeprefix("conv.") for name in plain],
+            "arrays": read.arrays["conv.weight"].reshape(spec.kernel_shape).tolist(),
+            "cost": {form: [*costs[form].values()] for form in ("ordinary", "kernel_composed")},
+            "taken": {each["name"]: each["how"] for each in taken["entries"]}["conv.scale"],
             "folded": sorted(one.entries, reverse=True),
             "converted": sorted(two.entries, key=["conv.weight", "conv.scale", "conv.bias"].index),
             "kernel": two.kernel(two.layers[0]).tolist(),

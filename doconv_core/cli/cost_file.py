@@ -17,8 +17,7 @@ from doconv_core.cli.options import (
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
 from doconv_core.kinds.base import Cost
-from doconv_core.kinds.do_conv import LayerCost, layer_cost
-from doconv_core.maths.spec import ConvSpec
+from doconv_core.kinds.do_conv import DO_CONV, LayerCost, layer_cost
 from doconv_core.models.report import place as named
 
 FORMS = {
@@ -136,8 +135,14 @@ def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> L
     shape = layer.kernel_shape
     if layer.kind not in (CONVOLUTION, LINEAR) or shape is None:
         return None
-    if layer.over_parameterized and isinstance(layer.spec, ConvSpec):
-        return layer_cost(layer.spec, positions, batch=batch, bias="bias" in layer.entries)
+    spec: Any = layer.spec
+    if layer.over_parameterized and spec is not None:
+        bias, kind = "bias" in layer.entries, layer.composition
+        if kind is DO_CONV:
+            return layer_cost(spec, positions, batch=batch, bias=bias)
+        trained = kind.training_cost(spec, positions * batch, bias=bias)
+        ordinary = Cost(prod(shape) + (shape[0] if bias else 0), prod(shape) * positions * batch)
+        return LayerCost(ordinary, trained, trained, ordinary)  # no features of it are composed
     # Of an ordinary convolution, the groups are not known, nor is there a D that would need them.
     return LayerCost(*[Cost(checkpoint.parameters(layer), prod(shape) * positions * batch)] * 4)
 

@@ -23,11 +23,11 @@ from doconv_core.cli.contents import (
     COUNT,
     GLUON,
     NORMS,
-    OF_W,
     PYTORCH,
     STATE,
     Contents,
     state_names,
+    weights_of,
 )
 from doconv_core.cli.flattening import Flattenings
 from doconv_core.cli.options import literal, matches
@@ -288,9 +288,10 @@ def own_name(layer: Layer, role: str) -> str:
 
 
 def _leave_out(values: dict[str, Values], layer: Layer, name: str) -> None:
-    """Take an entry away; W takes D along, and D alone cannot go."""
-    composed = layer.kind == CONVOLUTION and name in OF_W
-    for each in (OF_W if name == "weight" else ()) if composed else (name,):
+    """Take an entry away; W takes what composes with it along, which alone cannot go."""
+    own = weights_of(layer)
+    composed = layer.kind == CONVOLUTION and name in own
+    for each in (own if name == "weight" else ()) if composed else (name,):
         values.pop(each, None)
 
 

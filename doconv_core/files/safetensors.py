@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -36,6 +37,7 @@ from doconv_core.files.layers import (
     Sizes,
     find_layers,
 )
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
@@ -189,10 +191,10 @@ class SafetensorsCheckpoint(Checkpoint):
         if not self._is_state:
             return self._metadata
         layers = json.loads(self._metadata["layers"])
-        for described in layers.values():
-            if described["over_parameterized"]:
-                described["over_parameterized"] = False
-                described["spec"]["depth_multiplier"] = prod(described["spec"]["kernel_size"])
+        for path, form in (self.forms or {}).items():
+            layers[path]["over_parameterized"] = False
+            if form.composed is not None:
+                layers[path]["spec"] = dataclasses.asdict(form.composed.conv(form.spec))
         return {**self._metadata, "layers": json.dumps(layers)}
 
     def close(self) -> None:
@@ -223,11 +225,13 @@ def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes
     spec: Any = form.spec
     d_shape: Any = form.shapes.get(D)
     if form.kind == "convolution":
+        composition = form.composed or DO_CONV
+        conv = composition.conv(spec)
         if form.over_parameterized:
-            sizes.given((path,), spec.taps)
+            sizes.given((path,), conv.taps)
         return Layer(
             path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-            spec=spec, kernel_shape=spec.kernel_shape, d_shape=d_shape,
+            spec=spec, kernel_shape=conv.kernel_shape, d_shape=d_shape, composition=composition,
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from doconv_core.kinds.base import ComposedKind
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.numeric import Array
 from doconv_core.state.file import StateError
@@ -162,16 +163,17 @@ def fit_arrays(
 
 
 def over_parameterized(
-    kernel: Values, kind: ComposedKind, spec: Any, how: str = "over-parameterized, D = 0"
+    kernel: Values, kind: ComposedKind, spec: Any, how: str = ""
 ) -> dict[str, Values]:
     """Return an ordinary convolution's kernel as the weights of a layer that takes its place.
 
-    kernel: of any shape of its size. kind, spec: of the layer.
+    kernel: of any shape of its size. kind, spec: of the layer. how: what is said of it.
     """
 
     def started() -> dict[str, Array]:
         return kind.start(kernel.read().reshape(kind.conv(spec).kernel_shape), spec)
 
+    how = how or f"over-parameterized, {'D = 0' if kind is DO_CONV else kind.name}"
     shapes = kind.entries(spec)
     reads = made_once(started, shapes)
     return {n: replace(kernel, shape=s, read=reads[n], how=how) for n, s in shapes.items()}
