@@ -201,6 +201,51 @@ def in_files(folder):
         }
 
 
+def test_keras_files_of_it_are_folded_where_its_class_takes_no_part_in_names(tmp_path):
+    need("tf")
+    told = told_by("in_keras_files", tmp_path)
+    assert told["same"] <= 1e-6
+    refused = "'scaled_conv2d_1': it is a scaled_conv2d, which may compute something else"
+    assert re.search(refused, told["refused"]), told["refused"]
+    assert told["files"] == ["attribute.weights.h5", "folded.weights.h5", "list.weights.h5"]
+
+
+def in_keras_files(folder):
+    import keras
+    from toy.tf import ScaledConv2D
+
+    from doconv_core import NotFoldable, difference, fold_checkpoint
+
+    class Model(keras.Model):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def call(self, x):
+            return self.conv(x)
+
+    folder, x = Path(folder), np.random.default_rng(0).random((1, 6, 6, 2), np.float32)
+    model, plain = Model(ScaledConv2D(3, 3)), Model(keras.layers.Conv2D(3, 3))
+    listed = keras.Sequential([keras.Input(x.shape[1:]), ScaledConv2D(3, 3)])
+    model(x), plain(x)
+    model.conv.scale.assign([0.5, 2.0, 3.0])
+    attribute, in_list = folder / "attribute.weights.h5", folder / "list.weights.h5"
+    model.save_weights(attribute)
+    listed.save_weights(in_list)
+    fold_checkpoint(attribute, folder / "folded.weights.h5")
+    plain.load_weights(folder / "folded.weights.h5")
+    try:
+        fold_checkpoint(in_list, folder / "no.weights.h5")
+        refused = ""
+    except NotFoldable as error:
+        refused = str(error)
+    return {
+        "same": difference(np.asarray(plain(x)), np.asarray(model(x))).relative,
+        "refused": refused,
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+
+
 def test_it_costs_little():
     """A kind is to be one short file in the core and one in each backend."""
     files = [ROOT / "tests" / "toy" / f"{package}.py" for package in PACKAGES]

@@ -31,9 +31,12 @@ from doconv_core.files.layers import (
     over_parameterized,
     unlike,
 )
+from doconv_core.kinds.base import ComposedKind, kinds
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 
 D_ENTRY = "depthwise_kernel"
+DIGITS = {str(number) for number in range(10)}  # names of what ordinary layers own
 NOT_A_MODEL = ("optimizer",)
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
@@ -160,11 +163,14 @@ class KerasLayers:
         config: Mapping[str, Any], sizes: Sizes,
     ) -> Layer:  # fmt: skip
         shapes = {name: self._entries[name] for name in roles.values()}
+        found = None
         if D_ENTRY in roles and "0" in roles:
             found = _over_parameterized(path, stem, roles, shapes, config, sizes)
-            if found is not None:
-                foreign = self._foreign(group)
-                return _not_ours(found, foreign) if foreign else found
+        elif not {*roles} <= DIGITS:
+            found = _of_other_kind(path, roles, shapes)
+        if found is not None:
+            foreign = self._foreign(group)
+            return _not_ours(found, foreign) if foreign else found
         own = stem in STEMS
         layer = self._ordinary(group, path, STEMS.get(stem, stem), roles, config)
         if D_ENTRY in roles or (own and layer.kind != CONVOLUTION):
@@ -243,6 +249,25 @@ def _over_parameterized(
         found = over_parameterized(layer, shapes, layout, sizes, told)
         if found is not None and _is_of_rank(found, ordinary):
             return found
+    return None
+
+
+def _of_other_kind(path: str, roles: dict[str, str], shapes: Mapping[str, Entry]) -> Layer | None:
+    """Return the layer of another kind that composes its kernel, by the names of its entries."""
+    for kind in _other_kinds():
+        if {*roles} - {"1"} != {"0", *kind.names[1:]}:
+            continue
+        names = {"weight": roles["0"], **{name: roles[name] for name in kind.names[1:]}}
+        found = {role: shapes[name].shape for role, name in names.items()}
+        spec = None
+        if 3 <= len(found["weight"]) <= 5:
+            spec = kind.recognised(found | {"weight": canonical_shape(found["weight"], "*IO")})
+        if spec is not None and all(entry.dtype in FLOATS for entry in shapes.values()):
+            bias = {"bias": roles["1"]} if "1" in roles else {}
+            return Layer(
+                path, CONVOLUTION, names | bias, "doconv", over_parameterized=True, spec=spec,
+                kernel_shape=kind.conv(spec).kernel_shape, layout="*IO", composition=kind,
+            )  # fmt: skip
     return None
 
 
@@ -371,10 +396,17 @@ def folded_config(value: Any) -> Any:
     own = own_class(value) if is_node(value) else ""
     if own:
         gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
+        if not own.startswith("DO"):
+            gone = {option for kind in _other_kinds() for option in kind.options}
         config = {key: item for key, item in value["config"].items() if key not in gone}
         value |= {"module": "keras.layers", "class_name": CLASSES[own], "registered_name": None}
         value["config"] = config
     return value
+
+
+def _other_kinds() -> list[ComposedKind]:
+    """Return the kinds beside DO-Conv that compose a kernel."""
+    return [x for x in kinds().values() if isinstance(x, ComposedKind) and x is not DO_CONV]
 
 
 def stored_nodes(
