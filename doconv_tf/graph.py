@@ -7,13 +7,12 @@ calls the models inside it. A call is one of Keras' nodes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import keras
 
-from doconv_core.maths.geometry import Extra, padded
+from doconv_core.maths.geometry import Extra
 from doconv_core.models.view import Flow
 from doconv_tf.ordinary import first_occurrences
 from doconv_tf.private import (
@@ -23,9 +22,9 @@ from doconv_tf.private import (
     is_operation,
     maker_of,
     nodes_of,
+    position_of,
 )
 
-T = TypeVar("T")
 _layers, _activations = keras.layers, keras.activations
 _ZERO_PADS = (_layers.ZeroPadding1D, _layers.ZeroPadding2D, _layers.ZeroPadding3D)
 # With these, zeros around go on to the next layer.
@@ -77,55 +76,68 @@ class Seen(Flow):
 
 
 class Graph:
-    """All graphs of a model.
+    """The calls in all graphs of a model: who gave a layer its input, and who takes its output.
 
-    layers: the model's. called: the ids of the layers that a graph calls.
+    Where a graph is nested in another, what is asked for is looked up through its border.
     """
 
     def __init__(self, model: keras.Layer) -> None:
+        self._calls: dict[int, list[Any]] = {}
+        self._consumers: dict[int, list[Any]] = {}
+        self._fed_by: dict[int, list[Any]] = {}
         self.layers = [layer for _, layer in first_occurrences(model)]
-        functions = [function for function in map(graph_of, self.layers) if function is not None]
-        self.called = {id(node.operation) for each in functions for node in nodes_of(each)}
-        self._zeros: dict[int, set[Extra]] = {}
-        self.follow(lambda tensor: (), self._zeros_behind)
+        for function in filter(None, map(graph_of, self.layers)):
+            for node in nodes_of(function):
+                self._add(node)
+
+    def _add(self, node: Any) -> None:
+        self._calls.setdefault(id(node.operation), []).append(node)
+        for tensor in node.input_tensors:
+            self._consumers.setdefault(id(tensor), []).append(node)
+        inner = graph_of(node.operation)
+        if inner is not None and len(inner.inputs) == len(node.input_tensors):
+            for inside, outside in zip(inner.inputs, node.input_tensors, strict=True):
+                self._fed_by.setdefault(id(maker_of(inside)), []).append(outside)
+
+    def calls(self, layer: keras.Layer) -> list[Any]:
+        """Return the calls of a layer in the model's graphs; none of one that is in no graph."""
+        return self._calls.get(id(layer), [])
+
+    def makers(self, tensor: Any) -> list[Any]:
+        """Return the calls that may have made a tensor; more than one in a graph called twice."""
+        node = maker_of(tensor)
+        inner = graph_of(node.operation)
+        if inner is not None:
+            return self.makers(inner.outputs[position_of(tensor)])
+        outside = self._fed_by.get(id(node), [])
+        return [maker for each in outside for maker in self.makers(each)] or [node]
+
+    def consumers(self, tensor: Any) -> list[Any]:
+        """Return the calls that take a tensor, in its own graph."""
+        return self._consumers.get(id(tensor), [])
 
     def zeros_before(self, layer: keras.Layer) -> set[Extra]:
         """Return the zero padding that comes directly before a layer, for each of its calls."""
-        return self._zeros.get(id(layer), set())
+        found: set[Extra] = set()
+        for call in self.calls(layer):
+            found |= self._zeros(call.input_tensors[0])
+        return found
 
-    def follow(self, start: Callable[[Any], T], step: Callable[[Any, list[T], Any], T]) -> None:
-        """Follow the data through all graphs, from the outermost inwards.
-
-        start: returns what is to be known of a tensor that is an input. step: returns what is known
-        of a call's output, given the operation, what is known of its inputs, and the output.
-        """
-
-        def through(function: keras.Function, inputs: list[T]) -> list[T]:
-            known = dict(zip(map(id, function.inputs), inputs, strict=True))
-            for node in in_order(function):
-                given = [known[id(tensor)] for tensor in node.input_tensors]
-                inner = graph_of(node.operation)
-                if inner is not None and len(inner.inputs) == len(given):
-                    known.update(zip(map(id, node.outputs), through(inner, given), strict=True))
-                elif given:
-                    known |= {id(x): step(node.operation, given, x) for x in node.outputs}
-            return [known[id(tensor)] for tensor in function.outputs]
-
-        for layer in self.layers:
-            function = graph_of(layer)
-            if function is not None and id(layer) not in self.called:
-                through(function, [start(tensor) for tensor in function.inputs])
-
-    def _zeros_behind(self, operation: Any, given: list[Extra], output: Any) -> Extra:
-        """Note the zeros that an operation's input has around it, and return its output's."""
-        self._zeros.setdefault(id(operation), set()).add(given[0])
-        if _keeps_zeros(operation):
-            return given[0]
-        if type(operation) not in _ZERO_PADS:
-            return ()
-        pad = operation.padding
-        own = (pad,) if isinstance(operation, _ZERO_PADS[0]) else pad
-        return cast(Extra, padded(own, [given[0]]))  # of zeros on zeros: pairs, and no words
+    def _zeros(self, tensor: Any) -> set[Extra]:
+        found: set[Extra] = set()
+        for maker in self.makers(tensor):
+            pad = maker.operation
+            if maker.input_tensors and _keeps_zeros(pad):
+                found |= self._zeros(maker.input_tensors[0])
+                continue
+            if type(pad) not in _ZERO_PADS:
+                found.add(())
+                continue
+            own = (pad.padding,) if isinstance(pad, _ZERO_PADS[0]) else pad.padding
+            for more in self._zeros(maker.input_tensors[0]):
+                both = zip(own, more or [(0, 0)] * len(own), strict=True)
+                found.add(tuple((b + before, a + after) for (b, a), (before, after) in both))
+        return found
 
     def flow(self) -> Seen:
         """Return who follows whom, where a graph alone says how its layers are called."""
@@ -177,11 +189,11 @@ def ordered_children(layer: keras.Layer) -> list[keras.Layer]:
     held = children(layer)
     if not isinstance(layer, keras.Function):
         return held
-    place = {id(node.operation): n for n, node in reversed(list(enumerate(in_order(layer))))}
+    place = {id(node.operation): n for n, node in reversed(list(enumerate(_in_order(layer))))}
     return sorted(held, key=lambda child: place.get(id(child), len(place)))
 
 
-def in_order(function: keras.Function) -> list[Any]:
+def _in_order(function: keras.Function) -> list[Any]:
     """Return a graph's calls, depth first from its outputs, each after those that it depends on."""
     inside, done, order = {id(node) for node in nodes_of(function)}, set(), []
     stack = [(maker_of(tensor), False) for tensor in reversed(function.outputs)]

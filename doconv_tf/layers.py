@@ -10,7 +10,6 @@ import keras
 from doconv_core.maths.geometry import Geometry, cropped, padded, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import REPLACED
-from doconv_core.state.flattening import FIRST, LAST
 from doconv_core.state.layers import (
     CHANNELS_FIRST,
     OWN,
@@ -207,12 +206,14 @@ def _layer_norm(layer: Any, around: Surroundings) -> dict[str, Part]:
 
 def _check_axis(layer: Any, around: Surroundings) -> None:
     """Refuse a norm of each channel whose axis is not that of the channels, where it is seen."""
-    for order, axes in around.flattenings.orders_of(layer):
-        channels = {LAST: axes, FIRST: 1}.get(order)
-        if axes > 1 and channels is not None and layer.axis % (axes + 1) != channels:
+    for call in around.graph.calls(layer):
+        tensor = call.input_tensors[0]
+        rank, format_ = len(tensor.shape), around.flattenings.format_of(tensor)
+        channels = {"channels_last": rank - 1, "channels_first": 1}.get(str(format_))
+        if rank > 2 and channels is not None and layer.axis % rank != channels:
             raise NoCounterpart(
                 f"its axis {layer.axis} is not that of the channels, {channels}, in the "
-                f"{order} image that it is given"
+                f"{format_} image that it is given"
             )
 
 

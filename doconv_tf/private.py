@@ -105,6 +105,12 @@ def maker_of(tensor: Any) -> Any:
     return history.operation._inbound_nodes[history.node_index]
 
 
+def position_of(tensor: Any) -> int:
+    """Return which of its call's outputs a graph's tensor is."""
+    index: int = tensor._keras_history.tensor_index
+    return index
+
+
 def calls_of(operation: Any) -> list[Any]:
     """Return the calls of an operation, in whatever graph."""
     calls: list[Any] = operation._inbound_nodes

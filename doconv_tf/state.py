@@ -90,7 +90,7 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
         for below, part in parts_of(path, layer, around).items():
             place = entry(path, below) if below else path
             parts[place] = part
-            if id(layer) not in around.graph.called:
+            if not around.graph.calls(layer):
                 unseen.add(place)
     forms = suspect_flattening({path: part.form for path, part in parts.items()}, unseen)
     return {path: part._replace(form=forms[path]) for path, part in parts.items()}

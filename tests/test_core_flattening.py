@@ -7,9 +7,11 @@ import pytest
 
 from doconv_core.state.flattening import (
     FIRST,
+    FLAT,
     KERAS_LAYERS,
     KERAS_OPERATIONS,
     LAST,
+    OPEN,
     RULES,
     SAME,
     Fed,
@@ -20,6 +22,7 @@ from doconv_core.state.flattening import (
     given,
     image_size,
     kind_of,
+    result,
 )
 
 CONV, FLATTEN = ("convolution", {"data_format": LAST}), ("flatten", {})
@@ -48,6 +51,15 @@ def behind(*layers, shape=(6, 6, 4)):
 )
 def test_a_layer_is_behind_an_image_that_is_flattened(layers, image):
     assert behind(*layers) == Fed(image)
+
+
+@pytest.mark.parametrize(("order", "expected"), [(SAME, LAST), (FLAT, OPEN), (OPEN, OPEN)])
+def test_what_is_spread_over_an_image_keeps_its_order_if_it_is_one_number_a_channel(
+    order, expected
+):
+    image, factor = Value(LAST, (6, 6, 8)), Value(order, (8,))
+    for values in ([image, factor], [factor, image]):
+        assert result("merge", {}, values).order == expected
 
 
 def test_what_becomes_an_image_is_noted_of_its_maker():

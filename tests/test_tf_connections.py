@@ -341,3 +341,37 @@ def test_what_a_subclassed_model_may_flatten_is_of_one_framework():
     graph = vector(layers.Conv2D(4, 1, name="conv"), layers.Flatten())
     with pytest.raises(StateError, match="'head' may have the features of a flattened image, in "):
         load_state(graph, export_state(seen))
+
+
+def scaled(image):
+    """A flattened image as a factor of another image's channels."""
+    small = layers.Flatten()(layers.Conv2D(2, 2, strides=2)(image))
+    x = layers.Multiply()([layers.Conv2D(8, 3)(image), small])
+    return layers.GlobalAveragePooling2D()(x)
+
+
+FEATURES = {
+    "a flattened image spread over another": ((4, 4, 3), scaled, OWN),
+    "a residual of a sequence": (
+        (20, 6),
+        lambda x: layers.GlobalAveragePooling1D()(
+            layers.Add()([x, layers.Conv1D(6, 3, padding="same")(x)])
+        ),
+        None,
+    ),
+    "a vector made an image": (
+        (64,),
+        lambda x: layers.Flatten()(layers.Conv2D(4, 3)(layers.Reshape((8, 8, 1))(x))),
+        CHANNELS_FIRST,
+    ),
+    "dense on the last axis, flattened": (
+        (5, 6), lambda x: layers.Flatten()(layers.Dense(4)(x)), None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "body", "flattening"), FEATURES.values(), ids=FEATURES)
+def test_the_order_of_features_behind_a_body(shape, body, flattening):
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layers.Dense(2, name="head")(body(inputs)))
+    assert export_state(model).layers["head"].flattening == flattening

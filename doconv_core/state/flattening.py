@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from doconv_core.maths.layout import from_channels_first, to_channels_first
-from doconv_core.maths.numeric import Array as Array
+import numpy as np
+from numpy.typing import NDArray
 
+Array = NDArray[Any]
 Shape: TypeAlias = "tuple[int | None, ...]"
 Size: TypeAlias = "tuple[int, ...]"
 Config: TypeAlias = Mapping[str, Any]
@@ -99,31 +100,22 @@ def _elementwise(config: Config, values: Values) -> Value:
 
 def _merged(config: Config, values: Values) -> Value:
     """Return a sum or the like; what is one number for each channel is spread over an image."""
-    wide = [value for value in values if value.several] or values
-    order = _common(wide)
-    shapes, images = {value.shape for value in wide}, {value.image for value in wide}
-    if order is None or len(images) > 1 or (len(shapes) > 1 and order not in (LAST, FIRST)):
+    wide = [value for value in values if value.several]
+    narrow = [value for value in values if not value.several]
+    if wide and any(value.order in (FLAT, OPEN) for value in narrow):
         return Value()
-    shape = wide[0].shape if len(shapes) == 1 else None  # of images, some may be of any size
-    return wide[0]._replace(order=order, shape=shape, makers=_makers(wide))
+    wide = wide or narrow
+    if len({(value.order, value.shape, value.image) for value in wide}) > 1:
+        return Value()
+    return wide[0]._replace(makers=frozenset().union(*(value.makers for value in wide)))
 
 
 def _concatenated(config: Config, values: Values) -> Value:
-    order = _common(values)
-    if order is None or order == FLAT:
-        return Value()
-    return Value(order, makers=_makers(values))
-
-
-def _common(values: Values) -> str | None:
-    """Return the order of several tensors that have one; with an image's, `PURE` is that."""
     orders = {value.order for value in values}
-    found = orders - {PURE} if orders & {LAST, FIRST} else orders
-    return found.pop() if len(found) == 1 else None
-
-
-def _makers(values: Values) -> frozenset[str]:
-    return frozenset[str]().union(*(value.makers for value in values))
+    makers = frozenset[str]().union(*(value.makers for value in values))
+    return (
+        Value(orders.pop(), makers=makers) if len(orders) == 1 and FLAT not in orders else Value()
+    )
 
 
 def _convolution(config: Config, values: Values) -> Value:
@@ -132,10 +124,7 @@ def _convolution(config: Config, values: Values) -> Value:
 
 
 def _spatial(config: Config, values: Values) -> Value:
-    value, format_ = values[0], config.get("data_format")
-    if value.order == PURE and format_ in (LAST, FIRST):  # which says what the axes are
-        return value._replace(order=format_, shape=None)
-    return value._replace(shape=None)
+    return values[0]._replace(shape=None)
 
 
 def _global_pooling(config: Config, values: Values) -> Value:
@@ -149,6 +138,14 @@ def _dense(config: Config, values: Values) -> Value:
     if value.is_vector or value.order == SAME:
         return Value(SAME)
     return Value(PURE)
+
+
+def _features_last(config: Config, values: Values) -> Value:
+    return Value(SAME)
+
+
+def _attention(config: Config, values: Values) -> Value:
+    return Value(SAME if values[0].order == SAME else PURE)
 
 
 def _flatten(config: Config, values: Values) -> Value:
@@ -178,8 +175,6 @@ def _reshape(config: Config, values: Values) -> Value:
         return Value()
     if len(target) == 1:
         return _flatten({}, values)
-    if value.order == FLAT and tuple(target) == (*value.image[1:], value.image[0]):
-        return Value(LAST)
     single = sum(n != 1 for n in target) < 2
     if single and not value.several:
         return value if value.order == FLAT else Value(SAME, makers=value.makers)
@@ -209,9 +204,7 @@ def _permute(config: Config, values: Values) -> Value:
     axes = list(range(1, len(dims) + 1))
     if value.order == LAST and dims == [axes[-1], *axes[:-1]]:
         return Value(FIRST)
-    if value.order == FIRST and dims == [*axes[1:], 1]:
-        return Value(LAST)
-    return Value() if value.order in (FLAT, OPEN) else Value(PURE)
+    return Value(LAST) if value.order == FIRST and dims == [*axes[1:], 1] else Value()
 
 
 RULES: dict[str, Rule] = {
@@ -222,8 +215,8 @@ RULES: dict[str, Rule] = {
     "spatial": _spatial,
     "global pooling": _global_pooling,
     "dense": _dense,
-    "features last": lambda config, values: Value(SAME),
-    "attention": lambda config, values: Value(SAME if values[0].order == SAME else PURE),
+    "features last": _features_last,
+    "attention": _attention,
     "flatten": _flatten,
     "reshape": _reshape,
     "permute": _permute,
@@ -335,7 +328,7 @@ def is_same(size: Size) -> bool:
 
 def channels_last(values: Array, size: Size) -> Array:
     """Return an array with its last axis, a flattened image of channels and `size`, as in Keras."""
-    return from_channels_first(values, size[1:])
+    return np.moveaxis(values.reshape(-1, *size), 1, -1).reshape(values.shape)
 
 
 def channels_first(values: Array, size: Size) -> Array:
@@ -345,4 +338,4 @@ def channels_first(values: Array, size: Size) -> Array:
     """
     if prod(size) != values.shape[-1]:
         raise ValueError(f"the layer has {values.shape[-1]} inputs; given {size}.")
-    return to_channels_first(values, size[1:])
+    return np.moveaxis(values.reshape(-1, *size[1:], size[0]), -1, 1).reshape(values.shape)
