@@ -38,7 +38,9 @@ class DODepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
     Takes `keras.layers.DepthwiseConv1D`'s arguments, and by keyword only those of D as in
     `DODepthwiseConv2D`: d_multiplier, d_initializer, d_regularizer, d_constraint.
 
-    Shapes are those of `DOConv1D`, errors and the source those of `DODepthwiseConv2D`.
+    `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
 
     >>> layer = DODepthwiseConv1D(3)
     >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
@@ -100,7 +102,14 @@ class _DOSeparableConv(_Depthwise):
 class DOSeparableConv1D(_DOSeparableConv, keras.layers.SeparableConv1D):
     """A `keras.layers.SeparableConv1D` with an over-parameterized depthwise part, to be folded.
 
-    Shapes are those of `DOConv1D`; all else is as of `DOSeparableConv2D`.
+    Takes `keras.layers.SeparableConv1D`'s arguments, and by keyword only those of D as in
+    `DODepthwiseConv2D`: d_multiplier, d_initializer, d_regularizer, d_constraint.
+    Variables: `_kernel`, W of the depthwise part; `d_kernel`, D; `pointwise_kernel`; `bias`.
+    `depthwise_kernel` is the composed one.
+
+    `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030, "DO-DConv".
 
     >>> layer = DOSeparableConv1D(8, 3)
     >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)

@@ -50,7 +50,9 @@ class DOConv2D(_DOConv, keras.layers.Conv2D):
     depth_multiplier, depthwise_initializer, depthwise_regularizer, depthwise_constraint.
 
     `(B, H, W, I)` becomes `(B, H', W', O)`, or with channels first `(B, I, H, W)` becomes
-    `(B, O, H', W')`; errors are as of `DOConv1D`.
+    `(B, O, H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
 
     >>> layer = DOConv2D(8, 3)
     >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
@@ -70,7 +72,9 @@ class DOConv3D(_DOConv, keras.layers.Conv3D):
     depth_multiplier, depthwise_initializer, depthwise_regularizer, depthwise_constraint.
 
     `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first `(B, I, D, H, W)` becomes
-    `(B, O, D', H', W')`; errors are as of `DOConv1D`.
+    `(B, O, D', H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
 
     >>> layer = DOConv3D(8, 3)
     >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)

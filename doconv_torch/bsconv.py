@@ -273,7 +273,11 @@ class _BSConvS(_BSConv):
 class BSConvU1d(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
 
-    `(B, I, L)` becomes `(B, O, L')`; all else is as of `BSConvU2d`.
+    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
+    convolution; and `bn_options`, a dict of the batch norm's arguments.
+    `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvU1d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8)).shape
@@ -307,7 +311,11 @@ class BSConvU2d(_BSConvU):
 class BSConvU3d(_BSConvU):
     """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
 
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvU2d`.
+    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
+    convolution; and `bn_options`, a dict of the batch norm's arguments.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvU3d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
@@ -322,7 +330,12 @@ class BSConvU3d(_BSConvU):
 class BSConvS1d(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
 
-    `(B, I, L)` becomes `(B, O, L')`; all else is as of `BSConvS2d`.
+    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
+    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
+    and `bn_options`, a dict of the batch norm's arguments.
+    `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvS1d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8)).shape
@@ -357,7 +370,12 @@ class BSConvS2d(_BSConvS):
 class BSConvS3d(_BSConvS):
     """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
 
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `BSConvS2d`.
+    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
+    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
+    and `bn_options`, a dict of the batch norm's arguments.
+    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvS3d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8, 8, 8)).shape

@@ -112,7 +112,10 @@ class _DOConv(ComposedConv):
 class DOConv1d(_DOConv, nn.Conv1d):
     """A depthwise over-parameterized `torch.nn.Conv1d`, to be folded into one after training.
 
-    `(B, I, L)` becomes `(B, O, L')`; all else is as of `DOConv2d`.
+    Takes `torch.nn.Conv1d`'s arguments, and `depth_multiplier`, S: an integer of at least the
+    number of kernel taps M, which is its default. `(B, I, L)` becomes `(B, O, L')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
 
     >>> layer = DOConv1d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8)).shape
@@ -145,7 +148,10 @@ class DOConv2d(_DOConv, nn.Conv2d):
 class DOConv3d(_DOConv, nn.Conv3d):
     """A depthwise over-parameterized `torch.nn.Conv3d`, to be folded into one after training.
 
-    `(B, I, D, H, W)` becomes `(B, O, D', H', W')`; all else is as of `DOConv2d`.
+    Takes `torch.nn.Conv3d`'s arguments, and `depth_multiplier`, S: an integer of at least the
+    number of kernel taps M, which is its default. `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
+    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
+    Source: DO-Conv, arXiv 2006.12030.
 
     >>> layer = DOConv3d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
