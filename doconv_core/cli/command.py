@@ -1,4 +1,4 @@
-"""The command as such: its subcommands, what it prints, and what becomes of an error."""
+"""The command as such: its subcommands, files to open and to write, what it prints, and errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from io import StringIO
+from math import isqrt
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
 import click
 
+from doconv_core.cli.options import KernelSizes, literal
+from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
 from doconv_core.files.entries import CheckpointError
+from doconv_core.files.layers import KernelSizeError, Layer
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import Report
+from doconv_core.models.report import Report, place
 from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError
 
@@ -108,6 +112,35 @@ def writing_to(target: Path) -> Iterator[None]:
 def target_exists(target: Path) -> Failure:
     """Return the error for a target that must not be replaced."""
     return Failure(f"{target} exists; use --force to replace it.", TARGET)
+
+
+def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
+    """Return the open checkpoint. A kernel size that does not fit is wrong usage."""
+    try:
+        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes))
+    except KernelSizeError as error:
+        raise click.UsageError(f"{file}: {error}") from None
+
+
+def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
+    """Raise Failure, with the option that settles it, for a layer of unknown kernel size."""
+    for layer in layers:
+        if layer.needs_size:
+            text = f"{checkpoint.path}: {place(layer.name)}: {note_of(layer)}."
+            raise Failure(text, IMPOSSIBLE)
+
+
+def note_of(layer: Layer) -> str:
+    """Return a layer's note, in the words of the command line."""
+    if layer.needs_size and layer.d_shape and "kernel_sizes=" in layer.note:
+        taps = layer.d_shape[1]
+        side = isqrt(taps)
+        example = f"{side}x{side}" if side * side == taps else f"{taps}"
+        return (
+            f"its kernel size is not in the file, which tells {taps} taps; give it, such as "
+            f"--kernel-size '{literal(layer.name)}={example}'"
+        )
+    return layer.note
 
 
 GAP = 2  # spaces between columns

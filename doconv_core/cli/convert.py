@@ -17,9 +17,11 @@ from doconv_core.cli.command import (
     check_target,
     counted,
     one_line,
+    opened,
     print_json,
     print_table,
     progress,
+    require_kernel_sizes,
     size,
     writing_to,
 )
@@ -33,8 +35,6 @@ from doconv_core.cli.options import (
     kernel_size_option,
     literal,
     matches,
-    opened,
-    require_kernel_sizes,
     source_argument,
     target_argument,
 )

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import click
 
-from doconv_core.cli.command import counted, print_json, size
+from doconv_core.cli.command import (
+    counted,
+    opened,
+    print_json,
+    size,
+)
 from doconv_core.cli.cost_file import cost_file, forms_object, print_forms
 from doconv_core.cli.cost_network import cost_network
 from doconv_core.cli.options import (
@@ -20,7 +25,6 @@ from doconv_core.cli.options import (
     force_option,
     json_option,
     kernel_size_option,
-    opened,
     parse_size,
     places_type,
     target_argument,

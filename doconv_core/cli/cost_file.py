@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 
 import click
 
-from doconv_core.cli.command import counted, number, one_line, print_json, print_table, size
+from doconv_core.cli.command import (
+    counted,
+    number,
+    one_line,
+    print_json,
+    print_table,
+    require_kernel_sizes,
+    size,
+)
 from doconv_core.cli.options import (
     Place,
     matching,
-    require_kernel_sizes,
 )
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer

@@ -6,18 +6,23 @@ from pathlib import Path
 
 import click
 
-from doconv_core.cli.command import check_target, print_json, print_report, progress, writing_to
+from doconv_core.cli.command import (
+    check_target,
+    opened,
+    print_json,
+    print_report,
+    progress,
+    require_kernel_sizes,
+    writing_to,
+)
 from doconv_core.cli.options import (
     KernelSizes,
     force_option,
     json_option,
-    kernel_size_needed,
     kernel_size_option,
     source_argument,
     target_argument,
 )
-from doconv_core.files.checkpoint import open_checkpoint
-from doconv_core.files.layers import KernelSizeError
 
 
 @click.command(short_help="Fold a checkpoint's over-parameterized layers.")
@@ -46,15 +51,10 @@ def fold(
     """  # noqa: D301
     check_target(target, force)
     before = source.stat().st_size  # IN may be OUT
-    try:
-        checkpoint = open_checkpoint(source, kernel_sizes=dict(kernel_sizes))
-    except KernelSizeError as error:
-        raise click.UsageError(f"{source}: {error}") from None
-    with checkpoint, progress("folding") as step, writing_to(target):
-        for layer in checkpoint.layers:
-            if layer.needs_size:
-                raise kernel_size_needed(checkpoint, layer)
-        report = checkpoint.fold(target, overwrite=force, progress=step)
+    with opened(source, kernel_sizes) as checkpoint:
+        require_kernel_sizes(checkpoint, checkpoint.layers)
+        with progress("folding") as step, writing_to(target):
+            report = checkpoint.fold(target, overwrite=force, progress=step)
     if as_json:
         print_json(
             {

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from doconv_core.cli.command import (
     counted,
+    note_of,
     number,
     one_line,
+    opened,
     print_json,
     print_table,
     progress,
@@ -23,8 +25,6 @@ from doconv_core.cli.options import (
     KernelSizes,
     json_option,
     kernel_size_option,
-    note_of,
-    opened,
     source_argument,
 )
 from doconv_core.files.checkpoint import Checkpoint

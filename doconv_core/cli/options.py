@@ -1,21 +1,14 @@
-"""What the subcommands take: options and their small languages, and files to open."""
+"""What the subcommands take: options, and their small languages."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import click
-from numpy.typing import NDArray
-
-from doconv_core.cli.command import IMPOSSIBLE, Failure
-from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
-from doconv_core.files.layers import KernelSizeError, Layer
-from doconv_core.models.report import place
 
 _SIZE = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*")
 T = TypeVar("T")
@@ -129,43 +122,6 @@ def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Return whether a name matches any of these glob patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-Array = NDArray[Any]
-
-
-def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open checkpoint. A kernel size that does not fit is wrong usage."""
-    try:
-        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes))
-    except KernelSizeError as error:
-        raise click.UsageError(f"{file}: {error}") from None
-
-
-def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
-    """Raise Failure, with the option that settles it, for a layer of unknown kernel size."""
-    for layer in layers:
-        if layer.needs_size:
-            raise kernel_size_needed(checkpoint, layer)
-
-
-def kernel_size_needed(checkpoint: Checkpoint, layer: Layer) -> Failure:
-    """Return the error for a layer whose kernel size the file does not tell."""
-    text = f"{checkpoint.path}: {place(layer.name)}: {note_of(layer)}."
-    return Failure(text, IMPOSSIBLE)
-
-
-def note_of(layer: Layer) -> str:
-    """Return a layer's note, in the words of the command line."""
-    if layer.needs_size and layer.d_shape and "kernel_sizes=" in layer.note:
-        taps = layer.d_shape[1]
-        side = isqrt(taps)
-        example = f"{side}x{side}" if side * side == taps else f"{taps}"
-        return (
-            f"its kernel size is not in the file, which tells {taps} taps; give it, such as "
-            f"--kernel-size '{literal(layer.name)}={example}'"
-        )
-    return layer.note
 
 
 def literal(name: str) -> str:

@@ -17,9 +17,11 @@ from doconv_core.cli.command import (
     DIFFERENT,
     counted,
     one_line,
+    opened,
     print_json,
     print_table,
     progress,
+    require_kernel_sizes,
     size,
 )
 from doconv_core.cli.contents import KERAS, Contents
@@ -31,8 +33,6 @@ from doconv_core.cli.options import (
     kernel_size_option,
     literal,
     matching,
-    opened,
-    require_kernel_sizes,
     source_argument,
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
