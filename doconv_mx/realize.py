@@ -10,8 +10,7 @@ from mxnet.gluon import HybridBlock, nn
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.build import layer_type
-from doconv_core.networks.shapes import Placed, infer, padding
-from doconv_core.networks.shapes import children as children_of
+from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
 from doconv_mx.kinds import LAYER_KINDS
@@ -120,7 +119,7 @@ class Concat(_Block):
 def _filled(block: HybridBlock, placed: dict[str, Placed], path: str) -> Any:
     """Return the block with its node's children, each with its name in the parameters' names."""
     with block.name_scope():
-        for name, _ in children_of(placed[path].node):
+        for name, _ in placed[path].node.children:
             if hasattr(block, name):
                 raise ValueError(f"{path!r} cannot have a child named {name!r}, a block's own.")
             setattr(block, name, _block(placed, entry(path, name), f"{name}_"))
@@ -140,7 +139,7 @@ def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     cls, options = layer_type(LAYER_KINDS, placed, nn.Conv2D)
     layer: HybridBlock = cls(
         in_channels=channels, channels=conv.channels, kernel_size=conv.kernel_size,
-        strides=(conv.stride, conv.stride), padding=padding(conv), groups=conv.groups or channels,
+        strides=(conv.stride, conv.stride), padding=conv.pads, groups=conv.groups or channels,
         use_bias=conv.bias, prefix=prefix, **options,
     )  # fmt: skip
     return mark_orthonormal(layer) if conv.orthonormal else layer

@@ -11,7 +11,7 @@ import keras
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.build import layer_type
-from doconv_core.networks.shapes import Placed, children, infer, padding
+from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
 from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.orthonormal import mark_orthonormal
@@ -80,7 +80,7 @@ class _Names:
 def _model(placed: dict[str, Placed], path: str, name: str) -> keras.Model:
     """Return what a block makes of its input, as a model."""
     node, shape = placed[path].node, placed[path].before
-    names = _Names([name for name, _ in children(node)])
+    names = _Names([name for name, _ in node.children])
     inputs = keras.Input(_shape(shape), name=names.free("input"))
     outputs = BLOCKS[type(node)](placed, path, inputs, names)
     if outputs is inputs:
@@ -114,7 +114,7 @@ def _called(placed: dict[str, Placed], path: str, name: str, x: Any, names: _Nam
 
 
 def _through(placed: dict[str, Placed], path: str, x: Any, names: _Names) -> Any:
-    for name, _ in children(placed[path].node):
+    for name, _ in placed[path].node.children:
         if name != nodes.SHORTCUT or type(placed[path].node) is not nodes.Residual:
             x = _called(placed, path, name, x, names)
     return x
@@ -134,7 +134,7 @@ def _scale(placed: dict[str, Placed], path: str, x: Any, names: _Names) -> Any:
 
 def _concat(placed: dict[str, Placed], path: str, x: Any, names: _Names) -> Any:
     node = placed[path].node
-    branches = [_called(placed, path, name, x, names) for name, _ in children(node)]
+    branches = [_called(placed, path, name, x, names) for name, _ in node.children]
     axis = _axis(placed[path].after)
     return _layers.Concatenate(axis=axis, name=names.free("concatenate"))(branches)
 
@@ -162,7 +162,7 @@ def _convolution(placed: Placed, name: str, x: Any, names: _Names) -> Any:
 
 def _padding(conv: nodes.Conv) -> tuple[str, tuple[int, ...]]:
     """Return Keras' word for a convolution's padding, and the zeros to add beside."""
-    pads = padding(conv)
+    pads = conv.pads
     halves = tuple(k // 2 for k in conv.kernel_size if k % 2)
     if any(pads) and conv.stride == 1 and pads == halves:
         return "same", (0, 0)
@@ -200,13 +200,13 @@ def _layer(make: Callable[[Any, str], keras.Layer]) -> Callable[..., Any]:
     return lambda placed, name, x, names: make(placed.node, name)(x)
 
 
-BLOCKS = {
+BLOCKS: dict[type[Any], Callable[..., Any]] = {
     nodes.Sequence: _through,
     nodes.Residual: _residual,
     nodes.Scale: _scale,
     nodes.Concat: _concat,
 }
-LAYERS = {
+LAYERS: dict[type[Any], Callable[..., Any]] = {
     nodes.Conv: _convolution,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _layer(lambda node, name: _layers.Activation(node.name, name=name)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from doconv_core.networks import nodes
 from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.build import layer_type
-from doconv_core.networks.shapes import Placed, children, infer, padding
+from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.orthonormal import mark_orthonormal
@@ -113,7 +113,7 @@ class Concat(_Block):
 
 
 def _children(placed: dict[str, Placed], path: str) -> OrderedDict[str, nn.Module]:
-    names = (name for name, _ in children(placed[path].node))
+    names = (name for name, _ in placed[path].node.children)
     return OrderedDict((name, _module(placed, entry(path, name))) for name in names)
 
 
@@ -129,7 +129,7 @@ def _convolution(placed: Placed) -> nn.Module:
     channels = placed.before[0]
     cls, options = layer_type(LAYER_KINDS, placed, nn.Conv2d)
     layer = cls(
-        channels, conv.channels, conv.kernel_size, conv.stride, padding(conv), bias=conv.bias,
+        channels, conv.channels, conv.kernel_size, conv.stride, conv.pads, bias=conv.bias,
         groups=conv.groups or channels, **options,
     )  # fmt: skip
     made: nn.Module = mark_orthonormal(layer) if conv.orthonormal else layer

@@ -17,7 +17,7 @@ from model_texts import INTRODUCTION, PLOTS, SECTIONS
 
 from doconv_core import count
 from doconv_core.atomic import write_text
-from doconv_core.networks.families import FAMILIES, Family, listed
+from doconv_core.networks.families import FAMILIES, Family, enumerated
 from doconv_core.networks.names import LISTED, list_models
 
 DOCS = Path(__file__).parent
@@ -75,7 +75,7 @@ def _family(family: Family, figures: Iterable[Published]) -> Iterator[str]:
     classes, shape = family.dataset
     names = names_of(family)
     figures = [each for each in figures if not each.cells.keys().isdisjoint(names)]
-    suffixes = listed(f"`{suffix}`" for suffix in (*LISTED[family.variants], DOCONV))
+    suffixes = enumerated(f"`{suffix}`" for suffix in (*LISTED[family.variants], DOCONV))
     yield (
         f"{'×'.join(map(str, shape))}, {classes:,} classes: {compact(family.usual)}, also with "
         f"{suffixes} behind.\n"
@@ -98,7 +98,7 @@ def compact(names: Sequence[str]) -> str:
     start = commonprefix(names).rstrip("0123456789.")  # noqa: RUF071  # names are no paths
     rests = [name.removeprefix(start) for name in names]
     if len(names) == 1 or any(rest[0].isalpha() for rest in rests):
-        return listed((f"`{name}`" for name in names), "and")
+        return enumerated((f"`{name}`" for name in names), "and")
     return f"`{start}{{{','.join(rests)}}}`"
 
 

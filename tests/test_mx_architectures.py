@@ -27,7 +27,7 @@ from doconv_core.networks.nodes import (  # noqa: E402
     Pool,
     Residual,
 )
-from doconv_core.networks.shapes import infer, padding  # noqa: E402
+from doconv_core.networks.shapes import infer  # noqa: E402
 
 NAMES = [
     name
@@ -117,7 +117,7 @@ def check_layers(name, symbol):
         )
     )  # fmt: skip
     assert convolutions == Counter(
-        (at.after, node.kernel_size, (node.stride,) * 2, padding(node), node.groups or at.before[0],
+        (at.after, node.kernel_size, (node.stride,) * 2, node.pads, node.groups or at.before[0],
          not node.bias)
         for at in placed if isinstance(node := at.node, Conv)
     )  # fmt: skip

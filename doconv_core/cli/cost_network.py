@@ -21,7 +21,7 @@ from doconv_core.cli.command import (
     writing_to,
 )
 from doconv_core.networks.cost import CountedLayer, NetworkCost, count
-from doconv_core.networks.families import listed
+from doconv_core.networks.families import enumerated
 from doconv_core.networks.names import describe
 
 PER_IMAGE = ("flops", "macs")
@@ -141,7 +141,7 @@ def _check_plot(target: Path, force: bool) -> None:
     """Raise Failure where a plot cannot be drawn or written to `target`."""
     if target.suffix.lower() not in PLOTS:
         raise click.UsageError(
-            f"--plot: OUT must end in {listed(PLOTS)}; received {target.name!r}."
+            f"--plot: OUT must end in {enumerated(PLOTS)}; received {target.name!r}."
         )
     check_target(target, force)
     try:

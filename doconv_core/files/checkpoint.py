@@ -109,7 +109,7 @@ class Checkpoint(ABC):
         return from_storage(self.read_stored(name))
 
     def read_stored(self, name: str) -> Array:
-        """Return an entry's values as they are stored; bfloat16 as `arrays.BITS`.
+        """Return an entry's values as they are stored; bfloat16 as `entries.BITS`.
 
         A format that can do so without the values of `read`, which need twice the memory, does.
         """

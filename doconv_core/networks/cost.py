@@ -10,7 +10,7 @@ from doconv_core.kinds.base import Cost
 from doconv_core.maths.spec import as_integer, is_sequence
 from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe
-from doconv_core.networks.nodes import Conv, Layer, Network
+from doconv_core.networks.nodes import Conv, Leaf, Network
 from doconv_core.networks.shapes import Placed, for_input, infer
 from doconv_core.state.layers import LayerForm, Shape
 
@@ -112,7 +112,7 @@ def count(
         network = describe(name_or_description, num_classes=num_classes, in_channels=channels)
     network = for_input(network, shape)
     described, placed = infer(network), infer(lowered(network))
-    leaves = (at for at in placed.values() if isinstance(at.node, Layer))
+    leaves = (at for at in placed.values() if isinstance(at.node, Leaf))
     layers = tuple(_counted(at, described) for at in leaves)
     return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
 

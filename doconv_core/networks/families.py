@@ -47,7 +47,7 @@ class Family(NamedTuple):
     variants: str = "none"
 
 
-def listed(values: Iterable[object], last: str = "or") -> str:
+def enumerated(values: Iterable[object], last: str = "or") -> str:
     """Return "1, 2 or 3"."""
     *most, final = map(str, values)
     return f"{', '.join(most)} {last} {final}" if most else final
@@ -59,7 +59,7 @@ def _residual(name: str, build: Callable[..., Sequence], *, cifar: bool) -> Fami
 
     def resolve(depth: str) -> Build:
         if int(depth) not in depths:
-            raise ValueError(f"the depth of a {prefix} is {listed(depths)}")
+            raise ValueError(f"the depth of a {prefix} is {enumerated(depths)}")
         return partial(build, int(depth), cifar=cifar)
 
     usual = tuple(f"{prefix}{depth}" for depth in depths)
@@ -71,7 +71,7 @@ def _wide() -> Family:
 
     def resolve(depth: str, factor: str) -> Build:
         if int(depth) not in resnets.WIDE_UNITS:
-            raise ValueError(f"the depth of a cifar_wrn is {listed(resnets.WIDE_UNITS)}")
+            raise ValueError(f"the depth of a cifar_wrn is {enumerated(resnets.WIDE_UNITS)}")
         if int(factor) == 0:
             raise ValueError("the factor K of a cifar_wrnN_K is at least 1")
         return partial(resnets.wide, int(depth), int(factor))

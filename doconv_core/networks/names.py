@@ -16,7 +16,7 @@ from math import prod
 
 from doconv_core.kinds.base import ComposedKind, Recipe, kinds, recipe
 from doconv_core.maths.spec import as_integer
-from doconv_core.networks.families import FAMILIES, INTEGER, Build, Family, listed
+from doconv_core.networks.families import FAMILIES, INTEGER, Build, Family, enumerated
 from doconv_core.networks.nodes import ORDINARY, Conv, Network, Sequence, replaced
 
 # What follows a family's own name, and what each family has of it; the first listed are the usual.
@@ -48,7 +48,7 @@ def describe(
     try:
         family, build = _parsed(name)
     except _Unknown as error:
-        nearest = listed(map(repr, get_close_matches(name, error.names, 3, 0)), "and")
+        nearest = enumerated(map(repr, get_close_matches(name, error.names, 3, 0)), "and")
         raise ValueError(
             f"{name!r} is no network: {error.reason}; the nearest are {nearest}."
         ) from None
@@ -134,7 +134,7 @@ def _kind(family: Family, suffix: re.Match[str]) -> Recipe:
     allowed = family.variants
     told = suffix[0].removeprefix(suffix[1])
     if allowed != "any" and told not in LISTED[allowed]:
-        but = f" but {listed(LISTED[allowed])}" if LISTED[allowed] else ""
+        but = f" but {enumerated(LISTED[allowed])}" if LISTED[allowed] else ""
         raise ValueError(f"{suffix[1]} has no BSConv variant{but}")
     if is_u:
         return recipe("bsconvu")

@@ -7,11 +7,12 @@ the shape it gives, what it computes in NumPy, and the gradient, what it is in a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from math import prod
 from re import sub
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -47,8 +48,10 @@ class Pass(NamedTuple):
     back: Callable[[Array], Array]
 
 
-class Layer:
+class Leaf(ABC):
     """A node without children. Shapes are of one image: `(C, H, W)`, or `(features,)`."""
+
+    children: ClassVar[Children] = ()
 
     def after(self, before: Shape) -> Shape:
         """Return the shape of the output, from that of the input; `Unfit` where there is none."""
@@ -58,12 +61,12 @@ class Layer:
         """Return what the node is in a state; None where it has no arrays."""
         return None
 
+    @abstractmethod
     def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Return what the node makes of `x`.
 
         arrays: its own, by name. gradients: where the pass back puts those of what is trained.
         """
-        raise NotImplementedError
 
     @property
     def word(self) -> str:
@@ -76,27 +79,27 @@ class Layer:
         return 0
 
 
-class Block:
+class Block(ABC):
     """A node of others, which have the arrays and their gradients.
 
     below: takes a child's name, the child, and a shape, or an input; returns what it makes of that.
     """
 
     @property
+    @abstractmethod
     def children(self) -> Children:
         """The nodes in it, by the names that they have in paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after(self, before: Shape, below: Callable[[str, Node, Shape], Shape]) -> Shape:
         """Return the shape of the output, from that of the input; `Unfit` where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, x: Array, below: Callable[[str, Node, Array], Pass]) -> Pass:
         """Return what the node makes of `x`."""
-        raise NotImplementedError
 
 
-Node: TypeAlias = Layer | Block
+Node: TypeAlias = Leaf | Block
 Children: TypeAlias = tuple[tuple[str, Node], ...]
 
 
@@ -116,7 +119,7 @@ def _positions(size: int, kernel: int, stride: int, around: int) -> int:
 
 
 @dataclass(frozen=True)
-class Conv(Layer):
+class Conv(Leaf):
     """A convolution. padding: on every side; None for half the kernel, rounded down.
 
     groups: 0 for a depthwise convolution, as many as there are input channels. orthonormal: of a
@@ -189,7 +192,7 @@ class Conv(Layer):
 
 
 @dataclass(frozen=True)
-class BatchNorm(Layer):
+class BatchNorm(Leaf):
     """A batch norm. momentum: the new batch's weight. affine: whether it has scale and shift."""
 
     per_input = 2
@@ -233,7 +236,7 @@ class BatchNorm(Layer):
 
 
 @dataclass(frozen=True)
-class Activation(Layer):
+class Activation(Leaf):
     """An activation function, one of `ACTIVATIONS`."""
 
     name: str
@@ -270,7 +273,7 @@ class Activation(Layer):
 
 
 @dataclass(frozen=True)
-class Pool(Layer):
+class Pool(Leaf):
     """A pooling layer. name: "max" or "average". Its windows do not count what is padded."""
 
     per_input = 1
@@ -332,7 +335,7 @@ class Pool(Layer):
 
 
 @dataclass(frozen=True)
-class GlobalPool(Layer):
+class GlobalPool(Leaf):
     """The mean over all positions, `(B, C, 1, 1)`."""
 
     per_input = 1
@@ -350,7 +353,7 @@ class GlobalPool(Layer):
 
 
 @dataclass(frozen=True)
-class Flatten(Layer):
+class Flatten(Leaf):
     """All but the batch axis in one, in the order channels, height, width."""
 
     def after(self, before: Shape) -> Shape:
@@ -363,7 +366,7 @@ class Flatten(Layer):
 
 
 @dataclass(frozen=True)
-class Dropout(Layer):
+class Dropout(Leaf):
     """In training, each entry is zero with probability `rate`, and the others are scaled up."""
 
     rate: float
@@ -379,7 +382,7 @@ class Dropout(Layer):
 
 
 @dataclass(frozen=True)
-class Linear(Layer):
+class Linear(Leaf):
     """A linear (dense) layer."""
 
     features: int
@@ -571,6 +574,6 @@ def replaced(node: Any, change: Callable[[Conv], Node]) -> Any:
         return change(node)
     if isinstance(node, Sequence):
         return Sequence(tuple((name, replaced(child, change)) for name, child in node.children))
-    if isinstance(node, Layer):
+    if isinstance(node, Leaf):
         return node
     return type(node)(*(replaced(getattr(node, each.name), change) for each in fields(node)))

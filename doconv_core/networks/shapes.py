@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from doconv_core.maths.spec import as_tuple, is_sequence
-from doconv_core.networks.nodes import Block, Children, Conv, Network, Node, Unfit
+from doconv_core.networks.nodes import Block, Network, Node, Unfit
 from doconv_core.state.file import entry
 from doconv_core.state.layers import LayerForm, Shape
 
@@ -76,13 +76,3 @@ def for_input(network: Network, input_shape: Shape | None = None) -> Network:
     sized = replace(network, input_shape=(channels, height, width))
     infer(sized)
     return sized
-
-
-def children(node: Node) -> Children:
-    """Return a node's children, by the names that they have in paths."""
-    return node.children if isinstance(node, Block) else ()
-
-
-def padding(conv: Conv) -> tuple[int, int]:
-    """Return the padding of both dimensions, on either side."""
-    return conv.pads
