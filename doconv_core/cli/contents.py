@@ -27,6 +27,7 @@ from doconv_core.files.layers import (
     Layer,
     canonical_shape,
 )
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
@@ -168,8 +169,8 @@ class Contents:
         if fold:
             folded = replace(stored, read=lambda: check_finite(layer, kernel()), how=FOLDED)
             return {"weight": folded}
-        if layer.composition is not DO_CONV:
-            return self._composed(layer, sources)
+        if layer.composed not in (None, DO_CONV):
+            return self._composed(layer.composed, layer, sources)
         assert layer.d_shape is not None  # as DO-Conv layers have one
         pair = self._pair(layer)
         if pair is None:
@@ -184,9 +185,11 @@ class Contents:
             for name, shape in zip(DO_CONV.names, shapes, strict=True)
         }
 
-    def _composed(self, layer: Layer, sources: tuple[str, ...]) -> dict[str, Values]:
+    def _composed(
+        self, kind: ComposedKind, layer: Layer, sources: tuple[str, ...]
+    ) -> dict[str, Values]:
         """Return what a kernel of another kind is composed of, each as a state has it."""
-        shapes = layer.composition.entries(layer.spec)
+        shapes = kind.entries(layer.spec)
 
         def read(role: str) -> Array:
             array = self.checkpoint.read(layer.entries[role])

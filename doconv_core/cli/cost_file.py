@@ -143,8 +143,9 @@ def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> L
     if layer.kind not in (CONVOLUTION, LINEAR) or shape is None:
         return None
     spec: Any = layer.spec
-    if layer.over_parameterized and spec is not None:
-        bias, kind = "bias" in layer.entries, layer.composition
+    kind = layer.composed
+    if kind is not None and spec is not None:
+        bias = "bias" in layer.entries
         if kind is DO_CONV:
             return layer_cost(spec, positions, batch=batch, bias=bias)
         trained = kind.training_cost(spec, positions * batch, bias=bias)

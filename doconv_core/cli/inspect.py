@@ -149,8 +149,8 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
 def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
     entries = [checkpoint.entries[name] for name in layer.entries.values()]
     kind = layer.kind
-    if layer.over_parameterized:
-        kind = "DO-Conv" if layer.composition is DO_CONV else layer.composition.name
+    if layer.composed is not None:
+        kind = "DO-Conv" if layer.composed is DO_CONV else layer.composed.name
     if layer.origin.startswith("reference"):
         kind = f"{kind}, {layer.origin}"
     shape = layer.kernel_shape or entries[0].shape

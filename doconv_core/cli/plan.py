@@ -163,7 +163,7 @@ class Conversion:
                 IMPOSSIBLE,
             )
         entries = {n: template.entries[other.entries[r]] for n, r in state_names(other).items()}
-        kind = other.composition if other.over_parameterized else None
+        kind = other.composed
         target = Target(entries, other, kind)
         if layer.over_parameterized and not (other.over_parameterized or self.fold):
             raise Failure(
@@ -237,8 +237,8 @@ class Conversion:
             names = {"alpha": SLOPE[framework]}
         else:
             names = {}
-        if layer.kind == CONVOLUTION:
-            names |= {name: name for name in layer.composition.names}
+        if layer.composed is not None:
+            names |= {name: name for name in layer.composed.names}
         bias = layer.entries.get("bias")
         if layer.kind == LINEAR and bias and len(self.source.entries[bias].shape) != 1:
             del names["bias"]  # a layer norm over two axes looks like a linear layer, but for it
@@ -249,7 +249,7 @@ class Conversion:
     ) -> Target:
         """Return the layer that is written, in the layout of PyTorch and Gluon."""
         shapes = {name: each.shape for name, each in values.items()}
-        if layer.over_parameterized and {*layer.composition.names} <= values.keys():
+        if layer.composed is not None and {*layer.composed.names} <= values.keys():
             same = prod(shapes["weight"]) == prod(layer.kernel_shape or ())
             shapes |= {"weight": layer.kernel_shape or ()} if same else {}
         dtypes = {name: each.dtype for name, each in values.items()}

@@ -190,7 +190,7 @@ class Checkpoint(ABC):
 
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
         """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
-        kind = layer.composition
+        kind = layer.composed or DO_CONV
         if kind is not DO_CONV:
             shapes = kind.entries(layer.spec)
             weights = {r: self.read(layer.entries[r]) for r in kind.names[1:] if r in shapes}
@@ -440,8 +440,8 @@ def _words(layer: Layer) -> tuple[str, str]:
     size = "×".join(map(str, layer.kernel_shape[2:]))
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
-    if layer.over_parameterized and layer.composition is not DO_CONV:
-        before = f"over-parameterized, {layer.composition.name}"
+    if layer.composed not in (None, DO_CONV):
+        before = f"over-parameterized, {layer.composed.name}"
     elif layer.d_shape is not None:
         before = f"over-parameterized, S = {layer.d_shape[2]}{origin}"
     after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")

@@ -28,10 +28,11 @@ from doconv_core.files.layers import (
     Layer,
     Sizes,
     canonical_shape,
+    composed_by,
+    other_kinds,
     over_parameterized,
     unlike,
 )
-from doconv_core.kinds.base import ComposedKind, kinds
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 
@@ -244,7 +245,7 @@ def _over_parameterized(
     # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
     # depthwise one compose alike.
     layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
-    layer = Layer(path, CONVOLUTION, names, "doconv", over_parameterized=True)
+    layer = Layer(path, CONVOLUTION, names, "doconv", composed=DO_CONV)
     for layout in layouts:
         found = over_parameterized(layer, shapes, layout, sizes, told)
         if found is not None and _is_of_rank(found, ordinary):
@@ -254,21 +255,10 @@ def _over_parameterized(
 
 def _of_other_kind(path: str, roles: dict[str, str], shapes: Mapping[str, Entry]) -> Layer | None:
     """Return the layer of another kind that composes its kernel, by the names of its entries."""
-    for kind in _other_kinds():
-        if {*roles} - {"1"} != {"0", *kind.names[1:]}:
-            continue
-        names = {"weight": roles["0"], **{name: roles[name] for name in kind.names[1:]}}
-        found = {role: shapes[name].shape for role, name in names.items()}
-        spec = None
-        if 3 <= len(found["weight"]) <= 5:
-            spec = kind.recognised(found | {"weight": canonical_shape(found["weight"], "*IO")})
-        if spec is not None and all(entry.dtype in FLOATS for entry in shapes.values()):
-            bias = {"bias": roles["1"]} if "1" in roles else {}
-            return Layer(
-                path, CONVOLUTION, names | bias, "doconv", over_parameterized=True, spec=spec,
-                kernel_shape=kind.conv(spec).kernel_shape, layout="*IO", composition=kind,
-            )  # fmt: skip
-    return None
+    names = {{"0": "weight", "1": "bias"}.get(role, role): name for role, name in roles.items()}
+    layer = Layer(path, CONVOLUTION, names, "doconv", layout="*IO")
+    found = (composed_by(kind, layer, shapes) for kind in other_kinds())
+    return next(filter(None, found), None)
 
 
 def _is_of_rank(layer: Layer, stem: str) -> bool:
@@ -397,16 +387,11 @@ def folded_config(value: Any) -> Any:
     if own:
         gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
         if not own.startswith("DO"):
-            gone = {option for kind in _other_kinds() for option in kind.options}
+            gone = {option for kind in other_kinds() for option in kind.options}
         config = {key: item for key, item in value["config"].items() if key not in gone}
         value |= {"module": "keras.layers", "class_name": CLASSES[own], "registered_name": None}
         value["config"] = config
     return value
-
-
-def _other_kinds() -> list[ComposedKind]:
-    """Return the kinds beside DO-Conv that compose a kernel."""
-    return [x for x in kinds().values() if isinstance(x, ComposedKind) and x is not DO_CONV]
 
 
 def stored_nodes(

@@ -42,14 +42,13 @@ class Layer:
     cannot be folded; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
     of the reference implementation; "" where nothing tells.
     part: of a file with several copies of a model, such as "ema", which one; "" for the only one.
-    over_parameterized: whether it has a D.
+    composed: the kind that composes its kernel, of an over-parameterized layer; else None.
     spec: the sizes, where the file tells them all: of an ordinary convolution most files do not
     tell the groups. kernel_shape: of a convolution, `(O, I/g, *kernel_size)`, of a linear layer
     `(out, in)`; None where the kernel size is not in the file.
     layout: `doconv_core.maths.layout`'s word for the axes of a convolution's weight in the file.
     note: what a reader should know: an assumption made, or why the layer cannot be folded.
-    composition: of an over-parameterized layer, the kind that composes its kernel. d_shape: of one
-    with a D, `(I, M, S)`, in whatever order the file keeps it.
+    d_shape: of one with a D, `(I, M, S)`, in whatever order the file keeps it.
     """
 
     path: str
@@ -57,18 +56,23 @@ class Layer:
     entries: Mapping[str, str]
     origin: str = ""
     part: str = ""
-    over_parameterized: bool = False
+    composed: ComposedKind | None = None
     spec: ConvSpec | LinearSpec | None = None
     kernel_shape: tuple[int, ...] | None = None
     layout: str = CANONICAL
     note: str = ""
-    composition: ComposedKind = DO_CONV
     d_shape: tuple[int, int, int] | None = None
+
+    @property
+    def over_parameterized(self) -> bool:
+        """Whether its kernel is composed of several weights."""
+        return self.composed is not None
 
     @property
     def gone(self) -> tuple[str, ...]:
         """The roles of the entries that a folded layer has no more."""
-        return tuple(r for r in (*self.composition.names[1:], IDENTITY) if r in self.entries)
+        beside = () if self.composed is None else (*self.composed.names[1:], IDENTITY)
+        return tuple(role for role in beside if role in self.entries)
 
     def canonical(self, weight: Array) -> Array:
         """Return the layer's weight, as its file has it, in canonical order."""
@@ -173,7 +177,7 @@ class _Search:
         for found in find_reference(self.shapes, self.separators, self.framework):
             layer = self._layer(
                 found.prefix, CONVOLUTION, found.roles, ORIGIN + found.framework,
-                over_parameterized=D in found.roles, layout=LAYOUTS[found.framework],
+                composed=DO_CONV if D in found.roles else None, layout=LAYOUTS[found.framework],
             )  # fmt: skip
             inputs, outputs, _ = found.channels
             if layer.over_parameterized:
@@ -199,7 +203,7 @@ class _Search:
             names = {prefix + role: role for role in ("weight", "bias", D)}
             layer = self._layer(
                 prefix, CONVOLUTION, {names[k]: k for k in shapes if k in names}, "doconv",
-                over_parameterized=True,
+                composed=DO_CONV,
             )  # fmt: skip
             all_ = (over_parameterized(layer, shapes, at, self.sizes) for at in self.layouts)
             fitting = [found for found in all_ if found is not None]
@@ -218,23 +222,16 @@ class _Search:
         """Yield the layers of other kinds that compose a kernel, by the names of their entries."""
         if {key[_start(key) :] for key in self.shapes} <= {*ROLES, D}:
             return  # what only ordinary layers and DO-Conv ones have
-        for kind in kinds().values():
-            if isinstance(kind, ComposedKind) and kind is not DO_CONV:
-                for key in (key for key in self.shapes if key.endswith(kind.names[1])):
-                    yield from self._of_kind(kind, key.removesuffix(kind.names[1]))
-
-    def _of_kind(self, kind: ComposedKind, prefix: str) -> Iterator[Layer]:
-        roles = {r: prefix + r for r in (*kind.names, "bias") if prefix + r in self.shapes}
-        if (prefix and prefix[-1] not in "./") or not {*kind.names} <= roles.keys():
-            return
-        own = {role: self.shapes[name].shape for role, name in roles.items() if role != "bias"}
-        own["weight"] = canonical_shape(own["weight"], self.layouts[0])
-        spec = kind.recognised(own)
-        if spec is not None and all(self.shapes[name].dtype in FLOATS for name in roles.values()):
-            yield self._layer(
-                prefix, CONVOLUTION, roles, "doconv", over_parameterized=True, spec=spec,
-                kernel_shape=kind.conv(spec).kernel_shape, layout=self.layouts[0], composition=kind,
-            )  # fmt: skip
+        for kind in other_kinds():
+            for key in (key for key in self.shapes if key.endswith(kind.names[1])):
+                prefix = key.removesuffix(kind.names[1])
+                roles = {r: prefix + r for r in (*kind.names, "bias") if prefix + r in self.shapes}
+                if prefix and prefix[-1] not in "./":
+                    continue
+                layer = self._layer(prefix, CONVOLUTION, roles, "doconv", layout=self.layouts[0])
+                found = composed_by(kind, layer, self.shapes)
+                if found is not None:
+                    yield found
 
     def _ordinary(self, prefix: str, roles: dict[str, str], layout: str) -> Layer:
         """Return an ordinary layer, or what has an entry named as a D is and is none of ours."""
@@ -385,6 +382,25 @@ def over_parameterized(
         kernel_size = tuple(body)
     layer = dataclasses.replace(layer, layout=layout)
     return sized(layer, (in_channels, out_channels, groups), taps, multiplier, kernel_size, sizes)
+
+
+def other_kinds() -> list[ComposedKind]:
+    """Return the kinds beside DO-Conv that compose a kernel."""
+    return [x for x in kinds().values() if isinstance(x, ComposedKind) and x is not DO_CONV]
+
+
+def composed_by(kind: ComposedKind, layer: Layer, shapes: Mapping[str, Entry]) -> Layer | None:
+    """Return a convolution as one whose kernel a kind composes, or None where it is none such."""
+    own = {role: shapes[name].shape for role, name in layer.entries.items() if role != "bias"}
+    if {*own} != {*kind.names} or not 3 <= len(own["weight"]) <= MAX_RANK + 2:
+        return None
+    if not all(shapes[name].dtype in FLOATS for name in layer.entries.values()):
+        return None
+    spec = kind.recognised(own | {"weight": canonical_shape(own["weight"], layer.layout)})
+    if spec is None:
+        return None
+    shape = kind.conv(spec).kernel_shape
+    return dataclasses.replace(layer, composed=kind, spec=spec, kernel_shape=shape)
 
 
 def unlike(entries: Mapping[str, Entry]) -> str:

@@ -37,7 +37,6 @@ from doconv_core.files.layers import (
     Sizes,
     find_layers,
 )
-from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
@@ -225,13 +224,12 @@ def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes
     spec: Any = form.spec
     d_shape: Any = form.shapes.get(D)
     if form.kind == "convolution":
-        composition = form.composed or DO_CONV
-        conv = composition.conv(spec)
-        if form.over_parameterized:
+        conv = spec if form.composed is None else form.composed.conv(spec)
+        if form.composed is not None:
             sizes.given((path,), conv.taps)
         return Layer(
-            path, CONVOLUTION, roles, "doconv", over_parameterized=bool(form.over_parameterized),
-            spec=spec, kernel_shape=conv.kernel_shape, d_shape=d_shape, composition=composition,
+            path, CONVOLUTION, roles, "doconv", composed=form.composed, spec=spec,
+            kernel_shape=conv.kernel_shape, d_shape=d_shape,
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None
