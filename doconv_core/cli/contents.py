@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
-from typing import Any
 
 import click
-from numpy.typing import NDArray
 
 from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
@@ -30,13 +28,12 @@ from doconv_core.files.layers import (
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.numeric import Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Metadata, Values, made_once, metadata_of, over_parameterized
 from doconv_core.state.flattening import Fed
 from doconv_core.state.layers import LayerForm
-
-Array = NDArray[Any]
 
 OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes

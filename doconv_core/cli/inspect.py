@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.cli.command import (
     counted,
@@ -31,7 +30,7 @@ from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import OTHER, D, Layer
 from doconv_core.kinds.do_conv import DO_CONV, identity
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.numeric import widened
+from doconv_core.maths.numeric import Array, widened
 from doconv_core.maths.spec import ConvSpec
 
 
@@ -178,7 +177,6 @@ def _measures_row(checkpoint: Checkpoint, layer: Layer, measures: dict[str, Meas
     ]
 
 
-Array = NDArray[Any]
 _CHUNK = 1 << 22  # entries of which the singular values are computed at once: 32 MiB
 
 

@@ -14,9 +14,7 @@ from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
-
-from numpy.typing import NDArray
+from typing import NamedTuple, TypeAlias
 
 from doconv_core.cli.command import IMPOSSIBLE, MISSING, Failure
 from doconv_core.cli.contents import (
@@ -36,13 +34,12 @@ from doconv_core.files.checkpoint import Checkpoint, Format
 from doconv_core.files.entries import Entry, Lazy
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
 from doconv_core.kinds.base import ComposedKind
+from doconv_core.maths.numeric import Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import place
 from doconv_core.state.agreement import NEUTRAL, Values, fit_arrays
 from doconv_core.state.file import State, write_state
 from doconv_core.state.layers import LayerForm
-
-Array = NDArray[Any]
 
 Step = Callable[[int, int], None]
 # The types that hold every number of a type.

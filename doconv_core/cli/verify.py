@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.cli.command import (
     DIFFERENT,
@@ -38,7 +37,7 @@ from doconv_core.cli.options import (
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
-from doconv_core.maths.numeric import difference
+from doconv_core.maths.numeric import Array, difference
 from doconv_core.state.file import entry
 from doconv_core.state.flattening import channels_first, image_size
 
@@ -206,8 +205,6 @@ def _row(found: Compared) -> list[str]:
     numbers = (f"{number:.3g}" for number in (found.absolute, found.relative, found.allowed))
     return [path, size(found.shapes[0]), *numbers, at]
 
-
-Array = NDArray[Any]
 
 # What composing in another order of additions may cost, in roundings of the coarser dtype.
 COMPOSED_ROUNDINGS = 16

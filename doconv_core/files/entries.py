@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doconv_core.kinds.do_conv import compose
+from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.numeric import widened
 from doconv_core.maths.spec import ConvSpec
-
-Array = NDArray[Any]
-
 
 KernelSizes: TypeAlias = Mapping[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[int, int], None]

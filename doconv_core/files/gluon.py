@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from numpy.typing import NDArray
+from typing import BinaryIO
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, outputs
 from doconv_core.files.entries import (
@@ -33,8 +31,7 @@ from doconv_core.files.entries import (
     to_storage,
 )
 from doconv_core.files.layers import Sizes, find_layers
-
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array
 
 MAGIC = 0x112
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA  # V3: of MXNet's NumPy mode; V0 has no number

@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
@@ -37,11 +36,10 @@ from doconv_core.files.layers import (
     Sizes,
     find_layers,
 )
+from doconv_core.maths.numeric import Array
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
-
-Array = NDArray[Any]
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",

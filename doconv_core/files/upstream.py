@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
 from doconv_core.files.entries import (
@@ -31,13 +31,12 @@ from doconv_core.files.pytorch import MAX_DEPTH, StateDicts
 from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.numeric import Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.file import State, entry
 from doconv_core.state.layers import LayerForm
 
 __all__ = ["FRAMEWORKS", "Upstream", "canonical_upstream", "compose_upstream", "read_upstream"]
-
-Array = NDArray[Any]
 
 
 class Upstream(NamedTuple):

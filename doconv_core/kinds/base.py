@@ -15,11 +15,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from numpy.typing import NDArray
-
+from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.spec import ConvSpec, as_integer
 
-Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 ONE_TAP = "one tap, nothing to over-parameterize"

@@ -9,15 +9,14 @@ what has been shifted, and a dense one would pad what has not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from doconv_core.maths.batchnorm import NotFoldable, fuse_batchnorm
 from doconv_core.maths.geometry import Geometry
-
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array
 
 
 class Pointwise(NamedTuple):

@@ -9,15 +9,13 @@ Source: BSConv, arXiv 2003.13549, on correlations within kernels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from doconv_core.kinds.bsconv import BSConvSpec
-from doconv_core.maths.numeric import shaped
-
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array, shaped
 
 # The subspace and the blueprints are each improved for the other, which converges in a few rounds.
 ROUNDS, ENOUGH = 20, 1e-4

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from doconv_core.kinds.bsconv import as_matrix
-from doconv_core.maths.numeric import widened
-
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array, widened
 
 ALPHA = 0.1  # the weight of the loss, in every backend
 

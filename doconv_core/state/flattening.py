@@ -14,9 +14,9 @@ from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from doconv_core.maths.numeric import Array as Array
+
 Shape: TypeAlias = "tuple[int | None, ...]"
 Size: TypeAlias = "tuple[int, ...]"
 Config: TypeAlias = Mapping[str, Any]
