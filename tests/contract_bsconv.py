@@ -37,37 +37,39 @@ def in_form(form: str) -> dict[str, str]:
     return {ARGUMENT: form}
 
 
-def _with_variants(number: int, case: Case) -> list[Case]:
-    """Return the case in both variants, one of them with batch norms: the other of the last."""
+def _with_variants(case: Case) -> list[Case]:
     return [
-        replace(case, spec=replace(case.spec, variant=v, p=0.5, with_bn=(v == "s") == (number % 2)))
-        for v in "us"
+        replace(case, spec=replace(case.spec, variant=variant, p=0.5, with_bn=with_bn))
+        for variant in "us"
+        for with_bn in (False, True)
     ]
 
 
-CASES = [
-    variant
-    for number, case in enumerate(
-        (
-            bsconv_case(6, 5, (3,), (9,), padding=1),
-            bsconv_case(5, 8, (4,), (10,), stride=2, bias=False),
-            bsconv_case(6, 5, (3, 3), (7, 8), padding=1),
-            bsconv_case(10, 7, (3, 3), (8, 9), stride=2, padding=1, bias=False),
-            bsconv_case(6, 8, (5, 3), (9, 8), padding=2, dilation=2),
-            bsconv_case(6, 8, (2, 2), (6, 7)),
-            bsconv_case(6, 6, (1, 1), (5, 5)),
-            bsconv_case(6, 5, (3, 3), (6, 7), padding=2, padding_mode="reflect"),
-            bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="circular", bias=False),
-            bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="replicate", stride=2),
-            bsconv_case(6, 4, (3, 3, 3), (5, 6, 5), padding=1),
-            bsconv_case(5, 4, (2, 3, 2), (5, 6, 5), stride=2, bias=False),
-        )
-    )
-    for variant in _with_variants(number, case)
-] + [
+SIZES = (
+    bsconv_case(6, 5, (3,), (9,), padding=1),
+    bsconv_case(5, 8, (4,), (10,), stride=2, bias=False),
+    bsconv_case(6, 5, (3, 3), (7, 8), padding=1),
+    bsconv_case(10, 7, (3, 3), (8, 9), stride=2, padding=1, bias=False),
+    bsconv_case(6, 8, (5, 3), (9, 8), padding=2, dilation=2),
+    bsconv_case(6, 8, (2, 2), (6, 7)),
+    bsconv_case(6, 6, (1, 1), (5, 5)),
+    bsconv_case(6, 5, (3, 3), (6, 7), padding=2, padding_mode="reflect"),
+    bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="circular", bias=False),
+    bsconv_case(6, 5, (3, 3), (6, 7), padding=1, padding_mode="replicate", stride=2),
+    bsconv_case(6, 4, (3, 3, 3), (5, 6, 5), padding=1),
+    bsconv_case(5, 4, (2, 3, 2), (5, 6, 5), stride=2, bias=False),
+)
+CASES = [variant for case in SIZES for variant in _with_variants(case)] + [
     bsconv_case(3, 8, (3, 3), (7, 7), padding=1, variant="s"),  # all 3 channels are kept
     bsconv_case(16, 3, (3, 3), (6, 6), padding=1, variant="s", p=1 / 6, min_mid_channels=1),
     bsconv_case(1, 4, (3, 3), (6, 6), padding=1),
+]
+# In the usual run each size is of both variants, with batch norms in one: in turn, U or S.
+TAIL = [
+    variant
+    for number, case in enumerate(SIZES)
+    for variant in _with_variants(case)
+    if variant.spec.with_bn != (variant.spec.variant == "us"[number % 2])
 ]
 
 

@@ -13,6 +13,7 @@ from contract_bsconv import (
     ARGUMENT,
     CASES,
     FORMS,
+    TAIL,
     adapter_of,
     bsconv_case,
     check_refused,
@@ -54,7 +55,7 @@ def class_of(adapter, name):
 
 
 def test_the_table_covers_what_it_promises():
-    assert len(set(map(str, CASES))) == len(CASES) >= 25
+    assert len(set(map(str, CASES))) == len(CASES) >= 50
     for variant in "us":
         cases = [case for case in CASES if case.spec.variant == variant]
         assert {case.spec.rank for case in cases} == {1, 2, 3}
@@ -65,7 +66,11 @@ def test_the_table_covers_what_it_promises():
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in TAIL)) for case in CASES],
+    ids=str,
+)
 def test_a_layer_is_the_cores_in_every_form(adapter, case, tmp_path):
     """Its state, its output and gradients, what it is saved as, and what it folds to."""
     problem = make_problem(case)
