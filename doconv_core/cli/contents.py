@@ -13,6 +13,7 @@ from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.options import literal, matches
 from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.entries import GLUON
 from doconv_core.files.keras_layers import group_of
 from doconv_core.files.layers import (
     BATCH_NORM,
@@ -38,7 +39,6 @@ from doconv_core.state.layers import LayerForm
 OF_W = ("weight", D, IDENTITY)
 COUNT = "num_batches_tracked"  # of batches, which takes no part in what a layer computes
 NORMS = (BATCH_NORM, NORM)
-PYTORCH, GLUON, KERAS, STATE = "PyTorch", "Gluon", "Keras", "doconv state"
 FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
 
 

@@ -25,7 +25,7 @@ from doconv_core.cli.command import (
     size,
     writing_to,
 )
-from doconv_core.cli.contents import KERAS, STATE, Contents
+from doconv_core.cli.contents import Contents
 from doconv_core.cli.flattening import Flattenings, Images, Sizes
 from doconv_core.cli.options import (
     KernelSizes,
@@ -50,6 +50,7 @@ from doconv_core.cli.pairing import (
 )
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
 from doconv_core.files.checkpoint import check_understood, formats
+from doconv_core.files.entries import KERAS, STATE
 from doconv_core.files.layers import Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm

@@ -17,21 +17,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from doconv_core.cli.command import IMPOSSIBLE, MISSING, Failure
-from doconv_core.cli.contents import (
-    COUNT,
-    GLUON,
-    NORMS,
-    PYTORCH,
-    STATE,
-    Contents,
-    state_names,
-    weights_of,
-)
+from doconv_core.cli.contents import COUNT, NORMS, Contents, state_names, weights_of
 from doconv_core.cli.flattening import Flattenings
 from doconv_core.cli.options import literal, matches
 from doconv_core.cli.pairing import Paired, family, sides
 from doconv_core.files.checkpoint import Checkpoint, Format
-from doconv_core.files.entries import Entry, Lazy
+from doconv_core.files.entries import GLUON, PYTORCH, STATE, Entry, Lazy
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.numeric import Array
@@ -366,7 +357,7 @@ def _no_counterpart(source: Contents, unknown: list[str]) -> Failure:
     )
 
 
-WORDS = {"Gluon": "Gluon's"}  # files of a format, in a sentence
+WORDS = {GLUON: "Gluon's"}  # files of a format, in a sentence
 
 
 def write_file(

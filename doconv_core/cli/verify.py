@@ -23,7 +23,7 @@ from doconv_core.cli.command import (
     require_kernel_sizes,
     size,
 )
-from doconv_core.cli.contents import KERAS, Contents
+from doconv_core.cli.contents import Contents
 from doconv_core.cli.flattening import Sizes, features_of, takes_image
 from doconv_core.cli.options import (
     KernelSizes,
@@ -36,6 +36,7 @@ from doconv_core.cli.options import (
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.files.entries import KERAS
 from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
 from doconv_core.maths.numeric import Array, difference
 from doconv_core.state.file import entry

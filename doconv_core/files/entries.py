@@ -78,6 +78,10 @@ class Lazy(Mapping[str, Array]):
         return len(self._make)
 
 
+# Whose names and layouts a file has.
+PYTORCH, TENSORFLOW, KERAS, GLUON = "PyTorch", "TensorFlow", "Keras", "Gluon"
+STATE = "doconv state"  # which has this package's own
+
 WRAPPERS = ("module.", "_orig_mod.")
 OUTSIDE = r"(?:[A-Za-z]:)?/|(?:.*/)?\.\.(?:/|$)"
 # What keys tell of dicts in a training checkpoint: that it is no model, or an average of one.

@@ -20,6 +20,7 @@ from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, o
 from doconv_core.files.entries import (
     BFLOAT16,
     BITS,
+    GLUON,
     CheckpointError,
     Entry,
     KernelSizes,
@@ -45,7 +46,7 @@ INDICES = {0: 0, 1: 1, 2: 2}  # how many arrays of indices each storage type has
 MAX_NAME = 1 << 16
 
 
-NAME, SUFFIXES, FRAMEWORK = "Gluon", (".params",), "Gluon"
+NAME, SUFFIXES, FRAMEWORK = "Gluon", (".params",), GLUON
 TYPES = frozenset(DTYPES) - {BFLOAT16}
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
+    KERAS,
     Array,
     CheckpointError,
     Entry,
@@ -37,7 +38,7 @@ from doconv_core.files.keras_weights import KerasWeightsCheckpoint
 from doconv_core.files.layers import Layer, Sizes
 from doconv_core.maths.batchnorm import NotFoldable
 
-NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), "Keras"
+NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), KERAS
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 MAX_CONFIG = 1 << 28
 KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"

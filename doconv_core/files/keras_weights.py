@@ -10,6 +10,8 @@ from typing import Any
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
+    KERAS,
+    TENSORFLOW,
     Array,
     CheckpointError,
     Entry,
@@ -23,7 +25,7 @@ from doconv_core.files.keras_layers import NOT_A_MODEL, STEMS, KerasLayers, numb
 from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.maths.batchnorm import NotFoldable
 
-NAME, SUFFIXES, FRAMEWORK = "Keras", (".weights.h5", ".h5"), "Keras"
+NAME, SUFFIXES, FRAMEWORK = "Keras", (".weights.h5", ".h5"), KERAS
 TYPES = frozenset((
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64",
     "uint32", "uint16", "uint8", "bool",
@@ -95,7 +97,7 @@ class KerasWeightsCheckpoint(Checkpoint):
                     f"layer, {shown(name)}; load it in Keras, and {ADVICE}."
                 )
         return find_layers(
-            self.entries, keys, sizes, separators="/", framework="TensorFlow", layouts=("*IO",)
+            self.entries, keys, sizes, separators="/", framework=TENSORFLOW, layouts=("*IO",)
         )
 
     def read_stored(self, name: str) -> Array:

@@ -10,9 +10,17 @@ from typing import Any
 
 from doconv_core.backends import GROUP
 from doconv_core.files.checkpoint import Beginning, Checkpoint
-from doconv_core.files.entries import NO_MODEL, Array, CheckpointError, Entry, KernelSizes, shown
+from doconv_core.files.entries import (
+    NO_MODEL,
+    PYTORCH,
+    Array,
+    CheckpointError,
+    Entry,
+    KernelSizes,
+    shown,
+)
 
-NAME, SUFFIXES, FRAMEWORK = "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), "PyTorch"
+NAME, SUFFIXES, FRAMEWORK = "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), PYTORCH
 TYPES = frozenset((
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
 ))  # fmt: skip

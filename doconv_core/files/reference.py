@@ -30,6 +30,9 @@ import numpy as np
 from doconv_core.files.entries import (
     BLOCK,
     FLOATS,
+    GLUON,
+    PYTORCH,
+    TENSORFLOW,
     Array,
     Entry,
     compose_blocks,
@@ -42,7 +45,6 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.spec import ConvSpec
 
 D = DO_CONV.names[1]  # the role of D
-PYTORCH, TENSORFLOW, GLUON = "PyTorch", "TensorFlow", "Gluon"
 FRAMEWORKS = (PYTORCH, TENSORFLOW, GLUON)
 ORIGIN = "reference "
 IDENTITIES = ("D_diag", "d_diag")

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
+    PYTORCH,
+    STATE,
     CheckpointError,
     Entry,
     KernelSizes,
@@ -48,9 +50,8 @@ DTYPES = {
 }  # fmt: skip
 
 
-NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), "PyTorch"
+NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), PYTORCH
 TYPES = frozenset(DTYPES.values())
-STATE = "doconv state"
 # The kinds of a state's layers, of which convolutions are told apart, by their names there.
 KINDS = {
     "transposed_convolution": TRANSPOSED, "linear": LINEAR, "embedding": LINEAR,

@@ -15,6 +15,7 @@ from typing import Any
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
 from doconv_core.files.entries import (
+    PYTORCH,
     Array,
     CheckpointError,
     Entry,
@@ -31,7 +32,7 @@ from doconv_core.files.safetensors import TYPES as TYPES
 from doconv_core.files.safetensors import SafetensorsCheckpoint
 from doconv_core.files.safetensors import write as write_shard
 
-NAME, SUFFIXES, FRAMEWORK = "sharded safetensors", (".safetensors.index.json",), "PyTorch"
+NAME, SUFFIXES, FRAMEWORK = "sharded safetensors", (".safetensors.index.json",), PYTORCH
 MAX_INDEX, MAX_SHARDS = 1 << 28, 10_000
 SHARD = 5_000_000_000  # bytes of arrays in a shard that is written anew
 
