@@ -12,24 +12,15 @@ from doconv_core.files.entries import CheckpointError
 from doconv_core.files.upstream import Upstream, read_upstream
 from doconv_core.kinds.base import Cost
 from doconv_core.kinds.bsconv import (
+    Blueprints,
     BSConvCost,
     BSConvSpec,
+    blueprints,
     bsconv_cost,
     compose_bsconv,
     compose_bsconv_gradient,
-    merge_pointwise,
-    merge_pointwise_gradient,
     mid_channels,
 )
-from doconv_core.kinds.bsconv_fold import (
-    Folded,
-    Normalization,
-    Pointwise,
-    check_dense,
-    fold_dense,
-    fold_pointwise,
-)
-from doconv_core.kinds.bsconv_init import Blueprints, blueprints
 from doconv_core.kinds.do_conv import (
     LayerCost,
     compose,
@@ -39,7 +30,6 @@ from doconv_core.kinds.do_conv import (
     identity,
     layer_cost,
 )
-from doconv_core.kinds.orthonormal import orthonormality, orthonormality_gradient
 from doconv_core.maths.batchnorm import NotFoldable, fuse_batchnorm
 from doconv_core.maths.convolve import (
     ConvolutionGradients,
@@ -51,6 +41,17 @@ from doconv_core.maths.convolve import (
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.numeric import Difference, difference
+from doconv_core.maths.orthonormal import orthonormality, orthonormality_gradient
+from doconv_core.maths.separable import (
+    Folded,
+    Normalization,
+    Pointwise,
+    check_dense,
+    fold_dense,
+    fold_pointwise,
+    merge_pointwise,
+    merge_pointwise_gradient,
+)
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.report import (
     BSConvReport,

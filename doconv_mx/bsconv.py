@@ -18,10 +18,10 @@ from doconv_core.kinds.bsconv import (
     P,
     as_choice,
     batch_norm_options,
+    blueprints,
     check_groups,
     check_kernel,
 )
-from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.layout import to_canonical
 from doconv_mx import private
 from doconv_mx.arguments import StandIn

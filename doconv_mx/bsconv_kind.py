@@ -11,9 +11,9 @@ from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, Parameter, nn
 
 from doconv_core.kinds.bsconv import obstacle
-from doconv_core.kinds.bsconv_fold import Folded, Normalization, Pointwise
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.models.report import AXIS
 from doconv_core.models.separable import HOOKED, SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site

@@ -7,8 +7,8 @@ import numpy as np
 from mxnet.gluon import Block, Parameter
 from mxnet.ndarray import NDArray
 
-from doconv_core.kinds.bsconv import as_number
-from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.maths.orthonormal import ALPHA
+from doconv_core.maths.spec import as_number
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import require_values

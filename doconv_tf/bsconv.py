@@ -14,13 +14,12 @@ from doconv_core.kinds.bsconv import (
     BSConvSpec,
     P,
     as_choice,
-    as_number,
     batch_norm_options,
+    blueprints,
     check_groups,
     check_kernel,
 )
-from doconv_core.kinds.bsconv_init import blueprints
-from doconv_core.maths.spec import as_tuple
+from doconv_core.maths.spec import as_number, as_tuple
 from doconv_tf.arguments import StandIn
 from doconv_tf.bsconv_kind import BSConvLayers, as_array, put_kernel
 from doconv_tf.bsconv_parts import make_parts

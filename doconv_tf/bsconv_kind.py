@@ -10,9 +10,9 @@ import numpy as np
 from keras import ops
 
 from doconv_core.kinds.bsconv import GROUPED, obstacle
-from doconv_core.kinds.bsconv_fold import Folded, Normalization, Pointwise
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_core.networks.nodes import BatchNorm

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from doconv_core.kinds.bsconv import as_number
-from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.maths.orthonormal import ALPHA
+from doconv_core.maths.spec import as_number
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, none_counted
 from doconv_tf.ordinary import CONVS, first_occurrences
 from doconv_tf.private import kernel_variable

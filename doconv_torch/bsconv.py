@@ -18,10 +18,10 @@ from doconv_core.kinds.bsconv import (
     P,
     as_choice,
     batch_norm_options,
+    blueprints,
     check_groups,
     check_kernel,
 )
-from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.spec import as_tuple
 from doconv_torch.bsconv_kind import BSConvLayers, as_array, as_tensor
 from doconv_torch.composed import ComposedConv, check_ordinary

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from doconv_core.kinds.bsconv import BIAS_COMPUTED, WEIGHT_BOUND, obstacle
-from doconv_core.kinds.bsconv_fold import Folded, Normalization, Pointwise
 from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.models.separable import HOOKED, SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_torch import ordinary

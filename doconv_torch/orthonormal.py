@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from doconv_core.kinds.bsconv import as_number
-from doconv_core.kinds.orthonormal import ALPHA
+from doconv_core.maths.orthonormal import ALPHA
+from doconv_core.maths.spec import as_number
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
 from doconv_torch.kinds import LAYER_KINDS
 

@@ -103,3 +103,7 @@ def test_what_is_no_such_kernel_is_refused():
         blueprints(np.full((4, 8, 3, 3), np.nan), spec)
     with pytest.raises(TypeError, match="kernel must be an array of floats"):
         blueprints(np.ones((4, 8, 3, 3), int), spec)
+    with pytest.raises(TypeError, match=r"spec must be a BSConvSpec; received ndarray\."):
+        blueprints(spec, np.ones((4, 8, 3, 3)))
+    with pytest.raises(TypeError, match=r"spec must be a BSConvSpec; received tuple\."):
+        blueprints("kernel", (8, 4, 3, 3))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite, prod
-from numbers import Real
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +28,9 @@ from doconv_core.kinds.base import (
     register,
 )
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.numeric import as_floats, shaped, widened
-from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
+from doconv_core.maths.numeric import shaped, widened
+from doconv_core.maths.separable import nearest
+from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, as_number, is_sequence
 
 VARIANTS = ("u", "s")
 FORMS = ("keep", "merge", DENSE)
@@ -67,15 +67,6 @@ def as_share(name: str, value: Any) -> float:
     """Return `value` as a float above 0 and at most 1; TypeError or ValueError names it else."""
     if not 0 < as_number(name, value) <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1; received {name}={value!r}.")
-    return float(value)
-
-
-def as_number(name: str, value: Any) -> float:
-    """Return `value` as a finite float; TypeError or ValueError names it otherwise."""
-    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a number; received {name}={value!r}.")
-    if not isfinite(value):
-        raise ValueError(f"{name} must be finite; received {name}={value!r}.")
     return float(value)
 
 
@@ -184,39 +175,6 @@ def check_kernel(name: str, spec: BSConvSpec) -> None:
         )
 
 
-def merge_pointwise(first: ArrayLike, second: ArrayLike) -> Array:
-    """Return the weight of the pointwise convolution that equals BSConv-S's two, `W2·W1`.
-
-    first: `W1`, `(mid, I)`. second: `W2`, `(O, mid)`. Returns `(O, I)`, in W2's dtype; half types
-    are computed in float32 and rounded once. Raises ValueError where the shapes do not agree.
-
-    >>> merge_pointwise(np.array([[1.0, 2.0]]), np.array([[1.0], [3.0]]))
-    array([[1., 2.],
-           [3., 6.]])
-    """
-    w1, w2 = _pair(first, second)
-    merged: Array = widened(w2) @ widened(w1)
-    return merged.astype(w2.dtype)
-
-
-def merge_pointwise_gradient(
-    first: ArrayLike, second: ArrayLike, gradient: ArrayLike
-) -> tuple[Array, Array]:
-    """Return the gradients with respect to `W1` and `W2`, from that of `W2·W1`, `(O, I)`.
-
-    >>> first, second = np.array([[1.0, 2.0]]), np.array([[1.0], [3.0]])
-    >>> merge_pointwise_gradient(first, second, np.ones((2, 2)))
-    (array([[4., 4.]]), array([[3.],
-           [3.]]))
-    """
-    w1, w2 = _pair(first, second)
-    product = widened(shaped("gradient", gradient, (len(w2), w1.shape[1])))
-    return (
-        (widened(w2).T @ product).astype(w1.dtype),
-        (product @ widened(w1).T).astype(w2.dtype),
-    )
-
-
 def compose_bsconv(pointwise: ArrayLike, depthwise: ArrayLike, spec: BSConvSpec) -> Array:
     """Return the kernel of the ordinary convolution that equals the pointwise, then the depthwise.
 
@@ -256,31 +214,61 @@ def compose_bsconv_gradient(
     )
 
 
-def as_matrix(name: str, array: ArrayLike) -> Array:
-    """Return a pointwise weight as floats; ValueError names it where it has other axes than two."""
-    matrix = as_floats(name, array)
-    if matrix.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (output, input) channels; received {matrix.shape}."
-        )
-    return matrix
-
-
-def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
-    w1, w2 = as_matrix("first", first), as_matrix("second", second)
-    if w2.shape[1] != len(w1):
-        raise ValueError(
-            f"second must have {len(w1)} input channels, as many as first has output channels; "
-            f"received shapes {w1.shape} and {w2.shape}."
-        )
-    return w1, w2
-
-
 def _checked(pointwise: ArrayLike, depthwise: ArrayLike, spec: BSConvSpec) -> tuple[Array, Array]:
     return (
         shaped("pointwise", pointwise, (spec.out_channels, spec.in_channels)),
         shaped("depthwise", depthwise, spec.depthwise_shape),
     )
+
+
+class Blueprints(NamedTuple):
+    """The BSConv that is nearest to a kernel, in the kernel's dtype.
+
+    pointwise: weights in the order of their use: `pw` `(O, I)`, or `W1` `(mid, I)`, whose rows are
+    orthonormal, and `W2` `(O, mid)`. depthwise: `dw`, `(O, M)`. explained: the share of the
+    kernel's squared Frobenius norm, 0 to 1; 1 for a kernel of zeros.
+
+    >>> found = blueprints(np.array([[[4.0, 0.0], [4.0, 0.0]]]), BSConvSpec(2, 1, (2,)))
+    >>> round(found.explained, 6), found.depthwise.shape
+    (1.0, (1, 2))
+    """
+
+    pointwise: tuple[Array, ...]
+    depthwise: Array
+    explained: float
+
+
+def blueprints(kernel: ArrayLike, spec: BSConvSpec) -> Blueprints:
+    """Return the BSConv of `spec`'s sizes that is nearest to a trained kernel, by SVD.
+
+    A filter is a matrix, `(I, M)`: an image for each input channel. Where these are alike up to a
+    factor, one blueprint says it all; the paper finds that they nearly are. How nearly is the
+    explained variance: the share of the kernel's squared Frobenius norm that the BSConv has.
+    "u": the best approximation of each filter of rank 1, the optimum. "s": the best of those whose
+    pointwise weights lie in one subspace of `mid` dimensions, found by turns: the subspace that is
+    best for the blueprints, then the blueprints that are best for the subspace. Each turn explains
+    more; what is found may be a local optimum.
+    A filter's scale is divided evenly between its blueprint and its weights. Batch norms are taken
+    for the identity.
+
+    kernel: `(O, I, *kernel_size)`. Computed in float64 and rounded once.
+    Raises ValueError where the shape disagrees with `spec` or an entry is not finite, TypeError for
+    what is no array of floats or no `BSConvSpec`.
+    Source: BSConv, arXiv 2003.13549, on correlations within kernels.
+
+    >>> alike = np.array([[[1.0, 2.0], [2.0, 4.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    >>> round(blueprints(alike, BSConvSpec(2, 2, (2,))).explained, 3)  # one filter has two images
+    0.963
+    """
+    if not isinstance(spec, BSConvSpec):
+        raise TypeError(f"spec must be a BSConvSpec; received {type(spec).__qualname__}.")
+    original = shaped("kernel", kernel, spec.dense.kernel_shape)
+    filters = original.astype(np.float64).reshape(*original.shape[:2], spec.taps)
+    if not np.isfinite(filters).all():
+        raise ValueError("kernel must be finite; received one with infinities or NaNs.")
+    weights, images, explained = nearest(filters, spec.mid_channels)
+    pointwise = tuple(weight.astype(original.dtype) for weight in weights)
+    return Blueprints(pointwise, images.astype(original.dtype), explained)
 
 
 class BSConvCost(NamedTuple):

@@ -27,6 +27,16 @@ def shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
     return array
 
 
+def as_matrix(name: str, array: ArrayLike) -> Array:
+    """Return a pointwise weight as floats; ValueError names it where it has other axes than two."""
+    matrix = as_floats(name, array)
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (output, input) channels; received {matrix.shape}."
+        )
+    return matrix
+
+
 def widened(array: Array) -> Array:
     """Return `array` in the dtype it is computed in: float32 for half types, else its own."""
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ def as_integer(name: str, value: Any, *, least: int = 1) -> int:
     if integer < least:
         raise ValueError(f"{name} must be at least {least}; received {name}={integer}.")
     return integer
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return `value` as a finite float; TypeError or ValueError names it otherwise."""
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a number; received {name}={value!r}.")
+    if not isfinite(value):
+        raise ValueError(f"{name} must be finite; received {name}={value!r}.")
+    return float(value)
 
 
 def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, ...]:

@@ -22,7 +22,9 @@ from doconv_core.kinds.bsconv import (
     as_choice,
     form_costs,
 )
-from doconv_core.kinds.bsconv_fold import (
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.separable import (
     Folded,
     Normalization,
     Pointwise,
@@ -30,8 +32,6 @@ from doconv_core.kinds.bsconv_fold import (
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.geometry import Geometry
 from doconv_core.models.report import REPLACED, SUBCLASS, Choice, own_method
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.kinds.bsconv import as_matrix
-from doconv_core.maths.numeric import Array, widened
+from doconv_core.maths.numeric import Array, as_matrix, widened
 
 ALPHA = 0.1  # the weight of the loss, in every backend
 
