@@ -1,19 +1,24 @@
-"""The BSConv layers of PyTorch: blueprint separable convolutions."""
+"""The BSConv layers of PyTorch, blueprint separable convolutions; and how models get them."""
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from doconv_core.kinds.base import PartNorm
 from doconv_core.kinds.bsconv import (
+    BIAS_COMPUTED,
     MIN_MID_CHANNELS,
     STARTS,
+    WEIGHT_BOUND,
     BSConvSpec,
     P,
     as_choice,
@@ -21,19 +26,27 @@ from doconv_core.kinds.bsconv import (
     blueprints,
     check_groups,
     check_kernel,
+    obstacle,
 )
+from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.maths.spec import as_tuple
-from doconv_torch.bsconv_kind import BSConvLayers, as_array, as_tensor
+from doconv_core.models.separable import HOOKED, SeparableLayers
+from doconv_core.models.view import Folding, ModelView, Site
+from doconv_torch import ordinary
+from doconv_torch.batchnorm import norm_obstacle
 from doconv_torch.composed import ComposedConv, check_ordinary
-from doconv_torch.surgery import ordinary_tensors
+from doconv_torch.ordinary import HOOKS, is_bound, kind_of, spec_of
+from doconv_torch.surgery import become, ordinary_tensors
 
 BN_OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
+_SIZES = ("in_channels", "out_channels", "kernel_size")
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "bias")
 
 
-def _of_depthwise(name: str) -> property:
+def _of(owner: str, name: str) -> property:
     return property(
-        lambda layer: getattr(layer.depthwise, name), doc=f"`{name}` of the depthwise convolution."
+        lambda layer: getattr(getattr(layer, owner), name), doc=f"The {owner}'s {name}."
     )
 
 
@@ -44,73 +57,48 @@ class _BSConv(nn.Sequential):
     are the depthwise one's. Each rank names the ordinary layer it stands in for, and batch norm.
     """
 
-    ordinary: type[_ConvNd]
+    ordinary: type[Any]
     norm: type[_BatchNorm]
     rank: int
     variant: str
 
     groups = 1
     explained: float | None = None  # of the kernel that the layer was started from
-    stride, padding, dilation, padding_mode, bias = map(_of_depthwise, _GEOMETRY)
-    # TorchScript is not to compile them.
-    __jit_unused_properties__ = (*_GEOMETRY, "in_channels", "out_channels", "kernel_size")
-
-    @classmethod
-    def _spec(cls, in_channels: int, out_channels: int, kernel_size: Any, **own: Any) -> BSConvSpec:
-        kernel_size = as_tuple("kernel_size", kernel_size, cls.rank)
-        return BSConvSpec(in_channels, out_channels, kernel_size, cls.variant, **own)
+    in_channels, out_channels, kernel_size = (_of("spec", name) for name in _SIZES)
+    stride, padding, dilation, padding_mode, bias = (_of("depthwise", name) for name in _GEOMETRY)
+    __jit_unused_properties__ = (*_SIZES, *_GEOMETRY)  # TorchScript is not to compile them
 
     def _make(
-        self,
-        spec: BSConvSpec,
-        geometry: tuple[Any, Any, Any],
-        groups: int,
-        bias: bool,
-        padding_mode: str,
-        factory: dict[str, Any],
-        bn_options: Mapping[str, Any] | None,
+        self, conv: tuple[Any, ...], bn_options: Mapping[str, Any] | None, **own: Any
     ) -> None:
-        """Validate the arguments, and create the parts in the order of their use."""
-        rank = self.rank
+        """Validate the arguments, and create the parts in the order of their use.
+
+        conv: the ordinary layer's arguments. own: those that the spec takes beside its sizes.
+        """
+        before, after, size, stride, padding, dilation, groups, bias, mode, device, dtype = conv
+        rank, factory = self.rank, {"device": device, "dtype": dtype}
+        spec = BSConvSpec(before, after, as_tuple("kernel_size", size, rank), self.variant, **own)
         check_groups(type(self).__name__, groups)
-        stride, padding, dilation = geometry
         as_tuple("stride", stride, rank)
         as_tuple("dilation", dilation, rank)
         if not isinstance(padding, str):
             as_tuple("padding", padding, rank, least=0)
         options = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
-        ordinary: Any = self.ordinary
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        shapes = iter(spec.pointwise_shapes)
-        for name in spec.names:
-            if name == "depthwise":
-                channels = spec.out_channels
-                parts[name] = ordinary(
+        ordinary, channels = self.ordinary, spec.in_channels
+        made: OrderedDict[str, nn.Module] = OrderedDict()
+        for part in spec.parts:
+            if isinstance(part, PartNorm):
+                made[part.name] = self.norm(channels, **options, **factory)
+            elif part.depthwise:
+                made[part.name] = ordinary(
                     channels, channels, spec.kernel_size, stride, padding, dilation, channels, bias,
-                    padding_mode, **factory,
+                    mode, **factory,
                 )  # fmt: skip
-            elif name.startswith("pointwise"):
-                after, before = next(shapes)
-                parts[name] = ordinary(before, after, 1, bias=False, **factory)
             else:
-                parts[name] = self.norm(after, **options, **factory)
-        nn.Sequential.__init__(self, parts)
+                made[part.name] = ordinary(channels, part.channels, 1, bias=False, **factory)
+                channels = part.channels
+        nn.Sequential.__init__(self, made)
         self.spec = spec
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels, `I`."""
-        return self.spec.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels, `O`."""
-        return self.spec.out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """The depthwise convolution's kernel size."""
-        return self.spec.kernel_size
 
     def __getitem__(self, index: Any) -> Any:
         """Return a part by its position; of a slice, a `torch.nn.Sequential` of them."""
@@ -235,9 +223,11 @@ class _BSConvU(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        spec = self._spec(in_channels, out_channels, kernel_size, with_bn=with_bn)
-        geometry, factory = (stride, padding, dilation), {"device": device, "dtype": dtype}
-        self._make(spec, geometry, groups, bias, padding_mode, factory, bn_options)
+        conv = (
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._make(conv, bn_options, with_bn=with_bn)
 
 
 class _BSConvS(_BSConv):
@@ -264,20 +254,17 @@ class _BSConvS(_BSConv):
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
-        own = {"p": p, "min_mid_channels": min_mid_channels, "with_bn": with_bn}
-        spec = self._spec(in_channels, out_channels, kernel_size, **own)
-        geometry, factory = (stride, padding, dilation), {"device": device, "dtype": dtype}
-        self._make(spec, geometry, groups, bias, padding_mode, factory, bn_options)
+        conv = (
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._make(conv, bn_options, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn)
 
 
 class BSConvU1d(_BSConvU):
-    """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
+    """As `BSConvU2d`, in the place of a `torch.nn.Conv1d`.
 
-    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
     `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvU1d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8)).shape
@@ -309,13 +296,9 @@ class BSConvU2d(_BSConvU):
 
 
 class BSConvU3d(_BSConvU):
-    """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
+    """As `BSConvU2d`, in the place of a `torch.nn.Conv3d`.
 
-    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
-    convolution; and `bn_options`, a dict of the batch norm's arguments.
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvU3d(3, 4, 3, padding=1)
     >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
@@ -328,14 +311,9 @@ class BSConvU3d(_BSConvU):
 
 
 class BSConvS1d(_BSConvS):
-    """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv1d`.
+    """As `BSConvS2d`, in the place of a `torch.nn.Conv1d`.
 
-    Takes `torch.nn.Conv1d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
-    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
-    and `bn_options`, a dict of the batch norm's arguments.
     `(B, I, L)` becomes `(B, O, L')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvS1d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8)).shape
@@ -368,14 +346,9 @@ class BSConvS2d(_BSConvS):
 
 
 class BSConvS3d(_BSConvS):
-    """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv3d`.
+    """As `BSConvS2d`, in the place of a `torch.nn.Conv3d`.
 
-    Takes `torch.nn.Conv3d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
-    channels between its pointwise convolutions; `with_bn`, a batch norm behind each of these;
-    and `bn_options`, a dict of the batch norm's arguments.
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
-    Raises TypeError or ValueError for arguments that give no layer, before anything is created.
-    Source: BSConv, arXiv 2003.13549.
 
     >>> layer = BSConvS3d(8, 16, 3, p=0.5, padding=1)
     >>> layer(torch.zeros(2, 8, 8, 8, 8)).shape
@@ -385,6 +358,122 @@ class BSConvS3d(_BSConvS):
     """
 
     ordinary, norm, rank = nn.Conv3d, nn.BatchNorm3d, 3
+
+
+class BSConvLayers(SeparableLayers):
+    """The BSConv layers of PyTorch."""
+
+    composed, sequence, batch_norm = ComposedConv, nn.Sequential, _BatchNorm
+    is_replaced = staticmethod(ordinary.is_replaced)
+
+    def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
+        """Return why a convolution cannot become a BSConv."""
+        reason = obstacle(spec_of(layer), options["kernel_sizes"])
+        if reason is None and "bias" in vars(layer):
+            return BIAS_COMPUTED
+        return reason or (WEIGHT_BOUND if is_bound(layer.weight) else None)
+
+    def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
+        """Make convolutions the BSConvs, which keep their biases."""
+        for site, new in chosen:
+            if site.layer.bias is not None:
+                new.depthwise.bias = site.layer.bias
+            become(site.layer, new)
+
+    def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
+        """Fold BSConvs. A depthwise convolution that stays is the one that was there."""
+        for site, (_, new) in planned:
+            layer = site.layer
+            if new is None:
+                new = nn.Sequential(OrderedDict(layer.named_children()))
+            elif isinstance(new, nn.Sequential):
+                new.depthwise = layer.depthwise
+            become(layer, new)
+
+    def _parts(self, layer: nn.Module) -> dict[str, nn.Module]:
+        return dict(layer.named_children())
+
+    def _strides(self, layer: Any) -> Sequence[int] | None:
+        found = isinstance(layer._modules.get("depthwise"), _ConvNd)
+        return layer.stride if found else None
+
+    def _passes_on(self, part: nn.Module) -> bool:
+        return type(part) is nn.Identity
+
+    def _watcher(self, part: nn.Module) -> str | None:
+        return HOOKED if any(getattr(part, hooks) for hooks in HOOKS) else None
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        reason = norm_obstacle(norm)
+        return f"{reason}; call model.eval() first" if reason and norm.training else reason
+
+    def _conv_obstacle(self, layer: Any, name: str, part: nn.Module) -> str | None:
+        kind = layer.ordinary
+        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {kind_of(part)}"
+        if reason is None and "bias" in vars(part):
+            reason = "its bias is computed before each call"
+        return reason and f"{reason}; expected a torch.nn.{kind.__name__}"
+
+    def _is_pointwise(self, conv: Any) -> bool:
+        padded = not isinstance(conv.padding, str) and any(conv.padding)
+        taps = conv.weight[0].numel()
+        return taps == conv.in_channels and set(conv.stride) == {1} and not padded
+
+    def _is_depthwise(self, conv: Any) -> bool:
+        return bool(conv.groups == conv.in_channels == conv.out_channels)
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        weight = as_array(conv.weight).reshape(conv.out_channels, -1)
+        return Pointwise(weight, as_array(conv.bias))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        mean, variance, scale, offset = map(as_array, values)
+        return Normalization(mean, variance, norm.eps, scale, offset)
+
+    def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
+        stride, dilation = depthwise.stride, depthwise.dilation
+        if depthwise.padding == "same":
+            pads = same(depthwise.kernel_size, stride, dilation)
+        else:
+            valid = depthwise.padding == "valid"
+            pads = symmetric([0] * len(stride) if valid else depthwise.padding)
+        return Geometry(stride, dilation, pads, depthwise.padding_mode)
+
+    def _ordinary(self, part: nn.Module) -> nn.Module:
+        return part.fold() if isinstance(part, ComposedConv) else copy.deepcopy(part)
+
+    def _convolution(
+        self, layer: Any, values: Mapping[Any, Folded], depthwise: Any = None
+    ) -> nn.Module:
+        (kernel, bias), like = values[None], depthwise or layer[0]
+        conv: nn.Module = layer.ordinary(
+            kernel.shape[1], len(kernel), tuple(like.weight.shape[2:]), like.stride, like.padding,
+            like.dilation, 1, bias is not None, like.padding_mode, "meta", like.weight.dtype,
+        )  # fmt: skip
+        trainable = any(parameter.requires_grad for parameter in layer.parameters())
+        for name, value in (("weight", kernel), ("bias", bias)):
+            if value is not None:
+                tensor = as_tensor(value, like.weight).reshape(getattr(conv, name).shape)
+                setattr(conv, name, nn.Parameter(tensor, requires_grad=trainable))
+        return conv
+
+    def _sequenced(self, layer: Any, parts: Mapping[str, nn.Module]) -> nn.Module:
+        return nn.Sequential(OrderedDict(parts))
+
+
+def as_array(tensor: Tensor | None) -> Any:
+    """Return a tensor's values in float64, None as None; zeros for what is on the meta device."""
+    if tensor is None:
+        return None
+    if tensor.is_meta:
+        return np.zeros(tuple(tensor.shape))
+    return tensor.detach().cpu().double().numpy()
+
+
+def as_tensor(values: Any, like: Tensor) -> Tensor:
+    """Return an array as a tensor of the dtype and on the device of `like`, rounded once."""
+    return torch.from_numpy(np.array(values)).to(like.dtype).to(like.device)
 
 
 # The names of the reference implementation.

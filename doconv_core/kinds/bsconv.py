@@ -150,11 +150,20 @@ class BSConvSpec:
         return (self.out_channels, self.taps)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the layer's parts, in the order of their use."""
+    def parts(self) -> tuple[PartConv | PartNorm, ...]:
+        """The layers that it is made of, in the order of their use."""
         numbers = ("",) if self.variant == "u" else ("1", "2")
-        kinds = ("pointwise", "batch_norm") if self.with_bn else ("pointwise",)
-        return (*(kind + number for number in numbers for kind in kinds), "depthwise")
+        found: list[PartConv | PartNorm] = []
+        for number, (channels, _) in zip(numbers, self.pointwise_shapes, strict=True):
+            found.append(PartConv(f"pointwise{number}", channels))
+            if self.with_bn:
+                found.append(PartNorm(f"batch_norm{number}"))
+        return (*found, PartConv("depthwise", self.out_channels, depthwise=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its parts, in the order of their use."""
+        return tuple(part.name for part in self.parts)
 
 
 def check_groups(name: str, groups: int) -> None:
@@ -436,23 +445,16 @@ class BSConvKind(SeparableKind):
     def parts(
         self, recipe: BSConvRecipe, conv: ConvSpec, groups: int
     ) -> tuple[PartConv | PartNorm, ...]:
-        """Return the parts in the order of their use, named as `BSConvSpec.names` says."""
+        """Return the parts of the layer with the recipe's options, as its spec says."""
         if groups != 1:
             raise ValueError(
                 "cannot be a BSConv, which has a depthwise part already, with groups: received "
                 f"groups={groups}; expected 1."
             )
-        spec = BSConvSpec(
+        return BSConvSpec(
             conv.in_channels, conv.out_channels, conv.kernel_size, recipe.name[-1], recipe.p,
             recipe.min_mid_channels, recipe.with_bn,
-        )  # fmt: skip
-        after = iter(shape[0] for shape in spec.pointwise_shapes)
-        return tuple(
-            PartConv(name, conv.out_channels, depthwise=True) if name == "depthwise"
-            else PartConv(name, next(after)) if name.startswith("pointwise")
-            else PartNorm(name)
-            for name in spec.names
-        )  # fmt: skip
+        ).parts  # fmt: skip
 
 
 BSCONV = register(BSConvKind())
