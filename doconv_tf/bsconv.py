@@ -1,14 +1,18 @@
-"""The BSConv layers of Keras: blueprint separable convolutions."""
+"""The BSConv layers of Keras, blueprint separable convolutions; and how models get them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
+from doconv_core.kinds.base import PartNorm
 from doconv_core.kinds.bsconv import (
+    GROUPED,
     MIN_MID_CHANNELS,
     STARTS,
     BSConvSpec,
@@ -18,15 +22,41 @@ from doconv_core.kinds.bsconv import (
     blueprints,
     check_groups,
     check_kernel,
+    obstacle,
 )
+from doconv_core.maths.geometry import Geometry, symmetric
+from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.maths.spec import as_number, as_tuple
+from doconv_core.models.separable import SeparableLayers
+from doconv_core.models.view import Folding, ModelView, Site
+from doconv_core.networks.nodes import BatchNorm
+from doconv_tf import ordinary
 from doconv_tf.arguments import StandIn
-from doconv_tf.bsconv_kind import BSConvLayers, as_array, put_kernel
-from doconv_tf.bsconv_parts import make_parts
+from doconv_tf.batchnorm import axis_obstacle, norm_obstacle
 from doconv_tf.composed import ComposedConv
-from doconv_tf.ordinary import check_ordinary, like
-from doconv_tf.orthonormal import Orthonormality
+from doconv_tf.copying import copied
+from doconv_tf.ordinary import (
+    CONVS,
+    DEPTHWISE_CONVS,
+    SEPARABLE_CONVS,
+    check_ordinary,
+    like,
+    name_scopes,
+    pads,
+    policy_of,
+    spec_of,
+)
+from doconv_tf.orthonormal import Orthonormality, unmark, wide
+from doconv_tf.surgery import become, keep_parts
 
+_layers = keras.layers
+DEPTHWISE = dict(enumerate(DEPTHWISE_CONVS, 1))  # by the rank
+ZERO_PADDING = {1: _layers.ZeroPadding1D, 2: _layers.ZeroPadding2D, 3: _layers.ZeroPadding3D}
+PADDING = "zero_padding"  # the name of the part that `around` makes
+NORM = BatchNorm()  # of networks; its defaults are not Keras'
+# Why a convolution does not become a BSConv, of what Keras alone has.
+SEPARABLE = "it is separable already; a BSConv takes the place of an ordinary convolution"
 BN_OPTIONS = ("momentum", "epsilon", "center", "scale", "synchronized")
 # The arguments of an ordinary convolution that the layer has as attributes.
 ARGUMENTS = (
@@ -35,10 +65,11 @@ ARGUMENTS = (
     "activity_regularizer", "kernel_constraint", "bias_constraint",
 )  # fmt: skip
 _SIZES = ("p", "min_mid_channels", "with_bn")  # the arguments of its own that its spec takes
-_OPTIONS = {"name": None, "trainable": True, "dtype": None, "autocast": True}
+_OF_EVERY_LAYER = {"name": None, "trainable": True, "dtype": None, "autocast": True}
+_LINEAR = (None, keras.activations.linear)
 
 
-def part(name: str) -> property:
+def _part(name: str) -> property:
     """Return the property that is the part of this name."""
     return property(lambda layer: layer.get_layer(name), doc=f"The part named {name!r}.")
 
@@ -56,13 +87,13 @@ class _BSConv(StandIn, keras.Sequential):
     explained: float | None = None  # of the kernel that the layer was started from
     spec: Any = None  # a BSConvSpec, once it is built
     _penalty: Any = None  # of orthonormality
-    depthwise = part("depthwise")
+    depthwise = _part("depthwise")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Validate the arguments, and keep them as an ordinary layer does."""
         kind, rank = type(self).__name__, self.rank
         given, own = self._taken(args, options)
-        unknown = given.keys() - _OPTIONS.keys() - {*ARGUMENTS, "groups"}
+        unknown = given.keys() - _OF_EVERY_LAYER.keys() - {*ARGUMENTS, "groups"}
         if unknown:
             raise TypeError(f"{kind} takes no {', '.join(sorted(unknown))}.")
         sizes = {name: own[name] for name in own.keys() & set(_SIZES)}
@@ -70,7 +101,7 @@ class _BSConv(StandIn, keras.Sequential):
         check_groups(kind, given.get("groups", 1))
         around = as_tuple("around", own["around"], rank, least=0)
         norms = batch_norm_options(spec.with_bn, own["bn_options"], BN_OPTIONS)
-        conv = self.ordinary(**{**_OPTIONS, **given, "name": "conv"})
+        conv = self.ordinary(**{**_OF_EVERY_LAYER, **given, "name": "conv"})
         if any(around) and conv.padding != "valid":
             raise ValueError(
                 "around, zeros on every side, goes with padding='valid' alone; received "
@@ -81,8 +112,8 @@ class _BSConv(StandIn, keras.Sequential):
         for name in ARGUMENTS:
             setattr(self, name, getattr(conv, name))
         for name in sizes:
-            setattr(self, name, own[name])
-        self.around, self.with_bn, self.bn_options = around, spec.with_bn, norms
+            setattr(self, name, getattr(spec, name))
+        self.around, self.bn_options, self._outline = around, norms, spec
         self.input_spec = keras.InputSpec(min_ndim=rank + 2)
 
     @classmethod
@@ -95,14 +126,6 @@ class _BSConv(StandIn, keras.Sequential):
         """The depthwise convolution's bias; None where it has none."""
         return self.depthwise.bias
 
-    def _spec(self, in_channels: int) -> BSConvSpec:
-        sizes = {name: getattr(self, name) for name in self.own_arguments().keys() & set(_SIZES)}
-        return BSConvSpec(in_channels, self.filters, self.kernel_size, self.variant, **sizes)
-
-    def regularizer_of(self, name: str) -> Any:
-        """Return the kernel regularizer of a pointwise part, which BSConv-S has for its first."""
-        return self._penalty if name == "pointwise1" else self.kernel_regularizer
-
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the parts for inputs of this shape, which includes the batch."""
         if not self.layers:
@@ -114,9 +137,9 @@ class _BSConv(StandIn, keras.Sequential):
                     f"the input shape {tuple(input_shape)}."
                 )
             self.compute_output_shape(input_shape)  # raises where nothing would be left
-            self.spec = self._spec(channels)
+            self.spec = replace(self._outline, in_channels=channels)
             self.input_spec = keras.InputSpec(min_ndim=self.rank + 2, axes={axis: channels})
-            for each in make_parts(self):
+            for each in _new_parts(self):
                 self.add(each, rebuild=False)
         super().build(self._any_size())
 
@@ -180,9 +203,8 @@ class _BSConv(StandIn, keras.Sequential):
         *pointwise, depthwise = (each for each in self.layers if each.weights)
         composed = isinstance(depthwise, ComposedConv)
         dw = depthwise.composed_kernel() if composed else depthwise.kernel
-        dtype = keras.backend.standardize_dtype(dw.dtype)
-        wide = "float32" if dtype in ("float16", "bfloat16") else dtype
-        dw, *weights = (ops.cast(k, wide) for k in (dw, *(each.kernel for each in pointwise)))
+        kernels, dtype = (dw, *(each.kernel for each in pointwise)), dw.dtype
+        dw, *weights = (ops.cast(kernel, wide(dtype)) for kernel in kernels)
         weights = [ops.reshape(weight, weight.shape[-2:]) for weight in weights]
         # The operator, because ops.matmul turns float64 into float32 where Keras runs on PyTorch.
         pw = weights[0] if len(weights) == 1 else weights[0] @ weights[1]
@@ -247,30 +269,28 @@ class _BSConv(StandIn, keras.Sequential):
     def own_names(self) -> frozenset[str]:
         """Return the names of the attributes that this layer or the ordinary one has alone."""
         empty = self._ordinary()
-        own = ("spec", "explained", "_penalty", "_kernel", "bias", *self.own_arguments())
-        return frozenset({*vars(empty), *ARGUMENTS, *own})
+        own = ("_outline", "spec", "explained", "_penalty", "_kernel", "bias")
+        return frozenset({*vars(empty), *ARGUMENTS, *own, *self.own_arguments()})
 
 
 class _BSConvU(_BSConv):
     """BSConv-U: `pointwise`, [`batch_norm`], `depthwise`."""
 
     variant = "u"
-    pointwise, batch_norm = part("pointwise"), part("batch_norm")
+    pointwise, batch_norm = _part("pointwise"), _part("batch_norm")
 
 
 class _BSConvS(_BSConv):
     """BSConv-S: `pointwise1`, [`batch_norm1`], `pointwise2`, [`batch_norm2`], `depthwise`."""
 
     variant = "s"
-    pointwise1, batch_norm1 = part("pointwise1"), part("batch_norm1")
-    pointwise2, batch_norm2 = part("pointwise2"), part("batch_norm2")
+    pointwise1, batch_norm1 = _part("pointwise1"), _part("batch_norm1")
+    pointwise2, batch_norm2 = _part("pointwise2"), _part("batch_norm2")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         alpha = as_number("orthonormality", options.get("orthonormality", 0.0))
-        penalty = Orthonormality(alpha)
         super().__init__(*args, **options)
-        penalty.other = self.kernel_regularizer
-        self._penalty = penalty
+        self._penalty = Orthonormality(alpha, self.kernel_regularizer)
 
     @classmethod
     def own_arguments(cls) -> dict[str, Any]:
@@ -282,6 +302,69 @@ class _BSConvS(_BSConv):
     def orthonormality(self) -> float:
         """The weight of the orthonormality loss in the model's losses."""
         return float(self._penalty.alpha)
+
+
+def _new_parts(layer: Any) -> Iterator[keras.Layer]:
+    """Yield new parts, in the order of their use, of the sizes of the layer's `spec`."""
+    for part in layer.spec.parts:
+        if isinstance(part, PartNorm):
+            axis = -1 if layer.data_format == "channels_last" else 1
+            norms = {**layer.bn_options, **_options(layer)}
+            yield _layers.BatchNormalization(axis, name=part.name, **norms)
+        elif part.depthwise:
+            if any(layer.around):
+                around = layer.around if layer.rank > 1 else layer.around[0]
+                options = {"data_format": layer.data_format, **_options(layer)}
+                yield ZERO_PADDING[layer.rank](around, name=PADDING, **options)
+            yield _depthwise(layer)
+        else:
+            yield _pointwise(layer, part.name, part.channels)
+
+
+def _pointwise(layer: Any, name: str, channels: int, *, use_bias: bool = False) -> keras.Layer:
+    """Return a new pointwise convolution for this layer, to so many channels."""
+    options = {**_of_kernel(layer, "kernel"), **_options(layer)}
+    if name == "pointwise1":
+        options["kernel_regularizer"] = layer._penalty  # around the layer's own
+    return layer.ordinary(
+        channels, 1, data_format=layer.data_format, use_bias=use_bias, name=name, **options
+    )
+
+
+def _depthwise(layer: Any) -> keras.Layer:
+    sizes = {
+        name: getattr(layer, name)
+        for name in (
+            "strides", "padding", "data_format", "dilation_rate", "activation", "use_bias",
+            "bias_initializer", "bias_regularizer", "bias_constraint",
+        )
+    }  # fmt: skip
+    options = {"name": "depthwise", **sizes, **_options(layer)}
+    # What Keras' depthwise convolutions have not: three dimensions, "causal", unequal strides.
+    if layer.rank == 3 or layer.padding == "causal" or len(set(layer.strides)) > 1:
+        return layer.ordinary(
+            layer.filters, layer.kernel_size, groups=layer.filters, **_of_kernel(layer, "kernel"),
+            **options,
+        )  # fmt: skip
+    return DEPTHWISE[layer.rank](layer.kernel_size, **_of_kernel(layer, "depthwise"), **options)
+
+
+def _of_kernel(layer: Any, prefix: str) -> dict[str, Any]:
+    """Return the arguments about the kernel, by the names that begin with `prefix`."""
+    initializer = layer.kernel_initializer
+    # A clone draws other numbers, unless its seed was given.
+    clone = initializer.clone() if hasattr(initializer, "clone") else initializer
+    return {
+        f"{prefix}_initializer": clone,
+        f"{prefix}_regularizer": layer.kernel_regularizer,
+        f"{prefix}_constraint": layer.kernel_constraint,
+    }
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    return {
+        "dtype": layer.dtype_policy, "trainable": layer.trainable, "autocast": layer.autocast,
+    }  # fmt: skip
 
 
 @keras.saving.register_keras_serializable(package="doconv")
@@ -377,6 +460,151 @@ class BSConvS3D(_BSConvS):
     """
 
     ordinary, rank = keras.layers.Conv3D, 3
+
+
+class BSConvLayers(SeparableLayers):
+    """The BSConv layers of Keras."""
+
+    composed, sequence = ComposedConv, keras.Sequential
+    batch_norm = keras.layers.BatchNormalization
+    bn_options: ClassVar[Mapping[str, Any]] = {
+        "momentum": 1 - NORM.momentum,
+        "epsilon": NORM.epsilon,
+    }
+    methods, linear = ("call",), "of stride 1 without activation"
+    padding = (PADDING,)
+    is_replaced = staticmethod(ordinary.is_replaced)
+
+    def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
+        """Return why a convolution cannot become a BSConv."""
+        reason = obstacle(spec_of(layer), options["kernel_sizes"])
+        if reason in (None, GROUPED) and type(layer) not in CONVS:
+            return SEPARABLE if isinstance(layer, SEPARABLE_CONVS) else GROUPED
+        return reason
+
+    def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
+        """Make convolutions the BSConvs."""
+        for site, new in chosen:
+            become(site.layer, new)
+
+    def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
+        """Fold BSConvs, where they stand."""
+        for site, (_, new) in planned:
+            if new is None:
+                keep_parts(site.layer)
+            else:
+                become(site.layer, new)
+
+    def _parts(self, layer: Any) -> dict[str, keras.Layer]:
+        return {part.name: part for part in layer.layers}
+
+    def _names(self, layer: Any) -> tuple[str, ...]:
+        *before, depthwise = layer.spec.names
+        return (*before, *(self.padding if any(layer.around) else ()), depthwise)
+
+    def _strides(self, layer: Any) -> Sequence[int]:
+        found: Sequence[int] = layer.strides
+        return found
+
+    def _passes_on(self, part: keras.Layer) -> bool:
+        return type(part) is keras.layers.Identity
+
+    def _watcher(self, part: keras.Layer) -> str | None:
+        if part.activity_regularizer is None or part.name == "depthwise":
+            return None
+        return "an activity regularizer, which would see other values; remove it first"
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        return norm_obstacle(norm) or axis_obstacle(layer, norm)
+
+    def _conv_obstacle(self, layer: Any, name: str, part: keras.Layer) -> str | None:
+        known = [layer.ordinary]
+        if name == "depthwise" and layer.rank in DEPTHWISE:
+            known.append(DEPTHWISE[layer.rank])
+        if type(part) in known:
+            reason = ordinary.obstacle(part)
+        else:
+            reason = f"it is a {type(part).__name__}"
+        names = " or a ".join(f"keras.layers.{cls.__name__}" for cls in known)
+        return reason and f"{reason}; expected a {names}"
+
+    def _is_pointwise(self, conv: Any) -> bool:
+        sizes = {*conv.kernel_size, *conv.strides, conv.groups}
+        return sizes == {1} and conv.activation in _LINEAR
+
+    def _is_depthwise(self, conv: Any) -> bool:
+        if hasattr(conv, "groups"):
+            return bool(conv.filters == conv.groups)
+        return bool(conv.depth_multiplier == 1)
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        kernel = as_array(conv.kernel, _layout(conv))
+        return Pointwise(kernel.reshape(len(kernel), -1), as_array(conv.bias))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        variables = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
+        mean, variance, scale, offset = map(as_array, variables)
+        return Normalization(mean, variance, norm.epsilon, scale, offset)
+
+    def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
+        around = symmetric(layer.around) if any(layer.around) else pads(depthwise)
+        return Geometry(depthwise.strides, depthwise.dilation_rate, around)
+
+    def _ordinary(self, part: keras.Layer) -> keras.Layer:
+        new = part.fold() if isinstance(part, ComposedConv) else copied(part)
+        unmark(new)
+        return new
+
+    def _convolution(
+        self, layer: Any, values: Mapping[Any, Folded], depthwise: Any = None
+    ) -> keras.Layer:
+        kernel, bias = values[None]
+        use_bias = bias is not None
+        if depthwise is not None:
+            conv = like(layer, layer.ordinary, {"use_bias": use_bias})
+        else:
+            conv = _pointwise(layer, "pointwise", len(kernel), use_bias=use_bias)
+            with name_scopes(layer), keras.name_scope(layer.name):
+                conv.build(layer.get_build_config()["input_shape"])
+        trainable = any(variable.trainable for variable in layer.weights)
+        put_kernel(conv, kernel)
+        conv.kernel.trainable = trainable
+        if use_bias:
+            conv.bias.assign(ops.cast(bias, keras.backend.standardize_dtype(conv.bias.dtype)))
+            conv.bias.trainable = trainable
+        return conv
+
+    def _sequenced(self, layer: Any, parts: Mapping[str, keras.Layer]) -> keras.Layer:
+        for name, part in parts.items():
+            part.name = name  # a dense convolution behind padding has the layer's
+        if layer.activity_regularizer is not None:
+            part.activity_regularizer = layer.activity_regularizer
+        new = keras.Sequential([*parts.values()], trainable=layer.trainable, name=layer.name)
+        new.dtype_policy = policy_of(layer)
+        with name_scopes(layer):
+            new.build(layer.get_build_config()["input_shape"])
+        return new
+
+
+def put_kernel(conv: Any, values: Any) -> None:
+    """Give a convolution a kernel: `(O, I)` of a pointwise, `(O, M)`, or `(O, I, M)`."""
+    canonical = values.reshape(len(values), -1, *conv.kernel_size)
+    kernel = from_canonical(canonical, _layout(conv), len(values))
+    conv.kernel.assign(ops.cast(kernel, keras.backend.standardize_dtype(conv.kernel.dtype)))
+
+
+def as_array(variable: Any, layout: str = "") -> Any:
+    """Return a variable's values in float64, in canonical order of `layout`; None as None."""
+    if variable is None:
+        return None
+    if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
+        variable = ops.cast(variable, "float32")
+    array = ops.convert_to_numpy(variable).astype(np.float64)
+    return to_canonical(array, layout) if layout else array
+
+
+def _layout(conv: keras.Layer) -> str:
+    return "*CN" if isinstance(conv, DEPTHWISE_CONVS) else "*IO"
 
 
 # The names of the reference implementation.

@@ -32,7 +32,7 @@ class Orthonormality(keras.regularizers.Regularizer):
 
     def __call__(self, kernel: Any) -> Any:
         """Return the penalty, a scalar in float32 or wider."""
-        penalty = self.alpha * norm(kernel) if self.alpha else ops.zeros((), _wide(kernel.dtype))
+        penalty = self.alpha * norm(kernel) if self.alpha else ops.zeros((), wide(kernel.dtype))
         if self.other is None:
             return penalty
         return penalty + ops.cast(self.other(kernel), penalty.dtype)
@@ -124,7 +124,7 @@ def is_marked(layer: keras.Layer) -> bool:
 
 def norm(kernel: Any) -> Any:
     """Return the Frobenius norm of `W·Wᵀ - I` for a pointwise kernel, `(1, …, I, O)`."""
-    w = ops.cast(ops.convert_to_tensor(kernel), _wide(kernel.dtype))
+    w = ops.cast(ops.convert_to_tensor(kernel), wide(kernel.dtype))
     w = ops.reshape(w, w.shape[-2:])
     # The operator, because ops.matmul turns float64 into float32 where Keras runs on PyTorch.
     excess = ops.transpose(w) @ w - ops.eye(w.shape[-1], dtype=w.dtype)
@@ -135,7 +135,7 @@ def norm(kernel: Any) -> Any:
     return ops.where(positive, root, ops.zeros_like(square))
 
 
-def _wide(dtype: Any) -> str:
+def wide(dtype: Any) -> str:
     """Return the dtype to compute in: halves are computed in float32."""
     name = keras.backend.standardize_dtype(dtype)
     return "float32" if name in ("float16", "bfloat16") else name

@@ -29,7 +29,7 @@ from doconv_tf import (  # noqa: E402
     mark_orthonormal,
     orthonormality_loss,
 )
-from doconv_tf.bsconv_kind import as_array  # noqa: E402
+from doconv_tf.bsconv import as_array  # noqa: E402
 
 SHAPE = (2, 7, 8, 8)
 TOLERANCE = 1e-5 if DOUBLE == "float32" else 1e-11

@@ -28,7 +28,7 @@ from doconv_core.networks.nodes import (  # noqa: E402
     numbered,
 )
 from doconv_tf import BSConvS2D, BSConvU2D, build, fold, to_bsconv, verify  # noqa: E402
-from doconv_tf.bsconv_kind import SEPARABLE  # noqa: E402
+from doconv_tf.bsconv import SEPARABLE  # noqa: E402
 
 SIZES = [(8, 1), (8, 2), (12, 1), (12, 2)]  # channels and stride
 
