@@ -1,16 +1,18 @@
-"""The BSConv layers of MXNet Gluon: blueprint separable convolutions."""
+"""The BSConv layers of MXNet Gluon, blueprint separable convolutions; and how models get them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock, Parameter, nn
+from mxnet import autograd
+from mxnet.gluon import Block, HybridBlock, Parameter, nn
 from mxnet.ndarray import NDArray
 
+from doconv_core.kinds.base import PartNorm
 from doconv_core.kinds.bsconv import (
     MIN_MID_CHANNELS,
     STARTS,
@@ -21,21 +23,32 @@ from doconv_core.kinds.bsconv import (
     blueprints,
     check_groups,
     check_kernel,
+    obstacle,
 )
-from doconv_core.maths.layout import to_canonical
-from doconv_mx import private
+from doconv_core.maths.geometry import Geometry, symmetric
+from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.separable import Folded, Normalization, Pointwise
+from doconv_core.models.report import AXIS
+from doconv_core.models.separable import HOOKED, SeparableLayers
+from doconv_core.models.view import Folding, ModelView, Site
+from doconv_mx import ordinary, private, tree
 from doconv_mx.arguments import StandIn
-from doconv_mx.bsconv_kind import BSConvLayers
-from doconv_mx.composed import ComposedConv
+from doconv_mx.batchnorm import norm_obstacle
+from doconv_mx.composed import ComposedConv, check_foldable
 from doconv_mx.ordinary import (
     channels_per_group,
     check_ordinary,
     contexts,
     is_channels_last,
+    outline,
+    require_values,
 )
 from doconv_mx.parameter import fill, native, put
-from doconv_mx.tree import parameters
+from doconv_mx.surgery import become, copied, fold_layers, remove_parameter, set_parameter
+from doconv_mx.symbols import node_of
 
+# Why a convolution does not become a BSConv, of what Gluon alone has.
+IN_A_SYMBOL = "an operator of a symbol, not a layer"
 BN_OPTIONS = (
     "momentum", "epsilon", "center", "scale", "use_global_stats", "beta_initializer",
     "gamma_initializer", "running_mean_initializer", "running_variance_initializer",
@@ -73,17 +86,16 @@ class _BSConv(StandIn, nn.HybridSequential):
         nn.HybridSequential.__init__(self, **given.scope)
         self._outline, self._deferred, self._layout = outline, not in_channels, given.layout
         norms |= {"axis": given.layout.find("C")}
-        before, after = in_channels, iter(shape[0] for shape in outline.pointwise_shapes)
         with self.name_scope():
-            for name in outline.names:
-                if name == "depthwise":
-                    part = self._depthwise(given)
-                elif name.startswith("pointwise"):
-                    part = self._pointwise(given, name, before, next(after))
-                    before = private.settings(part)["num_filter"]
+            for part in outline.parts:
+                if isinstance(part, PartNorm):
+                    made = nn.BatchNorm(in_channels=in_channels, prefix=f"{part.name}_", **norms)
+                elif part.depthwise:
+                    made = self._depthwise(given)
                 else:
-                    part = nn.BatchNorm(in_channels=before, prefix=f"{name}_", **norms)
-                setattr(self, name, part)
+                    made = self._pointwise(given, part.name, in_channels, part.channels)
+                    in_channels = part.channels
+                setattr(self, part.name, made)
 
     def _pointwise(self, given: SimpleNamespace, name: str, before: int, after: int) -> Any:
         return self.ordinary(
@@ -193,8 +205,41 @@ class _BSConv(StandIn, nn.HybridSequential):
                 "zeros" if conv.bias is None else conv.bias.init, conv.prefix,
                 with_bn=with_bn, bn_options=bn_options, **sizes,
             )  # fmt: skip
-        layer.explained = _start(layer, conv, start)
+        layer._start_from(conv, start)
         return private.hybridize_like(layer, conv)
+
+    def _start_from(self, conv: private.Conv, start: str) -> None:
+        """Take dtype, contexts, `grad_req`, multipliers and values from an ordinary layer.
+
+        start: as `from_conv` takes it. A layer without values yet passes on how it is to be
+        initialized.
+        """
+        weight, bias = conv.weight, self.depthwise.bias
+        self.cast(weight.dtype)
+        for parameter in tree.parameters(self):
+            old = conv.bias if parameter is bias else weight
+            if parameter.grad_req != "null":  # as a running mean's is
+                parameter.grad_req = old.grad_req
+            parameter.lr_mult, parameter.wd_mult = old.lr_mult, old.wd_mult
+        if start == "weights":
+            self._take_blueprints(conv)
+        if bias is not None:
+            fill(bias, conv.bias, lambda values: values)
+        for parameter in tree.parameters(self):
+            if not private.has_values(parameter) and parameter is not bias:
+                _initialize(parameter, weight)
+
+    def _take_blueprints(self, conv: private.Conv) -> None:
+        """Take the blueprints of a trained kernel."""
+        held, dtype = conv.weight.list_ctx(), np.dtype(conv.weight.dtype)
+        kernel = to_canonical(as_array(conv.weight, held[0]), _layout_of(conv))
+        found = blueprints(kernel, self.spec)
+        values = iter((*found.pointwise, found.depthwise))
+        for part in private.children(self).values():
+            if isinstance(part, private.Conv):
+                array = next(values).reshape(part.weight.shape).astype(dtype)
+                put(part.weight, dict.fromkeys(held, array))
+        self.explained = found.explained
 
     def inferred_in_channels(self) -> int:
         """Return the number of input channels, 0 where it is unknown."""
@@ -214,48 +259,6 @@ def _reordered(F: Any, x: Any) -> Any:
     8, 16, ... channels where oneDNN's batch norm is before or behind it.
     """
     return native(F.slice_axis(x.as_nd_ndarray(), axis=0, begin=0, end=None))
-
-
-def _start(layer: Any, conv: private.Conv, start: str) -> float | None:
-    """Give a new BSConv layer dtype, contexts, `grad_req`, multipliers and values.
-
-    conv: the ordinary layer that it stands in for. start: as `from_conv` takes it. Returns how
-    much of the kernel's squared norm it has; None of a random start. A layer without values yet
-    passes on how it is to be initialized.
-    """
-    weight, bias = conv.weight, layer.depthwise.bias
-    layer.cast(weight.dtype)
-    for parameter in parameters(layer):
-        _follow(parameter, conv.bias if parameter is bias else weight)
-    explained = None
-    if start == "weights":
-        explained = _put_blueprints(layer, conv)
-    if bias is not None:
-        fill(bias, conv.bias, lambda values: values)
-    for parameter in parameters(layer):
-        if not private.has_values(parameter) and parameter is not bias:
-            _initialize(parameter, weight)
-    return explained
-
-
-def _follow(parameter: Parameter, old: Parameter) -> None:
-    if parameter.grad_req != "null":  # as a running mean's is
-        parameter.grad_req = old.grad_req
-    parameter.lr_mult, parameter.wd_mult = old.lr_mult, old.wd_mult
-
-
-def _put_blueprints(layer: Any, conv: private.Conv) -> float:
-    """Take the blueprints of a trained kernel; return how much of it they explain."""
-    weight = conv.weight
-    kernel = weight.list_data()[0].asnumpy().astype(np.float64)
-    kernel = to_canonical(kernel, "O*I" if is_channels_last(conv) else "OI*")
-    found = blueprints(kernel, layer.spec)
-    values = iter((*found.pointwise, found.depthwise))
-    for name, part in private.children(layer).items():
-        if not name.startswith("batch_norm"):
-            array = next(values).reshape(part.weight.shape).astype(np.dtype(weight.dtype))
-            put(part.weight, dict.fromkeys(weight.list_ctx(), array))
-    return found.explained
 
 
 def _initialize(parameter: Parameter, old: Parameter) -> None:
@@ -374,7 +377,172 @@ class BSConvS3D(_BSConvS):
     ordinary, rank = nn.Conv3D, 3
 
 
+class BSConvLayers(SeparableLayers):
+    """The BSConv layers of Gluon."""
+
+    composed, sequence, batch_norm = ComposedConv, nn.HybridSequential, private.BatchNorm
+    methods = ("forward", "__call__", "hybrid_forward")
+    is_replaced = staticmethod(tree.is_replaced)
+
+    def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
+        """Return why a convolution cannot become a BSConv."""
+        if node_of(layer) is not None:
+            return IN_A_SYMBOL
+        return obstacle(outline(layer), options["kernel_sizes"])
+
+    def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
+        """Make convolutions the BSConvs, which keep their biases."""
+        for site, new in chosen:
+            if site.layer.bias is not None:
+                remove_parameter(new.depthwise, "bias")
+                set_parameter(new.depthwise, "bias", site.layer.bias)  # by the bias's own name
+            become(site.layer, new)
+
+    def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
+        """Fold BSConvs. A depthwise convolution that stays is the one that was there."""
+        for site, (_, new) in planned:
+            if new is None:
+                _as_sequence(site.layer)
+                continue
+            if isinstance(new, nn.HybridSequential):
+                new.depthwise = site.layer.depthwise
+            become(site.layer, new)
+
+    def _parts(self, layer: Block) -> dict[str, Block]:
+        return private.children(layer)
+
+    def _names(self, layer: Any) -> tuple[str, ...]:
+        names: tuple[str, ...] = layer._outline.names
+        return names
+
+    def _contexts(self, layer: Any) -> Sequence[Any]:
+        require_values(tree.parameters(layer), f"{type(layer).__name__}.fold")
+        contexts: list[mx.Context] = layer.depthwise.weight.list_ctx()
+        return contexts
+
+    def _strides(self, layer: Any) -> Sequence[int] | None:
+        known = isinstance(self._parts(layer).get("depthwise"), private.Conv)
+        if not known or not layer.inferred_in_channels():
+            return None
+        found: Sequence[int] = private.settings(layer.depthwise)["stride"]
+        return found
+
+    def _passes_on(self, part: Block) -> bool:
+        return type(part) is nn.Dropout and not private.setting(part, "rate")
+
+    def _watcher(self, part: Block) -> str | None:
+        return HOOKED if private.is_hooked(part) else None
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        axis = private.settings(norm).get("axis", 1) % (layer.rank + 2)
+        return norm_obstacle(norm) or (None if axis == layer._layout.find("C") else AXIS)
+
+    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
+        kind = layer.ordinary
+        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {type(part).__name__}"
+        if reason is None and private.settings(part)["layout"] != layer._layout:
+            reason = f"its layout is {private.settings(part)['layout']}"
+        expected = f"mxnet.gluon.nn.{kind.__name__} of layout {layer._layout}"
+        return reason and f"{reason}; expected a {expected}"
+
+    def _is_pointwise(self, conv: Any) -> bool:
+        options = private.settings(conv)
+        ones = {*options["kernel"], *options["stride"], options["num_group"]}
+        return ones == {1} and not any(options["pad"]) and conv.act is None
+
+    def _is_depthwise(self, conv: Any) -> bool:
+        groups, channels = (private.settings(conv)[name] for name in ("num_group", "num_filter"))
+        return bool(groups == channels == channels_per_group(conv) * groups)
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        weight = as_array(conv.weight, context)
+        return Pointwise(weight.reshape(len(weight), -1), as_array(conv.bias, context))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        options = private.settings(norm)
+        values = (norm.running_mean, norm.running_var, norm.gamma, norm.beta)
+        mean, variance, scale, offset = (as_array(parameter, context) for parameter in values)
+        scale = None if options["fix_gamma"] else scale
+        return Normalization(mean, variance, options["eps"], scale, offset)
+
+    def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
+        options = private.settings(depthwise)
+        return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
+
+    def _ordinary(self, part: Any) -> Any:
+        return part.fold() if isinstance(part, ComposedConv) else copied(part)
+
+    def _kept_parts(self, layer: Any) -> HybridBlock:
+        new = copied(layer)  # which may have no values yet
+        private.remove_hooks(new)
+        for part in self._parts(new).values():
+            if isinstance(part, ComposedConv):
+                check_foldable(part)
+                fold_layers([part])
+        _as_sequence(new)
+        return new
+
+    def _sequenced(self, layer: Any, parts: Mapping[str, Block]) -> HybridBlock:
+        with private.no_name_scope():
+            new = nn.HybridSequential(prefix=layer.prefix)
+        for name, part in parts.items():
+            setattr(new, name, part)
+        return private.hybridize_like(new, layer)
+
+    def _convolution(
+        self, layer: Any, values: Mapping[Any, Folded], depthwise: Any = None
+    ) -> HybridBlock:
+        """Return an ordinary convolution with these values.
+
+        dtype and multipliers are those of the layer's first weight, and it is trainable where any
+        of the layer's parameters is.
+        """
+        first, like = next(iter(values.values())), layer[0].weight
+        channels, in_channels = first.kernel.shape[:2]
+        source, prefix = depthwise, layer.prefix
+        if depthwise is None:
+            source, prefix = layer[0], f"{layer.prefix}pointwise_"
+        options = private.settings(source)
+        size = options["kernel"]
+        with private.no_name_scope():
+            conv = layer.ordinary(
+                channels, size, options["stride"], options["pad"], options["dilate"],
+                layout=layer._layout, in_channels=in_channels, use_bias=first.bias is not None,
+                activation=private.activation(source), prefix=prefix,
+            )  # fmt: skip
+        conv.cast(like.dtype)
+        request = next((p.grad_req for p in tree.parameters(layer) if p.grad_req != "null"), "null")
+        for parameter in (p for p in (conv.weight, conv.bias) if p is not None):
+            parameter.grad_req = request
+            parameter.lr_mult, parameter.wd_mult = like.lr_mult, like.wd_mult
+        dtype, layout = np.dtype(like.dtype), _layout_of(conv)
+        kernels = {c: v.kernel.reshape(channels, in_channels, *size) for c, v in values.items()}
+        put(conv.weight, {c: from_canonical(k, layout).astype(dtype) for c, k in kernels.items()})
+        biases = {c: v.bias.astype(dtype) for c, v in values.items() if v.bias is not None}
+        if biases:
+            put(conv.bias, biases)
+        return private.hybridize_like(conv, layer)
+
+
+def _as_sequence(layer: Any) -> None:
+    """Make a BSConv layer, in place, the ordinary sequence of its parts."""
+    for name in ("_outline", "_deferred", "_layout", "explained"):
+        vars(layer).pop(name, None)
+    layer.__class__ = nn.HybridSequential
+
+
+def as_array(parameter: Parameter | None, ctx: mx.Context) -> Any:
+    """Return a parameter's values in one context, in float64; None for none."""
+    if parameter is None:
+        return None
+    with autograd.pause():
+        return parameter.data(ctx).asnumpy().astype(np.float64)
+
+
+def _layout_of(conv: private.Conv) -> str:
+    return "O*I" if is_channels_last(conv) else "OI*"
+
+
 # The names of the reference implementation.
 BSConvU, BSConvS = BSConvU2D, BSConvS2D
-
 BSCONVS = BSConvLayers(_BSConv, BSConvU1D, BSConvU2D, BSConvU3D, BSConvS1D, BSConvS2D, BSConvS3D)

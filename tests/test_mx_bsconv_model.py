@@ -25,7 +25,7 @@ from mxnet.gluon.nn.basic_layers import _BatchNorm  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.kinds.bsconv import SHARES  # noqa: E402
-from doconv_mx.bsconv_kind import IN_A_SYMBOL  # noqa: E402
+from doconv_mx.bsconv import IN_A_SYMBOL  # noqa: E402
 from doconv_mx.tree import walk  # noqa: E402
 
 TWO = [mx.cpu(0), mx.cpu(1)]
