@@ -255,6 +255,12 @@ def test_it_costs_little():
         assert f"`doconv_{package}/{'kinds/' if package == 'core' else ''}KIND.py`" in contributing
 
 
+def test_a_kind_of_several_layers_costs_no_more_files():
+    found = {f.relative_to(ROOT).as_posix() for f in ROOT.glob("doconv_*/**/*bsconv*.py")}
+    backends = {f"doconv_{backend}/bsconv.py" for backend in BACKENDS}
+    assert found == {"doconv_core/kinds/bsconv.py", *backends}
+
+
 def test_nobody_outside_a_kinds_own_files_names_its_weights():
     """Only a kind's files have the names of its entries as words of code."""
     from doconv_core.kinds.base import ComposedKind, kinds
