@@ -119,6 +119,7 @@ KINDS = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_is_full_leaves_the_file_that_is_folded_in_place(tmp_path):
     here = {name for name in BACKENDS if is_here(name)}
     kinds = {kind: write for kind, (needed, write) in KINDS.items() if needed in {None, *here}}

@@ -73,6 +73,7 @@ assert not [name for name in sys.modules if name.startswith("doconv")]
 """
 
 
+@pytest.mark.exhaustive
 def test_an_exported_model_runs_where_this_package_is_not(tmp_path):
     model = chain(nn.Conv2D(6, 3), nn.BatchNorm(), nn.Activation("relu"), nn.Dense(3))
     model = moved(over_parameterize(built(model, hybridized=True)).model)

@@ -371,31 +371,38 @@ def test_an_error_or_an_interruption_leaves_the_previous_results_whole(
 
 RUN_EACH = """
 import os, runpy, sys
-sample, *folders = sys.argv[1:]
+images, sample, *folders = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sample))
+if images != "all":
+    import digits
+    data = digits.load_small()
+    train = {name: getattr(data, name)[: int(images)] for name in ("train_images", "train_labels")}
+    digits.load_small = lambda: data._replace(**train)
 for folder, arguments in zip(folders, ([], ["--layer", "doconv"])):
     sys.argv = [sample, "--runs", "1", "--epochs", "1", "--out", folder, *arguments]
     runpy.run_path(sample, run_name="__main__")
 """
 
 
-def run(sample, *folders):
+def run(sample, images, *folders):
     """Run a sample in a fresh interpreter, then with one layer alone, its warnings errors.
 
-    Returns what was printed.
+    images: how many to train with, or "all". Returns what was printed.
     """
     warnings = ["error", "ignore:Please import `csr_matrix`:DeprecationWarning"]  # see pyproject
-    command = [*(f"-W{w}" for w in warnings), "-c", RUN_EACH, FOLDER / f"{sample}.py", *folders]
+    command = [*(f"-W{w}" for w in warnings), "-c", RUN_EACH, images]
+    command += [FOLDER / f"{sample}.py", *folders]
     return fresh(*command, cwd=folders[0]).stdout
 
 
+@pytest.mark.parametrize("images", [300, pytest.param("all", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_a_short_run(sample, tmp_path):
+def test_a_short_run(sample, images, tmp_path):
     need(SAMPLES[sample])
     first, again = tmp_path / "first", tmp_path / "again"
     for folder in (first, again):
         folder.mkdir()
-    printed = run(sample, first, again)
+    printed = run(sample, images, first, again)
     report = json.loads((first / f"{sample}.json").read_text())
     assert harness.table(report["accuracy"]) in printed
     assert "predictions: all agree" in printed

@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from equal import assert_close
-from frameworks import BACKENDS, adapter_of, need
+from frameworks import BACKENDS, adapter_of, fresh, need
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", *BACKENDS)
@@ -23,23 +21,21 @@ PROGRAM = """
 import importlib, json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import test_toy_kind
-print("TOLD", json.dumps(getattr(test_toy_kind, sys.argv[2])(*sys.argv[3:])))
+for name, *arguments in json.loads(sys.argv[2]):
+    print("TOLD", json.dumps(getattr(test_toy_kind, name)(*arguments)))
 """
 
 
-def told_by(name, *arguments):
-    """Return what a function of this file returns in a process of its own."""
+def told_by(*calls):
+    """Return what functions of this file, each with its arguments, return in one process."""
     paths = json.dumps([str(ROOT / "tests"), str(ROOT / "benchmarks")])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, paths, name, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(re.search("^TOLD (.*)$", done.stdout, re.MULTILINE)[1])
+    given = json.dumps([[str(argument) for argument in call] for call in calls])
+    done = fresh("-c", PROGRAM, paths, given, cwd=ROOT)
+    return [json.loads(told) for told in re.findall("^TOLD (.*)$", done.stdout, re.MULTILINE)]
 
 
 def test_the_core_counts_and_computes_networks_of_it():
-    told = told_by("in_the_core")
+    (told,) = told_by(["in_the_core"])
     assert told["names"] == ["cifar_resnet20", "cifar_resnet20_scaled"]
     # One scale for each output channel of the 19 convolutions of three taps squared.
     assert told["more"] == 16 * 7 + 32 * 6 + 64 * 6
@@ -74,15 +70,18 @@ def in_the_core():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_trains_folds_saves_and_builds_it(backend, tmp_path):
     need(backend)  # which fails, or skips, without the framework
-    told = told_by("in_a_backend", backend, tmp_path)
+    more = [["in_keras_files", tmp_path]] if backend == "tf" else []
+    told, *files = told_by(["in_a_backend", backend, tmp_path / "state.safetensors"], *more)
     assert told["folded"] == told["changed"] == 3
     assert told["same"] == told["named"] == 0
     for name in ("fold", "state", "ordinary"):
         assert told[name] <= 1e-5, name
     assert told["kind"] == "scaled"
+    for each in files:
+        check_keras_files(each)
 
 
-def in_a_backend(backend, folder):
+def in_a_backend(backend, file):
     importlib.import_module("toy.core")
     adapter = adapter_of(backend)
     models = importlib.import_module(f"adapters.{backend}_models")
@@ -104,7 +103,6 @@ def in_a_backend(backend, folder):
     }  # fmt: skip
     package.load_state(model, State(state.layers, arrays, state.origin))
     folded, fold_report = package.fold(model)
-    file = Path(folder) / "state.safetensors"
     write_state(package.export_state(model), file)
     other = package.get_model("tutorial_pt_scaled", input_shape=(1, 12, 12), num_classes=5)
     getattr(other, "eval", lambda: other)()
@@ -126,7 +124,7 @@ def in_a_backend(backend, folder):
 
 
 def test_files_of_it_are_folded_and_converted(tmp_path):
-    told = told_by("in_files", tmp_path)
+    (told,) = told_by(["in_files", tmp_path])
     assert told["folded"] == ["conv.weight", "conv.bias"]
     assert told["converted"] == ["conv.weight", "conv.scale", "conv.bias"]
     assert_close(np.array(told["kernel"]), np.array(told["expected"]))
@@ -201,9 +199,8 @@ def in_files(folder):
         }
 
 
-def test_keras_files_of_it_are_folded_where_its_class_takes_no_part_in_names(tmp_path):
-    need("tf")
-    told = told_by("in_keras_files", tmp_path)
+def check_keras_files(told):
+    """Keras' files of it are folded where its class takes no part in names."""
     assert told["same"] <= 1e-6
     refused = "'scaled_conv2d_1': it is a scaled_conv2d, which may compute something else"
     assert re.search(refused, told["refused"]), told["refused"]
@@ -242,7 +239,7 @@ def in_keras_files(folder):
     return {
         "same": difference(np.asarray(plain(x)), np.asarray(model(x))).relative,
         "refused": refused,
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.glob("*.h5")),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from doconv_core.maths.spec import as_tuple, is_sequence
@@ -26,9 +27,16 @@ class Placed(NamedTuple):
     def form(self) -> LayerForm | None:
         """What it is in a state; None where it has no arrays. Raises ValueError, by path."""
         try:
-            return None if isinstance(self.node, Block) else self.node.form(self.before)
+            return None if isinstance(self.node, Block) else _form(self.node, self.before)
         except ValueError as error:
             raise ValueError(f"{self.path!r}: {error}") from error
+
+
+@lru_cache(maxsize=4096)
+def _form(node: Any, before: Shape) -> LayerForm | None:
+    """Return a leaf's form, made once: networks repeat few different layers."""
+    form: LayerForm | None = node.form(before)
+    return form
 
 
 def infer(network: Network, input_shape: Shape | None = None) -> dict[str, Placed]:
