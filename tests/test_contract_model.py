@@ -24,7 +24,7 @@ from model_contract import (
     runs,
 )
 
-from doconv_core import Change, Converted, Left, NotFoldable, Report
+from doconv_core import Change, Converted, Left, NotFoldable, Report, State
 from doconv_core.models.report import (
     ALREADY,
     NOT_DIRECT,
@@ -476,6 +476,25 @@ def test_what_is_not_foldable_is_refused_before_anything_is_changed(backend, inp
         odd = models.layer(Layer(kind), (BATCH, 4, 8, 7))
         with pytest.raises(NotFoldable, match=rf"^(the model itself|layer 'layer'): .*({reason})"):
             models.package.fold(odd, inplace=inplace)
+
+
+@EACH
+@INPLACE
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_kernel_that_is_not_finite_is_not_folded(backend, inplace, bad):
+    models = models_of(backend)
+    package = models.package
+    model = models.build(Net({"plain": Layer("do_conv"), "odd": Layer("do_conv")}))
+    state = package.export_state(model)
+    arrays = {name: np.array(array) for name, array in state.arrays.items()}
+    arrays["odd.depthwise_weight"][0, 0, 0] = bad
+    package.load_state(model, State(state.layers, arrays))
+    types, reason = kinds(models, model), "the folded kernel is not finite; its trained weights"
+    with pytest.raises(NotFoldable, match=rf"^layer 'odd': {reason}"):
+        package.fold(model, inplace=inplace)
+    assert kinds(models, model) == types
+    with pytest.raises(NotFoldable, match=rf"^{reason}"):
+        models.layers(model)["odd"].fold()
 
 
 @EACH
