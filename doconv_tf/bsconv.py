@@ -14,12 +14,12 @@ from doconv_core.kinds.bsconv import (
     BSConvSpec,
     P,
     as_choice,
-    as_number,
     batch_norm_options,
     check_groups,
     check_kernel,
 )
 from doconv_core.kinds.bsconv_init import blueprints
+from doconv_core.kinds.orthonormal import as_weight
 from doconv_core.maths.spec import as_tuple
 from doconv_tf.arguments import StandIn
 from doconv_tf.bsconv_kind import BSConvLayers, as_array, put_kernel
@@ -267,7 +267,7 @@ class _BSConvS(_BSConv):
     pointwise2, batch_norm2 = part("pointwise2"), part("batch_norm2")
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        alpha = as_number("orthonormality", options.get("orthonormality", 0.0))
+        alpha = as_weight("orthonormality", options.get("orthonormality", 0.0))
         penalty = Orthonormality(alpha)
         super().__init__(*args, **options)
         penalty.other = self.kernel_regularizer
