@@ -22,6 +22,7 @@ from doconv_core.cli.command import (
     print_table,
     progress,
     require_kernel_sizes,
+    say,
     size,
     writing_to,
 )
@@ -301,11 +302,11 @@ def _report(
     print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
     click.echo()
     if left_out:
-        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+        say(f"left out: {', '.join(left_out)}")
     for network, what, layers in required:
         file = target if network == OUT else source
-        click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
-    click.echo(one_line(f"{target}: {counted(len(plan), 'array')} written"))
+        say(f"the network of {file} must have {what}: {', '.join(layers)}")
+    say(f"{target}: {counted(len(plan), 'array')} written")
 
 
 def _assumption(name: str, channels: int) -> str:
