@@ -20,18 +20,20 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
     An error or an interruption leaves whatever stood at `path` as it was, and removes the
-    temporary file. A link at `path` stays: the file that it leads to is written. Missing parent
-    folders are created. The new file has the permissions of the one
-    that it replaces, and its owner and group as far as the system lets us. What else the block
-    writes beside the temporary file, such as parts that it names, goes along, and before it.
+    temporary file. A link at `path` stays: the file that it leads to is written. The new file has
+    the permissions of the one that it replaces, and its owner and group as far as the system lets
+    us. What else the block writes beside the temporary file, such as parts that it names, goes
+    along, and before it.
 
     overwrite: whether a file at `path` may be replaced; if not, one that comes into being while
-    the block runs is left as well. Raises IsADirectoryError, before the block runs, where `path`
-    is a folder; OSError where it is a pipe, a device or the like; FileExistsError.
+    the block runs is left as well. Raises, before the block runs, IsADirectoryError where `path` is
+    a folder, OSError where it is a pipe, a device or the like, FileNotFoundError where its folder
+    is not there; FileExistsError.
     """
     check_absent(path, overwrite)
     target = followed(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} of {target} does not exist.")
     # A folder, not a file: whatever writes in it creates its file with the usual permissions, and
     # nobody else can look into it. It has its name before it exists, so that it is removed however
     # soon after that a signal comes.
@@ -139,11 +141,12 @@ def _rename_to_new(temporary: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` in UTF-8, atomically."""
+    """Write `text` to `path` in UTF-8, atomically; folders that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically."""
+    """Write `value` to `path` as indented JSON, atomically; missing folders are made."""
     write_text(path, json.dumps(value, indent=2) + "\n")

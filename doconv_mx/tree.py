@@ -8,6 +8,7 @@ from typing import Any
 
 from mxnet.gluon import Block, Parameter
 
+from doconv_core.models.received import no_model
 from doconv_core.state.file import entry
 from doconv_mx.private import children, registered
 
@@ -17,10 +18,7 @@ _METHODS = ("__call__", "forward", "hybrid_forward")
 def check_model(model: Any) -> None:
     """Raise TypeError for what is not a Gluon block."""
     if not isinstance(model, Block):
-        raise TypeError(
-            "model must be a mxnet.gluon.Block; received "
-            f"{type(model).__module__}.{type(model).__qualname__}."
-        )
+        raise no_model("mxnet.gluon.Block", model)
 
 
 def places(model: Block) -> list[tuple[Block, tuple[str, ...]]]:

@@ -13,6 +13,7 @@ from keras import ops
 
 from doconv_core.kinds.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, none_counted
+from doconv_core.models.received import no_model
 from doconv_tf.ordinary import CONVS, first_occurrences
 from doconv_tf.private import kernel_variable
 
@@ -153,7 +154,7 @@ def _regularize(conv: keras.Layer, regularizer: Any) -> None:
 def _marked(model: keras.Layer) -> list[Any]:
     """Return the convolutions that count; the errors are those of `orthonormality_loss`."""
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
+        raise no_model("keras.Layer", model)
     found = [layer for _, layer in first_occurrences(model) if is_marked(layer)]
     if not found:
         raise none_counted(model, "BSConvS1D, BSConvS2D or BSConvS3D that is built")

@@ -23,6 +23,7 @@ from doconv_core.kinds.bsconv import (
 )
 from doconv_core.kinds.bsconv_init import blueprints
 from doconv_core.maths.spec import as_tuple
+from doconv_torch.arguments import StandIn
 from doconv_torch.bsconv_kind import BSConvLayers, as_array, as_tensor
 from doconv_torch.composed import ComposedConv, check_ordinary
 from doconv_torch.surgery import ordinary_tensors
@@ -37,7 +38,7 @@ def _of_depthwise(name: str) -> property:
     )
 
 
-class _BSConv(nn.Sequential):
+class _BSConv(StandIn, nn.Sequential):
     """What the layers of every rank and variant share.
 
     A sequence of ordinary layers, named as `spec.names` says; stride, padding, dilation and bias

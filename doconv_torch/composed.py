@@ -23,12 +23,13 @@ from doconv_core.models import composed
 from doconv_core.models.composed import PLAIN
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
+from doconv_torch.arguments import StandIn
 from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, spec_of
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
 
 
-class ComposedConv(_ConvNd):
+class ComposedConv(StandIn, _ConvNd):
     """What the layers of every composed kind and rank share.
 
     Each rank names the ordinary layer it stands in for. Parameters: the kind's entries, `weight` in

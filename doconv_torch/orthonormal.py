@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.kinds.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
+from doconv_core.models.received import no_model
 from doconv_torch.kinds import LAYER_KINDS
 
 Conv = TypeVar("Conv", bound=_ConvNd)
@@ -36,7 +37,7 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     0.5
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
+        raise no_model("torch.nn.Module", model)
     alpha = as_weight("alpha", alpha)
     types = "BSConvS1d, BSConvS2d or BSConvS3d"
     first, *others = counted(model, model.modules(), LAYER_KINDS, _ConvNd, types)

@@ -218,6 +218,7 @@ def write_results(
     files = {"outputs": folder / f"{name}.outputs.safetensors"}
     files |= {kind: folder / f"{name}.{kind}.safetensors" for kind in states}
     main_file = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         write_json(
             stack.enter_context(replacing(main_file)),

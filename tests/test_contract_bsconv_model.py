@@ -121,7 +121,7 @@ def test_the_report_tells_what_was_done(adapter):
     assert report.parameters_after == adapter.trainable(model) < report.parameters_before
     assert [path for path, _ in report.explained] == REPLACED
     assert all(0 < share < 1 for _, share in report.explained)
-    assert "explained variance of the trained kernels" in str(report)
+    assert "explained variance of the kernels before" in str(report)
     assert report.left == tuple(Left(path, before_after[0], why) for path, why in LEFT.items())
     assert [kinds(adapter, original)[path] for path in REPLACED] == [before_after[0]] * 3
     np.testing.assert_array_equal(output(adapter, original), before)

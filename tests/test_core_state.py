@@ -281,6 +281,22 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     assert json.loads(file.read_text()) == {"accuracy": 2}
 
 
+def test_what_is_no_state_is_not_written(tmp_path):
+    file = tmp_path / "state.safetensors"
+    for first, message in (
+        (
+            str(file),
+            "received the path '.*state.safetensors': write_state.state, path. takes the st",
+        ),
+        ([], r"state must be a State; received list\."),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_state(first, file)
+    with pytest.raises(FileNotFoundError, match=r"the folder .*missing of .* does not exist"):
+        write_state(State({}, {}), tmp_path / "missing" / file.name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_not_written_to(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file to write"):
         write_json(tmp_path, {})

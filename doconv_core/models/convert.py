@@ -109,7 +109,9 @@ def convert(
 
     Everything is checked before anything is changed.
     """
-    selection, sites = Selection(where), view.sites()
+    sites = view.sites()
+    _check_where(where, sites)
+    selection = Selection(where)
     reasons = _reasons(view, sites, layer_kinds, layers, selection, options)
     chosen = []
     for index, site in enumerate(sites):
@@ -137,6 +139,19 @@ def convert(
     layers.convert(target, [(twins[each.at], each.prepared) for each in chosen])
     target.finish(changed=bool(chosen))
     return target.model, chosen, (changed, left, before, target.count())
+
+
+def _check_where(where: Where, sites: Sequence[Site]) -> None:
+    """Raise TypeError for layers, most of which can be called and would be taken for predicates."""
+    given = where if isinstance(where, (list, tuple, set)) else (where,)
+    paths = {id(site.layer): site.path for site in sites}
+    for each in given:
+        if id(each) in paths:
+            raise TypeError(
+                f"where takes no layers; for this {type(each).__name__} give its path, "
+                f"where={paths[id(each)]!r}, or a predicate, such as where=lambda path, layer: "
+                "layer is conv."
+            )
 
 
 def _reasons(

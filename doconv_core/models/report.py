@@ -158,7 +158,7 @@ class Converted(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """How much of a layer's trained kernel the layer that replaced it started with.
+    """How much of a layer's kernel the layer that replaced it started with.
 
     path: where the layer is. share: of the kernel's squared Frobenius norm, 0 to 1.
 
@@ -172,14 +172,14 @@ class Explained(NamedTuple):
 
 @dataclass(frozen=True)
 class BSConvReport(Report):
-    """What `to_bsconv` did. explained: of each layer that started from its trained weights.
+    """What `to_bsconv` did. explained: of each layer that started from its former weights.
 
     >>> change, explained = Change("stem", "Conv2d", "BSConvU2d"), Explained("stem", 0.75)
     >>> print(BSConvReport("replaced", (change,), (), 224, 64, (explained,)))
     replaced 1 layer, left 0; parameters: 224 before, 64 after (-71.43%)
       Conv2d -> BSConvU2d (1)
         stem
-    explained variance of the trained kernels, 75.0% on average:
+    explained variance of the kernels before, 75.0% on average:
        75.0%  stem
     """
 
@@ -190,7 +190,7 @@ class BSConvReport(Report):
         lines = [super().__str__()]
         if self.explained:
             mean = sum(share for _, share in self.explained) / len(self.explained)
-            lines.append(f"explained variance of the trained kernels, {mean:.1%} on average:")
+            lines.append(f"explained variance of the kernels before, {mean:.1%} on average:")
             lines += [f"  {s:6.1%}  {p or '(the model itself)'}" for p, s in self.explained]
         return "\n".join(lines)
 
