@@ -94,7 +94,8 @@ class Report:
 
     action: in one word, such as "over-parameterized". changed, left: the layers that it replaced
     and left, in the model's order. parameters_before, parameters_after: the model's parameters, as
-    its framework counts them, each once.
+    its framework counts them, each once. uncounted: how many parameters are not in these numbers,
+    as their shapes are not known before the model has run.
 
     >>> print(Report("folded", (Change("stem", "DOConv2d", "Conv2d"),), (), 305, 224))
     folded 1 layer, left 0; parameters: 305 before, 224 after (-26.56%)
@@ -107,6 +108,7 @@ class Report:
     left: tuple[Left, ...]
     parameters_before: int
     parameters_after: int
+    uncounted: int = field(default=0, kw_only=True, compare=False)
 
     def __str__(self) -> str:
         """Return the report to read: layers by what became of them, and the parameters."""
@@ -114,13 +116,19 @@ class Report:
         share = f" ({(after - before) / before:+.2%})" if before and after != before else ""
         lines = [
             f"{self.action} {_counted(len(self.changed))}, left {len(self.left)}; parameters: "
-            f"{before:,} before, {after:,} after{share}"
+            f"{before:,} before, {after:,} after{share}{self._uncounted()}"
         ]
         lines += grouped((f"{c.before} -> {c.after}", c.path) for c in self.changed)
         if self.left:
             lines.append("left as they were:")
             lines += grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
         return "\n".join(lines)
+
+    def _uncounted(self) -> str:
+        """Return what the first line says of parameters that are not counted."""
+        if not self.uncounted:
+            return ""
+        return f", without {self.uncounted} whose shapes are known once the model has run"
 
 
 def _counted(count: int) -> str:
