@@ -12,46 +12,88 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+BEGINNING = 32  # characters of a file's name in that of its temporary folder
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
     An error or an interruption leaves whatever stood at `path` as it was, and removes the
-    temporary file. Missing parent folders are created. The new file has the permissions of the one
-    that it replaces, and its owner and group as far as the system lets us. What else the block
-    writes beside the temporary file, such as parts that it names, goes along, and before it.
+    temporary file. A link at `path` stays: the file that it leads to is written. The new file has
+    the permissions of the one that it replaces, and its owner and group as far as the system lets
+    us. What else the block writes beside the temporary file, such as parts that it names, goes
+    along, and before it.
 
     overwrite: whether a file at `path` may be replaced; if not, one that comes into being while
-    the block runs is left as well. Raises IsADirectoryError, before the block runs, where `path`
-    is a folder; FileExistsError.
+    the block runs is left as well. Raises, before the block runs, IsADirectoryError where `path` is
+    a folder, OSError where it is a pipe, a device or the like, FileNotFoundError where its folder
+    is not there; FileExistsError.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder; name a file to write.")
-    check_absent(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    check_absent(path, overwrite)
+    target = followed(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} of {target} does not exist.")
     # A folder, not a file: whatever writes in it creates its file with the usual permissions, and
     # nobody else can look into it. It has its name before it exists, so that it is removed however
     # soon after that a signal comes.
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    # The names are short, as that of `target` may be as long as names can be.
+    folder = target.with_name(f".{target.name[:BEGINNING]}.{secrets.token_hex(8)}")
     try:
-        folder.mkdir(mode=0o700)
-        temporary = folder / target.name
-        yield temporary
-        beside = sorted(path for path in folder.iterdir() if path != temporary)
-        pairs = [(path, target.with_name(path.name)) for path in (*beside, temporary)]
-        for _, final in pairs:
-            check_absent(final, overwrite)
-        for path, final in pairs:
-            if overwrite:
-                _keep_access(path, final)
-                os.replace(path, final)
-            else:
-                _rename_to_new(path, final)
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
+        try:
+            folder.mkdir(mode=0o700)
+            temporary = folder / target.name
+            yield temporary
+            _take_places(folder, temporary, target, overwrite)
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder)
+    except BaseException:  # a signal's too, which may come while the folder is removed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _take_places(folder: Path, temporary: Path, target: Path, overwrite: bool) -> None:
+    """Rename what is in `folder` to where it belongs: `temporary` last, the rest beside it."""
+    beside = sorted(path for path in folder.iterdir() if path != temporary)
+    pairs = [(path, target.with_name(path.name)) for path in (*beside, temporary)]
+    for _, final in pairs:
+        check_absent(final, overwrite)
+    pairs = [(path, followed(final)) for path, final in pairs]
+    for path, final in pairs:
+        if overwrite:
+            _keep_access(path, final)
+            os.replace(path, final)
+        else:
+            _rename_to_new(path, final)
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file that is to be written for `path`: the one that a link leads to.
+
+    Raises IsADirectoryError for a folder, OSError for a pipe, a device or a stream of a process,
+    in whose place a file would be of no use, and for links that lead nowhere at all.
+    """
+    target = Path(path)
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{target} is a folder; name a file to write.")
+    if not stat.S_ISREG(mode) or _is_stream(target):
+        raise OSError(f"{target} is no ordinary file; name one to write.")
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether this is an open file of a process by another name, such as /dev/stdout."""
+    while path.is_symlink():
+        folder = Path(os.path.realpath(path.parent))
+        if folder.parts[:2] == ("/", "proc"):
+            return True
+        path = folder / path.readlink()
+    return False
 
 
 def check_absent(target: str | os.PathLike[str], overwrite: bool) -> None:
@@ -99,11 +141,12 @@ def _rename_to_new(temporary: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` in UTF-8, atomically."""
+    """Write `text` to `path` in UTF-8, atomically; folders that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically."""
+    """Write `value` to `path` as indented JSON, atomically; missing folders are made."""
     write_text(path, json.dumps(value, indent=2) + "\n")

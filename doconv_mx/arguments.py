@@ -10,6 +10,7 @@ from typing import Any
 from mxnet.gluon import ParameterDict
 
 from doconv_core.maths.spec import as_integer, as_tuple
+from doconv_core.models.received import named_constructor
 
 _LAYOUTS = {1: ("NCW",), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
 
@@ -27,6 +28,8 @@ class StandIn:
         super().__init_subclass__(**options)
         if "ordinary" in vars(cls):
             cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+            if "__init__" not in vars(cls):
+                cls.__init__ = named_constructor(cls)  # type: ignore[method-assign]
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # type: ignore[attr-defined]  # its own, and not an inherited
 

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 from mxnet.gluon import Parameter, nn
 from mxnet.ndarray import NDArray
 
 from doconv_core.kinds.base import ComposedKind, Shape
-from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.spec import ConvSpec, check_divisible
 from doconv_core.models import composed
 from doconv_core.models.composed import PLAIN
@@ -148,12 +149,13 @@ class ComposedConv(StandIn, Conv):
         It keeps contexts, dtype, names, learning-rate and weight-decay multipliers, activation and
         hybridization. Its weight is trainable where one of what it is composed of is. Hooks are not
         carried over.
-        Raises NotFoldable for a subclass that computes something else, ValueError for a layer that
-        has no values yet.
+        Raises NotFoldable for a subclass that computes something else, and for a kernel that is not
+        finite; ValueError for a layer that has no values yet.
         """
         check_foldable(self)
         ctx = contexts(self, f"{type(self).__name__}.fold")
         kernels = [self.composed_kernel(c) for c in ctx]
+        check_finite(self, kernels[0])
         requests = [parameter.grad_req for parameter in self.entries().values()]
         trainable = next((r for r in requests if r != "null"), "null")
         return filled(self.ordinary, self, {}, kernels, trainable)
@@ -273,15 +275,16 @@ class ComposedLayers(composed.ComposedLayers):
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
         """Return the ordinary layer's name.
 
-        Raises NotFoldable for what computes something else, and for a layer that shares `weight`
-        with one that does not share the rest; ValueError for one of which some parameters have
-        values and others have none.
+        Raises NotFoldable for what computes something else, for a kernel that is not finite, and
+        for a layer that shares `weight` with one that does not share the rest; ValueError for one
+        of which some parameters have values and others have none.
         """
         layer = site.layer
         check_foldable(layer)
         own = list(layer.entries().values())
         if any(has_values(p) or (waiting(p) and waiting(p)[3] is not None) for p in own):
-            contexts(layer, f"{type(layer).__name__}.fold")
+            ctx = contexts(layer, f"{type(layer).__name__}.fold")
+            check_finite(layer, layer.composed_kernel(ctx[0]))
         # Else it has never had values, and is folded as it is: all but weight will be constant.
         rest = list(map(id, own[1:]))
         for other in view.holders(layer) if rest else ():
@@ -321,6 +324,12 @@ def check_foldable(layer: ComposedConv) -> None:
     methods = ("__call__", "forward", "hybrid_forward")
     if is_replaced(layer) or any(getattr(cls, m) is not getattr(plain, m) for m in methods):
         raise NotFoldable(own_method(cls, "forward", PLAIN))
+
+
+def check_finite(layer: ComposedConv, kernel: Any) -> None:
+    """Raise NotFoldable where a kernel that is composed has an entry that is not finite."""
+    if layer.composes() and not np.isfinite(kernel.asnumpy()).all():
+        raise NotFoldable(NOT_FINITE)
 
 
 def _base_of(cls: type[ComposedConv]) -> type[ComposedConv]:

@@ -81,7 +81,8 @@ def fold(
     order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization are kept. A batch norm
     that cannot be fused is left as it is, and the report says why.
     Raises, before anything is changed, TypeError for what is not a block or cannot be copied;
-    NotFoldable, by path, for a layer that no ordinary one computes exactly; ValueError for another
+    NotFoldable, by path, for a layer that no ordinary one computes exactly, or whose kernel is not
+    finite; ValueError for another
     form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
     BSConv that is kept need not have.
 

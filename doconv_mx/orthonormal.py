@@ -7,11 +7,10 @@ import numpy as np
 from mxnet.gluon import Block, Parameter
 from mxnet.ndarray import NDArray
 
-from doconv_core.maths.orthonormal import ALPHA
-from doconv_core.maths.spec import as_number
+from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
 from doconv_mx.kinds import LAYER_KINDS
-from doconv_mx.ordinary import require_values
+from doconv_mx.ordinary import channels_per_group, require_values
 from doconv_mx.parameter import native
 from doconv_mx.private import Conv, is_transposed, settings
 from doconv_mx.tree import check_model, walk
@@ -45,7 +44,7 @@ def orthonormality_loss(
     0.5
     """
     check_model(model)
-    alpha = as_number("alpha", alpha)
+    alpha = as_weight("alpha", alpha)
     blocks, types = (block for _, block in walk(model)), "BSConvS1D, BSConvS2D or BSConvS3D"
     weights = [layer.weight for layer in counted(model, blocks, LAYER_KINDS, Conv, types)]
     require_values(weights, "orthonormality_loss")
@@ -63,14 +62,18 @@ def mark_orthonormal(conv: Conv) -> Conv:
 
     For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is the attribute
     `orthonormal`; copies of the block have it too.
-    Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
+    Raises TypeError for what is no convolution, ValueError for one that is not pointwise, and for
+    one with more output channels than input channels, whose rows cannot be orthonormal; where those
+    are not known yet, `orthonormality_loss` does.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
 
     >>> mark_orthonormal(mx.gluon.nn.Conv2D(4, 1)).orthonormal
     True
     """
     check_convolution(conv, isinstance(conv, Conv) and not is_transposed(conv))
-    check_pointwise(tuple(settings(conv)["kernel"]), settings(conv)["num_group"])
+    inputs, options = channels_per_group(conv), settings(conv)
+    channels = (options["num_filter"], inputs) if inputs else None
+    check_pointwise(tuple(options["kernel"]), options["num_group"], channels)
     conv.orthonormal = True
     return conv
 
@@ -89,6 +92,7 @@ def _on(weight: Parameter, ctx: mx.Context | None) -> NDArray:
 def _norm(weight: NDArray, dtype: str) -> NDArray:
     rows = weight.shape[0]
     w = weight.reshape((rows, -1)).astype(dtype, copy=False)
+    check_rows(*w.shape)
     excess = mx.nd.dot(w, w, transpose_b=True) - mx.nd.eye(rows, ctx=w.context, dtype=dtype)
     squares = (excess * excess).sum()
     # A root has no gradient at 0, where the norm has a kink, at its least value.

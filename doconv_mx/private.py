@@ -188,6 +188,16 @@ def has_values(parameter: Parameter) -> bool:
     return parameter._data is not None
 
 
+def shape_of(parameter: Parameter) -> tuple[int, ...]:
+    """Return a parameter's shape, () where all of it is unknown; unknown sizes are 0 or -1.
+
+    A parameter of an imported symbol has values, and is not told their shape before it has run.
+    """
+    if has_values(parameter):
+        return tuple(arrays(parameter)[0].shape)
+    return tuple(parameter.shape or ())
+
+
 def arrays(parameter: Parameter) -> list[NDArray]:
     """Return a parameter's values in each context, none where it has none yet."""
     return parameter._data or []

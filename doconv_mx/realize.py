@@ -32,7 +32,8 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
     >>> model(mx.nd.ones((1, 3, 32, 32))).shape
     (1, 5)
     """
-    made: Network = _filled(Network(network.name), infer(network, input_shape), "")
+    placed = infer(network, input_shape)
+    made: Network = _filled(Network(network.name), placed, "")
     return made
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import Block, Parameter
 
+from doconv_core.models.received import no_model
 from doconv_core.networks.names import known_name
 from doconv_core.state.exchange import Holder, Kept, export_from, load_into
 from doconv_core.state.file import Array, State
@@ -65,7 +66,7 @@ class _Blocks(Holder):
 
     def __init__(self, model: Block) -> None:
         if not isinstance(model, Block):
-            raise TypeError(f"model must be a Gluon Block; received {type(model).__qualname__}.")
+            raise no_model("mxnet.gluon.Block", model)
         self.network = known_name(getattr(model, "network_name", None))
         check_axes(model)
         self._blocks = {path: block for path, block in walk(model) if own_parameters(block)}

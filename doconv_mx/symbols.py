@@ -20,7 +20,15 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import ALREADY, COMPUTED, REPLACED, SUBCLASS, TIED, place
 from doconv_mx.graph import CONVOLUTIONS, NORMS, Operators
 from doconv_mx.ordinary import channels_per_group
-from doconv_mx.private import Conv, by_name, graph_of, no_name_scope, registered, set_graph
+from doconv_mx.private import (
+    Conv,
+    by_name,
+    graph_of,
+    no_name_scope,
+    registered,
+    set_graph,
+    shape_of,
+)
 from doconv_mx.surgery import compose_layers, fold_layers, set_parameter
 from doconv_mx.tree import is_replaced
 
@@ -55,7 +63,7 @@ def nodes(block: SymbolBlock) -> list[Node]:
     """Return the convolutions of a block's graph, in its order; those of one weight once."""
     composed = block._composed if isinstance(block, DOSymbolBlock) else None
     graph = graph_of(block) if composed is None else composed.graph
-    operators = Operators(graph[1])
+    operators, keys = Operators(graph[1]), _keys(block)
     found: dict[str, Node] = {}
     for node in operators.of(CONVOLUTIONS):
         parameter = by_name(block).get(operators.variable(node, 1) or "")
@@ -71,7 +79,7 @@ def nodes(block: SymbolBlock) -> list[Node]:
             else SUBCLASS if type(block).forward is not SymbolBlock.forward
             else None if alike else TIED
         )  # fmt: skip
-        key = node["name"] if parameter is None else _key(block, parameter)
+        key = node["name"] if parameter is None else keys[id(parameter)]
         name = key if parameter is None else key.removesuffix("weight").removesuffix("_")
         if composed is not None and name in composed.layers:
             layer, reason = composed.layers[name], ALREADY
@@ -82,10 +90,10 @@ def nodes(block: SymbolBlock) -> list[Node]:
 
 def norms(block: SymbolBlock) -> list[Node]:
     """Return the batch norms in a block's graph."""
-    found, operators = [], Operators(graph_of(block)[1])
+    found, operators, keys = [], Operators(graph_of(block)[1]), _keys(block)
     for node in operators.of(NORMS):
         gamma = by_name(block).get(operators.variable(node, 1) or "")
-        key = node["name"] if gamma is None else _key(block, gamma)
+        key = node["name"] if gamma is None else keys[id(gamma)]
         layer = nn.BatchNorm(prefix="")
         name = key if gamma is None else key.removesuffix("_gamma")
         layer._node = Node(block, name, key, layer, None, IN_A_SYMBOL)
@@ -109,7 +117,7 @@ def _layer(node: dict[str, Any], parameter: Parameter | None) -> Conv:
     kernel = read("kernel", ())
     rank = len(kernel)
     layout = read("layout", {1: "NCW", 2: "NCHW", 3: "NCDHW"}[rank])
-    groups, shape = read("num_group", 1), getattr(parameter, "shape", None)
+    groups, shape = read("num_group", 1), () if parameter is None else shape_of(parameter)
     per_group = max(shape[-1 if layout.endswith("C") else 1], 0) if shape else 0
     prefix = "" if parameter is None else parameter.name.removesuffix("weight")
     with no_name_scope():
@@ -171,7 +179,7 @@ def compose_nodes(nodes: Iterable[tuple[Node, Any]], types: Mapping[Any, type[An
             vars(block)["_composed"] = _Composed(type(block), graph_of(block), {})
             block.__class__ = DOSymbolBlock
         if weight.shape is None:
-            weight.shape = layer.weight.shape
+            weight.shape = shape_of(weight) or layer.weight.shape
         set_parameter(layer, "weight", weight)
         compose_layers([layer], types, spec)
         for name, parameter in layer.entries().items():
@@ -228,6 +236,11 @@ def refuse_composition(
                 "holds no layers: fold the network before it is exported or its features are "
                 "extracted."
             )
+
+
+def _keys(block: SymbolBlock) -> dict[int, str]:
+    """Return under which name a block has each parameter, by the parameter's id."""
+    return {id(p): str(k) for k, p in reversed(registered(block).items())}
 
 
 def _key(block: SymbolBlock, parameter: Parameter) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from mxnet.gluon import Block, Parameter
 
+from doconv_core.models.received import no_model
 from doconv_core.state.file import entry
-from doconv_mx.private import children, registered
+from doconv_mx.private import children, has_values, registered, shape_of
 
 _METHODS = ("__call__", "forward", "hybrid_forward")
 
@@ -17,10 +18,7 @@ _METHODS = ("__call__", "forward", "hybrid_forward")
 def check_model(model: Any) -> None:
     """Raise TypeError for what is not a Gluon block."""
     if not isinstance(model, Block):
-        raise TypeError(
-            "model must be a mxnet.gluon.Block; received "
-            f"{type(model).__module__}.{type(model).__qualname__}."
-        )
+        raise no_model("mxnet.gluon.Block", model)
 
 
 def places(model: Block) -> list[tuple[Block, tuple[str, ...]]]:
@@ -58,8 +56,17 @@ def parameters(model: Block) -> list[Parameter]:
 
 def count(model: Block) -> int:
     """Return the number of entries of all parameters; of one whose shape is not known, none."""
-    shapes = (p.shape for p in parameters(model))
-    return sum(prod(shape) for shape in shapes if shape is not None and min(shape, default=1) > 0)
+    return sum(prod(shape_of(p)) for p in parameters(model) if _is_known(p))
+
+
+def uncounted(model: Block) -> int:
+    """Return how many parameters have a shape that is not known yet, and so are not counted."""
+    return sum(not _is_known(p) for p in parameters(model))
+
+
+def _is_known(parameter: Parameter) -> bool:
+    shape = shape_of(parameter)
+    return min(shape, default=0) > 0 or has_values(parameter)
 
 
 def owners(model: Block) -> dict[int, list[Block]]:

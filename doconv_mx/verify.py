@@ -11,6 +11,7 @@ from mxnet.gluon import Block
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.numeric import Difference
+from doconv_core.models.received import check_callable
 from doconv_core.models.verify import flat, largest_difference, nested
 from doconv_mx.private import has_values, waiting
 from doconv_mx.tree import parameters
@@ -35,12 +36,7 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     >>> verify(conv, conv, mx.nd.ones((1, 3, 5, 5)))
     Difference(absolute=0.0, relative=0.0)
     """
-    for name, model in (("a", a), ("b", b)):
-        if not callable(model):
-            raise TypeError(
-                f"{name} must be a mxnet.gluon.Block or another callable; received "
-                f"{type(model).__module__}.{type(model).__qualname__}."
-            )
+    check_callable("mxnet.gluon.Block", a=a, b=b)
     expected, found = _outputs("a", a, inputs), _outputs("b", b, inputs)
     return largest_difference(found, expected)
 
@@ -55,8 +51,9 @@ def _outputs(name: str, model: Callable[..., Any], inputs: Any) -> dict[str, Any
     drawn = [p.name for p in undrawn if has_values(p)]
     if drawn:
         raise ValueError(
-            f"{name} had no values for {drawn[0]!r} before this run, which has drawn them at "
-            "random: run a model once before it is over-parameterized, folded or compared."
+            f"the model given as {name!r} had no values for {drawn[0]!r} before this run, which "
+            "has drawn them at random: run a model once before it is over-parameterized, folded or "
+            "compared."
         )
     return flat(output, _as_array, "arrays")
 

@@ -16,7 +16,7 @@ from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import is_convolution, obstacle, outline
 from doconv_mx.private import BatchNorm, Conv, settings
 from doconv_mx.surgery import copied, forget_graphs
-from doconv_mx.tree import check_model, count, owners, parameters, places, walk
+from doconv_mx.tree import check_model, count, owners, parameters, places, uncounted, walk
 
 
 class View(ModelView):
@@ -71,6 +71,10 @@ class View(ModelView):
     def count(self) -> int:
         """Return how many numbers the parameters have; those of unknown shape have none yet."""
         return count(self.model)
+
+    def uncounted(self) -> int:
+        """Return how many parameters have no known shape yet."""
+        return uncounted(self.model)
 
     def copied(self, given_up: Sequence[Any] = ()) -> View:
         """Return the view of a copy; TypeError where the model cannot be copied."""

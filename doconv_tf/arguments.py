@@ -47,7 +47,10 @@ class StandIn:
         """
         own = {name: options.pop(name, each) for name, each in cls.own_arguments().items()}
         usual = inspect.signature(cls.ordinary.__init__)
-        given = dict(usual.bind(None, *args, **options).arguments)
+        try:
+            given = dict(usual.bind(None, *args, **options).arguments)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}: {error}.") from None
         del given["self"]
         given |= given.pop("kwargs", {})
         for name in given.keys() & set(_SIZES):

@@ -26,8 +26,9 @@ from doconv_core.kinds.bsconv import (
 )
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
+from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.separable import Folded, Normalization, Pointwise
-from doconv_core.maths.spec import as_number, as_tuple
+from doconv_core.maths.spec import as_tuple
 from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_core.networks.nodes import BatchNorm
@@ -288,7 +289,7 @@ class _BSConvS(_BSConv):
     pointwise2, batch_norm2 = _part("pointwise2"), _part("batch_norm2")
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        alpha = as_number("orthonormality", options.get("orthonormality", 0.0))
+        alpha = as_weight("orthonormality", options.get("orthonormality", 0.0))
         super().__init__(*args, **options)
         self._penalty = Orthonormality(alpha, self.kernel_regularizer)
 

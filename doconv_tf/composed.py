@@ -20,7 +20,7 @@ import numpy as np
 from keras import ops
 
 from doconv_core.kinds.base import ComposedKind
-from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.models import composed
@@ -190,12 +190,16 @@ class ComposedConv(StandIn, Unquantized):
 
         It keeps name, dtype policy and configuration. Its kernel is trainable where one of what it
         is composed of is. An activation that is a layer with weights is cloned. Raises ValueError
-        if the layer is not built, NotFoldable for a subclass that computes something else.
+        if the layer is not built, NotFoldable for a subclass that computes something else, and for
+        a kernel that is not finite.
         """
         self.check_foldable()
+        composed = self.composed_kernel()
+        if len(self.entries()) > 1 and not bool(ops.all(ops.isfinite(composed))):
+            raise NotFoldable(NOT_FINITE)
         layer = like(self, self.ordinary)
         kernel = getattr(layer, self.kernel_name)
-        put(kernel, self.composed_kernel())
+        put(kernel, composed)
         kernel.trainable = any(variable.trainable for variable in self.entries().values())
         return layer
 

@@ -97,8 +97,8 @@ def fold(
     `training=False`, which is what calling, `predict` and `verify` do.
 
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
-    computes exactly, ValueError for a form that there is not, and TypeError and ValueError as
-    `over_parameterize` does; before anything is changed.
+    computes exactly, or whose kernel is not finite; ValueError for a form that there is not, and
+    TypeError and ValueError as `over_parameterize` does; before anything is changed.
 
     >>> model = keras.Sequential([keras.Input((8, 8, 3)), DOConv2D(4, 3, name="conv")])
     >>> folded, report = fold(model)

@@ -13,6 +13,7 @@ from keras import ops
 
 from doconv_core.maths.geometry import Pad, causal, same, symmetric
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.received import no_model
 from doconv_core.models.report import QUANTIZED, REPLACED, SUBCLASS, TRANSPOSED, place
 from doconv_tf.private import children
 
@@ -46,7 +47,7 @@ def below(path: str, child: keras.Layer) -> str:
 def require_built(path: str, layer: keras.Layer) -> None:
     """Raise TypeError for what is not a layer, ValueError for one that is not built."""
     if not isinstance(layer, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(layer).__qualname__}.")
+        raise no_model("keras.Layer", layer)
     if not layer.built:
         raise ValueError(
             f"{place(path)} ({type(layer).__name__} {layer.name!r}) is not built, so that its "

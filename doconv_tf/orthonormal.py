@@ -11,9 +11,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from doconv_core.maths.orthonormal import ALPHA
-from doconv_core.maths.spec import as_number
+from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, none_counted
+from doconv_core.models.received import no_model
 from doconv_tf.ordinary import CONVS, first_occurrences
 from doconv_tf.private import kernel_variable
 
@@ -27,7 +27,7 @@ class Orthonormality(keras.regularizers.Regularizer):
     """
 
     def __init__(self, alpha: float = 0.0, other: Any = None) -> None:
-        self.alpha = as_number("alpha", alpha)
+        self.alpha = as_weight("alpha", alpha)
         self.other = keras.regularizers.get(other)
 
     def __call__(self, kernel: Any) -> Any:
@@ -61,7 +61,7 @@ def orthonormality_loss(model: keras.Layer, alpha: float = ALPHA) -> Any:
     >>> float(orthonormality_loss(model)) > 0
     True
     """
-    alpha = as_number("alpha", alpha)
+    alpha = as_weight("alpha", alpha)
     total, *norms = [norm(conv.kernel) for conv in _marked(model)]
     for each in norms:
         total = total + each
@@ -82,7 +82,7 @@ def add_orthonormality(model: keras.Layer, alpha: float = ALPHA) -> None:
     >>> len(model.losses)
     1
     """
-    alpha = as_number("alpha", alpha)
+    alpha = as_weight("alpha", alpha)
     for conv in _marked(model):
         conv.kernel_regularizer.alpha = alpha
     for _, layer in first_occurrences(model):
@@ -95,7 +95,9 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
 
     For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is a regularizer of
     its kernel, around the one that it has; copies and files of the model have it too.
-    Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
+    Raises TypeError for what is no convolution, ValueError for one that is not pointwise, and for
+    one with more output channels than input channels, whose rows cannot be orthonormal; where those
+    are not known yet, `orthonormality_loss` does.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
 
     >>> conv = mark_orthonormal(keras.layers.Conv2D(4, 1))
@@ -104,7 +106,8 @@ def mark_orthonormal(conv: keras.Layer) -> keras.Layer:
     True
     """
     check_convolution(conv, isinstance(conv, CONVS))
-    check_pointwise(conv.kernel_size, conv.groups)
+    channels = (conv.filters, conv.kernel.shape[-2]) if conv.built else None
+    check_pointwise(conv.kernel_size, conv.groups, channels)
     if not is_marked(conv):
         _regularize(conv, Orthonormality(other=conv.kernel_regularizer))
     return conv
@@ -126,6 +129,7 @@ def norm(kernel: Any) -> Any:
     """Return the Frobenius norm of `W·Wᵀ - I` for a pointwise kernel, `(1, …, I, O)`."""
     w = ops.cast(ops.convert_to_tensor(kernel), wide(kernel.dtype))
     w = ops.reshape(w, w.shape[-2:])
+    check_rows(w.shape[1], w.shape[0])
     # The operator, because ops.matmul turns float64 into float32 where Keras runs on PyTorch.
     excess = ops.transpose(w) @ w - ops.eye(w.shape[-1], dtype=w.dtype)
     square = ops.sum(excess * excess)
@@ -150,7 +154,7 @@ def _regularize(conv: keras.Layer, regularizer: Any) -> None:
 def _marked(model: keras.Layer) -> list[Any]:
     """Return the convolutions that count; the errors are those of `orthonormality_loss`."""
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
+        raise no_model("keras.Layer", model)
     found = [layer for _, layer in first_occurrences(model) if is_marked(layer)]
     if not found:
         raise none_counted(model, "BSConvS1D, BSConvS2D or BSConvS3D that is built")

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from doconv_core.kinds.base import Array
+from doconv_core.models.received import no_model
 from doconv_core.networks.names import known_name
 from doconv_core.state.exchange import Holder, Kept, export_from, load_into
 from doconv_core.state.file import State, entry
@@ -99,7 +100,7 @@ def _parts(model: keras.Layer) -> dict[str, Part]:
 def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Return the layers that own weights, by path; one that is reached twice, by its first."""
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"model must be a keras.Layer; received {type(model).__qualname__}.")
+        raise no_model("keras.Layer", model)
     found: dict[str, keras.Layer] = {}
     seen: set[int] = set()
     for path, layer in _walk("", model):

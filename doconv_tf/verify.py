@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from doconv_core.maths.numeric import Difference
+from doconv_core.models.received import check_callable
 from doconv_core.models.verify import flat, largest_difference
 
 
@@ -28,6 +29,7 @@ def verify(a: Any, b: Any, inputs: Any) -> Difference:
     >>> verify(model, model, np.ones((1, 4), "float32"))
     Difference(absolute=0.0, relative=0.0)
     """
+    check_callable("keras.Layer", a=a, b=b)
     return largest_difference(_outputs(b, inputs), _outputs(a, inputs))
 
 

@@ -34,6 +34,7 @@ from doconv_core.maths.spec import as_tuple
 from doconv_core.models.separable import HOOKED, SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_torch import ordinary
+from doconv_torch.arguments import StandIn
 from doconv_torch.batchnorm import norm_obstacle
 from doconv_torch.composed import ComposedConv, check_ordinary
 from doconv_torch.ordinary import HOOKS, is_bound, kind_of, spec_of
@@ -50,7 +51,7 @@ def _of(owner: str, name: str) -> property:
     )
 
 
-class _BSConv(nn.Sequential):
+class _BSConv(StandIn, nn.Sequential):
     """What the layers of every rank and variant share.
 
     A sequence of ordinary layers, named as `spec.names` says; stride, padding, dilation and bias

@@ -17,18 +17,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations, parametrize
 
 from doconv_core.kinds.base import ComposedKind
-from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.spec import ConvSpec, as_tuple
 from doconv_core.models import composed
 from doconv_core.models.composed import PLAIN
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
+from doconv_torch.arguments import StandIn
 from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, spec_of
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
 
 
-class ComposedConv(_ConvNd):
+class ComposedConv(StandIn, _ConvNd):
     """What the layers of every composed kind and rank share.
 
     Each rank names the ordinary layer it stands in for. Parameters: the kind's entries, `weight` in
@@ -120,14 +121,15 @@ class ComposedConv(_ConvNd):
         It keeps device, dtype, mode and memory format. Its weight is trainable where one of what it
         is composed of is. Parametrizations are folded in as in evaluation mode. Hooks are not
         carried over.
-        Raises NotFoldable for a layer that computes something else, and for one whose parameters a
-        hook computes (weight norm of the old kind, pruning).
+        Raises NotFoldable for a layer that computes something else, for one whose parameters a
+        hook computes (weight norm of the old kind, pruning), and for a kernel that is not finite.
         """
         check_foldable(self)
         with _in_evaluation(self), torch.enable_grad():
             entries = self.entries()
             trainable = any(p.requires_grad for p in entries.values())
             kernel = self.composed_kernel().detach()
+            _check_finite(entries, kernel)
             if len(entries) == 1 or type(self).composed_kernel is not _base(self).composed_kernel:
                 kernel = kernel.clone()  # else it is a new tensor, of nobody's
             folded: _ConvNd = filled(self.ordinary, self, {}, weight=(kernel, trainable))
@@ -187,8 +189,14 @@ class ComposedLayers(composed.ComposedLayers):
                 layer.register_parameter(name, made[id(kernel)][0].get(name))
 
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
-        """Return the ordinary layer's name; NotFoldable for what computes something else."""
-        check_foldable(site.layer)
+        """Return the ordinary layer's name.
+
+        Raises NotFoldable for what computes something else, and for a kernel that is not finite.
+        """
+        layer = site.layer
+        check_foldable(layer)
+        with _in_evaluation(layer), torch.no_grad():  # now, before anything is changed
+            _check_finite(layer.entries(), layer.composed_kernel())
         return Folding(site.layer.ordinary.__name__, None)
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
@@ -326,6 +334,12 @@ def check_foldable(layer: ComposedConv) -> None:
             "pruning); make it permanent first, as torch.nn.utils.remove_weight_norm or "
             "torch.nn.utils.prune.remove does."
         )
+
+
+def _check_finite(entries: Mapping[str, Tensor], kernel: Tensor) -> None:
+    """Raise NotFoldable where a kernel that is composed has an entry that is not finite."""
+    if len(entries) > 1 and not kernel.is_meta and not kernel.isfinite().all():
+        raise NotFoldable(NOT_FINITE)
 
 
 @contextmanager

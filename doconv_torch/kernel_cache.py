@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.received import no_model
 from doconv_torch.compose import compose, gradients
 from doconv_torch.matrix_products import is_tracing
 
@@ -40,7 +41,7 @@ def composed_once(model: nn.Module) -> Iterator[None]:
     True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
+        raise no_model("torch.nn.Module", model)
     block = _Block(model)
     # A fused step changes parameters without raising the version that PyTorch counts.
     handle = register_optimizer_step_post_hook(lambda *_: block.forget())

@@ -95,9 +95,9 @@ def fold(
     In place, layers stay the same objects, with their hooks, and where `S == M` so do their
     weights. A copy, and a weight of another shape than W, has no hooks of its own.
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
-    computes exactly, ValueError for a form that there is not, and TypeError as `over_parameterize`
-    does, before anything is changed. Warns of a model in training mode whose layers, such as
-    dropout, then vary from call to call.
+    computes exactly, or whose kernel is not finite; ValueError for a form that there is not, and
+    TypeError as `over_parameterize` does; before anything is changed. Warns of a model in
+    training mode whose layers, such as dropout, then vary from call to call.
 
     >>> net = torch.nn.Sequential(DOConv2d(8, 4, 3), torch.nn.ReLU())
     >>> model, report = fold(net)

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.received import no_model
 from doconv_core.models.report import (
     COMPUTED,
     NOT_PLAIN,
@@ -31,7 +32,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_model(model: nn.Module) -> None:
     """Raise TypeError for what is not a module, or holds its parameters in another's place."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
+        raise no_model("torch.nn.Module", model)
     for path, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from doconv_core.maths.orthonormal import ALPHA
-from doconv_core.maths.spec import as_number
+from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
+from doconv_core.models.received import no_model
 from doconv_torch.kinds import LAYER_KINDS
 
 Conv = TypeVar("Conv", bound=_ConvNd)
@@ -37,8 +37,8 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     0.5
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
-    alpha = as_number("alpha", alpha)
+        raise no_model("torch.nn.Module", model)
+    alpha = as_weight("alpha", alpha)
     types = "BSConvS1d, BSConvS2d or BSConvS3d"
     first, *others = counted(model, model.modules(), LAYER_KINDS, _ConvNd, types)
     total = _norm(first.weight)
@@ -52,7 +52,9 @@ def mark_orthonormal(conv: Conv) -> Conv:
 
     For the linear pointwise convolutions of MobileNetV2 and V3 blocks. The mark is the attribute
     `orthonormal`; copies and files of the module have it too.
-    Raises TypeError for what is no convolution, ValueError for one that is not pointwise.
+    Raises TypeError for what is no convolution, ValueError for one that is not pointwise, and for
+    one with more output channels than input channels, whose rows cannot be orthonormal; where those
+    are not known yet, `orthonormality_loss` does.
     Source: BSConv, arXiv 2003.13549, on MobileNetV2 and V3.
 
     >>> mark_orthonormal(torch.nn.Conv2d(8, 4, 1)).orthonormal
@@ -60,7 +62,8 @@ def mark_orthonormal(conv: Conv) -> Conv:
     """
     transposed = isinstance(conv, _ConvTransposeNd)
     check_convolution(conv, isinstance(conv, _ConvNd) and not transposed)
-    check_pointwise(conv.kernel_size, conv.groups)
+    channels = (conv.out_channels, conv.in_channels)  # of a lazy one, 0 until it is called
+    check_pointwise(conv.kernel_size, conv.groups, channels if all(channels) else None)
     conv.orthonormal = True  # type: ignore[assignment]  # modules are said to have tensors only
     return conv
 
@@ -68,6 +71,7 @@ def mark_orthonormal(conv: Conv) -> Conv:
 def _norm(weight: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         w = weight.flatten(1)
+        check_rows(*w.shape)
         w = w.float() if w.dtype.itemsize < 4 else w
         excess = w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device)
         norm: Tensor = torch.linalg.vector_norm(excess)

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import Tensor, nn
 
+from doconv_core.models.received import no_model
 from doconv_core.networks.names import known_name
 from doconv_core.state.exchange import Holder, Kept, export_from, load_into
 from doconv_core.state.file import Array, State
@@ -58,9 +59,7 @@ class _Modules(Holder):
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module; received {type(model).__qualname__}."
-            )
+            raise no_model("torch.nn.Module", model)
         self.network = known_name(getattr(model, "network_name", None))
         self._modules = {path: module for path, module in model.named_modules() if owned(module)}
         uses = paddings(model)

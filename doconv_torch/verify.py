@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_core.maths.numeric import Difference
+from doconv_core.models.received import check_callable
 from doconv_core.models.verify import flat, largest_difference, nested
 
 
@@ -30,6 +31,7 @@ def verify(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> Differe
     >>> verify(conv, conv, torch.ones(1, 3, 5, 5))
     Difference(absolute=0.0, relative=0.0)
     """
+    check_callable("torch.nn.Module", a=a, b=b)
     devices = {t.device.index for t in _tensors(inputs) if t.is_cuda}
     with torch.no_grad(), _evaluating(a, b), torch.random.fork_rng(sorted(devices)):
         start = torch.get_rng_state(), [torch.cuda.get_rng_state(n) for n in sorted(devices)]

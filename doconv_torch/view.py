@@ -67,6 +67,10 @@ class View(ModelView):
         """Return how many numbers the parameters have."""
         return count_parameters(self.model)
 
+    def uncounted(self) -> int:
+        """Return how many parameters are lazy, and have no shape yet."""
+        return sum(map(nn.parameter.is_lazy, self.model.parameters()))
+
     def copied(self, given_up: Sequence[Any] = ()) -> View:
         """Return the view of a deep copy; TypeError where the model cannot be copied."""
         return View(copied(self.model, given_up))

@@ -175,7 +175,8 @@ def worst(
 ) -> Row:
     """Return the row of the entry with the largest relative difference, which it names."""
     differences = {name: difference(found[name], expected[name]) for name in expected}
-    name = max(differences, key=lambda name: differences[name].relative)
+    # A NaN compares with nothing, and is the worst of all.
+    name = max(differences, key=lambda name: np.nan_to_num(differences[name].relative, nan=np.inf))
     return Row(title, f"{result} (worst: {name})", *differences[name], allowed)
 
 

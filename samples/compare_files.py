@@ -42,6 +42,7 @@ def write(file: Path, problem: Problem, recorded: Sequence[Recorded]) -> None:
         for record in recorded
         for name, array in _flat(record.answer).items()
     }
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         temporary.write_bytes(save(arrays, metadata=header))
 

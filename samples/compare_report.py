@@ -159,7 +159,8 @@ def _samples(samples: Mapping[str, Path]) -> str:
         report = json.loads(file.read_text(encoding="utf-8"))
         accuracy, fold = report["accuracy"], report["fold"]
         cells = [f"{np.mean(accuracy[layer]):.2f} %" for layer in ("conv", "doconv")]
-        cells += [f"{fold['largest_difference']:.2e}"]
+        apart = fold["largest_difference"]
+        cells += ["not finite" if apart is None else f"{apart:.2e}"]
         cells += ["yes" if fold["all_predictions_agree"] else "no"]
         body.append(
             f"<tr><td>{escape(title)}</td>"

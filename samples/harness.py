@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from doconv_core import difference, write_state
+from doconv_core import NotFoldable, difference, write_state
 from doconv_core.atomic import replacing, write_json
 
 TITLES = {"conv": "Baseline", "doconv": "DO-Conv"}
@@ -75,6 +75,8 @@ def main(sample: Sample, arguments: Sequence[str] | None = None) -> None:
         run(sample, options)
     except digits.DataError as error:
         sys.exit(f"{sample.name}: {error}")
+    except NotFoldable as error:  # as after a training that diverged
+        sys.exit(f"{sample.name}: {error} Try a smaller --lr. Nothing was written.")
     except KeyboardInterrupt:
         print(f"\n{sample.name}: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)  # what a shell expects after Ctrl-C
@@ -155,17 +157,24 @@ def evaluate(sample: Sample, model: Any, images: np.ndarray, device: Any) -> np.
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return how many of the labels `(N,)` are the largest of their logits, in percent."""
-    return 100 * float(np.mean(logits.argmax(1) == labels))
+    """Return how many of the labels `(N,)` are the largest of their logits, in percent.
+
+    Logits that are no numbers, as after a training that diverged, predict nothing.
+    """
+    return 100 * float(np.mean((logits.argmax(1) == labels) & ~np.isnan(logits).any(1)))
 
 
 def fold_check(folded: np.ndarray, training: np.ndarray) -> dict[str, Any]:
-    """Return how far the folded network's logits lie from those of the network it came from."""
+    """Return how far the folded network's logits lie from those of the network it came from.
+
+    Where one of them is not finite, None, as JSON has neither NaN nor infinity.
+    """
     absolute, relative = difference(folded, training)
-    same = bool(np.array_equal(folded.argmax(1), training.argmax(1)))
+    told = math.isfinite(absolute)  # what is not finite predicts nothing
+    same = told and bool(np.array_equal(folded.argmax(1), training.argmax(1)))
     return {
-        "largest_difference": absolute,
-        "relative_to_largest_output": relative,
+        "largest_difference": absolute if told else None,
+        "relative_to_largest_output": relative if told else None,
         "all_predictions_agree": same,
     }
 
@@ -209,6 +218,7 @@ def write_results(
     files = {"outputs": folder / f"{name}.outputs.safetensors"}
     files |= {kind: folder / f"{name}.{kind}.safetensors" for kind in states}
     main_file = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         write_json(
             stack.enter_context(replacing(main_file)),
@@ -325,11 +335,17 @@ def _versions(sample: Sample) -> dict[str, str]:
 
 def _describe_fold(report: Mapping[str, Any]) -> str:
     fold, count = report["fold"], report["parameters"]
-    agree = "all agree" if fold["all_predictions_agree"] else "DIFFER"
+    if fold["largest_difference"] is None:
+        outputs = "outputs are NOT FINITE, so that nothing can be compared: a smaller --lr may help"
+    else:
+        agree = "all agree" if fold["all_predictions_agree"] else "DIFFER"
+        outputs = (
+            f"outputs differ by at most {fold['largest_difference']:.3g} "
+            f"({fold['relative_to_largest_output']:.3g} of the largest); predictions: {agree}"
+        )
     return (
         "Folded into ordinary convolutions (last run):\n"
-        f"  outputs differ by at most {fold['largest_difference']:.3g} "
-        f"({fold['relative_to_largest_output']:.3g} of the largest); predictions: {agree}\n"
+        f"  {outputs}\n"
         f"  parameters: {count['training']} in training, {count['folded']} folded, "
         f"{count['ordinary']} in the ordinary network"
     )

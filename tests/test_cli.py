@@ -234,6 +234,56 @@ def test_a_target_that_cannot_be_written(subcommand, model, tmp_path):
         error="pipe.safetensors is no ordinary file; name one to write",
     )  # fmt: skip
     assert pipe.is_fifo()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("linked.safetensors")
+    doconv(subcommand, model, link, *KERNEL_SIZE, "--force")
+    assert link.is_symlink()
+    assert (tmp_path / "linked.safetensors").stat().st_size > 8
+
+
+def test_out_that_may_not_be_read(model, tmp_path, monkeypatch):
+    out, access = tmp_path / "out.safetensors", os.access
+    out.write_text("another user's")
+    monkeypatch.setattr(os, "access", lambda p, mode: p != out and access(p, mode))
+    message = "out.safetensors may not be read by you, and is not replaced"
+    doconv("fold", model, out, *KERNEL_SIZE, "--force", code=TARGET, error=message)
+
+
+def test_a_pipe_is_not_waited_for(model, tmp_path):
+    pipe = tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    for args in (("inspect", pipe), ("fold", pipe, tmp_path / "out"), ("verify", model, pipe)):
+        doconv(*args, code=BAD_FILE, error="pipe.pt is a pipe or a device; write what it gives")
+
+
+def test_long_and_odd_names_are_told_whole_in_json_alone(tmp_path):
+    layers = {f"{n}.fc.weight": np.zeros((2, 2), "float32") for n in range(50)}
+    long = "a" * 5000
+    model = save(
+        tmp_path / "odd\x1b[31m\n.safetensors", {**layers, f"{long}.weight": np.ones((2, 2))}
+    )
+    out = tmp_path / "o\x1b\nut.safetensors"
+    for args in (("inspect", model), ("convert", model, out), ("verify", model, model, "--all")):
+        text = doconv(*args).stdout
+        assert max(map(len, text.splitlines())) < 400
+        assert re.search("a{40,}…a{40,}", text)
+        assert "\x1b" not in text
+    assert "odd\\x1b[31m .safetensors" in doconv("inspect", model).stdout.splitlines()[0]
+    assert "\x1b" not in doconv("fold", model, tmp_path / "b\x1b").stdout
+    found = json.loads(doconv("inspect", model, "--json").stdout)
+    assert found["layers"][-1]["path"] == long or long in {x["path"] for x in found["layers"]}
+
+
+@pytest.mark.parametrize("closed", ["0<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_shell_has_closed(model, tmp_path, closed):
+    out = tmp_path / "out.safetensors"
+    for args in (["inspect", model], ["fold", model, out, *KERNEL_SIZE]):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAM, *map(str, args)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    assert doconv("inspect", out)
 
 
 def test_an_unwritable_folder(model, tmp_path, monkeypatch):

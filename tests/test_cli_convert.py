@@ -412,3 +412,31 @@ def test_layers_are_over_parameterized_or_folded_as_the_template_is(model, tmp_p
     found = read(tmp_path / "out.params")
     assert not found["conv1.depthwise_weight"].any()
     doconv("verify", tmp_path / "out.params", tmp_path / "plain.params", "--tolerance", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--keep", "nope.*"), r"--keep: 'nope\.\*' matches no entry; the file has such as 'bn1"),
+        (("--drop", "nope"), "--drop: 'nope' matches no entry"),
+        (
+            ("--flatten", "nope=3x4x4"),
+            "--flatten: 'nope' matches no linear layer and no norm; .*bn",
+        ),
+        (("--match", "order"), "--match order pairs layers with those of --like, which is missing"),
+        (("--to", "gluon", "--like", "model.safetensors"), "--to has no effect with --like"),
+        (
+            ("--flatten", "fc=2x3x8"),
+            "no convolution gives the 2 channels .*, and one gives 8",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path, monkeypatch, options, error):
+    monkeypatch.chdir(tmp_path)
+    save("model.safetensors", {n: a for n, a in state_dict().items() if "block.1" not in n})
+    if "fc=2x3x8" not in options:
+        doconv("convert", "model.safetensors", "out.params", *options, code=USAGE, error=error)
+        assert not (tmp_path / "out.params").exists()
+        return
+    args = ("verify", "model.safetensors", "model.safetensors", *options)
+    doconv(*args, code=USAGE, error=error)

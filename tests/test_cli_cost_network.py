@@ -21,6 +21,7 @@ PNG, SVG, PDF = b"\x89PNG\r\n", b"<?xml", b"%PDF-"
         ("cifar_resnet20_bsconvu", ("--input", "3x32x32", "--classes", "100"), (3, 32, 32), 100),
         ("cifar_wrn28_2_doconv", ("--input", "1x64x48", "--classes", "7"), (1, 64, 48), 7),
         ("resnet18_v2_doconv", (), (3, 224, 224), 1000),
+        ("resnet50_v1b", (), None, None),
         ("mobilenetv3_small", ("--input", "160x128"), (3, 160, 128), 1000),
         ("tutorial_tf_doconv", ("--input", "20x20"), (1, 20, 20), 10),
     ],
@@ -29,6 +30,7 @@ PNG, SVG, PDF = b"\x89PNG\r\n", b"<?xml", b"%PDF-"
 def test_json(name, options, shape, classes, batch):
     found = json.loads(doconv("cost", name, *options, "--batch", batch, "--json").stdout)
     expected = count(name, shape, classes)
+    shape, classes = expected.input_shape, *expected.output_shape
     assert found["network"] == name
     assert found["batch"] == batch
     assert found["input"] == list(shape)

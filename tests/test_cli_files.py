@@ -181,11 +181,25 @@ def test_verify_says_where_and_how_far_apart(model, tmp_path):
         "extra.weight", "pointwise.weight"
     ]  # fmt: skip
     assert not found["equal"]
+    assert found["largest_relative"] is None  # infinite
     text = doconv("verify", model, other, code=DIFFERENT).stdout
     assert re.search(r"block\.0 kernel +8x2x2x3 +1 .* 5,1,0,2\n", text)
     assert re.search(r"bn1 weight +8 and 4 ", text)
     assert "extra.weight is in" in text
     assert "3 differ, 2 in one file only" in text
+
+
+def test_verify_of_what_is_not_finite(tmp_path):
+    arrays = {"mask": np.array([0, -np.inf]), "fc.weight": np.array([[1, 2], [3, np.nan]])}
+    mask, both = (save(tmp_path / str(n), dict([*arrays.items()][:n])) for n in (1, 2))
+    told = "not finite, of which no difference can be told"
+    assert f"1 array compared: equal; 1 array {told}" in doconv("verify", mask, mask).stdout
+    text = doconv("verify", both, both, code=DIFFERENT).stdout
+    assert re.search(r"fc weight +2x2 +nan +nan +0 +1,1\n", text)
+    assert f"1 differ, 0 in one file only; 2 arrays {told}" in text
+    found = json.loads(doconv("verify", both, both, "--json", code=DIFFERENT).stdout)
+    assert [array["equal"] for array in found["arrays"]] == [False, True]
+    assert found["largest_absolute"] is None
 
 
 def test_verify_of_a_layer_at_the_root_beside_loose_entries(tmp_path):

@@ -290,6 +290,12 @@ def test_what_has_no_loss_is_refused(adapter):
         (lambda: mark(linear(adapter)), TypeError, "takes a convolution; rec.* (Linear|Dense)"),
         (lambda: mark(conv(3)), ValueError, r"kernel_size=\(3, 3\)"),
         (lambda: mark(conv(1, rank=1, groups=2)), ValueError, "received .*groups=2"),
+        (lambda: loss(layer, -0.1), ValueError, r"alpha must not be negative.*alpha=-0\.1"),
+        (
+            lambda: mark(adapter.walk(adapter.chain(("conv", 3, 8, 1)))["0"]),
+            ValueError,
+            "more rows cannot be orthonormal; received 3 input channels and 8 output channels",
+        ),
     )
 
 

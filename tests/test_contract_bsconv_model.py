@@ -121,7 +121,7 @@ def test_the_report_tells_what_was_done(adapter):
     assert report.parameters_after == adapter.trainable(model) < report.parameters_before
     assert [path for path, _ in report.explained] == REPLACED
     assert all(0 < share < 1 for _, share in report.explained)
-    assert "explained variance of the trained kernels" in str(report)
+    assert "explained variance of the kernels before" in str(report)
     assert report.left == tuple(Left(path, before_after[0], why) for path, why in LEFT.items())
     assert [kinds(adapter, original)[path] for path in REPLACED] == [before_after[0]] * 3
     np.testing.assert_array_equal(output(adapter, original), before)
@@ -223,6 +223,8 @@ def test_bad_arguments_change_nothing(adapter):
         ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence of kernel sizes"),
         ({"variant": "s", "p": 0}, ValueError, "p must be above 0 and at most 1"),
         ({"min_mid_channels": 0}, ValueError, "min_mid_channels must be at least 1"),
+        ({"p": 0.5}, ValueError, r"p is of BSConv-S alone.*variant='u' and p=0\.5"),
+        ({"variant": "u", "min_mid_channels": 2}, ValueError, "min_mid_channels is of BSConv-S al"),
         ({"bn_options": say(adapter, {"eps": 1})}, ValueError, "give with_bn=True as well"),
         ({"where": 3}, TypeError, "where must be None, a glob pattern or several"),
     ]

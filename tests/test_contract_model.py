@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from model_contract import (
     runs,
 )
 
-from doconv_core import Change, Converted, Left, NotFoldable, Report
+from doconv_core import Change, Converted, Left, NotFoldable, Report, State
 from doconv_core.models.report import (
     ALREADY,
     NOT_DIRECT,
@@ -479,6 +480,25 @@ def test_what_is_not_foldable_is_refused_before_anything_is_changed(backend, inp
 
 
 @EACH
+@INPLACE
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_kernel_that_is_not_finite_is_not_folded(backend, inplace, bad):
+    models = models_of(backend)
+    package = models.package
+    model = models.build(Net({"plain": Layer("do_conv"), "odd": Layer("do_conv")}))
+    state = package.export_state(model)
+    arrays = {name: np.array(array) for name, array in state.arrays.items()}
+    arrays["odd.depthwise_weight"][0, 0, 0] = bad
+    package.load_state(model, State(state.layers, arrays))
+    types, reason = kinds(models, model), "the folded kernel is not finite; its trained weights"
+    with pytest.raises(NotFoldable, match=rf"^layer 'odd': {reason}"):
+        package.fold(model, inplace=inplace)
+    assert kinds(models, model) == types
+    with pytest.raises(NotFoldable, match=rf"^{reason}"):
+        models.layers(model)["odd"].fold()
+
+
+@EACH
 def test_what_is_no_model_is_refused(backend):
     models = models_of(backend)
     name = {"tf": r"keras\.Layer", "torch": r"torch\.nn\.Module", "mx": r"mxnet\.gluon\.Block"}
@@ -487,6 +507,50 @@ def test_what_is_no_model_is_refused(backend):
             message = rf"model must be a {name[backend]}; received (builtins\.)?{kind}"
             with pytest.raises(TypeError, match=message):
                 action(value)
+
+
+@EACH
+def test_a_model_with_its_report_is_no_model(backend):
+    models = models_of(backend)
+    package = models.package
+    done = package.over_parameterize(models.build(BRANCHES))
+    message = r"; received Converted, a model with the report .* give its `\.model`"
+    verify = partial(package.verify, done.model)
+    calls = (package.fold, package.to_bsconv, package.export_state, package.orthonormality_loss)
+    for call in (*calls, lambda model: verify(model, BRANCHES.input())):
+        with pytest.raises(TypeError, match=message):
+            call(done)
+    with pytest.raises(TypeError, match=r"received type, the class .* itself; give one of"):
+        package.fold(type(done.model))
+
+
+@EACH
+def test_where_takes_no_layer_and_no_other_predicate(backend):
+    models = models_of(backend)
+    model = models.build(Net({"first": conv, "second": conv}))
+    second, tool = models.layers(model)["second"], models.package.over_parameterize
+    for where in (second, [second], (second,)):
+        with pytest.raises(TypeError, match=r"takes no layers; .* its path, where='second', or"):
+            tool(model, where=where)
+    with pytest.raises(TypeError, match=r"called with a path and a layer, .* takes \(layer\)\."):
+        tool(model, where=lambda layer: True)
+
+
+@EACH
+def test_a_missing_argument_is_told_of_the_class_that_was_called(backend):
+    package = models_of(backend).package
+    for name in ("DOConv2d", "BSConvU2d", "BSConvS2d"):
+        cls = getattr(package, name, None) or getattr(package, name.replace("2d", "2D"))
+        with pytest.raises(
+            TypeError, match=rf"^{cls.__name__}(: |\.__init__\(\)).*kernel_size|filters"
+        ):
+            cls(*[3] * (1 if backend == "mx" else 2 if backend == "torch" else 0))
+
+
+@EACH
+def test_a_name_is_not_built_but_described(backend):
+    with pytest.raises(TypeError, match="must be a Network; received 'resnet18': describe it fir"):
+        models_of(backend).package.build("resnet18")
 
 
 @EACH

@@ -119,7 +119,9 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(backend, name):
 @EACH
 def test_what_is_no_model_has_no_state(backend):
     models = models_of(backend)
-    kind = {"torch": r"torch\.nn\.Module", "tf": r"keras\.Layer", "mx": "Gluon Block"}[backend]
+    kind = {"torch": r"torch\.nn\.Module", "tf": r"keras\.Layer", "mx": r"mxnet\.gluon\.Block"}[
+        backend
+    ]
     state = models.package.export_state(models.build(network()))
     with pytest.raises(TypeError, match=rf"model must be a {kind}; received int"):
         models.package.export_state(3)

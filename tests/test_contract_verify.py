@@ -88,6 +88,17 @@ def test_outputs_that_cannot_be_compared(backend, a, b, error, message):
         )
 
 
+@EACH
+def test_a_nan_is_equal_to_nothing(backend):
+    models, x = models_of(backend), np.array([[1.0, -2.0]], np.float32)
+    verify, given = models.package.verify, models.array(x)
+    for bad in (np.nan, np.inf):
+        diverged = models.returning(lambda x, bad=bad: {"a": x, "b": x * 0 + bad})
+        assert np.isnan(verify(diverged, diverged, given)).all()
+        right = models.returning(lambda x: {"a": x, "b": x * 0})
+        assert verify(right, diverged, given) == (np.inf, np.inf)
+
+
 # Of whose models inputs are several arguments, or one; Keras' take one, which may be nested.
 SEVERAL = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tf"])
 

@@ -157,7 +157,7 @@ def test_the_reports_tell_of_variance_and_cost():
     explained = (Explained("a", 0.5), Explained("", 0.25))
     text = str(BSConvReport("replaced", change, (), 100, 20, explained))
     assert "parameters: 100 before, 20 after" in text
-    assert "explained variance of the trained kernels, 37.5% on average:" in text
+    assert "explained variance of the kernels before, 37.5% on average:" in text
     assert "   50.0%  a\n   25.0%  (the model itself)" in text
     spec = BSConvSpec(16, 32, (3, 3), "s")
     cost = form_costs(spec, (2, 1), bias=False)

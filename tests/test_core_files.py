@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 
 import pytest
@@ -44,19 +45,57 @@ def test_a_new_file_has_the_usual_permissions(file, umask, mask, expected, overw
     assert mode(file) == expected
 
 
-def test_a_replaced_link_gives_its_file_s_permissions(file, tmp_path, umask):
-    secret = tmp_path / "secret"
+def test_a_link_stays_and_its_file_is_written(file, tmp_path, umask):
+    secret, other = tmp_path / "secret", tmp_path / "other"
     secret.write_text("old")
     secret.chmod(0o600)
-    file.symlink_to(secret)
-    write_text(file, "new")
-    assert not file.is_symlink()
-    assert mode(file) == 0o600
-    assert secret.read_text() == "old"
-    file.unlink()
-    file.symlink_to(tmp_path / "nowhere")
-    write_text(file, "new")
-    assert mode(file) == 0o644
+    other.symlink_to("secret")
+    file.symlink_to("other")
+    for target in (secret, tmp_path / "nowhere"):
+        write_text(file, "new")
+        assert file.is_symlink()
+        assert other.is_symlink()
+        assert target.read_text() == "new"
+        other.unlink()
+        other.symlink_to("nowhere")
+    assert (mode(secret), mode(tmp_path / "nowhere")) == (0o600, 0o644)
+    other.unlink()
+    other.symlink_to(file.name)
+    with pytest.raises(OSError, match="symbolic links"):
+        write_text(file, "newer")
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/stdout", "/dev/fd/1", "pipe", "link"])
+def test_no_pipe_device_or_stream_is_replaced(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("/dev/stdout", "link")
+    before = os.lstat(target).st_ino
+    with pytest.raises(OSError, match=f"{target} is no ordinary file; name one to write"):
+        write_text(target, "new")
+    assert os.lstat(target).st_ino == before
+
+
+@pytest.mark.parametrize("length", [200, 238, 255])
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path, length):
+    for letter in ("n", "é", "語"):
+        name = letter * (length // len(letter.encode()))
+        write_text(tmp_path / name, "new")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_signal_while_the_folder_is_removed_leaves_none(file, monkeypatch):
+    removing = iter([KeyboardInterrupt])
+
+    def interrupted(path, remove=shutil.rmtree, **options):
+        for signal in removing:
+            raise signal
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(file, "new")
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_owner_and_group_stay(file, umask, monkeypatch):

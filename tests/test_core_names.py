@@ -84,6 +84,8 @@ def test_names_that_there_are(name):
     [
         ("cifar_resnet21", "depth of a cifar_resnet is 20, 56, 110, 302 or 602", "cifar_resnet20"),
         ("resnet20", "depth of a resnet is 10, 18, 26, 34, 68 or 102", "resnet10"),
+        ("resnet50", "depth of a resnet is 10, 18, 26, 34, 68 or 102", "resnet50_v1b"),
+        ("ResNet-50-v1b", "no family has such names", "'resnet50_v1b', "),
         ("cifar_preresnet18", "depth of a cifar_preresnet is 20, 56, 110", "cifar_preresnet110"),
         ("cifar_wrn29_1", "depth of a cifar_wrn is 16, 28 or 40", "cifar_wrn28_1"),
         ("cifar_wrn28_0", "factor K of a cifar_wrnN_K is at least 1", "cifar_wrn28_10"),

@@ -47,7 +47,7 @@ def test_the_tables_are_all_there():
 @one_test
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["model"])
 def test_a_published_row(row):
-    found = count(row["model"])
+    found = count(row["model"], (3, 32, 32), 100)
     assert f"{found.parameters / 1e6:.2f}" == row["parameters_millions"]
     assert f"{found.flops / 1e6:.2f}" == row["flops_millions"]
     assert row["model"] in list_models()
@@ -268,6 +268,12 @@ test_what_cannot_be_counted = refuses(
     (("cifar_resnet21", (3, 32, 32), 10), ValueError, "the nearest are 'cifar_resnet20'"),
     (("cifar_resnet20", (32, 32), 10), ValueError, "channels, rows and columns.*received input_"),
     (("cifar_resnet20", "3x32x32", 10), ValueError, "input_shape='3x32x32'"),
+    (
+        ("resnet50_v1b", (224, 224, 3)),
+        ValueError,
+        r"channels last, as Keras.*: write \(3, 224, 224",
+    ),
+    (("tutorial_tf", (28, 28, 1)), ValueError, r"channels last, as Keras.*: write \(1, 28, 28\)"),
     (("cifar_resnet20", (3, 32, 0), 10), ValueError, r"input_shape\[2\] must be at least 1"),
     (("cifar_resnet20", (3, 32, 32.0), 10), TypeError, r"input_shape\[2\] must be an integer"),
     (("cifar_resnet20", (3, 32, 32), 0), ValueError, "num_classes must be at least 1"),

@@ -281,6 +281,22 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     assert json.loads(file.read_text()) == {"accuracy": 2}
 
 
+def test_what_is_no_state_is_not_written(tmp_path):
+    file = tmp_path / "state.safetensors"
+    for first, message in (
+        (
+            str(file),
+            "received the path '.*state.safetensors': write_state.state, path. takes the st",
+        ),
+        ([], r"state must be a State; received list\."),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_state(first, file)
+    with pytest.raises(FileNotFoundError, match=r"the folder .*missing of .* does not exist"):
+        write_state(State({}, {}), tmp_path / "missing" / file.name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_not_written_to(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file to write"):
         write_json(tmp_path, {})
@@ -295,13 +311,15 @@ def test_difference_is_relative_to_the_largest_entry():
 
 
 def test_difference_of_what_is_not_finite():
-    assert difference([np.nan, np.inf], [np.nan, np.inf]) == (0.0, 0.0)
+    for alike in ([np.nan], [np.inf], [1.0, np.nan], [complex(np.nan, 0)]):
+        assert np.isnan(difference(alike, alike)).all(), alike
+    assert np.isnan(difference([np.nan, 1.0], [np.nan, 2.0])).all()
+    assert difference([1e308], [-1e308]) == (np.inf, np.inf)
     assert difference([np.nan, 1.0], [0.0, 1.0]) == (np.inf, np.inf)
     assert difference([np.inf, 1.0], [-np.inf, 1.0]) == (np.inf, np.inf)
     with pytest.raises(ValueError, match=r"shape \(2,\); received \(1, 2\)"):
         difference([[1, 2]], [1, 2])
-    with pytest.raises(TypeError, match="results must be real; received dtypes complex128 and flo"):
-        difference([1j], [0.0])
+    assert difference([3 + 4j], [2 + 0j]) == pytest.approx((abs(1 + 4j), abs(1 + 4j) / 2))
 
 
 def test_backends_are_found_through_entry_points():

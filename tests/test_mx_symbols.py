@@ -90,6 +90,40 @@ def test_there_and_back(hybridized, inplace, multiplier):
     assert close(outputs(folded), expected)
 
 
+@pytest.mark.parametrize("multiplier", [None, 12])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_imported_symbol_is_whole_before_it_has_run(tmp_path, multiplier, inplace):
+    net = built()
+    net.hybridize()
+    expected = outputs(net)
+    net.export(str(tmp_path / "net"))
+    files = str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params")
+    more = SymbolBlock.imports(*files)
+    numbers = sum(p.data().size for p in more.collect_params().values())
+    model, report = over_parameterize(more, depth_multiplier=multiplier, inplace=inplace)
+    assert report.parameters_before == numbers < report.parameters_after
+    assert report.uncounted == 0
+    assert verify(net, model, image()).relative < 1e-6
+    model, _ = over_parameterize(SymbolBlock.imports(*files), depth_multiplier=multiplier)
+    model.save_parameters(str(tmp_path / "saved.params"))
+    assert verify(SymbolBlock.imports(*files), model, image()).relative < 1e-6
+    model, _ = over_parameterize(SymbolBlock.imports(*files), depth_multiplier=multiplier)
+    folded, report = fold(model)
+    assert report.parameters_after == numbers
+    assert close(outputs(folded), expected)
+
+
+def test_parameters_without_a_shape_are_said_not_to_be_counted():
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(4, 3), nn.Dense(2))
+    net.initialize()
+    report = over_parameterize(net).report
+    assert (report.parameters_before, report.uncounted) == (6, 3)  # the biases; D has none either
+    assert ", without 3 whose shapes are known once the model has run" in str(report)
+    net(mx.nd.ones((1, 3, 8, 8)))
+    assert "without" not in str(over_parameterize(net).report).splitlines()[0]
+
+
 def test_a_copy_is_apart_from_the_original():
     block = symbol()
     before, kept = graph(block), dict(block.params.items())

@@ -17,7 +17,7 @@ from frameworks import fresh, need
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from doconv_core import LayerForm, LinearSpec, State, compose, difference, read_state
+from doconv_core import LayerForm, LinearSpec, NotFoldable, State, compose, difference, read_state
 
 FOLDER = Path(harness.__file__).parent
 SAMPLES = {"sample_pt": "torch", "sample_tf": "tf", "sample_gluoncv": "mx"}
@@ -310,6 +310,27 @@ def test_a_run_trains_both_layers_with_the_same_seeds_and_writes_its_results(
     for name in report["files"].values():
         assert_same(load_file(again / name), load_file(tmp_path / name))
     assert json.loads((again / "fake.json").read_text())["accuracy"] == report["accuracy"]
+
+
+def test_a_training_that_diverged_agrees_with_nothing(tmp_path, capsys):
+    def diverged(model, images, device):
+        return np.full((len(images), 10), np.nan, np.float32)
+
+    harness.main(fake(outputs=diverged)[0], ["--runs", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "outputs are NOT FINITE, so that nothing can be compared" in printed
+    assert "agree" not in printed
+    report = json.loads((tmp_path / "fake.json").read_text())
+    assert report["accuracy"]["doconv"] == [0]
+    assert report["fold"]["largest_difference"] is None
+    assert not report["fold"]["all_predictions_agree"]
+
+    def fold(model, device):
+        raise NotFoldable("layer '0': the folded kernel is not finite.")
+
+    with pytest.raises(SystemExit, match=r"is not finite\. Try a smaller --lr\. Nothing was writ"):
+        harness.main(fake(fold=fold)[0], ["--runs", "1", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_one_layer_alone(tmp_path, capsys):

@@ -308,8 +308,17 @@ def test_marked_convolutions_keep_their_regularizer_and_are_stored(tmp_path):
     mark_orthonormal(last)  # which is built
     assert array(orthonormality_loss(model, 1)) > expected
     one, unbuilt = mark_orthonormal(layers.Conv2D(4, 1, name="one")), BSConvS2D(4, 3)
+    late = mark_orthonormal(layers.Conv2D(8, 1))
+    late.build((None, 4, 4, 3))
     check_refused(
         (lambda: add_orthonormality(unbuilt), ValueError, "neither a .* that is built"),
         (lambda: orthonormality_loss(one), ValueError, "layer 'one' is not built"),
         (lambda: add_orthonormality(two(), float("inf")), ValueError, "alpha must be finite"),
+        (lambda: add_orthonormality(two(), -1), ValueError, "alpha must not be negative"),
+        (lambda: BSConvS2D(4, 3, orthonormality=-1), ValueError, "orthonormality must not be neg"),
+        (
+            lambda: orthonormality_loss(late),
+            ValueError,
+            "rows cannot be orthonormal; received 3 in",
+        ),
     )

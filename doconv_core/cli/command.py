@@ -21,6 +21,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
+from doconv_core.atomic import followed
 from doconv_core.cli.options import KernelSizes, literal
 from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
 from doconv_core.files.entries import CheckpointError
@@ -84,13 +85,15 @@ def one_line(text: str) -> str:
 
 def check_target(target: Path, force: bool) -> None:
     """Raise Failure where `target` cannot be written, or exists and is not to be replaced."""
-    folder = target.parent
-    if target.is_dir():
-        raise Failure(f"{target} is a folder; name a file to write.", TARGET)
-    if target.exists() and not target.is_file():  # such as /dev/null, which a rename would replace
-        raise Failure(f"{target} is no ordinary file; name one to write.", TARGET)
-    if os.path.lexists(target) and not force:
+    try:
+        folder = followed(target).parent
+        exists = os.path.lexists(target)
+    except OSError as error:
+        raise Failure(_of_system(error), TARGET) from None
+    if exists and not force:
         raise target_exists(target)
+    if target.exists() and not os.access(target, os.R_OK):
+        raise Failure(f"{target} may not be read by you, and is not replaced.", TARGET)
     if not folder.is_dir():
         raise Failure(f"the folder {folder} of {target} does not exist.", TARGET)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -145,6 +148,18 @@ def note_of(layer: Layer) -> str:
 
 GAP = 2  # spaces between columns
 NARROWEST = 16  # to which a column of text is folded
+WIDEST = 160  # characters of a cell: one long name would pad every row
+
+
+def say(text: str) -> None:
+    """Print a line in which names of files or layers may stand."""
+    click.echo(one_line(text))
+
+
+def cut(text: str) -> str:
+    """Return text as a cell of a table has it: the middle of a long one is left out."""
+    half = WIDEST // 2
+    return text if len(text) <= WIDEST else f"{text[:half]}…{text[-half + 1 :]}"
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -173,36 +188,54 @@ def print_table(
 
     text_columns: how many columns, from the left, hold text and may be folded where a terminal is
     narrow; the others hold numbers, at the right edge, and are never cut. Into a file or a pipe
-    nothing is folded, and nothing but text is written. err: whether to print on stderr.
+    nothing is folded, and nothing but text is written. Of a text of more than 160 characters the
+    middle is left out. err: whether to print on stderr.
     """
+    stream = sys.stderr if err else sys.stdout
+    cells = [[cut(one_line(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    if stream is not None and stream.isatty():
+        lines = _on_a_terminal(headings, cells, widths, text_columns)
+    else:
+        sides = ["<" if index < text_columns else ">" for index in range(len(headings))]
+        parts = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+        line = (" " * GAP).join(parts)
+        lines = [line.format(*row) for row in (headings, *cells)]
+    for line in lines:
+        click.echo(line.rstrip(), err=err)
+
+
+def _on_a_terminal(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    widths: Sequence[int],
+    text_columns: int,
+) -> list[str]:
+    """Return a table's lines, folded to the terminal's width."""
     from rich.console import Console  # here, as half of a subcommand's start would be spent on it
     from rich.table import Table
     from rich.text import Text
 
-    terminal = (sys.stderr if err else sys.stdout).isatty()
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    rows = [[one_line(cell) for cell in row] for row in rows]
     least = 0
-    for index, heading in enumerate(headings):
+    for index, (heading, longest) in enumerate(zip(headings, widths, strict=True)):
         text = index < text_columns
-        longest = max([len(heading), *(len(row[index]) for row in rows)])
-        narrowest = min(longest, NARROWEST) if text and terminal else longest
+        narrowest = min(longest, NARROWEST) if text else longest
         least += narrowest + GAP
         table.add_column(
             heading,
             justify="left" if text else "right",
             overflow="fold",
-            no_wrap=not text or not terminal,
+            no_wrap=not text,
             min_width=narrowest,
         )
     for row in rows:
         table.add_row(*map(Text, row))
     written = StringIO()
-    console = Console(file=written, force_terminal=terminal, width=None if terminal else 10_000)
+    console = Console(file=written, force_terminal=True)
     console.width = max(console.width, least)  # a terminal wraps a line that is longer than it
     console.print(table)
-    for line in written.getvalue().splitlines():
-        click.echo(line.rstrip(), err=err)
+    return written.getvalue().splitlines()
 
 
 def print_report(report: Report) -> None:
@@ -215,7 +248,7 @@ def print_report(report: Report) -> None:
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function of the steps done and to do; a terminal shows them as a bar."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
@@ -347,6 +380,17 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def _open_closed_streams() -> None:
+    """Put nothing in place of streams that the shell has closed, in their order.
+
+    Else the first file that is opened would be taken for one of them.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def main() -> None:
     """Run the console script: as `doconv`, with signals and crashes that leave nothing behind.
 
@@ -356,6 +400,7 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a layer's name may be in any script

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from doconv_core.cli.command import (
     print_table,
     progress,
     require_kernel_sizes,
+    say,
     size,
     writing_to,
 )
-from doconv_core.cli.contents import Contents
+from doconv_core.cli.contents import NORMS, Contents
 from doconv_core.cli.flattening import Flattenings, Images, Sizes
 from doconv_core.cli.options import (
     KernelSizes,
@@ -51,7 +53,7 @@ from doconv_core.cli.pairing import (
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
 from doconv_core.files.checkpoint import check_understood, formats
 from doconv_core.files.entries import KERAS, STATE
-from doconv_core.files.layers import Layer
+from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
 
@@ -120,10 +122,15 @@ def convert(
       doconv convert model.pt model.keras --like fresh.keras --match order
       doconv convert reference.pt model.pt
     """  # noqa: D301
+    if like is None and match != "name":
+        raise click.UsageError("--match order pairs layers with those of --like, which is missing.")
+    if like is not None and name is not None:
+        raise click.UsageError("--to has no effect with --like, whose format OUT gets.")
     check_target(target, force)
     with ExitStack() as stack:
         contents = Contents(stack.enter_context(opened(source, kernel_sizes)))
         layers = contents.copy_of_model(part)
+        _check_used(layers, keep, drop, flattened)
         needed = [layer for layer in layers if contents.needs_kernel_size(layer, folded)]
         require_kernel_sizes(contents.checkpoint, needed)
         if folded:
@@ -151,6 +158,26 @@ def convert(
             write(temporary, plan, step)
         assumed = found.assumed if found else {}
         _report(source, target, contents, plan, required, assumed, as_json)
+
+
+def _check_used(
+    layers: Sequence[Layer], keep: Sequence[str], drop: Sequence[str], flattened: Sizes
+) -> None:
+    """Raise UsageError for a pattern that matches nothing, and so would have no effect."""
+    entries = [name for layer in layers for name in layer.entries.values()]
+    names = [layer.name for layer in layers if layer.kind in (LINEAR, *NORMS)]
+    for option, patterns, there in (
+        ("--keep", keep, entries),
+        ("--drop", drop, entries),
+        ("--flatten", [pattern for pattern, _ in flattened], names),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in there):
+                what = "linear layer and no norm" if option == "--flatten" else "entry"
+                some = ", ".join(map(repr, there[:3])) or "none"
+                raise click.UsageError(
+                    f"{option}: {pattern!r} matches no {what}; the file has such as {some}."
+                )
 
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
@@ -301,11 +328,11 @@ def _report(
     print_table(["entry", "from", "shape", "dtype"], rows, text_columns=3)
     click.echo()
     if left_out:
-        click.echo(one_line(f"left out: {', '.join(left_out)}"))
+        say(f"left out: {', '.join(left_out)}")
     for network, what, layers in required:
         file = target if network == OUT else source
-        click.echo(one_line(f"the network of {file} must have {what}: {', '.join(layers)}"))
-    click.echo(one_line(f"{target}: {counted(len(plan), 'array')} written"))
+        say(f"the network of {file} must have {what}: {', '.join(layers)}")
+    say(f"{target}: {counted(len(plan), 'array')} written")
 
 
 def _assumption(name: str, channels: int) -> str:

@@ -11,10 +11,10 @@ import click
 from doconv_core.cli.command import (
     counted,
     number,
-    one_line,
     print_json,
     print_table,
     require_kernel_sizes,
+    say,
     size,
 )
 from doconv_core.cli.options import (
@@ -90,8 +90,9 @@ def _cost_of_file(
     and for a place of another number of dimensions than the kernel's, or relative to no input.
     """
     layers = []
+    first = checkpoint.parts[:1]  # found anew in all layers at each call
     for layer in checkpoint.in_order:
-        if layer.part == checkpoint.parts[0]:
+        if layer.part in first:
             output = _output(layer, places, input_size)
             positions = 1 if output is None else prod(output)
             layers.append(LayerAt(layer, output, _cost(checkpoint, layer, positions, batch)))
@@ -177,9 +178,9 @@ def _file_object(file: str, batch: int, found: FileCost) -> dict[str, Any]:
 def _print_file(subject: str, batch: int, found: FileCost) -> None:
     images = counted(batch, "image")
     if found.uncounted:
-        click.echo(f"{subject}: {images}; where no output is told, for one position of it")
+        say(f"{subject}: {images}; where no output is told, for one position of it")
     else:
-        click.echo(f"{subject}: {images}")
+        say(f"{subject}: {images}")
     click.echo()
     rows = []
     for at in found.layers:
@@ -205,7 +206,7 @@ def _print_file(subject: str, batch: int, found: FileCost) -> None:
         names = [at.layer.name for at in found.uncounted]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         click.echo()
-        click.echo(one_line(f"not in the total, as --at does not tell their output: {shown}"))
+        say(f"not in the total, as --at does not tell their output: {shown}")
 
 
 def forms_object(found: LayerCost) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Flattenings:
         self._sizes: dict[str, Size] = {}
         self.assumed: dict[str, int] = {}
         chain, last = Chain(), None
+        check_order(layers, images.sizes)
         for layer in layers:
             size = _known_size(checkpoint, layer, images)
             if size is None and layer.kind != LINEAR and layer.name in images.behind:
@@ -104,6 +105,18 @@ def takes_image(layer: Layer, role: str) -> bool:
     if layer.kind == LINEAR:
         return role == "weight"
     return layer.kind in (BATCH_NORM, NORM) and role != "num_batches_tracked"
+
+
+def check_order(layers: Sequence[Layer], sizes: Sizes) -> None:
+    """Raise UsageError for an image with its channels last, by what the convolutions give."""
+    made = {x.kernel_shape[0] for x in layers if x.kind == CONVOLUTION and x.kernel_shape}
+    for pattern, image in sizes:
+        if image and image[0] not in made and image[-1] in made:
+            raise click.UsageError(
+                f"--flatten: no convolution gives the {image[0]} channels of {written(image)}, and "
+                f"one gives {image[-1]}; channels stand first: '{pattern}="
+                f"{written((image[-1], *image[:-1]))}'."
+            )
 
 
 def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:

@@ -13,6 +13,7 @@ from doconv_core.cli.command import (
     print_report,
     progress,
     require_kernel_sizes,
+    say,
     writing_to,
 )
 from doconv_core.cli.options import (
@@ -70,4 +71,4 @@ def fold(
         )
         return
     print_report(report)
-    click.echo(f"{target}: {target.stat().st_size:,} bytes; {source} had {before:,}")
+    say(f"{target}: {target.stat().st_size:,} bytes; {source} had {before:,}")

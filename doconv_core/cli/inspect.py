@@ -13,11 +13,11 @@ from doconv_core.cli.command import (
     counted,
     note_of,
     number,
-    one_line,
     opened,
     print_json,
     print_table,
     progress,
+    say,
     size,
 )
 from doconv_core.cli.options import (
@@ -108,7 +108,8 @@ def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
 
     Of several copies of it, such as an average, those of the first are counted.
     """
-    layers = [layer for layer in layers if layer.part in checkpoint.parts[:1]]
+    first = checkpoint.parts[:1]  # found anew in all layers at each call
+    layers = [layer for layer in layers if layer.part in first]
     folded = [checkpoint.folded_parameters(layer) for layer in layers]
     known = [count for count in folded if count is not None]
     return {
@@ -119,7 +120,7 @@ def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
 
 def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, Measures]) -> None:
     totals = _totals(checkpoint, layers)
-    click.echo(
+    say(
         f"{checkpoint.path}: {checkpoint.format}, {counted(len(layers), 'layer')}, "
         f"{sum(layer.over_parameterized for layer in layers)} of them over-parameterized"
     )
@@ -142,7 +143,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
     if notes:
         click.echo()
     for note in notes:
-        click.echo(one_line(note))
+        say(note)
 
 
 def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:

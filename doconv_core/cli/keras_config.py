@@ -7,6 +7,7 @@ Lambda, or the call of a subclassed model, cannot be seen; nothing is said of la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any, TypeAlias
 
 from doconv_core.files.checkpoint import Checkpoint
@@ -70,23 +71,26 @@ class _Walk:
             if values is not None:
                 fits = len(values) == len(inputs) and isinstance(config["input_layers"], list)
                 made[name, 0] = [values[number] if fits else Value()]
-        todo = [
-            (layer, (_name(layer), number), call)
+        calls = [
+            (layer, (_name(layer), number), list(_tensors(call)))
             for layer in layers
             for number, call in enumerate(_calls(layer))
         ]
-        while todo:  # once, in general, as layers are listed in the order of their calls
-            left = []
-            for layer, key, call in todo:
-                needed = list(_tensors(call))
-                if all(history[:2] in made for history, _ in needed):
-                    if key not in made:
-                        made[key] = self._call(layer, needed, made)
-                else:
-                    left.append((layer, key, call))
-            if len(left) == len(todo):
-                break
-            todo = left
+        lacking = [{history[:2] for history, _ in needed} - made.keys() for *_, needed in calls]
+        waiting: dict[Call, list[int]] = {}
+        for number, lacks in enumerate(lacking):
+            for key in lacks:
+                waiting.setdefault(key, []).append(number)
+        ready = [number for number, lacks in enumerate(lacking) if not lacks]
+        while ready:  # in the order in which they are listed, which is that of their calls
+            layer, key, needed = calls[heappop(ready)]
+            if key in made:
+                continue
+            made[key] = self._call(layer, needed, made)
+            for number in waiting.get(key, ()):
+                lacking[number].discard(key)
+                if not lacking[number]:
+                    heappush(ready, number)
         return [
             _picked(made.get((name, number), []), place)
             for name, number, place in _histories(config.get("output_layers"))

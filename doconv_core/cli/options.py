@@ -107,7 +107,7 @@ kernel_size_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 force_option = click.option("--force", is_flag=True, help="Replace OUT where it exists.")
 source_argument = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
-target_argument = click.Path(path_type=Path)
+target_argument = click.Path(readable=False, path_type=Path)  # `check_target` says why not
 
 
 def matching(path: str, entries: Sequence[tuple[str, T]]) -> T | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from math import prod
+from math import isfinite, isnan, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +15,16 @@ import numpy as np
 from doconv_core.cli.command import (
     DIFFERENT,
     counted,
-    one_line,
     opened,
     print_json,
     print_table,
     progress,
     require_kernel_sizes,
+    say,
     size,
 )
 from doconv_core.cli.contents import Contents
-from doconv_core.cli.flattening import Sizes, features_of, takes_image
+from doconv_core.cli.flattening import Sizes, check_order, features_of, takes_image
 from doconv_core.cli.options import (
     KernelSizes,
     flatten_option,
@@ -38,7 +38,7 @@ from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.entries import KERAS
 from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
-from doconv_core.maths.numeric import Array, difference
+from doconv_core.maths.numeric import Array, difference, largest
 from doconv_core.state.file import entry
 from doconv_core.state.flattening import channels_first, image_size
 
@@ -98,11 +98,12 @@ def verify(
             for layer in layers
             for entry in layer.entries.values()
         ]
-        images = [*_known_images(a, b, paired.both), *flattened]
+        check_order(a.layers, flattened)
+        images = _known_images(a, b, paired.both)
         with progress("comparing") as step:
             for number, (left, right) in enumerate(paired.both):
                 step(number, len(paired.both))
-                for found in compare(a, left, b, right, tolerance, images):
+                for found in compare(a, left, b, right, tolerance, flattened, images):
                     missing.append(found) if isinstance(found, str) else compared.append(found)
     equal = not missing and all(found.equal for found in compared)
     if as_json:
@@ -138,15 +139,17 @@ def _open(
     return both[0], both[1]
 
 
-def _known_images(a: Contents, b: Contents, pairs: Sequence[tuple[Layer, Layer]]) -> Sizes:
+def _known_images(
+    a: Contents, b: Contents, pairs: Sequence[tuple[Layer, Layer]]
+) -> dict[str, tuple[int, ...]]:
     """Return what is flattened before layers, by their names in A, as Keras' configs tell."""
-    found = []
+    found = {}
     for file, number in ((a, 0), (b, 1)):
         for pair in pairs:
             left = pair[0]
             size = image_size(file.fed.get(pair[number].name), features_of(a.checkpoint, left))
             if size is not None:
-                found.append((literal(left.name), size))
+                found[left.name] = size
     return found
 
 
@@ -162,13 +165,9 @@ def _as_object(
     return {
         "files": [str(first), str(second)],
         "equal": equal,
-        "largest_absolute": max(
-            (c.absolute for c in compared if c.absolute is not None), default=0.0
-        ),
-        "largest_relative": max(
-            (c.relative for c in compared if c.relative is not None), default=0.0
-        ),
-        "arrays": [{**c._asdict(), "equal": c.equal} for c in compared],
+        "largest_absolute": largest(c.absolute for c in compared if c.absolute is not None),
+        "largest_relative": largest(c.relative for c in compared if c.relative is not None),
+        "arrays": [c._asdict() for c in compared],
         "missing": missing,
     }
 
@@ -183,19 +182,26 @@ def _print(equal: bool, compared: list[Compared], missing: list[str], show_all: 
         )
         click.echo()
     for line in missing:
-        click.echo(one_line(line))
-    worst = max((c for c in compared if c.relative is not None), key=_relative, default=None)
-    apart = ""
-    if worst is not None:
-        apart = f"; the largest relative difference is {worst.relative:.3g}"
-        apart += f", in {worst.path} {worst.role}" if worst.relative else ""
+        say(line)
+    apart = _apart(compared)
     differing = sum(not found.equal for found in compared)
     verdict = "equal" if equal else f"{differing} differ, {len(missing)} in one file only"
-    click.echo(one_line(f"{counted(len(compared), 'array')} compared: {verdict}{apart}"))
+    say(f"{counted(len(compared), 'array')} compared: {verdict}{apart}")
 
 
-def _relative(found: Compared) -> float:
-    return found.relative or 0.0
+def _apart(compared: Sequence[Compared]) -> str:
+    """Return what the verdict says of how far the arrays lie apart."""
+    known = [c for c in compared if c.relative is not None]
+    told = ""
+    finite = [c for c in known if isfinite(c.relative or 0.0)]
+    if finite:
+        worst = max(finite, key=lambda c: c.relative or 0.0)
+        told = f"; the largest relative difference is {worst.relative:.3g}"
+        told += f", in {worst.path} {worst.role}" if worst.relative else ""
+    if len(finite) < len(known):
+        unknown = counted(len(known) - len(finite), "array")
+        told += f"; {unknown} not finite, of which no difference can be told"
+    return told
 
 
 def _row(found: Compared) -> list[str]:
@@ -217,7 +223,8 @@ class Compared(NamedTuple):
 
     shapes: canonical, of either. absolute, relative: the largest difference, as
     `doconv_core.difference` has it; None where the shapes differ. at: the place of the largest in
-    the canonical array. allowed: the largest relative difference that counts as equal.
+    the canonical array. allowed: the largest relative difference that counts as equal. equal:
+    whether they count so: equal infinities do, and a NaN is equal to nothing.
     """
 
     path: str
@@ -227,11 +234,7 @@ class Compared(NamedTuple):
     relative: float | None
     at: tuple[int, ...] | None
     allowed: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether the two arrays count as equal."""
-        return self.relative is not None and self.relative <= self.allowed
+    equal: bool
 
 
 def compare(
@@ -241,15 +244,19 @@ def compare(
     b: Layer,
     tolerance: float | None = None,
     flattened: Sizes = (),
+    images: Mapping[str, tuple[int, ...]] = {},  # never changed
 ) -> Iterator[Compared | str]:
     """Yield how far each array of layer `a` lies from that of `b`.
 
     tolerance: the relative difference that is allowed for all; None for what the dtypes imply: none
     at all, unless a kernel is composed here. flattened: sizes, channels first, of the images that
-    layers take flattened, by pattern on names, where one of the files is Keras'. A role that
-    one layer alone has is yielded as text.
+    layers take flattened, by pattern on names, where one of the files is Keras'; images: those that
+    are told by the files, by name. A role that one layer alone has is yielded as text.
     """
-    size = None if _last(first) == _last(second) else matching(a.name, flattened)
+    size = None
+    if _last(first) != _last(second):
+        size = matching(a.name, flattened)
+        size = images.get(a.name) if size is None else size
     composed = a.over_parameterized or b.over_parameterized
     for role in _roles(a, b):
         there = [role in layer.entries for layer in (a, b)]
@@ -305,18 +312,20 @@ def _roles(a: Layer, b: Layer) -> list[str]:
 
 def _compared(path: str, role: str, x: Array, y: Array, allowed: float) -> Compared:
     if x.shape != y.shape:
-        return Compared(path, role, (x.shape, y.shape), None, None, None, allowed)
+        return Compared(path, role, (x.shape, y.shape), None, None, None, allowed, False)
     absolute, relative = difference(x, y)
+    equal = relative <= allowed or np.array_equal(x, y)
     at = None
-    if absolute:
+    if absolute and not (equal and isnan(absolute)):
         at = tuple(int(i) for i in np.unravel_index(_worst(x, y), x.shape))
-    return Compared(path, role, (x.shape, y.shape), absolute, relative, at, allowed)
+    return Compared(path, role, (x.shape, y.shape), absolute, relative, at, allowed, equal)
 
 
 def _worst(x: Array, y: Array) -> int:
     """Return the flat index of the largest difference; of one that is not finite, if there is."""
-    a, b = x.astype(np.float64), y.astype(np.float64)
-    with np.errstate(invalid="ignore"):
+    wide = np.result_type(x, y, np.float64)
+    a, b = x.astype(wide), y.astype(wide)
+    with np.errstate(all="ignore"):
         apart = np.abs(a - b)
-    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
+    apart[a == b] = 0.0
     return int(np.argmax(np.nan_to_num(apart, nan=np.inf)))

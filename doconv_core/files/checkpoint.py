@@ -37,7 +37,7 @@ from doconv_core.files.entries import (
 from doconv_core.files.layers import IDENTITY, OTHER, D, Layer, Shape
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
-from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
 
@@ -325,6 +325,8 @@ def open_checkpoint(
     file = Path(path)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder; name a checkpoint file.")
+    if file.exists() and not file.is_file():  # a pipe would keep us waiting
+        raise CheckpointError(f"{file} is a pipe or a device; write what it gives to a file first.")
     module = format_of(file)
     checkpoint = module.read(file, dict(kernel_sizes or {}))
     checkpoint.module = module
@@ -356,10 +358,7 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
 def check_finite(layer: Layer, kernel: Array) -> Array:
     """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
     if not all_finite(kernel):
-        raise NotFoldable(
-            f"layer {layer.name!r}: the folded kernel is not finite; its trained weights have "
-            "overflowed."
-        )
+        raise NotFoldable(f"layer {layer.name!r}: {NOT_FINITE}")
     return kernel
 
 

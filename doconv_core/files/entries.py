@@ -83,7 +83,7 @@ PYTORCH, TENSORFLOW, KERAS, GLUON = "PyTorch", "TensorFlow", "Keras", "Gluon"
 STATE = "doconv state"  # which has this package's own
 
 WRAPPERS = ("module.", "_orig_mod.")
-OUTSIDE = r"(?:[A-Za-z]:)?/|(?:.*/)?\.\.(?:/|$)"
+OUTSIDE = re.compile(r"([A-Za-z]:)?/|(.*/)?\.\.(/|\Z)", re.DOTALL)  # a name may have several lines
 # What keys tell of dicts in a training checkpoint: that it is no model, or an average of one.
 NO_MODEL = re.compile("optim|sched|scaler")
 AVERAGED = re.compile("(^|[^a-z])(ema|swa|averaged?|shadow)([^a-z]|$)")
@@ -116,7 +116,7 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         seen.add(name)
         if not _is_text(name):
             raise CheckpointError(f"{path} has an entry named {shown(name)}, which is no text.")
-        if "\0" in name or re.match(OUTSIDE, name.replace("\\", "/")):
+        if "\0" in name or OUTSIDE.match(name.replace("\\", "/")):
             raise CheckpointError(
                 f"{path} has an entry named {shown(name)}, a path out of the file; it is not read."
             )
@@ -124,7 +124,11 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 
 def _is_text(name: str) -> bool:
     """Return whether files can hold the name: a string may have halves of characters."""
-    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

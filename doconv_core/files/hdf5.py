@@ -167,8 +167,7 @@ class Hdf5:
 
         def visit(path: str, new: Any) -> None:
             group = self.groups[path]
-            gone = {name.removeprefix(f"{path}/") for name in dropped}
-            self._copy_attributes(path, group, new, gone)
+            self._copy_attributes(path, group, new, dropped)
             for name in self.made(path) or group:
                 inner = f"{path}/{name}" if path else name
                 if inner in self.groups:
@@ -194,7 +193,7 @@ class Hdf5:
         with self._reading(path):
             for name, value in old.attrs.items():
                 if name == "weight_names":
-                    value = [text for text in value if _text(text) not in gone]
+                    value = [v for v in value if {_text(v), f"{path}/{_text(v)}"}.isdisjoint(gone)]
                 new.attrs.create(name, value, dtype=old.attrs.get_id(name).dtype)
 
     def close(self) -> None:
@@ -276,7 +275,7 @@ def creation_order(file: Any, address: int, names: Collection[str]) -> list[str]
 
 def _names_in(heap: bytes, expected: set[str]) -> list[str] | None:
     """Return the names that lie in a heap, each in steps of 8 bytes, if they are the expected."""
-    found: list[str] = []
+    found: dict[str, None] = {}
     position = 0
     while position < len(heap) and len(found) < len(expected):
         end = heap.find(b"\0", position)
@@ -285,9 +284,9 @@ def _names_in(heap: bytes, expected: set[str]) -> list[str] | None:
         name = heap[position:end].decode(errors="replace")
         if name and (name not in expected or name in found):
             return None
-        found += [name] if name else []
+        found |= {name: None} if name else {}
         position += (end - position) // 8 * 8 + 8
-    return found if len(found) == len(expected) else None
+    return [*found] if len(found) == len(expected) else None
 
 
 def _heap_address(file: Any, address: int) -> int | None:

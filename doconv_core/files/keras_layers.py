@@ -76,6 +76,9 @@ class KerasLayers:
         self, file: Hdf5, nodes: Mapping[str, Mapping[str, Any]], entries: Mapping[str, Entry]
     ) -> None:
         self._file, self._nodes, self._entries = file, nodes, entries
+        self._arrays: dict[str, list[str]] = {}  # by the group that they lie in
+        for name in entries:
+            self._arrays.setdefault(name.rpartition("/")[0], []).append(name)
 
     def find(self, sizes: Sizes) -> tuple[Layer, ...]:
         """Return the layers that own arrays, in the order of their groups."""
@@ -103,9 +106,10 @@ class KerasLayers:
         return _in(group, "vars") in self._file.groups
 
     def _arrays_of(self, group: str) -> list[str]:
-        prefix = _in(group, "vars") + "/"
-        found = [n for n in self._entries if n.startswith(prefix) and "/" not in n[len(prefix) :]]
-        return sorted(found, key=lambda name: (not name[len(prefix) :].isdigit(), len(name), name))
+        def order(name: str) -> tuple[bool, int, str]:
+            return not name.rpartition("/")[2].isdigit(), len(name), name
+
+        return sorted(self._arrays.get(_in(group, "vars"), ()), key=order)
 
     def _path(self, group: str) -> str:
         """Return the names of the layers from the model's own down, joined by dots."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -105,6 +106,7 @@ ROLES = {
     "running_var": "running_var", "moving_var": "running_var",
     "num_batches_tracked": "num_batches_tracked",
 }  # fmt: skip
+_ENDINGS = tuple(ROLES)
 
 
 def find_layers(
@@ -129,6 +131,8 @@ def find_layers(
     search = _Search(shapes, sizes, part, separators, framework, layouts, norm)
     ordered = {key: place for place, key in enumerate(shapes)}
     found = sorted(search.layers(), key=lambda layer: ordered[next(iter(layer.entries.values()))])
+    if all(key == name for key, name in keys.items()):
+        return tuple(found)
     return tuple(
         dataclasses.replace(x, entries={role: keys[key] for role, key in x.entries.items()})
         for x in found
@@ -195,16 +199,15 @@ class _Search:
         may have the dots taken out of its names.
         """
         shapes, ambiguous, settled = self.shapes, [], ""
+        place = {key: number for number, key in enumerate(shapes)}
         for key in (key for key in shapes if key.endswith(D)):
             prefix = key[: -len(D)]
             weight = shapes.get(f"{prefix}weight")
             if weight is None or len(shapes[key].shape) != 3 or len(weight.shape) < 3:
                 continue
-            names = {prefix + role: role for role in ("weight", "bias", D)}
-            layer = self._layer(
-                prefix, CONVOLUTION, {names[k]: k for k in shapes if k in names}, "doconv",
-                composed=DO_CONV,
-            )  # fmt: skip
+            roles = {r: prefix + r for r in ("weight", "bias", D) if prefix + r in shapes}
+            roles = dict(sorted(roles.items(), key=lambda item: place[item[1]]))
+            layer = self._layer(prefix, CONVOLUTION, roles, "doconv", composed=DO_CONV)
             all_ = (over_parameterized(layer, shapes, at, self.sizes) for at in self.layouts)
             fitting = [found for found in all_ if found is not None]
             if len(fitting) > 1:
@@ -274,16 +277,20 @@ class _Search:
 
     def _split(self, key: str) -> tuple[str, str]:
         """Return what stands before an entry's own name, with the separator, and its role."""
-        for ending, role in ROLES.items():
+        start = _start(key)
+        role = ROLES.get(key[start:])
+        if role is not None:
+            return key[:start], role
+        for ending, role in ROLES.items() if key.endswith(_ENDINGS) else ():
             prefix = key[: -len(ending)]
             if key.endswith(ending) and (not prefix or prefix[-1] in self.separators):
                 return prefix, role
-        return key[: _start(key)], key[_start(key) :]
+        return key[:start], key[start:]
 
 
 def _start(key: str) -> int:
     """Return where an entry's own name begins."""
-    return max(key.rfind(separator) for separator in "./") + 1
+    return max(key.rfind("."), key.rfind("/")) + 1
 
 
 MAX_TOLD = 6  # entries in a note
@@ -291,6 +298,20 @@ MAX_TOLD = 6  # entries in a note
 
 class KernelSizeError(ValueError):
     """A kernel size that was given, and is that of no layer that it is for."""
+
+
+_ESCAPED = re.compile(r"\[([*?[])\]")
+
+
+def literal_of(pattern: str) -> str | None:
+    """Return the one name that a glob pattern matches; None where it may match others.
+
+    >>> literal_of("conv[*]1"), literal_of("conv*")
+    ('conv*1', None)
+    """
+    if set("*?[").isdisjoint(_ESCAPED.sub("", pattern)):
+        return _ESCAPED.sub(r"\1", pattern)
+    return None
 
 
 class Sizes:
@@ -301,6 +322,10 @@ class Sizes:
 
     def __init__(self, sizes: KernelSizes) -> None:
         self._sizes: dict[str, tuple[int, ...]] = {}
+        self._place = {pattern: number for number, pattern in enumerate(sizes)}
+        # Names that are written out are looked up: there may be one for each layer.
+        self._exact = {name: p for p in sizes if (name := literal_of(p)) is not None}
+        self._globs = [p for p in sizes if literal_of(p) is None]
         self._unused = set(sizes)
         self._asked: list[str] = []
         for pattern, size in sizes.items():
@@ -320,7 +345,9 @@ class Sizes:
         """
         names = list(dict.fromkeys(names))
         self._asked += names
-        matching = [p for p in self._sizes if any(fnmatchcase(name, p) for name in names)]
+        matching = [p for p in self._globs if any(fnmatchcase(name, p) for name in names)]
+        matching += {self._exact[name]: None for name in names if name in self._exact}
+        matching.sort(key=self._place.__getitem__)
         self._unused.difference_update(matching)
         if not matching:
             return None

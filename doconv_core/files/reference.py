@@ -77,9 +77,10 @@ def find_reference(shapes: Mapping[str, Entry], separators: str, framework: str)
     the others are of, and else of the first in `FRAMEWORKS`.
     """
     allowed = (framework,) if framework else FRAMEWORKS
+    places = {key: number for number, key in enumerate(shapes)}
     fitting = [
         [told for f in allowed if (told := _told(f, prefix, roles, shapes))]
-        for prefix, roles in _candidates(shapes, separators)
+        for prefix, roles in _candidates(shapes, separators, places)
     ]
     settled = [options[0].framework for options in fitting if len(options) == 1]
     found = []
@@ -93,12 +94,12 @@ def find_reference(shapes: Mapping[str, Entry], separators: str, framework: str)
         found.append(chosen)
     if found:
         known = {each.prefix.rstrip("./_") for each in found}
-        found += _one_tap(shapes, separators, found[0].framework, known)
+        found += _one_tap(shapes, separators, found[0].framework, known, places)
     return found
 
 
 def _candidates(
-    shapes: Mapping[str, Entry], separators: str
+    shapes: Mapping[str, Entry], separators: str, places: Mapping[str, int]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield what stands before the entry's own name, and the entries by role, of each D."""
     for key in shapes:
@@ -108,16 +109,15 @@ def _candidates(
             names |= {"bias": "bias"} | dict.fromkeys(IDENTITIES, "identity")
             roles = {role: prefix + name for name, role in names.items() if prefix + name in shapes}
             if "weight" in roles:
-                yield prefix, _in_order(roles, shapes)
+                yield prefix, _in_order(roles, places)
 
 
 def _ends(prefix: str, separators: str) -> bool:
     return not prefix or prefix[-1] in separators
 
 
-def _in_order(roles: dict[str, str], shapes: Mapping[str, Entry]) -> dict[str, str]:
-    names = {key: role for role, key in roles.items()}
-    return {names[key]: key for key in shapes if key in names}
+def _in_order(roles: dict[str, str], places: Mapping[str, int]) -> dict[str, str]:
+    return dict(sorted(roles.items(), key=lambda item: places[item[1]]))
 
 
 def _told(
@@ -148,7 +148,11 @@ def _told(
 
 
 def _one_tap(
-    shapes: Mapping[str, Entry], separators: str, framework: str, known: set[str]
+    shapes: Mapping[str, Entry],
+    separators: str,
+    framework: str,
+    known: set[str],
+    places: Mapping[str, int],
 ) -> Iterator[Found]:
     """Yield the layers without a D; in Gluon they are ordinary ones already."""
     for key, entry in shapes.items():
@@ -163,7 +167,7 @@ def _one_tap(
                 names = {"weight": key, "bias": f"{prefix}bias"}
                 roles = {role: name for role, name in names.items() if name in shapes}
                 channels = (per_group, out_channels, 1)
-                yield Found(prefix, _in_order(roles, shapes), framework, channels, 1, 1, (1, 1))
+                yield Found(prefix, _in_order(roles, places), framework, channels, 1, 1, (1, 1))
 
 
 def compose_upstream(

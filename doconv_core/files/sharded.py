@@ -57,13 +57,14 @@ def write(
         numbers = [like.shard_of.get(entry.name, last) for entry in entries]
         _write(path, entries, arrays, numbers, len(like.shards), like.metadata)
         return
-    numbers, used = [], 0
+    numbers, number, used = [], 0, 0
     for entry in entries:
         size = _bytes(entry)
-        new = not numbers or used + size > SHARD
-        numbers.append(len(set(numbers)) if new else numbers[-1])
+        new = bool(numbers) and used + size > SHARD
+        number += new
+        numbers.append(number)
         used = size if new else used + size
-    _write(path, entries, arrays, numbers, len(set(numbers)), {})
+    _write(path, entries, arrays, numbers, number + bool(numbers), {})
 
 
 def _write(
@@ -77,8 +78,10 @@ def _write(
     """Write the entries to shards of these numbers."""
     stem = path.name.removesuffix(SUFFIXES[0])
     names = [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    for number, name in enumerate(names):
-        own = [e for e, n in zip(entries, numbers, strict=True) if n == number]
+    shards: list[list[Entry]] = [[] for _ in names]
+    for entry, number in zip(entries, numbers, strict=True):
+        shards[number].append(entry)
+    for name, own in zip(names, shards, strict=True):
         write_shard(path.with_name(name), own, arrays)
     index = {
         "metadata": {**metadata, "total_size": sum(map(_bytes, entries))},
@@ -103,10 +106,14 @@ class ShardedCheckpoint(Checkpoint):
         self.path = path
         self.metadata, where = _read_index(path)
         self.shards = sorted(set(where.values()))
-        self.shard_of = {name: self.shards.index(shard) for name, shard in where.items()}
+        place = {shard: number for number, shard in enumerate(self.shards)}
+        self.shard_of = {name: place[shard] for name, shard in where.items()}
+        told: dict[str, set[str]] = {shard: set() for shard in self.shards}
+        for name, shard in where.items():
+            told[shard].add(name)
         self._opened = ExitStack()
         try:
-            self._files = [self._open(name, where) for name in self.shards]
+            self._files = [self._open(name, told[name], where) for name in self.shards]
             self.entries = {n: e for file in self._files for n, e in file.entries.items()}
             sizes = Sizes(kernel_sizes)
             self.layers = find_layers(self.entries, without_wrappers(list(self.entries)), sizes)
@@ -115,14 +122,13 @@ class ShardedCheckpoint(Checkpoint):
             self.close()
             raise
 
-    def _open(self, name: str, where: Mapping[str, str]) -> SafetensorsCheckpoint:
+    def _open(self, name: str, told: set[str], where: Mapping[str, str]) -> SafetensorsCheckpoint:
         """Return a shard, open; CheckpointError where the index tells otherwise of its entries."""
         path = self.path.with_name(name)
         if not path.is_file():
             raise CheckpointError(f"{self.path} needs {path}, which is not there.")
         file = SafetensorsCheckpoint(path, {})
         self._opened.callback(file.close)
-        told = {entry for entry, shard in where.items() if shard == name}
         for entry in sorted(told ^ file.entries.keys()):
             other = f"in {where[entry]}" if entry in where and entry not in told else "in no shard"
             problem = "has not" if entry in told else f"has, where the index has it {other}"

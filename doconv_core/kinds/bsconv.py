@@ -367,6 +367,14 @@ def replacement(
     as_choice("start", start, STARTS)
     sizes = as_kernel_sizes(kernel_sizes)
     BSConvSpec(1, 1, (1,), variant, p, min_mid_channels, with_bn)
+    for name, value, default in (
+        ("p", p, P), ("min_mid_channels", min_mid_channels, MIN_MID_CHANNELS)
+    ):  # fmt: skip
+        if variant == "u" and value != default:
+            raise ValueError(
+                f"{name} is of BSConv-S alone, which has channels between two pointwise "
+                f"convolutions; received variant='u' and {name}={value!r}. Use variant='s'."
+            )
     batch_norm_options(with_bn, bn_options, allowed)
     options: dict[str, Any] = {"with_bn": with_bn, "bn_options": bn_options, "start": start}
     if variant == "s":

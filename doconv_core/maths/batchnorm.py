@@ -18,6 +18,9 @@ class NotFoldable(TypeError):
     """
 
 
+NOT_FINITE = "the folded kernel is not finite; its trained weights have overflowed."
+
+
 def fuse_batchnorm(
     kernel: ArrayLike,
     bias: ArrayLike | None,

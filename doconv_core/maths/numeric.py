@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +49,8 @@ class Difference(NamedTuple):
 
     absolute: the largest difference of two entries. relative: the same, divided by the largest
     magnitude of any expected entry; so an entry near zero does not decide. Both are infinite where
-    one result has a NaN or an infinity that the other lacks.
+    one result has a NaN or an infinity that the other lacks, and NaN where both have the same: of
+    values that are not finite nothing can be told. So no comparison takes them for equal.
 
     >>> Difference(absolute=0.5, relative=0.25).relative
     0.25
@@ -61,8 +64,8 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
     """Return the largest absolute and relative difference of `found` from `expected`, in float64.
 
     Two results are equal "exactly" where both are 0, and equal "to r relative" where `relative` is
-    at most r. Empty arrays are equal. Raises ValueError where the shapes differ, TypeError for
-    complex numbers.
+    at most r. Empty arrays are equal. Of complex numbers, magnitudes count. Raises ValueError where
+    the shapes differ.
 
     >>> difference([1.0, 2.5], [1.0, 2.0])
     Difference(absolute=0.5, relative=0.25)
@@ -70,14 +73,29 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
     a, b = np.asarray(found), np.asarray(expected)
     if a.shape != b.shape:
         raise ValueError(f"expected a result of shape {b.shape}; received {a.shape}.")
-    if np.iscomplexobj(a) or np.iscomplexobj(b):
-        raise TypeError(f"results must be real; received dtypes {a.dtype} and {b.dtype}.")
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-    if not differ.any():
+    wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
+    a, b = a.astype(wide), b.astype(wide)
+    with np.errstate(all="ignore"):  # what is not finite is in the result
+        apart = np.abs(a - b)
+    if not np.isfinite(apart).all():
+        a_too, b_too = np.isfinite(a), np.isfinite(b)
+        alike = (a == b) | (np.isnan(a) & np.isnan(b)) | (a_too & b_too & np.isfinite(apart))
+        nothing = np.nan if alike.all() else np.inf
+        return Difference(nothing, nothing)
+    largest = float(apart.max(initial=0.0))
+    if not largest:
         return Difference(0.0, 0.0)
-    largest = float(np.abs(a[differ] - b[differ]).max())
-    if not np.isfinite(largest):
-        return Difference(np.inf, np.inf)
-    scale = float(np.abs(b[np.isfinite(b)]).max())
+    scale = float(np.abs(b).max())
     return Difference(largest, largest / scale if scale else np.inf)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of differences: infinite where one is, else NaN where one is; 0 of none.
+
+    >>> largest([1.0, float("nan")])
+    nan
+    """
+    found = list(values)
+    if any(map(math.isnan, found)) and math.inf not in found:
+        return math.nan
+    return max((each for each in found if not math.isnan(each)), default=0.0)

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from doconv_core.maths.numeric import Array, as_matrix, widened
+from doconv_core.maths.spec import as_number
 
 ALPHA = 0.1  # the weight of the loss, in every backend
+
+
+def as_weight(name: str, value: Any) -> float:
+    """Return the weight of the loss as a float of at least 0; TypeError or ValueError names it."""
+    if as_number(name, value) < 0:
+        raise ValueError(
+            f"{name} must not be negative, or training would drive the rows apart from orthonormal "
+            f"ones; received {name}={value!r}."
+        )
+    return float(value)
+
+
+def check_rows(rows: int, columns: int) -> None:
+    """Raise ValueError where so many rows cannot be orthonormal. rows: `O`; columns: `I`."""
+    if rows > columns:
+        raise ValueError(
+            "mark_orthonormal takes a convolution of at most as many output channels as input "
+            f"channels, as more rows cannot be orthonormal; received {columns} input channels and "
+            f"{rows} output channels."
+        )
 
 
 def orthonormality(weight: ArrayLike) -> float:

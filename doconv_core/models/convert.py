@@ -57,10 +57,10 @@ def over_parameterize(
     if isinstance(known, ComposedKind):
         known.check_options(options)
     layers = of_kind(layer_kinds, kind)
-    target, _, parts = convert(
+    target, _, parts, uncounted = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
     )
-    return Converted(target, Report("over-parameterized", *parts))
+    return Converted(target, Report("over-parameterized", *parts, uncounted=uncounted))
 
 
 def replace(
@@ -74,12 +74,13 @@ def replace(
 ) -> Converted:
     """Return the model with layers of a kind that computes something else, to be trained on."""
     layers = of_kind(layer_kinds, kind)
-    target, chosen, parts = convert(
+    target, chosen, parts, uncounted = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
     )
     shares = ((each.site.path, layers.share(each.prepared)) for each in chosen)
     explained = tuple(Explained(path, share) for path, share in shares if share is not None)
-    return Converted(target, BSConvReport("replaced", *parts, explained))
+    report = BSConvReport("replaced", *parts, explained, uncounted=uncounted)
+    return Converted(target, report)
 
 
 def of_kind(layer_kinds: Mapping[str, LayerKind], kind: str) -> LayerKind:
@@ -104,12 +105,16 @@ def convert(
     where: Where,
     inplace: bool,
     stacklevel: int,
-) -> tuple[Any, list[Chosen], Parts]:
+) -> tuple[Any, list[Chosen], Parts, int]:
     """Return the model, the layers that were replaced as they were, and the parts of a report.
+
+    The last is how many parameters are not counted.
 
     Everything is checked before anything is changed.
     """
-    selection, sites = Selection(where), view.sites()
+    sites = view.sites()
+    _check_where(where, sites)
+    selection = Selection(where)
     reasons = _reasons(view, sites, layer_kinds, layers, selection, options)
     chosen = []
     for index, site in enumerate(sites):
@@ -136,7 +141,21 @@ def convert(
     twins = sites if inplace else target.sites()
     layers.convert(target, [(twins[each.at], each.prepared) for each in chosen])
     target.finish(changed=bool(chosen))
-    return target.model, chosen, (changed, left, before, target.count())
+    parts = (changed, left, before, target.count())
+    return target.model, chosen, parts, target.uncounted()
+
+
+def _check_where(where: Where, sites: Sequence[Site]) -> None:
+    """Raise TypeError for layers, most of which can be called and would be taken for predicates."""
+    given = where if isinstance(where, (list, tuple, set)) else (where,)
+    paths = {id(site.layer): site.path for site in sites}
+    for each in given:
+        if id(each) in paths:
+            raise TypeError(
+                f"where takes no layers; for this {type(each).__name__} give its path, "
+                f"where={paths[id(each)]!r}, or a predicate, such as where=lambda path, layer: "
+                "layer is conv."
+            )
 
 
 def _reasons(

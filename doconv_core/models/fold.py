@@ -88,10 +88,12 @@ def fold(
     there = {site.path for site in target.sites()}  # parts of what is one layer now are not
     told = tuple(changed[index] for index in sorted(changed) if changed[index].path in there)
     parts = told, tuple(left), before, target.count()
+    uncounted = target.uncounted()
     if not choices:
-        return Converted(target.model, Report("folded", *parts))
+        return Converted(target.model, Report("folded", *parts, uncounted=uncounted))
     several = {name: forms[name] for name in forms if len(layer_kinds[name].kind.forms) > 1}
-    return Converted(target.model, FoldReport("folded", *parts, several, tuple(choices)))
+    report = FoldReport("folded", *parts, several, tuple(choices), uncounted=uncounted)
+    return Converted(target.model, report)
 
 
 Planned = dict[str, dict[int, Folding]]

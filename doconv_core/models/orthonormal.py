@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from doconv_core.maths.orthonormal import check_rows
 from doconv_core.models.view import LayerKinds
 
 
@@ -43,10 +44,18 @@ def check_convolution(conv: Any, known: bool) -> None:
         )
 
 
-def check_pointwise(kernel_size: Sequence[int], groups: int) -> None:
-    """Raise ValueError for a convolution that is not pointwise, and so cannot be marked."""
+def check_pointwise(
+    kernel_size: Sequence[int], groups: int, channels: tuple[int, int] | None
+) -> None:
+    """Raise ValueError for a convolution that cannot be marked: its rows cannot be orthonormal.
+
+    channels: of its output and its input; None where the latter are not known yet, which the loss
+    then looks at.
+    """
     if set(kernel_size) != {1} or groups != 1:
         raise ValueError(
             "mark_orthonormal takes a pointwise convolution, of kernel_size 1 and groups=1; "
             f"received kernel_size={kernel_size}, groups={groups}."
         )
+    if channels is not None:
+        check_rows(*channels)

@@ -94,7 +94,8 @@ class Report:
 
     action: in one word, such as "over-parameterized". changed, left: the layers that it replaced
     and left, in the model's order. parameters_before, parameters_after: the model's parameters, as
-    its framework counts them, each once.
+    its framework counts them, each once. uncounted: how many parameters are not in these numbers,
+    as their shapes are not known before the model has run.
 
     >>> print(Report("folded", (Change("stem", "DOConv2d", "Conv2d"),), (), 305, 224))
     folded 1 layer, left 0; parameters: 305 before, 224 after (-26.56%)
@@ -107,6 +108,7 @@ class Report:
     left: tuple[Left, ...]
     parameters_before: int
     parameters_after: int
+    uncounted: int = field(default=0, kw_only=True, compare=False)
 
     def __str__(self) -> str:
         """Return the report to read: layers by what became of them, and the parameters."""
@@ -114,13 +116,19 @@ class Report:
         share = f" ({(after - before) / before:+.2%})" if before and after != before else ""
         lines = [
             f"{self.action} {_counted(len(self.changed))}, left {len(self.left)}; parameters: "
-            f"{before:,} before, {after:,} after{share}"
+            f"{before:,} before, {after:,} after{share}{self._uncounted()}"
         ]
         lines += grouped((f"{c.before} -> {c.after}", c.path) for c in self.changed)
         if self.left:
             lines.append("left as they were:")
             lines += grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
         return "\n".join(lines)
+
+    def _uncounted(self) -> str:
+        """Return what the first line says of parameters that are not counted."""
+        if not self.uncounted:
+            return ""
+        return f", without {self.uncounted} whose shapes are known once the model has run"
 
 
 def _counted(count: int) -> str:
@@ -158,7 +166,7 @@ class Converted(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """How much of a layer's trained kernel the layer that replaced it started with.
+    """How much of a layer's kernel the layer that replaced it started with.
 
     path: where the layer is. share: of the kernel's squared Frobenius norm, 0 to 1.
 
@@ -172,14 +180,14 @@ class Explained(NamedTuple):
 
 @dataclass(frozen=True)
 class BSConvReport(Report):
-    """What `to_bsconv` did. explained: of each layer that started from its trained weights.
+    """What `to_bsconv` did. explained: of each layer that started from its former weights.
 
     >>> change, explained = Change("stem", "Conv2d", "BSConvU2d"), Explained("stem", 0.75)
     >>> print(BSConvReport("replaced", (change,), (), 224, 64, (explained,)))
     replaced 1 layer, left 0; parameters: 224 before, 64 after (-71.43%)
       Conv2d -> BSConvU2d (1)
         stem
-    explained variance of the trained kernels, 75.0% on average:
+    explained variance of the kernels before, 75.0% on average:
        75.0%  stem
     """
 
@@ -190,7 +198,7 @@ class BSConvReport(Report):
         lines = [super().__str__()]
         if self.explained:
             mean = sum(share for _, share in self.explained) / len(self.explained)
-            lines.append(f"explained variance of the trained kernels, {mean:.1%} on average:")
+            lines.append(f"explained variance of the kernels before, {mean:.1%} on average:")
             lines += [f"  {s:6.1%}  {p or '(the model itself)'}" for p, s in self.explained]
         return "\n".join(lines)
 

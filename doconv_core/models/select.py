@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -43,6 +44,7 @@ class Selection:
         elif types:
             self._test = lambda path, layer: isinstance(layer, types)
         elif callable(where):
+            _check_predicate(where)
             self._test = where
         elif not isinstance(where, (bytes, Mapping)) and isinstance(where, Iterable):
             self._patterns = tuple(where)  # type: ignore[arg-type]
@@ -85,6 +87,21 @@ class Selection:
         else:
             return
         warnings.warn(message, UserWarning, stacklevel=stacklevel)
+
+
+def _check_predicate(where: Any) -> None:
+    """Raise TypeError for what cannot be called with a path and a layer."""
+    try:
+        signature = inspect.signature(where)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind("path", object())
+    except TypeError:
+        raise TypeError(
+            "where must be called with a path and a layer, as in where=lambda path, layer: "
+            f"path.startswith('stage'); received one that takes {signature}."
+        ) from None
 
 
 def _all(values: Any, kind: type) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.maths.numeric import Difference, difference
+from doconv_core.maths.numeric import Difference, difference, largest
 from doconv_core.models.report import listed
 
 NUMBERS = (bool, int, float, np.ndarray, np.generic)
@@ -84,4 +84,4 @@ def largest_difference(
             differences.append(difference(array, expected[place]))
         except ValueError as error:
             raise ValueError(f"output {place!r}: {error}" if place else str(error)) from None
-    return Difference(*(max(values) for values in zip(*differences, strict=True)))
+    return Difference(*map(largest, zip(*differences, strict=True)))

@@ -88,6 +88,10 @@ class ModelView(ABC):
     def count(self) -> int:
         """Return the number of the model's parameters, as its framework counts them, each once."""
 
+    def uncounted(self) -> int:
+        """Return how many parameters `count` leaves out, as their shape is not known yet."""
+        return 0
+
     @abstractmethod
     def copied(self, given_up: Sequence[Any] = ()) -> ModelView:
         """Return the view of a copy. given_up: parameters that the copy is to lose at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from doconv_core.kinds.base import Cost
@@ -86,30 +86,35 @@ class NetworkCost:
 
 def count(
     name_or_description: str | Network,
-    input_shape: Sequence[int] | None = (3, 32, 32),
-    num_classes: int | None = 100,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
 ) -> NetworkCost:
     """Return what a network costs for one image, with no framework.
 
     input_shape: `(C, H, W)`. num_classes: of a network given by name; a description has its own.
-    None stands for what the network is for. Operations are counted by the rule of BSConv's tables:
-    a convolution takes its weight's entries at every output position, and with a bias one more for
-    each output; a linear layer inputs times outputs, and outputs for a bias; a batch norm twice
-    its inputs; a ReLU its outputs; pooling its inputs; and all else nothing: other activations,
-    the products of squeeze and excite, the sums of residuals.
+    None stands for the data set that the network is for, as for `doconv cost`.
+    Operations are counted by the rule of BSConv's tables: a convolution takes its weight's entries
+    at every output position, and with a bias one more for each output; a linear layer inputs times
+    outputs, and outputs for a bias; a batch norm twice its inputs; a ReLU its outputs; pooling its
+    inputs; and all else nothing: other activations, the products of squeeze and excite, the sums of
+    residuals.
     Raises ValueError for a name that gives no network and an input that does not fit, TypeError
     for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository.
 
     >>> cost = count("cifar_resnet20", (3, 32, 32), num_classes=10)
     >>> cost.parameters, cost.flops
     (272480, 41413258)
+    >>> count("resnet50_v1b").input_shape
+    (3, 224, 224)
     """
     shape = None if input_shape is None else _checked(input_shape)
     if isinstance(name_or_description, Network):
         network = name_or_description
     else:
-        channels = None if shape is None else shape[0]
-        network = describe(name_or_description, num_classes=num_classes, in_channels=channels)
+        network = describe(name_or_description, num_classes=num_classes)
+        if shape is not None:
+            _check_order(shape, network.input_shape[0])
+            network = replace(network, input_shape=(shape[0], shape[1], shape[2]))
     network = for_input(network, shape)
     described, placed = infer(network), infer(lowered(network))
     leaves = (at for at in placed.values() if isinstance(at.node, Leaf))
@@ -124,6 +129,19 @@ def _checked(input_shape: Sequence[int]) -> Shape:
             f"input_shape={input_shape!r}."
         )
     return tuple(as_integer(f"input_shape[{d}]", n) for d, n in enumerate(input_shape))
+
+
+def _check_order(shape: Shape, channels: int) -> None:
+    """Raise ValueError where channels seem to be last; `channels` are the network's, if not told.
+
+    An image that is as narrow as that is none.
+    """
+    if shape[2] in (1, 3, 4, channels) and shape[0] > shape[2]:
+        channels_first = (shape[2], *shape[:2])
+        raise ValueError(
+            "input_shape must be channels, rows and columns, in this order; received input_shape="
+            f"{tuple(shape)}, which has the channels last, as Keras does: write {channels_first}."
+        )
 
 
 def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:

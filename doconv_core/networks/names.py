@@ -48,7 +48,7 @@ def describe(
     try:
         family, build = _parsed(name)
     except _Unknown as error:
-        nearest = enumerated(map(repr, get_close_matches(name, error.names, 3, 0)), "and")
+        nearest = enumerated(map(repr, _nearest(name, error.names)), "and")
         raise ValueError(
             f"{name!r} is no network: {error.reason}; the nearest are {nearest}."
         ) from None
@@ -94,6 +94,19 @@ def _built(build: Build, kind: Recipe, word: str | None, classes: int) -> Sequen
 
     body: Sequence = replaced(build(classes, kind), change)
     return body
+
+
+def _nearest(name: str, names: tuple[str, ...]) -> list[str]:
+    """Return three names: those that only lack an ending first, such as a version's, or a dash.
+
+    names: those of the name's family, or all.
+    """
+    letters = re.compile("[^a-z0-9]")
+    given = letters.sub("", name.lower())
+    plain = {each: letters.sub("", each) for each in dict.fromkeys((*names, *_all_names()))}
+    alike = [n for n, text in plain.items() if given and re.match(rf"{given}(?!\d)", text)]
+    close = get_close_matches(name.lower(), names, 3, 0)
+    return list(dict.fromkeys([*sorted(alike, key=lambda n: len(plain[n])), *close]))[:3]
 
 
 class _Unknown(Exception):

@@ -39,12 +39,21 @@ def _form(node: Any, before: Shape) -> LayerForm | None:
     return form
 
 
+def check_network(network: Any) -> None:
+    """Raise TypeError for what describes no network, such as its name."""
+    if isinstance(network, str):
+        raise TypeError(f"network must be a Network; received {network!r}: describe it first.")
+    if not isinstance(network, Network):
+        raise TypeError(f"network must be a Network; received {type(network).__name__}.")
+
+
 def infer(network: Network, input_shape: Shape | None = None) -> dict[str, Placed]:
     """Return every node of the network by its path, in order, each before its children.
 
     The network's body has the empty path. input_shape: `(C, H, W)`; None for the network's own.
     Raises ValueError, by path, where the input is too small, or a shape does not fit.
     """
+    check_network(network)
     placed: dict[str, Any] = {}
 
     def place(path: str, node: Node, before: Shape) -> Shape:
@@ -71,6 +80,7 @@ def for_input(network: Network, input_shape: Shape | None = None) -> Network:
     Raises TypeError or ValueError for what is no such size, has another number of channels than the
     network's, or is too small.
     """
+    check_network(network)
     if input_shape is None:
         return network
     if not is_sequence(input_shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +35,13 @@ class Chain:
     """
 
     def __init__(self) -> None:
-        self._made: list[Made] = []
+        self._last: Made | None = None  # that gives something known
+        self._earlier: Made | None = None  # the one before it
+        self._number = 0  # of those that were added
+        self._rank = 2  # of the last image
+        self._outputs = Counter[int]()  # how many give so many channels, the last one too
+        # Of all before the last, those that none seems to take: the latest of each size.
+        self._free: dict[tuple[int, int], tuple[int, Made]] = {}
         self.before: Made | None = None
 
     def add_other(self) -> None:
@@ -45,19 +52,23 @@ class Chain:
         """Add a norm of one number for each feature."""
         if self.before is None or self.before.outputs != features:
             # Of another layer, of several whose channels are joined, or of a flattened image.
-            rank = next((made.rank for made in reversed(self._made) if made.rank), 2)
-            self._append(Made(name, None, features, rank))
+            self._append(Made(name, None, features, self._rank))
 
     def add_weight(self, name: str, shape: tuple[int, ...]) -> None:
         """Add a convolution, `(O, I/g, *kernel_size)`, or a linear layer, `(out, in)`."""
         made = Made(name, shape[1], shape[0], len(shape) - 2)
-        if self._made and self._takes(made, self._made[-1].outputs):
-            self._made[-1].taken = True
+        if self._last is not None and self._takes(made, self._last.outputs):
+            self._last.taken = True
         self._append(made)
 
     def _append(self, made: Made) -> None:
-        self._made.append(made)
-        self.before = made
+        last = self._last
+        if last is not None and last.rank and not last.taken:
+            self._free[last.outputs, last.rank] = self._number, last
+        self._earlier, self._last, self.before = last, made, made
+        self._outputs[made.outputs] += 1
+        self._number += 1
+        self._rank = made.rank or self._rank
 
     def _takes(self, made: Made, channels: int) -> bool:
         """Return whether a layer may take so many channels of the layer before it.
@@ -69,7 +80,7 @@ class Chain:
             return made.inputs % channels == 0  # also of an image
         if made.inputs in (1, channels):
             return made.outputs % channels == 0 or made.inputs == channels
-        earlier = any(other.outputs == made.inputs for other in self._made)
+        earlier = made.inputs in self._outputs
         return made.outputs == channels and (earlier or channels % made.inputs == 0)
 
     def image(self, inputs: int) -> Image | None:
@@ -78,13 +89,17 @@ class Chain:
         It is one that no layer seems to take; or the one that the last layer takes, where that is
         the only one of so many channels, and may be beside the path.
         """
-        *earlier, last = self._made
-        alone = last.rank and last.inputs != inputs and all(m.outputs != inputs for m in earlier)
-        for made in reversed(earlier):
-            size = _size(made, inputs)
-            if size and (not made.taken or (alone and made is earlier[-1])):
-                return Image(made.name, size)
-        return None
+        last, earlier = self._last, self._earlier
+        assert last is not None  # as `before` is known
+        others = self._outputs[inputs] - (last.outputs == inputs)
+        alone = last.rank and last.inputs != inputs and not others
+        if alone and earlier is not None and (size := _size(earlier, inputs)):
+            return Image(earlier.name, size)
+        free = [(n, made) for n, made in self._free.values() if _size(made, inputs)]
+        if not free:
+            return None
+        _, made = max(free, key=lambda each: each[0])
+        return Image(made.name, _size(made, inputs))
 
 
 def _size(made: Made, inputs: int) -> tuple[int, ...]:

@@ -98,14 +98,26 @@ def shapes_of(layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
     return {entry(path, n): s for path, form in layers.items() for n, s in form.shapes.items()}
 
 
+def no_state(value: Any, hint: str = "") -> TypeError:
+    """Return the error for what is given as a state and is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        return TypeError(f"state must be a State; received {type(value).__name__}.")
+    hint = hint or "read_state(path) reads one from a file"
+    return TypeError(f"state must be a State; received the path {os.fspath(value)!r}: {hint}.")
+
+
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
     """Write `state` to `path` as one safetensors file, atomically.
+
+    Raises TypeError for what is no state, FileNotFoundError for a folder that is not there.
 
     >>> form = LayerForm(LinearSpec(3, 2), bias=False)
     >>> write_state(State({"fc": form}, {"fc.weight": np.zeros((2, 3))}), "state.safetensors")
     >>> list(read_state("state.safetensors").arrays)
     ['fc.weight']
     """
+    if not isinstance(state, State):
+        raise no_state(state, "write_state(state, path) takes the state first")
     layers = {name: _as_json(form) for name, form in state.layers.items()}
     header = {
         "format": FORMAT,

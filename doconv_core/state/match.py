@@ -23,7 +23,7 @@ from doconv_core.state.agreement import (
     metadata_of,
     window,
 )
-from doconv_core.state.file import Array, State, StateError, entry
+from doconv_core.state.file import Array, State, StateError, entry, no_state
 from doconv_core.state.layers import CHANNELS_FIRST, HELD, OWN, UNRECORDED, LayerForm
 
 Match: TypeAlias = "str | Mapping[str, str]"
@@ -73,7 +73,7 @@ def fit_state(
     (2, 3)
     """
     if not isinstance(state, State):
-        raise TypeError(f"state must be a State; received {type(state).__name__}.")
+        raise no_state(state)
     ignored = _as_ignored(ignore)
     same_framework = framework is not None and state.origin.get("framework") == framework
     try:
