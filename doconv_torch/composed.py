@@ -95,9 +95,9 @@ class ComposedConv(_ConvNd):
         found = {name: getattr(self, name) for name in self.kind.names}
         return {name: value for name, value in found.items() if value is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
-        return self._conv_forward(x, self.composed_kernel(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input`, `(B, I, *spatial)`, with the composed kernel."""
+        return self._conv_forward(input, self.composed_kernel(), self.bias)
 
     @abstractmethod
     def composed_kernel(self) -> Tensor:
