@@ -27,6 +27,11 @@ from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, sp
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
 
+READ_IN_FORWARD = (
+    "the model's forward reads its weight other than by calling it: that is W, and would be the "
+    "kernel in the folded model; keep such a layer out of over_parameterize, by where."
+)
+
 
 class ComposedConv(_ConvNd):
     """What the layers of every composed kind and rank share.
@@ -189,6 +194,8 @@ class ComposedLayers(composed.ComposedLayers):
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
         """Return the ordinary layer's name; NotFoldable for what computes something else."""
         check_foldable(site.layer)
+        if len(self.kind.entries(site.layer.spec)) > 1 and view.other_use(site.layer):
+            raise NotFoldable(READ_IN_FORWARD)
         return Folding(site.layer.ordinary.__name__, None)
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -21,6 +22,7 @@ from doconv_core.models.report import (
 )
 
 ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # By a parameter's memory: the modules that have it, its name in each, and the parameter.
 Owners: TypeAlias = "dict[Any, list[tuple[nn.Module, str, nn.Parameter]]]"
@@ -56,6 +58,18 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, _ConvNd) or _is_quantized(layer)
 
 
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Return whether the layer is a batch norm of any kind, a frozen one of other packages too.
+
+    Those are modules of their own, with the statistics as buffers beside the scale and the offset.
+    """
+    if isinstance(layer, _BatchNorm):
+        return True
+    if isinstance(layer, (torch.jit.ScriptModule, _NormBase)):  # the rest are instance norms
+        return False
+    return {"running_mean", "running_var"} <= layer._buffers.keys() | layer._parameters.keys()
+
+
 def _is_quantized(layer: nn.Module) -> bool:
     module = type(layer).__module__
     quantized = module.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic"))
@@ -65,7 +79,7 @@ def _is_quantized(layer: nn.Module) -> bool:
 def obstacle(layer: nn.Module) -> str | None:
     """Return why a convolution cannot be replaced; None where it can. Not of a kind's layers."""
     if isinstance(layer, _ConvNd) and type(layer) in ORDINARY:
-        return _own_obstacle(layer)
+        return _own_obstacle(layer, spec_of(layer).kernel_shape)
     if isinstance(layer, torch.jit.ScriptModule):
         return "compiled to TorchScript"
     if isinstance(layer, LazyModuleMixin):
@@ -77,8 +91,21 @@ def obstacle(layer: nn.Module) -> str | None:
     return TRANSPOSED if isinstance(layer, _ConvTransposeNd) else SUBCLASS
 
 
-def _own_obstacle(layer: _ConvNd) -> str | None:
-    """Return what is special about an ordinary convolution, as `obstacle` does."""
+def norm_source_obstacle(layer: Any) -> str | None:
+    """Return why a batch norm cannot become a part of the layer that it follows; None if it can.
+
+    That may be a convolution, a transposed one, or a linear layer.
+    """
+    if type(layer) in TRANSPOSED_TYPES:
+        i, o, groups = layer.in_channels, layer.out_channels, layer.groups
+        return _own_obstacle(layer, (i, o // groups, *layer.kernel_size))
+    if type(layer) is nn.Linear:
+        return _own_obstacle(layer, (layer.out_features, layer.in_features))
+    return SUBCLASS if isinstance(layer, nn.Linear) else obstacle(layer)
+
+
+def _own_obstacle(layer: Any, shape: tuple[int, ...]) -> str | None:
+    """Return what is special about an ordinary layer, whose weight is to have this shape."""
     if is_replaced(layer):
         return REPLACED
     weight = layer._parameters.get("weight")
@@ -86,12 +113,16 @@ def _own_obstacle(layer: _ConvNd) -> str | None:
         return COMPUTED  # by weight norm or pruning, before each call
     if not is_plain(weight):
         return NOT_PLAIN
-    shape = spec_of(layer).kernel_shape
     if tuple(weight.shape) != shape:
         return f"its weight has shape {tuple(weight.shape)}; expected {shape}"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
     return None
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether something watches or changes what goes into a layer or comes out."""
+    return any(getattr(layer, name) for name in HOOKS)
 
 
 def is_replaced(layer: nn.Module) -> bool:

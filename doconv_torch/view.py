@@ -11,14 +11,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import place
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.ordinary import (
     check_model,
     count_parameters,
+    is_batch_norm,
     is_convolution,
+    is_hooked,
     kind_of,
     memory,
     obstacle,
@@ -35,12 +37,13 @@ class View(ModelView):
     batch_norm = _BatchNorm
     name_of, is_convolution = staticmethod(kind_of), staticmethod(is_convolution)
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
-    norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
+    is_batch_norm = staticmethod(is_batch_norm)
+    norm_obstacle, fuse = staticmethod(batchnorm.any_norm_obstacle), staticmethod(batchnorm.fuse)
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
         self.model = model
-        self._flow = graph.Flow()
+        self._flow: graph.Flow | None = None
         self._owners: Any = None
 
     def sites(self) -> list[Site]:
@@ -62,6 +65,18 @@ class View(ModelView):
             module if name == "weight" and parameter is layer.weight else None
             for module, name, parameter in self._owners[memory(layer.weight)]
         ]
+
+    def other_use(self, layer: Any) -> str | None:
+        """Return whether the model's code is seen to read a convolution's weight itself."""
+        names = layer._parameters.keys() - {"bias"}
+        return READ if any((layer, name) in self._seen.touched for name in names) else None
+
+    @property
+    def _seen(self) -> graph.Flow:
+        """What symbolic tracing sees of the model as it was when first asked."""
+        if self._flow is None:
+            self._flow = graph.flow(self.model)
+        return self._flow
 
     def count(self) -> int:
         """Return how many numbers the parameters have."""
@@ -96,14 +111,30 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
+    def takes_norm(self, layer: Any) -> bool:
+        """Return whether a batch norm behind a layer can become a part of it."""
+        return is_convolution(layer) or isinstance(layer, nn.Linear)
+
+    def passes_on(self, layer: Any) -> bool:
+        """Return whether a layer is an identity, without hooks."""
+        return type(layer) is nn.Identity and not is_hooked(layer)
+
     def flow(self) -> Flow:
         """Return who follows whom, by symbolic tracing."""
         self._flow, self._owners = graph.flow(self.model), owners(self.model)
         return self._flow
 
     def pair_obstacle(self, conv: nn.Module, norm: nn.Module) -> str | None:
-        """Return why this convolution and this batch norm cannot be fused."""
-        return batchnorm.pair_obstacle(conv, norm, self._flow.touched, self._owners)
+        """Return why this layer and the batch norm behind it cannot be fused."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners)
+        linear = isinstance(conv, nn.Linear)
+        other_axis = conv in self._seen.deep or isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
+        return batchnorm.LINEAR_AXIS if reason is None and linear and other_axis else reason
+
+    def fuse_ahead(self, norm: nn.Module, conv: nn.Module) -> str | None:
+        """Fuse a batch norm into the convolution behind it; or return why not."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners, ahead=True)
+        return reason or batchnorm.fuse_ahead(norm, conv)
 
 
 def _varies(module: nn.Module) -> bool:

@@ -13,11 +13,13 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import images  # noqa: E402
 
+from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.models.report import (  # noqa: E402
     COMPUTED,
     QUANTIZED,
+    READ,
 )
-from doconv_torch import DOConv2d, fold, over_parameterize  # noqa: E402
+from doconv_torch import DOConv2d, fold, over_parameterize, to_bsconv  # noqa: E402
 
 
 def with_weight(weight):
@@ -98,6 +100,54 @@ def test_a_pruned_bias_goes_on_being_pruned():
     kept = model[0].bias_mask.bool()
     assert torch.equal(model(images())[:, ~kept], expected[:, ~kept])
     torch.testing.assert_close(model(images())[:, kept], expected[:, kept] + 1)
+
+
+class Reading(nn.Module):
+    """A model whose code does something with a convolution beside calling it."""
+
+    def __init__(self, use, conv=nn.Conv2d):
+        super().__init__()
+        self.conv, self.other, self.use = conv(3, 4, 3), nn.Conv2d(4, 4, 3), use
+
+    def forward(self, x):
+        return self.use(self.conv, self.other(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda conv, y: nn.functional.conv_transpose2d(y.relu(), conv.weight),
+        lambda conv, y: y + conv.weight.detach().square().sum(),
+        lambda conv, y: y * conv.weight.data[0, 0, 0, 0],
+        lambda conv, y: y + sum(p.norm() for p in conv.parameters()),
+        lambda conv, y: [y, conv.weight],
+        lambda conv, y: 2 * y if nn.functional.conv2d(y, conv.weight.mT).sum() > 0 else y,
+    ],
+)
+def test_a_weight_that_is_read_elsewhere_is_left_and_not_folded(use):
+    model = Reading(use)
+    _, report = over_parameterize(model)
+    assert [change.path for change in report.changed] == ["other"]
+    assert [(left.path, left.reason) for left in report.left] == [("conv", READ)]
+    _, report = to_bsconv(model)
+    assert [(left.path, left.reason) for left in report.left] == [("conv", READ)]
+    with pytest.raises(NotFoldable, match="layer 'conv': the model's forward reads its weight"):
+        fold(Reading(use, DOConv2d))
+    fold(Reading(use, lambda *sizes: DOConv2d(*sizes[:2], 1)))  # without D, it is the kernel
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda conv, y: y.to(conv.weight.dtype).to(conv.weight.device),
+        lambda conv, y: y / conv.weight.size(0) / conv.weight.shape[1] / conv.out_channels,
+        lambda conv, y: y + conv.bias.sum(),
+        lambda conv, y: y + conv.composed_kernel().sum() if isinstance(conv, DOConv2d) else y,
+    ],
+)
+def test_other_uses_of_a_layer_are_none_of_its_weight(use):
+    assert len(over_parameterize(Reading(use)).report.changed) == 2
+    assert len(fold(Reading(use, DOConv2d)).report.changed) == 1
 
 
 class Marked(nn.Parameter):

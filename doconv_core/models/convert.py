@@ -164,6 +164,9 @@ def _reasons(
         if reason is None and not any([selection(path, layer) for path in paths]):
             reason = NOT_SELECTED
         reasons[index] = reason
+    for index, reason in reasons.items():
+        if reason is None:
+            reasons[index] = view.other_use(sites[index].layer)
     chosen = {id(sites[index].layer): index for index, reason in reasons.items() if reason is None}
     for index in chosen.values():
         layer = sites[index].layer

@@ -24,6 +24,7 @@ QUANTIZED = "quantized"
 REPLACED = "its forward pass was replaced, and may compute something else"
 COMPUTED = "its weight is computed, not a parameter of its own"
 NOT_PLAIN = "its weight is not a plain parameter"
+READ = "its weight is also read other than by calling it"
 TIED = "it shares a weight with what is not over-parameterized alike"
 
 # Why a batch norm is not fused.
@@ -33,12 +34,18 @@ SEVERAL = "it or its convolution is used in several places"
 SHARED = "its parameters, or its convolution's, are used elsewhere too"
 HOOKED = "it or its convolution has hooks, which would see other values"
 AXIS = "normalizes another axis than the convolution's channels"
+PADDED = "the convolution that it precedes pads with zeros, which it would shift"
 NOT_FINITE = "the fused kernel would not be finite"
 
 
 def behind(reason: str) -> str:
     """Return why a batch norm behind a convolution is left that is itself left for `reason`."""
     return f"the convolution before it is left as it is: {reason}"
+
+
+def read_elsewhere(names: Iterable[str]) -> str:
+    """Return why a batch norm is left of which the model reads these attributes."""
+    return f"the model reads its {', '.join(sorted(names))} other than by calling it"
 
 
 def fused_into(kind: str) -> str:

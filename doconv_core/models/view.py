@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import ALREADY, TIED, Choice
+from doconv_core.models.report import ALREADY, NOT_DIRECT, TIED, Choice
 
 
 class Site(NamedTuple):
@@ -84,6 +84,13 @@ class ModelView(ABC):
     def holders(self, layer: Any) -> list[Any]:
         """Return the layers that have this weight as theirs; None for each other use of it."""
 
+    def other_use(self, layer: Any) -> str | None:
+        """Return how the model uses a convolution's weight other than by calling the layer.
+
+        None where it does not, as far as that can be seen.
+        """
+        return None
+
     @abstractmethod
     def count(self) -> int:
         """Return the number of the model's parameters, as its framework counts them, each once."""
@@ -121,6 +128,14 @@ class ModelView(ABC):
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands; None where it can."""
 
+    def takes_norm(self, layer: Any) -> bool:
+        """Return whether a layer is of a kind that a batch norm behind it can become a part of."""
+        return self.is_convolution(layer)
+
+    def passes_on(self, layer: Any) -> bool:
+        """Return whether a layer returns what it is given, and nobody watches."""
+        return False
+
     @abstractmethod
     def flow(self) -> Flow:
         """Return who follows whom."""
@@ -132,6 +147,10 @@ class ModelView(ABC):
     @abstractmethod
     def fuse(self, conv: Any, norm: Any) -> str | None:
         """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
+
+    def fuse_ahead(self, norm: Any, conv: Any) -> str | None:
+        """Fuse a batch norm into the convolution behind it, in place; or return why not."""
+        return NOT_DIRECT
 
 
 class Leave(Exception):
