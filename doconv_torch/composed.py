@@ -23,7 +23,16 @@ from doconv_core.models import composed
 from doconv_core.models.composed import PLAIN
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
-from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, spec_of
+from doconv_torch.ordinary import (
+    GATHER,
+    Owners,
+    is_bound,
+    is_plain,
+    is_sharded,
+    memory,
+    owners,
+    spec_of,
+)
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
 
@@ -325,6 +334,8 @@ def check_foldable(layer: ComposedConv) -> None:
         or not own.keys().isdisjoint(("forward", "_conv_forward", "composed_kernel"))
     ):
         raise NotFoldable(own_method(cls, "forward", PLAIN))
+    if any(is_sharded(parameter) for parameter in layer._parameters.values()):
+        raise NotFoldable(f"its parameters are sharded (DTensor). To fold: {GATHER}")
     # What a hook sets before each call is no parameter, and is out of date after a training step.
     computed = [name for name in (*layer.kind.names, "bias") if name in own]
     if computed:

@@ -27,6 +27,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # By a parameter's memory: the modules that have it, its name in each, and the parameter.
 Owners: TypeAlias = "dict[Any, list[tuple[nn.Module, str, nn.Parameter]]]"
 
+GATHER = (
+    "gather the weights by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), load them into a model "
+    "that was over-parameterized alike and never sharded, and fold that."
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,6 +41,12 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module; received {type(model).__qualname__}.")
     for path, module in model.named_modules():
         kind = type(module).__name__
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            where = f"the model has one at {path!r}" if path else "the model is one"
+            raise TypeError(
+                f"{where} that fully_shard (FSDP2) was given, whose parameters are parts of what "
+                f"they were. Over-parameterize before fully_shard. To fold: {GATHER}"
+            )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             where = f"the model has a {kind} at {path!r}" if path else f"the model is a {kind}"
             raise TypeError(
@@ -168,6 +179,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(
         parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
     )
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Return whether a parameter is a `DTensor`, of which a process may have a part."""
+    return any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__)
 
 
 def is_bound(weight: Tensor) -> bool:
