@@ -58,6 +58,7 @@ from doconv_core.models.report import (
     Converted,
     Explained,
     FoldReport,
+    FusingMethod,
     Left,
     Report,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "Explained",
     "FoldReport",
     "Folded",
+    "FusingMethod",
     "Geometry",
     "GroupNormSpec",
     "LayerCost",

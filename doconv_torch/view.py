@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import READ, place
+from doconv_core.models.report import READ, FusingMethod, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
@@ -111,6 +113,15 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
+    def fusing(self, changed: Sequence[nn.Module]) -> list[FusingMethod]:
+        """Return the methods by which modules around these make other layers of their own."""
+        inside, found = set(changed), []
+        for path, module in self.model.named_modules():
+            names = _fusing(type(module))
+            if names and not inside.isdisjoint(module.modules()):
+                found += [FusingMethod(path, kind_of(module), name) for name in names]
+        return found
+
     def takes_norm(self, layer: Any) -> bool:
         """Return whether a batch norm behind a layer can become a part of it."""
         return is_convolution(layer) or isinstance(layer, nn.Linear)
@@ -135,6 +146,24 @@ class View(ModelView):
         """Fuse a batch norm into the convolution behind it; or return why not."""
         reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners, ahead=True)
         return reason or batchnorm.fuse_ahead(norm, conv)
+
+
+# As RepVGG, MobileOne, timm, YOLO, RepLKNet, torchvision and others call it.
+_FUSING = re.compile(
+    r"(switch|convert|transform|trans)_to_deploy|re_?param(eteri[sz]e)?(_\w+)?|structural_reparam"
+    r"|fuse(_\w+|forward)?|merge_(kernel|bn|batchnorm|branch(es)?)|get_equivalent_kernel_bias"
+)
+
+
+def _fusing(cls: type) -> list[str]:
+    """Return the names of a class's own methods by which its modules become other layers."""
+    if cls.__module__.startswith(("torch.", "doconv_torch.")):
+        return []
+    return [
+        name
+        for name in dir(cls)
+        if _FUSING.fullmatch(name) and inspect.isfunction(getattr(cls, name, None))
+    ]
 
 
 def _varies(module: nn.Module) -> bool:

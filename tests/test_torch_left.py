@@ -150,6 +150,44 @@ def test_other_uses_of_a_layer_are_none_of_its_weight(use):
     assert len(fold(Reading(use, DOConv2d)).report.changed) == 1
 
 
+class Branches(nn.Module):
+    """Two branches that become one convolution, as RepVGG's and MobileOne's do."""
+
+    fused = True  # no method
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x) + self.point(x)
+
+    def switch_to_deploy(self):
+        kernel = self.conv.weight + nn.functional.pad(self.point.weight, [1] * 4)
+        self.conv.weight = nn.Parameter(kernel.detach())
+        self.conv.bias = nn.Parameter((self.conv.bias + self.point.bias).detach())
+        self.point = nn.Identity()
+        self.forward = self.conv
+
+
+class Fusible(nn.Sequential):
+    """A model that fuses its own parts, and has a part that is none of it."""
+
+    def fuse(self):
+        """Do so."""
+
+
+def test_methods_that_make_other_layers_are_named():
+    model = Fusible(Branches(), nn.ModuleList([Branches()]))
+    _, report = over_parameterize(model, where="0.*")
+    assert report.fusing == (("", "Fusible", "fuse"), ("0", "Branches", "switch_to_deploy"))
+    assert str(report).endswith(
+        "fold before you call what may read these layers' weights:\n"
+        "  Fusible.fuse (1)\n    (the model itself)\n  Branches.switch_to_deploy (1)\n    0"
+    )
+    assert over_parameterize(nn.Sequential(nn.Conv2d(3, 3, 3))).report.fusing == ()
+
+
 class Marked(nn.Parameter):
     """A user's own class of parameters."""
 

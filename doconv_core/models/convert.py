@@ -57,10 +57,11 @@ def over_parameterize(
     if isinstance(known, ComposedKind):
         known.check_options(options)
     layers = of_kind(layer_kinds, kind)
-    target, _, parts = convert(
+    target, chosen, parts = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
     )
-    return Converted(target, Report("over-parameterized", *parts))
+    fusing = view.fusing([each.site.layer for each in chosen])
+    return Converted(target, Report("over-parameterized", *parts, fusing=tuple(fusing)))
 
 
 def replace(

@@ -95,13 +95,28 @@ class Left(NamedTuple):
     reason: str
 
 
+class FusingMethod(NamedTuple):
+    """A method by which a part of a model makes other layers of its own.
+
+    path: where the part is. kind: its class. name: the method's.
+
+    >>> FusingMethod("stages.0", "MobileOneBlock", "reparameterize").name
+    'reparameterize'
+    """
+
+    path: str
+    kind: str
+    name: str
+
+
 @dataclass(frozen=True)
 class Report:
     """What a whole-model tool did; `str` tells it.
 
     action: in one word, such as "over-parameterized". changed, left: the layers that it replaced
     and left, in the model's order. parameters_before, parameters_after: the model's parameters, as
-    its framework counts them, each once.
+    its framework counts them, each once. fusing: methods of parts of the model that have such a
+    layer inside, and may make other weights of its weight; they are for the folded model.
 
     >>> print(Report("folded", (Change("stem", "DOConv2d", "Conv2d"),), (), 305, 224))
     folded 1 layer, left 0; parameters: 305 before, 224 after (-26.56%)
@@ -114,6 +129,7 @@ class Report:
     left: tuple[Left, ...]
     parameters_before: int
     parameters_after: int
+    fusing: tuple[FusingMethod, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
         """Return the report to read: layers by what became of them, and the parameters."""
@@ -127,6 +143,9 @@ class Report:
         if self.left:
             lines.append("left as they were:")
             lines += grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
+        if self.fusing:
+            lines.append("fold before you call what may read these layers' weights:")
+            lines += grouped((f"{m.kind}.{m.name}", m.path) for m in self.fusing)
         return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import ALREADY, NOT_DIRECT, TIED, Choice
+from doconv_core.models.report import ALREADY, NOT_DIRECT, TIED, Choice, FusingMethod
 
 
 class Site(NamedTuple):
@@ -117,6 +117,10 @@ class ModelView(ABC):
 
     def warn_of_training(self, stacklevel: int) -> None:
         """Warn where a comparison with the folded model would tell of the mode, not of folding."""
+
+    def fusing(self, changed: Sequence[Any]) -> list[FusingMethod]:
+        """Return the methods that make other layers of parts which have one of these inside."""
+        return []
 
     # The rest is what batch-norm fusion asks.
 
