@@ -14,6 +14,7 @@ from torch import nn
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
@@ -21,6 +22,7 @@ from doconv_torch import stale
 from doconv_torch.bsconv import BN_OPTIONS
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.surgery import ordinary_tensors
+from doconv_torch.verify import verify
 from doconv_torch.view import View
 
 
@@ -118,6 +120,35 @@ def fold(
         return fold_layers(
             view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
         )
+
+
+def deploy(
+    model: nn.Module, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the model's own methods `fuse`, `reparameterize` and
+    `switch_to_deploy`, as timm, RepVGG and MobileOne have them, which read weights; then the batch
+    norms that are left, as `fold(fuse_batchnorm=True)`; and then `verify` against the model.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises ValueError for a model in training mode, NotFoldable as `fold` does and where a method of
+    the model raises, TypeError as `fold` does. Warns where outputs differ by more than rounding.
+
+    >>> net = torch.nn.Sequential(DOConv2d(8, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    >>> model, report = deploy(net, torch.zeros(1, 8, 5, 5))
+    >>> model[1], report.difference.absolute < 1e-6
+    (Identity(), True)
+    """
+    view = View(model)
+    if model.training:
+        raise ValueError(
+            "deploy takes a model in evaluation mode; received one in training mode. Call "
+            "model.eval() first."
+        )
+    with ordinary_tensors():
+        return deploy_model(view, LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import READ, FusingMethod, place
+from doconv_core.models.report import READ, Change, FusingMethod, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
@@ -122,6 +122,39 @@ class View(ModelView):
                 found += [FusingMethod(path, kind_of(module), name) for name in names]
         return found
 
+    def call_fusing(self) -> list[Change]:
+        """Call the modules' own methods, of each the first that there is, from the outermost in.
+
+        What one returns is the module that takes its place, if it is another.
+        """
+        found: list[Change] = []
+        self.model = self._called("", self.model, found, set())
+        return found
+
+    def _called(
+        self, path: str, module: nn.Module, found: list[Change], met: set[nn.Module]
+    ) -> nn.Module:
+        if module in met:
+            return module
+        met.add(module)
+        before = kind_of(module)
+        name = next((n for n in DEPLOYING if n in _fusing(type(module))), None)
+        if name is not None and _takes_nothing(getattr(module, name)):
+            try:
+                made = getattr(module, name)()
+            except Exception as error:  # whatever the model's own code raises
+                raise NotFoldable(
+                    f"{place(path)}: {before}.{name}() raised {type(error).__name__}: {error}"
+                ) from error
+            found.append(Change(path, before, f"what its {name}() makes"))
+            module = made if isinstance(made, nn.Module) else module
+        for child, inner in list(module.named_children()):
+            inner_path = f"{path}.{child}" if path else child
+            made = self._called(inner_path, inner, found, met)
+            if made is not inner:
+                setattr(module, child, made)
+        return module
+
     def takes_norm(self, layer: Any) -> bool:
         """Return whether a batch norm behind a layer can become a part of it."""
         return is_convolution(layer) or isinstance(layer, nn.Linear)
@@ -153,6 +186,19 @@ _FUSING = re.compile(
     r"(switch|convert|transform|trans)_to_deploy|re_?param(eteri[sz]e)?(_\w+)?|structural_reparam"
     r"|fuse(_\w+|forward)?|merge_(kernel|bn|batchnorm|branch(es)?)|get_equivalent_kernel_bias"
 )
+
+
+# Those that `deploy` calls: without arguments, they leave a model for inference.
+DEPLOYING = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def _takes_nothing(method: Any) -> bool:
+    """Return whether a method can be called without arguments."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(
+        p.default is not inspect.Parameter.empty or p.kind in variable
+        for p in inspect.signature(method).parameters.values()
+    )
 
 
 def _fusing(cls: type) -> list[str]:

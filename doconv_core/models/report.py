@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import ONE_TAP as ONE_TAP
 from doconv_core.kinds.base import Cost
+from doconv_core.maths.numeric import Difference
 
 # Why a convolution is left as it is, in the words that every backend uses. What one framework alone
 # has is in that backend.
@@ -269,3 +270,25 @@ class FoldReport(Report):
             )
             lines += grouped((str(each), each.path) for each in self.choices)
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DeployReport(Report):
+    """What `deploy` did. difference: of the outputs before and after; None without inputs.
+
+    >>> print(DeployReport("deployed", (), (), 8, 8, difference=Difference(0.0, 0.0)))
+    deployed 0 layers, left 0; parameters: 8 before, 8 after
+    outputs differ by at most 0, 0 of the largest
+    """
+
+    difference: Difference | None = None
+
+    def __str__(self) -> str:
+        """Return the report to read: that of every tool, and how far the outputs differ."""
+        if self.difference is None:
+            return f"{super().__str__()}\nnot verified, as no inputs were given"
+        absolute, relative = self.difference
+        return (
+            f"{super().__str__()}\noutputs differ by at most {absolute:.2g}, {relative:.2g} of the "
+            "largest"
+        )

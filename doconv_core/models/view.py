@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import ALREADY, NOT_DIRECT, TIED, Choice, FusingMethod
+from doconv_core.models.report import (
+    ALREADY,
+    NOT_DIRECT,
+    TIED,
+    Change,
+    Choice,
+    FusingMethod,
+)
 
 
 class Site(NamedTuple):
@@ -120,6 +127,10 @@ class ModelView(ABC):
 
     def fusing(self, changed: Sequence[Any]) -> list[FusingMethod]:
         """Return the methods that make other layers of parts which have one of these inside."""
+        return []
+
+    def call_fusing(self) -> list[Change]:
+        """Let parts of the model make other layers of their own, in place; return which did."""
         return []
 
     # The rest is what batch-norm fusion asks.
