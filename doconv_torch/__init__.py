@@ -17,7 +17,7 @@ from doconv_torch.bsconv import (  # noqa: E402
 )
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.kernel_cache import composed_once  # noqa: E402
-from doconv_torch.model import fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_torch.realize import build, get_model  # noqa: E402
 from doconv_torch.state import export_state, load_state  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "DOConv3d",
     "build",
     "composed_once",
+    "deploy",
     "export_state",
     "fold",
     "get_model",

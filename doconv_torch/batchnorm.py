@@ -1,27 +1,61 @@
-"""Folding batch norms of evaluation mode into the convolutions before them."""
+"""Folding batch norms of evaluation mode into the layers beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from doconv_core.models.report import HOOKED, NOT_FINITE, REPLACED, SHARED, SUBCLASS, behind
-from doconv_torch.ordinary import HOOKS, Owners, is_replaced, memory, obstacle
+from doconv_core.models.report import (
+    AXIS,
+    HOOKED,
+    NOT_DIRECT,
+    NOT_FINITE,
+    PADDED,
+    REPLACED,
+    SHARED,
+    SUBCLASS,
+    behind,
+    read_elsewhere,
+)
+from doconv_torch.graph import Flow
+from doconv_torch.ordinary import (
+    HOOKS,
+    TRANSPOSED_TYPES,
+    Owners,
+    is_replaced,
+    memory,
+    norm_source_obstacle,
+    obstacle,
+)
+from doconv_torch.reading import BATCHNORMS, read
 
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What batch norm's own constructor sets, and an identity lacks.
 ATTRIBUTES = ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group")
 
+LINEAR_AXIS = "it may normalize another axis than the linear layer's features"
+
 
 def norm_obstacle(norm: nn.Module) -> str | None:
-    """Return why a batch norm cannot be fused, wherever it stands; None where it can."""
-    if type(norm) not in BATCHNORMS:
-        return SUBCLASS
-    if norm.training:
+    """Return why one of PyTorch's own batch norms cannot be fused; None where it can."""
+    return SUBCLASS if type(norm) not in BATCHNORMS else _obstacle(norm)
+
+
+def any_norm_obstacle(norm: nn.Module) -> str | None:
+    """Return why a batch norm of whatever class cannot be fused; None where it can.
+
+    One of a class of its own can where its code says that it is one, with layers behind it.
+    """
+    own = getattr(type(norm), "forward", None) not in [cls.forward for cls in BATCHNORMS]
+    if not own:
+        return norm_obstacle(norm)
+    reason = _obstacle(norm)
+    return SUBCLASS if reason is None and not any(read(norm, n) for n in (4, 3, 5, 2)) else reason
+
+
+def _obstacle(norm: Any) -> str | None:
+    if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return "in training mode"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
@@ -32,12 +66,14 @@ def norm_obstacle(norm: nn.Module) -> str | None:
     return None
 
 
-def pair_obstacle(conv: Any, norm: Any, touched: Set[nn.Module], held: Owners) -> str | None:
-    """Return why this convolution and this batch norm cannot be fused.
+def pair_obstacle(
+    conv: Any, norm: Any, flow: Flow, held: Owners, *, ahead: bool = False
+) -> str | None:
+    """Return why this layer and the batch norm beside it cannot be fused.
 
-    touched: the modules whose parameters are used other than by calling them.
+    flow: what is seen of the model. ahead: whether the batch norm stands before the layer.
     """
-    reason = obstacle(conv)
+    reason = norm_source_obstacle(conv)
     if reason is not None:
         return behind(reason)
     if "bias" in vars(conv):
@@ -45,9 +81,12 @@ def pair_obstacle(conv: Any, norm: Any, touched: Set[nn.Module], held: Owners) -
     hooks = (*HOOKS, "_state_dict_hooks", "_load_state_dict_pre_hooks")
     if any(getattr(module, name) for module in (conv, norm) for name in hooks):
         return HOOKED
-    if norm.num_features != conv.out_channels:
-        return f"it has {norm.num_features} channels after a convolution of {conv.out_channels}"
-    if conv in touched or norm in touched:
+    channels, expected = norm.running_mean.numel(), _channels(conv, ahead)
+    if channels != expected:
+        return f"it has {channels} channels after a convolution of {expected}"
+    if any(
+        (module, name) in flow.touched for module in (conv, norm) for name in module._parameters
+    ):
         return SHARED
     if any(
         len(held[memory(p)]) > 1
@@ -56,12 +95,61 @@ def pair_obstacle(conv: Any, norm: Any, touched: Set[nn.Module], held: Owners) -
         if p is not None
     ):
         return SHARED
-    return None
+    found = read(norm, conv.weight.dim())
+    missed = flow.read.get(norm, set()) - set(found.after if found is not None else ())
+    return read_elsewhere(missed) if missed else None
+
+
+def _channels(layer: Any, ahead: bool) -> int:
+    """Return how many channels a layer takes, or makes."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if ahead else layer.out_features
+    return int(layer.in_channels if ahead else layer.out_channels)
 
 
 def fuse(conv: Any, norm: Any) -> str | None:
-    """Fold a batch norm into a convolution, in place; or return why that cannot be."""
-    weight, bias = _fused(conv, norm)
+    """Fold a batch norm into the layer before it, in place; or return why that cannot be."""
+    found = read(norm, conv.weight.dim())
+    if found is None:
+        return SUBCLASS if type(norm) not in BATCHNORMS else AXIS
+    weight, scale = _wide(conv.weight), found.scale
+    if isinstance(conv, TRANSPOSED_TYPES):
+        groups, taps = conv.groups, weight.shape[2:]
+        parts = weight.reshape(groups, -1, weight.shape[1], *taps)
+        factors = scale.reshape(groups, 1, -1, *(1,) * len(taps))
+        kernel = (parts * factors).reshape(weight.shape)
+    else:
+        kernel = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    bias = 0 if conv.bias is None else _wide(conv.bias)
+    return _become(conv, norm, kernel, bias * scale + found.offset, found.after)
+
+
+def fuse_ahead(norm: Any, conv: Any) -> str | None:
+    """Fold a batch norm into the convolution behind it, in place; or return why that cannot be.
+
+    Zeros around a convolution's input are not what the batch norm makes of zeros; all other padding
+    repeats values.
+    """
+    zeros = conv.padding == "same" if isinstance(conv.padding, str) else any(conv.padding)
+    if zeros and conv.padding_mode == "zeros":
+        return PADDED
+    found = read(norm, conv.weight.dim())
+    if found is None or found.after or obstacle(conv) is not None:
+        return NOT_DIRECT
+    weight, groups, taps = _wide(conv.weight), conv.groups, conv.weight.shape[2:]
+    parts = weight.reshape(groups, -1, weight.shape[1], *taps)
+    by_input = (groups, 1, -1, *(1,) * len(taps))
+    kernel = (parts * found.scale.reshape(by_input)).reshape(weight.shape)
+    bias = (parts * found.offset.reshape(by_input)).flatten(2).sum(2).flatten()
+    bias = bias if conv.bias is None else bias + _wide(conv.bias)
+    return _become(conv, norm, kernel, bias, ())
+
+
+def _become(
+    conv: Any, norm: Any, weight: Tensor, bias: Tensor, after: tuple[str, ...]
+) -> str | None:
+    """Give a layer these parameters, and leave of the batch norm what stands behind it."""
+    weight, bias = weight.to(conv.weight), bias.to(conv.weight)
     if not (weight.is_meta or (weight.isfinite().all() and bias.isfinite().all())):
         return NOT_FINITE
     conv.weight.copy_(weight)
@@ -70,21 +158,15 @@ def fuse(conv: Any, norm: Any) -> str | None:
     else:
         conv.bias.copy_(bias)
     conv.weight.grad = conv.bias.grad = None  # they were of other parameters
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in [*norm._parameters, *norm._buffers]:
         delattr(norm, name)
+    norm._modules = {name: norm._modules[name] for name in after}
     for name in ATTRIBUTES:
         vars(norm).pop(name, None)
-    norm.__class__ = nn.Identity
+    norm.__class__ = nn.Sequential if after else nn.Identity
     return None
 
 
-def _fused(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return the kernel and bias, computed in float64 and rounded once."""
-    wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64
-    values: tuple[Any, ...] = (
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
-        norm.bias,
-    )  # fmt: skip
-    widened: list[Any] = [v.to(wide) if isinstance(v, Tensor) else v for v in values]
-    weight, bias = fuse_conv_bn_weights(*widened)
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, where its device has that: it is rounded once, at the end."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)

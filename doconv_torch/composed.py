@@ -24,9 +24,23 @@ from doconv_core.models.composed import PLAIN
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
 from doconv_torch.arguments import StandIn
-from doconv_torch.ordinary import Owners, is_bound, is_plain, memory, owners, spec_of
+from doconv_torch.ordinary import (
+    GATHER,
+    Owners,
+    is_bound,
+    is_plain,
+    is_sharded,
+    memory,
+    owners,
+    spec_of,
+)
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
+
+READ_IN_FORWARD = (
+    "the model's forward reads its weight other than by calling it: that is W, and would be the "
+    "kernel in the folded model; keep such a layer out of over_parameterize, by where."
+)
 
 
 class ComposedConv(StandIn, _ConvNd):
@@ -96,9 +110,9 @@ class ComposedConv(StandIn, _ConvNd):
         found = {name: getattr(self, name) for name in self.kind.names}
         return {name: value for name, value in found.items() if value is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
-        return self._conv_forward(x, self.composed_kernel(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input`, `(B, I, *spatial)`, with the composed kernel."""
+        return self._conv_forward(input, self.composed_kernel(), self.bias)
 
     @abstractmethod
     def composed_kernel(self) -> Tensor:
@@ -191,10 +205,13 @@ class ComposedLayers(composed.ComposedLayers):
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
         """Return the ordinary layer's name.
 
-        Raises NotFoldable for what computes something else, and for a kernel that is not finite.
+        Raises NotFoldable for what computes something else, for a layer whose weight is read
+        otherwise, and for a kernel that is not finite.
         """
         layer = site.layer
         check_foldable(layer)
+        if len(self.kind.entries(layer.spec)) > 1 and view.other_use(layer):
+            raise NotFoldable(READ_IN_FORWARD)
         with _in_evaluation(layer), torch.no_grad():  # now, before anything is changed
             _check_finite(layer.entries(), layer.composed_kernel())
         return Folding(site.layer.ordinary.__name__, None)
@@ -326,6 +343,8 @@ def check_foldable(layer: ComposedConv) -> None:
         or not own.keys().isdisjoint(("forward", "_conv_forward", "composed_kernel"))
     ):
         raise NotFoldable(own_method(cls, "forward", PLAIN))
+    if any(is_sharded(parameter) for parameter in layer._parameters.values()):
+        raise NotFoldable(f"its parameters are sharded (DTensor). To fold: {GATHER}")
     # What a hook sets before each call is no parameter, and is out of date after a training step.
     computed = [name for name in (*layer.kind.names, "bias") if name in own]
     if computed:

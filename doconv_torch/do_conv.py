@@ -50,18 +50,18 @@ class _DOConv(ComposedConv):
             padding_mode, device, dtype, depth_multiplier=depth_multiplier,
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of `x`, `(B, I, *spatial)`, with the composed kernel."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input`, `(B, I, *spatial)`, with the composed kernel."""
         if self.depthwise_weight is not None and not may_reuse(self):
-            cls, form = type(self), form_for(self, x)
+            cls, form = type(self), form_for(self, input)
             if (
                 form is not None
                 and cls._conv_forward is self.ordinary._conv_forward
                 and cls.composed_kernel is _DOConv.composed_kernel
                 and vars(self).keys().isdisjoint(("_conv_forward", "composed_kernel"))
             ):
-                return convolve(self, x, form)
-        return self._conv_forward(x, self.composed_kernel(), self.bias)
+                return convolve(self, input, form)
+        return self._conv_forward(input, self.composed_kernel(), self.bias)
 
     def composed_kernel(self) -> Tensor:
         """Return the kernel that the layer convolves with, `(O, I/g, *kernel_size)`.

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.models import view
 from doconv_core.models.report import place
-from doconv_torch.ordinary import HOOKS, is_convolution, is_plain
+from doconv_torch.ordinary import HOOKS, is_batch_norm, is_convolution, is_plain
 
 UNCALLED = "the model's forward pass does not call it"
+Parameter: TypeAlias = "tuple[nn.Module, str]"
 ASKS = "its code asks whether a value is a tensor"
 # So many values may be asked about in a pass, for which every combination of answers is tried.
 QUESTIONS = 4
@@ -28,9 +33,16 @@ QUESTIONS = 4
 
 @dataclass
 class Flow(view.Flow):
-    """Who follows whom. touched: modules whose parameters are used other than by calling them."""
+    """Who follows whom.
 
-    touched: set[nn.Module] = field(default_factory=set)
+    touched: parameters, as a module and a name, that are used other than by calling it. read: what
+    is read of batch norms other than by calling them, and would be missed in an identity. deep:
+    linear layers whose input may have more than two axes.
+    """
+
+    touched: set[Parameter] = field(default_factory=set)
+    read: dict[nn.Module, set[str]] = field(default_factory=dict)
+    deep: set[nn.Module] = field(default_factory=set)
 
 
 def flow(model: nn.Module) -> Flow:
@@ -42,7 +54,7 @@ def flow(model: nn.Module) -> Flow:
     """
     parts, seen = _Parts(), _Seen()
     # Where a model draws random numbers or warns, it does so when it is traced.
-    with torch.random.fork_rng([]), warnings.catch_warnings():
+    with torch.random.fork_rng([]), _pythons_random(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts.of(model).values():
             seen.add(part)
@@ -52,8 +64,19 @@ def flow(model: nn.Module) -> Flow:
         {id(module): list(ends) for module, ends in seen.sources.items()},
         {id(module): list(ends) for module, ends in seen.users.items()},
         {id(m): _why(untraced, path) for m, path in paths.items() if m not in seen.sources},
-        seen.touched,
+        seen.touched | parts.uses.touched,
+        parts.uses.read,
+        seen.deep,
     )
+
+
+@contextmanager
+def _pythons_random() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _why(untraced: dict[str, str], path: str) -> str:
@@ -71,7 +94,8 @@ class _Seen:
 
     sources: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
     users: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
-    touched: set[nn.Module] = field(default_factory=set)
+    touched: set[Parameter] = field(default_factory=set)
+    deep: set[nn.Module] = field(default_factory=set)
 
     def add(self, other: _Seen) -> None:
         """Add what was seen in another pass."""
@@ -79,6 +103,7 @@ class _Seen:
             for module, ends in theirs.items():
                 mine.setdefault(module, set()).update(ends)
         self.touched |= other.touched
+        self.deep |= other.deep
 
 
 class _Parts:
@@ -86,6 +111,7 @@ class _Parts:
 
     def __init__(self) -> None:
         self.untraced: dict[nn.Module, str] = {}
+        self.uses = _Uses()
         self._asking: set[nn.Module] = set()
         self._known: dict[nn.Module, dict[nn.Module, _Seen]] = {}
 
@@ -117,7 +143,7 @@ class _Parts:
             return inner
         parts = {module: seen}
         for leaf in seen.users:
-            if not _is_atom(leaf):
+            if any(is_convolution(m) or is_batch_norm(m) for m in [*leaf.modules()][1:]):
                 parts.update(self.of(leaf))
         return parts
 
@@ -153,7 +179,9 @@ class _Parts:
             opaque = {m for m, original in originals.items() if self._is_opaque(original, part)}
             tracer = _Tracer(opaque, answers)
             try:
-                seen = _read(tracer.trace(ghost, arguments), ghost, originals)
+                with self.uses.noted(ghost, originals, tracer):
+                    graph = tracer.trace(ghost, arguments)
+                seen = _read(graph, ghost, originals)
             except _TooMany:
                 raise _Asks({originals[m] for m in tracer.asking}) from None
             except Exception:
@@ -205,6 +233,11 @@ def _ghost(part: nn.Module) -> nn.Module:
     for module in ghost.modules():
         for name in HOOKS:
             getattr(module, name).clear()
+        kind: Any = getattr(module, "kind", None)
+        if is_convolution(module) and isinstance(kind, ComposedKind):
+            layer: Any = module
+            kernel = layer.weight.new_empty(kind.conv(layer.spec).kernel_shape)
+            layer.composed_kernel = lambda kernel=kernel: kernel  # whose use is none of W
     return ghost
 
 
@@ -217,6 +250,105 @@ def _weightless(parameter: nn.Parameter) -> nn.Parameter:
 def _originals(ghost: nn.Module, part: nn.Module) -> dict[nn.Module, nn.Module]:
     modules = dict(part.named_modules())
     return {module: modules[path] for path, module in ghost.named_modules()}
+
+
+# What is asked of a weight without its values: code may choose a dtype or a device by it.
+_ATTRIBUTES = (
+    "dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_mps", "is_meta",
+    "is_sparse", "is_quantized", "is_leaf", "itemsize",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "element_size",
+    "is_floating_point", "is_complex", "get_device", "__len__",
+)  # fmt: skip
+_TOLD_NAMES = frozenset([*_ATTRIBUTES, *_METHODS])
+_TOLD = frozenset(
+    [*(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+     *(getattr(Tensor, name) for name in _METHODS),
+     torch.is_floating_point, torch.is_complex, torch.numel]
+)  # fmt: skip
+_IDENTITY = nn.Identity()
+
+
+class _Uses:
+    """What code does with a model's layers other than calling them; as `Flow` has it."""
+
+    def __init__(self) -> None:
+        self.touched: set[Parameter] = set()
+        self.read: dict[nn.Module, set[str]] = {}
+
+    @contextmanager
+    def noted(
+        self, ghost: nn.Module, originals: dict[nn.Module, nn.Module], tracer: fx.Tracer
+    ) -> Iterator[None]:
+        """Note what is done with the layers inside a ghost, as far as its code can be run."""
+        layers = [
+            m for m in originals if m is not ghost and (is_convolution(m) or is_batch_norm(m))
+        ]
+        held: dict[int, set[Parameter]] = {}
+        for module in layers:
+            for name, parameter in module._parameters.items():
+                held.setdefault(id(parameter), set()).add((originals[module], name))
+        held.pop(id(None), None)
+        norms = {m: originals[m] for m in layers if is_batch_norm(m)}
+        try:
+            with _Watch(held, self.touched), _watched(norms, self.read):
+                yield
+        except Exception:
+            if hasattr(tracer, "graph"):
+                self.touched |= _touched(tracer.graph, ghost, originals)
+            raise
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which parameters are given to operations. held: which they are, by their `id`."""
+
+    def __init__(self, held: Mapping[int, set[Parameter]], touched: set[Parameter]) -> None:
+        super().__init__()
+        self._held, self._touched = held, touched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        if func not in _TOLD:
+            for each in given:
+                for value in each if type(each) in (list, tuple) else (each,):
+                    self._touched |= self._held.get(id(value), set())
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watched(
+    norms: Mapping[nn.Module, nn.Module], read: dict[nn.Module, set[str]]
+) -> Iterator[None]:
+    """Note what is read of batch norms that an identity lacks. norms: by the ghost, the original.
+
+    Their classes are watched: what a module has as a plain attribute is not asked of `__getattr__`.
+    """
+    watched: list[Any] = []
+    try:
+        for cls in {type(norm) for norm in norms}:
+            if "__getattribute__" not in vars(cls):
+                cls.__getattribute__ = _noting(cls.__getattribute__, norms, read)  # type: ignore[method-assign]
+                watched.append(cls)
+        yield
+    finally:
+        for cls in watched:
+            del cls.__getattribute__
+
+
+def _noting(
+    original: Callable[..., Any],
+    norms: Mapping[nn.Module, nn.Module],
+    read: dict[nn.Module, set[str]],
+) -> Callable[..., Any]:
+    def getattribute(module: Any, name: str) -> Any:
+        if module in norms and not hasattr(_IDENTITY, name):
+            read.setdefault(norms[module], set()).add(name)
+        return original(module, name)
+
+    return getattribute
 
 
 class _Asks(Exception):
@@ -255,8 +387,8 @@ class _Tracer(fx.Tracer):
         return self.given[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Of a convolution of one's own it is told what it is, not what it is made of.
-        known = m in self._opaque or is_convolution(m)
+        # Of a convolution or norm of one's own it is told what it is, not what it is made of.
+        known = m in self._opaque or is_convolution(m) or is_batch_norm(m)
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -311,7 +443,7 @@ class _Attribute(fx.proxy.Attribute, _Value):
 
 def _read(graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]) -> _Seen:
     """Return what a graph says of the modules."""
-    seen = _Seen()
+    seen = _Seen(touched=_touched(graph, ghost, originals))
     kept = set(_proxies([vars(module) for module in ghost.modules()]))
 
     def called(node: Any) -> nn.Module | None:
@@ -320,9 +452,6 @@ def _read(graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Modul
         return originals[ghost.get_submodule(str(node.target))]
 
     for node in graph.nodes:
-        if node.op == "get_attr":
-            owner = ghost.get_submodule(node.target.rpartition(".")[0])
-            seen.touched.add(originals[owner])
         module = called(node)
         if module is not None:
             seen.sources.setdefault(module, set()).add(called(_only_argument(node)))
@@ -330,7 +459,68 @@ def _read(graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Modul
             users |= {called(user) if _only_argument(user) else None for user in node.users}
             if node in kept:
                 users.add(None)
+            if isinstance(module, nn.Linear) and not _is_flat(_only_argument(node), ghost):
+                seen.deep.add(module)
     return seen
+
+
+# What keeps the number of a value's axes; and what reduces that of an image's features to two.
+_KEEPING = (
+    nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6,
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax,
+)  # fmt: skip
+_KEEPING_CALLS = frozenset(
+    ["relu", "relu_", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardswish", "mish",
+     "tanh", "sigmoid", "dropout", "alpha_dropout", "add", "mul", "sub", "truediv", "add_", "mul_",
+     "contiguous", "clone", "float", "half", "double", "to"]
+)  # fmt: skip
+_REDUCING = frozenset(["mean", "amax", "sum", "getitem", "squeeze"])
+
+
+def _is_flat(node: Any, ghost: nn.Module) -> bool:
+    """Return whether a value may be taken to have two axes: a model's argument, or flattened."""
+    if not isinstance(node, fx.Node) or node.op == "get_attr":
+        return False
+    if node.op == "placeholder":
+        return True
+    inner = [each for each in node.args if isinstance(each, fx.Node)]
+    if node.op == "call_module":
+        module = ghost.get_submodule(str(node.target))
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1)
+        return isinstance(module, _KEEPING) and all(_is_flat(each, ghost) for each in inner)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    sizes = node.args[1:]
+    if name == "flatten":
+        return sizes == (1,) or dict(node.kwargs) == {"start_dim": 1}
+    if name in ("view", "reshape"):
+        return (
+            len(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes) == 2
+        )
+    if name in _REDUCING:
+        return "keepdim" not in node.kwargs and True not in sizes
+    return name in _KEEPING_CALLS and all(_is_flat(each, ghost) for each in inner)
+
+
+def _touched(
+    graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]
+) -> set[Parameter]:
+    """Return the parameters that a graph uses itself, but those of the part whose graph it is."""
+    kept, found = set(_proxies([vars(module) for module in ghost.modules()])), set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            # Of a weight more may be asked than its values.
+            if path and (node in kept or not all(map(_asks_for_type, node.users))):
+                found.add((originals[ghost.get_submodule(path)], name))
+    return found
+
+
+def _asks_for_type(node: fx.Node) -> bool:
+    """Return whether an operation tells of a weight's type or size alone."""
+    name = node.args[1] if node.target is getattr and len(node.args) == 2 else node.target
+    return isinstance(name, str) and name in _TOLD_NAMES
 
 
 def _only_argument(node: fx.Node) -> Any:

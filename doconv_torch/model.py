@@ -14,12 +14,15 @@ from torch import nn
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
+from doconv_torch import stale
 from doconv_torch.bsconv import BN_OPTIONS
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.surgery import ordinary_tensors
+from doconv_torch.verify import verify
 from doconv_torch.view import View
 
 
@@ -36,7 +39,8 @@ def over_parameterize(
     Every `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, exactly, of more than one tap becomes the DO
     layer of the same function: outputs are the same, bit for bit in float32. What is left as it is,
     is in the report with its reason: subclasses, transposed, lazy, quantized and parametrized
-    layers, and weights tied to something else.
+    layers, weights tied to something else, and weights that the model's own code is seen to read,
+    when it is traced. The report also names methods, such as `fuse`, that are for the folded model.
 
     where: which of them; a glob pattern on the path or several, a type, or a predicate on (path,
     layer), as `doconv_core.Selection` takes it. A layer that is at several paths is asked for each.
@@ -47,8 +51,9 @@ def over_parameterize(
     In place, layers stay the same objects, with their hooks, names, order and attributes; where
     `S == M`, so do their weights, and optimizers go on. Otherwise W is a new parameter, without
     gradient. D is new, last of its layer's, on W's device, and trainable where W is: give it to an
-    optimizer that was made before. Shared layers stay shared, tied weights tied. A copy has its
-    parameters' attributes, but not their own hooks (`Tensor.register_hook`).
+    optimizer that was made before, which is warned of if it takes steps without. Shared layers stay
+    shared, tied weights tied. A copy has its parameters' attributes, but not their own hooks
+    (`Tensor.register_hook`).
     Raises TypeError for what is not a module, cannot be copied, or is wrapped in DDP or FSDP, and
     for a `depth_multiplier` that is no integer; ValueError, with the layer's path, for one below
     its taps; before anything is changed. Warns where `where` matches nothing.
@@ -59,10 +64,14 @@ def over_parameterize(
     ('DOConv2d', 'DOConv2d')
     """
     view = View(model)
+    known = dict(model.named_parameters(remove_duplicate=False)) if inplace else {}
     with ordinary_tensors():
-        return convert.over_parameterize(
+        converted = convert.over_parameterize(
             view, LAYER_KINDS, kind, options, where=where, inplace=inplace
         )
+    if inplace:
+        stale.watch(model, known, [change.path for change in converted.report.changed])
+    return converted
 
 
 def fold(
@@ -86,18 +95,21 @@ def fold(
     pointwise convolutions one with more operations where the channels between are few; dense has
     about as many times more as the kernel has taps.
 
-    fuse_batchnorm: also fold each batch norm in evaluation mode into the convolution before it,
-    where that convolution's output goes nowhere else; `torch.nn.Identity` takes its place. Where it
-    stands is found by symbolic tracing, which runs the model's Python code. Batch norms that are
-    left are in the report with the reason.
+    fuse_batchnorm: also fold each batch norm in evaluation mode into the convolution, transposed
+    convolution or linear layer before it, where that layer's output goes nowhere else, or into the
+    convolution behind it, where that pads with no zeros. `torch.nn.Identity` takes its place, or a
+    `torch.nn.Sequential` of what a batch norm of a class of its own has behind, as an activation.
+    Where it stands is found by symbolic tracing, which runs the model's Python code. Batch norms
+    that are left are in the report with the reason.
     inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
 
     In place, layers stay the same objects, with their hooks, and where `S == M` so do their
     weights. A copy, and a weight of another shape than W, has no hooks of its own.
     Raises NotFoldable, with the layer's path, for a DO or BSConv layer that no ordinary one
-    computes exactly, or whose kernel is not finite; ValueError for a form that there is not, and
-    TypeError as `over_parameterize` does; before anything is changed. Warns of a model in
-    training mode whose layers, such as dropout, then vary from call to call.
+    computes exactly, whose kernel is not finite, or whose weight the model's code is seen to read;
+    ValueError for a form that there is not, and TypeError as `over_parameterize` does; before
+    anything is changed. Warns of a model in training mode whose layers, such as dropout, then vary
+    from call to call.
 
     >>> net = torch.nn.Sequential(DOConv2d(8, 4, 3), torch.nn.ReLU())
     >>> model, report = fold(net)
@@ -109,6 +121,35 @@ def fold(
         return fold_layers(
             view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
         )
+
+
+def deploy(
+    model: nn.Module, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the model's own methods `fuse`, `reparameterize` and
+    `switch_to_deploy`, as timm, RepVGG and MobileOne have them, which read weights; then the batch
+    norms that are left, as `fold(fuse_batchnorm=True)`; and then `verify` against the model.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises ValueError for a model in training mode, NotFoldable as `fold` does and where a method of
+    the model raises, TypeError as `fold` does. Warns where outputs differ by more than rounding.
+
+    >>> net = torch.nn.Sequential(DOConv2d(8, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    >>> model, report = deploy(net, torch.zeros(1, 8, 5, 5))
+    >>> model[1], report.difference.absolute < 1e-6
+    (Identity(), True)
+    """
+    view = View(model)
+    if model.training:
+        raise ValueError(
+            "deploy takes a model in evaluation mode; received one in training mode. Call "
+            "model.eval() first."
+        )
+    with ordinary_tensors():
+        return deploy_model(view, LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(

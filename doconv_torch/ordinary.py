@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -22,10 +23,16 @@ from doconv_core.models.report import (
 )
 
 ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # By a parameter's memory: the modules that have it, its name in each, and the parameter.
 Owners: TypeAlias = "dict[Any, list[tuple[nn.Module, str, nn.Parameter]]]"
 
+GATHER = (
+    "gather the weights by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), load them into a model "
+    "that was over-parameterized alike and never sharded, and fold that."
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +42,12 @@ def check_model(model: nn.Module) -> None:
         raise no_model("torch.nn.Module", model)
     for path, module in model.named_modules():
         kind = type(module).__name__
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            where = f"the model has one at {path!r}" if path else "the model is one"
+            raise TypeError(
+                f"{where} that fully_shard (FSDP2) was given, whose parameters are parts of what "
+                f"they were. Over-parameterize before fully_shard. To fold: {GATHER}"
+            )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             where = f"the model has a {kind} at {path!r}" if path else f"the model is a {kind}"
             raise TypeError(
@@ -57,6 +70,18 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, _ConvNd) or _is_quantized(layer)
 
 
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Return whether the layer is a batch norm of any kind, a frozen one of other packages too.
+
+    Those are modules of their own, with the statistics as buffers beside the scale and the offset.
+    """
+    if isinstance(layer, _BatchNorm):
+        return True
+    if isinstance(layer, (torch.jit.ScriptModule, _NormBase)):  # the rest are instance norms
+        return False
+    return {"running_mean", "running_var"} <= layer._buffers.keys() | layer._parameters.keys()
+
+
 def _is_quantized(layer: nn.Module) -> bool:
     module = type(layer).__module__
     quantized = module.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic"))
@@ -66,7 +91,7 @@ def _is_quantized(layer: nn.Module) -> bool:
 def obstacle(layer: nn.Module) -> str | None:
     """Return why a convolution cannot be replaced; None where it can. Not of a kind's layers."""
     if isinstance(layer, _ConvNd) and type(layer) in ORDINARY:
-        return _own_obstacle(layer)
+        return _own_obstacle(layer, spec_of(layer).kernel_shape)
     if isinstance(layer, torch.jit.ScriptModule):
         return "compiled to TorchScript"
     if isinstance(layer, LazyModuleMixin):
@@ -78,8 +103,21 @@ def obstacle(layer: nn.Module) -> str | None:
     return TRANSPOSED if isinstance(layer, _ConvTransposeNd) else SUBCLASS
 
 
-def _own_obstacle(layer: _ConvNd) -> str | None:
-    """Return what is special about an ordinary convolution, as `obstacle` does."""
+def norm_source_obstacle(layer: Any) -> str | None:
+    """Return why a batch norm cannot become a part of the layer that it follows; None if it can.
+
+    That may be a convolution, a transposed one, or a linear layer.
+    """
+    if type(layer) in TRANSPOSED_TYPES:
+        i, o, groups = layer.in_channels, layer.out_channels, layer.groups
+        return _own_obstacle(layer, (i, o // groups, *layer.kernel_size))
+    if type(layer) is nn.Linear:
+        return _own_obstacle(layer, (layer.out_features, layer.in_features))
+    return SUBCLASS if isinstance(layer, nn.Linear) else obstacle(layer)
+
+
+def _own_obstacle(layer: Any, shape: tuple[int, ...]) -> str | None:
+    """Return what is special about an ordinary layer, whose weight is to have this shape."""
     if is_replaced(layer):
         return REPLACED
     weight = layer._parameters.get("weight")
@@ -87,12 +125,16 @@ def _own_obstacle(layer: _ConvNd) -> str | None:
         return COMPUTED  # by weight norm or pruning, before each call
     if not is_plain(weight):
         return NOT_PLAIN
-    shape = spec_of(layer).kernel_shape
     if tuple(weight.shape) != shape:
         return f"its weight has shape {tuple(weight.shape)}; expected {shape}"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
     return None
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether something watches or changes what goes into a layer or comes out."""
+    return any(getattr(layer, name) for name in HOOKS)
 
 
 def is_replaced(layer: nn.Module) -> bool:
@@ -138,6 +180,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(
         parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
     )
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Return whether a parameter is a `DTensor`, of which a process may have a part."""
+    return any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__)
 
 
 def is_bound(weight: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +13,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import place
+from doconv_core.models.report import READ, Change, FusingMethod, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.ordinary import (
     check_model,
     count_parameters,
+    is_batch_norm,
     is_convolution,
+    is_hooked,
     kind_of,
     memory,
     obstacle,
@@ -35,12 +39,13 @@ class View(ModelView):
     batch_norm = _BatchNorm
     name_of, is_convolution = staticmethod(kind_of), staticmethod(is_convolution)
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
-    norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
+    is_batch_norm = staticmethod(is_batch_norm)
+    norm_obstacle, fuse = staticmethod(batchnorm.any_norm_obstacle), staticmethod(batchnorm.fuse)
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
         self.model = model
-        self._flow = graph.Flow()
+        self._flow: graph.Flow | None = None
         self._owners: Any = None
 
     def sites(self) -> list[Site]:
@@ -62,6 +67,18 @@ class View(ModelView):
             module if name == "weight" and parameter is layer.weight else None
             for module, name, parameter in self._owners[memory(layer.weight)]
         ]
+
+    def other_use(self, layer: Any) -> str | None:
+        """Return whether the model's code is seen to read a convolution's weight itself."""
+        names = layer._parameters.keys() - {"bias"}
+        return READ if any((layer, name) in self._seen.touched for name in names) else None
+
+    @property
+    def _seen(self) -> graph.Flow:
+        """What symbolic tracing sees of the model as it was when first asked."""
+        if self._flow is None:
+            self._flow = graph.flow(self.model)
+        return self._flow
 
     def count(self) -> int:
         """Return how many numbers the parameters have."""
@@ -100,14 +117,103 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
+    def fusing(self, changed: Sequence[nn.Module]) -> list[FusingMethod]:
+        """Return the methods by which modules around these make other layers of their own."""
+        inside, found = set(changed), []
+        for path, module in self.model.named_modules():
+            names = _fusing(type(module))
+            if names and not inside.isdisjoint(module.modules()):
+                found += [FusingMethod(path, kind_of(module), name) for name in names]
+        return found
+
+    def call_fusing(self) -> list[Change]:
+        """Call the modules' own methods, of each the first that there is, from the outermost in.
+
+        What one returns is the module that takes its place, if it is another.
+        """
+        found: list[Change] = []
+        self.model = self._called("", self.model, found, set())
+        return found
+
+    def _called(
+        self, path: str, module: nn.Module, found: list[Change], met: set[nn.Module]
+    ) -> nn.Module:
+        if module in met:
+            return module
+        met.add(module)
+        before = kind_of(module)
+        name = next((n for n in DEPLOYING if n in _fusing(type(module))), None)
+        if name is not None and _takes_nothing(getattr(module, name)):
+            try:
+                made = getattr(module, name)()
+            except Exception as error:  # whatever the model's own code raises
+                raise NotFoldable(
+                    f"{place(path)}: {before}.{name}() raised {type(error).__name__}: {error}"
+                ) from error
+            found.append(Change(path, before, f"what its {name}() makes"))
+            module = made if isinstance(made, nn.Module) else module
+        for child, inner in list(module.named_children()):
+            inner_path = f"{path}.{child}" if path else child
+            made = self._called(inner_path, inner, found, met)
+            if made is not inner:
+                setattr(module, child, made)
+        return module
+
+    def takes_norm(self, layer: Any) -> bool:
+        """Return whether a batch norm behind a layer can become a part of it."""
+        return is_convolution(layer) or isinstance(layer, nn.Linear)
+
+    def passes_on(self, layer: Any) -> bool:
+        """Return whether a layer is an identity, without hooks."""
+        return type(layer) is nn.Identity and not is_hooked(layer)
+
     def flow(self) -> Flow:
         """Return who follows whom, by symbolic tracing."""
         self._flow, self._owners = graph.flow(self.model), owners(self.model)
         return self._flow
 
     def pair_obstacle(self, conv: nn.Module, norm: nn.Module) -> str | None:
-        """Return why this convolution and this batch norm cannot be fused."""
-        return batchnorm.pair_obstacle(conv, norm, self._flow.touched, self._owners)
+        """Return why this layer and the batch norm behind it cannot be fused."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners)
+        linear = isinstance(conv, nn.Linear)
+        other_axis = conv in self._seen.deep or isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
+        return batchnorm.LINEAR_AXIS if reason is None and linear and other_axis else reason
+
+    def fuse_ahead(self, norm: nn.Module, conv: nn.Module) -> str | None:
+        """Fuse a batch norm into the convolution behind it; or return why not."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners, ahead=True)
+        return reason or batchnorm.fuse_ahead(norm, conv)
+
+
+# As RepVGG, MobileOne, timm, YOLO, RepLKNet, torchvision and others call it.
+_FUSING = re.compile(
+    r"(switch|convert|transform|trans)_to_deploy|re_?param(eteri[sz]e)?(_\w+)?|structural_reparam"
+    r"|fuse(_\w+|forward)?|merge_(kernel|bn|batchnorm|branch(es)?)|get_equivalent_kernel_bias"
+)
+
+
+# Those that `deploy` calls: without arguments, they leave a model for inference.
+DEPLOYING = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def _takes_nothing(method: Any) -> bool:
+    """Return whether a method can be called without arguments."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(
+        p.default is not inspect.Parameter.empty or p.kind in variable
+        for p in inspect.signature(method).parameters.values()
+    )
+
+
+def _fusing(cls: type) -> list[str]:
+    """Return the names of a class's own methods by which its modules become other layers."""
+    if cls.__module__.startswith(("torch.", "doconv_torch.")):
+        return []
+    return [
+        name
+        for name in dir(cls)
+        if _FUSING.fullmatch(name) and inspect.isfunction(getattr(cls, name, None))
+    ]
 
 
 def _varies(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import isclass, signature
 
 import numpy as np
 import pytest
@@ -78,6 +79,19 @@ def test_each_framework_pads_by_itself_where_it_can(adapter):
     assert sum(map(adapter.pads, CASES)) > len(CASES) / 2
     ours = any(adapter.pads(c) and not c.symmetric for c in CASES)
     assert ours != (adapter is adapter_of("mx"))
+
+
+def test_layers_are_called_as_the_ordinary_ones(adapter):
+    """By the names of arguments, too."""
+
+    def names(cls):
+        return list(signature(getattr(cls, adapter.WORDS["call"])).parameters)
+
+    layers = [c for c in vars(adapter.package).values() if isclass(c) and hasattr(c, "ordinary")]
+    assert len(layers) >= 9
+    for cls in layers:
+        expected = names(cls.ordinary)
+        assert names(cls)[: len(expected)] == expected, cls
 
 
 def in_double(problem):

@@ -53,7 +53,12 @@ CASES = {
     "forward": Case(Net({"conv": conv, "norm": Layer("patched_norm")}), REPLACED),
     "conv's forward": Case(Net({"conv": Layer("patched"), "norm": norm}), behind(REPLACED)),
     "conv's subclass": Case(Net({"conv": Layer("own"), "norm": norm}), behind(SUBCLASS)),
-    "transposed": Case(Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED)),
+    "transposed": Case(
+        Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED), ALL - {"torch"}
+    ),
+    "into transposed": Case(
+        Net({"conv": Layer("transposed", groups=2), "norm": norm}), None, frozenset({"torch"})
+    ),
     "output used twice": Case(
         Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("sum", "+", "y", "z"))), OUTPUT
     ),
@@ -104,11 +109,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("backend", "mode", "name"),
+    ("backend", "mode", "name_of_case"),
     [(*run, name) for name, case in CASES.items() for run in runs() if run[0] in case.backends],
 )
-def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name):
-    models, case = models_of(backend), CASES[name]
+def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name_of_case):
+    models, case = models_of(backend), CASES[name_of_case]
     types, model, x = models.types, models.build(case.net, mode), case.net.input()
     folded, report = models.package.fold(model, fuse_batchnorm=True)
     found, expected = models.outputs(folded, x), models.outputs(model, x)
@@ -116,7 +121,8 @@ def test_a_batch_norm_is_fused_or_left_and_named(backend, mode, name):
     name = types[kind if kind == "own_norm" else "norm"]
     fused = [change for change in report.changed if change.path == "norm"]
     if case.reason is None:
-        assert fused == [Change("norm", name, fused_into(types["conv"]))]
+        conv_type = types["transposed" if "transposed" in name_of_case else "conv"]
+        assert fused == [Change("norm", name, fused_into(conv_type))]
         assert report.left == ()
         assert_close(found, expected)
         again, report = models.package.fold(folded, fuse_batchnorm=True)

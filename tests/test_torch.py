@@ -17,7 +17,13 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
-from doconv_torch import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
+from doconv_torch import (  # noqa: E402
+    BSConvS2d,
+    BSConvU2d,
+    DOConv1d,
+    DOConv2d,
+    DOConv3d,
+)
 
 PAIRS = [(DOConv1d, nn.Conv1d), (DOConv2d, nn.Conv2d), (DOConv3d, nn.Conv3d)]
 RANKED = pytest.mark.parametrize(("do_conv", "conv"), PAIRS, ids=["1d", "2d", "3d"])
@@ -43,6 +49,13 @@ def test_the_signature_is_the_ordinary_one_and_a_keyword(do_conv, conv):
     assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
     assert (ours[-1].name, ours[-1].kind) == ("depth_multiplier", inspect.Parameter.KEYWORD_ONLY)
     assert issubclass(do_conv, conv)
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, DOConv2d, BSConvU2d, BSConvS2d])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_layer_takes_its_input_by_the_ordinary_layers_name(cls, kernel):
+    layer = cls(4, 6, kernel)
+    assert torch.equal(layer(input=image()), layer(image()))
 
 
 @RANKED

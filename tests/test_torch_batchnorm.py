@@ -21,7 +21,9 @@ from doconv_core.models.report import (  # noqa: E402
     NOT_DIRECT,
     OUTPUT,
     SHARED,
+    SUBCLASS,
     behind,
+    read_elsewhere,
 )
 from doconv_torch import DOConv2d, fold, over_parameterize, verify  # noqa: E402
 
@@ -95,6 +97,24 @@ def reads_parameters(self, body, x):
     return body[1](body[0](x)) + body[0].weight.sum()
 
 
+def reads(name):
+    """Return a forward that reads an attribute of the norm, whatever it makes of it."""
+
+    def forward(self, body, x):
+        value = getattr(body[1], name)
+        return body[1](body[0](x)) + (value.detach().reshape(-1)[0] if name != "eps" else value)
+
+    return forward
+
+
+def asks_for_attribute(self, body, x):
+    return body[1](body[0](x)) if hasattr(body[1], "num_features") else body[0](x)
+
+
+def asks_for_dtype(self, body, x):
+    return body[1](body[0](x.to(body[0].weight.dtype)))
+
+
 def with_hook(index, register, hook):
     modules = pair()
     getattr(modules[index], register)(hook)
@@ -120,6 +140,22 @@ LEFT = {
         NOT_DIRECT,
     ),
     "parameters read": (lambda: build(pair(), reads_parameters), SHARED),
+    "statistics read": (
+        lambda: build(pair(), reads("running_var")),
+        read_elsewhere(["running_var"]),
+    ),
+    "statistics read by what cannot be traced": (
+        lambda: build(
+            [nn.Sequential(*pair())],
+            lambda self, body, x: loops(self, body, x + body[0][1].running_mean.sum()),
+        ),
+        read_elsewhere(["running_mean"]),
+    ),
+    "epsilon read": (lambda: build(pair(), reads("eps")), read_elsewhere(["eps"])),
+    "attribute asked for": (
+        lambda: build(pair(), asks_for_attribute),
+        read_elsewhere(["num_features"]),
+    ),
     "hook on conv": (
         lambda: build(with_hook(0, "register_forward_hook", lambda m, x, y: 2 * y)),
         HOOKED,
@@ -155,6 +191,135 @@ def test_what_cannot_be_fused_exactly_is_left_and_named(name):
         assert report.left == (Left(path, "BatchNorm2d", reason),)
         return
     assert left(model) == {path: reason}
+
+
+def test_what_is_asked_of_a_weight_without_its_values_is_no_use_of_it():
+    assert fused(build(pair(), asks_for_dtype))[1] == ["body.1"]
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with layers behind it, built as timm's BatchNormAct2d is."""
+
+    def __init__(self, channels, act=nn.ReLU, drop=nn.Identity):
+        super().__init__(channels)
+        self.drop, self.act = drop(), act()
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        x = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training, self.momentum, self.eps,
+        )  # fmt: skip
+        return self.act(self.drop(x))
+
+
+class Calling(NormAct):
+    """The same by way of its parent's forward."""
+
+    def forward(self, x):
+        return self.act(nn.BatchNorm2d.forward(self, x))
+
+
+class Frozen(nn.Module):
+    """A batch norm of constants, built as torchvision's FrozenBatchNorm2d is."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        w, b = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        mean, variance = (t.reshape(1, -1, 1, 1) for t in (self.running_mean, self.running_var))
+        scale = w * (variance + self.eps).rsqrt()
+        return x * scale + (b - mean * scale)
+
+
+@pytest.mark.parametrize(
+    ("norm", "becomes"),
+    [
+        (lambda: NormAct(3), nn.Sequential),
+        (lambda: NormAct(3, nn.PReLU, nn.Dropout), nn.Sequential),
+        (lambda: NormAct(3, nn.Identity), nn.Identity),
+        (lambda: Calling(3, nn.SiLU), nn.Sequential),
+        (lambda: Frozen(3), nn.Identity),
+    ],
+)
+def test_norms_of_other_packages_are_fused_and_their_activations_kept(norm, becomes):
+    model = build([nn.Conv2d(3, 3, 3), norm(), nn.Conv2d(3, 3, 3)])
+    own = {name: type(m) for name, m in model[1].named_children() if becomes is nn.Sequential}
+    names = [name for name in model.state_dict() if name.startswith("1.act")]
+    folded, report = fold(model, fuse_batchnorm=True)
+    assert verify(model, folded, images()).relative < 1e-6
+    assert [c.after for c in report.changed] == ["fused into Conv2d"]
+    assert report.left == ()
+    assert type(folded[1]) is becomes
+    found = {name: type(m) for name, m in folded[1].named_children()}
+    assert found.items() <= own.items()
+    assert bool(found) == bool(own)
+    assert [name for name in folded.state_dict() if name.startswith("1.")] == names
+    assert not fold(folded, fuse_batchnorm=True).report.changed
+
+
+class Scaled(NormAct):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Standardizing(NormAct):
+    def forward(self, x):
+        return super().forward(x - x.mean((2, 3), keepdim=True))
+
+
+class ByValue(NormAct):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("cls", [Scaled, Standardizing, ByValue])
+def test_norms_that_compute_something_else_are_left(cls):
+    assert left(build([nn.Conv2d(3, 3, 3), cls(3)])) == {"1": SUBCLASS}
+
+
+@pytest.mark.parametrize(
+    ("modules", "x", "expected"),
+    [
+        ([nn.Linear(12, 5), nn.BatchNorm1d(5)], (4, 12), "fused into Linear"),
+        ([nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)], (4, 3, 4), "fused into Linear"),
+        ([nn.ConvTranspose1d(4, 6, 3, 2, groups=2), nn.BatchNorm1d(6)], (2, 4, 5),
+         "fused into ConvTranspose1d"),
+        ([nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), nn.BatchNorm2d(6)], (2, 4, 5, 5),
+         "fused into ConvTranspose2d"),
+        ([nn.Conv2d(3, 4, 3), nn.Identity(), nn.Identity(), nn.BatchNorm2d(4)], (2, 3, 5, 5),
+         "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)], (2, 4, 5, 5), "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), nn.Identity(), nn.Conv2d(4, 6, 3, padding="valid", bias=False)],
+         (2, 4, 5, 5), "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], (2, 4, 5, 5),
+         "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)], (2, 4, 5, 5), NOT_DIRECT),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding="same")], (2, 4, 5, 5), NOT_DIRECT),
+        ([nn.Embedding(9, 5), nn.Linear(5, 4), nn.BatchNorm1d(4)], None,
+         "it may normalize another axis than the linear layer's features"),
+        ([nn.Linear(5, 4), nn.BatchNorm2d(4)], (2, 4, 3, 5),
+         "it may normalize another axis than the linear layer's features"),
+    ],
+)  # fmt: skip
+def test_norms_behind_and_before_other_layers(modules, x, expected):
+    model = network(lambda: nn.Sequential(*modules)).eval()
+    x = torch.randn(x) if x else torch.randint(9, (2, 4))
+    folded, report = fold(model, fuse_batchnorm=True)
+    found = [change.after for change in report.changed] + [each.reason for each in report.left]
+    assert found == [expected]
+    difference = verify(model, folded, x)
+    assert difference.relative < 1e-6
+    assert report.changed or difference.absolute == 0
+
+
+def test_two_norms_in_a_row_are_both_fused():
+    model = build([*pair(), nn.BatchNorm2d(3)])
+    assert fused(model)[1] == ["1", "2"]
 
 
 def test_what_cannot_be_traced_is_named_and_its_parts_are_fused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 from frameworks import need
@@ -16,6 +17,7 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import REPLACED, Network, Residual, images, network, output, trained  # noqa: E402
 
+import doconv_torch.stale  # noqa: E402
 from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.models.report import TIED  # noqa: E402
 from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize, verify  # noqa: E402
@@ -346,3 +348,26 @@ def test_attributes_of_parameters_are_kept(multiplier, inplace):
     for options, parameter in zip(first, folded.parameters(), strict=True):
         assert parameter.options == {"decay": False}
         assert (parameter.options is options) == inplace
+
+
+@pytest.mark.parametrize("multiplier", [None, 12])
+@pytest.mark.parametrize("given", ["nothing", "group", "another"])
+def test_an_optimizer_made_before_is_warned_of_if_it_goes_on_without_the_new(multiplier, given):
+    model = network()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3)]
+    over_parameterize(model, depth_multiplier=multiplier, inplace=True)
+    new = [p for name, p in model.named_parameters() if name.endswith("depthwise_weight")]
+    if given == "group":
+        optimizers[0].add_param_group({"params": new})
+    if given == "another":
+        optimizers.append(torch.optim.Adam(new))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            output(model).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    texts = [str(each.message) for each in caught]
+    missed = [text for text in texts if "does not have 'stem.0.depthwise_weight'" in text]
+    assert len(missed) == (given == "nothing")
+    assert not doconv_torch.stale._watched, "it is no more asked about"

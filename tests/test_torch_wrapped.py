@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from frameworks import need
 
@@ -9,27 +11,63 @@ need("torch")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_model_state_dict,
+)
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch_models import REPLACED, Network, images, network, output, trained  # noqa: E402
 
+from doconv_core import NotFoldable  # noqa: E402
 from doconv_torch import fold, over_parameterize  # noqa: E402
 
 
-def test_distributed_wrappers_are_refused(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(network())
-        for call in (over_parameterize, fold):
-            with pytest.raises(TypeError, match="the model is a DistributedDataParallel, which"):
-                call(model, inplace=True)
-            with pytest.raises(TypeError, match="has a DistributedDataParallel at '0', which"):
-                call(nn.Sequential(model))
-        inner = over_parameterize(model.module)[0]
-        wrapped = nn.parallel.DistributedDataParallel(inner)
-        wrapped(images()).sum().backward()
-        assert inner.stem[0].depthwise_weight.grad is not None
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_fully_shard_was_given_is_refused_and_folded_as_the_error_says(alone, steps):
+    model = over_parameterize(network().eval())[0]
+    whole = copy.deepcopy(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(model.stem, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        output(model).square().mean().backward()
+        optimizer.step()
+    for call in (over_parameterize, fold, lambda m, **options: fold(m.stem, **options)):
+        for inplace in (False, True):
+            with pytest.raises(TypeError, match=r"is one that fully_shard .*get_model_state_dict"):
+                call(model, inplace=inplace)
+    with pytest.raises(TypeError, match=r"has one at '0' that fully_shard"):
+        fold(nn.Sequential(model))
+    with pytest.raises(NotFoldable, match="its parameters are sharded"):
+        model.head["mix"].fold()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole.load_state_dict(get_model_state_dict(model, options=options))
+    torch.testing.assert_close(output(fold(whole)[0]), output(model))
+
+
+def test_distributed_wrappers_are_refused(alone):
+    model = nn.parallel.DistributedDataParallel(network())
+    for call in (over_parameterize, fold):
+        with pytest.raises(TypeError, match="the model is a DistributedDataParallel, which"):
+            call(model, inplace=True)
+        with pytest.raises(TypeError, match="has a DistributedDataParallel at '0', which"):
+            call(nn.Sequential(model))
+    inner = over_parameterize(model.module)[0]
+    wrapped = nn.parallel.DistributedDataParallel(inner)
+    wrapped(images()).sum().backward()
+    assert inner.stem[0].depthwise_weight.grad is not None
 
 
 def test_data_parallel_and_its_replicas():

@@ -57,10 +57,12 @@ def over_parameterize(
     if isinstance(known, ComposedKind):
         known.check_options(options)
     layers = of_kind(layer_kinds, kind)
-    target, _, parts, uncounted = convert(
+    target, chosen, parts, uncounted = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
     )
-    return Converted(target, Report("over-parameterized", *parts, uncounted=uncounted))
+    fusing = tuple(view.fusing([each.site.layer for each in chosen]))
+    report = Report("over-parameterized", *parts, uncounted=uncounted, fusing=fusing)
+    return Converted(target, report)
 
 
 def replace(
@@ -183,6 +185,9 @@ def _reasons(
         if reason is None and not any([selection(path, layer) for path in paths]):
             reason = NOT_SELECTED
         reasons[index] = reason
+    for index, reason in reasons.items():
+        if reason is None:
+            reasons[index] = view.other_use(sites[index].layer)
     chosen = {id(sites[index].layer): index for index, reason in reasons.items() if reason is None}
     for index in chosen.values():
         layer = sites[index].layer

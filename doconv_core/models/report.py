@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import ONE_TAP as ONE_TAP
 from doconv_core.kinds.base import Cost
+from doconv_core.maths.numeric import Difference
 
 # Why a convolution is left as it is, in the words that every backend uses. What one framework alone
 # has is in that backend.
@@ -24,6 +25,7 @@ QUANTIZED = "quantized"
 REPLACED = "its forward pass was replaced, and may compute something else"
 COMPUTED = "its weight is computed, not a parameter of its own"
 NOT_PLAIN = "its weight is not a plain parameter"
+READ = "its weight is also read other than by calling it"
 TIED = "it shares a weight with what is not over-parameterized alike"
 
 # Why a batch norm is not fused.
@@ -33,12 +35,18 @@ SEVERAL = "it or its convolution is used in several places"
 SHARED = "its parameters, or its convolution's, are used elsewhere too"
 HOOKED = "it or its convolution has hooks, which would see other values"
 AXIS = "normalizes another axis than the convolution's channels"
+PADDED = "the convolution that it precedes pads with zeros, which it would shift"
 NOT_FINITE = "the fused kernel would not be finite"
 
 
 def behind(reason: str) -> str:
     """Return why a batch norm behind a convolution is left that is itself left for `reason`."""
     return f"the convolution before it is left as it is: {reason}"
+
+
+def read_elsewhere(names: Iterable[str]) -> str:
+    """Return why a batch norm is left of which the model reads these attributes."""
+    return f"the model reads its {', '.join(sorted(names))} other than by calling it"
 
 
 def fused_into(kind: str) -> str:
@@ -88,6 +96,20 @@ class Left(NamedTuple):
     reason: str
 
 
+class FusingMethod(NamedTuple):
+    """A method by which a part of a model makes other layers of its own.
+
+    path: where the part is. kind: its class. name: the method's.
+
+    >>> FusingMethod("stages.0", "MobileOneBlock", "reparameterize").name
+    'reparameterize'
+    """
+
+    path: str
+    kind: str
+    name: str
+
+
 @dataclass(frozen=True)
 class Report:
     """What a whole-model tool did; `str` tells it.
@@ -95,7 +117,9 @@ class Report:
     action: in one word, such as "over-parameterized". changed, left: the layers that it replaced
     and left, in the model's order. parameters_before, parameters_after: the model's parameters, as
     its framework counts them, each once. uncounted: how many parameters are not in these numbers,
-    as their shapes are not known before the model has run.
+    as their shapes are not known before the model has run. fusing: methods of parts of the model
+    that have such a layer inside, and may make other weights of its weight; they are for the folded
+    model.
 
     >>> print(Report("folded", (Change("stem", "DOConv2d", "Conv2d"),), (), 305, 224))
     folded 1 layer, left 0; parameters: 305 before, 224 after (-26.56%)
@@ -109,6 +133,7 @@ class Report:
     parameters_before: int
     parameters_after: int
     uncounted: int = field(default=0, kw_only=True, compare=False)
+    fusing: tuple[FusingMethod, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
         """Return the report to read: layers by what became of them, and the parameters."""
@@ -122,6 +147,9 @@ class Report:
         if self.left:
             lines.append("left as they were:")
             lines += grouped((f"{kind}: {reason}", path) for path, kind, reason in self.left)
+        if self.fusing:
+            lines.append("fold before you call what may read these layers' weights:")
+            lines += grouped((f"{m.kind}.{m.name}", m.path) for m in self.fusing)
         return "\n".join(lines)
 
     def _uncounted(self) -> str:
@@ -251,3 +279,25 @@ class FoldReport(Report):
             )
             lines += grouped((str(each), each.path) for each in self.choices)
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DeployReport(Report):
+    """What `deploy` did. difference: of the outputs before and after; None without inputs.
+
+    >>> print(DeployReport("deployed", (), (), 8, 8, difference=Difference(0.0, 0.0)))
+    deployed 0 layers, left 0; parameters: 8 before, 8 after
+    outputs differ by at most 0, 0 of the largest
+    """
+
+    difference: Difference | None = None
+
+    def __str__(self) -> str:
+        """Return the report to read: that of every tool, and how far the outputs differ."""
+        if self.difference is None:
+            return f"{super().__str__()}\nnot verified, as no inputs were given"
+        absolute, relative = self.difference
+        return (
+            f"{super().__str__()}\noutputs differ by at most {absolute:.2g}, {relative:.2g} of the "
+            "largest"
+        )

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
-from doconv_core.models.report import ALREADY, TIED, Choice
+from doconv_core.models.report import (
+    ALREADY,
+    NOT_DIRECT,
+    TIED,
+    Change,
+    Choice,
+    FusingMethod,
+)
 
 
 class Site(NamedTuple):
@@ -84,6 +91,13 @@ class ModelView(ABC):
     def holders(self, layer: Any) -> list[Any]:
         """Return the layers that have this weight as theirs; None for each other use of it."""
 
+    def other_use(self, layer: Any) -> str | None:
+        """Return how the model uses a convolution's weight other than by calling the layer.
+
+        None where it does not, as far as that can be seen.
+        """
+        return None
+
     @abstractmethod
     def count(self) -> int:
         """Return the number of the model's parameters, as its framework counts them, each once."""
@@ -115,6 +129,14 @@ class ModelView(ABC):
     def warn_of_training(self, stacklevel: int) -> None:
         """Warn where a comparison with the folded model would tell of the mode, not of folding."""
 
+    def fusing(self, changed: Sequence[Any]) -> list[FusingMethod]:
+        """Return the methods that make other layers of parts which have one of these inside."""
+        return []
+
+    def call_fusing(self) -> list[Change]:
+        """Let parts of the model make other layers of their own, in place; return which did."""
+        return []
+
     # The rest is what batch-norm fusion asks.
 
     def is_batch_norm(self, layer: Any) -> bool:
@@ -124,6 +146,14 @@ class ModelView(ABC):
     @abstractmethod
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands; None where it can."""
+
+    def takes_norm(self, layer: Any) -> bool:
+        """Return whether a layer is of a kind that a batch norm behind it can become a part of."""
+        return self.is_convolution(layer)
+
+    def passes_on(self, layer: Any) -> bool:
+        """Return whether a layer returns what it is given, and nobody watches."""
+        return False
 
     @abstractmethod
     def flow(self) -> Flow:
@@ -136,6 +166,10 @@ class ModelView(ABC):
     @abstractmethod
     def fuse(self, conv: Any, norm: Any) -> str | None:
         """Fuse a batch norm into a convolution, in place; or return why that cannot be."""
+
+    def fuse_ahead(self, norm: Any, conv: Any) -> str | None:
+        """Fuse a batch norm into the convolution behind it, in place; or return why not."""
+        return NOT_DIRECT
 
 
 class Leave(Exception):

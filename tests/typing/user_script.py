@@ -25,6 +25,7 @@ from doconv_torch import (
     DOConv2d,
     build,
     composed_once,
+    deploy,
     export_state,
     fold,
     get_model,
@@ -64,9 +65,10 @@ def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> floa
     return loss.item()
 
 
-def deploy(model: Classifier, images: torch.Tensor) -> tuple[Difference, str]:
+def finish(model: Classifier, images: torch.Tensor) -> tuple[Difference, str]:
     """Fold the model, and say how far its outputs then lie from what they were."""
     folded, report = fold(model.eval(), form={"bsconv": "dense"}, fuse_batchnorm=True)
+    print(deploy(model, torch.zeros(1, 3, 8, 8)).report)
     difference: Difference = verify(model, folded, images)
     assert isinstance(report, FoldReport)
     conv: nn.Conv2d = folded.conv
