@@ -27,6 +27,7 @@ from doconv_core.cli.contents import Contents
 from doconv_core.cli.flattening import Sizes, features_of, takes_image
 from doconv_core.cli.options import (
     KernelSizes,
+    allow_option,
     flatten_option,
     json_option,
     kernel_size_option,
@@ -35,7 +36,6 @@ from doconv_core.cli.options import (
     source_argument,
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
-from doconv_core.files.checkpoint import open_checkpoint
 from doconv_core.files.entries import KERAS
 from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
 from doconv_core.maths.numeric import Array, difference
@@ -59,6 +59,7 @@ from doconv_core.state.flattening import channels_first, image_size
 @click.option("--all", "show_all", is_flag=True, help="List the arrays that are equal, too.")
 @flatten_option
 @kernel_size_option
+@allow_option
 @json_option
 @click.pass_context
 def verify(
@@ -70,6 +71,7 @@ def verify(
     show_all: bool,
     flattened: Sizes,
     kernel_sizes: KernelSizes,
+    allow: Sequence[str],
     as_json: bool,
 ) -> None:
     """Compare A and B: the kernels, folded on the way where they are not, and all other arrays.
@@ -83,7 +85,7 @@ def verify(
       doconv verify model.pt other.params --match order --tolerance 1e-6
     """  # noqa: D301
     with ExitStack() as stack:
-        a, b = _open(stack, first, second, kernel_sizes)
+        a, b = _open(stack, first, second, kernel_sizes, allow)
         compared: list[Compared] = []
         missing: list[str] = []
         if match == "name":
@@ -114,10 +116,10 @@ def verify(
 
 
 def _open(
-    stack: ExitStack, first: Path, second: Path, kernel_sizes: KernelSizes
+    stack: ExitStack, first: Path, second: Path, kernel_sizes: KernelSizes, allow: Sequence[str]
 ) -> tuple[Contents, Contents]:
     """Open both files; a kernel size that one does not tell is taken from the other."""
-    files = [stack.enter_context(open_checkpoint(file)) for file in (first, second)]
+    files = [stack.enter_context(opened(file, (), allow)) for file in (first, second)]
     layers = files[0].layers, files[1].layers
     for pattern, _ in kernel_sizes:
         if not any(_asks(layer, pattern) for found in layers for layer in found):
@@ -132,7 +134,7 @@ def _open(
             shape = shapes.get(layer.name)
             if layer.over_parameterized and layer.kernel_shape is None and shape is not None:
                 sizes.append((literal(layer.name), shape[2:]))
-        sized = stack.enter_context(opened(file.path, sizes)) if sizes else file
+        sized = stack.enter_context(opened(file.path, sizes, allow)) if sizes else file
         require_kernel_sizes(sized, sized.layers)
         both.append(Contents(sized))
     return both[0], both[1]
