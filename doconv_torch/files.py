@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,13 @@ from doconv_core.files.entries import (
     Entry,
     check_names,
     open_archive,
+    read_member,
     shown,
     without_wrappers,
 )
 from doconv_core.files.inert import Allowed, Inert, check_attributes
 from doconv_core.files.layers import Layer, Sizes, find_layers
+from doconv_core.files.pickles import SUSPECT, check_calls
 from doconv_core.files.pytorch import (
     MAX_DEPTH,
     StateDicts,
@@ -50,6 +53,8 @@ _REFUSED = re.compile(
     r"iostream error|inline_container|PytorchStreamWriter|write\(\): fd \d+ failed"
 )
 Array: TypeAlias = "NDArray[Any]"
+MAX_PICKLE = 1 << 28  # bytes of what an archive tells of its tensors
+LEGACY = 5  # pickles in an older file: numbers, what is told of the system, the content, keys
 MAX_NDIM = 32  # of NumPy's arrays
 DISTRIBUTED = "torch.distributed"
 SHARDS = (
@@ -75,7 +80,11 @@ class PyTorchCheckpoint(Checkpoint):
     ) -> None:  # fmt: skip
         self.path, self._zipped = path, zipped
         self.format = "PyTorch" if zipped else "PyTorch (legacy)"
-        stored = _stored_bytes(path) if zipped else path.stat().st_size
+        stored = path.stat().st_size
+        if zipped:
+            stored = _stored_bytes(path)
+        else:
+            _check_legacy(path)
         self._content = _load(path, Inert(allow))
         check_attributes(path, self._content)
         self._states = StateDicts(self._content, _is_tensor)
@@ -406,18 +415,30 @@ def _dtype_of(tensor: Tensor) -> str:
 
 
 def _stored_bytes(path: Path) -> int:
-    """Return how many bytes of tensors an archive has.
+    """Return how many bytes of tensors an archive has; its pickle must call nothing odd.
 
     Raises CheckpointError for an archive of another kind.
     """
     with open_archive(path) as archive:
         members = archive.infolist()
-    if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, whose layers are code; fold the model and save "
-            "model.state_dict() before scripting it."
-        )
+        if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, whose layers are code; fold the model and save "
+                "model.state_dict() before scripting it."
+            )
+        for member in members:
+            if member.filename.rpartition("/")[2] == "data.pkl":
+                pickled = read_member(path, archive, member.filename, MAX_PICKLE)
+                if SUSPECT.search(pickled):
+                    check_calls(path, io.BytesIO(pickled), len(pickled))
     return sum(member.file_size for member in members if "/data/" in member.filename)
+
+
+def _check_legacy(path: Path) -> None:
+    """Raise CheckpointError where a pickle of an older file calls what it should not."""
+    with path.open("rb") as file:
+        for _ in range(LEGACY):
+            check_calls(path, file, path.stat().st_size)
 
 
 def _load(path: Path, inert: Inert) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import datetime
 import fractions
@@ -292,7 +293,8 @@ INERT = {
         datetime.date(2020, 1, 1), datetime.time(1, 2), datetime.timedelta(3),
     ],
     "slice": slice(1, None, 2),
-    "bytes": b"x\xff",
+    "bytes": [b"x\xff", bytearray(b"y"), b""],
+    "other bytes": b"x\xff",
 }  # fmt: skip
 
 
@@ -347,6 +349,16 @@ REFUSED = {
              (1, (1 << 20,), np.dtype("f8"), False, b"few")),
         "has 3 bytes",
     ),
+    "many bytes": (Made(bytearray, (1 << 31,)), "calls builtins.bytearray with other than bytes"),
+    "bytes in turn": (
+        Made(codecs.encode, (Made(codecs.encode, ("a" * 99, "hex")), "hex")),
+        r"calls _codecs\.encode with other than text in Latin-1",
+    ),
+    "a tensor of nothing": (Made(torch.Tensor, (1 << 31,)), r"calls torch\.Tensor with arguments"),
+    "a storage": (
+        Made(torch.UntypedStorage, (1 << 31,)), r"calls torch\.storage\.UntypedStorage with argu"
+    ),
+    "a long list": (Made(list, ([1, 2],)), r"calls builtins\.list with arguments"),
     "a method of a dict": (
         Made(collections.OrderedDict, (), {"items": 1}), "OrderedDict the attribute 'items', which"
     ),

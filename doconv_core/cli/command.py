@@ -373,6 +373,14 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a layer's name may be in any script
@@ -381,5 +389,8 @@ def main() -> None:
     except BrokenPipeError:
         raise SystemExit(PIPE) from None
     except Exception:
+        if interrupted:  # a library, called back, has made another error of it
+            click.echo("doconv: interrupted.", err=True)
+            raise SystemExit(INTERRUPTED) from None
         traceback.print_exc()
         raise SystemExit(CRASH) from None
