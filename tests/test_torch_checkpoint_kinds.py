@@ -455,3 +455,12 @@ def test_checkpoints_of_many_processes_are_named_as_what_they_are(tmp_path):
     with pytest.raises(CheckpointError, match=r"is a part of a checkpoint of torch\.distr"):
         open_checkpoint(part)
     doconv("inspect", folder, code=USAGE, error="folder of torch.distributed.checkpoint")
+
+
+def test_complex_numbers_are_compared(file, tmp_path):
+    other = tmp_path / "other.pt"
+    values = torch.tensor([[1 + 2j, 3], [4, 5j]])
+    save({"a.weight": values}, file)
+    assert "1 array compared: equal" in doconv("verify", file, file).stdout
+    save({"a.weight": values + torch.tensor([[0, 0], [1j, 0]])}, other)
+    assert " 1,0\n" in doconv("verify", file, other, code=DIFFERENT).stdout

@@ -139,9 +139,12 @@ def check_names(path: Path, names: Iterable[str]) -> None:
             )
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def _is_text(name: str) -> bool:
     """Return whether files can hold the name: a string may have halves of characters."""
-    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
+    return _HALF.search(name) is None
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

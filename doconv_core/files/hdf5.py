@@ -32,6 +32,7 @@ from doconv_core.files.entries import (
     storage_dtype,
     to_storage,
 )
+from doconv_core.maths.batchnorm import NotFoldable
 
 # What h5py raises where a file is not what it says.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
@@ -186,7 +187,9 @@ class Hdf5:
         try:
             with _h5py(self.path).File(target, "w") as file:
                 visit("", file)
-        except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+        except (CheckpointError, NotFoldable):
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # also one name for two
             _reserve(target, size + SMALL)  # what the library says of a full disk is like damage
             raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
