@@ -11,7 +11,7 @@ import pickletools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from doconv_core.files.entries import SMALL, CheckpointError
 
@@ -42,7 +42,8 @@ def check_calls(path: Path, file: IO[bytes], size: int) -> None:
     try:
         for name, arguments in _calls(file):
             problem = _problem(name, arguments)
-            encoded += len(arguments[0]) if name == ENCODE and not problem else 0
+            if name == ENCODE and arguments and not problem:
+                encoded += len(arguments[0])
             if problem or encoded > SMALL + MOST * size:
                 raise CheckpointError(
                     f"{path} is no PyTorch file that torch.save has written: it calls {name} "
@@ -77,8 +78,8 @@ def _calls(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         del stack[place:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(file):
-        name = opcode.name
+    for opcode, told, _ in pickletools.genops(file):
+        name, argument = opcode.name, cast(Any, told)
         if name == "GLOBAL":
             module, _, attribute = argument.partition(" ")
             module = "builtins" if module == "__builtin__" else module

@@ -243,7 +243,7 @@ def check_whole(path: Path) -> None:
 def _shards_of(index: Path) -> set[str]:
     """Return the files that an index names, if there are several."""
     try:
-        content = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
+        content: Any = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
         names = {str(name) for name in content["weight_map"].values()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return set()  # whoever names the index is told
