@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from doconv_core.files.checkpoint import Checkpoint, Output, folded_kernel, outputs
+from doconv_core.files.checkpoint import (
+    Checkpoint,
+    Output,
+    folded_kernel,
+    outputs,
+    seems_over_parameterized,
+)
 from doconv_core.files.entries import (
     AVERAGED,
     BITS,
@@ -23,17 +29,39 @@ from doconv_core.files.entries import (
     Entry,
     check_names,
     open_archive,
+    read_member,
+    shown,
     without_wrappers,
 )
+from doconv_core.files.inert import Allowed, Inert, check_attributes
 from doconv_core.files.layers import Layer, Sizes, find_layers
-from doconv_core.files.pytorch import MAX_DEPTH, StateDicts, is_container, items_of, joined
+from doconv_core.files.pickles import SUSPECT, check_calls
+from doconv_core.files.pytorch import (
+    MAX_DEPTH,
+    StateDicts,
+    inner_items,
+    is_array,
+    is_average,
+    is_container,
+    is_optimizer,
+    items_of,
+    joined,
+)
 
 # What PyTorch's writer says, in RuntimeErrors, where the system has refused to take more bytes.
 _REFUSED = re.compile(
     r"iostream error|inline_container|PytorchStreamWriter|write\(\): fd \d+ failed"
 )
 Array: TypeAlias = "NDArray[Any]"
+MAX_PICKLE = 1 << 28  # bytes of what an archive tells of its tensors
+LEGACY = 5  # pickles in an older file: numbers, what is told of the system, the content, keys
 MAX_NDIM = 32  # of NumPy's arrays
+DISTRIBUTED = "torch.distributed"
+SHARDS = (
+    "holds the shards of a distributed model, no whole tensors: gather them before saving, with "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)), or with tensor.full_tensor() of each"
+)
 EXPANDED = 1 << 26  # bytes; a tensor that repeats its few stored numbers may have no more
 
 
@@ -47,15 +75,21 @@ class PyTorchCheckpoint(Checkpoint):
     framework = "PyTorch"
 
     def __init__(
-        self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]], *, zipped: bool
-    ) -> None:
+        self, path: Path, kernel_sizes: Mapping[str, tuple[int, ...]], *, zipped: bool,
+        allow: Allowed = (),
+    ) -> None:  # fmt: skip
         self.path, self._zipped = path, zipped
         self.format = "PyTorch" if zipped else "PyTorch (legacy)"
-        stored, mapped = path.stat().st_size, False
-        if self._zipped:
-            stored, mapped = _stored_bytes(path)
-        self._content = _load(path, mapped)
+        stored = path.stat().st_size
+        if zipped:
+            stored = _stored_bytes(path)
+        else:
+            _check_legacy(path)
+        self._content = _load(path, Inert(allow))
+        check_attributes(path, self._content)
         self._states = StateDicts(self._content, _is_tensor)
+        if self._states.twice is not None:
+            raise CheckpointError(f"{path} has the name {shown(self._states.twice)} twice.")
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
@@ -68,6 +102,8 @@ class PyTorchCheckpoint(Checkpoint):
         ]
         check_names(path, (name for name, _ in named))
         self._tensors: dict[str, Tensor] = dict(named)
+        if any(type(tensor).__module__.startswith(DISTRIBUTED) for _, tensor in named):
+            raise CheckpointError(f"{path} {SHARDS}.")
         self._check_storages(stored)
         self.entries = {
             name: Entry(name, tuple(tensor.shape), _dtype_of(tensor))
@@ -108,7 +144,14 @@ class PyTorchCheckpoint(Checkpoint):
             "{} in no state dict, as in an average that is kept as a list; a copy of the model "
             "among them stays over-parameterized: load it into the model, and fold that"
         )
-        found = self._states.nameless(shapes)
+        found: dict[str, int] = {}
+        for path, arrays, in_optimizer in self._states.outside():
+            named = {k: _entry_of(k, v) for k, v in arrays if isinstance(k, str)}
+            layers_ = find_layers(named, without_wrappers([*named]), Sizes({}))
+            told = {tuple(v.shape) for k, v in arrays if not in_optimizer or is_average(k)}
+            if any(map(seems_over_parameterized, layers_)) or not told.isdisjoint(shapes):
+                where = path.rpartition("/")[0] if in_optimizer else path
+                found[where] = found.get(where, 0) + len(arrays)
         return tuple((path, reason.format(count)) for path, count in found.items())
 
     def read(self, name: str) -> Array:
@@ -162,10 +205,59 @@ class PyTorchCheckpoint(Checkpoint):
                     new[key] = rebuilt(inner)
             return new
 
+        self._save(lambda: rebuilt(self._content), target)
+
+    def _save(self, content: Callable[[], Any], target: Path) -> None:
         try:
-            save(rebuilt(self._content), target, _use_new_zipfile_serialization=self._zipped)
+            save(content(), target, _use_new_zipfile_serialization=self._zipped)
         except RecursionError as error:
             raise CheckpointError(f"{self.path} is nested too deeply to be written.") from error
+
+    @property
+    def beside(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a file of this one's form has beside the main copy, and what not."""
+        rest = _Rest(self._states.found[self._main], self._content)
+        rest.without_tensors(self._content, lambda key, value: value)
+        return tuple(rest.kept), tuple(rest.left)
+
+    @property
+    def _main(self) -> str:
+        """The keys to the main copy of the model."""
+        models = [part for part in self._dicts if not AVERAGED.search(part.lower())]
+        return (models or list(self._dicts))[0]
+
+    def write_like(
+        self, target: Path, entries: Sequence[Entry], arrays: Mapping[str, Array]
+    ) -> None:
+        """Write a file of this one's form whose main copy of the model has these arrays.
+
+        What holds no tensors stays; optimizers and other copies, which are of another model, go.
+        """
+        shared: dict[Any, tuple[Array, Tensor]] = {}
+        new = {entry.name: self._like(entry, arrays[entry.name], shared) for entry in entries}
+        main = self._dicts[self._main]
+
+        def filled(key: str, value: Any) -> Any:
+            return new.get(joined(self._main, key), value)
+
+        rest = _Rest(main, self._content)
+        self._save(lambda: rest.without_tensors(self._content, filled), target)
+
+    def _like(self, entry: Entry, array: Array, shared: dict[Any, tuple[Array, Tensor]]) -> Tensor:
+        """Return an array as the tensor of this name is; the same one where that is, too."""
+        old = self._tensors[entry.name]
+        place = (old.untyped_storage().data_ptr(), old.storage_offset(), old.shape, old.stride())
+        known, same = shared.get(place, (None, None))
+        if same is not None and np.array_equal(known, array):
+            return same
+        tensor = torch.from_numpy(np.array(array)).to(old.dtype)
+        if old.ndim == 4 and _is_channels_last(old):
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, old.requires_grad)
+        if old.numel():
+            shared[place] = array, tensor
+        return tensor
 
     def _folded_state(
         self, part: str, planned: Mapping[str, Output], done: dict[Any, Tensor],
@@ -211,6 +303,86 @@ class PyTorchCheckpoint(Checkpoint):
         self._dicts, self._tensors = {}, {}
 
 
+class _Rest:
+    """What is beside the main copy of a model, in a file from which one of its form is made.
+
+    kept, left: the keys to what the new file has, and has not.
+    """
+
+    def __init__(self, main: Any, content: Any) -> None:
+        self._main = main
+        self._above = _above(main, content)
+        self._copies: dict[int, Any] = {}
+        self.kept: list[str] = []
+        self.left: list[str] = []
+
+    def without_tensors(self, value: Any, filled: Callable[[str, Any], Any], path: str = "") -> Any:
+        """Return a container above the main copy, or that, without what holds other tensors.
+
+        filled: gives a tensor of the main copy by its name and what was there.
+        """
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        new: Any = [] if isinstance(value, (list, tuple)) else copy.copy(value)
+        if not isinstance(value, tuple):
+            self._copies[id(value)] = new
+        for key, inner in items_of(value):
+            name = joined(path, str(key))
+            if value is self._main and isinstance(key, str) and _is_tensor(inner):
+                made = filled(key, inner)
+            elif id(inner) in self._above:
+                made = self.without_tensors(inner, filled, name)
+            elif has_tensors(inner):
+                self.left.append(name)
+                made = None
+                if isinstance(value, Mapping):
+                    del new[key]
+                    continue
+            else:
+                self.kept.append(name)
+                made = inner
+            if isinstance(value, Mapping):
+                new[key] = made
+            else:
+                new.append(made)  # of a list, what is left out leaves its place empty
+        if isinstance(value, tuple):
+            new = self._copies[id(value)] = tuple(new)
+        return new
+
+
+def _above(main: Any, content: Any) -> set[int]:
+    """Return a state dict, and the containers that lead to it."""
+    parents: dict[int, list[int]] = {}
+    waiting, seen = [content], {id(content)}
+    while waiting:
+        value = waiting.pop()
+        for _, inner in items_of(value):
+            if is_container(inner):
+                parents.setdefault(id(inner), []).append(id(value))
+                if id(inner) not in seen:
+                    seen.add(id(inner))
+                    waiting.append(inner)
+    above, at = {id(main)}, [id(main)]
+    while at:
+        new = [parent for parent in parents.get(at.pop(), []) if parent not in above]
+        above.update(new)
+        at += new
+    return above
+
+
+def has_tensors(value: Any) -> bool:
+    """Return whether there are tensors in `value`, or it is an optimizer's state."""
+    waiting, seen = [value], set()
+    while waiting:
+        at = waiting.pop()
+        if isinstance(at, Tensor) or is_optimizer(at):
+            return True
+        if id(at) not in seen and not is_array(at) and not isinstance(at, type):
+            seen.add(id(at))
+            waiting += [inner for _, inner in inner_items(at)]
+    return False
+
+
 def _as_tensor(stored: Array) -> Tensor:
     if stored.dtype != BITS:
         return torch.from_numpy(stored)
@@ -220,6 +392,12 @@ def _as_tensor(stored: Array) -> Tensor:
 def _is_channels_last(tensor: Tensor) -> bool:
     last = tensor.is_contiguous(memory_format=torch.channels_last)
     return last and not tensor.is_contiguous()
+
+
+def _entry_of(name: str, array: Any) -> Entry:
+    """Return a tensor, or an array of NumPy's, as an entry."""
+    dtype = _dtype_of(array) if isinstance(array, Tensor) else str(array.dtype)
+    return Entry(name, tuple(array.shape), dtype)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -236,32 +414,49 @@ def _dtype_of(tensor: Tensor) -> str:
     return name
 
 
-def _stored_bytes(path: Path) -> tuple[int, bool]:
-    """Return how many bytes of tensors an archive has, and whether they lie in it as they are.
+def _stored_bytes(path: Path) -> int:
+    """Return how many bytes of tensors an archive has; its pickle must call nothing odd.
 
     Raises CheckpointError for an archive of another kind.
     """
     with open_archive(path) as archive:
         members = archive.infolist()
-    if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, whose layers are code; fold the model and save "
-            "model.state_dict() before scripting it."
-        )
-    tensors = [member for member in members if "/data/" in member.filename]
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in tensors)
-    return sum(member.file_size for member in tensors), stored
+        if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, whose layers are code; fold the model and save "
+                "model.state_dict() before scripting it."
+            )
+        for member in members:
+            if member.filename.rpartition("/")[2] == "data.pkl":
+                pickled = read_member(path, archive, member.filename, MAX_PICKLE)
+                if SUSPECT.search(pickled):
+                    check_calls(path, io.BytesIO(pickled), len(pickled))
+    return sum(member.file_size for member in members if "/data/" in member.filename)
 
 
-def _load(path: Path, mapped: bool) -> Any:
+def _check_legacy(path: Path) -> None:
+    """Raise CheckpointError where a pickle of an older file calls what it should not."""
+    with path.open("rb") as file:
+        for _ in range(LEGACY):
+            check_calls(path, file, path.stat().st_size)
+
+
+def _load(path: Path, inert: Inert) -> Any:
+    """Return what a file holds. inert: what it may name beside tensors.
+
+    The file is not mapped: one that is cut while it is read, as by a training that saves again,
+    would end this process.
+    """
+    known = torch.serialization.get_safe_globals()
+    names = [pair for pair in inert.names() if pair not in known]  # those are not ours to remove
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(names):
             # What PyTorch cannot read of another pickle protocol is an error all the same.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             # What it tells of quantized tensors, which a file may have all the same.
             told = "torch.quantize_per_tensor|TypedStorage is deprecated"
             warnings.filterwarnings("ignore", told, UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return inert.settled(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
         raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error
 
@@ -269,11 +464,15 @@ def _load(path: Path, mapped: bool) -> Any:
 def _problem(error: Exception) -> str:
     """Return what is wrong with a file that PyTorch has refused, of all that it says."""
     text = str(error)
-    named = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", text)
+    if DISTRIBUTED in text:
+        return SHARDS
+    named = re.search(r"GLOBAL (\S+) (?:was not|whose)|(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", text)
     if named:
+        name = named[1] or named[2]
         return (
-            f"needs {named[1]} to be read; only tensors and plain containers are, by "
-            "weights_only=True: save model.state_dict()"
+            f"needs {name if '.' in name else f'builtins.{name}'} to be read; only tensors and "
+            "plain containers are, by weights_only=True: save model.state_dict(), or allow a class "
+            "of which you know that it is only data, with allow= or --allow"
         )
     if "Unsupported operand" in text:
         return (
@@ -292,9 +491,12 @@ def write(
 ) -> None:
     """Write arrays as a state dict that `torch.load(path, weights_only=True)` reads.
 
-    Of bfloat16, which NumPy lacks, the array is float32. Raises OSError where the file cannot be
-    written whole.
+    like: an open file whose form it is to have, dicts around the state dict and all. Of bfloat16,
+    which NumPy lacks, the array is float32. Raises OSError where the file cannot be written whole.
     """
+    if isinstance(like, PyTorchCheckpoint):
+        like.write_like(path, entries, arrays)
+        return
     tensors = {
         entry.name: torch.from_numpy(np.array(arrays[entry.name])).to(getattr(torch, entry.dtype))
         for entry in entries

@@ -410,6 +410,25 @@ def test_interrupted_it_leaves_nothing(number, tmp_path):
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_an_interruption_that_a_library_makes_another_error_of():
+    """As h5py does, where the signal falls into what it calls back."""
+    program = """
+import os, signal
+from doconv_core.cli import command
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def doconv():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True: pass
+    except KeyboardInterrupt:
+        raise SystemError("returned a result with an exception set") from None
+command.doconv = doconv
+command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "doconv: interrupted.\n")
+
+
 def test_a_reader_that_stops_early(model):
     process = subprocess.Popen(
         [*PROGRAM, "inspect", str(model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -289,3 +289,21 @@ def test_cost_of_a_file_without_places(model):
 )
 def test_wrong_places(model, options, message):
     doconv("cost", model, *KERNEL_SIZE, *options, code=USAGE, error=message)
+
+
+def test_verify_of_a_fold_where_what_is_added_nearly_cancels(tmp_path):
+    rng = np.random.default_rng(0)
+    depthwise = np.tile(-np.eye(9), (3, 1, 1)) + 1e-3 * rng.normal(size=(3, 9, 9))
+    arrays = {
+        "c.weight": rng.normal(size=(8, 3, 3, 3)).astype("float32"),
+        "c.depthwise_weight": depthwise.astype("float32"),
+    }
+    model, out = save(tmp_path / "m.safetensors", arrays), tmp_path / "out.safetensors"
+    spec = ConvSpec(3, 8, (3, 3))
+    exact = compose(arrays["c.weight"].reshape(8, 3, 9).astype(np.float64), depthwise, spec)
+    save(out, {"c.weight": exact.astype("float32")})
+    doconv("verify", model, out)
+    doconv("verify", out, model)
+    save(out, {"c.weight": (exact * 1.5).astype("float32")})
+    doconv("verify", model, out, code=DIFFERENT)
+    doconv("verify", model, out, "--tolerance", "1e-6", code=DIFFERENT)

@@ -130,3 +130,35 @@ def test_types_that_numpy_lacks_are_carried_over_and_not_read(file, tmp_path):
             checkpoint.read("a")
     fold_checkpoint(file, tmp_path / "out")
     assert (tmp_path / "out").read_bytes().endswith(b"abcd")
+
+
+def test_metadata_that_are_null_are_none(file, tmp_path):
+    file.write_bytes(header_of({"__metadata__": None, "a": tensor([1], 0, 4)}, bytes(4)))
+    fold_checkpoint(file, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert checkpoint.metadata == {}
+
+
+def linear_state(file, kind):
+    layer = {"kind": "linear", "spec": {"in_features": 2, "out_features": 2},
+             "over_parameterized": kind, "bias": False}  # fmt: skip
+    header = state_header(layers=json.dumps({"a": layer}))
+    save_file({"a.weight": numbers(2, 2)}, file, metadata=header)
+
+
+@pytest.mark.parametrize("kind", [True, "doconv"])
+def test_a_linear_layer_has_nothing_to_compose_whatever_it_says(file, tmp_path, kind):
+    linear_state(file, kind)
+    assert fold_checkpoint(file, tmp_path / "out").changed == ()
+
+
+@pytest.mark.parametrize("kind", ["bsconv", "nothing", 3, None])
+def test_a_linear_layer_of_no_such_kind_is_refused(file, kind):
+    linear_state(file, kind)
+    refused(file, "the header's layer 'a'", CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["a\n/../../x", "a\n/..", "../a\nb"])
+def test_a_newline_hides_no_path_out(file, name):
+    file.write_bytes(header_of({name: tensor([1], 0, 4)}, bytes(4)))
+    refused(file, "a path out of the file", CheckpointError)

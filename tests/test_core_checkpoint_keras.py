@@ -317,3 +317,15 @@ def test_bfloat16_is_stored_as_keras_stores_it(weights):
     with open_checkpoint(weights) as checkpoint:
         assert checkpoint.entries["layers/dense/vars/0"].dtype == "bfloat16"
         np.testing.assert_array_equal(checkpoint.read("layers/dense/vars/0"), values.astype("f4"))
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_an_optimizer_s_averages_of_the_weights_are_named(file, tmp_path, use_ema):
+    model = keras.Sequential([keras.Input((6, 6, 2)), DOConv2D(3, 3)])
+    optimizer = keras.optimizers.SGD(use_ema=use_ema)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    model.fit(np.ones((1, 6, 6, 2)), np.ones((1, 4, 4, 3)), verbose=0)
+    model.save(file)
+    report = fold_checkpoint(file, tmp_path / "out.keras")
+    assert [left.path for left in report.left] == ["optimizer"] * use_ema
+    assert "moving averages" in str(report) or not use_ema

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from checkpoint_files import numbers, refused
+from command_line import doconv
 from frameworks import need
 
 need("tf")
@@ -88,6 +89,10 @@ HOSTILE_ARCHIVES = {
     "a zip bomb beside": (
         lambda path: archive(path, **{"assets/big": bytes(1 << 27)}),
         r"is a zip bomb: member 'assets/big' is to become 134217728 bytes, of",
+    ),
+    "many small members": (
+        lambda path: archive(path, **{f"assets/{n}": bytes(1 << 20) for n in range(20)}),
+        r"is a zip bomb: its members are to become 2\d+ bytes, of \d+; at most 100 times",
     ),
     "overlapping members": (overlapping, "is a zip bomb: its members overlap, or exceed the file"),
     "a size too small": (
@@ -297,3 +302,28 @@ def test_a_missing_h5py_is_told(weights, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     with pytest.raises(CheckpointError, match=r"needs h5py to be read; install it with: python -m"):
         open_checkpoint(weights)
+
+
+def test_names_with_more_digits_than_a_number_may_have(weights):
+    with h5py.File(weights, "w") as file:
+        for name in ("dense_" + "9" * 5000, "dense"):
+            file.create_dataset(f"layers/{name}/vars/0", data=np.ones((2, 2), "float32"))
+    with open_checkpoint(weights) as checkpoint:
+        assert len(checkpoint.layers) == 2
+
+
+@pytest.mark.parametrize("key", ["epsilon", "axis", "momentum"])
+def test_a_number_in_a_config_that_no_float_holds(file, tmp_path, key):
+    net = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.BatchNormalization()])
+    net.save(file)
+    with zipfile.ZipFile(file) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    config = json.loads(members["config.json"])
+    config["config"]["layers"][1]["config"][key] = 10**400
+    members["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+    doconv("convert", file, tmp_path / "out.safetensors")
+    doconv("inspect", file)
+    doconv("verify", file, file)

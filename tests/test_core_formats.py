@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 from checkpoint_files import only_line
-from command_line import BAD_FILE, doconv
+from command_line import BAD_FILE, USAGE, doconv
 from equal import assert_close
 from safetensors.numpy import load_file, save_file
 
@@ -177,3 +178,51 @@ def test_hostile_indexes_are_refused_in_one_line(case, tmp_path):
         fold_checkpoint(index, tmp_path / "out.safetensors.index.json")
     only_line(error)
     assert sorted(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("command", ["fold", "inspect"])
+def test_a_shard_alone_is_refused(command, tmp_path):
+    index = sharded(tmp_path, arrays()[0])
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    out = [tmp_path / "out.safetensors"] * (command == "fold")
+    told = r"one of several files of a model.*name their index, \S+model\.safetensors\.index\.json"
+    doconv(command, shard, *out, code=BAD_FILE, error=f"{told}\\.$")
+    index.rename(tmp_path / "model.safetensors.index.fp16.json")
+    doconv(command, shard, *out, code=BAD_FILE, error="safetensors.index.fp16.json")
+    (tmp_path / "model.safetensors.index.fp16.json").unlink()
+    doconv(command, shard, *out, code=BAD_FILE, error=f"{told}, which is not beside it")
+    one = shard.rename(tmp_path / "model-00001-of-00001.safetensors")
+    doconv(command, one, *out)
+
+
+SUFFIXES = ["out.keras", "out.weights.h5", "out.params", "out.pt", "out.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_a_suffix_that_says_another_format_is_refused(name, tmp_path):
+    source, target = tmp_path / "m.safetensors", tmp_path / name
+    save_file(arrays()[0], source)
+    error = r"would be a safetensors file \(\.safetensors\), and its suffix says a"
+    doconv("fold", source, target, code=USAGE, error=error)
+    doconv("convert", source, target, "--to", "safetensors", code=USAGE, error=error)
+    doconv("convert", source, target, "--like", source, code=USAGE, error=error)
+    with pytest.raises(ValueError, match=error):
+        fold_checkpoint(source, target)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_metadata_stay_in_what_is_written_like_a_file(tmp_path):
+    source, like = tmp_path / "m.safetensors", tmp_path / "like.safetensors"
+    out = tmp_path / "out.safetensors"
+    save_file(arrays()[0], source)
+    save_file(arrays(1)[0], like, metadata={"format": "pt"})
+    doconv("convert", source, out, "--like", like)
+    with open_checkpoint(out) as checkpoint:
+        assert checkpoint.metadata == {"format": "pt"}
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in (["inspect", pipe], ["fold", pipe, tmp_path / "out"], ["cost", pipe]):
+        doconv(*command, code=BAD_FILE, error="is a pipe or a device, which cannot be read twice")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import collections
+import datetime
+import fractions
 import json
+import pathlib
+import types
 
+import numpy as np
 import pytest
 from checkpoint_files import SPECS, numbers, only_line, pair, refused, state_dict
-from command_line import DIFFERENT, IMPOSSIBLE, doconv
+from command_line import BAD_FILE, DIFFERENT, IMPOSSIBLE, USAGE, doconv
 from frameworks import fresh, need
 
 need("torch")
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from doconv_core.files.checkpoint import fold_checkpoint, open_checkpoint  # noqa: E402
 from doconv_core.files.entries import CheckpointError  # noqa: E402
@@ -223,3 +232,235 @@ def test_nothing_is_said_of_quantized_tensors_that_are_only_carried_over(file, t
     save({"a": torch.eye(2), "b": of_kind("quantized", torch.eye(2))}, file)
     command = ["-c", "from doconv_core.cli import main; main()", "fold", file]
     assert fresh(*command, tmp_path / "out").stderr == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["upscaler", "optimus", "unscheduled", "scheduled", "a_scaler_net"]
+)
+def test_parts_of_words_do_not_decide_what_is_a_model(file, tmp_path, name):
+    save({"generator": tensors(), name: tensors(2)}, file)
+    report = fold_checkpoint(file, tmp_path / "out")
+    folded = {change.path for change in report.changed}
+    left = {left.path for left in report.left}
+    assert folded >= {f"generator/{path}" for path in SPECS} or folded == {*SPECS}
+    if name == "a_scaler_net":  # a word that says otherwise: named, at least
+        assert left == {name}
+    else:
+        assert folded == {f"{part}/{path}" for part in ("generator", name) for path in SPECS}
+        names_folded(load(tmp_path / "out")[name])
+
+
+AX = {number: {"ax": tensor} for number, tensor in enumerate(average(tensors()))}
+ELSEWHERE = {
+    "a scaler": ({"scaler": tensors()}, "scaler"),
+    "in an optimizer": ({"optimizer": {"opt": {}, "ema": average(tensors())}}, "optimizer/ema"),
+    "among the moments": ({"optim": {"param_groups": [], "state": AX}}, "optim/state"),
+    "too deep": ({"a": [[[[[[[[[tensors()]]]]]]]]]}, "a/" + "/".join("0" * 9)),
+    "arguments": ({"args": argparse.Namespace(best=tensors())}, "args/best"),
+    "arrays": ({"numpy": {k: v.numpy() for k, v in tensors().items()}}, "numpy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_what_is_over_parameterized_anywhere_is_named(file, tmp_path, case):
+    more, path = ELSEWHERE[case]
+    save({"state_dict": tensors(), **more}, file)
+    report = fold_checkpoint(file, tmp_path / "out")
+    assert [change.path for change in report.changed] == list(SPECS)
+    assert [left.path for left in report.left] == [path]
+
+
+def test_an_optimizer_s_moments_are_no_copy(file, tmp_path):
+    state = {n: {"exp_avg": t, "step": 3} for n, t in enumerate(average(tensors()))}
+    save({"state_dict": tensors(), "any": [{"param_groups": [], "state": state}]}, file)
+    assert fold_checkpoint(file, tmp_path / "out").left == ()
+
+
+INERT = {
+    "args": argparse.Namespace(lr=0.1, of=argparse.Namespace(array=np.arange(6.0).reshape(2, 3).T)),
+    "simple": types.SimpleNamespace(a=1),
+    "numbers": (np.float64(3.5), [np.int64(7)], {"k": np.complex64(1 + 2j)}, np.bool_(True)),
+    "array": np.arange(6, dtype="float32").reshape(2, 3),
+    "by columns": np.asfortranarray(np.ones((2, 3))),
+    "empty": np.zeros((0, 3)),
+    "texts": np.array(["a", "bcd"]),
+    "type": np.dtype("float32"),
+    "paths": [pathlib.PosixPath("/a/b"), pathlib.PurePosixPath("c"), pathlib.PureWindowsPath("d")],
+    "default": collections.defaultdict(list, {"x": [1, np.float32(2)]}),
+    "counter": collections.Counter("aab"),
+    "dates": [
+        datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc),
+        datetime.date(2020, 1, 1), datetime.time(1, 2), datetime.timedelta(3),
+    ],
+    "slice": slice(1, None, 2),
+    "bytes": [b"x\xff", bytearray(b"y"), b""],
+    "other bytes": b"x\xff",
+}  # fmt: skip
+
+
+def same(a, b):
+    """Return whether two objects are equal, of the same types throughout."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        known = getattr(a, "default_factory", None) is getattr(b, "default_factory", None)
+        return known and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (argparse.Namespace, types.SimpleNamespace)):
+        return same(vars(a), vars(b))
+    return a == b
+
+
+@LEGACY
+def test_what_trainers_save_beside_a_model_is_read_and_written_back(file, tmp_path, legacy):
+    before = torch.serialization.get_safe_globals()
+    save({"model": tensors(), **INERT}, file, legacy)
+    fold_checkpoint(file, tmp_path / "out")
+    found = torch.load(tmp_path / "out", weights_only=False)
+    names_folded(found["model"])
+    for name, value in INERT.items():
+        assert same(found[name], value), name
+    assert {*map(str, torch.serialization.get_safe_globals())} == {*map(str, before)}
+
+
+class Made:
+    """What unpickles into a call."""
+
+    def __init__(self, *made):
+        self.made = made
+
+    def __reduce__(self):
+        return self.made
+
+
+REFUSED = {
+    "a function": (Made(eval, ("1",)), "needs builtins.eval to be read"),
+    "objects": (np.array([{}], dtype=object), "type 'O8' is neither one of numbers nor of texts"),
+    "fields": (np.array([(1, 2)], dtype=[("a", "i4"), ("b", "f4")]), "type 'V8' is neither"),
+    "much memory": (
+        Made(np.core.multiarray._reconstruct, (np.ndarray, (1 << 40,), b"b")),
+        "made otherwise than NumPy writes it",
+    ),
+    "another size": (
+        Made(np.core.multiarray._reconstruct, (np.ndarray, (0,), b"b"),
+             (1, (1 << 20,), np.dtype("f8"), False, b"few")),
+        "has 3 bytes",
+    ),
+    "many bytes": (Made(bytearray, (1 << 31,)), "calls builtins.bytearray with other than bytes"),
+    "bytes in turn": (
+        Made(codecs.encode, (Made(codecs.encode, ("a" * 99, "hex")), "hex")),
+        r"calls _codecs\.encode with other than text in Latin-1",
+    ),
+    "a tensor of nothing": (Made(torch.Tensor, (1 << 31,)), r"calls torch\.Tensor with arguments"),
+    "a storage": (
+        Made(torch.UntypedStorage, (1 << 31,)), r"calls torch\.storage\.UntypedStorage with argu"
+    ),
+    "a long list": (Made(list, ([1, 2],)), r"calls builtins\.list with arguments"),
+    "a method of a dict": (
+        Made(collections.OrderedDict, (), {"items": 1}), "OrderedDict the attribute 'items', which"
+    ),
+    "a method of a tensor": (
+        Made(torch._utils._rebuild_parameter_with_state,
+             (torch.ones(2, 2), True, collections.OrderedDict(), {"detach": 1})),
+        "Parameter the attribute 'detach', which is one of the class's own",
+    ),
+    "a method of arguments": (
+        argparse.Namespace(_get_kwargs=1), "Namespace the attribute '_get_kwargs'"
+    ),
+}  # fmt: skip
+
+
+@LEGACY
+@pytest.mark.parametrize("case", REFUSED)
+def test_nothing_else_is_made_of_a_file(file, case, legacy):
+    made, message = REFUSED[case]
+    save({"model": tensors(), "more": made}, file, legacy)
+    refused(file, message, CheckpointError)
+
+
+def test_a_class_may_be_allowed_by_its_name(file, tmp_path):
+    out = tmp_path / "out.pt"
+    save({"model": tensors(), "third": fractions.Fraction(1, 3)}, file)
+    refused(file, r"needs fractions\.Fraction to be read.*allow a class", CheckpointError)
+    for allow in (["fractions.Fraction"], [fractions.Fraction]):
+        fold_checkpoint(file, out, allow=allow, overwrite=True)
+        assert torch.load(out, weights_only=False)["third"] == fractions.Fraction(1, 3)
+    for name in ("no.Such", "builtins.eval", "fractions.Nope", "Fraction"):
+        with pytest.raises(ValueError, match=f"allow must name classes .*'{name}' is none"):
+            open_checkpoint(file, allow=[name])
+    given = ["--allow", "fractions.Fraction"]
+    doconv("fold", file, tmp_path / "folded.pt", code=BAD_FILE, error="--allow")
+    doconv("fold", file, tmp_path / "folded.pt", "--allow", "no.Such", code=USAGE, error="--allow:")
+    doconv("fold", file, tmp_path / "folded.pt", *given)
+    doconv("verify", file, tmp_path / "folded.pt", *given)
+    doconv("inspect", file, *given)
+    doconv("cost", file, *given)
+    doconv("convert", file, tmp_path / "m.safetensors", *given)
+
+
+@pytest.mark.parametrize("around", [dict, lambda inner: {"run": [{"model": inner["model"]}, 3]}])
+@LEGACY
+def test_a_file_like_another_has_its_form(file, tmp_path, around, legacy):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(other.parameters())
+    other(torch.ones(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    like, out = tmp_path / "like.pt", tmp_path / "out.pt"
+    content = around({"model": other.state_dict(), "epoch": 3})
+    beside = {"optimizer": optimizer.state_dict(), "ema": other.state_dict(), "args": {"lr": 0.1}}
+    save(net.state_dict(), file)
+    save({**content, **beside}, like, legacy)
+    found = json.loads(doconv("convert", file, out, "--like", like, "--json").stdout)
+    made = load(out)
+    assert made.keys() == {*content, "args"}
+    state = made["model"] if "model" in content else made["run"][0]["model"]
+    other.load_state_dict(state)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    assert state._metadata == net.state_dict()._metadata
+    assert made.get("epoch", 3) == 3
+    assert made.get("run", [0, 3])[1] == 3
+    assert "args" in found["kept"]
+    assert found["not_kept"] == ["optimizer", "ema"]
+    told = doconv("convert", file, out, "--like", like, "--force").stdout
+    assert "left out of" in told
+    assert "optimizer, ema" in told
+
+
+@pytest.mark.parametrize(
+    "wrapped", ["a.module.conv", "a._orig_mod.conv", "module.a._orig_mod.conv"]
+)
+def test_wrappers_within_names(file, tmp_path, wrapped):
+    arrays = {"weight": torch.ones(2, 2, 3, 3), "bias": torch.ones(2)}
+    other = tmp_path / "plain.pt"
+    save({f"{wrapped}.{n}": t for n, t in arrays.items()} | {"b.weight": torch.ones(2, 2)}, file)
+    save({f"a.conv.{n}": t for n, t in arrays.items()} | {"b.weight": torch.ones(2, 2)}, other)
+    assert "3 arrays compared: equal" in doconv("verify", file, other).stdout
+    out = tmp_path / "out.pt"
+    doconv("convert", file, out, "--like", other)
+    assert set(load(out)) == set(load(other))
+
+
+def test_checkpoints_of_many_processes_are_named_as_what_they_are(tmp_path):
+    folder = tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").touch()
+    part = folder / "__0_0.distcp"
+    part.touch()
+    with pytest.raises(IsADirectoryError, match=r"dcp_to_torch_save\('.*dcp', 'model.pt'\) makes"):
+        open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"is a part of a checkpoint of torch\.distr"):
+        open_checkpoint(part)
+    doconv("inspect", folder, code=USAGE, error="folder of torch.distributed.checkpoint")
+
+
+def test_complex_numbers_are_compared(file, tmp_path):
+    other = tmp_path / "other.pt"
+    values = torch.tensor([[1 + 2j, 3], [4, 5j]])
+    save({"a.weight": values}, file)
+    assert "1 array compared: equal" in doconv("verify", file, file).stdout
+    save({"a.weight": values + torch.tensor([[0, 0], [1j, 0]])}, other)
+    assert " 1,0\n" in doconv("verify", file, other, code=DIFFERENT).stdout

@@ -23,8 +23,15 @@ import click
 
 from doconv_core.atomic import followed
 from doconv_core.cli.options import KernelSizes, literal
-from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
+from doconv_core.files.checkpoint import (
+    Checkpoint,
+    Format,
+    SuffixError,
+    check_suffix,
+    open_checkpoint,
+)
 from doconv_core.files.entries import CheckpointError
+from doconv_core.files.inert import AllowError
 from doconv_core.files.layers import KernelSizeError, Layer
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import Report, place
@@ -117,12 +124,22 @@ def target_exists(target: Path) -> Failure:
     return Failure(f"{target} exists; use --force to replace it.", TARGET)
 
 
-def opened(file: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open checkpoint. A kernel size that does not fit is wrong usage."""
+def opened(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str] = ()) -> Checkpoint:
+    """Return the open checkpoint. A kernel size that does not fit is wrong usage, and no class."""
     try:
-        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes))
+        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes), allow=allow)
+    except AllowError as error:
+        raise click.UsageError(f"--allow: {error}") from None
     except KernelSizeError as error:
         raise click.UsageError(f"{file}: {error}") from None
+
+
+def check_form(target: Path, form: Format) -> None:
+    """Raise UsageError where the suffix of `target` says another format than is written."""
+    try:
+        check_suffix(target, form)
+    except SuffixError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def require_kernel_sizes(checkpoint: Checkpoint, layers: Iterable[Layer]) -> None:
@@ -401,6 +418,14 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
     _open_closed_streams()
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a layer's name may be in any script
@@ -409,5 +434,8 @@ def main() -> None:
     except BrokenPipeError:
         raise SystemExit(PIPE) from None
     except Exception:
+        if interrupted:  # a library, called back, has made another error of it
+            click.echo("doconv: interrupted.", err=True)
+            raise SystemExit(INTERRUPTED) from None
         traceback.print_exc()
         raise SystemExit(CRASH) from None

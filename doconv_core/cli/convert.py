@@ -15,6 +15,7 @@ from doconv_core.atomic import replacing
 from doconv_core.cli.command import (
     IMPOSSIBLE,
     Failure,
+    check_form,
     check_target,
     counted,
     one_line,
@@ -31,6 +32,7 @@ from doconv_core.cli.contents import NORMS, Contents
 from doconv_core.cli.flattening import Flattenings, Images, Sizes
 from doconv_core.cli.options import (
     KernelSizes,
+    allow_option,
     flatten_option,
     force_option,
     json_option,
@@ -51,7 +53,7 @@ from doconv_core.cli.pairing import (
     required_of_target,
 )
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
-from doconv_core.files.checkpoint import check_understood, formats
+from doconv_core.files.checkpoint import check_understood, format_by_suffix, formats
 from doconv_core.files.entries import KERAS, STATE
 from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
@@ -90,6 +92,7 @@ TARGETS = ("pytorch", "safetensors", "gluon")
     "flattening: --flatten holds where the config of a Keras file tells otherwise.",
 )  # fmt: skip
 @kernel_size_option
+@allow_option
 @force_option
 @json_option
 def convert(
@@ -105,6 +108,7 @@ def convert(
     drop: Sequence[str],
     ignore: Sequence[str],
     kernel_sizes: KernelSizes,
+    allow: Sequence[str],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -128,7 +132,7 @@ def convert(
         raise click.UsageError("--to has no effect with --like, whose format OUT gets.")
     check_target(target, force)
     with ExitStack() as stack:
-        contents = Contents(stack.enter_context(opened(source, kernel_sizes)))
+        contents = Contents(stack.enter_context(opened(source, kernel_sizes, allow)))
         layers = contents.copy_of_model(part)
         _check_used(layers, keep, drop, flattened)
         needed = [layer for layer in layers if contents.needs_kernel_size(layer, folded)]
@@ -144,7 +148,8 @@ def convert(
             plan = conversion.by_names(framework, layers, keep, drop)
             required = required_of_target(contents, layers)
         else:
-            template = Contents(stack.enter_context(opened(like, ())))
+            template = Contents(stack.enter_context(opened(like, (), allow)))
+            check_form(target, template.checkpoint.module)
             paired = _paired(contents, _unsettled(layers, drop), template, match)
             framework = template.framework
             found = _flattenings(contents, template, paired.both, framework, images)
@@ -157,7 +162,8 @@ def convert(
         with progress("converting") as step, writing_to(target), new as temporary:
             write(temporary, plan, step)
         assumed = found.assumed if found else {}
-        _report(source, target, contents, plan, required, assumed, as_json)
+        beside = ((), ()) if like is None else template.checkpoint.beside
+        _report(source, target, contents, plan, required, assumed, (like, *beside), as_json)
 
 
 def _check_used(
@@ -182,13 +188,10 @@ def _check_used(
 
 def _target(target: Path, name: str | None) -> tuple[str, Write]:
     """Return the framework whose names OUT will have, and what writes it, without a template."""
-    known = formats()
-    # The longest suffix: that of a sharded file ends in others'.
-    by_suffix = {suffix: each for each in known.values() for suffix in each.SUFFIXES}
-    fitting = [suffix for suffix in by_suffix if target.name.lower().endswith(suffix)]
-    if name is None and not fitting:
+    form = format_by_suffix(target.name) if name is None else formats()[name]
+    if form is None:
         raise click.UsageError(f"the suffix of {target} tells no format; give it with --to.")
-    form = by_suffix[max(fitting, key=len)] if name is None else known[name]
+    check_form(target, form)
     if form.FRAMEWORK == KERAS:
         raise click.UsageError(
             f"{target}: a Keras file's names and layouts are those of one network; save it, as "
@@ -294,13 +297,15 @@ def _report(
     plan: Plan,
     required: Sequence[Required],
     assumed: Mapping[str, int],
+    beside: tuple[Path | None, Sequence[str], Sequence[str]],
     as_json: bool,
 ) -> None:
     """Print what was written, from what, and what else must hold for it to compute the same.
 
     required: of the networks. assumed: linear layers taken to be behind no flattened image, with
-    the channels before them.
+    the channels before them. beside: a template, and what else of it OUT has, and has not.
     """
+    like, kept, not_kept = beside
     for name, channels in assumed.items():
         # Where it is seen by whoever reads neither table nor JSON.
         click.echo(one_line(_assumption(name, channels)), err=True)
@@ -317,6 +322,8 @@ def _report(
                 "left_out": left_out,
                 "required": [each._asdict() for each in required],
                 "no_image_assumed": dict(assumed),
+                "kept": list(kept),
+                "not_kept": list(not_kept),
             }
         )
         return
@@ -329,6 +336,10 @@ def _report(
     click.echo()
     if left_out:
         say(f"left out: {', '.join(left_out)}")
+    if kept:
+        say(f"kept from {like}: {', '.join(kept)}")
+    if not_kept:
+        say(f"left out of {like}: {', '.join(not_kept)}")
     for network, what, layers in required:
         file = target if network == OUT else source
         say(f"the network of {file} must have {what}: {', '.join(layers)}")

@@ -22,6 +22,7 @@ from doconv_core.cli.options import (
     KernelSizes,
     Place,
     SizeType,
+    allow_option,
     force_option,
     json_option,
     kernel_size_option,
@@ -87,6 +88,7 @@ _SIZES = ("stride", "dilation", "padding")
 )  # fmt: skip
 @force_option
 @kernel_size_option
+@allow_option
 @json_option
 def cost(
     subject: str,
@@ -97,19 +99,25 @@ def cost(
     plot: Path | None,
     force: bool,
     kernel_sizes: KernelSizes,
+    allow: Sequence[str],
     as_json: bool,
 ) -> None:
     """As the help text above has it."""
-    if not is_layer_text(subject) and not Path(subject).is_file():
-        if places or kernel_sizes:
-            raise click.UsageError(f"{subject!r} is no file, as --at and --kernel-size need one.")
+    file = Path(subject)
+    if not is_layer_text(subject) and (file.is_dir() or not file.exists()):
+        if places or kernel_sizes or allow:
+            raise click.UsageError(
+                f"{subject!r} is no file, as --at, --kernel-size and --allow need one."
+            )
         cost_network(subject, input_size, classes, batch, plot, force, as_json)
         return
     if classes is not None or plot is not None or force:
         raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
     if is_layer_text(subject):
-        if places or kernel_sizes:
-            raise click.UsageError("--at and --kernel-size are for files; a LAYER says it all.")
+        if places or kernel_sizes or allow:
+            raise click.UsageError(
+                "--at, --kernel-size and --allow are for files; a LAYER says it all."
+            )
         _layer(subject, input_size, batch, as_json)
         return
     if input_size is not None and not any(place.divisor for _, place in places):
@@ -117,7 +125,7 @@ def cost(
             "a file does not tell at which positions its layers work; with --input, give such as "
             "--at 'layer1.*=/4', or --at /1 where all keep its size."
         )
-    with opened(Path(subject), kernel_sizes) as checkpoint:
+    with opened(Path(subject), kernel_sizes, allow) as checkpoint:
         cost_file(checkpoint, places, input_size, batch, as_json)
 
 

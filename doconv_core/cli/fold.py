@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from doconv_core.cli.command import (
+    check_form,
     check_target,
     opened,
     print_json,
@@ -18,6 +20,7 @@ from doconv_core.cli.command import (
 )
 from doconv_core.cli.options import (
     KernelSizes,
+    allow_option,
     force_option,
     json_option,
     kernel_size_option,
@@ -30,12 +33,14 @@ from doconv_core.cli.options import (
 @click.argument("source", metavar="IN", type=source_argument)
 @click.argument("target", metavar="OUT", type=target_argument)
 @kernel_size_option
+@allow_option
 @force_option
 @json_option
 def fold(
     source: Path,
     target: Path,
     kernel_sizes: KernelSizes,
+    allow: Sequence[str],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -52,7 +57,8 @@ def fold(
     """  # noqa: D301
     check_target(target, force)
     before = source.stat().st_size  # IN may be OUT
-    with opened(source, kernel_sizes) as checkpoint:
+    with opened(source, kernel_sizes, allow) as checkpoint:
+        check_form(target, checkpoint.module)
         require_kernel_sizes(checkpoint, checkpoint.layers)
         with progress("folding") as step, writing_to(target):
             report = checkpoint.fold(target, overwrite=force, progress=step)

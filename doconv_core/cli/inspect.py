@@ -22,6 +22,7 @@ from doconv_core.cli.command import (
 )
 from doconv_core.cli.options import (
     KernelSizes,
+    allow_option,
     json_option,
     kernel_size_option,
     source_argument,
@@ -37,8 +38,9 @@ from doconv_core.maths.spec import ConvSpec
 @click.command(short_help="Show what is in a checkpoint.")
 @click.argument("file", type=source_argument)
 @kernel_size_option
+@allow_option
 @json_option
-def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
+def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json: bool) -> None:
     """Show the layers of FILE: sizes, parameters, and what training has made of each D.
 
     |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
@@ -50,7 +52,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, as_json: bool) -> None:
       doconv inspect model.pt
       doconv inspect model.safetensors --json
     """  # noqa: D301
-    with opened(file, kernel_sizes) as checkpoint:
+    with opened(file, kernel_sizes, allow) as checkpoint:
         layers = checkpoint.in_order
         over_parameterized = [x for x in layers if x.over_parameterized and D in x.entries]
         measures = {}

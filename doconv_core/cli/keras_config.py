@@ -6,6 +6,7 @@ Lambda, or the call of a subclassed model, cannot be seen; nothing is said of la
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Any, TypeAlias
@@ -188,7 +189,8 @@ def metadata_of_node(checkpoint: Checkpoint, layer: Layer, node: Node, whole: bo
     config = node["config"]
     if layer.kind in (BATCH_NORM, NORM):
         found = config.get("epsilon")
-        epsilon = float(found) if isinstance(found, (int, float)) else None
+        known = isinstance(found, (int, float)) and abs(found) <= sys.float_info.max
+        epsilon = float(found) if known else None
         return Metadata(epsilon, _groups(checkpoint, layer, node) if layer.kind == NORM else None)
     if layer.kind not in (CONVOLUTION, TRANSPOSED, LINEAR):
         return Metadata()

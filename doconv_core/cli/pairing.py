@@ -7,6 +7,7 @@ other must have the same.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -43,14 +44,36 @@ class Paired(NamedTuple):
 
 
 def pair_by_name(first: Sequence[Layer], second: Sequence[Layer]) -> Paired:
-    """Return the layers paired where their names are the same, in the order of the first."""
+    """Return the layers paired where their names are the same, in the order of the first.
+
+    Those left over are paired by what is left of their names without the `module` that data
+    parallelism puts between them, where that tells them apart.
+    """
     ours, theirs = _by_name(first), _by_name(second)
     found = pairs([*ours], [*theirs], {})
+    pairs_ = [(ours[a], theirs[b]) for a, b in found if a is not None and b is not None]
+    alone = [ours[a] for a, b in found if a is not None and b is None]
+    others = [theirs[b] for a, b in found if a is None and b is not None]
+    short = _by_short_name(alone), _by_short_name(others)
+    known = [name for name in short[0] if name in short[1]]
+    pairs_ += [(short[0][name], short[1][name]) for name in known]
+    paired = {id(layer) for pair in pairs_ for layer in pair}
+    order = {id(layer): place for place, layer in enumerate(first)}
     return Paired(
-        both=[(ours[a], theirs[b]) for a, b in found if a is not None and b is not None],
-        first=[ours[a] for a, b in found if a is not None and b is None],
-        second=[theirs[b] for a, b in found if a is None and b is not None],
+        both=sorted(pairs_, key=lambda pair: order[id(pair[0])]) if known else pairs_,
+        first=[layer for layer in alone if id(layer) not in paired],
+        second=[layer for layer in others if id(layer) not in paired],
     )
+
+
+_MODULE = re.compile(r"(?<![^./])module\.")
+
+
+def _by_short_name(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """Return the layers whose names without wrappers are no other's, by these."""
+    names = [_MODULE.sub("", f"{layer.name}.").rstrip(".") for layer in layers]
+    count = Counter(names)
+    return {n: x for n, x in zip(names, layers, strict=True) if count[n] == 1}
 
 
 def _by_name(layers: Sequence[Layer]) -> dict[tuple[str, str], Layer]:

@@ -34,7 +34,8 @@ from doconv_core.files.entries import (
     opened,
     to_storage,
 )
-from doconv_core.files.layers import IDENTITY, OTHER, D, Layer, Shape
+from doconv_core.files.inert import Allowed, AllowError
+from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
@@ -116,6 +117,11 @@ class Checkpoint(ABC):
         is_bfloat16 = self.entries[name].dtype == BFLOAT16
         return to_storage(self.read(name), BFLOAT16) if is_bfloat16 else self.read(name)
 
+    @property
+    def beside(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a file that is written like this one has of it beside the model, and what not."""
+        return self.others, ()
+
     @abstractmethod
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file with its over-parameterized layers folded. report: after each layer."""
@@ -128,6 +134,8 @@ class Checkpoint(ABC):
         progress: Progress | None = None,
     ) -> Report:
         """Write the file, folded, to `target`: see `fold_checkpoint`."""
+        if self.module is not None:
+            check_suffix(target, self.module)
         report = report_on(self)
         done, total = 0, len(report.changed)
 
@@ -306,15 +314,21 @@ def format_of(path: Path) -> Format:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, kernel_sizes: KernelSizes | None = None
+    path: str | os.PathLike[str],
+    *,
+    kernel_sizes: KernelSizes | None = None,
+    allow: Allowed = (),
 ) -> Checkpoint:
     """Return the checkpoint at `path`, open.
 
     kernel_sizes: for layers whose kernel size is not in the file, by glob pattern on `Layer.name`
-    or `Layer.path`; the first that matches counts.
+    or `Layer.path`; the first that matches counts. allow: classes, or their names such as
+    "package.module.Class", of which a PyTorch file may have objects beside the model; making one
+    runs code of that class. Files of other formats have none.
     Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
     format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
-    pattern that matches no over-parameterized layer or a kernel size that does not fit.
+    pattern that matches no over-parameterized layer, a kernel size that does not fit, or a class
+    to allow that is none.
 
     >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
     >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
@@ -323,14 +337,82 @@ def open_checkpoint(
     (2, 3)
     """
     file = Path(path)
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder; name a checkpoint file.")
-    if file.exists() and not file.is_file():  # a pipe would keep us waiting
-        raise CheckpointError(f"{file} is a pipe or a device; write what it gives to a file first.")
+    check_ordinary(file)
+    sizes = dict(kernel_sizes or {})
+    Sizes(sizes)  # what is wrong with them is no fault of the file's
     module = format_of(file)
-    checkpoint = module.read(file, dict(kernel_sizes or {}))
+    more = {"allow": allow} if allow and getattr(module, "ALLOWS", False) else {}
+    try:
+        checkpoint: Checkpoint = module.read(file, sizes, **more)
+    except (CheckpointError, KernelSizeError, AllowError):
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{file} is damaged: what it tells cannot be ({type(error).__name__}: "
+            f"{str(error)[:200].rstrip('.')})."
+        ) from error
     checkpoint.module = module
     return checkpoint
+
+
+# What a reader meets where a file contradicts itself as no reader has foreseen.
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+GATHER = (
+    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save({!r}, 'model.pt') makes one file "
+    "of it"
+)
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise IsADirectoryError, or CheckpointError, for what is no file that can be read twice."""
+    distributed = ".distcp"  # of torch.distributed.checkpoint, which writes folders of them
+    if path.is_dir():
+        names = sorted(each.name for each in path.iterdir())
+        if ".metadata" in names or any(name.endswith(distributed) for name in names):
+            raise IsADirectoryError(
+                f"{path} is a folder of torch.distributed.checkpoint; {GATHER.format(str(path))}."
+            )
+        known = tuple(suffix for each in formats().values() for suffix in each.SUFFIXES)
+        found = [name for name in names if name.lower().endswith(known)]
+        found.sort(key=lambda name: not name.endswith(".json"))  # an index stands for its shards
+        such = f", such as {path / found[0]}" if found else ""
+        raise IsADirectoryError(f"{path} is a folder; name a checkpoint file{such}.")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(
+            f"{path} is a pipe or a device, which cannot be read twice; write what it gives to a "
+            "file, and name that."
+        )
+    if path.name.endswith(distributed) or path.name == ".metadata":
+        raise CheckpointError(
+            f"{path} is a part of a checkpoint of torch.distributed.checkpoint, the folder "
+            f"{path.parent}; {GATHER.format(str(path.parent))}."
+        )
+
+
+class SuffixError(ValueError):
+    """A file is to be written under a suffix that says another format."""
+
+
+def format_by_suffix(name: str) -> Format | None:
+    """Return the format that a file's suffix tells; None where it tells none."""
+    # The longest suffix: that of a sharded file ends in others'.
+    by_suffix = {suffix: each for each in formats().values() for suffix in each.SUFFIXES}
+    fitting = [suffix for suffix in by_suffix if name.lower().endswith(suffix)]
+    return by_suffix[max(fitting, key=len)] if fitting else None
+
+
+def check_suffix(target: str | os.PathLike[str], form: Format) -> None:
+    """Raise SuffixError where the suffix of `target` says another format than `form`."""
+    told = format_by_suffix(os.path.basename(os.fspath(target)))
+    if told is not None and told is not form:
+        written, said = (f"{x.NAME} file ({', '.join(x.SUFFIXES)})" for x in (form, told))
+        raise SuffixError(
+            f"{os.fspath(target)} would be a {written}, and its suffix says a {said}; name it "
+            "otherwise."
+        )
 
 
 @dataclass(frozen=True)
@@ -346,6 +428,12 @@ class Output:
 def is_folded(layer: Layer) -> bool:
     """Return whether folding changes the layer: a reference layer of one tap has another shape."""
     return layer.over_parameterized or layer.origin.startswith(ORIGIN)
+
+
+def seems_over_parameterized(layer: Layer) -> bool:
+    """Return whether a layer is over-parameterized, or named as if it were."""
+    is_unknown = layer.kind == OTHER and layer.origin == "doconv" and bool(layer.note)
+    return is_folded(layer) or is_unknown
 
 
 def check_understood(path: Path, layers: Iterable[Layer]) -> None:
@@ -452,6 +540,7 @@ def fold_checkpoint(
     target: str | os.PathLike[str],
     *,
     kernel_sizes: KernelSizes | None = None,
+    allow: Allowed = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -462,10 +551,11 @@ def fold_checkpoint(
     ordinary one of the framework, and its `W` is named `weight`. Returns what was done; a layer's
     path there is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
 
-    kernel_sizes: as in `open_checkpoint`. overwrite: whether `target` may exist. progress: called
-    with the number of layers folded and of layers to fold.
-    Raises FileExistsError; NotFoldable, before anything is written, for a layer that cannot be
-    folded exactly or whose kernel is not finite; and what `open_checkpoint` raises.
+    kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
+    called with the number of layers folded and of layers to fold.
+    Raises FileExistsError; ValueError for a suffix of `target` that says another format;
+    NotFoldable, before anything is written, for a layer that cannot be folded exactly or whose
+    kernel is not finite; and what `open_checkpoint` raises.
 
     >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
     >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
@@ -474,5 +564,5 @@ def fold_checkpoint(
     'conv'
     """
     check_absent(target, overwrite)
-    with open_checkpoint(source, kernel_sizes=kernel_sizes) as checkpoint:
+    with open_checkpoint(source, kernel_sizes=kernel_sizes, allow=allow) as checkpoint:
         return checkpoint.fold(target, overwrite=overwrite, progress=progress)

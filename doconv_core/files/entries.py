@@ -83,9 +83,16 @@ PYTORCH, TENSORFLOW, KERAS, GLUON = "PyTorch", "TensorFlow", "Keras", "Gluon"
 STATE = "doconv state"  # which has this package's own
 
 WRAPPERS = ("module.", "_orig_mod.")
-OUTSIDE = re.compile(r"([A-Za-z]:)?/|(.*/)?\.\.(/|\Z)", re.DOTALL)  # a name may have several lines
-# What keys tell of dicts in a training checkpoint: that it is no model, or an average of one.
-NO_MODEL = re.compile("optim|sched|scaler")
+# What compilation, sharding and activation checkpoints put between the names of modules, and nobody
+# else does.
+BETWEEN = frozenset((
+    "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",
+    "_forward_module",
+))  # fmt: skip
+OUTSIDE = re.compile(r"(?:[A-Za-z]:)?/|(?:.*/)?\.\.(?:/|\Z)", re.DOTALL)
+# What keys tell of dicts in a training checkpoint: that they hold what trains a model, or an
+# average of one. Whole words alone do: an "upscaler" is a model.
+NO_MODEL = re.compile("(^|[^a-z])(optim|optimi[sz]ers?|sched|schedulers?|scalers?)([^a-z]|$)")
 AVERAGED = re.compile("(^|[^a-z])(ema|swa|averaged?|shadow)([^a-z]|$)")
 OF_WRAPPERS = ("n_averaged",)  # what a wrapper keeps beside the model
 
@@ -93,15 +100,25 @@ OF_WRAPPERS = ("n_averaged",)  # what a wrapper keeps beside the model
 def without_wrappers(names: Sequence[str]) -> dict[str, str]:
     """Return names by what is left without a wrapper's prefix, where all of them have it.
 
-    The prefixes are those of data parallelism, averaging and compilation.
+    The prefixes are those of data parallelism, averaging and compilation. What only wrappers are
+    called goes wherever it is, unless two names would be one.
     """
-    keys = {name: name for name in names}
+    keys = {_without_between(name): name for name in names}
+    if len(keys) < len(names):
+        keys = {name: name for name in names}
     while True:
         own = [key for key in keys if key not in OF_WRAPPERS]
         wrapper = next((w for w in WRAPPERS if own and all(k.startswith(w) for k in own)), None)
         if wrapper is None:
             return keys
         keys = {key.removeprefix(wrapper): name for key, name in keys.items()}
+
+
+def _without_between(name: str) -> str:
+    if "._" not in name and name[:1] != "_":
+        return name
+    *modules, own = name.split(".")
+    return ".".join([*(module for module in modules if module not in BETWEEN), own])
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
@@ -122,13 +139,12 @@ def check_names(path: Path, names: Iterable[str]) -> None:
             )
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def _is_text(name: str) -> bool:
     """Return whether files can hold the name: a string may have halves of characters."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _HALF.search(name) is None
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -324,6 +340,12 @@ def _check(path: Path, archive: zipfile.ZipFile) -> None:
                 f"{path} is a zip bomb: member {name} is to become {member.file_size} bytes, of "
                 f"{member.compress_size}."
             )
+    whole = sum(member.file_size for member in members)
+    if whole > max(SMALL, MAX_RATIO * size):
+        raise CheckpointError(
+            f"{path} is a zip bomb: its members are to become {whole} bytes, of {size}; at most "
+            f"{MAX_RATIO} times as many are read."
+        )
 
 
 def read_member(path: Path, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

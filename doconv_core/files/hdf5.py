@@ -32,6 +32,7 @@ from doconv_core.files.entries import (
     storage_dtype,
     to_storage,
 )
+from doconv_core.maths.batchnorm import NotFoldable
 
 # What h5py raises where a file is not what it says.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
@@ -185,7 +186,9 @@ class Hdf5:
         try:
             with _h5py(self.path).File(target, "w") as file:
                 visit("", file)
-        except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+        except (CheckpointError, NotFoldable):
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # also one name for two
             _reserve(target, size + SMALL)  # what the library says of a full disk is like damage
             raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
@@ -216,9 +219,14 @@ def _probe(path: Path, stored: Path) -> None:
     # Not run as a module of this package, all of which it would have to import.
     command = [sys.executable, "-I", str(Path(__file__).with_name("hdf5_probe.py")), str(stored)]
     try:
-        code = subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        code, elsewhere = done.returncode, done.stdout.decode(errors="replace")
     except subprocess.TimeoutExpired:
-        code = -1
+        code, elsewhere = -1, ""
+    if elsewhere:  # found there alone, as a process that opens such an array may crash at its end
+        raise CheckpointError(
+            f"{path}: {shown(elsewhere)} is kept in another file; it is not read."
+        )
     if code < 0:
         raise CheckpointError(
             f"{path} is not a whole HDF5 file: HDF5's library takes too long or too much memory to "

@@ -41,7 +41,19 @@ from doconv_core.maths.batchnorm import NotFoldable
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), KERAS
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 MAX_CONFIG = 1 << 28
+AVERAGES = (
+    "the moving averages that it keeps of the weights stay over-parameterized; "
+    "optimizer.finalize_variable_values puts them into the model, which can be folded then"
+)
 KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"
+
+
+def _has_averages(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's optimizer keeps averages of its weights."""
+    told: Any = config.get("compile_config")
+    for key in ("optimizer", "config", "use_ema"):
+        told = told.get(key) if isinstance(told, dict) else None
+    return told is True
 
 
 def sniff(begin: Beginning) -> bool:
@@ -90,6 +102,8 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
                 for path, node in nodes.items()
                 if is_kept(node)
             )
+            if _has_averages(config) and any(layer.over_parameterized for layer in self.layers):
+                self.unfolded += tuple((name, AVERAGES) for name in self.others)
         except RecursionError as error:
             self.close()
             raise CheckpointError(f"{path}: {CONFIG} is nested too deeply.") from error

@@ -338,7 +338,7 @@ def numbered(stems: Sequence[str]) -> list[str]:
 
 def stem_of(name: str) -> tuple[str, int]:
     """Return the class that a name in a list stands for, and its number."""
-    match = re.fullmatch(r"(.+?)_(\d+)", name)
+    match = re.fullmatch(r"(.+?)_(\d{1,9})", name)  # of more, int() may refuse
     return (match[1], int(match[2])) if match else (name, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from doconv_core.backends import GROUP
 from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
+    AVERAGED,
     NO_MODEL,
     PYTORCH,
     Array,
@@ -19,8 +20,11 @@ from doconv_core.files.entries import (
     KernelSizes,
     shown,
 )
+from doconv_core.files.inert import Allowed
+from doconv_core.files.safetensors import check_whole
 
 NAME, SUFFIXES, FRAMEWORK = "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), PYTORCH
+ALLOWS = True  # classes, by `open_checkpoint(…, allow=…)`
 TYPES = frozenset((
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
 ))  # fmt: skip
@@ -37,8 +41,9 @@ def sniff(begin: Beginning) -> bool:
     return any(name.rpartition("/")[2] == "data.pkl" for name in begin.members)
 
 
-def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
-    """Return the open file, read by PyTorch with `weights_only=True`."""
+def read(path: Path, kernel_sizes: KernelSizes, allow: Allowed = ()) -> Checkpoint:
+    """Return the open file, read by PyTorch with `weights_only=True`. allow: as in `Inert`."""
+    check_whole(path)
     with path.open("rb") as file:
         head = file.read(1 << 16)
     zipped = head[:1] != b"\x80"
@@ -51,7 +56,7 @@ def read(path: Path, kernel_sizes: KernelSizes) -> Checkpoint:
         files = _backend()
     except ImportError as error:
         raise CheckpointError(f"{path} is a PyTorch file. {error}") from error
-    checkpoint: Checkpoint = files.PyTorchCheckpoint(path, kernel_sizes, zipped=zipped)
+    checkpoint: Checkpoint = files.PyTorchCheckpoint(path, kernel_sizes, zipped=zipped, allow=allow)
     return checkpoint
 
 
@@ -89,6 +94,10 @@ def _calls(begin: bytes) -> str:
 
 
 MAX_DEPTH = 8  # of dicts and lists in each other, among which state dicts are looked for
+GROUPS, STATE = "param_groups", "state"  # what an optimizer's state has
+# What optimizers keep averages of the parameters under, beside what `AVERAGED` knows: ASGD,
+# Lookahead, schedule-free ones.
+AVERAGES = ("ax", "slow_param", "slow_params", "slow_buffer", "z")
 
 
 class StateDicts:
@@ -96,12 +105,14 @@ class StateDicts:
 
     is_tensor: tells a tensor, of whatever framework; it has a `shape`. found: dicts of tensors by
     name, of which one has two axes or more; they lie in dicts, lists and tuples. What is reached
-    twice counts once. others: the keys of what else there is beside them.
+    twice counts once. others: the keys of what else there is beside them. twice: the keys to
+    several of them, where they are the same; else None.
     """
 
     def __init__(self, content: Any, is_tensor: Callable[[Any], bool]) -> None:
         self.found: dict[str, Any] = {}
         self.others: list[str] = []
+        self.twice: str | None = None
         self._content, self._is_tensor = content, is_tensor
         self._above: set[int] = set()
         self._seen: set[int] = set()
@@ -124,6 +135,7 @@ class StateDicts:
         own = self.tensors_of(content)
         is_state = any(len(tensor.shape) > 1 for tensor in own.values())
         if is_state:
+            self.twice = path if path in self.found else self.twice
             self.found[path] = content
         others = []
         below = False
@@ -138,30 +150,36 @@ class StateDicts:
             self.others += others
         return is_state or below
 
-    def nameless(self, shapes: Collection[tuple[int, ...]]) -> dict[str, int]:
-        """Return where tensors lie that are in no state dict, and how many, by the keys to them.
+    def outside(self) -> Iterator[tuple[str, list[tuple[Any, Any]], bool]]:
+        """Yield what lies in no state dict, wherever it is: the keys to it, and arrays by theirs.
 
-        Only where one of them has one of these shapes. They may be a copy of the model, such as an
-        average that is kept as a list.
+        A copy of the model may be among them. Last, whether these are what an optimizer knows of a
+        parameter, and no copy of any, but for averages.
         """
-        return {
-            path: len(tensors)
-            for path, tensors in self._outside()
-            if any(tuple(tensor.shape) in shapes for tensor in tensors)
-        }
-
-    def _outside(self) -> Iterator[tuple[str, list[Any]]]:
         states = {id(state) for state in self.found.values()}
-        waiting, seen = [("", self._content)], set()
+        waiting, seen = [("", self._content, 0)], set()
         while waiting:
-            path, content = waiting.pop()
-            if not is_container(content) or id(content) in seen:
+            path, content, in_optimizer = waiting.pop()
+            if id(content) in seen:
                 continue
             seen.add(id(content))
-            items = [(k, v) for k, v in items_of(content) if not _is_no_model(content, k)]
-            named = self.tensors_of(content) if id(content) in states else {}
-            yield path, [v for key, v in items if key not in named and self._is_tensor(v)]
-            waiting += [(joined(path, str(key)), value) for key, value in reversed(items)]
+            items = inner_items(content)
+            known = self.tensors_of(content) if id(content) in states else {}
+            arrays = [(k, v) for k, v in items if is_array(v)]
+            if arrays:
+                yield path, [(k, v) for k, v in arrays if k not in known], in_optimizer == 2
+            for key, value in reversed(items):
+                if _is_inside(value):
+                    begins = _is_state(content, key, value)
+                    below = in_optimizer + 1 if in_optimizer else int(begins)
+                    waiting.append((joined(path, str(key)), value, below))
+
+
+def is_array(value: Any) -> bool:
+    """Return whether `value` is a tensor or an array."""
+    if isinstance(value, type) or getattr(value, "is_nested", False):  # which has no one shape
+        return False
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def is_container(value: Any) -> bool:
@@ -174,15 +192,48 @@ def items_of(container: Any) -> list[tuple[Any, Any]]:
     return list(container.items() if isinstance(container, Mapping) else enumerate(container))
 
 
+def inner_items(value: Any) -> list[tuple[Any, Any]]:
+    """Return what a container or an object holds: its items, and its attributes."""
+    items = items_of(value) if is_container(value) else []
+    return [*items, *getattr(value, "__dict__", {}).items()]
+
+
+def _is_inside(value: Any) -> bool:
+    """Return whether there may be arrays in `value`, which is none."""
+    if is_array(value) or isinstance(value, type):
+        return False
+    return is_container(value) or bool(getattr(value, "__dict__", None))
+
+
 def joined(part: str, key: str) -> str:
     """Return the name of an entry: the keys that lead to it, with slashes between."""
     return f"{part}/{key}" if part else key
 
 
+def is_optimizer(value: Any) -> bool:
+    """Return whether `value` is an optimizer's state, as PyTorch's optimizers give it."""
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get(GROUPS), (list, tuple))
+        and isinstance(value.get(STATE), Mapping)
+    )
+
+
+def is_average(key: Any) -> bool:
+    """Return whether an optimizer keeps averages of the parameters by this key."""
+    return isinstance(key, str) and (key in AVERAGES or AVERAGED.search(key.lower()) is not None)
+
+
+def _is_state(container: Any, key: Any, value: Any) -> bool:
+    """Return whether this is where an optimizer keeps what it knows of each parameter."""
+    if key != STATE or not isinstance(value, Mapping):
+        return False
+    return is_optimizer(container) or all(isinstance(number, int) for number in value)
+
+
 def _is_followed(container: Any, key: Any) -> bool:
-    is_named = isinstance(key, str) or not isinstance(container, Mapping)
-    return is_named and not _is_no_model(container, key)
-
-
-def _is_no_model(container: Any, key: Any) -> bool:
-    return isinstance(key, str) and NO_MODEL.search(key.lower()) is not None
+    if not isinstance(container, Mapping):
+        return True
+    if not isinstance(key, str) or NO_MODEL.search(key.lower()):
+        return False
+    return not (key == STATE and is_optimizer(container))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -52,6 +53,7 @@ DTYPES = {
 
 NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), PYTORCH
 TYPES = frozenset(DTYPES.values())
+MAX_INDEX = 1 << 28  # bytes of an index of several files
 # The kinds of a state's layers, of which convolutions are told apart, by their names there.
 KINDS = {
     "transposed_convolution": TRANSPOSED, "linear": LINEAR, "embedding": LINEAR,
@@ -72,12 +74,22 @@ def write(
     arrays: Mapping[str, Array],
     like: Checkpoint | None = None,
 ) -> None:
-    """Write a plain safetensors file, one array in memory at a time."""
+    """Write a plain safetensors file, one array in memory at a time; the metadata are `like`'s."""
+    write_with(path, entries, arrays, getattr(like, "metadata", {}))
+
+
+def write_with(
+    path: Path,
+    entries: Sequence[Entry],
+    arrays: Mapping[str, Array],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a plain safetensors file with these metadata."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     sizes = (each.size * storage_dtype(each.dtype).itemsize for each in entries)
     told = [(e.name, codes[e.dtype], e.shape, n) for e, n in zip(entries, sizes, strict=True)]
     with path.open("wb") as file:
-        _write_header(file, {}, told)
+        _write_header(file, {"__metadata__": dict(metadata)} if metadata else {}, told)
         for entry in entries:
             file.write(to_storage(arrays[entry.name], entry.dtype).data)
 
@@ -97,17 +109,20 @@ def _write_header(
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """An open safetensors file. Raises CheckpointError where it is damaged or hostile."""
+    """An open safetensors file. Raises CheckpointError where it is damaged or hostile.
+
+    metadata: what its header has beside the entries.
+    """
 
     def __init__(self, path: Path, kernel_sizes: KernelSizes) -> None:
         self.path = path
         self._stored, self._start = _read_file_header(path)
-        self._metadata: dict[str, str] = self._stored.pop("__metadata__", {})
+        self.metadata: dict[str, str] = self._stored.pop("__metadata__", None) or {}
         check_names(path, self._stored)
         # The order of the data, which writers give, not that of the header, which some sort.
         names = sorted(self._stored, key=lambda name: self._stored[name]["data_offsets"])
         self.entries = {name: self._entry(name) for name in names}
-        self._is_state = self._metadata.get("format") == FORMAT
+        self._is_state = self.metadata.get("format") == FORMAT
         sizes = Sizes(kernel_sizes)
         self.framework = STATE if self._is_state else FRAMEWORK
         self.ordered = self._is_state  # the libraries that write the others sort
@@ -128,7 +143,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _state_layers(self, sizes: Sizes) -> tuple[Layer, ...]:
         try:
-            forms, self.origin = read_header(str(self.path), self._metadata)
+            forms, self.origin = read_header(str(self.path), self.metadata)
         except StateError as error:
             raise CheckpointError(str(error)) from error
         self.forms, layers = forms, []
@@ -169,7 +184,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 dtype = self.entries[output.source].dtype
                 size = prod(output.shape) * storage_dtype(dtype).itemsize
             told.append((output.name, self._stored[output.source]["dtype"], output.shape, size))
-        metadata = {"__metadata__": self._folded_metadata()} if self._metadata else {}
+        metadata = {"__metadata__": self._folded_metadata()} if self.metadata else {}
         with target.open("wb") as file:
             _write_header(file, metadata, told)
             for output in planned:
@@ -187,20 +202,52 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _folded_metadata(self) -> dict[str, str]:
         if not self._is_state:
-            return self._metadata
-        layers = json.loads(self._metadata["layers"])
+            return self.metadata
+        layers = json.loads(self.metadata["layers"])
         for path, form in (self.forms or {}).items():
             layers[path]["over_parameterized"] = False
             if form.composed is not None:
                 layers[path]["spec"] = dataclasses.asdict(form.composed.conv(form.spec))
-        return {**self._metadata, "layers": json.dumps(layers)}
+        return {**self.metadata, "layers": json.dumps(layers)}
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-read = SafetensorsCheckpoint
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.[a-z]+)")
+
+
+def read(path: Path, kernel_sizes: KernelSizes) -> SafetensorsCheckpoint:
+    """Return the open file; CheckpointError for one of several that a model is in."""
+    check_whole(path)
+    return SafetensorsCheckpoint(path, kernel_sizes)
+
+
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError for a shard, as its name or an index beside it tells."""
+    index = next((each for each in sorted(path.parent.glob("*.index*.json"))
+                  if path.name in _shards_of(each)), None)  # fmt: skip
+    named = SHARD.fullmatch(path.name)
+    if named and int(named[2]) > 1:
+        index = index or path.with_name(f"{named[1]}{named[3]}.index.json")
+    if index is None:
+        return
+    there = "" if index.is_file() else ", which is not beside it"
+    raise CheckpointError(
+        f"{path} is one of several files of a model, and layers may be in two of them; name their "
+        f"index, {index}{there}."
+    )
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the files that an index names, if there are several."""
+    try:
+        content: Any = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
+        names = {str(name) for name in content["weight_map"].values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return set()  # whoever names the index is told
+    return names if len(names) > 1 else set()
 
 
 def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:

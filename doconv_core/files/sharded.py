@@ -28,12 +28,11 @@ from doconv_core.files.entries import (
     without_wrappers,
 )
 from doconv_core.files.layers import Sizes, find_layers
+from doconv_core.files.safetensors import MAX_INDEX, SafetensorsCheckpoint, write_with
 from doconv_core.files.safetensors import TYPES as TYPES
-from doconv_core.files.safetensors import SafetensorsCheckpoint
-from doconv_core.files.safetensors import write as write_shard
 
 NAME, SUFFIXES, FRAMEWORK = "sharded safetensors", (".safetensors.index.json",), PYTORCH
-MAX_INDEX, MAX_SHARDS = 1 << 28, 10_000
+MAX_SHARDS = 10_000
 SHARD = 5_000_000_000  # bytes of arrays in a shard that is written anew
 
 
@@ -55,7 +54,7 @@ def write(
     if isinstance(like, ShardedCheckpoint):
         last = len(like.shards) - 1
         numbers = [like.shard_of.get(entry.name, last) for entry in entries]
-        _write(path, entries, arrays, numbers, len(like.shards), like.metadata)
+        _write(path, entries, arrays, numbers, like.headers, like.metadata)
         return
     numbers, number, used = [], 0, 0
     for entry in entries:
@@ -64,7 +63,7 @@ def write(
         number += new
         numbers.append(number)
         used = size if new else used + size
-    _write(path, entries, arrays, numbers, number + bool(numbers), {})
+    _write(path, entries, arrays, numbers, [{}] * (number + bool(numbers)), {})
 
 
 def _write(
@@ -72,17 +71,18 @@ def _write(
     entries: Sequence[Entry],
     arrays: Mapping[str, Array],
     numbers: Sequence[int],
-    count: int,
+    headers: Sequence[Mapping[str, str]],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write the entries to shards of these numbers."""
+    """Write the entries to shards of these numbers. headers: the metadata of each."""
+    count = len(headers)
     stem = path.name.removesuffix(SUFFIXES[0])
     names = [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
     shards: list[list[Entry]] = [[] for _ in names]
     for entry, number in zip(entries, numbers, strict=True):
         shards[number].append(entry)
-    for name, own in zip(names, shards, strict=True):
-        write_shard(path.with_name(name), own, arrays)
+    for name, own, header in zip(names, shards, headers, strict=True):
+        write_with(path.with_name(name), own, arrays, header)
     index = {
         "metadata": {**metadata, "total_size": sum(map(_bytes, entries))},
         "weight_map": {e.name: names[n] for e, n in zip(entries, numbers, strict=True)},
@@ -122,11 +122,21 @@ class ShardedCheckpoint(Checkpoint):
             self.close()
             raise
 
+    @property
+    def headers(self) -> list[dict[str, str]]:
+        """The metadata of each shard."""
+        return [file.metadata for file in self._files]
+
     def _open(self, name: str, told: set[str], where: Mapping[str, str]) -> SafetensorsCheckpoint:
         """Return a shard, open; CheckpointError where the index tells otherwise of its entries."""
         path = self.path.with_name(name)
         if not path.is_file():
             raise CheckpointError(f"{self.path} needs {path}, which is not there.")
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{self.path} is the index of other files than safetensors, such as {name}; load "
+                "the model and save it again in one file, or as safetensors."
+            )
         file = SafetensorsCheckpoint(path, {})
         self._opened.callback(file.close)
         for entry in sorted(told ^ file.entries.keys()):
@@ -155,7 +165,7 @@ class ShardedCheckpoint(Checkpoint):
         entries = [Entry(o.name, o.shape, self.entries[o.source].dtype) for o in planned]
         arrays = Lazy({output.name: partial(made, output) for output in planned})
         numbers = [self.shard_of[output.source] for output in planned]
-        _write(target, entries, arrays, numbers, len(self.shards), self.metadata)
+        _write(target, entries, arrays, numbers, self.headers, self.metadata)
 
     def close(self) -> None:
         """Close the shards."""

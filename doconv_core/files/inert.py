@@ -1,0 +1,261 @@
+"""What may lie beside a model in a pickle, as it does nothing when it is made again.
+
+PyTorch reads tensors and plain containers. Trainers also write their arguments, paths, numbers of
+NumPy's and dates. What is made of these by a pickle from a stranger is made here, of checked parts:
+NumPy's own functions would take types with pointers in them, and sizes of any number of bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import pathlib
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from doconv_core.files.entries import CheckpointError
+
+Allowed: TypeAlias = Sequence["str | type[Any]"]
+PLAIN = (
+    argparse.Namespace, types.SimpleNamespace, pathlib.PurePosixPath, pathlib.PureWindowsPath,
+    datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone,
+    slice, list, dict, tuple, int, float, bool,
+)  # fmt: skip
+KINDS = "biufc"  # of NumPy's types whose values are numbers
+TEXTS = "SU"
+MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
+
+
+class AllowError(ValueError):
+    """What is to be allowed is no class."""
+
+
+class Inert:
+    """What a pickle may name beside tensors, for the reading of one file.
+
+    allow: more classes, or their names as in "package.module.Class", which whoever reads the file
+    trusts. Raises AllowError for what is none that can be imported.
+    """
+
+    def __init__(self, allow: Allowed = ()) -> None:
+        self._given = [_allowed(each) for each in allow]
+        self._factories: dict[int, tuple[Any, Any]] = {}
+
+    def names(self) -> list[tuple[Callable[..., Any], str]]:
+        """Return what makes an object, by each name in a pickle that is for it."""
+        found: list[tuple[Callable[..., Any], str]] = [(c, _name(c)) for c in PLAIN]
+        for name in ("PosixPath", "WindowsPath"):
+            path = _path_type(name)
+            found += [(path, f"pathlib.{name}"), (path, f"pathlib._local.{name}")]
+        found += [(c, f"pathlib._local.{c.__name__}") for c in PLAIN if c.__module__ == "pathlib"]
+        found += [(self._defaultdict, "collections.defaultdict"), (_Dtype, "numpy.dtype")]
+        found += [(_Array, "numpy.ndarray"), (_no_bytes, "builtins.bytes")]
+        for module in MULTIARRAY:
+            found += [(_scalar, f"{module}.scalar"), (_array, f"{module}._reconstruct")]
+        return found + self._given
+
+    def settled(self, content: Any) -> Any:
+        """Return what was read, with the objects in place of what stood for them meanwhile."""
+        if not self._factories and not any(isinstance(x, (_Array, _Dtype)) for x in walk(content)):
+            return content
+        return _Settling(self._factories).settled(content)
+
+    def _defaultdict(self, factory: Any = None) -> Any:
+        """Return what stands for a defaultdict; PyTorch's reader puts nothing into another dict."""
+        made: OrderedDict[Any, Any] = OrderedDict()
+        self._factories[id(made)] = made, factory
+        return made
+
+
+class _Dtype:
+    """What stands for a type of NumPy's: one of numbers or of texts."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
+        if not isinstance(code, str) or code[:1] not in KINDS + TEXTS or not code[1:].isdecimal():
+            raise ValueError(f"NumPy's type {code!r} is neither one of numbers nor of texts")
+        if len(code) > 9:
+            raise ValueError(f"NumPy's type {code!r} is too long")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        _, order, sub, names, fields, *_ = state
+        if order not in ("<", ">", "=", "|") or (sub, names, fields) != (None, None, None):
+            raise ValueError("a type of NumPy's has parts, which is not read")
+        self.dtype = self.dtype.newbyteorder(order) if order in "<>" else self.dtype
+
+
+class _Array:
+    """What stands for an array of NumPy's."""
+
+    array: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_columns, data = state
+        self.array = _filled(kind, shape, data, "F" if by_columns else "C")
+
+
+def _array(kind: Any, shape: Any, code: Any) -> _Array:
+    """Return what stands for an array, whose shape and values are told later."""
+    if kind is not _Array or shape != (0,):
+        raise ValueError("an array of NumPy's is made otherwise than NumPy writes it")
+    return _Array()
+
+
+def _filled(kind: Any, shape: Any, data: Any, order: Any = "C") -> Any:
+    """Return an array of these bytes, which must be as many as it has."""
+    if not isinstance(kind, _Dtype) or not isinstance(data, bytes):
+        raise ValueError("an array of NumPy's holds objects, which are not read")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"an array of NumPy's has the shape {shape}")
+    if prod(shape) * kind.dtype.itemsize != len(data):
+        raise ValueError(f"an array of NumPy's, {kind.dtype} {shape}, has {len(data)} bytes")
+    if not data:
+        return np.empty(shape, kind.dtype)
+    return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy(order)
+
+
+def _no_bytes() -> bytes:
+    """Return the bytes of an empty array, which are pickled so."""
+    return b""
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    """Return a number or text of NumPy's."""
+    return _filled(kind, (), data)[()]
+
+
+class _Settling:
+    """What puts objects in the place of what stood for them. factories: of defaultdicts."""
+
+    def __init__(self, factories: Mapping[int, tuple[Any, Any]]) -> None:
+        self._factories = factories
+        self._done: dict[int, Any] = {}
+        self._keep: list[Any] = []  # so that no number is another object's later
+
+    def settled(self, value: Any) -> Any:
+        """Return `value`, in which each object that stood for another is that one."""
+        if isinstance(value, _Array):
+            return value.array
+        if isinstance(value, _Dtype):
+            return value.dtype
+        if id(value) in self._done:
+            return self._done[id(value)]
+        self._keep.append(value)
+        self._done[id(value)] = value
+        if isinstance(value, tuple):
+            inner = [self.settled(item) for item in value]
+            if any(new is not old for new, old in zip(inner, value, strict=True)):
+                self._done[id(value)] = tuple(inner)
+        elif isinstance(value, list):
+            value[:] = [self.settled(item) for item in value]
+        elif isinstance(value, dict):
+            self._settle_dict(value)
+        for key, item in [*_attributes(value).items()]:
+            value.__dict__[key] = self.settled(item)
+        return self._done[id(value)]
+
+    def _settle_dict(self, value: dict[Any, Any]) -> None:
+        new = value
+        if id(value) in self._factories:
+            new = collections.defaultdict(self._factories[id(value)][1])
+            self._done[id(value)] = new
+        for key, item in list(dict.items(value)):
+            if isinstance(key, (_Array, _Dtype)):
+                raise ValueError("an object of NumPy's is a key of a dict, which is not read")
+            dict.__setitem__(new, key, self.settled(item))
+
+
+class _WindowsPath(pathlib.PureWindowsPath):
+    """A path of Windows', which elsewhere can be had, kept and written, and not gone to."""
+
+    def __reduce__(self) -> Any:
+        """Return how Windows' own path is made."""
+        return pathlib.WindowsPath, self.parts
+
+
+class _PosixPath(pathlib.PurePosixPath):
+    """A path of another system's on Windows, likewise."""
+
+    def __reduce__(self) -> Any:
+        """Return how the path is made there."""
+        return pathlib.PosixPath, self.parts
+
+
+def _path_type(name: str) -> type[Any]:
+    """Return what a path of a system is here."""
+    own = type(pathlib.Path())
+    foreign: dict[str, type[Any]] = {"PosixPath": _PosixPath, "WindowsPath": _WindowsPath}
+    return own if own.__name__ == name else foreign[name]
+
+
+def _name(kind: type[Any]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _allowed(given: str | type[Any]) -> tuple[type[Any], str]:
+    """Return a class, and the name by which pickles know it."""
+    if isinstance(given, type):
+        return given, _name(given)
+    problem = ""
+    parts = given.split(".") if isinstance(given, str) else []
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:end]))
+            for part in parts[end:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError, ValueError) as error:
+            problem = problem or f": {error}"
+            continue
+        if isinstance(found, type):
+            return found, given
+        problem = ", but something else"
+        break
+    raise AllowError(
+        f"allow must name classes that can be imported, such as 'package.module.Class'; {given!r} "
+        f"is none{problem}."
+    )
+
+
+def walk(content: Any) -> Iterator[Any]:
+    """Yield everything in what was read from a pickle, each thing once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, type)):
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, dict):
+            waiting += dict.values(value)
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        waiting += _attributes(value).values()
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    own = getattr(value, "__dict__", None)
+    return own if isinstance(own, dict) else {}
+
+
+def check_attributes(path: Any, content: Any) -> None:
+    """Raise CheckpointError where a pickle hides a method of an object behind an attribute.
+
+    What is done to the object later would find that attribute in place of the method.
+    """
+    for value in walk(content):
+        is_known = type(value) in (argparse.Namespace, types.SimpleNamespace)
+        if not (is_known or isinstance(value, dict) or hasattr(type(value), "dtype")):
+            continue
+        for name in _attributes(value):
+            if not isinstance(name, str) or hasattr(type(value), name):
+                raise CheckpointError(
+                    f"{path} gives an object of {type(value).__name__} the attribute {name!r}, "
+                    "which is one of the class's own; it is not read."
+                )
