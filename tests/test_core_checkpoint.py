@@ -169,6 +169,10 @@ def test_a_kernel_size_that_is_not_in_the_file_must_be_given(file):
     )
     _, found = folded_arrays(arrays, file, kernel_sizes={"a*": (3, 3), "?": [9]})
     close(found["a.weight"], kernel)
+    for first, shape in (("a", (6, 2, 3, 3)), ("*", (6, 2, 9))):  # the first that matches counts
+        sizes = {first: shape[2:], "a": (3, 3), "*": (9,)}
+        with open_checkpoint(file, kernel_sizes=sizes) as checkpoint:
+            assert checkpoint.layers[0].kernel_shape == shape
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,7 @@ HOSTILE = {
     "more behind the names": (listed(GOOD) + b"more", "4 bytes follow the names"),
     "a name twice": (listed(GOOD, GOOD, names=("a", "a")), "has the name 'a' twice"),
     "a path upwards": (listed(GOOD, names=("../a",)), r"entry named '\.\./a', a path out of"),
+    "one behind a line's end": (listed(GOOD, names=("a\n/..",)), r"'a\\n/\.\.', a path out of"),
     "an absolute path": (listed(GOOD, names=("/a",)), "entry named '/a', a path out of"),
     "no UTF-8": (listed(GOOD).replace(b"a", b"\xff"), "a name is not in UTF-8"),
     "another number": (b"\x12\x01" + bytes(6) + b"\1" * 8, "is no whole Gluon file"),

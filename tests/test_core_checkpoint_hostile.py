@@ -63,6 +63,10 @@ HOSTILE = {
         header_of({"/etc/x": tensor([1], 0, 4)}, bytes(4)),
         "named '/etc/x', a pat",
     ),
+    "a path upwards behind a line's end": (
+        header_of({"a\n/../../x": tensor([1], 0, 4)}, bytes(4)),
+        r"named 'a\\n/\.\./\.\./x', a path out of the file",
+    ),
     "a drive": (header_of({"C:\\x": tensor([1], 0, 4)}, bytes(4)), "a path out of the file"),
     "a NUL": (header_of({"a\0b": tensor([1], 0, 4)}, bytes(4)), "a path out of the file"),
 }

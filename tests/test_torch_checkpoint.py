@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 from checkpoint_files import SPECS, numbers, pair, refused, state_dict
+from command_line import DIFFERENT, doconv
 from frameworks import need
 
 need("torch")
@@ -348,3 +350,12 @@ def test_ranks_other_than_two(file):
     weight, depthwise, kernel = pair(spec)
     _, found = folded(tensors({"weight": weight, "depthwise_weight": depthwise}), file)
     np.testing.assert_allclose(found["weight"], kernel, atol=1e-6)
+
+
+def test_verify_of_complex_numbers(tmp_path):
+    first, second = torch.tensor([1 + 2j, 3]), torch.tensor([1 + 2j, 3 + 1j])
+    for name, values in (("a.pt", first), ("b.pt", second)):
+        save({"fc.weight": torch.ones(2, 2), "phase": values}, tmp_path / name)
+    assert "equal" in doconv("verify", tmp_path / "a.pt", tmp_path / "a.pt").stdout
+    text = doconv("verify", tmp_path / "a.pt", tmp_path / "b.pt", code=DIFFERENT).stdout
+    assert re.search(r"phase +2 +1 +0\.316 +0 +1\n", text)
