@@ -247,9 +247,9 @@ class PyTorchCheckpoint(Checkpoint):
         """Return an array as the tensor of this name is; the same one where that is, too."""
         old = self._tensors[entry.name]
         place = (old.untyped_storage().data_ptr(), old.storage_offset(), old.shape, old.stride())
-        known, same = shared.get(place, (None, None))
-        if same is not None and np.array_equal(known, array):
-            return same
+        known = shared.get(place)
+        if known is not None and np.array_equal(known[0], array):
+            return known[1]
         tensor = torch.from_numpy(np.array(array)).to(old.dtype)
         if old.ndim == 4 and _is_channels_last(old):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -448,7 +448,9 @@ def _load(path: Path, inert: Inert) -> Any:
     would end this process.
     """
     known = torch.serialization.get_safe_globals()
-    names = [pair for pair in inert.names() if pair not in known]  # those are not ours to remove
+    names: list[Any] = [
+        pair for pair in inert.names() if pair not in known
+    ]  # those are not ours to remove
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(names):
             # What PyTorch cannot read of another pickle protocol is an error all the same.

@@ -57,8 +57,9 @@ def check_calls(path: Path, file: IO[bytes], size: int) -> None:
 def _problem(name: str, arguments: Sequence[Any] | None) -> str:
     """Return what is wrong with a call, "" for nothing. arguments: None where they are not told."""
     if name == ENCODE:
-        fits = arguments and len(arguments) == 2 and type(arguments[0]) is str
-        return "" if fits and arguments[1] in LATIN else "with other than text in Latin-1"
+        text, *code = arguments or (None,)
+        fits = type(text) is str and len(code) == 1 and code[0] in LATIN
+        return "" if fits else "with other than text in Latin-1"
     if name == BYTEARRAY:
         fits = arguments is not None and all(x is _BYTES or type(x) is str for x in arguments)
         return "" if fits else "with other than bytes"
