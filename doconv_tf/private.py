@@ -139,6 +139,11 @@ def is_operation(operation: Any, names: tuple[str, ...]) -> bool:
     return cls.__name__ in names and cls.__module__.startswith("keras.src.ops")
 
 
+def is_of_keras(layer: keras.Layer) -> bool:
+    """Return whether a layer's class is Keras' own, whose config tells of all that it holds."""
+    return type(layer).__module__.startswith("keras.")
+
+
 def follows_graph(layer: keras.Layer) -> bool:
     """Return whether a layer's call is Keras' own, which in a graph does what the graph says."""
     return "call" not in vars(layer) and type(layer).call.__module__.startswith("keras.")

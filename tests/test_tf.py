@@ -89,12 +89,17 @@ def test_every_positional_argument_reaches_its_place(do_conv, conv, steps):
         "bias_constraint": "non_neg",
     }
     parameters = list(inspect.signature(conv).parameters.values())[:-1]
+    of_w = "depthwise_constraint" if do_conv is DODepthwiseConv2D else "kernel_constraint"
+    given = [values[p.name] for p in parameters]
+    with pytest.raises(ValueError, match=f"{of_w} would hold for one of the weights"):
+        do_conv(*given)
+    values[of_w] = None
     given = [values[p.name] for p in parameters]
     ours, theirs = do_conv(*given).get_config(), conv(*given).get_config()
     assert {name: ours[name] for name in theirs} | {"name": ""} == {**theirs, "name": ""}
     usual = conv(**arguments(conv, kernel_size=1)).get_config()
     same = {p.name for p in parameters if theirs[p.name] == usual[p.name]}
-    assert same == {"dilation_rate" if steps[1] == 1 else "strides"}
+    assert same == {"dilation_rate" if steps[1] == 1 else "strides", of_w}
 
 
 def test_numpy_sizes_are_taken_as_the_ordinary_layer_takes_them():
@@ -334,13 +339,13 @@ def test_fold_keeps_what_the_layer_was(do_conv, conv):
         "dtype": "mixed_bfloat16",
         f"{w}_initializer": "he_normal",
         f"{w}_regularizer": "l1",
-        f"{w}_constraint": "max_norm",
         "bias_initializer": keras.initializers.RandomNormal(
             seed=(seed := keras.random.SeedGenerator(1))
         ),
         "bias_regularizer": "l2",
     }
     layer = do_conv(**arguments(do_conv, **usual), **with_multiplier(do_conv, 28))
+    setattr(layer, f"{w}_constraint", keras.constraints.MaxNorm())  # as one from a file has it
     layer.build(shape_for(do_conv))
     random_values(layer)
     drawn = array(seed.state).copy()
