@@ -24,12 +24,14 @@ from doconv_tf.private import (
     OF_A_CALL,
     compiled_parts,
     has_maker,
+    is_strategy,
     is_tracked,
     list_parameters,
     maker_of,
     recount,
     set_keys,
     set_maker,
+    strategy_scope,
 )
 from doconv_tf.surgery import uncompile_all
 
@@ -51,7 +53,8 @@ def copied(model: keras.Layer) -> keras.Layer:
 
     Raises TypeError where the model holds what cannot be copied.
     """
-    new = _Copier().copy(model)
+    with strategy_scope(model):
+        new = _Copier().copy(model)
     ids = {id(variable) for variable in new.weights}
     shared = [variable.path for variable in model.weights if id(variable) in ids]
     if shared:
@@ -87,7 +90,7 @@ class _Copier:
 
     def _copy(self, value: Any) -> Any:
         """Return the copy of a value. That of an object with attributes is filled later."""
-        if value is None or isinstance(value, _ATOMIC):
+        if value is None or isinstance(value, _ATOMIC) or is_strategy(value):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
