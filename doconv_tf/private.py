@@ -31,6 +31,8 @@ UNCOMPILED = {
 COMPILED = UNCOMPILED.keys() | {
     "optimizer", "stop_training", "_compile_config", "_compiled_trainable_state",
 }  # fmt: skip
+# Functions of a layer or model that are Keras' own, and hold it.
+OF_KERAS = COMPILED | {*BOUND}
 
 
 def children(layer: keras.Layer) -> list[keras.Layer]:
