@@ -165,13 +165,13 @@ class ComposedConv(StandIn, Unquantized):
 
     def _entry(self, name: str, shape: tuple[int, ...] | None) -> Any:
         """Return a new variable for an entry beside the weight; None where there is no such."""
-        attribute, prefix = self._attribute(name), self.prefixes.get(name)
+        variable, prefix = self._variable_name(name), self.prefixes.get(name)
         if shape is None:
             return None
         if prefix is not None:
-            return self._add(attribute, shape, prefix, False)
+            return self._add(variable, shape, prefix, False)
         start = keras.initializers.Constant(self.kind.constants[name])
-        return self.add_weight(name=attribute, shape=shape, initializer=start, autocast=False)
+        return self.add_weight(name=variable, shape=shape, initializer=start, autocast=False)
 
     def _add_ordinary(self, conv: ConvSpec) -> None:
         """Create what the ordinary layer has behind its kernel."""
@@ -184,6 +184,9 @@ class ComposedConv(StandIn, Unquantized):
     @classmethod
     def _attribute(cls, name: str) -> str:
         return "_kernel" if name == "weight" else cls.attributes.get(name, name)
+
+    def _variable_name(self, name: str) -> str:
+        return self._attribute(name)
 
     def entries(self) -> dict[str, Any]:
         """Return the variables that the kernel is composed of, by the kind's names."""

@@ -87,6 +87,7 @@ class _DOSeparableConv(_Depthwise):
 
     kernel_name = "depthwise_kernel"
     attributes = MappingProxyType({"depthwise_weight": "d_kernel"})
+    d_kernel: Any = None  # an attribute here, as `depthwise_kernel` is the composed kernel
 
     depthwise_kernel = ComposedConv.kernel
 

@@ -118,7 +118,7 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
         kernels.append(layer.kernel)
     assert_same(*outputs)
     assert_same(*kernels)
-    assert not array(layer.depthwise_kernel).any()
+    assert not array(layer.d_kernel).any()
 
 
 @one_test
@@ -300,7 +300,7 @@ def test_one_tap_is_the_ordinary_layer(do_conv, conv):
     x = image(shape_for(do_conv))
     layer.build(x.shape)
     plain.build(x.shape)
-    assert layer.depthwise_kernel is None
+    assert layer.d_kernel is None
     layer.load_own_variables(stored(random_values(plain)))
     assert_same(layer(x), plain(x))
     assert stored(layer).keys() == {"0", "1"}

@@ -131,9 +131,9 @@ def test_a_functional_subclass_with_a_training_step():
     assert new.other_optimizer.learning_rate == 0.25
     assert not new.other_optimizer.variables[2:]
     new.compile("sgd")
-    before = np.array(new.conv.depthwise_kernel)
+    before = np.array(new.conv.d_kernel)
     new.fit(images(), images(), verbose=0)
-    assert (np.array(new.conv.depthwise_kernel) != before).any()
+    assert (np.array(new.conv.d_kernel) != before).any()
     _, report = fold(new, fuse_batchnorm=True)
     assert [change.path for change in report.changed] == ["conv", "norm"]
 

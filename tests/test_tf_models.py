@@ -47,6 +47,7 @@ from doconv_tf import (  # noqa: E402
     over_parameterize,
     to_bsconv,
 )
+from doconv_tf.depthwise_conv import DO_CONVS  # noqa: E402
 
 JIT = BACKEND != "torch"
 
@@ -154,9 +155,9 @@ def test_configuration_and_registration(do_conv, conv):
     again = keras.saving.deserialize_keras_object(stored)
     assert type(again) is do_conv
     again.build(shape_for(do_conv))
-    assert again.depthwise_kernel.shape == again.spec.depthwise_shape
-    assert (array(again.depthwise_kernel) == 0.5).all()
-    assert isinstance(again.depthwise_kernel.constraint, keras.constraints.NonNeg)
+    assert again.d_kernel.shape == again.spec.depthwise_shape
+    assert (array(again.d_kernel) == 0.5).all()
+    assert isinstance(again.d_kernel.constraint, keras.constraints.NonNeg)
     assert not again.trainable_weights
 
 
@@ -293,7 +294,7 @@ def test_what_an_ordinary_layer_stored_loads_and_resets_d(do_conv, conv, multipl
     random_values(plain, seed=2).save_own_variables(store)
     random_values(layer).load_own_variables({k: array(v) for k, v in store.items()})
     assert_same(layer(x), plain(x))
-    assert not array(layer.depthwise_kernel).any()
+    assert not array(layer.d_kernel).any()
 
 
 def test_an_ordinary_models_weights_load_where_keras_finds_them(tmp_path):
@@ -346,7 +347,7 @@ def test_regularizer_of_d_is_the_kernels_unless_told_otherwise(do_conv, conv):
         layer = do_conv(**arguments(do_conv, kernel_size=3), **options)
         layer.build(shape_for(do_conv))
         random_values(layer)
-        squares = [float((array(v) ** 2).sum()) for v in (layer._kernel, layer.depthwise_kernel)]
+        squares = [float((array(v) ** 2).sum()) for v in (layer._kernel, layer.d_kernel)]
         return float(sum(map(array, layer.losses))), squares
 
     of_kernel = {f"{w}_regularizer": keras.regularizers.L2(0.5)}
@@ -369,17 +370,38 @@ def test_constraint_of_d_is_its_own_and_one_of_w_comes_from_files_alone(do_conv,
         of_w = do_conv.from_config(
             {**usual, f"{w}_constraint": {"class_name": "NonNeg", "config": {}}}
         )
-    for layer, constrained in [(of_w, "_kernel"), (of_d, "depthwise_kernel")]:
+    for layer, constrained in [(of_w, "_kernel"), (of_d, "d_kernel")]:
         layer.build(shape_for(do_conv))
         random_values(layer)
         gradients = [ops.zeros(v.shape) for v in layer.trainable_variables]
         keras.optimizers.SGD(0.1).apply(gradients, layer.trainable_variables)
         negative = {
-            name
-            for name in ("_kernel", "depthwise_kernel")
-            if (array(getattr(layer, name)) < 0).any()
+            name for name in ("_kernel", "d_kernel") if (array(getattr(layer, name)) < 0).any()
         }
-        assert negative == {"_kernel", "depthwise_kernel"} - {constrained}
+        assert negative == {"_kernel", "d_kernel"} - {constrained}
+
+
+@pytest.mark.parametrize("cls", DO_CONVS.types.values(), ids=lambda cls: cls.__name__)
+def test_d_has_one_name_that_no_ordinary_layer_has(cls, tmp_path):
+    rest = (
+        {} if issubclass(cls, layers.DepthwiseConv1D | layers.DepthwiseConv2D) else {"filters": 4}
+    )
+    layer = cls(kernel_size=3, name="layer", **rest)
+    model = keras.Sequential([keras.Input((*[5] * layer.rank, 4)), layer])
+    random_values(model)
+    ordinary = layer.fold()
+    own = {v.name for v in layer.weights} - {v.name for v in ordinary.weights}
+    assert own == {"d_kernel"}
+    # By this attribute TensorFlow's checkpoints find D.
+    attribute = "d_kernel" if "Separable" in cls.__name__ else "depthwise_kernel"
+    assert vars(layer)[attribute] is layer.d_kernel
+    assert layer.d_kernel.shape == layer.spec.depthwise_shape
+    assert {*stored(layer)} - {*stored(ordinary)} == {"depthwise_kernel"}  # in files, as it was
+    optimizer = keras.optimizers.SGD(1.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["d_kernel"])
+    before = {v.name: array(v).copy() for v in layer.weights}
+    optimizer.apply([ops.zeros(v.shape) for v in layer.weights], layer.weights)
+    assert {v.name for v in layer.weights if (array(v) == before[v.name]).all()} == {"d_kernel"}
 
 
 @pytest.mark.parametrize(
