@@ -51,7 +51,7 @@ def moved(model: Any) -> Any:
     """Return the model with a D that is not zero, as after some training."""
     rng = np.random.default_rng(0)
     for variable in model.weights:
-        if variable.name == "depthwise_kernel":
+        if variable.name == "d_kernel":
             variable.assign(0.02 * rng.standard_normal(variable.shape))
     return model
 

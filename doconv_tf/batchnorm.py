@@ -29,6 +29,7 @@ from doconv_tf.surgery import become
 # Why a batch norm is left, of what Keras alone has.
 ACTIVATION = "its convolution has an activation before it"
 REGULARIZED = "it or its convolution has an activity regularizer"
+READ = "a function holds it or its convolution, such as a Lambda's, and may read anything of it"
 TRAINING = "called with training=True, whatever the model does"
 
 
@@ -43,6 +44,8 @@ def pair_obstacle(conv: Any, norm: Any, seen: Seen) -> str | None:
     """Return why this convolution and this batch norm, which follows it, cannot be fused."""
     if seen.times[id(norm)] > 1 or seen.times[id(conv)] > 1:
         return SEVERAL
+    if not seen.read.isdisjoint((id(norm), id(conv))):
+        return READ
     reason = obstacle(conv)
     if reason is not None:
         return behind(reason)

@@ -11,6 +11,7 @@ canonical, as everywhere.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +35,11 @@ from doconv_tf.surgery import become
 
 _ABOUT = ("initializer", "regularizer", "constraint")
 _NAMES: Mapping[str, str] = MappingProxyType({})
+# Why a constraint of the kernel cannot be kept: whatever it asks of one weight, such as a sign or a
+# norm, the product with another need not have.
+ONE_WEIGHT = (
+    "would hold for one of the weights that the kernel is composed of, and not for the kernel"
+)
 
 
 class ComposedConv(StandIn, Unquantized):
@@ -64,10 +70,44 @@ class ComposedConv(StandIn, Unquantized):
         self._refuse_quantized(self.dtype_policy)
         options = {name: own.pop(self._option(name)) for name in self.kind.options}
         spec = self._spec(self.groups if self.layout == "*IO" else 1, options)
+        constraint = self._constraint_name()
+        if getattr(self, constraint) is not None and self._is_composed(spec):
+            raise ValueError(
+                f"{type(self).__name__}: {constraint} {ONE_WEIGHT}. Leave it out, or use a "
+                f"keras.layers.{self.ordinary.__name__}."
+            )
         for name in options:
             setattr(self, self._option(name), getattr(spec, name))
         for name, value in own.items():
             setattr(self, name, _module_of(name).get(value))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Return the layer of a configuration; warn of a constraint that holds for W alone.
+
+        Files have it from before it was refused.
+        """
+        name = cls._constraint_name()
+        layer = super().from_config({**config, name: None})
+        if config.get(name) is not None:
+            constraint = keras.constraints.get(config[name])
+            setattr(layer, name, constraint)
+            if layer._is_composed(layer._spec(layer.groups if layer.layout == "*IO" else 1)):
+                warnings.warn(
+                    f"layer {layer.name!r}: its {name} holds for one of the weights that the "
+                    "kernel is composed of, not for the kernel.",
+                    stacklevel=2,
+                )
+        return layer
+
+    @classmethod
+    def _constraint_name(cls) -> str:
+        """Return the name of the ordinary layer's argument that constrains its kernel."""
+        return f"{cls.prefixes['weight']}_constraint"
+
+    @classmethod
+    def _is_composed(cls, spec: Any) -> bool:
+        return len(cls.kind.entries(spec)) > 1
 
     @classmethod
     def own_arguments(cls) -> dict[str, Any]:
@@ -125,13 +165,13 @@ class ComposedConv(StandIn, Unquantized):
 
     def _entry(self, name: str, shape: tuple[int, ...] | None) -> Any:
         """Return a new variable for an entry beside the weight; None where there is no such."""
-        attribute, prefix = self._attribute(name), self.prefixes.get(name)
+        variable, prefix = self._variable_name(name), self.prefixes.get(name)
         if shape is None:
             return None
         if prefix is not None:
-            return self._add(attribute, shape, prefix, False)
+            return self._add(variable, shape, prefix, False)
         start = keras.initializers.Constant(self.kind.constants[name])
-        return self.add_weight(name=attribute, shape=shape, initializer=start, autocast=False)
+        return self.add_weight(name=variable, shape=shape, initializer=start, autocast=False)
 
     def _add_ordinary(self, conv: ConvSpec) -> None:
         """Create what the ordinary layer has behind its kernel."""
@@ -144,6 +184,9 @@ class ComposedConv(StandIn, Unquantized):
     @classmethod
     def _attribute(cls, name: str) -> str:
         return "_kernel" if name == "weight" else cls.attributes.get(name, name)
+
+    def _variable_name(self, name: str) -> str:
+        return self._attribute(name)
 
     def entries(self) -> dict[str, Any]:
         """Return the variables that the kernel is composed of, by the kind's names."""
@@ -315,6 +358,15 @@ def _module_of(name: str) -> Any:
 
 class ComposedLayers(composed.ComposedLayers):
     """A composed kind's layers in Keras. A layer is converted where it stands."""
+
+    def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
+        """Return why a convolution is left that nothing else keeps from being replaced."""
+        reason = super().obstacle(view, layer, options)
+        if reason is None:
+            name = self.types[type(layer)]._constraint_name()
+            if getattr(layer, name) is not None:
+                return f"its {name} {ONE_WEIGHT}"
+        return reason
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the new layer."""

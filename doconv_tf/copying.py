@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import inspect
 import types
 from collections import OrderedDict
@@ -24,19 +25,22 @@ from doconv_tf.private import (
     OF_A_CALL,
     compiled_parts,
     has_maker,
+    is_strategy,
     is_tracked,
     list_parameters,
     maker_of,
+    own_variables,
     recount,
     set_keys,
     set_maker,
+    strategy_scope,
 )
 from doconv_tf.surgery import uncompile_all
 
-# What is not copied: what cannot change, and code.
+# What is not copied: what cannot change. Nor are functions, unless they hold what is copied.
 _ATOMIC = (
     bool, int, float, complex, str, bytes, type, enum.Enum, inspect.Signature, frozenset,
-    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+    types.BuiltinFunctionType, types.ModuleType,
 )  # fmt: skip
 _CONTAINERS = (list, dict, set, OrderedDict)
 # How objects are copied by default, and Keras' way, which is to save and load them.
@@ -51,7 +55,8 @@ def copied(model: keras.Layer) -> keras.Layer:
 
     Raises TypeError where the model holds what cannot be copied.
     """
-    new = _Copier().copy(model)
+    with strategy_scope(model):
+        new = _Copier().copy(model)
     ids = {id(variable) for variable in new.weights}
     shared = [variable.path for variable in model.weights if id(variable) in ids]
     if shared:
@@ -67,12 +72,14 @@ class _Copier:
         self._alive: list[Any] = []  # an original that is gone might leave its id to another
         self._todo: list[tuple[Any, Any]] = []
         self._done: list[tuple[Any, Any]] = []
+        self._own: set[int] = set()  # the ids of the model's layers and variables
 
     def copy(self, model: keras.Layer) -> keras.Layer:
         """Return the copy of the model, and of all that it holds."""
         for _, layer in first_occurrences(model):
             for part in compiled_parts(layer) if isinstance(layer, keras.Model) else ():
                 self._memo[id(part)] = part  # the copy is not compiled, see the end
+            self._own |= {id(layer), *map(id, own_variables(layer))}
         copied_model = self._copy(model)
         while self._todo:  # not by recursion: a graph is deeper than Python's stack
             old, new = self._todo.pop()
@@ -87,7 +94,9 @@ class _Copier:
 
     def _copy(self, value: Any) -> Any:
         """Return the copy of a value. That of an object with attributes is filled later."""
-        if value is None or isinstance(value, _ATOMIC):
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if value is None or isinstance(value, _ATOMIC) or is_strategy(value):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
@@ -111,6 +120,35 @@ class _Copier:
                     self._copy(item)
             new = copy.deepcopy(value, self._memo)
         self._memo[id(value)] = new
+        return new
+
+    def _function(self, function: Any) -> Any:
+        """Return a function that holds the copies where this one holds layers or variables."""
+        closure = {n: c.cell_contents for n, c in enumerate(function.__closure__ or ()) if _full(c)}
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if self._own.isdisjoint(map(id, (*closure.values(), *defaults))):
+            return function
+        if id(function) in self._memo:
+            return self._memo[id(function)]
+
+        def own(value: Any) -> Any:
+            return self._copy(value) if id(value) in self._own else value
+
+        cells = tuple(
+            types.CellType(own(closure[n])) if id(closure.get(n)) in self._own else cell
+            for n, cell in enumerate(function.__closure__ or ())
+        )
+        new = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, None, cells
+        )
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            setattr(new, name, getattr(function, name))
+        vars(new).update(vars(function))
+        new.__defaults__ = function.__defaults__ and tuple(map(own, function.__defaults__))
+        keywords = function.__kwdefaults__ or {}
+        new.__kwdefaults__ = {name: own(value) for name, value in keywords.items()} or None
+        self._alive.append(function)
+        self._memo[id(function)] = new
         return new
 
     def _container(self, new: Any, old: Any) -> Any:
@@ -161,6 +199,14 @@ class _Copier:
                 set_maker(new, old, self._memo[id(maker_of(old))])
             if isinstance(new, keras.Function):
                 set_keys(new)
+
+
+def _full(cell: Any) -> bool:
+    """Return whether a variable of a closure has a value, as one that is assigned later has not."""
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _is_plain(value: Any) -> bool:

@@ -57,11 +57,12 @@ class DODepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv2D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv2D`'s arguments. There `depth_multiplier` already is the number
-    of output channels of each input channel, and `depthwise_initializer`, `depthwise_regularizer`
-    and `depthwise_constraint` are those of the layer's kernel, so here of W. Hence D's have their
-    own names, by keyword only: d_multiplier, S, an integer of at least the number of kernel taps M,
-    which is its default; d_initializer; d_regularizer, where None means W's; d_constraint. Their
-    meaning is that of D's arguments in `DOConv1D`.
+    of output channels of each input channel, and `depthwise_initializer` and
+    `depthwise_regularizer` are those of the layer's kernel, so here of W; `depthwise_constraint` is
+    refused, as the kernel's is in `DOConv1D`. Hence D's have their own names, by keyword only:
+    d_multiplier, S, an integer of at least the number of kernel taps M, which is its default;
+    d_initializer; d_regularizer, where None means W's; d_constraint. Their meaning is that of D's
+    arguments in `DOConv1D`.
 
     `(B, H, W, I)` becomes `(B, H', W', O)`, or with channels first `(B, I, H, W)` becomes
     `(B, O, H', W')`.
@@ -86,6 +87,7 @@ class _DOSeparableConv(_Depthwise):
 
     kernel_name = "depthwise_kernel"
     attributes = MappingProxyType({"depthwise_weight": "d_kernel"})
+    d_kernel: Any = None  # an attribute here, as `depthwise_kernel` is the composed kernel
 
     depthwise_kernel = ComposedConv.kernel
 

@@ -19,14 +19,14 @@ class _DOConv(OverParameterized):
 class DOConv1D(_DOConv, keras.layers.Conv1D):
     """A depthwise over-parameterized `keras.layers.Conv1D`, to be folded into one after training.
 
-    Takes `keras.layers.Conv1D`'s arguments, of which the initializer, regularizer and constraint of
-    the kernel are W's, and these, by keyword only:
+    Takes `keras.layers.Conv1D`'s arguments, of which the initializer and regularizer of the kernel
+    are W's, and these, by keyword only:
     depth_multiplier: S, an integer of at least the number of kernel taps M, which is its default.
     depthwise_initializer: of D, the residual around the identity; zeros give the ordinary layer.
     depthwise_regularizer: of D. None means the kernel's: a penalty on W alone could be evaded by
     growing D. `keras.regularizers.L2(0.0)` turns it off.
-    depthwise_constraint: of D. The kernel's is not taken over: what it asks of W, such as a norm or
-    a sign, has no meaning for a residual.
+    depthwise_constraint: of D. The kernel's is refused, but for one tap: what it asks of W, such as
+    a norm or a sign, the kernel that is composed of W and D would not have.
 
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.

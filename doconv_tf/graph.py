@@ -6,6 +6,9 @@ calls the models inside it. A call is one of Keras' nodes.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +19,7 @@ from doconv_core.maths.geometry import Extra
 from doconv_core.models.view import Flow
 from doconv_tf.ordinary import first_occurrences
 from doconv_tf.private import (
+    OF_KERAS,
     children,
     follows_graph,
     graph_of,
@@ -50,11 +54,13 @@ class Seen(Flow):
 
     times: how often a layer is called, by its id; once more where several layers hold it, since
     what else they do with it is not known. training: the ids of layers that are asked to train,
-    whatever the model does.
+    whatever the model does. read: those of the layers that a function holds, such as a Lambda's,
+    which may read anything of them.
     """
 
     times: Counter[int] = field(default_factory=Counter)
     training: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
 
     def add(self, function: keras.Function) -> None:
         """Add the calls of a graph."""
@@ -153,6 +159,7 @@ class Graph:
         for layer in self.layers:
             if id(layer) in seen.training:
                 seen.training |= {id(inner) for _, inner in first_occurrences(layer)}
+        seen.read = {id(each) for layer in self.layers for each in read_by(layer)}
         seen.unseen = {id(layer): UNKNOWN for layer in self.layers if not seen.times[id(layer)]}
         return seen
 
@@ -169,6 +176,30 @@ class Graph:
             if not (seen or plain):
                 opaque |= {id(inner) for _, inner in first_occurrences(layer)[1:]}
         return opaque
+
+
+def read_by(layer: keras.Layer) -> list[keras.Layer]:
+    """Return the layers that the functions which a layer has for itself hold, and those inside."""
+    found: list[keras.Layer] = []
+    seen: set[int] = set()
+    todo = [value for name, value in vars(layer).items() if name not in OF_KERAS]
+    todo = [value for value in todo if not isinstance(value, keras.Layer)]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, keras.Layer):
+            found += [each for _, each in first_occurrences(value)]
+        elif isinstance(value, functools.partial):
+            todo += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            todo += [value.__func__, *([] if value.__self__ is layer else [value.__self__])]
+        elif isinstance(value, types.FunctionType) and not value.__module__.startswith("keras."):
+            names = inspect.getclosurevars(value)
+            todo += [*names.nonlocals.values(), *names.globals.values()]
+            todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return found
 
 
 def _keeps_zeros(operation: Any) -> bool:

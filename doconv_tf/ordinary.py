@@ -15,7 +15,7 @@ from doconv_core.maths.geometry import Pad, causal, same, symmetric
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.received import no_model
 from doconv_core.models.report import QUANTIZED, REPLACED, SUBCLASS, TRANSPOSED, place
-from doconv_tf.private import children
+from doconv_tf.private import children, strategy_scope
 
 _layers = keras.layers
 CONVS = (_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
@@ -174,8 +174,12 @@ def put(variable: Any, value: Any) -> None:
 
 @contextmanager
 def name_scopes(layer: keras.Layer) -> Iterator[None]:
-    """Open the name scopes in which a layer was built: they are in the paths of its variables."""
+    """Open the name scopes in which a layer was built: they are in the paths of its variables.
+
+    And that of a distribution strategy, which new variables are to belong to as well.
+    """
     with ExitStack() as stack:
+        stack.enter_context(strategy_scope(layer))
         for name in (layer.path or "").split("/")[:-1]:
             stack.enter_context(keras.name_scope(name))
         yield

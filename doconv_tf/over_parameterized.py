@@ -11,7 +11,11 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_tf.compose import as_weight, compose
 from doconv_tf.composed import ComposedConv
 
-D_ENTRY = "depthwise_kernel"  # D's name in a store, where the ordinary variables have numbers
+# D's variable in every layer, of which `depthwise_kernel` would be a separable one's kernel.
+D_NAME = "d_kernel"
+# D's name in a store, where the ordinary variables have numbers, and the attribute by which
+# TensorFlow's checkpoints find it: files that exist have it.
+D_ENTRY = "depthwise_kernel"
 
 
 class OverParameterized(ComposedConv):
@@ -19,7 +23,7 @@ class OverParameterized(ComposedConv):
 
     Variables: `_kernel`, W, in the ordinary kernel's shape where `S == M`; `depthwise_kernel`, D,
     `(I, M, S)`, zero at first, or None for a kernel of one tap; `bias`. d_name: the attribute that
-    is D.
+    is D. The name of D's variable is `d_kernel` in every layer.
     """
 
     kind = DO_CONV
@@ -30,6 +34,14 @@ class OverParameterized(ComposedConv):
     def d_name(self) -> str:
         """The name of D's attribute."""
         return self._attribute("depthwise_weight")
+
+    @property
+    def d_kernel(self) -> Any:
+        """D, by the name that it has in every layer."""
+        return getattr(self, self.d_name)
+
+    def _variable_name(self, name: str) -> str:
+        return D_NAME if name == "depthwise_weight" else super()._variable_name(name)
 
     def _entry(self, name: str, shape: tuple[int, ...] | None) -> Any:
         variable = super()._entry(name, shape)

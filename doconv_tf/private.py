@@ -6,6 +6,7 @@ Written for Keras 3.10 to 3.15.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -30,6 +31,8 @@ UNCOMPILED = {
 COMPILED = UNCOMPILED.keys() | {
     "optimizer", "stop_training", "_compile_config", "_compiled_trainable_state",
 }  # fmt: skip
+# Functions of a layer or model that are Keras' own, and hold it.
+OF_KERAS = COMPILED | {*BOUND}
 
 
 def children(layer: keras.Layer) -> list[keras.Layer]:
@@ -137,6 +140,33 @@ def is_operation(operation: Any, names: tuple[str, ...]) -> bool:
     """Return whether this is one of Keras' own operations of these names; they have no types."""
     cls = type(operation)
     return cls.__name__ in names and cls.__module__.startswith("keras.src.ops")
+
+
+def is_strategy(value: Any) -> bool:
+    """Return whether this is a distribution strategy of TensorFlow's, without importing that.
+
+    It is a part of the process, of which each variable and compiled function must have the same.
+    """
+    return any(
+        cls.__name__ == "StrategyBase" and cls.__module__.startswith("tensorflow.")
+        for cls in type(value).__mro__
+    )
+
+
+def strategy_scope(layer: keras.Layer) -> AbstractContextManager[Any]:
+    """Return the scope of the distribution strategy that has the layer's variables, if one has.
+
+    Keras asks TensorFlow for the strategy of now alone, and variables of two do not mix.
+    """
+    found = (getattr(variable.value, "_distribute_strategy", None) for variable in layer.weights)
+    strategy = next((each for each in found if each is not None), None)
+    scope: AbstractContextManager[Any] = nullcontext() if strategy is None else strategy.scope()
+    return scope
+
+
+def is_of_keras(layer: keras.Layer) -> bool:
+    """Return whether a layer's class is Keras' own, whose config tells of all that it holds."""
+    return type(layer).__module__.startswith("keras.")
 
 
 def follows_graph(layer: keras.Layer) -> bool:

@@ -21,6 +21,7 @@ from doconv_tf.ordinary import (
 )
 from doconv_tf.orthonormal import is_marked, unmark
 from doconv_tf.private import children, own_variables
+from doconv_tf.saving import guard
 from doconv_tf.surgery import check_functions, finish
 
 
@@ -85,9 +86,10 @@ class View(ModelView):
         check_functions(self.model, inplace=True)
 
     def finish(self, *, changed: bool) -> None:
-        """Leave the model as one that was never compiled, where it was changed."""
+        """Leave a changed model as one that was never compiled, and is stored only if it loads."""
         if changed:
             finish(self.model)
+            guard(self.model)
 
     def settle(self) -> bool:
         """Take the orthonormality loss off; return whether there was any."""

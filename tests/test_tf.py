@@ -89,12 +89,17 @@ def test_every_positional_argument_reaches_its_place(do_conv, conv, steps):
         "bias_constraint": "non_neg",
     }
     parameters = list(inspect.signature(conv).parameters.values())[:-1]
+    of_w = "depthwise_constraint" if do_conv is DODepthwiseConv2D else "kernel_constraint"
+    given = [values[p.name] for p in parameters]
+    with pytest.raises(ValueError, match=f"{of_w} would hold for one of the weights"):
+        do_conv(*given)
+    values[of_w] = None
     given = [values[p.name] for p in parameters]
     ours, theirs = do_conv(*given).get_config(), conv(*given).get_config()
     assert {name: ours[name] for name in theirs} | {"name": ""} == {**theirs, "name": ""}
     usual = conv(**arguments(conv, kernel_size=1)).get_config()
     same = {p.name for p in parameters if theirs[p.name] == usual[p.name]}
-    assert same == {"dilation_rate" if steps[1] == 1 else "strides"}
+    assert same == {"dilation_rate" if steps[1] == 1 else "strides", of_w}
 
 
 def test_numpy_sizes_are_taken_as_the_ordinary_layer_takes_them():
@@ -113,7 +118,7 @@ def test_a_fresh_layer_is_the_ordinary_one_of_the_same_seed(do_conv, conv):
         kernels.append(layer.kernel)
     assert_same(*outputs)
     assert_same(*kernels)
-    assert not array(layer.depthwise_kernel).any()
+    assert not array(layer.d_kernel).any()
 
 
 @one_test
@@ -295,7 +300,7 @@ def test_one_tap_is_the_ordinary_layer(do_conv, conv):
     x = image(shape_for(do_conv))
     layer.build(x.shape)
     plain.build(x.shape)
-    assert layer.depthwise_kernel is None
+    assert layer.d_kernel is None
     layer.load_own_variables(stored(random_values(plain)))
     assert_same(layer(x), plain(x))
     assert stored(layer).keys() == {"0", "1"}
@@ -334,13 +339,13 @@ def test_fold_keeps_what_the_layer_was(do_conv, conv):
         "dtype": "mixed_bfloat16",
         f"{w}_initializer": "he_normal",
         f"{w}_regularizer": "l1",
-        f"{w}_constraint": "max_norm",
         "bias_initializer": keras.initializers.RandomNormal(
             seed=(seed := keras.random.SeedGenerator(1))
         ),
         "bias_regularizer": "l2",
     }
     layer = do_conv(**arguments(do_conv, **usual), **with_multiplier(do_conv, 28))
+    setattr(layer, f"{w}_constraint", keras.constraints.MaxNorm())  # as one from a file has it
     layer.build(shape_for(do_conv))
     random_values(layer)
     drawn = array(seed.state).copy()

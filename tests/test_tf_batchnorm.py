@@ -5,6 +5,8 @@ Nothing here names TensorFlow, so that it also runs on Keras' other backends.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from equal import assert_close
@@ -30,6 +32,7 @@ from doconv_core.models.report import (  # noqa: E402
     behind,
 )
 from doconv_tf import fold, over_parameterize, verify  # noqa: E402
+from doconv_tf.batchnorm import READ  # noqa: E402
 
 # JAX has float64 by a switch for all of a process, and on PyTorch Keras casts it in batch norms.
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []
@@ -184,6 +187,45 @@ def test_a_convolution_that_another_layer_holds_is_not_fused():
     _, report = fold(model, fuse_batchnorm=True)
     reasons = {left.path: left.reason for left in report.left}
     assert reasons == {"norm": SEVERAL}
+
+
+def reads(read, layer):
+    """Return a function that reads something of a layer, which it holds in its closure."""
+    return lambda x: x * read(layer)
+
+
+READERS = {
+    "of its closure": lambda norm, conv: reads(lambda n: n.moving_variance, norm),
+    "of a default": lambda norm, conv: lambda x, norm=norm: x * norm.gamma,
+    "of a partial": lambda norm, conv: functools.partial(lambda x, n: x * n.epsilon, n=norm),
+    "of the convolution": lambda norm, conv: reads(lambda c: keras.ops.sum(c.kernel), conv),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_what_a_function_may_read_is_not_fused(reader, inplace):
+    conv, norm = layers.Conv2D(3, 3, name="conv"), layers.BatchNormalization(name="norm")
+    other = [layers.Conv2D(3, 3, name="other"), layers.BatchNormalization(name="fused")]
+    read = layers.Lambda(reader(norm, conv), output_shape=(7, 7, 3))
+    model = filled(keras.Sequential([keras.Input(SHAPE[1:]), conv, norm, read, *other]))
+    expected = array(model(images())).copy()
+    fused, report = fold(model, fuse_batchnorm=True, inplace=inplace)
+    assert [change.path for change in report.changed] == ["fused"]
+    assert {left.path: left.reason for left in report.left} == {"norm": READ}
+    for variable in () if inplace else model.weights:  # the copy's function reads the copy's
+        variable.assign(variable + 1)
+    np.testing.assert_allclose(array(fused(images())), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_operations_go_on_with_the_variables_of_a_norm_that_is_fused():
+    inputs = keras.Input(SHAPE[1:])
+    conv, norm = layers.Conv2D(3, 3, name="first"), layers.BatchNormalization(name="norm")
+    outputs = keras.ops.conv(norm(conv(inputs)), conv.kernel) * norm.moving_variance
+    model = filled(keras.Model(inputs, outputs))
+    fused, report = fold(model, fuse_batchnorm=True)
+    assert [change.path for change in report.changed] == ["norm"]
+    assert verify(model, fused, images()).relative < 1e-5
 
 
 @pytest.mark.parametrize("training", [None, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,9 +16,16 @@ if find_spec("tensorflow") is None:
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from keras_models import as_trained, images, nested, sequential, subclassed  # noqa: E402
+from keras_models import (  # noqa: E402
+    as_trained,
+    depthwise,
+    images,
+    nested,
+    sequential,
+    subclassed,
+)
 
-from doconv_tf import DOConv2D, fold, over_parameterize, verify  # noqa: E402
+from doconv_tf import DOConv2D, fold, over_parameterize, to_bsconv, verify  # noqa: E402
 
 TAIL = pytest.mark.exhaustive
 
@@ -123,9 +131,9 @@ def test_a_functional_subclass_with_a_training_step():
     assert new.other_optimizer.learning_rate == 0.25
     assert not new.other_optimizer.variables[2:]
     new.compile("sgd")
-    before = np.array(new.conv.depthwise_kernel)
+    before = np.array(new.conv.d_kernel)
     new.fit(images(), images(), verbose=0)
-    assert (np.array(new.conv.depthwise_kernel) != before).any()
+    assert (np.array(new.conv.d_kernel) != before).any()
     _, report = fold(new, fuse_batchnorm=True)
     assert [change.path for change in report.changed] == ["conv", "norm"]
 
@@ -191,6 +199,31 @@ def test_a_step_compiled_by_xla_composes_a_shared_kernel_once():
         assert text.count(" convolution(") == calls
         dots.append(text.count(" dot("))
     assert dots == [1, 1]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_variables_of_a_distribution_strategy_stay_its_own(inside, inplace):
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+    with strategy.scope():
+        convs = [layers.Conv2D(3, 3, name=name) for name in ("conv", "other")]
+        norm = layers.BatchNormalization(name="norm")
+        model = keras.Sequential([keras.Input((9, 9, 3)), convs[0], norm, convs[1]])
+    model.strategy, x = strategy, images()
+    expected = np.array(model(x))
+    with strategy.scope() if inside else nullcontext():
+        new, _ = over_parameterize(model, where="conv", inplace=inplace)
+        new, _ = to_bsconv(new, where="other", inplace=inplace)
+        assert new.strategy is new.distribute_strategy is strategy
+        folded, layer = fold(new)[0], new.get_layer("conv").fold()
+        made = [new, folded, layer, DOConv2D.from_conv(layer)]
+    assert inplace or (np.array(model(x)) == expected).all()
+    variables = [v for each in made for v in each.weights]
+    assert {getattr(v.value, "distribute_strategy", None) for v in variables} == {strategy}
+    with strategy.scope():
+        new.compile("sgd", "mse")
+    new.fit(x, np.zeros((2, 5, 5, 3)), verbose=0)
+    assert np.array(depthwise(new)[0]).any()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,19 @@ from keras_layers import (  # noqa: E402
 )
 
 from doconv_core import difference  # noqa: E402
-from doconv_tf import DOConv1D, DOConv2D, DOConv3D, DODepthwiseConv2D  # noqa: E402
+from doconv_tf import (  # noqa: E402
+    DOConv1D,
+    DOConv2D,
+    DOConv3D,
+    DODepthwiseConv1D,
+    DODepthwiseConv2D,
+    DOSeparableConv1D,
+    DOSeparableConv2D,
+    fold,
+    over_parameterize,
+    to_bsconv,
+)
+from doconv_tf.depthwise_conv import DO_CONVS  # noqa: E402
 
 JIT = BACKEND != "torch"
 
@@ -143,10 +155,96 @@ def test_configuration_and_registration(do_conv, conv):
     again = keras.saving.deserialize_keras_object(stored)
     assert type(again) is do_conv
     again.build(shape_for(do_conv))
-    assert again.depthwise_kernel.shape == again.spec.depthwise_shape
-    assert (array(again.depthwise_kernel) == 0.5).all()
-    assert isinstance(again.depthwise_kernel.constraint, keras.constraints.NonNeg)
+    assert again.d_kernel.shape == again.spec.depthwise_shape
+    assert (array(again.d_kernel) == 0.5).all()
+    assert isinstance(again.d_kernel.constraint, keras.constraints.NonNeg)
     assert not again.trainable_weights
+
+
+class Hidden(keras.Model):
+    """Makes a convolution of its own, of which its configuration does not tell."""
+
+    def __init__(self, told=None, **options):
+        super().__init__(**options)
+        self.told, self.conv = told, self.own()
+
+    def own(self):
+        return layers.Conv2D(4, 3, padding="same", name="conv")
+
+    def call(self, x):
+        return self.conv(x if self.told is None else self.told(x))
+
+    def get_config(self):
+        return {**super().get_config(), "told": keras.saving.serialize_keras_object(self.told)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config | {"told": keras.saving.deserialize_keras_object(config["told"])})
+
+
+class Given(Hidden):
+    """Has all its layers from its configuration."""
+
+    def own(self):
+        return layers.ReLU()
+
+
+def hidden(holder=Hidden):
+    """Return a functional model around a subclassed one."""
+    told = layers.Conv2D(4, 3, padding="same", name="conv")
+    inner = holder(told, name="inner")
+    return keras.Sequential([keras.Input(SHAPE[1:]), inner])
+
+
+def over_parameterized_parts(model):
+    model = keras.Sequential([keras.Input(SHAPE[1:]), layers.Conv2D(4, 3, name="inner")])
+    return over_parameterize(to_bsconv(model)[0], where="*.depthwise")
+
+
+@pytest.mark.parametrize(
+    ("convert", "name"),
+    [
+        (over_parameterize, "Hidden 'inner' holds 'conv', a DOConv2D"),
+        (to_bsconv, "Hidden 'inner' holds 'conv', a BSConvU2D"),
+        (over_parameterized_parts, "BSConvU2D 'inner' holds 'depthwise', a DODepthwiseConv2D"),
+    ],
+    ids=["over-parameterized", "bsconv", "parts of a bsconv"],
+)
+def test_what_a_configuration_does_not_tell_of_is_no_file_that_cannot_be_loaded(
+    convert, name, tmp_path
+):
+    model = random_values(convert(hidden())[0])
+    refused = pytest.raises(TypeError, match=f"{name}, .*does not tell.*save_weights")
+    store = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")
+    store.set_model(model)
+    for save in (
+        lambda: model.save(tmp_path / "model.keras"),
+        lambda: store.on_epoch_end(0, {}),
+        lambda: pickle.dumps(model),
+        lambda: by_clone_model(model),
+    ):
+        with refused:
+            save()
+    store = keras.callbacks.ModelCheckpoint(tmp_path / "a.weights.h5", save_weights_only=True)
+    store.set_model(model)
+    store.on_epoch_end(0, {})
+    other = convert(hidden())[0]
+    other.load_weights(tmp_path / "a.weights.h5")
+    assert_same(other(image()), model(image()))
+    folded = fold(model)[0]
+    assert not any("get_config" in vars(layer) for layer in folded.layers)
+    folded.get_config()
+
+
+def test_what_a_configuration_tells_of_is_stored_and_loaded(tmp_path):
+    classes = {"Hidden": Hidden, "Given": Given}
+    given = over_parameterize(hidden(Given))[0]
+    folded = fold(random_values(over_parameterize(hidden())[0]))[0]
+    for model in (random_values(given), folded):
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras", custom_objects=classes)
+        assert_same(again(image()), model(image()))
+    assert type(given.get_layer("inner").told) is DOConv2D
 
 
 def by_clone_model(model):
@@ -196,7 +294,7 @@ def test_what_an_ordinary_layer_stored_loads_and_resets_d(do_conv, conv, multipl
     random_values(plain, seed=2).save_own_variables(store)
     random_values(layer).load_own_variables({k: array(v) for k, v in store.items()})
     assert_same(layer(x), plain(x))
-    assert not array(layer.depthwise_kernel).any()
+    assert not array(layer.d_kernel).any()
 
 
 def test_an_ordinary_models_weights_load_where_keras_finds_them(tmp_path):
@@ -249,7 +347,7 @@ def test_regularizer_of_d_is_the_kernels_unless_told_otherwise(do_conv, conv):
         layer = do_conv(**arguments(do_conv, kernel_size=3), **options)
         layer.build(shape_for(do_conv))
         random_values(layer)
-        squares = [float((array(v) ** 2).sum()) for v in (layer._kernel, layer.depthwise_kernel)]
+        squares = [float((array(v) ** 2).sum()) for v in (layer._kernel, layer.d_kernel)]
         return float(sum(map(array, layer.losses))), squares
 
     of_kernel = {f"{w}_regularizer": keras.regularizers.L2(0.5)}
@@ -263,23 +361,96 @@ def test_regularizer_of_d_is_the_kernels_unless_told_otherwise(do_conv, conv):
 
 
 @EACH
-def test_constraint_of_d_is_its_own(do_conv, conv):
+def test_constraint_of_d_is_its_own_and_one_of_w_comes_from_files_alone(do_conv, conv):
     w, d = ("depthwise", "d") if do_conv is DODepthwiseConv2D else ("kernel", "depthwise")
-    for options, constrained in [
-        ({f"{w}_constraint": "non_neg"}, "_kernel"),
-        ({f"{d}_constraint": "non_neg"}, "depthwise_kernel"),
-    ]:
-        layer = do_conv(**arguments(do_conv, kernel_size=3), **options)
+    of_d = do_conv(**arguments(do_conv, kernel_size=3), **{f"{d}_constraint": "non_neg"})
+    usual = do_conv(**arguments(do_conv, kernel_size=3)).get_config()
+    told = f"{w}_constraint holds for one of the weights .* not for the kernel"
+    with pytest.warns(UserWarning, match=told):
+        of_w = do_conv.from_config(
+            {**usual, f"{w}_constraint": {"class_name": "NonNeg", "config": {}}}
+        )
+    for layer, constrained in [(of_w, "_kernel"), (of_d, "d_kernel")]:
         layer.build(shape_for(do_conv))
         random_values(layer)
         gradients = [ops.zeros(v.shape) for v in layer.trainable_variables]
         keras.optimizers.SGD(0.1).apply(gradients, layer.trainable_variables)
         negative = {
-            name
-            for name in ("_kernel", "depthwise_kernel")
-            if (array(getattr(layer, name)) < 0).any()
+            name for name in ("_kernel", "d_kernel") if (array(getattr(layer, name)) < 0).any()
         }
-        assert negative == {"_kernel", "depthwise_kernel"} - {constrained}
+        assert negative == {"_kernel", "d_kernel"} - {constrained}
+
+
+@pytest.mark.parametrize("cls", DO_CONVS.types.values(), ids=lambda cls: cls.__name__)
+def test_d_has_one_name_that_no_ordinary_layer_has(cls, tmp_path):
+    rest = (
+        {} if issubclass(cls, layers.DepthwiseConv1D | layers.DepthwiseConv2D) else {"filters": 4}
+    )
+    layer = cls(kernel_size=3, name="layer", **rest)
+    model = keras.Sequential([keras.Input((*[5] * layer.rank, 4)), layer])
+    random_values(model)
+    ordinary = layer.fold()
+    own = {v.name for v in layer.weights} - {v.name for v in ordinary.weights}
+    assert own == {"d_kernel"}
+    # By this attribute TensorFlow's checkpoints find D.
+    attribute = "d_kernel" if "Separable" in cls.__name__ else "depthwise_kernel"
+    assert vars(layer)[attribute] is layer.d_kernel
+    assert layer.d_kernel.shape == layer.spec.depthwise_shape
+    assert {*stored(layer)} - {*stored(ordinary)} == {"depthwise_kernel"}  # in files, as it was
+    optimizer = keras.optimizers.SGD(1.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["d_kernel"])
+    before = {v.name: array(v).copy() for v in layer.weights}
+    optimizer.apply([ops.zeros(v.shape) for v in layer.weights], layer.weights)
+    assert {v.name for v in layer.weights if (array(v) == before[v.name]).all()} == {"d_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("conv", "w", "after"),
+    [
+        (layers.Conv1D(4, 3), "kernel", DOConv1D),
+        (layers.Conv2D(4, 3), "kernel", DOConv2D),
+        (layers.Conv3D(4, 3), "kernel", DOConv3D),
+        (layers.DepthwiseConv1D(3), "depthwise", DODepthwiseConv1D),
+        (layers.DepthwiseConv2D(3), "depthwise", DODepthwiseConv2D),
+        (layers.SeparableConv1D(4, 3), "depthwise", DOSeparableConv1D),
+        (layers.SeparableConv2D(4, 3), "depthwise", DOSeparableConv2D),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+@pytest.mark.parametrize("name", ["non_neg", "max_norm"])
+def test_a_constraint_of_the_kernel_is_not_lost(conv, w, after, name):
+    usual = {**conv.get_config(), "name": "conv"}
+    own = f"{w}_constraint"
+    plain = type(conv).from_config(usual)
+    held = type(conv)(**{**usual, "name": "held", own: name})
+    others = [prefix for prefix in ("bias", "pointwise") if f"{prefix}_constraint" in usual]
+    other = type(conv)(
+        **{**usual, "name": "other", **{f"{prefix}_constraint": name for prefix in others}}
+    )
+    shape = (None, *[9] * conv.rank, 4)
+    convs = [plain, held, other]
+    for each in convs:
+        each.build(shape)
+    inputs = keras.Input(shape[1:])
+    model, report = over_parameterize(keras.Model(inputs, [each(inputs) for each in convs]))
+    assert {change.path for change in report.changed} == {"conv", "other"}
+    (left,) = report.left
+    assert left.path == "held"
+    assert left.reason.startswith(f"its {own} would hold for one of the weights")
+    assert type(model.get_layer("held")) is type(conv)
+    refused = pytest.raises(ValueError, match=f"{own} .* and not for the kernel. Leave it out")
+    with refused:
+        after.from_conv(held)
+    with refused:
+        after(**{**usual, own: name})
+
+
+def test_a_constraint_holds_for_a_kernel_that_is_not_composed():
+    layer = DOConv2D(4, 1, kernel_constraint="non_neg")
+    layer.build(SHAPE)
+    random_values(layer)
+    keras.optimizers.SGD(0.1).apply([ops.zeros(v.shape) for v in layer.weights], layer.weights)
+    assert (array(layer.kernel) >= 0).all()
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a SavedModel is TensorFlow's")

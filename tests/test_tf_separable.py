@@ -97,7 +97,7 @@ def test_a_separable_layer_is_a_depthwise_and_a_pointwise_one(rank):
     for layer, shape in ((first, SHAPES[rank]), (second, (*SHAPES[rank][:-1], 8))):
         layer.build(shape)
     first._kernel.assign(separable._kernel)
-    first.depthwise_kernel.assign(separable.d_kernel)
+    first.d_kernel.assign(separable.d_kernel)
     second.kernel.assign(separable.pointwise_kernel)
     second.bias.assign(separable.bias)
     assert difference(array(separable(x)), array(second(first(x)))).relative < 1e-6

@@ -100,7 +100,7 @@ UNFIT = [
     (lambda: ended((1, 3, 1), layers.ZeroPadding2D(1), layers.PReLU(name="prelu")), POSITIONS),
     (
         lambda: with_scale(network(), "first"),
-        "'first', a DOConv2D, has 'kernel', 'bias', 'depthwise_kernel', 'scale'; expected 'k",
+        "'first', a DOConv2D, has 'kernel', 'bias', 'd_kernel', 'scale'; expected 'k",
     ),
     (
         lambda: ended((3, 1), layers.LayerNormalization(1, name="norm")),

@@ -140,7 +140,7 @@ def count(model: keras.Layer) -> int:
 def train(model: keras.Layer) -> keras.Layer:
     rng = np.random.default_rng(7)
     for name, variable in identities(model).items():
-        if name.endswith("depthwise_kernel"):
+        if name.endswith("d_kernel"):
             variable.assign(0.1 * rng.standard_normal(variable.shape))
     return model
 
