@@ -93,6 +93,10 @@ def test_what_is_changed_and_left_is_told_alike(backend):
         "own_norm": behind(SUBCLASS),
         "patched_norm": behind(REPLACED),
     }
+    if backend == "torch":  # which takes batch norms into transposed convolutions
+        del reasons["transposed_norm"]
+        into = fused_into(types["transposed"])
+        changed = (*changed, Change("transposed_norm", types["norm"], into))
     left = tuple(Left(path, types["norm"], reason) for path, reason in reasons.items())
     counts = models.count(more), models.count(folded)
     assert report == Report("folded", changed, left, *counts)
