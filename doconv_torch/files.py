@@ -25,6 +25,7 @@ from doconv_core.files.checkpoint import (
 from doconv_core.files.entries import (
     AVERAGED,
     BITS,
+    Allowed,
     CheckpointError,
     Entry,
     check_names,
@@ -33,12 +34,13 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
-from doconv_core.files.inert import Allowed, Inert, check_attributes
+from doconv_core.files.inert import Inert
 from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.files.pickles import SUSPECT, check_calls
 from doconv_core.files.pytorch import (
     MAX_DEPTH,
     StateDicts,
+    check_attributes,
     inner_items,
     is_array,
     is_average,
@@ -85,7 +87,7 @@ class PyTorchCheckpoint(Checkpoint):
             stored = _stored_bytes(path)
         else:
             _check_legacy(path)
-        self._content = _load(path, Inert(allow))
+        self._content = _load(path, allow)
         check_attributes(path, self._content)
         self._states = StateDicts(self._content, _is_tensor)
         if self._states.twice is not None:
@@ -441,26 +443,35 @@ def _check_legacy(path: Path) -> None:
             check_calls(path, file, path.stat().st_size)
 
 
-def _load(path: Path, inert: Inert) -> Any:
-    """Return what a file holds. inert: what it may name beside tensors.
+def _load(path: Path, allow: Allowed) -> Any:
+    """Return what a file holds. allow: as in `Inert`, which is asked where PyTorch refuses."""
+    if not allow:
+        try:
+            return _loaded(path, [])
+        except Exception:  # told below, where more than tensors may be named
+            pass
+    inert = Inert(allow)
+    known = torch.serialization.get_safe_globals()
+    names = [pair for pair in inert.names() if pair not in known]  # those are not ours to remove
+    try:
+        return inert.settled(_loaded(path, names))
+    except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
+        raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error
+
+
+def _loaded(path: Path, names: list[Any]) -> Any:
+    """Return what PyTorch reads. names: what a pickle may name beside tensors.
 
     The file is not mapped: one that is cut while it is read, as by a training that saves again,
     would end this process.
     """
-    known = torch.serialization.get_safe_globals()
-    names: list[Any] = [
-        pair for pair in inert.names() if pair not in known
-    ]  # those are not ours to remove
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(names):
-            # What PyTorch cannot read of another pickle protocol is an error all the same.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            # What it tells of quantized tensors, which a file may have all the same.
-            told = "torch.quantize_per_tensor|TypedStorage is deprecated"
-            warnings.filterwarnings("ignore", told, UserWarning)
-            return inert.settled(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
-        raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error
+    with warnings.catch_warnings(), torch.serialization.safe_globals(names):
+        # What PyTorch cannot read of another pickle protocol is an error all the same.
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        # What it tells of quantized tensors, which a file may have all the same.
+        told = "torch.quantize_per_tensor|TypedStorage is deprecated"
+        warnings.filterwarnings("ignore", told, UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _problem(error: Exception) -> str:

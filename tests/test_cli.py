@@ -73,7 +73,7 @@ def test_version():
         (["fold", "--forec"], "No such option '--forec'"),
         (["fold"], "Missing argument 'IN'.*See doconv fold --help"),
         (["fold", "nothing.pt", "out.pt"], "'nothing.pt' does not exist"),
-        (["inspect", "."], "'.' is a directory"),
+        (["inspect", "."], "is a folder; name a checkpoint file"),
         (["cost", "nothing.pt"], "'nothing.pt' is no file, and no layer such as 64,64,3x3"),
         (["verify", "pyproject.toml"], "Missing argument 'B'"),
     ],

@@ -30,8 +30,7 @@ from doconv_core.files.checkpoint import (
     check_suffix,
     open_checkpoint,
 )
-from doconv_core.files.entries import CheckpointError
-from doconv_core.files.inert import AllowError
+from doconv_core.files.entries import AllowError, CheckpointError
 from doconv_core.files.layers import KernelSizeError, Layer
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import Report, place

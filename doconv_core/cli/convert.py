@@ -226,6 +226,8 @@ def _with_known(form: LayerForm, known: LayerForm) -> LayerForm:
 
 def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     """Return the layers with an entry that matches none of the patterns."""
+    if not patterns:
+        return list(layers)
     return [
         layer
         for layer in layers

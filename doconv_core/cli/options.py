@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import click
 
-from doconv_core.files.checkpoint import check_ordinary
-
 _SIZE = re.compile(r"[0-9]{1,9}(x[0-9]{1,9})*")
 T = TypeVar("T")
 KernelSizes: TypeAlias = Sequence[tuple[str, tuple[int, ...]]]
@@ -113,22 +111,7 @@ allow_option = click.option(
     help="A class of which a PyTorch file may have objects beside the model, such as "
     "package.module.Class. Making them runs its code. May be repeated.",
 )  # fmt: skip
-
-
-class SourceType(click.Path):
-    """The type of a file to be read, which says of a folder what it is."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
-        try:
-            if Path(value).is_dir():
-                check_ordinary(Path(value))
-        except IsADirectoryError as error:
-            self.fail(f"File {str(value)!r} is a directory. {error}", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-source_argument = SourceType(exists=True, dir_okay=False, readable=True, path_type=Path)
+source_argument = click.Path(exists=True, readable=True, path_type=Path)  # a folder is told later
 target_argument = click.Path(readable=False, path_type=Path)  # `check_target` says why not
 
 

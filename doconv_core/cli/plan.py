@@ -141,9 +141,8 @@ class Conversion:
         return sorted(plan, key=lambda entry: order[entry.name])
 
     def _like(self, layer: Layer, template: Contents, other: Layer) -> list[Planned]:
-        differs = _differs(self.source, layer, template, other)
         if family(layer) != family(other) or not _same_sizes(layer, other):
-            raise differs
+            raise _differs(self.source, layer, template, other)
         if other.origin.startswith("reference"):
             raise Failure(
                 f"{template.path} has the reference implementation's layers, which are read here, "
@@ -162,7 +161,7 @@ class Conversion:
         values = self.values(layer)
         values.pop(COUNT if COUNT not in entries else "", None)
         if not _fits(values, target, layer.kind in NORMS):
-            raise differs
+            raise _differs(self.source, layer, template, other)
         words = sides(self.source.path, template.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
         fitted = fit_arrays(values, shapes, words, kind, other.spec)

@@ -7,7 +7,9 @@ here.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ import numpy as np
 from doconv_core.atomic import check_absent, replacing
 from doconv_core.files.entries import (
     BFLOAT16,
+    Allowed,
+    AllowError,
     Array,
     CheckpointError,
     Entry,
@@ -34,7 +38,6 @@ from doconv_core.files.entries import (
     opened,
     to_storage,
 )
-from doconv_core.files.inert import Allowed, AllowError
 from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
@@ -390,6 +393,36 @@ def check_ordinary(path: Path) -> None:
             f"{path} is a part of a checkpoint of torch.distributed.checkpoint, the folder "
             f"{path.parent}; {GATHER.format(str(path.parent))}."
         )
+
+
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.[a-z]+)")
+MAX_INDEX = 1 << 28  # bytes of an index of several files
+
+
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError for a shard, as its name or an index beside it tells."""
+    index = next((each for each in sorted(path.parent.glob("*.index*.json"))
+                  if path.name in _shards_of(each)), None)  # fmt: skip
+    named = SHARD.fullmatch(path.name)
+    if named and int(named[2]) > 1:
+        index = index or path.with_name(f"{named[1]}{named[3]}.index.json")
+    if index is None:
+        return
+    there = "" if index.is_file() else ", which is not beside it"
+    raise CheckpointError(
+        f"{path} is one of several files of a model, and layers may be in two of them; name their "
+        f"index, {index}{there}."
+    )
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the files that an index names, if there are several."""
+    try:
+        content: Any = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
+        names = {str(name) for name in content["weight_map"].values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return set()  # whoever names the index is told
+    return names if len(names) > 1 else set()
 
 
 class SuffixError(ValueError):

@@ -22,6 +22,7 @@ from doconv_core.maths.spec import ConvSpec
 
 KernelSizes: TypeAlias = Mapping[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[int, int], None]
+Allowed: TypeAlias = Sequence["str | type[Any]"]
 
 
 class CheckpointError(ValueError):
@@ -37,6 +38,10 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class AllowError(ValueError):
+    """What is to be allowed is no class."""
 
 
 @dataclass(frozen=True)

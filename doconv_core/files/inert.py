@@ -13,16 +13,16 @@ import datetime
 import pathlib
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from doconv_core.files.entries import CheckpointError
+from doconv_core.files.entries import Allowed, AllowError
+from doconv_core.files.pytorch import attributes, walk
 
-Allowed: TypeAlias = Sequence["str | type[Any]"]
 PLAIN = (
     argparse.Namespace, types.SimpleNamespace, pathlib.PurePosixPath, pathlib.PureWindowsPath,
     datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone,
@@ -31,10 +31,6 @@ PLAIN = (
 KINDS = "biufc"  # of NumPy's types whose values are numbers
 TEXTS = "SU"
 MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
-
-
-class AllowError(ValueError):
-    """What is to be allowed is no class."""
 
 
 class Inert:
@@ -157,7 +153,7 @@ class _Settling:
             value[:] = [self.settled(item) for item in value]
         elif isinstance(value, dict):
             self._settle_dict(value)
-        for key, item in [*_attributes(value).items()]:
+        for key, item in [*attributes(value).items()]:
             value.__dict__[key] = self.settled(item)
         return self._done[id(value)]
 
@@ -221,41 +217,3 @@ def _allowed(given: str | type[Any]) -> tuple[type[Any], str]:
         f"allow must name classes that can be imported, such as 'package.module.Class'; {given!r} "
         f"is none{problem}."
     )
-
-
-def walk(content: Any) -> Iterator[Any]:
-    """Yield everything in what was read from a pickle, each thing once."""
-    waiting, seen = [content], set()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen or isinstance(value, (str, bytes, int, float, type)):
-            continue
-        seen.add(id(value))
-        yield value
-        if isinstance(value, dict):
-            waiting += dict.values(value)
-        elif isinstance(value, (list, tuple, set)):
-            waiting += value
-        waiting += _attributes(value).values()
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    own = getattr(value, "__dict__", None)
-    return own if isinstance(own, dict) else {}
-
-
-def check_attributes(path: Any, content: Any) -> None:
-    """Raise CheckpointError where a pickle hides a method of an object behind an attribute.
-
-    What is done to the object later would find that attribute in place of the method.
-    """
-    for value in walk(content):
-        is_known = type(value) in (argparse.Namespace, types.SimpleNamespace)
-        if not (is_known or isinstance(value, dict) or hasattr(type(value), "dtype")):
-            continue
-        for name in _attributes(value):
-            if not isinstance(name, str) or hasattr(type(value), name):
-                raise CheckpointError(
-                    f"{path} gives an object of {type(value).__name__} the attribute {name!r}, "
-                    "which is one of the class's own; it is not read."
-                )

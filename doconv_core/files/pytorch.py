@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import pickletools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from doconv_core.backends import GROUP
-from doconv_core.files.checkpoint import Beginning, Checkpoint
+from doconv_core.files.checkpoint import Beginning, Checkpoint, check_whole
 from doconv_core.files.entries import (
     AVERAGED,
     NO_MODEL,
     PYTORCH,
+    Allowed,
     Array,
     CheckpointError,
     Entry,
     KernelSizes,
     shown,
 )
-from doconv_core.files.inert import Allowed
-from doconv_core.files.safetensors import check_whole
 
 NAME, SUFFIXES, FRAMEWORK = "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), PYTORCH
 ALLOWS = True  # classes, by `open_checkpoint(…, allow=…)`
@@ -237,3 +238,42 @@ def _is_followed(container: Any, key: Any) -> bool:
     if not isinstance(key, str) or NO_MODEL.search(key.lower()):
         return False
     return not (key == STATE and is_optimizer(container))
+
+
+def walk(content: Any) -> Iterator[Any]:
+    """Yield everything in what was read from a pickle, each thing once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, type)):
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, dict):
+            waiting += dict.values(value)
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        waiting += attributes(value).values()
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return what an object has of its own, in its `__dict__`."""
+    own = getattr(value, "__dict__", None)
+    return own if isinstance(own, dict) else {}
+
+
+def check_attributes(path: Any, content: Any) -> None:
+    """Raise CheckpointError where a pickle hides a method of an object behind an attribute.
+
+    What is done to the object later would find that attribute in place of the method.
+    """
+    for value in walk(content):
+        is_known = type(value) in (argparse.Namespace, types.SimpleNamespace)
+        if not (is_known or isinstance(value, dict) or hasattr(type(value), "dtype")):
+            continue
+        for name in attributes(value):
+            if not isinstance(name, str) or hasattr(type(value), name):
+                raise CheckpointError(
+                    f"{path} gives an object of {type(value).__name__} the attribute {name!r}, "
+                    "which is one of the class's own; it is not read."
+                )

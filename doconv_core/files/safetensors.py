@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -12,7 +11,14 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
+from doconv_core.files.checkpoint import (
+    Beginning,
+    Checkpoint,
+    Output,
+    check_whole,
+    folded_kernel,
+    outputs,
+)
 from doconv_core.files.entries import (
     PYTORCH,
     STATE,
@@ -53,7 +59,6 @@ DTYPES = {
 
 NAME, SUFFIXES, FRAMEWORK = "safetensors", (".safetensors",), PYTORCH
 TYPES = frozenset(DTYPES.values())
-MAX_INDEX = 1 << 28  # bytes of an index of several files
 # The kinds of a state's layers, of which convolutions are told apart, by their names there.
 KINDS = {
     "transposed_convolution": TRANSPOSED, "linear": LINEAR, "embedding": LINEAR,
@@ -215,39 +220,10 @@ class SafetensorsCheckpoint(Checkpoint):
         self._file.close()
 
 
-SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.[a-z]+)")
-
-
 def read(path: Path, kernel_sizes: KernelSizes) -> SafetensorsCheckpoint:
     """Return the open file; CheckpointError for one of several that a model is in."""
     check_whole(path)
     return SafetensorsCheckpoint(path, kernel_sizes)
-
-
-def check_whole(path: Path) -> None:
-    """Raise CheckpointError for a shard, as its name or an index beside it tells."""
-    index = next((each for each in sorted(path.parent.glob("*.index*.json"))
-                  if path.name in _shards_of(each)), None)  # fmt: skip
-    named = SHARD.fullmatch(path.name)
-    if named and int(named[2]) > 1:
-        index = index or path.with_name(f"{named[1]}{named[3]}.index.json")
-    if index is None:
-        return
-    there = "" if index.is_file() else ", which is not beside it"
-    raise CheckpointError(
-        f"{path} is one of several files of a model, and layers may be in two of them; name their "
-        f"index, {index}{there}."
-    )
-
-
-def _shards_of(index: Path) -> set[str]:
-    """Return the files that an index names, if there are several."""
-    try:
-        content: Any = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
-        names = {str(name) for name in content["weight_map"].values()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return set()  # whoever names the index is told
-    return names if len(names) > 1 else set()
 
 
 def _read_file_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import Beginning, Checkpoint, Output, folded_kernel, outputs
+from doconv_core.files.checkpoint import (
+    MAX_INDEX,
+    Beginning,
+    Checkpoint,
+    Output,
+    folded_kernel,
+    outputs,
+)
 from doconv_core.files.entries import (
     PYTORCH,
     Array,
@@ -28,8 +35,8 @@ from doconv_core.files.entries import (
     without_wrappers,
 )
 from doconv_core.files.layers import Sizes, find_layers
-from doconv_core.files.safetensors import MAX_INDEX, SafetensorsCheckpoint, write_with
 from doconv_core.files.safetensors import TYPES as TYPES
+from doconv_core.files.safetensors import SafetensorsCheckpoint, write_with
 
 NAME, SUFFIXES, FRAMEWORK = "sharded safetensors", (".safetensors.index.json",), PYTORCH
 MAX_SHARDS = 10_000
