@@ -212,4 +212,4 @@ def models_of(backend: str) -> ModuleType:
 
 def is_d(name: str) -> bool:
     """Whether this is a name of a D."""
-    return "depthwise" in name
+    return "depthwise" in name or name.endswith("d_kernel")

@@ -98,7 +98,7 @@ def _valued(model: keras.Layer) -> keras.Layer:
         drawn = rng.uniform(0.5, 1.5, variable.shape)
         if variable.path.endswith("kernel"):
             drawn = 0.3 * rng.standard_normal(variable.shape)
-        if "depthwise" not in variable.path:
+        if "depthwise" not in variable.path and variable.name != "d_kernel":
             variable.assign(drawn)
     return model
 
