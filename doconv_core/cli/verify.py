@@ -343,15 +343,12 @@ def _roles(a: Layer, b: Layer) -> list[str]:
 def _compared(path: str, role: str, x: Array, y: Array, allowed: float) -> Compared:
     if x.shape != y.shape:
         return Compared(path, role, (x.shape, y.shape), None, None, None, allowed, False)
-    shapes = x.shape, y.shape
-    x, y = (np.stack((z.real, z.imag), -1) if np.iscomplexobj(z) else z for z in (x, y))
     absolute, relative = difference(x, y)
     equal = relative <= allowed or np.array_equal(x, y)
     at = None
     if absolute and not (equal and isnan(absolute)):
-        place = np.unravel_index(_worst(x, y), x.shape)
-        at = tuple(int(i) for i in place[: len(shapes[0])])
-    return Compared(path, role, shapes, absolute, relative, at, allowed, equal)
+        at = tuple(int(i) for i in np.unravel_index(_worst(x, y), x.shape))
+    return Compared(path, role, (x.shape, y.shape), absolute, relative, at, allowed, equal)
 
 
 def _worst(x: Array, y: Array) -> int:
