@@ -281,12 +281,14 @@ def compare(
             ]
             allowed = COMPOSED_ROUNDINGS * max(epsilons) if kernel and composed else 0.0
         found = _compared(a.name, "kernel" if kernel and composed else role, x, y, allowed)
-        if kernel and composed and tolerance is None and not found.equal:
+        relative = None if found.equal else found.relative
+        if kernel and composed and tolerance is None and relative is not None:
             # Where what is added nearly cancels, its roundings are large beside the sum.
             terms = max(_terms(file.checkpoint, layer) for file, layer in ((first, a), (second, b)))
             largest = float(np.abs(y).max(initial=0))
             if terms > largest > 0:
-                found = found._replace(allowed=allowed * terms / largest)
+                allowed *= terms / largest
+                found = found._replace(allowed=allowed, equal=relative <= allowed)
         yield found
 
 
