@@ -323,7 +323,7 @@ def trainable(model: keras.Model) -> int:
 
 
 def entries(layer: keras.Layer) -> dict[str, Any]:
-    names = {getattr(layer, "d_name", None): "depthwise_weight", "bias": "bias"}
+    names = {"d_kernel": "depthwise_weight", "bias": "bias"}
     if hasattr(layer, "layers"):
         return {variable.path: variable for variable in layer.weights}
     return {names.get(variable.name, "weight"): variable for variable in layer.weights}
