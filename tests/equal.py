@@ -88,6 +88,8 @@ def _unequal(found: Any, expected: Any, tolerance: float | None) -> Iterator[str
         return
     if tolerance is None and None not in dtypes and dtypes[0] != dtypes[1]:
         yield f"dtype {dtypes[0]} where {dtypes[1]} is expected"
+    if tolerance is None and a.dtype.kind in "fc" and np.array_equal(a, b, equal_nan=True):
+        return
     off = difference(a, b)
     if not off.relative <= (tolerance or 0):
         yield f"{off}; allowed {tolerance or 0:.2e} relative"
