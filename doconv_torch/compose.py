@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from doconv_core.maths.spec import ConvSpec
 from doconv_torch import matrix_products
+from doconv_torch.sizes import checked, computed_in
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -20,10 +21,12 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     """Return `W·(E + D)ᵀ`: the product with D, added to W as it is.
 
     weight: W, `(O, I/g, S)`, or in the kernel's shape where `S == M`. depthwise: D, `(I, M, S)`.
-    Returns `(O, I/g, *kernel_size)`, with W's memory format, in the weights' dtype, under autocast
-    too. Types of half precision are composed in float32, and the kernel rounded once.
+    O and I may be others than `spec` says, as after pruning.
+    Returns `(O, I/g, *kernel_size)`, with W's memory format, in W's dtype, under autocast too.
+    Types of half precision are composed in float32, a W and a D of two dtypes in the one that
+    PyTorch promotes to, and the kernel rounded once. Raises ValueError and TypeError as `checked`.
     """
-    form = matrix_products.form(weight, depthwise, spec)
+    spec, form = _chosen(weight, depthwise, spec)
     with without_autocast(weight.device):
         if form is None:
             return plain(weight, depthwise, spec)
@@ -33,6 +36,17 @@ def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
             kernel: Tensor = _Composition.apply(*arguments)  # type: ignore[no-untyped-call]
             return kernel
         return form.kernel(weight, depthwise)
+
+
+def _chosen(
+    weight: Tensor, depthwise: Tensor, spec: ConvSpec
+) -> tuple[ConvSpec, matrix_products.Form | None]:
+    """Return the sizes of W and D, as `checked` does, and the form to take, or None."""
+    form = matrix_products.form(weight, depthwise, spec)
+    if form is not None:
+        return spec, form
+    present = checked(weight, depthwise, spec)
+    return present, None if present is spec else matrix_products.form(weight, depthwise, present)
 
 
 def is_transformed() -> bool:
@@ -48,8 +62,8 @@ def gradients(
 
     They are differentiable where autograd records, for a second derivative.
     """
+    spec, form = _chosen(weight, depthwise, spec)
     with without_autocast(weight.device):
-        form = matrix_products.form(weight, depthwise, spec)
         if form is None or torch.is_grad_enabled() or type(gradient) is not Tensor:
             return _gradients(weight, depthwise, spec, gradient, needed)
         return form.gradients(gradient, weight, depthwise, needed)
@@ -106,8 +120,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def plain(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     """Return what `compose` does, in PyTorch's differentiable operations alone."""
-    if weight.dtype in _HALVES:
-        return plain(weight.float(), depthwise.float(), spec).to(weight.dtype)
+    if weight.dtype in _HALVES or depthwise.dtype != weight.dtype:
+        wide = computed_in(weight.dtype, depthwise.dtype)
+        return plain(weight.to(wide), depthwise.to(wide), spec).to(weight.dtype)
     taps, multiplier = spec.taps, spec.depth_multiplier
     product = _product(weight, depthwise, spec)
     if multiplier != taps:
@@ -132,9 +147,10 @@ def _product(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
 def _gradients(
     weight: Tensor, depthwise: Tensor, spec: ConvSpec, gradient: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    if gradient.dtype in _HALVES:
-        wide = weight.float(), depthwise.float(), spec, gradient.float(), needed
-        by_weight, by_depthwise = _gradients(*wide)
+    if gradient.dtype in _HALVES or depthwise.dtype != weight.dtype:
+        wide = computed_in(weight.dtype, depthwise.dtype)
+        arrays = (weight.to(wide), depthwise.to(wide), spec, gradient.to(wide))
+        by_weight, by_depthwise = _gradients(*arrays, needed)
         return (
             None if by_weight is None else by_weight.to(weight.dtype),
             None if by_depthwise is None else by_depthwise.to(depthwise.dtype),

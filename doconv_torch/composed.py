@@ -379,11 +379,13 @@ def filled(
 ) -> Any:
     """Return a new `cls` with the arguments, bias and mode of `like`, and the given parameters.
 
-    The tensors become its own; the bias is copied. It is created on the meta device: nothing is
-    initialised only to be overwritten, and no random number is drawn.
+    The tensors become its own, and the channels are those of the weight; the bias is copied. It is
+    created on the meta device: nothing is initialised only to be overwritten, and no random number
+    is drawn.
     """
+    outputs, per_group = parameters["weight"][0].shape[:2]
     layer = cls(
-        like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding,
+        per_group * like.groups, outputs, like.kernel_size, like.stride, like.padding,
         like.dilation, like.groups, like.bias is not None, like.padding_mode, "meta",
         like.weight.dtype, **options,
     )  # fmt: skip

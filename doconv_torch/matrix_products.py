@@ -55,7 +55,8 @@ def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
     """Return the form to take; None where PyTorch's differentiable operations are better.
 
     That is so on other devices than the CPU, in half precision, where `S > M`, for a W whose input
-    channels are last in memory, and where operations are recorded: compilers find their own way.
+    channels are last in memory, for W and D of two dtypes or of other shapes than `spec` says, and
+    where operations are recorded: compilers find their own way.
     """
     other = (
         spec.depth_multiplier != spec.taps
@@ -70,7 +71,16 @@ def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
         # There is no public way to ask whether operations are counted, faked or traced.
         or torch._C._len_torch_dispatch_stack()
     )
-    return None if other else _form(spec, weight.dtype)
+    if other or weight.dtype != depthwise.dtype or weight.device != depthwise.device:
+        return None
+    shapes = weight.shape, depthwise.shape
+    return _form(spec, weight.dtype) if shapes in _shapes(spec) else None
+
+
+@lru_cache(maxsize=1024)
+def _shapes(spec: ConvSpec) -> tuple[tuple[Any, Any], ...]:
+    """Return which shapes W and D may have."""
+    return tuple((each, spec.depthwise_shape) for each in (spec.kernel_shape, spec.weight_shape))
 
 
 @lru_cache(maxsize=1024)
@@ -125,14 +135,37 @@ class Compiled(NamedTuple):
         if spec.in_channels_per_group == spec.out_channels_per_group == 1:
             # In memory the same as one group of one row, whose channels are treated side by side.
             sizes = 1, spec.in_channels, spec.taps, 1
+        kernel = spec.out_channels * spec.in_channels_per_group * spec.taps
+        square = spec.in_channels * spec.taps**2
         _composition.compose(
-            _address(gradient), _address(weight), _address(depthwise), _address(result),
-            _address(by_depthwise), *sizes, torch.get_num_threads(),
+            _address(gradient, kernel), _address(weight, kernel), _address(depthwise, square),
+            _address(result, kernel), _address(by_depthwise, square), *sizes,
+            torch.get_num_threads(),
         )  # fmt: skip
 
 
-def _address(array: Tensor | None) -> int:
-    return 0 if array is None else array.data_ptr()
+def _address(array: Tensor | None, entries: int) -> int:
+    """Return where an array is; RuntimeError where not so many entries lie there in a row.
+
+    So it is where someone has assigned to `.data`, or freed its memory, since the form was chosen.
+    """
+    if array is None:
+        return 0
+    there = array.untyped_storage().nbytes() // 4 - array.storage_offset()
+    if (
+        array.numel() != entries
+        or there < entries
+        or array.dtype != torch.float32
+        or array.device.type != "cpu"
+        or not array.is_contiguous()
+    ):
+        raise RuntimeError(
+            f"W, D or the kernel's gradient must have {entries} entries of torch.float32, in a row "
+            f"in the processor's memory; received {tuple(array.shape)} of {array.dtype} on "
+            f"{array.device}, with {max(there, 0)} in memory. Was it changed after the forward "
+            "pass, or its memory freed?"
+        )
+    return array.data_ptr()
 
 
 class Blocks(NamedTuple):

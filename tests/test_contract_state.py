@@ -100,7 +100,7 @@ UNFIT = {
     "subclass": (
         network(kind="doubled"),
         TypeError,
-        "'first' is a Doubled with '(weight|kernel)', 'bias', '(depthwise_.*|d_kernel)'; a canonical state",
+        "'first' is a Doubled with '(weight|kernel)', 'bias', '(dep.*|d_k.*)'; a canonical state",
     ),
 }
 
