@@ -89,7 +89,7 @@ def pair_obstacle(
     ):
         return SHARED
     if any(
-        len(held[memory(p)]) > 1
+        len(held.get(memory(p), ())) > 1  # none hold a bias that a fused norm has made
         for module in (conv, norm)
         for p in module._parameters.values()
         if p is not None

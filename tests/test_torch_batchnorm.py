@@ -425,3 +425,14 @@ def test_meta_and_lazy_models():
     _, report = fold(lazy, fuse_batchnorm=True, inplace=True)
     assert report.left[0].kind == "LazyBatchNorm2d"
     assert (report.parameters_before, report.parameters_after) == (0, 0)
+
+
+def test_two_norms_behind_one_convolution_without_a_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    for norm in model[1:]:
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.weight)
+    fused, report = fold(model.eval(), fuse_batchnorm=True)
+    assert [change.path for change in report.changed] == ["1", "2"]
+    assert verify(fused, model, torch.randn(2, 3, 6, 6)).relative < 1e-6
