@@ -65,7 +65,7 @@ def _shape(array: Tensor) -> tuple[int, ...]:
     if not is_tracing():
         return array.shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return tuple(map(int, array.shape))
 
 
