@@ -30,6 +30,10 @@ def versions(network: Network) -> str:
     return f"PyTorch {torch.__version__}{zoo}"
 
 
+# What pytorchcv leaves as the memory was: zeros, or what was there before.
+UNINITIALIZED = ("decoder.weight",)
+
+
 def build(network: Network, seed: int) -> nn.Module:
     """Return the network with random weights, biases included."""
     _seed(seed)
@@ -38,7 +42,7 @@ def build(network: Network, seed: int) -> nn.Module:
     else:
         model = get_model(network.name, pretrained=False, **network.options)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or name in UNINITIALIZED:
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
