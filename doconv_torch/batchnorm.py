@@ -19,6 +19,7 @@ from doconv_core.models.report import (
     behind,
     read_elsewhere,
 )
+from doconv_torch.affine import BATCHNORMS, read
 from doconv_torch.graph import Flow
 from doconv_torch.ordinary import (
     HOOKS,
@@ -29,7 +30,6 @@ from doconv_torch.ordinary import (
     norm_source_obstacle,
     obstacle,
 )
-from doconv_torch.reading import BATCHNORMS, read
 
 # What batch norm's own constructor sets, and an identity lacks.
 ATTRIBUTES = ("num_features", "eps", "momentum", "affine", "track_running_stats", "process_group")

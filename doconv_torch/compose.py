@@ -20,7 +20,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def compose(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Tensor:
     """Return `W·(E + D)ᵀ`: the product with D, added to W as it is.
 
-    weight: W, `(O, I/g, S)`, or in the kernel's shape where `S == M`. depthwise: D, `(I, M, S)`.
+    weight: W, `(O, I/g, S)`, in the kernel's shape where `S == M`. depthwise: D, `(I, M, S)`.
     O and I may be others than `spec` says, as after pruning.
     Returns `(O, I/g, *kernel_size)`, with W's memory format, in W's dtype, under autocast too.
     Types of half precision are composed in float32, a W and a D of two dtypes in the one that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -445,15 +446,15 @@ def _check_legacy(path: Path) -> None:
 
 def _load(path: Path, allow: Allowed) -> Any:
     """Return what a file holds. allow: as in `Inert`, which is asked where PyTorch refuses."""
-    if not allow:
-        try:
-            return _loaded(path, [])
-        except Exception:  # told below, where more than tensors may be named
-            pass
-    inert = Inert(allow)
-    known = torch.serialization.get_safe_globals()
-    names = [pair for pair in inert.names() if pair not in known]  # those are not ours to remove
+    inert = Inert(allow) if allow else None
     try:
+        if inert is None:
+            try:
+                return _loaded(path, [])
+            except pickle.UnpicklingError:  # it names more than tensors, perhaps
+                inert = Inert()
+        known = torch.serialization.get_safe_globals()
+        names = [pair for pair in inert.names() if pair not in known]  # not ours to remove
         return inert.settled(_loaded(path, names))
     except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
         raise CheckpointError(f"{path} {_problem(error)[:300]}.") from error

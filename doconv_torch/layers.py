@@ -23,10 +23,10 @@ from doconv_core.state.layers import (
 )
 from doconv_core.state.match import check_owned
 from doconv_core.state.reading import NoCounterpart, in_outputs, is_composed, read_layer
+from doconv_torch.affine import BATCHNORMS
 from doconv_torch.composed import ComposedConv
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.ordinary import DTYPES, ORDINARY, is_replaced, spec_of
-from doconv_torch.reading import BATCHNORMS
 
 Uses: TypeAlias = "Set[Extra]"
 

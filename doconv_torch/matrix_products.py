@@ -73,14 +73,14 @@ def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
     )
     if other or weight.dtype != depthwise.dtype or weight.device != depthwise.device:
         return None
-    shapes = weight.shape, depthwise.shape
-    return _form(spec, weight.dtype) if shapes in _shapes(spec) else None
+    as_told = (weight.shape, depthwise.shape) == shapes(spec)
+    return _form(spec, weight.dtype) if as_told else None
 
 
 @lru_cache(maxsize=1024)
-def _shapes(spec: ConvSpec) -> tuple[tuple[Any, Any], ...]:
-    """Return which shapes W and D may have."""
-    return tuple((each, spec.depthwise_shape) for each in (spec.kernel_shape, spec.weight_shape))
+def shapes(spec: ConvSpec) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Return the shapes that W and D have in a layer of these sizes."""
+    return spec.parameter_shape, spec.depthwise_shape
 
 
 @lru_cache(maxsize=1024)

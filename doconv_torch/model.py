@@ -18,7 +18,7 @@ from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
-from doconv_torch import stale
+from doconv_torch import former_parameters
 from doconv_torch.bsconv import BN_OPTIONS
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.surgery import ordinary_tensors
@@ -70,7 +70,7 @@ def over_parameterize(
             view, LAYER_KINDS, kind, options, where=where, inplace=inplace
         )
     if inplace:
-        stale.watch(model, known, [change.path for change in converted.report.changed])
+        former_parameters.watch(model, known, [change.path for change in converted.report.changed])
     return converted
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from doconv_core.maths.spec import ConvSpec
-from doconv_torch.matrix_products import is_tracing
+from doconv_torch.matrix_products import is_tracing, shapes
 
 
 def checked(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> ConvSpec:
@@ -33,10 +32,10 @@ def checked(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> ConvSpec:
             f"the kernel is in W's dtype, which must be able to hold D's numbers; received W in "
             f"{weight.dtype} and D in {depthwise.dtype}, of {spec}."
         )
-    shapes = _shape(weight), _shape(depthwise)
+    found = _shape(weight), _shape(depthwise)
     # Compilers follow no cache.
-    expected = (_shapes if torch.compiler.is_compiling() else _known_shapes)(spec)
-    return spec if shapes == expected else _of_other_channels(*shapes, spec)
+    expected = (shapes.__wrapped__ if torch.compiler.is_compiling() else shapes)(spec)
+    return spec if found == expected else _of_other_channels(*found, spec)
 
 
 def computed_in(*dtypes: torch.dtype) -> torch.dtype:
@@ -51,13 +50,6 @@ def computed_in(*dtypes: torch.dtype) -> torch.dtype:
 def _kind(dtype: torch.dtype) -> int:
     """Return 0 for integers, 1 for floats, 2 for complex numbers."""
     return 2 if dtype.is_complex else int(dtype.is_floating_point)
-
-
-def _shapes(spec: ConvSpec) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    return spec.parameter_shape, spec.depthwise_shape
-
-
-_known_shapes = lru_cache(maxsize=1024)(_shapes)
 
 
 def _shape(array: Tensor) -> tuple[int, ...]:

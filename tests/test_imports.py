@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from frameworks import BACKENDS, fresh, need
+from frameworks import BACKENDS, fresh, imported, need
 
 FRAMEWORKS = {"torch", "tensorflow", "keras", "mxnet", "jax", "gluoncv"}
 BRINGS = {
@@ -81,10 +81,8 @@ def test_mxnets_and_gluoncvs_imports_raise_no_warning():
 
 
 def test_numpy_has_the_name_that_mxnet_takes():
-    need("mx")
-    import mxnet
-
-    import doconv_mx  # before MXNet, which it makes importable
+    mxnet = imported("mx")
+    import doconv_mx
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch_models import REPLACED, Network, Residual, images, network, output, trained  # noqa: E402
 
-import doconv_torch.stale  # noqa: E402
+import doconv_torch.former_parameters  # noqa: E402
 from doconv_core import NotFoldable  # noqa: E402
 from doconv_core.models.report import TIED  # noqa: E402
 from doconv_torch import DOConv1d, DOConv2d, DOConv3d, fold, over_parameterize, verify  # noqa: E402
@@ -370,5 +370,5 @@ def test_an_optimizer_made_before_is_warned_of_if_it_goes_on_without_the_new(mul
     texts = [str(each.message) for each in caught]
     missed = [text for text in texts if "does not have 'stem.0.depthwise_weight'" in text]
     assert len(missed) == (given == "nothing")
-    asked = {id(each.new()) for each in doconv_torch.stale._watched}
+    asked = {id(each.new()) for each in doconv_torch.former_parameters._watched}
     assert asked.isdisjoint(map(id, new)), "it is no more asked about"
