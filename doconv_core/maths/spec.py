@@ -47,11 +47,11 @@ def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, 
     return (as_integer(name, value, least=least),) * rank
 
 
-def check_divisible(name: str, channels: int, groups: int) -> None:
-    """Raise ValueError, with the argument's name, for channels that are not divisible by groups."""
-    if channels % groups:
+def check_divisible(name: str, channels: int, parts: int, into: str = "groups") -> None:
+    """Raise ValueError, with the argument's name, for channels that are not divisible by parts."""
+    if channels % parts:
         raise ValueError(
-            f"{name} must be divisible by groups; received {name}={channels}, groups={groups}."
+            f"{name} must be divisible by {into}; received {name}={channels}, {into}={parts}."
         )
 
 

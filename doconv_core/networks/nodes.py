@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 
 from doconv_core.kinds.base import Recipe, composed_by, recipe
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, SQUEEZE_RATE, DGConvSpec, dynamic_heads
 from doconv_core.maths.convolve import (
     convolve,
     convolve_gradient,
@@ -189,6 +190,49 @@ class Conv(Leaf):
     def word(self) -> str:
         """How it is made."""
         return self.kind.name
+
+
+@dataclass(frozen=True)
+class DynamicHeads(Leaf):
+    """The heads of a dynamic group convolution; the rest as in `Conv` and `DGConvSpec`."""
+
+    channels: int
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: int | None = None
+    heads: int = HEADS
+    squeeze_rate: int = SQUEEZE_RATE
+    gate_factor: float = GATE_FACTOR
+
+    @property
+    def conv(self) -> Conv:
+        """An ordinary convolution of the same sizes."""
+        return Conv(self.channels, self.kernel_size, self.stride, self.padding)
+
+    def spec(self, before: Shape) -> DGConvSpec:
+        """Return the sizes of the layer."""
+        own = self.heads, self.squeeze_rate, self.gate_factor
+        return DGConvSpec(before[0], self.channels, self.kernel_size, *own)
+
+    def after(self, before: Shape) -> Shape:
+        """Return the channels and the positions that the kernel takes."""
+        return self.conv.after(before)
+
+    def form(self, before: Shape) -> LayerForm:
+        """Return the heads, with the geometry of their convolutions."""
+        return LayerForm(self.spec(before), geometry=self.conv.form(before).geometry)
+
+    def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
+        """Let each head choose its channels and convolve them."""
+        how: Any = {"stride": self.stride, "padding": self.conv.pads}
+        found = dynamic_heads(x, arrays, self.spec(x.shape[1:]), **how)
+
+        def back(dy: Array) -> Array:
+            dx, own = found.back(dy)
+            gradients.update(own)
+            return dx
+
+        return Pass(found.output, back)
 
 
 @dataclass(frozen=True)
@@ -447,6 +491,10 @@ class Sequence(Block):
         return Pass(x, through)
 
 
+class DGConv(Sequence):
+    """A dynamic group convolution: a batch norm, ReLU, and the heads."""
+
+
 @dataclass(frozen=True)
 class Residual(Block):
     """The sum of what `body` and `shortcut` make of the input; an empty shortcut is the input."""
@@ -563,6 +611,12 @@ def sequence(*named: tuple[str, Node] | None) -> Sequence:
     return Sequence(tuple(pair for pair in named if pair is not None))
 
 
+def dynamic(channels: int, kernel_size: tuple[int, int] = (1, 1), **options: Any) -> DGConv:
+    """Return a dynamic group convolution. options: the others of `DynamicHeads`."""
+    heads = DynamicHeads(channels, kernel_size, **options)
+    return DGConv((("norm", BatchNorm()), ("relu", Activation("relu")), ("heads", heads)))
+
+
 def numbered(nodes: Iterable[Node]) -> Sequence:
     """Return the nodes in sequence, named "1", "2", …"""
     return Sequence(tuple((str(n), node) for n, node in enumerate(nodes, 1)))
@@ -573,7 +627,8 @@ def replaced(node: Any, change: Callable[[Conv], Node]) -> Any:
     if isinstance(node, Conv):
         return change(node)
     if isinstance(node, Sequence):
-        return Sequence(tuple((name, replaced(child, change)) for name, child in node.children))
+        children = ((name, replaced(child, change)) for name, child in node.children)
+        return type(node)(tuple(children))
     if isinstance(node, Leaf):
         return node
     return type(node)(*(replaced(getattr(node, each.name), change) for each in fields(node)))

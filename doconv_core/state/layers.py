@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from doconv_core.kinds.base import ComposedKind, kind_named
+from doconv_core.kinds.dgc import DGConvSpec
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.spec import ConvSpec, as_integer, check_divisible
@@ -189,11 +190,12 @@ KINDS: dict[str, type[Any]] = {
     "group_norm": GroupNormSpec,
     "prelu": PReLUSpec,
     "embedding": EmbeddingSpec,
+    "dynamic_heads": DGConvSpec,
 }
 _NAMES = {spec: name for name, spec in KINDS.items()}
 HELD = (
     "convolutions, transposed ones, DO-Conv layers, linear (dense) layers, batch, layer, group and "
-    "instance norms, PReLUs and embeddings"
+    "instance norms, PReLUs, embeddings and the heads of dynamic group convolutions"
 )
 
 # What is known of the order of a layer's features, where a flattened image gave them.
@@ -278,7 +280,8 @@ class LayerForm:
             return
         if not isinstance(self.geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry or None; received {self.geometry!r}.")
-        if self.composed is None and not isinstance(self.spec, (ConvSpec, TransposedConvSpec)):
+        convolves = (ConvSpec, TransposedConvSpec, DGConvSpec)
+        if self.composed is None and not isinstance(self.spec, convolves):
             raise TypeError(f"geometry must be None for a {type(self.spec).__name__}.")
         object.__setattr__(self, "geometry", self.geometry.for_kernel(self.spec.kernel_size))
 

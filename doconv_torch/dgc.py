@@ -1,0 +1,133 @@
+"""Dynamic group convolutions in PyTorch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as f
+
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, SQUEEZE_RATE, DGConvSpec, inactive_channels
+from doconv_core.maths.spec import as_tuple
+
+
+class DynamicHeads2d(nn.Module):
+    """The heads of a `DGConv2d`, which takes the same arguments: they see its normalized input."""
+
+    inactive: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        *,
+        heads: int = HEADS,
+        squeeze_rate: int = SQUEEZE_RATE,
+        gate_factor: float = GATE_FACTOR,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        size = as_tuple("kernel_size", kernel_size, 2)
+        spec = DGConvSpec(in_channels, out_channels, size, heads, squeeze_rate, gate_factor)
+        self.spec = spec
+        self.stride = as_tuple("stride", stride, 2)
+        self.padding = as_tuple("padding", padding, 2, least=0)
+        self.dilation = as_tuple("dilation", dilation, 2)
+        shapes = {**spec.shapes, "weight": spec.conv.kernel_shape}
+        del shapes["inactive"]
+        for name, shape in shapes.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
+        self.register_buffer("inactive", torch.zeros((), dtype=torch.int64, device=device))
+        self.lasso: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, as `nn.Conv2d` does and, for the selectors, the source."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        nn.init.normal_(self.squeeze_weight, std=(2 / self.spec.in_channels) ** 0.5)
+        nn.init.normal_(self.saliency_weight, std=(2 / self.spec.squeezed) ** 0.5)
+        nn.init.ones_(self.saliency_bias)
+        self.inactive.zero_()
+
+    def saliency(self, z: Tensor) -> Tensor:
+        """Return how each head rates the channels of each image, `(B, h, C)`."""
+        with torch.autocast(z.device.type, enabled=False):
+            pooled = z.mean((2, 3)).to(self.squeeze_weight.dtype)
+            squeezed = f.relu(pooled @ self.squeeze_weight.flatten(0, 1).T)
+            squeezed = squeezed.unflatten(1, (self.spec.heads, -1)).transpose(0, 1)
+            bias = self.saliency_bias[:, None]
+            rated = torch.baddbmm(bias, squeezed, self.saliency_weight.transpose(1, 2))
+            return f.relu(rated.transpose(0, 1))
+
+    def gate(self, saliency: Tensor) -> Tensor:
+        """Return the saliencies, zero for the `inactive` least ones of each head and their equals.
+
+        The number stays on its device: there is nothing to wait for.
+        """
+        ordered = saliency.detach().sort(-1).values
+        at = (self.inactive - 1).clamp(min=0).expand(*saliency.shape[:-1], 1)
+        least = ordered.gather(-1, at).masked_fill(self.inactive == 0, -1)
+        return saliency * (saliency > least)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return `(B, O, H', W')` of `z` `(B, C, H, W)`, and keep the saliencies' lasso.
+
+        The saliencies go into a kernel for each image where that is less than a map for each head.
+        """
+        saliency = self.saliency(z)
+        self.lasso = saliency.mean((0, 2)).sum()
+        gate = self.gate(saliency).to(z.dtype)
+        heads, batch = self.spec.heads, len(z)
+        per_kernel = self.spec.out_channels * self.spec.conv.taps
+        if per_kernel < heads * z.shape[2] * z.shape[3]:
+            weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
+            kernels = weight * gate[:, None, :, :, None, None]
+            y = self._convolve(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 2), batch)
+            return y.unflatten(1, (batch, -1))[0]
+        gated = z[:, None] * gate[..., None, None]
+        y = self._convolve(gated.flatten(1, 2), self.weight, heads)
+        return y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2)
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+
+
+class DGConv2d(nn.Module):
+    """A dynamic group convolution: a batch norm, ReLU, and heads that choose their channels.
+
+    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` rates all
+    input channels of each image, keeps the more salient ones and multiplies them by their saliency,
+    and convolves them to its share of the output channels. How many are kept is the model's
+    progress in training, which `set_progress` sets: all at the start, `gate_factor` of them from
+    three quarters on. The loss gets `saliency_lasso` of the model.
+
+    in_channels, out_channels: divisible by heads. kernel_size, stride, padding, dilation: integers
+    or pairs. squeeze_rate: how many channels a head squeezes into one feature, of which half, where
+    there are fewer than 80. Input `(B, C, H, W)`, output `(B, O, H', W')`.
+    Raises TypeError or ValueError for sizes that give no layer.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
+
+    >>> layer = DGConv2d(32, 64, 3, padding=1)
+    >>> layer(torch.zeros(2, 32, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(self, in_channels: int, *args: Any, **options: Any) -> None:
+        super().__init__()
+        factory = {name: options[name] for name in ("device", "dtype") if name in options}
+        self.norm = nn.BatchNorm2d(in_channels, **factory)
+        self.relu = nn.ReLU()
+        self.heads = DynamicHeads2d(in_channels, *args, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
+        return cast(Tensor, self.heads(self.relu(self.norm(x))))
