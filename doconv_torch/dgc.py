@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, SQUEEZE_RATE, DGConvSpec, inactive_channels
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
+from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.spec import as_tuple
+from doconv_core.models import dynamic
+from doconv_core.models.dynamic import DynamicLayers
+from doconv_core.models.received import no_model
 
 
 class DynamicHeads2d(nn.Module):
     """The heads of a `DGConv2d`, which takes the same arguments: they see its normalized input."""
 
     inactive: Tensor
+    transposed, padding_mode = False, "zeros"  # as of an ordinary convolution
 
     def __init__(
         self,
@@ -36,7 +41,7 @@ class DynamicHeads2d(nn.Module):
         super().__init__()
         size = as_tuple("kernel_size", kernel_size, 2)
         spec = DGConvSpec(in_channels, out_channels, size, heads, squeeze_rate, gate_factor)
-        self.spec = spec
+        self.spec, self.kernel_size = spec, size
         self.stride = as_tuple("stride", stride, 2)
         self.padding = as_tuple("padding", padding, 2, least=0)
         self.dilation = as_tuple("dilation", dilation, 2)
@@ -84,7 +89,8 @@ class DynamicHeads2d(nn.Module):
         The saliencies go into a kernel for each image where that is less than a map for each head.
         """
         saliency = self.saliency(z)
-        self.lasso = saliency.mean((0, 2)).sum()
+        if self.training:
+            self.lasso = saliency.mean((0, 2)).sum()
         gate = self.gate(saliency).to(z.dtype)
         heads, batch = self.spec.heads, len(z)
         per_kernel = self.spec.out_channels * self.spec.conv.taps
@@ -128,6 +134,59 @@ class DGConv2d(nn.Module):
         self.relu = nn.ReLU()
         self.heads = DynamicHeads2d(in_channels, *args, **options)
 
+    @classmethod
+    def of(cls, parts: Mapping[str, nn.Module]) -> DGConv2d:
+        """Return the layer of these parts: `norm`, `relu` and `heads`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        for name, part in parts.items():
+            layer.add_module(name, part)
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
         return cast(Tensor, self.heads(self.relu(self.norm(x))))
+
+
+DG_CONVS = DynamicLayers(DGConv2d, DynamicHeads2d)
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Let a model's dynamic group convolutions drop as many channels as at this point of training.
+
+    progress: the share of the training that is done, 0 to 1; give it before each step. None are
+    dropped up to a twelfth, from where their number grows evenly until three quarters. It is in the
+    model's state, so that an evaluation, or a training that goes on, begins with what was set last.
+    Raises ValueError for a model without such layers and for another progress, TypeError for no
+    number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+
+    >>> layer = DGConv2d(64, 64, 3)
+    >>> set_progress(layer, 1)
+    >>> layer.heads.inactive
+    tensor(48)
+    """
+    dynamic.set_progress(_heads(model), progress, lambda heads, n: heads.inactive.fill_(n))
+
+
+def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
+    """Return the mean saliencies of the model's last pass in training, to add to the loss.
+
+    `weight` times the sum over all heads of all its dynamic group convolutions; it makes saliencies
+    sparse. Call it once after each forward pass in training, on the model that was called; each
+    process of `DistributedDataParallel` has that of its own part of the batch.
+    Raises ValueError where there is no such layer, or no pass whose saliencies were not yet taken,
+    as under `DataParallel`, whose replicas are not the model; TypeError for what is not a module.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+
+    >>> layer = DGConv2d(16, 8, 1)
+    >>> loss = layer(torch.ones(1, 16, 3, 3)).mean() + saliency_lasso(layer)
+    """
+    passed = dynamic.lassos(_heads(model))
+    total = torch.stack([each.to(passed[0].device) for each in passed]).sum()
+    return as_weight("weight", weight) * total
+
+
+def _heads(model: nn.Module) -> list[DynamicHeads2d]:
+    if not isinstance(model, nn.Module):
+        raise no_model("torch.nn.Module", model)
+    return [module for module in model.modules() if isinstance(module, DynamicHeads2d)]

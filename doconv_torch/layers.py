@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -22,7 +23,13 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned
-from doconv_core.state.reading import NoCounterpart, in_outputs, is_composed, read_layer
+from doconv_core.state.reading import (
+    NoCounterpart,
+    has_own_spec,
+    in_outputs,
+    is_composed,
+    read_layer,
+)
 from doconv_torch.affine import BATCHNORMS
 from doconv_torch.composed import ComposedConv
 from doconv_torch.kinds import LAYER_KINDS
@@ -53,7 +60,8 @@ def form_of(path: str, module: nn.Module, uses: Uses = frozenset()) -> LayerForm
     ValueError for parameters on the meta device.
     """
     own, cls = owned(module), type(module)
-    read = _form if cls in SPECS or is_composed(LAYER_KINDS, cls) else None
+    known = cls in SPECS or is_composed(LAYER_KINDS, cls) or has_own_spec(LAYER_KINDS, cls)
+    read = _form if known else None
     obstacle = REPLACED if is_replaced(module) else None
     form = read_layer(read, path, module, own, uses, obstacle=obstacle)
     check_owned(path, module, own, [attribute(name) for name in form.shapes])
@@ -107,13 +115,14 @@ def _zeros(module: Any, before: Extra) -> Extra:
 
 
 def _form(module: Any, uses: Uses) -> LayerForm:
-    composed = isinstance(module, ComposedConv)
+    cls, composed = type(module), isinstance(module, ComposedConv)
+    own = composed or has_own_spec(LAYER_KINDS, cls)
     return LayerForm(
-        module.spec if composed else SPECS[type(module)](module),
+        module.spec if own else SPECS[cls](module),
         module.kind.name if composed else False,
         bias=getattr(module, "bias", None) is not None,
         scale=getattr(module, "weight", None) is not None,
-        geometry=_geometry(module, uses) if isinstance(module, _ConvNd) else None,
+        geometry=_geometry(module, uses) if own or isinstance(module, _ConvNd) else None,
     )
 
 
@@ -183,7 +192,7 @@ def _check_values(path: str, own: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{entry(path, name)!r} is on the meta device; use model.to_empty(device=…)."
             )
-        if parameter.dtype not in DTYPES:
+        if parameter.dtype not in (*DTYPES, torch.int64):  # which counts
             raise TypeError(
                 f"{entry(path, name)!r} is {parameter.dtype}; expected one of "
                 f"{', '.join(map(str, DTYPES))}."

@@ -14,6 +14,7 @@ from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
+from doconv_torch.dgc import DGConv2d, DynamicHeads2d
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.orthonormal import mark_orthonormal
 from doconv_torch.state import load_state
@@ -136,6 +137,14 @@ def _convolution(placed: Placed) -> nn.Module:
     return made
 
 
+def _dynamic_heads(placed: Placed) -> nn.Module:
+    heads = placed.node
+    return DynamicHeads2d(
+        placed.before[0], heads.channels, heads.kernel_size, heads.stride, heads.conv.pads,
+        heads=heads.heads, squeeze_rate=heads.squeeze_rate, gate_factor=heads.gate_factor,
+    )  # fmt: skip
+
+
 def _batch_norm(placed: Placed) -> nn.Module:
     norm = placed.node
     shape = placed.before
@@ -166,9 +175,11 @@ BLOCKS: dict[type[Any], Callable[[OrderedDict[str, nn.Module]], nn.Module]] = {
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
+    nodes.DGConv: DGConv2d.of,
 }
 LAYERS: dict[type[Any], Callable[[Placed], nn.Module]] = {
     nodes.Conv: _convolution,
+    nodes.DynamicHeads: _dynamic_heads,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: lambda placed: ACTIVATIONS[placed.node.name](),
     nodes.Pool: _pool,

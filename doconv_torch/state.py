@@ -75,7 +75,8 @@ class _Modules(Holder):
     def get(self, parameter: Tensor) -> Array:
         """Return a tensor's values as an array; bfloat16 as float32."""
         value = parameter.detach().cpu()
-        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        unknown = value.dtype in (torch.bfloat16, torch.int64)  # to NumPy, and to states
+        array: Array = (value.float() if unknown else value).numpy()
         return array
 
     def put(self, assignment: Assignment) -> None:

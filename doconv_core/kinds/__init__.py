@@ -7,5 +7,6 @@ kind whose layers may be parts of another's layers comes before that.
 # isort: off
 from doconv_core.kinds import do_conv
 from doconv_core.kinds import bsconv
+from doconv_core.kinds import dgc
 
-__all__ = ["bsconv", "do_conv"]
+__all__ = ["bsconv", "dgc", "do_conv"]

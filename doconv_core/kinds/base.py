@@ -67,14 +67,15 @@ class Kind(ABC):
 
     name: its word, as in `over_parameterize(kind=…)` and `fold(form={name: …})`. words: its words
     in networks, where it has several variants. forms: what it can be folded to, the default first.
-    exact: whether a layer that takes an ordinary one's place computes the same. options: of
-    `over_parameterize`, what it takes.
+    exact: whether a layer that takes an ordinary one's place computes the same; instead: what to do
+    where it does not. options: of `over_parameterize`, what it takes.
     """
 
     name: str
     words: tuple[str, ...] = ()
     forms: tuple[str, ...] = (DENSE,)
     exact: bool = True
+    instead: str = ""
     options: tuple[str, ...] = ()
 
     def obstacle(self, conv: ConvSpec) -> str | None:

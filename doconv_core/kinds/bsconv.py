@@ -445,6 +445,7 @@ class BSConvKind(SeparableKind):
     name = "bsconv"
     words = ("bsconvu", "bsconvs")
     forms = FORMS
+    instead = "use to_bsconv"
 
     def recipe(self, word: str, *args: Any, **options: Any) -> BSConvRecipe:
         """Return the recipe with its options."""

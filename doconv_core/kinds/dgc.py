@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.kinds.base import Array, Shape
+from doconv_core.kinds.base import Array, Kind, Shape, register
 from doconv_core.maths.convolve import convolve, convolve_gradient
 from doconv_core.maths.numeric import as_floats, shaped
 from doconv_core.maths.spec import ConvSpec, as_integer, as_number, check_divisible
@@ -79,6 +79,11 @@ class DGConvSpec:
     def conv(self) -> ConvSpec:
         """The sizes of an ordinary convolution with as many weights."""
         return ConvSpec(self.in_channels, self.out_channels, self.kernel_size)
+
+    @property
+    def kernel_shape(self) -> Shape:
+        """Shape of the heads' kernels, one head after the other, `(O, C, *kernel_size)`."""
+        return self.conv.kernel_shape
 
     @property
     def squeezed(self) -> int:
@@ -221,3 +226,17 @@ def _above(saliency: Array, inactive: int) -> Array:
     least = np.partition(saliency, inactive - 1)[..., inactive - 1, None]
     above: Array = saliency > least
     return above
+
+
+class DGCKind(Kind):
+    """Dynamic group convolutions, which compute something else for each image."""
+
+    name = "dgc"
+    exact = False
+    instead = (
+        "there is no dynamic group convolution of a trained one: build the network with DGConv "
+        "layers, and train it"
+    )
+
+
+DGC = register(DGCKind())

@@ -46,7 +46,7 @@ def over_parameterize(
     if not known.exact:
         raise ValueError(
             f"a layer of kind {kind!r} computes something else than the convolution in whose place "
-            f"it is, so that nothing would be over-parameterized; use to_{kind}."
+            f"it is, so that nothing would be over-parameterized; {known.instead}."
         )
     for name in options:
         if name not in known.options:

@@ -188,7 +188,9 @@ class LayerKind(ABC):
 
     kind: the core's. already, part, shared: why a convolution is left that is a layer of a kind, is
     inside one of this kind's, or shares its weight. shareable: whether layers that share one weight
-    can be converted together. type_names: of the layers' types. kept: the form, if any, that leaves
+    can be converted together. type_names: of the layers' types.
+    state_types: of layers that are of a type of their own in states, which their `spec` says, and
+    have the attributes of a convolution. kept: the form, if any, that leaves
     the parts of a layer as they are.
     """
 
@@ -198,6 +200,7 @@ class LayerKind(ABC):
     shared: str = TIED
     shareable: bool = False
     type_names: frozenset[str] = frozenset()
+    state_types: tuple[type, ...] = ()
     kept: str = ""
 
     @abstractmethod

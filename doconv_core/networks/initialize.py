@@ -15,7 +15,10 @@ from doconv_core.state.file import Array, State, entry
 from doconv_core.state.layers import LayerForm, Shape
 
 CLASSIFIER = "classifier"
-_CONSTANTS = {"gamma": 1, "beta": 0, "running_mean": 0, "running_var": 1, "bias": 0}
+_CONSTANTS = {
+    "gamma": 1, "beta": 0, "running_mean": 0, "running_var": 1, "bias": 0,
+    "saliency_bias": 1, "inactive": 0,
+}  # fmt: skip
 
 
 def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None) -> State:

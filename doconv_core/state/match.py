@@ -40,6 +40,7 @@ _SIDES = Sides(
 T = TypeVar("T", bound=Hashable)
 _LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
 _LARGEST["bfloat16"] = (2 - 2**-7) * 2.0**127
+_LARGEST |= {"int32": 2.0**31 - 1, "int64": 2.0**53}  # of what counts, whole in float64, too
 
 
 def fit_state(

@@ -46,6 +46,11 @@ def is_composed(layer_kinds: Mapping[str, LayerKind], cls: type) -> bool:
     return any(cls in getattr(layers, "types", {}).values() for layers in composed)
 
 
+def has_own_spec(layer_kinds: Mapping[str, LayerKind], cls: type) -> bool:
+    """Return whether layers of this very type are a kind's and no other layers in states."""
+    return any(cls in layers.state_types for layers in layer_kinds.values())
+
+
 def in_outputs(uses: Iterable[Extra], stride: Iterable[int]) -> set[Extra]:
     """Return the zeros before a transposed convolution as what they take from its output.
 
