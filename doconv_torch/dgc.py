@@ -20,6 +20,10 @@ from doconv_core.models.received import no_model
 class DynamicHeads2d(nn.Module):
     """The heads of a `DGConv2d`, which takes the same arguments: they see its normalized input."""
 
+    weight: nn.Parameter
+    squeeze_weight: nn.Parameter
+    saliency_weight: nn.Parameter
+    saliency_bias: nn.Parameter
     inactive: Tensor
     transposed, padding_mode = False, "zeros"  # as of an ordinary convolution
 
@@ -71,7 +75,8 @@ class DynamicHeads2d(nn.Module):
             squeezed = squeezed.unflatten(1, (self.spec.heads, -1)).transpose(0, 1)
             bias = self.saliency_bias[:, None]
             rated = torch.baddbmm(bias, squeezed, self.saliency_weight.transpose(1, 2))
-            return f.relu(rated.transpose(0, 1))
+            saliency: Tensor = f.relu(rated.transpose(0, 1))
+            return saliency
 
     def gate(self, saliency: Tensor) -> Tensor:
         """Return the saliencies, zero for the `inactive` least ones of each head and their equals.
@@ -98,10 +103,10 @@ class DynamicHeads2d(nn.Module):
             weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
             kernels = weight * gate[:, None, :, :, None, None]
             y = self._convolve(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 2), batch)
-            return y.unflatten(1, (batch, -1))[0]
+            return cast(Tensor, y.unflatten(1, (batch, -1))[0])
         gated = z[:, None] * gate[..., None, None]
         y = self._convolve(gated.flatten(1, 2), self.weight, heads)
-        return y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2)
+        return cast(Tensor, y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2))
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)

@@ -45,7 +45,7 @@ class DynamicLayers(LayerKind):
         """Do nothing, as none is planned."""
 
 
-def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, int], None]) -> None:
+def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
     """Let every layer drop as many channels as at this point of the training. put: does it."""
     progress = as_progress(progress)
     for each in found(heads):

@@ -126,7 +126,7 @@ def write_state(state: State, path: str | os.PathLike[str]) -> None:
         "layers": json.dumps(layers),
     }
     # safetensors writes an array's memory as it lies, so a transposed view must be copied first.
-    arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in state.arrays.items()}
     with replacing(path) as temporary:
         # Not save_file, which leaves a file that only its owner can read.
         temporary.write_bytes(save(arrays, metadata=header))
