@@ -228,6 +228,47 @@ def _above(saliency: Array, inactive: int) -> Array:
     return above
 
 
+class DGConvCost(NamedTuple):
+    """What the heads of a layer cost for one image at the end of training, in multiply-accumulates.
+
+    counted: by the source's rule, with the selectors, and for the convolutions the gate factor's
+    share, which need not be of whole channels. selector: of rating the channels. kept: of the
+    convolutions over the channels that are kept, whole ones. dense: over all, which is what runs
+    where dropped channels are multiplied by zero. gathered: the numbers that are copied so that
+    the kept ones lie together, maps and weights. parameters: of the selectors alone.
+    """
+
+    counted: float
+    selector: int
+    kept: int
+    dense: int
+    gathered: int
+    parameters: int
+
+
+def dgc_cost(spec: DGConvSpec, positions: int, input_positions: int) -> DGConvCost:
+    """Return what the heads cost. positions: of the output; input_positions: of the input.
+
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3, and its implementation.
+
+    >>> dgc_cost(DGConvSpec(64, 64, (1, 1)), 100, 100).kept
+    102400
+    """
+    heads, channels, squeezed = spec.heads, spec.in_channels, spec.squeezed
+    kept = channels - inactive_channels(channels, spec.gate_factor, 1)
+    each = spec.out_channels * spec.conv.taps
+    selector = heads * 2 * channels * squeezed
+    rated = selector + heads * (squeezed + 3 * channels)
+    return DGConvCost(
+        counted=channels * input_positions + rated + spec.gate_factor * channels * each * positions,
+        selector=selector,
+        kept=kept * each * positions,
+        dense=channels * each * positions,
+        gathered=heads * kept * input_positions + kept * each,
+        parameters=selector + heads * channels,
+    )
+
+
 class DGCKind(Kind):
     """Dynamic group convolutions, which compute something else for each image."""
 

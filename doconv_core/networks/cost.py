@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import fsum, prod
+from typing import Any
 
 from doconv_core.kinds.base import Cost
+from doconv_core.kinds.dgc import DGConvCost, dgc_cost
 from doconv_core.maths.spec import as_integer, is_sequence
 from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe
-from doconv_core.networks.nodes import Conv, Leaf, Network
+from doconv_core.networks.nodes import (
+    BatchNorm,
+    Conv,
+    DynamicHeads,
+    Leaf,
+    Linear,
+    Network,
+    Pool,
+)
 from doconv_core.networks.shapes import Placed, for_input, infer
 from doconv_core.state.layers import LayerForm, Shape
 
@@ -25,7 +35,8 @@ class CountedLayer:
     image. kernel_size: of what has a kernel. parameters: what is trained; of a DO-Conv layer,
     once it is folded. flops: by BSConv's rule. macs: multiply-accumulates of convolutions and
     linear layers, without biases. training_parameters: with the D of a DO-Conv layer and its W.
-    composition_macs: of composing its kernel once, for a whole batch.
+    composition_macs: of composing its kernel once, for a whole batch. dgc_flops: by the rule of
+    DGC's tables. heads: of dynamic group convolutions, what they really run.
 
     >>> layer = count("cifar_resnet20").layers[0]
     >>> layer.path, layer.kind, layer.parameters
@@ -42,6 +53,8 @@ class CountedLayer:
     macs: int = 0
     training_parameters: int = 0
     composition_macs: int = 0
+    dgc_flops: float = 0
+    heads: DGConvCost | None = None
 
 
 @dataclass(frozen=True)
@@ -83,23 +96,42 @@ class NetworkCost:
         """Multiply-accumulates of composing all kernels once, for a whole batch."""
         return sum(layer.composition_macs for layer in self.layers)
 
+    @property
+    def dgc_flops(self) -> float:
+        """Multiply-accumulates for one image, by DGC's rule; see `count`."""
+        return fsum(layer.dgc_flops for layer in self.layers)
+
+    @property
+    def heads(self) -> DGConvCost:
+        """What the heads of all dynamic group convolutions really run, together."""
+        found = [layer.heads for layer in self.layers if layer.heads is not None]
+        return DGConvCost(*map(sum, zip(*found, strict=True))) if found else NO_HEADS
+
+
+NO_HEADS = DGConvCost(0, 0, 0, 0, 0, 0)
+
 
 def count(
     name_or_description: str | Network,
     input_shape: Sequence[int] | None = None,
     num_classes: int | None = None,
+    **options: Any,
 ) -> NetworkCost:
     """Return what a network costs for one image, with no framework.
 
     input_shape: `(C, H, W)`. num_classes: of a network given by name; a description has its own.
-    None stands for the data set that the network is for, as for `doconv cost`.
+    None stands for the data set that the network is for, as for `doconv cost`. options: of the
+    family, as `describe` takes them.
     Operations are counted by the rule of BSConv's tables: a convolution takes its weight's entries
     at every output position, and with a bias one more for each output; a linear layer inputs times
     outputs, and outputs for a bias; a batch norm twice its inputs; a ReLU its outputs; pooling its
     inputs; and all else nothing: other activations, the products of squeeze and excite, the sums of
     residuals.
+    By the rule of DGC's tables a convolution's bias and a batch norm cost nothing, pooling the taps
+    of its windows, and a dynamic group convolution the share of its channels that it keeps.
     Raises ValueError for a name that gives no network and an input that does not fit, TypeError
-    for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository.
+    for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository; DGC, arXiv
+    2007.04242, and its implementation.
 
     >>> cost = count("cifar_resnet20", (3, 32, 32), num_classes=10)
     >>> cost.parameters, cost.flops
@@ -111,7 +143,7 @@ def count(
     if isinstance(name_or_description, Network):
         network = name_or_description
     else:
-        network = describe(name_or_description, num_classes=num_classes)
+        network = describe(name_or_description, num_classes=num_classes, **options)
         if shape is not None:
             _check_order(shape, network.input_shape[0])
             network = replace(network, input_shape=(shape[0], shape[1], shape[2]))
@@ -153,13 +185,16 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
         composed, spec = form.composed, form.spec
         form = LayerForm(composed.conv(spec), bias=form.bias)
     shapes = {} if form is None else form.shapes
-    held = (prod(shape) for name, shape in shapes.items() if not name.startswith("running_"))
+    held = (prod(s) for name, s in shapes.items() if not name.startswith(("running_", "inactive")))
     parameters, positions = sum(held), prod(at.after[1:])
     macs = prod(shapes["weight"]) * positions if "weight" in shapes else 0
     biases = prod(at.after) if "bias" in shapes else 0
     trained = Cost(parameters, macs)
     if composed is not None:
         trained = composed.training_cost(spec, positions, bias=bool(biases))
+    heads = None
+    if isinstance(at.node, DynamicHeads):
+        heads = dgc_cost(at.node.spec(at.before), positions, prod(at.before[1:]))
     return CountedLayer(
         at.path, kind, at.before, at.after, getattr(at.node, "kernel_size", None),
         parameters=parameters,
@@ -167,4 +202,17 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
         macs=macs,
         training_parameters=trained.parameters,
         composition_macs=trained.macs - macs,
+        dgc_flops=_by_dgc(at, macs, biases) if heads is None else heads.counted,
+        heads=heads,
     )  # fmt: skip
+
+
+def _by_dgc(at: Placed, macs: int, biases: int) -> int:
+    """Return what another layer than a dynamic one costs by DGC's rule."""
+    if isinstance(at.node, Pool):
+        return prod(at.after) * at.node.size**2
+    if isinstance(at.node, BatchNorm):
+        return 0
+    if macs:
+        return macs + biases * isinstance(at.node, Linear)
+    return at.node.per_input * prod(at.before)

@@ -9,11 +9,12 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from doconv_core.kinds.base import Recipe
-from doconv_core.networks import mobilenets, resnets, tutorials
-from doconv_core.networks.nodes import Sequence
+from doconv_core.networks import dynamic, mobilenets, resnets, tutorials
+from doconv_core.networks.nodes import FAN_IN, FAN_OUT, Sequence
 
-# Of the number of classes and the kind of the convolutions that have another in a BSConv network.
-Build: TypeAlias = Callable[[int, Recipe], Sequence]
+# Of the number of classes, the kind of the convolutions that have another in a BSConv network, and
+# the family's options.
+Build: TypeAlias = Callable[..., Sequence]
 INTEGER = "(0|[1-9][0-9]{0,8})"
 WIDTH = f"w{INTEGER}(?:d{INTEGER})?"
 
@@ -37,7 +38,7 @@ class Family(NamedTuple):
     of what the pattern's groups match; its ValueError tells which numbers there are. usual: the
     names that are listed. dataset: what its networks are for, unless told otherwise. variants:
     which of BSConv's it has: "any", "u" (BSConv-U alone), "s_p1d6" (BSConv-S with p = 1/6 alone)
-    or "none".
+    or "none". options: what `describe` takes of it by keyword. start: as of `Network`.
     """
 
     pattern: str
@@ -45,6 +46,8 @@ class Family(NamedTuple):
     usual: tuple[str, ...]
     dataset: Dataset
     variants: str = "none"
+    options: tuple[str, ...] = ()
+    start: str = FAN_IN
 
 
 def enumerated(values: Iterable[object], last: str = "or") -> str:
@@ -109,6 +112,38 @@ def _mobilenets(*, cifar: bool) -> list[Family]:
     return found
 
 
+def _dynamic(
+    prefix: str,
+    depths: Iterable[int],
+    build: Callable[..., Sequence],
+    options: tuple[str, ...],
+    *,
+    cifar: bool,
+    **own: bool,
+) -> Family:
+    prefix, depths = f"{'cifar_' * cifar}{prefix}", tuple(depths)
+
+    def resolve(depth: str) -> Build:
+        if int(depth) not in depths:
+            raise ValueError(f"the depth of a {prefix} is {enumerated(depths)}")
+        return partial(build, int(depth), cifar=cifar, **own)
+
+    usual = tuple(f"{prefix}{depth}" for depth in depths)
+    dataset = CIFAR if cifar else IMAGENET
+    return Family(f"{prefix}{INTEGER}", resolve, usual, dataset, "none", options, FAN_OUT)
+
+
+def _dynamics(*, cifar: bool) -> list[Family]:
+    depths = dynamic.CIFAR_DENSENETS if cifar else dynamic.DENSENETS
+    plain, own = dynamic.DENSENET_OPTIONS, dynamic.SELECTOR
+    build = dynamic.densenet
+    return [
+        _dynamic("dydensenet", depths, build, plain + own, cifar=cifar, dynamic_groups=True),
+        _dynamic("densenet", depths, build, plain, cifar=cifar, dynamic_groups=False),
+        _dynamic("dyresnet", (18,), dynamic.resnet, own, cifar=cifar),
+    ]
+
+
 def _fixed(networks: Mapping[str, Callable[[int], Sequence]], dataset: Dataset) -> Family:
     """Return a family of these names alone, which has no kinds of convolutions to choose."""
 
@@ -140,10 +175,12 @@ FAMILIES = (
     _residual("resnet", resnets.resnet, cifar=False),
     _residual("preresnet", resnets.preresnet, cifar=False),
     *_mobilenets(cifar=False),
+    *_dynamics(cifar=False),
     _residual("resnet", resnets.resnet, cifar=True),
     _residual("preresnet", resnets.preresnet, cifar=True),
     _wide(),
     *_mobilenets(cifar=True),
+    *_dynamics(cifar=True),
     _fixed({"plain18": resnets.plain}, IMAGENET),
     _fixed(GLUON_RESNETS, IMAGENET),
     _fixed(GLUON_MOBILENETS, IMAGENET),

@@ -10,9 +10,9 @@ import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.networks.lowering import layers
-from doconv_core.networks.nodes import Network
+from doconv_core.networks.nodes import FAN_OUT, Network
 from doconv_core.state.file import Array, State, entry
-from doconv_core.state.layers import LayerForm, Shape
+from doconv_core.state.layers import LayerForm, LinearSpec, Shape
 
 CLASSIFIER = "classifier"
 _CONSTANTS = {
@@ -29,6 +29,9 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     starts as the ordinary one. Linear layers, and a convolution whose own name is "classifier", are
     Xavier normal: of mean 0 and variance `2 / (fan_in + fan_out)`, `fan_out = O/g · M`. Biases are
     zero, batch norms have gamma and running variance 1, beta and running mean 0.
+    A network of dynamic group convolutions, whose `start` is `FAN_OUT`, has convolutions of mean 0
+    and variance `2 / fan_out`, `fan_out = O · M`, of a head `O/h · M`; linear layers between -b and
+    b, `b = 1 / sqrt(fan_in)`; and selectors of variance `2 / fan_in`, whose last biases are 1.
 
     seed: an integer of at least 0. Each array has random numbers of its own, from the seed and the
     array's name: another layer changes none of the others. input_shape: `(C, H, W)`; None for the
@@ -46,12 +49,12 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     arrays = {
         entry(path, name): array
         for path, form in forms.items()
-        for name, array in _arrays(path, form, seed).items()
+        for name, array in _arrays(path, form, seed, network.start).items()
     }
     return State(forms, arrays)
 
 
-def _arrays(path: str, form: LayerForm, seed: int) -> dict[str, Array]:
+def _arrays(path: str, form: LayerForm, seed: int, start: str) -> dict[str, Array]:
     arrays = {
         name: np.full(shape, _CONSTANTS[name], np.float32)
         for name, shape in form.shapes.items()
@@ -59,18 +62,25 @@ def _arrays(path: str, form: LayerForm, seed: int) -> dict[str, Array]:
     }
     if "weight" not in form.shapes:
         return arrays
-    weight = _drawn(path, form, seed).astype(np.float32)
+    weight = _drawn(path, form, seed, start).astype(np.float32)
+    for name in form.shapes.keys() & {"squeeze_weight", "saliency_weight"}:
+        numbers, shape = _numbers(entry(path, name), seed), form.shapes[name]
+        arrays[name] = numbers.normal(0, math.sqrt(2 / shape[-1]), shape).astype(np.float32)
     if form.composed is not None:
         return {**form.composed.start(weight, form.spec), **arrays}
     return {"weight": weight.reshape(form.shapes["weight"]), **arrays}
 
 
-def _drawn(path: str, form: LayerForm, seed: int) -> Array:
+def _drawn(path: str, form: LayerForm, seed: int, start: str) -> Array:
     """Return the kernel of a convolution, or the weight of a linear layer, in float64."""
     numbers = _numbers(entry(path, "weight"), seed)
     spec = form.spec if form.composed is None else form.composed.conv(form.spec)
-    shape = spec.kernel_shape if isinstance(spec, ConvSpec) else form.shapes["weight"]
+    shape = getattr(spec, "kernel_shape", form.shapes["weight"])
     fan_in, fan_out = prod(shape[1:]), shape[0] * prod(shape[2:])
+    if start == FAN_OUT:
+        if isinstance(spec, LinearSpec):
+            return numbers.uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), shape)
+        return numbers.normal(0, math.sqrt(2 * getattr(spec, "heads", 1) / fan_out), shape)
     if isinstance(spec, ConvSpec):
         fan_out //= spec.groups
         if path.split(".")[-1] != CLASSIFIER:

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
+from typing import Any
 
 from doconv_core.kinds.base import ComposedKind, Recipe, kinds, recipe
 from doconv_core.maths.spec import as_integer
@@ -30,14 +31,16 @@ LISTED = {
 
 
 def describe(
-    name: str, *, num_classes: int | None = None, in_channels: int | None = None
+    name: str, *, num_classes: int | None = None, in_channels: int | None = None, **options: Any
 ) -> Network:
     """Return the network of this name, as data.
 
     num_classes: how many logits it gives; None for as many as the data set has that it is for,
     1000 of ImageNet, 100 of CIFAR, or 10 digits. in_channels: of its input; None for the data
-    set's. Raises ValueError for a name that gives no network, with what is allowed and the nearest
-    names, and for a number below 1; TypeError for what is no name or no integer.
+    set's. options: of a dydensenet stages, growth, bottleneck and group_3x3, and of it and a
+    dyresnet heads, squeeze_rate and gate_factor.
+    Raises ValueError for a name that gives no network, with what is allowed and the nearest names,
+    and for a number below 1; TypeError for what is no name or no integer, and for other options.
 
     >>> network = describe("mobilenetv1_w1d2_bsconvu", num_classes=10)
     >>> network.input_shape, [name for name, _ in network.body.children][:3]
@@ -57,7 +60,12 @@ def describe(
         classes = as_integer("num_classes", num_classes)
     if in_channels is not None:
         channels = as_integer("in_channels", in_channels)
-    return Network(name, build(classes), (channels, size[0], size[1]))
+    for option in options:
+        if option not in family.options:
+            taken = enumerated(family.options, "and") if family.options else "no options"
+            raise TypeError(f"{name!r} takes {taken}; received {option}={options[option]!r}.")
+    body = build(classes, **options)
+    return Network(name, body, (channels, size[0], size[1]), family.start)
 
 
 def known_name(name: object) -> str | None:
@@ -86,13 +94,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _all_names() if fnmatchcase(name, pattern)]
 
 
-def _built(build: Build, kind: Recipe, word: str | None, classes: int) -> Sequence:
+def _built(build: Build, kind: Recipe, word: str | None, classes: int, **options: Any) -> Sequence:
     """Return the nodes; with a word, every convolution of more than one tap is of its kind."""
 
     def change(conv: Conv) -> Conv:
         return replace(conv, kind=recipe(word)) if word and prod(conv.kernel_size) > 1 else conv
 
-    body: Sequence = replaced(build(classes, kind), change)
+    body: Sequence = replaced(build(classes, kind, **options), change)
     return body
 
 
@@ -117,7 +125,7 @@ class _Unknown(Exception):
         self.reason, self.names = reason, names
 
 
-def _parsed(name: str) -> tuple[Family, Callable[[int], Sequence]]:
+def _parsed(name: str) -> tuple[Family, Callable[..., Sequence]]:
     """Return a name's family, and what builds the network, of the number of classes."""
     # The word of the kind that composes all kernels, if the name ends with one.
     word = next((word for word in _composed_words() if name.endswith(f"_{word}")), None)

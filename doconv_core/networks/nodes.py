@@ -34,6 +34,7 @@ Arrays: TypeAlias = dict[str, Array]
 
 ACTIVATIONS = ("relu", "relu6", "hard_swish", "hard_sigmoid", "tanh")
 POOLS = ("max", "average")
+FAN_IN, FAN_OUT = "fan_in", "fan_out"
 SHORTCUT = "shortcut"  # the name of a residual's other branch among its children
 ORDINARY = recipe()
 
@@ -597,6 +598,8 @@ class Concat(Block):
 class Network:
     """A network. input_shape: `(C, H, W)`, for which it was designed; others may do as well.
 
+    start: how its weights start, `FAN_IN` or `FAN_OUT`; see `initialize`.
+
     >>> describe("cifar_resnet20").input_shape
     (3, 32, 32)
     """
@@ -604,6 +607,7 @@ class Network:
     name: str
     body: Sequence
     input_shape: tuple[int, int, int]
+    start: str = FAN_IN
 
 
 def sequence(*named: tuple[str, Node] | None) -> Sequence:
