@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from doconv_core.models.view import LayerKinds
 from doconv_mx.bsconv import BSCONVS
+from doconv_mx.dgc import DG_CONVS
 from doconv_mx.do_conv import DO_CONVS
 
 LAYER_KINDS = LayerKinds()
@@ -11,3 +12,4 @@ register = LAYER_KINDS.register
 
 register(DO_CONVS)  # first: parts of the others' layers may be these
 register(BSCONVS)
+register(DG_CONVS)

@@ -21,7 +21,7 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import check_owned, unsupported_layer
-from doconv_core.state.reading import NoCounterpart, is_composed, read_layer
+from doconv_core.state.reading import NoCounterpart, has_own_spec, is_composed, read_layer
 from doconv_mx.composed import ComposedConv
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import ORDINARY, TRANSPOSES, is_channels_last, require_values, spec_of
@@ -36,7 +36,8 @@ def form_of(path: str, block: Block) -> LayerForm:
     with other parameters than its kind has; ValueError for parameters that have no values yet.
     """
     own, cls = _own(block), type(block)
-    read = _form if cls in SPECS or cls in REASONS or is_composed(LAYER_KINDS, cls) else None
+    of_kind = is_composed(LAYER_KINDS, cls) or has_own_spec(LAYER_KINDS, cls)
+    read = _form if cls in SPECS or cls in REASONS or of_kind else None
     obstacle = REPLACED if is_replaced(block) else REASONS.get(cls)
     form = read_layer(read, path, block, own, path, obstacle=obstacle)
     if form.kind == "batch_norm" and not form.scale:
@@ -96,13 +97,14 @@ def _form(block: Any, path: str) -> LayerForm:
             f"a layer norm over axis {axis} has no counterpart; if it is the last, say axis=-1"
         )
     require_values(registered(block).values(), f"the state of {place(path)}")
-    composed = isinstance(block, ComposedConv)
+    cls, composed = type(block), isinstance(block, ComposedConv)
+    own = composed or has_own_spec(LAYER_KINDS, cls)
     return LayerForm(
-        block.spec if composed else SPECS[type(block)](block),
+        block.spec if own else SPECS[cls](block),
         block.kind.name if composed else False,
         bias=getattr(block, "bias", None) is not None or hasattr(block, "beta"),
         scale=not options.get("fix_gamma", False),
-        geometry=_geometry(options) if isinstance(block, Conv) else None,
+        geometry=_geometry(options) if own or isinstance(block, Conv) else None,
     )
 
 

@@ -13,6 +13,7 @@ from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
 from doconv_mx.activations import HardSigmoid, HardSwish, ReLU6
+from doconv_mx.dgc import DGConv2D, DynamicHeads2D
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.orthonormal import mark_orthonormal
 from doconv_mx.private import children
@@ -146,6 +147,15 @@ def _convolution(placed: Placed, prefix: str) -> HybridBlock:
     return mark_orthonormal(layer) if conv.orthonormal else layer
 
 
+def _dynamic_heads(placed: Placed, prefix: str) -> HybridBlock:
+    heads = placed.node
+    return DynamicHeads2D(
+        placed.before[0], heads.channels, heads.kernel_size, heads.stride, heads.conv.pads,
+        heads=heads.heads, squeeze_rate=heads.squeeze_rate, gate_factor=heads.gate_factor,
+        prefix=prefix,
+    )  # fmt: skip
+
+
 def _batch_norm(placed: Placed, prefix: str) -> HybridBlock:
     norm = placed.node
     return nn.BatchNorm(  # whose momentum is the old statistics' weight
@@ -183,9 +193,11 @@ BLOCKS: dict[type[Any], Callable[..., HybridBlock]] = {
     nodes.Residual: Residual,
     nodes.Scale: Scale,
     nodes.Concat: Concat,
+    nodes.DGConv: DGConv2D.of,
 }
 LAYERS: dict[type[Any], Callable[[Placed, str], HybridBlock]] = {
     nodes.Conv: _convolution,
+    nodes.DynamicHeads: _dynamic_heads,
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _activation,
     nodes.Pool: _pool,

@@ -130,8 +130,8 @@ def count(
     By the rule of DGC's tables a convolution's bias and a batch norm cost nothing, pooling the taps
     of its windows, and a dynamic group convolution the share of its channels that it keeps.
     Raises ValueError for a name that gives no network and an input that does not fit, TypeError
-    for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the repository; DGC, arXiv
-    2007.04242, and its implementation.
+    for sizes that are no integers. Source: BSConv, arXiv 2003.13549, tables of the
+    repository; DGC, arXiv 2007.04242, and its implementation.
 
     >>> cost = count("cifar_resnet20", (3, 32, 32), num_classes=10)
     >>> cost.parameters, cost.flops
@@ -215,4 +215,4 @@ def _by_dgc(at: Placed, macs: int, biases: int) -> int:
         return 0
     if macs:
         return macs + biases * isinstance(at.node, Linear)
-    return at.node.per_input * prod(at.before)
+    return int(at.node.per_input * prod(at.before))

@@ -65,7 +65,7 @@ def densenet(
             f"growth={widths}."
         )
     bottleneck = as_integer("bottleneck", bottleneck)
-    selector = {"heads": heads, "squeeze_rate": squeeze_rate, "gate_factor": gate_factor}
+    selector: Any = {"heads": heads, "squeeze_rate": squeeze_rate, "gate_factor": gate_factor}
 
     def layer(channels: int) -> Node:
         inner = bottleneck * channels
@@ -93,7 +93,7 @@ def resnet(
     gate_factor: float = 0.45,
 ) -> Sequence:
     """Return the network, whose convolutions are dynamic ones but for the stem. kind: not used."""
-    selector = {"heads": heads, "squeeze_rate": squeeze_rate, "gate_factor": gate_factor}
+    selector: Any = {"heads": heads, "squeeze_rate": squeeze_rate, "gate_factor": gate_factor}
 
     def unit(before: int, stride: int, width: int) -> Residual:
         body: list[Named] = []

@@ -8,7 +8,6 @@ from fractions import Fraction
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from doconv_core.kinds.base import Recipe
 from doconv_core.networks import dynamic, mobilenets, resnets, tutorials
 from doconv_core.networks.nodes import FAN_IN, FAN_OUT, Sequence
 

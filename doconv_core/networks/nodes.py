@@ -195,7 +195,10 @@ class Conv(Leaf):
 
 @dataclass(frozen=True)
 class DynamicHeads(Leaf):
-    """The heads of a dynamic group convolution; the rest as in `Conv` and `DGConvSpec`."""
+    """The heads of a dynamic group convolution; the rest as in `Conv` and `DGConvSpec`.
+
+    lasso: the weight of their saliencies in the loss whose gradients are asked for.
+    """
 
     channels: int
     kernel_size: tuple[int, int] = (1, 1)
@@ -204,6 +207,7 @@ class DynamicHeads(Leaf):
     heads: int = HEADS
     squeeze_rate: int = SQUEEZE_RATE
     gate_factor: float = GATE_FACTOR
+    lasso: float = 0
 
     @property
     def conv(self) -> Conv:
@@ -229,7 +233,7 @@ class DynamicHeads(Leaf):
         found = dynamic_heads(x, arrays, self.spec(x.shape[1:]), **how)
 
         def back(dy: Array) -> Array:
-            dx, own = found.back(dy)
+            dx, own = found.back(dy, self.lasso)
             gradients.update(own)
             return dx
 

@@ -1,0 +1,191 @@
+"""Dynamic group convolutions in MXNet Gluon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mxnet import autograd, init
+from mxnet.gluon import Block, HybridBlock, nn
+
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
+from doconv_core.maths.orthonormal import as_weight
+from doconv_core.maths.spec import as_tuple
+from doconv_core.models import dynamic
+from doconv_core.models.dynamic import DynamicLayers
+from doconv_mx.tree import check_model, walk
+
+
+class DynamicHeads2D(HybridBlock):
+    """The heads of a `DGConv2D`, which takes the same arguments: they see its normalized input."""
+
+    _op_name = "Convolution"  # as an ordinary one says how its weight lies
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: Any,
+        strides: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        *,
+        heads: int = HEADS,
+        squeeze_rate: int = SQUEEZE_RATE,
+        gate_factor: float = GATE_FACTOR,
+        lasso: float = LASSO,
+        prefix: str | None = None,
+        params: Any = None,
+    ) -> None:
+        size = as_tuple("kernel_size", kernel_size, 2)
+        spec = DGConvSpec(in_channels, channels, size, heads, squeeze_rate, gate_factor)
+        self.strides = as_tuple("strides", strides, 2)
+        options = {
+            "kernel": size,
+            "stride": self.strides,
+            "dilate": as_tuple("dilation", dilation, 2),
+            "pad": as_tuple("padding", padding, 2, least=0),
+        }
+        super().__init__(prefix=prefix, params=params)
+        self.spec, self._kwargs = spec, {**options, "layout": "NCHW"}
+        self.lasso = as_weight("lasso", lasso)
+        starts = {
+            "squeeze_weight": init.Normal((2 / spec.in_channels) ** 0.5),
+            "saliency_weight": init.Normal((2 / spec.squeezed) ** 0.5),
+            "saliency_bias": init.One(),
+        }
+        shapes = {**spec.shapes, "weight": spec.kernel_shape}
+        with self.name_scope():
+            for name, shape in shapes.items():
+                if name == "inactive":  # arrays have at least one axis here
+                    shape, more = (1,), {"grad_req": "null", "init": init.Zero()}
+                else:
+                    more = {"init": starts.get(name)}
+                setattr(self, name, self.params.get(name, shape=shape, **more))
+
+    def hybrid_forward(
+        self, F: Any, z: Any, weight: Any, squeeze_weight: Any, saliency_weight: Any,
+        saliency_bias: Any, inactive: Any,
+    ) -> Any:  # fmt: skip
+        """Return `(B, O, H', W')` of `z` `(B, C, H, W)`.
+
+        Of one tap, the saliencies go into a kernel for each image, else into a map for each head.
+        """
+        spec, options = self.spec, self._kwargs
+        squeezed = F.FullyConnected(
+            F.mean(z, axis=(2, 3)), F.reshape(squeeze_weight, shape=(-3, 0)), no_bias=True,
+            num_hidden=spec.heads * spec.squeezed,
+        )  # fmt: skip
+        squeezed = F.reshape(F.relu(squeezed), shape=(0, spec.heads, -1)).swapaxes(0, 1)
+        rated = F.batch_dot(squeezed, saliency_weight, transpose_b=True).swapaxes(0, 1)
+        saliency = F.relu(F.broadcast_add(rated, F.expand_dims(saliency_bias, axis=0)))
+        gate = F.broadcast_mul(saliency, 1 - self._dropped(F, F.BlockGrad(saliency), inactive))
+        if self.lasso:
+            gate = F.broadcast_add(gate, self._lasso(F, saliency))
+        if spec.conv.taps == 1 and not any(options["pad"]):
+            return self._by_image(F, z, weight, gate)
+        gated = F.broadcast_mul(F.expand_dims(z, axis=1), F.reshape(gate, shape=(0, 0, 0, 1, 1)))
+        y = F.Convolution(
+            F.reshape(gated, shape=(0, -3, 0, 0)), weight, no_bias=True, num_group=spec.heads,
+            num_filter=spec.out_channels, **options,
+        )  # fmt: skip
+        by_head = F.reshape(y, shape=(0, -4, spec.heads, -1, 0, 0))
+        return F.reshape(F.swapaxes(by_head, 1, 2), shape=(0, -3, 0, 0))
+
+    def _dropped(self, F: Any, saliency: Any, inactive: Any) -> Any:
+        """Return 1 for the `inactive` least saliencies of each head and their equals, else 0."""
+        below = F.slice_axis(saliency, axis=2, begin=0, end=1) * 0 - 1
+        ordered = F.concat(below, F.sort(saliency, axis=2), dim=2)
+        return F.broadcast_lesser_equal(saliency, F.take(ordered, inactive, axis=2))
+
+    def _lasso(self, F: Any, saliency: Any) -> Any:
+        """Return zeros, whose gradient is that of each image's lasso, whatever comes back to it."""
+        each = F.sum(F.mean(saliency, axis=2), axis=1, keepdims=True)
+        return F.expand_dims(F.MakeLoss(each, grad_scale=self.lasso), axis=2) * 0
+
+    def _by_image(self, F: Any, z: Any, weight: Any, gate: Any) -> Any:
+        rows, columns = self.strides
+        if rows > 1 or columns > 1:
+            nothing = (None,) * 4
+            z = F.slice(z, begin=nothing, end=nothing, step=(1, 1, rows, columns))
+        sizes = (1, self.spec.heads, -1, self.spec.in_channels)
+        by_channel = F.swapaxes(F.reshape(weight, shape=sizes), 1, 2)  # (1, O/h, h, C)
+        kernel = F.broadcast_mul(by_channel, F.expand_dims(gate, axis=1))
+        kernel = F.reshape(kernel, shape=(0, -3, 0))
+        y = F.batch_dot(kernel, F.reshape(z, shape=(0, 0, -3)))
+        return F.reshape_like(y, z, lhs_begin=2, lhs_end=3, rhs_begin=2, rhs_end=4)
+
+
+class DGConv2D(HybridBlock):
+    """A dynamic group convolution: a batch norm, ReLU, and heads that choose their channels.
+
+    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` rates all
+    input channels of each image, keeps the more salient ones and multiplies them by their saliency,
+    and convolves them to its share of the output channels. How many are kept is the model's
+    progress in training, which `set_progress` sets: all at the start, `gate_factor` of them from
+    three quarters on.
+
+    in_channels, channels: divisible by heads. kernel_size, strides, padding, dilation: integers or
+    pairs. squeeze_rate: how many channels a head squeezes into one feature, of which half, where
+    there are fewer than 80. lasso: what the loss of each image, an entry of a loss of Gluon's, has
+    in it of that image's saliencies, their means over channels summed over heads; their gradient
+    comes with each backward pass through the layer, hybridized or not, and is in no number that is
+    printed. Input `(B, C, H, W)`, output `(B, O, H', W')`.
+    Raises TypeError or ValueError for sizes that give no layer.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
+
+    >>> layer = DGConv2D(32, 64, 3, padding=1)
+    >>> layer.initialize()
+    >>> layer(mx.nd.zeros((2, 32, 8, 8))).shape
+    (2, 64, 8, 8)
+    """
+
+    def __init__(self, in_channels: int, *args: Any, **options: Any) -> None:
+        scope = {name: options.pop(name) for name in ("prefix", "params") if name in options}
+        super().__init__(**scope)
+        with self.name_scope():
+            self.heads = DynamicHeads2D(in_channels, *args, **options, prefix="heads_")
+            channels = self.heads.spec.in_channels
+            self.norm = nn.BatchNorm(in_channels=channels, prefix="norm_")
+            self.relu = nn.Activation("relu", prefix="relu_")
+
+    @classmethod
+    def of(cls, prefix: str | None = None) -> DGConv2D:
+        """Return a layer without its parts, which are still to be set: norm, relu and heads."""
+        layer = cls.__new__(cls)
+        HybridBlock.__init__(layer, prefix=prefix)
+        return layer
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
+        return self.heads(self.relu(self.norm(x)))
+
+
+DG_CONVS = DynamicLayers(DGConv2D, DynamicHeads2D)
+
+
+def set_progress(model: Block, progress: float) -> None:
+    """Let a model's dynamic group convolutions drop as many channels as at this point of training.
+
+    progress: the share of the training that is done, 0 to 1; give it before each step. None are
+    dropped up to a twelfth, from where their number grows evenly until three quarters. It is in the
+    model's parameters, so that an evaluation, or a training that goes on, begins with what was set
+    last. Raises ValueError for a model without such layers and for another progress, TypeError for
+    no number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+
+    >>> layer = DGConv2D(64, 64, 3)
+    >>> layer.initialize()
+    >>> set_progress(layer, 1)
+    >>> layer.heads.inactive.data().asscalar()
+    48.0
+    """
+
+    def put(heads: DynamicHeads2D, inactive: int) -> None:
+        with autograd.pause():
+            heads.inactive.set_data(heads.inactive.list_data()[0] * 0 + inactive)
+
+    dynamic.set_progress(_heads(model), progress, put)
+
+
+def _heads(model: Block) -> list[DynamicHeads2D]:
+    check_model(model)
+    return [block for _, block in walk(model) if isinstance(block, DynamicHeads2D)]
