@@ -11,6 +11,7 @@ Source: Dynamic Group Convolution, arXiv 2007.04242.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -173,7 +174,11 @@ def dynamic_heads(
     >>> found.output.shape, found.active.sum()  # they are all equal: none is above the smallest
     ((1, 4, 5), 0)
     """
-    a = {name: shaped(name, arrays[name], shape) for name, shape in spec.shapes.items()}
+    missing = [name for name in spec.shapes if name not in arrays]
+    if missing:
+        raise ValueError(f"arrays must have {', '.join(spec.shapes)}; received none of {missing}.")
+    given = {**arrays, "inactive": np.asarray(arrays["inactive"], np.float64)}  # or an integer
+    a = {name: shaped(name, given[name], shape) for name, shape in spec.shapes.items()}
     z = as_floats("z", z)
     if z.ndim != spec.conv.rank + 2 or z.shape[1] != spec.in_channels:
         raise ValueError(
@@ -226,6 +231,54 @@ def _above(saliency: Array, inactive: int) -> Array:
     least = np.partition(saliency, inactive - 1)[..., inactive - 1, None]
     above: Array = saliency > least
     return above
+
+
+SOURCE = re.compile(r"(.*\.|)headconv_(\d+)\.(conv\.weight|fc[12]\.weight|fc2\.bias)")
+_NAMES = {
+    "conv.weight": "weight", "fc1.weight": "squeeze_weight", "fc2.weight": "saliency_weight",
+    "fc2.bias": "saliency_bias",
+}  # fmt: skip
+
+
+def from_source(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return what a state dict of the source's implementation has, by the names of PyTorch's layer.
+
+    Each layer's heads become one array each, `….heads.weight` `(O, C, *kernel_size)` and so on; all
+    other arrays stay as they are, and in their order. Raises ValueError for heads of which some
+    arrays are missing, or of different shapes.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, its implementation.
+
+    >>> heads = {f"a.headconv_{i}.fc2.bias": np.ones(8) for i in range(4)}
+    >>> {name: array.shape for name, array in from_source(heads).items()}
+    {'a.heads.saliency_bias': (4, 8)}
+    """
+    found: dict[str, Any] = {}
+    for name, array in arrays.items():
+        part = SOURCE.fullmatch(name)
+        if part is not None:
+            new = f"{part[1]}heads.{_NAMES[part[3]]}"
+            found.setdefault(new, {})[int(part[2])] = array
+        elif name.rpartition(".")[2] == "_inactive_channels":
+            found[f"{name.removesuffix('_inactive_channels')}heads.inactive"] = array.reshape(())
+        else:
+            found[name] = array
+    return {name: _joined(name, each) for name, each in found.items()}
+
+
+def _joined(name: str, heads: Any) -> Array:
+    """Return the heads' arrays in one; what is an array already, as it is."""
+    if not isinstance(heads, dict):
+        array: Array = heads
+        return array
+    shapes = {array.shape for array in heads.values()}
+    if set(heads) != set(range(len(heads))) or len(shapes) != 1:
+        raise ValueError(
+            f"{name!r} must be of heads 0 to {len(heads) - 1}, all of one shape; received "
+            f"{', '.join(f'{n} of {heads[n].shape}' for n in sorted(heads))}."
+        )
+    ordered = [heads[n] for n in range(len(heads))]
+    is_kernel = name.rpartition(".")[2] == "weight"
+    return np.concatenate(ordered) if is_kernel else np.stack(ordered)
 
 
 class DGConvCost(NamedTuple):
