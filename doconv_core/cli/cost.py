@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +21,7 @@ from doconv_core.cli.cost_file import cost_file, forms_object, print_forms
 from doconv_core.cli.cost_network import cost_network
 from doconv_core.cli.options import (
     KernelSizes,
+    NumbersType,
     Place,
     SizeType,
     allow_option,
@@ -37,6 +39,25 @@ GRAMMAR = "IN,OUT,KERNEL[,groups=N][,S=N][,stride=SIZE][,dilation=SIZE][,padding
 _LAYER = re.compile(r"\s*\d+\s*,\s*\d+\s*,\s*\d+(x\d+)*\s*(,.*)?", re.IGNORECASE)
 _SIZES = ("stride", "dilation", "padding")
 
+# What networks of some families take; see `describe`.
+OPTIONS = {
+    "stages": (NumbersType(), "N-N-…", "Layers of each stage of a densenet."),
+    "growth": (NumbersType(), "N-N-…", "Channels that each of them adds."),
+    "bottleneck": (click.INT, "N", "How many times that the convolution before it has."),
+    "group_3x3": (click.INT, "N", "Groups of a densenet's 3x3 convolutions."),
+    "heads": (click.INT, "N", "Heads of a dynamic group convolution."),
+    "squeeze_rate": (click.INT, "N", "Channels that a head squeezes into one feature."),
+    "gate_factor": (click.FLOAT, "SHARE", "The share of the channels that a head keeps."),
+}
+
+
+def network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with an option for each of `OPTIONS`."""
+    for name, (kind, metavar, text) in reversed(OPTIONS.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, name, type=kind, metavar=metavar, help=text)(command)
+    return command
+
 
 @click.command(
     short_help="Count parameters and multiply-accumulates.",
@@ -53,6 +74,8 @@ _SIZES = ("stride", "dilation", "padding")
     over-parameterized layers. --input and --classes are those of the data set it is for unless
     given. Its operations are counted as in BSConv's tables: multiply-accumulates, biases, two for
     each input of a batch norm, and one for each output of a ReLU and each input of a pooling.
+    Networks of dynamic group convolutions have theirs, too, by the rule of DGC's tables, and what
+    is really run where the channels that a head drops are skipped; their sizes are options.
 
     A multiply-accumulate is one multiplication with its addition; biases and what is no convolution
     or linear layer count none. The kernel is composed once for the whole batch.
@@ -64,6 +87,7 @@ _SIZES = ("stride", "dilation", "padding")
       doconv cost model.pt
       doconv cost model.pt --input 224x224 --at 'conv1=/2' --at 'layer1.*=/4'
       doconv cost cifar_resnet20_bsconvu --input 3x32x32 --classes 100 --plot cost.png
+      doconv cost cifar_dydensenet86 --stages 14-14-14 --growth 8-16-32 --gate-factor 0.25
     """,
 )
 @click.argument("subject", metavar="LAYER|FILE|NETWORK")
@@ -86,6 +110,7 @@ _SIZES = ("stride", "dilation", "padding")
     "--plot", type=target_argument, metavar="OUT",
     help="Draw the cost of each layer of a NETWORK to OUT, such as cost.png or cost.svg.",
 )  # fmt: skip
+@network_options
 @force_option
 @kernel_size_option
 @allow_option
@@ -101,6 +126,7 @@ def cost(
     kernel_sizes: KernelSizes,
     allow: Sequence[str],
     as_json: bool,
+    **options: Any,
 ) -> None:
     """As the help text above has it."""
     file = Path(subject)
@@ -109,10 +135,14 @@ def cost(
             raise click.UsageError(
                 f"{subject!r} is no file, as --at, --kernel-size and --allow need one."
             )
-        cost_network(subject, input_size, classes, batch, plot, force, as_json)
+        given = {name: value for name, value in options.items() if value is not None}
+        cost_network(subject, input_size, classes, batch, plot, force, as_json, given)
         return
-    if classes is not None or plot is not None or force:
-        raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
+    if classes is not None or plot is not None or force or any(options.values()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise click.UsageError(
+            f"--classes, --plot, --force, {names} are for networks, given by name."
+        )
     if is_layer_text(subject):
         if places or kernel_sizes or allow:
             raise click.UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from doconv_core.cli.command import (
     size,
     writing_to,
 )
-from doconv_core.networks.cost import CountedLayer, NetworkCost, count
+from doconv_core.networks.cost import NO_HEADS, CountedLayer, NetworkCost, count
 from doconv_core.networks.families import enumerated
 from doconv_core.networks.names import describe
 
-PER_IMAGE = ("flops", "macs")
+PER_IMAGE = ("flops", "macs", "dgc_flops")
 PLOTS = (".png", ".svg", ".pdf")
 MOST_NAMES = 60  # beside a plot; more could not be read
 
@@ -37,6 +38,7 @@ def cost_network(
     plot: Path | None,
     force: bool,
     as_json: bool,
+    options: Mapping[str, Any],
 ) -> None:
     """Print what a network costs, and draw it to `plot` if that is given."""
     if plot is not None:
@@ -49,8 +51,8 @@ def cost_network(
             f"{name!r} is no file, and no layer such as 64,64,3x3, and no network: {reason}"
         ) from None
     try:
-        found = _cost_of_network(name, input_size, classes)
-    except ValueError as error:
+        found = _cost_of_network(name, input_size, classes, options)
+    except (TypeError, ValueError) as error:
         raise click.UsageError(f"{name}: {error}") from None
     if plot is not None:
         _draw(found, batch, plot, force)
@@ -61,7 +63,10 @@ def cost_network(
 
 
 def _cost_of_network(
-    name: str, input_size: tuple[int, ...] | None, classes: int | None
+    name: str,
+    input_size: tuple[int, ...] | None,
+    classes: int | None,
+    options: Mapping[str, Any],
 ) -> NetworkCost:
     """Return what a network costs for one image; ValueError for what gives no network.
 
@@ -75,7 +80,7 @@ def _cost_of_network(
         )
     if input_size is not None and len(input_size) == 2:
         shape = (describe(name).input_shape[0], *input_size)
-    return count(name, shape, classes)
+    return count(name, shape, classes, **options)
 
 
 def _print(found: NetworkCost, batch: int) -> None:
@@ -102,8 +107,8 @@ def _row(layer: CountedLayer, batch: int, operations: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _totals(found: NetworkCost, batch: int) -> list[tuple[str, int]]:
-    totals = [
+def _totals(found: NetworkCost, batch: int) -> list[tuple[str, Any]]:
+    totals: list[tuple[str, Any]] = [
         ("parameters", found.parameters),
         ("multiply-accumulates", batch * found.macs),
         ("operations", batch * found.flops),
@@ -112,18 +117,32 @@ def _totals(found: NetworkCost, batch: int) -> list[tuple[str, int]]:
         totals[0] = ("parameters, folded", found.parameters)
         totals.insert(1, ("parameters in training", found.training_parameters))
         totals.append(("multiply-accumulates of composing the kernels", found.composition_macs))
+    heads = found.heads
+    if heads != NO_HEADS:
+        totals += [
+            ("parameters of the selectors among them", heads.parameters),
+            ("operations by DGC's rule", batch * found.dgc_flops),
+            ("multiply-accumulates, dropped channels skipped", batch * _skipping(found)),
+            ("numbers gathered for that", batch * heads.gathered),
+        ]
     return totals
+
+
+def _skipping(found: NetworkCost) -> int:
+    """Return the multiply-accumulates of one image where channels that heads drop are skipped."""
+    return int(found.macs - found.heads.dense + found.heads.kept + found.heads.selector)
 
 
 def _print_json(found: NetworkCost, batch: int) -> None:
     """Print its layers and its totals as JSON."""
 
     def scaled(cost: dict[str, Any]) -> dict[str, Any]:
-        return {key: batch * cost[key] if key in PER_IMAGE else cost[key] for key in cost}
+        found = {key: batch * cost[key] if key in PER_IMAGE else cost[key] for key in cost}
+        return {**found, "heads": found["heads"] and found["heads"]._asdict()}
 
     total = {
         key: getattr(found, key)
-        for key in ("parameters", *PER_IMAGE, "training_parameters", "composition_macs")
+        for key in ("parameters", *PER_IMAGE, "training_parameters", "composition_macs", "heads")
     }
     print_json(
         {

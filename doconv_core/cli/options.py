@@ -35,6 +35,19 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
         return found or self.fail(f"{value!r} is no size; write it as 3x3 or 224x224.", param, ctx)
 
 
+class NumbersType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
+    """The type of an option such as `--stages 14-14-14`: integers, one for each stage."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the integers."""
+        found = parse_size(value.replace("-", "x"))
+        return found or self.fail(f"{value!r} is no list; write it as 14-14-14.", param, ctx)
+
+
 class PatternType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
     """The type of an option such as `--kernel-size conv1=3x3`: a glob pattern and a value.
 
