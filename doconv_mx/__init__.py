@@ -20,6 +20,7 @@ from doconv_mx.bsconv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
+from doconv_mx.dgc import DGConv2D, set_progress  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "DGConv2D",
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
@@ -49,6 +51,7 @@ __all__ = [
     "mark_orthonormal",
     "orthonormality_loss",
     "over_parameterize",
+    "set_progress",
     "to_bsconv",
     "verify",
 ]

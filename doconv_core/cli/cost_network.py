@@ -121,11 +121,16 @@ def _totals(found: NetworkCost, batch: int) -> list[tuple[str, Any]]:
     if heads != NO_HEADS:
         totals += [
             ("parameters of the selectors among them", heads.parameters),
-            ("operations by DGC's rule", batch * found.dgc_flops),
+            ("operations by DGC's rule", _plain(batch * found.dgc_flops)),
             ("multiply-accumulates, dropped channels skipped", batch * _skipping(found)),
             ("numbers gathered for that", batch * heads.gathered),
         ]
     return totals
+
+
+def _plain(value: float) -> float:
+    """Return a number without a fraction as an integer."""
+    return int(value) if value == int(value) else value
 
 
 def _skipping(found: NetworkCost) -> int:
