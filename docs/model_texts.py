@@ -153,6 +153,23 @@ expands nothing; V3's squeezed widths are multiples of 8.
         ("mobilenet1.0",),
     ),
     Section(
+        "Dense networks and dynamic group convolutions",
+        """\
+Dense layers of a 1×1 and a grouped 3×3 convolution, whose output is joined to their input, in stages
+of growing width. In a `dydensenet` the 1×1 convolutions are dynamic ones, which keep a quarter of their
+channels, and in a `dyresnet` all but the stem, which keep 0.45; FLOPs and MACs here are those of all
+channels ([what is kept](dgc.md#networks-and-what-they-cost)). Source: arXiv 2007.04242, 1711.09224.
+""",
+        (
+            "dydensenet74",
+            "densenet74",
+            "dyresnet18",
+            "cifar_dydensenet86",
+            "cifar_densenet86",
+            "cifar_dyresnet18",
+        ),
+    ),
+    Section(
         "Tutorial networks",
         """\
 The three small networks that this project's samples train on handwritten digits, from the

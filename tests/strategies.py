@@ -16,6 +16,7 @@ from doconv_core import (
     State,
     TransposedConvSpec,
 )
+from doconv_core.kinds.dgc import DGConvSpec
 from doconv_core.state.layers import CHANNELS_FIRST, KINDS, OWN, UNRECORDED
 
 
@@ -107,6 +108,10 @@ def forms(draw):
     elif kind == "group_norm":
         groups = draw(size)
         spec = GroupNormSpec(groups * draw(size), groups, draw(number))
+    elif kind == "dynamic_heads":
+        heads = draw(size)
+        sizes = heads * draw(st.integers(8, 10)), heads * draw(size), draw(specs()).kernel_size
+        spec = DGConvSpec(*sizes, heads, draw(st.integers(1, 17)), draw(st.floats(0.1, 1)))
     else:
         cls = KINDS[kind]
         types = {"epsilon": number, "momentum": number}

@@ -189,8 +189,8 @@ KINDS: dict[str, type[Any]] = {
     "layer_norm": LayerNormSpec,
     "group_norm": GroupNormSpec,
     "prelu": PReLUSpec,
-    "embedding": EmbeddingSpec,
     "dynamic_heads": DGConvSpec,
+    "embedding": EmbeddingSpec,
 }
 _NAMES = {spec: name for name, spec in KINDS.items()}
 HELD = (
