@@ -330,7 +330,7 @@ def _headline(sample: Sample, options: argparse.Namespace, data: digits.Data) ->
 
 def _versions(sample: Sample) -> dict[str, str]:
     ours = {"python": platform.python_version(), "numpy": np.__version__}
-    return ours | {"doconv": metadata.version("doconv")} | dict(sample.versions)
+    return ours | {"doconv": metadata.version("overconv")} | dict(sample.versions)
 
 
 def _describe_fold(report: Mapping[str, Any]) -> str:

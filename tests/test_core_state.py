@@ -356,7 +356,7 @@ def test_a_supported_framework_is_accepted(monkeypatch, requires, versions):
     [
         (
             None, 'six>=1.1,<2; extra == "tf"', ("tf", "six"),
-            r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"',
+            r'doconv_tf needs six.*not installed\. Install it with: .*pip install "overconv\[tf\]"',
         ),
         (
             None, 'six>=1.1; extra == "fourth"', ("fourth", "six", "doconv-fourth"),

@@ -497,4 +497,4 @@ def test_a_missing_framework_is_named_with_the_extra_to_install(sample, module, 
     hide = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path(sys.argv[1])"
     done = fresh("-c", hide, FOLDER / f"{sample}.py", status=1)
     assert f"ImportError: doconv_{extra} needs {module}" in done.stderr
-    assert f'python -m pip install "doconv[{extra}]"' in done.stderr
+    assert f'python -m pip install "overconv[{extra}]"' in done.stderr

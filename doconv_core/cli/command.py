@@ -367,7 +367,7 @@ def _close_quietly() -> None:
 
 
 @click.group(cls=Doconv, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="doconv", prog_name="doconv", message="%(prog)s %(version)s")
+@click.version_option(package_name="overconv", prog_name="doconv", message="%(prog)s %(version)s")
 def doconv() -> None:
     """Look into, fold, convert and compare the checkpoints of over-parameterized networks.
 
