@@ -39,13 +39,14 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+FILE = r"\((?!https?:|#)([^)#]+)[^)]*\)"  # where a link leads to that is not on an index page
+
+
 def described():
-    """Return README.md with each link to a file here as text, which is where the file is."""
+    """Return README.md with text for each link to a file, and for each picture what it shows."""
     text = Path("README.md").read_text(encoding="utf-8")
-    file = r"\((?!https?:|#)([^)#]+)[^)]*\)"
-    text = re.sub(r"!\[([^]]*)\]" + file, r"\1", text)  # an image is what is said in its place
-    text = re.sub(r"\[([^][]*)\]" + file, lambda m: m[1] if m[1] == m[2] else f"{m[1]} ({m[2]})", text)
-    return text
+    text = re.sub(r"!\[([^]]*)\]" + FILE, r"\1", text)
+    return re.sub(r"\[([^][]*)\]" + FILE, lambda m: m[1] + f" ({m[2]})" * (m[1] != m[2]), text)
 
 
 setup(
