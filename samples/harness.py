@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import needed  # noqa: F401  # first, as it says what to install
+
+# isort: split
 import digits
 import numpy as np
 from safetensors.numpy import save

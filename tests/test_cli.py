@@ -98,9 +98,11 @@ def test_starting_imports_no_framework():
     assert done.stdout.splitlines()[-1] == ""
 
 
-def test_the_installed_script_is_this_command():
-    script = os.path.join(os.path.dirname(sys.executable), "doconv")
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_the_installed_script_is_this_command(way):
+    script = [os.path.join(os.path.dirname(sys.executable), "doconv")]
+    command = script if way == "script" else [sys.executable, "-m", "doconv_core.cli"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"doconv {version('overconv')}\n"
 
 
