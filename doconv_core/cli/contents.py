@@ -14,7 +14,6 @@ from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.options import literal, matches
 from doconv_core.files.checkpoint import Checkpoint, check_finite
 from doconv_core.files.entries import GLUON
-from doconv_core.files.keras_layers import group_of
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
@@ -70,11 +69,11 @@ class Contents:
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
         """What the file tells of each layer beyond its arrays, by name."""
-        nodes = self.checkpoint.nodes or {}
+        nodes, group = self.checkpoint.nodes or {}, self.checkpoint.group
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:
-            form, node = self.forms.get(layer.path), nodes and nodes.get(group_of(layer))
+            form, node = self.forms.get(layer.path), nodes and nodes.get(group(layer))
             if form is not None:
                 found[layer.name] = metadata_of(form)
             elif node:
@@ -88,7 +87,8 @@ class Contents:
         """What the config of a `.keras` file tells of what layers are given, by name."""
         config = self.checkpoint.config
         fed = {} if config is None else fed_layers(config)
-        return {x.name: fed[group_of(x)] for x in self.layers if fed and group_of(x) in fed}
+        told = ((x.name, self.checkpoint.group(x)) for x in self.layers) if fed else ()
+        return {name: fed[group] for name, group in told if group in fed}
 
     def copy_of_model(self, part: str | None) -> list[Layer]:
         """Return the layers of one copy of the model, the first unless another is asked for."""

@@ -92,6 +92,10 @@ class Checkpoint(ABC):
         """The layers in the model's order, as far as that is told."""
         return self.layers
 
+    def group(self, layer: Layer) -> str:
+        """Return the group by which `nodes` has a layer's config."""
+        raise LookupError(f"{self.path} has no groups.")  # nor has it `nodes`
+
     def parameters(self, layer: Layer) -> int:
         """Return how many numbers of the layer are trained; not statistics and the identity."""
         kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
