@@ -20,6 +20,8 @@ from doconv_core.files.layers import (
     IDENTITY,
     LINEAR,
     NORM,
+    OTHER,
+    SLOPES,
     TRANSPOSED,
     D,
     Layer,
@@ -50,6 +52,23 @@ def state_names(layer: Layer) -> dict[str, str]:
 def weights_of(layer: Layer) -> tuple[str, ...]:
     """Return the roles of what a convolution's kernel is made of."""
     return ("weight", *layer.gone) if layer.over_parameterized else OF_W
+
+
+def as_prelus(a: Layer, b: Layer) -> tuple[Layer, Layer]:
+    """Return two layers, the lone weight of one as slopes where the other is a PReLU."""
+    if a.is_prelu == b.is_prelu:
+        return a, b
+    weights = [layer for layer in (a, b) if layer.kind == OTHER and [*layer.entries] == ["weight"]]
+    if len(weights) != 1:
+        return a, b
+    prelu = replace(weights[0], entries={SLOPES: weights[0].entries["weight"]})
+    return (prelu, b) if b.is_prelu else (a, prelu)
+
+
+def slopes_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a PReLU's slopes where Keras does not share them over axes."""
+    several = [n for n in shape if n != 1]
+    return tuple(shape) if len(several) > 1 else (prod(several),)
 
 
 class Contents:
@@ -149,6 +168,8 @@ class Contents:
         shape = entry.shape
         if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
             shape = layer.kernel_shape or shape
+        if role == SLOPES and layer.is_prelu:
+            shape = slopes_of(shape)
 
         def read() -> Array:
             found = self.checkpoint.read(entry.name)

@@ -25,6 +25,7 @@ from doconv_core.files.layers import (
     LINEAR,
     NORM,
     OTHER,
+    SLOPES,
     TRANSPOSED,
     D,
     Layer,
@@ -42,7 +43,7 @@ from doconv_core.state.flattening import KERAS_LAYERS
 MODELS = ("Sequential", "Functional", "Model", "InputLayer")
 D_ENTRY = "depthwise_kernel"
 DIGITS = {str(number) for number in range(10)}  # names of what ordinary layers own
-NOT_A_MODEL = ("optimizer",)
+NOT_A_MODEL = ("optimizer", "metrics")  # the latter in files of Keras 2
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
 
@@ -121,7 +122,8 @@ class KerasLayers:
         for step in group.split("/") if group else []:
             at = _in(at, step)
             if self.is_owner(at):
-                names.append(self._file.attribute(_in(at, "vars"), "name") or step)
+                told = self._nodes.get(at, {"config": {}})["config"].get("name")
+                names.append(self._file.attribute(_in(at, "vars"), "name") or str(told or step))
         return ".".join(names)
 
     def _class(self, group: str) -> str:
@@ -197,6 +199,8 @@ class KerasLayers:
             return Layer(path, OTHER, roles)
         if stem == "batch_normalization":
             return _norm(path, roles, config)
+        if stem == "p_re_lu" and len(roles) == 1:
+            return Layer(path, OTHER, {SLOPES: roles["0"]})
         kind, layout, axes, entries, by_class = STORED.get(stem, Stored(OTHER, "", 0))
         fits = axes in (0, len(first.shape)) and len(roles) in entries and {*roles} <= {"0", "1"}
         if kind == OTHER or not fits or (by_class and not self._is_certain(group)):
