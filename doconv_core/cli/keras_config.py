@@ -123,9 +123,13 @@ class _Walk:
         build = node.get("build_config")
         shape = shape_of(build.get("input_shape")) if isinstance(build, dict) else None
         if shape is not None:
-            values = [v if v.shape is not None else v._replace(shape=shape) for v in values]
+            values = [v if _is_known(v.shape) else v._replace(shape=shape) for v in values]
         group = self._groups.get(id(node), "")
         return [self.trace.call(group, _kind(node), node["config"], values)]
+
+
+def _is_known(shape: Shape | None) -> bool:
+    return shape is not None and None not in shape
 
 
 def _kind(node: Node) -> str:
