@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from checkpoint_files import numbers, refused
-from command_line import doconv
+from command_line import IMPOSSIBLE, doconv
 from equal import assert_close
 from frameworks import need
 from safetensors.numpy import load_file
@@ -86,20 +86,22 @@ def test_weights_alone_are_told_by_lists_and_names(tmp_path):
         assert found["dw"].kernel_shape == (12, 1, 3, 3)
         assert [path for path in found if found[path].over_parameterized] == ["do", "older"]
         assert not checkpoint.ordered  # of nested models, what is frozen comes last
+    error = "w.h5 lists last what is frozen in a layer, and does not tell the order of the model"
+    doconv("verify", file, file, "--match", "order", code=IMPOSSIBLE, error=error)
     fold_checkpoint(file, tmp_path / "f.h5")
     doconv("verify", file, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5") as folded:
         assert list(folded["do"].attrs["weight_names"]) == ["do/kernel:0"]
         assert list(folded["do/do"]) == ["kernel:0"]
     doconv(
-        "convert", file, tmp_path / "w.safetensors", "--flatten", "fc=4x3x3", "--drop", "lstm*",
-        "--drop", "attention*", "--drop", "stats*",
+        "convert", file, tmp_path / "w.safetensors", "--flatten", "fc=4x3x3", "--flatten",
+        "words=no", "--drop", "lstm*", "--drop", "attention*", "--drop", "stats*",
     )  # fmt: skip
     rest = {name: {v: a * 0 for v, a in arrays.items()} for name, arrays in GROUPS.items()
             if name not in ("lstm", "attention", "stats")}  # fmt: skip
     like = write(tmp_path / "like.h5", rest)
     args = ["convert", tmp_path / "w.safetensors", tmp_path / "back.h5", "--like", like]
-    doconv(*args, "--flatten", "fc=4x3x3")
+    doconv(*args, "--flatten", "fc=4x3x3", "--flatten", "words=no")
     with h5py.File(tmp_path / "back.h5") as back:
         for name, arrays in rest.items():
             for variable in arrays:

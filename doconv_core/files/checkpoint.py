@@ -17,7 +17,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Checkpoint(ABC):
 
     format: what kind of file, in words. module: the format's own, of a file that was opened.
     framework: whose names and layouts it has, "PyTorch", "Keras" or "Gluon", or "doconv state".
-    ordered: whether its layers are in the model's order, and not sorted by names. entries: by name,
+    ordered: whether its layers are in the model's order; disorder: how they are otherwise. entries: by name,
     in the file's order. layers: in the order of their first entries. others: what else the file
     holds and a fold carries over as it is, such as "optimizer". unfolded: what of it may be a copy
     of the model nonetheless, and why that is not folded. parts: the copies of the model in it, the
@@ -67,6 +67,8 @@ class Checkpoint(ABC):
     ...     len(checkpoint.entries), checkpoint.parts
     (0, ())
     """
+
+    disorder: ClassVar[str] = "has its layers in the order of their names, not of the model"
 
     path: Path
     format: str = ""

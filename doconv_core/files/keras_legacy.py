@@ -83,6 +83,8 @@ class Found(NamedTuple):
 class KerasLegacyCheckpoint(KerasHdf5Checkpoint):
     """An open HDF5 file of the older kind."""
 
+    disorder = "lists last what is frozen in a layer, and does not tell the order of the model"
+
     def __init__(self, path: Path, file: Hdf5, sizes: Sizes) -> None:
         self.path, self._file = path, file
         self._root = WEIGHTS if WEIGHTS in file.groups else ""
