@@ -239,3 +239,18 @@ def test_long_lists_are_in_parts(tmp_path):
         old.create_group("none").attrs["weight_names"] = np.array([])
     with open_checkpoint(file) as checkpoint:
         assert [layer.path for layer in checkpoint.layers] == ["fc"]
+
+
+def test_a_prelu_goes_from_any_framework_to_any_other(tmp_path):
+    slopes = {"act": {"act/alpha": numbers(1, 1, 4)}}
+    k = write(tmp_path / "k.h5", slopes)
+    g, t, back = tmp_path / "g.params", tmp_path / "t.safetensors", tmp_path / "back.h5"
+    for source, target, *like in ((k, g), (k, t), (t, back, "--like", k)):
+        doconv("convert", source, target, *like)
+        doconv("verify", source, target)
+    assert load_file(t)["act.weight"].shape == (4,)
+    doconv("convert", t, tmp_path / "g2.params", "--like", g)
+    doconv("verify", g, tmp_path / "g2.params")
+    full = write(tmp_path / "full.h5", {"act": {"act/alpha": numbers(5, 5, 4)}})
+    error = r"'act' has a slope for each position, \(5, 5, 4\); PyTorch has one, or .* shared_axes"
+    doconv("convert", full, tmp_path / "f.pt", code=IMPOSSIBLE, error=error)

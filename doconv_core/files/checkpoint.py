@@ -56,9 +56,10 @@ class Checkpoint(ABC):
     framework: whose names and layouts it has, "PyTorch", "Keras" or "Gluon", or "doconv state".
     ordered: whether its layers are in the model's order; disorder: how they are otherwise.
     entries: by name, in the file's order. layers: in the order of their first entries. others: what
-    else the file holds and a fold carries over as it is, such as "optimizer". unfolded: what of it may be a copy
-    of the model nonetheless, and why that is not folded. parts: the copies of the model in it, the
-    main one first; one is named "". forms: of a canonical state, what it tells of its layers, by
+    else the file holds and a fold carries over as it is, such as "optimizer". unfolded: what of it
+    may be a copy of the model nonetheless, and why that is not folded. parts: the copies of the
+    model in it, the main one first; one is named "". forms: of a canonical state, what it tells of
+    its layers, by
     path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of that, each
     layer's, by its group. None of another file.
 
