@@ -1,23 +1,68 @@
-"""What pyproject.toml cannot say: the compiled form of the composition, which is optional.
+"""What pyproject.toml cannot say: the compiled form of the composition, and the index's text.
 
-Where it cannot be compiled, the package is installed without it, and PyTorch's own matrix products
-compute the same.
+The compiled form is optional. Where it cannot be compiled, the package is installed without it, and
+PyTorch's own matrix products compute the same.
 """
 
+import re
 import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+# The limited API, of the oldest Python that is supported, serves all later ones. A Python without
+# the global lock does not have it.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+class Compiled(build_ext):
+    """Compiles the extension; where it cannot be, the distribution is one without it."""
+
+    def run(self):
+        """Compile, and see what came of it."""
+        super().run()
+        if not all(Path(path).exists() for path in self.get_outputs()):
+            self.distribution.ext_modules = self.extensions = []
+
+
+class Wheel(bdist_wheel):
+    """A wheel for one platform where something was compiled, else for every platform."""
+
+    def run(self):
+        """Build first, and name the wheel by what came of it."""
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+FILE = r"\((?!https?:|#)([^)#]+)[^)]*\)"  # where a link leads to that is not on an index page
+
+
+def described():
+    """Return README.md with text for each link to a file, and for each picture what it shows."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^]]*)\]" + FILE, r"\1", text)
+    return re.sub(r"\[([^][]*)\]" + FILE, lambda m: m[1] + f" ({m[2]})" * (m[1] != m[2]), text)
+
 
 setup(
+    long_description=described(),
+    long_description_content_type="text/markdown",
+    cmdclass={"build_ext": Compiled, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False}},
     ext_modules=[
         Extension(
             "doconv_torch._composition",
             ["doconv_torch/_composition.c"],
+            define_macros=[("Py_LIMITED_API", "0x030A0000")] if LIMITED else [],
             extra_compile_args=["-O3", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,
+            py_limited_api=LIMITED,
         )
-    ]
+    ],
 )

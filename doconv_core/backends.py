@@ -25,7 +25,7 @@ def available_backends() -> dict[str, metadata.EntryPoint]:
     return {entry.name: entry for entry in sorted(metadata.entry_points(group=GROUP))}
 
 
-def require_framework(extra: str, module: str, distribution: str = "doconv") -> None:
+def require_framework(extra: str, module: str, distribution: str = "overconv") -> None:
     """Raise ImportError unless `module` is installed in a version that the backend supports.
 
     extra: the extra of `distribution` that installs it; the backend's package is `doconv_<extra>`.

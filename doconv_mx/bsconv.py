@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mxnet as mx
 import numpy as np
@@ -46,6 +46,9 @@ from doconv_mx.ordinary import (
 from doconv_mx.parameter import fill, native, put
 from doconv_mx.surgery import become, copied, fold_layers, remove_parameter, set_parameter
 from doconv_mx.symbols import node_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 # Why a convolution does not become a BSConv, of what Gluon alone has.
 IN_A_SYMBOL = "an operator of a symbol, not a layer"
@@ -181,7 +184,7 @@ class _BSConv(StandIn, nn.HybridSequential):
         bn_options: Mapping[str, Any] | None = None,
         start: str = "weights",
         **sizes: Any,
-    ) -> _BSConv:
+    ) -> Self:
         """Return a new layer to take a trained ordinary convolution's place.
 
         conv: an `ordinary` layer of Gluon's own, exactly, with groups=1. start: "weights" for the

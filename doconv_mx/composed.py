@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import mxnet as mx
 import numpy as np
@@ -40,8 +40,14 @@ from doconv_mx.private import Conv, has_values, make_convolution, settings, shar
 from doconv_mx.surgery import compose_layers, fold_layers
 from doconv_mx.tree import is_replaced
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
-class ComposedConv(StandIn, Conv):
+
+Ordinary = TypeVar("Ordinary", bound=Conv)
+
+
+class ComposedConv(StandIn, Conv, Generic[Ordinary]):
     """What the layers of every composed kind and rank share.
 
     Parameters: the kind's entries, `weight` in the ordinary kernel's shape where it has its size,
@@ -49,6 +55,7 @@ class ComposedConv(StandIn, Conv):
     """
 
     kind: ComposedKind
+    ordinary: type[Ordinary]
     made: tuple[str, ...] = ("_outline",)  # attributes that an ordinary layer lacks
 
     @classmethod
@@ -143,7 +150,7 @@ class ComposedConv(StandIn, Conv):
         contexts(self, f"{type(self).__name__}.composed_kernel")
         return self.compose(mx.nd, {name: p.data(ctx) for name, p in self.entries().items()})
 
-    def fold(self) -> Conv:
+    def fold(self) -> Ordinary:
         """Return a new ordinary convolution with the same function.
 
         It keeps contexts, dtype, names, learning-rate and weight-decay multipliers, activation and
@@ -158,10 +165,11 @@ class ComposedConv(StandIn, Conv):
         check_finite(self, kernels[0])
         requests = [parameter.grad_req for parameter in self.entries().values()]
         trainable = next((r for r in requests if r != "null"), "null")
-        return filled(self.ordinary, self, {}, kernels, trainable)
+        folded: Ordinary = filled(self.ordinary, self, {}, kernels, trainable)
+        return folded
 
     @classmethod
-    def from_conv(cls, conv: Conv, **options: Any) -> Any:
+    def from_conv(cls, conv: Ordinary, **options: Any) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
         conv: an `ordinary` layer of Gluon's own, exactly; its parameters are copied. options: the
@@ -172,7 +180,9 @@ class ComposedConv(StandIn, Conv):
         contexts(conv, f"{cls.__name__}.from_conv")
         spec, weight = cls.kind.spec(spec_of(conv), **options), conv.weight
         given = {name: getattr(spec, name) for name in cls.kind.options}
-        return filled(cls, conv, given, weight.list_data(), weight.grad_req, cls.as_weight)
+        values = weight.list_data(), weight.grad_req
+        made: Self = filled(cls, conv, given, *values, cls.as_weight)
+        return made
 
     def infer_shape(self, x: Any, *_: Any) -> None:
         """Take the number of input channels from the shape of `x`."""
@@ -318,7 +328,7 @@ def _by_weight(
     return list(groups.values()), nodes
 
 
-def check_foldable(layer: ComposedConv) -> None:
+def check_foldable(layer: ComposedConv[Any]) -> None:
     """Raise NotFoldable for a layer that may compute something else than the plain one."""
     cls, plain = type(layer), _base_of(type(layer))
     methods = ("__call__", "forward", "hybrid_forward")
@@ -326,12 +336,12 @@ def check_foldable(layer: ComposedConv) -> None:
         raise NotFoldable(own_method(cls, "forward", PLAIN))
 
 
-def check_finite(layer: ComposedConv, kernel: Any) -> None:
+def check_finite(layer: ComposedConv[Any], kernel: Any) -> None:
     """Raise NotFoldable where a kernel that is composed has an entry that is not finite."""
     if layer.composes() and not np.isfinite(kernel.asnumpy()).all():
         raise NotFoldable(NOT_FINITE)
 
 
-def _base_of(cls: type[ComposedConv]) -> type[ComposedConv]:
+def _base_of(cls: type[ComposedConv[Any]]) -> type[ComposedConv[Any]]:
     """Return what the layers of a kind have in common: the class that names the kind."""
     return next(c for c in cls.__mro__ if "kind" in vars(c))

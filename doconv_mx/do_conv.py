@@ -12,15 +12,14 @@ from mxnet.ndarray import NDArray
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_mx.compose import as_w, compose, grouped, tied
-from doconv_mx.composed import ComposedConv, ComposedLayers
+from doconv_mx.composed import ComposedConv, ComposedLayers, Ordinary
 from doconv_mx.ordinary import is_channels_last
-from doconv_mx.private import Conv
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 
-class _DOConv(ComposedConv):
+class _DOConv(ComposedConv[Ordinary]):
     """What the layers of every rank share.
 
     Parameters: `weight`, W, in the ordinary kernel's shape where `S == M`, else `(O, I/g, S)`, and
@@ -71,7 +70,7 @@ class _DOConv(ComposedConv):
 
     @classmethod
     def from_conv(  # type: ignore[override]  # options by name
-        cls, conv: Conv, *, depth_multiplier: int | None = None
+        cls, conv: Ordinary, *, depth_multiplier: int | None = None
     ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
@@ -83,7 +82,7 @@ class _DOConv(ComposedConv):
         return found
 
 
-class DOConv1D(_DOConv, nn.Conv1D):
+class DOConv1D(_DOConv[nn.Conv1D], nn.Conv1D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv1D`, to be folded into one after training.
 
     `(B, I, W)` becomes `(B, O, W')`; all else is as of `DOConv2D`.
@@ -97,7 +96,7 @@ class DOConv1D(_DOConv, nn.Conv1D):
     ordinary, rank = nn.Conv1D, 1
 
 
-class DOConv2D(_DOConv, nn.Conv2D):
+class DOConv2D(_DOConv[nn.Conv2D], nn.Conv2D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv2D`, to be folded into one after training.
 
     Takes `in_channels` (0: inferred from the first input), then `mxnet.gluon.nn.Conv2D`'s arguments
@@ -118,7 +117,7 @@ class DOConv2D(_DOConv, nn.Conv2D):
     ordinary, rank = nn.Conv2D, 2
 
 
-class DOConv3D(_DOConv, nn.Conv3D):
+class DOConv3D(_DOConv[nn.Conv3D], nn.Conv3D):
     """A depthwise over-parameterized `mxnet.gluon.nn.Conv3D`, to be folded into one after training.
 
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`, or the like for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from mxnet.gluon import Block
 
@@ -16,15 +16,17 @@ from doconv_mx.bsconv import BN_OPTIONS
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.view import View
 
+Model = TypeVar("Model", bound=Block)
+
 
 def over_parameterize(
-    model: Block,
+    model: Model,
     *,
     kind: str = "doconv",
     where: Where = None,
     inplace: bool = False,
     **options: Any,
-) -> Converted:
+) -> Converted[Model]:
     """Make the model's convolutions DO-Conv layers that compute the same; return it and a report.
 
     model: any block; its `nn.Conv1D`, `Conv2D` and `Conv3D` of more than one tap are meant, at any
@@ -57,12 +59,12 @@ def over_parameterize(
 
 
 def fold(
-    model: Block,
+    model: Model,
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Model]:
     """Make the model's DO-Conv and BSConv layers ordinary ones that compute the same; return it and
     a report.
 
@@ -101,7 +103,7 @@ def fold(
 
 
 def to_bsconv(
-    model: Block,
+    model: Model,
     variant: str = "u",
     *,
     kernel_sizes: Any = KERNEL_SIZES,
@@ -112,7 +114,7 @@ def to_bsconv(
     where: Where = None,
     start: str = "weights",
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with BSConvs for its convolutions, and a report of what was done.
 
     Every `nn.Conv1D`, `Conv2D` and `Conv3D`, exactly, with groups=1 and one of the kernel sizes,

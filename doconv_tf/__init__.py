@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(
         f"doconv_tf needs Keras, and Keras needs {error.name}, which is not installed. Install "
-        'Keras with TensorFlow with: python -m pip install "doconv[tf]". (Another backend of '
+        'Keras with TensorFlow with: python -m pip install "overconv[tf]". (Another backend of '
         "Keras is chosen by the environment variable KERAS_BACKEND, and installed by itself.)"
     ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
@@ -50,6 +50,9 @@ from doconv_tf.ordinary import (
 )
 from doconv_tf.orthonormal import Orthonormality, unmark, wide
 from doconv_tf.surgery import become, keep_parts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 _layers = keras.layers
 DEPTHWISE = dict(enumerate(DEPTHWISE_CONVS, 1))  # by the rank
@@ -234,7 +237,7 @@ class _BSConv(StandIn, keras.Sequential):
         bn_options: Mapping[str, Any] | None = None,
         start: str = "weights",
         **sizes: Any,
-    ) -> Any:
+    ) -> Self:
         """Return a new layer, built, to take a trained ordinary convolution's place.
 
         conv: an `ordinary` layer of Keras' own, exactly, built, with groups=1. start: "weights" for
@@ -250,7 +253,7 @@ class _BSConv(StandIn, keras.Sequential):
         options = {"with_bn": with_bn, "bn_options": bn_options, **sizes}
         for name in ("kernel_initializer", "bias_initializer"):
             options[name] = getattr(conv, name)
-        layer = like(conv, cls, options)
+        layer: Self = like(conv, cls, options)
         if start == "weights":
             layer._start_from(conv.kernel)
         for variable in layer.trainable_variables:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import keras
 import numpy as np
@@ -33,6 +33,9 @@ from doconv_tf.ordinary import check_ordinary, is_replaced, like, policy_of, put
 from doconv_tf.refused import Unquantized
 from doconv_tf.surgery import become
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
+
 _ABOUT = ("initializer", "regularizer", "constraint")
 _NAMES: Mapping[str, str] = MappingProxyType({})
 # Why a constraint of the kernel cannot be kept: whatever it asks of one weight, such as a sign or a
@@ -42,7 +45,10 @@ ONE_WEIGHT = (
 )
 
 
-class ComposedConv(StandIn, Unquantized):
+Ordinary = TypeVar("Ordinary", bound=keras.Layer)
+
+
+class ComposedConv(StandIn, Unquantized, Generic[Ordinary]):
     """What the layers of every composed kind share, to stand before the ordinary layer.
 
     Its constructor takes the ordinary layer's arguments, and by keyword the kind's options, and
@@ -58,6 +64,7 @@ class ComposedConv(StandIn, Unquantized):
     """
 
     kind: ComposedKind
+    ordinary: type[Ordinary]
     layout = "*IO"
     kernel_name = "kernel"
     option_names = attributes = stored = _NAMES
@@ -228,7 +235,7 @@ class ComposedConv(StandIn, Unquantized):
         }
         return {"weight": kernel, **constants}
 
-    def fold(self) -> Any:
+    def fold(self) -> Ordinary:
         """Return a new ordinary layer, built, with the same function.
 
         It keeps name, dtype policy and configuration. Its kernel is trainable where one of what it
@@ -240,7 +247,7 @@ class ComposedConv(StandIn, Unquantized):
         composed = self.composed_kernel()
         if len(self.entries()) > 1 and not bool(ops.all(ops.isfinite(composed))):
             raise NotFoldable(NOT_FINITE)
-        layer = like(self, self.ordinary)
+        layer: Ordinary = like(self, self.ordinary)
         kernel = getattr(layer, self.kernel_name)
         put(kernel, composed)
         kernel.trainable = any(variable.trainable for variable in self.entries().values())
@@ -256,7 +263,7 @@ class ComposedConv(StandIn, Unquantized):
         self._require_built()
 
     @classmethod
-    def from_conv(cls, conv: Any, **options: Any) -> Any:
+    def from_conv(cls, conv: Ordinary, **options: Any) -> Self:
         """Return a new layer, built, with the function of a trained ordinary layer.
 
         conv: an `ordinary` layer of Keras' own, exactly, and built; its variables are copied, and
@@ -266,7 +273,7 @@ class ComposedConv(StandIn, Unquantized):
         else. Raises ValueError if it is not built.
         """
         check_ordinary(cls, conv)
-        layer = like(conv, cls, options)
+        layer: Self = like(conv, cls, options)
         kernel = getattr(conv, cls.kernel_name)
         started, entries = cls.start(kernel, layer.spec), layer.entries()
         for name, variable in entries.items():

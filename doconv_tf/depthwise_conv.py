@@ -8,12 +8,12 @@ from typing import Any
 import keras
 
 from doconv_core.maths.spec import ConvSpec, as_depth_multiplier
-from doconv_tf.composed import ComposedConv, ComposedLayers
+from doconv_tf.composed import ComposedConv, ComposedLayers, Ordinary
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D
 from doconv_tf.over_parameterized import OverParameterized
 
 
-class _Depthwise(OverParameterized):
+class _Depthwise(OverParameterized[Ordinary]):
     """What all of them share: the names of their arguments, and groups of one channel each."""
 
     layout = "*CN"
@@ -32,7 +32,7 @@ class _Depthwise(OverParameterized):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
+class DODepthwiseConv1D(_Depthwise[keras.layers.DepthwiseConv1D], keras.layers.DepthwiseConv1D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv1D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv1D`'s arguments, and by keyword only those of D as in
@@ -53,7 +53,7 @@ class DODepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DODepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
+class DODepthwiseConv2D(_Depthwise[keras.layers.DepthwiseConv2D], keras.layers.DepthwiseConv2D):
     """A depthwise over-parameterized `keras.layers.DepthwiseConv2D`, to be folded into one.
 
     Takes `keras.layers.DepthwiseConv2D`'s arguments. There `depth_multiplier` already is the number
@@ -79,7 +79,7 @@ class DODepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
     ordinary, rank = keras.layers.DepthwiseConv2D, 2
 
 
-class _DOSeparableConv(_Depthwise):
+class _DOSeparableConv(_Depthwise[Ordinary]):
     """What `DOSeparableConv1D` and `DOSeparableConv2D` share.
 
     The depthwise kernel is composed; the pointwise kernel has one tap, and is a plain variable.
@@ -101,7 +101,9 @@ class _DOSeparableConv(_Depthwise):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DOSeparableConv1D(_DOSeparableConv, keras.layers.SeparableConv1D):
+class DOSeparableConv1D(
+    _DOSeparableConv[keras.layers.SeparableConv1D], keras.layers.SeparableConv1D
+):
     """A `keras.layers.SeparableConv1D` with an over-parameterized depthwise part, to be folded.
 
     Takes `keras.layers.SeparableConv1D`'s arguments, and by keyword only those of D as in
@@ -124,7 +126,9 @@ class DOSeparableConv1D(_DOSeparableConv, keras.layers.SeparableConv1D):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DOSeparableConv2D(_DOSeparableConv, keras.layers.SeparableConv2D):
+class DOSeparableConv2D(
+    _DOSeparableConv[keras.layers.SeparableConv2D], keras.layers.SeparableConv2D
+):
     """A `keras.layers.SeparableConv2D` with an over-parameterized depthwise part, to be folded.
 
     Takes `keras.layers.SeparableConv2D`'s arguments, and by keyword only those of D as in

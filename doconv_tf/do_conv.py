@@ -6,17 +6,18 @@ from types import MappingProxyType
 
 import keras
 
+from doconv_tf.composed import Ordinary
 from doconv_tf.over_parameterized import OverParameterized
 
 
-class _DOConv(OverParameterized):
+class _DOConv(OverParameterized[Ordinary]):
     """What `DOConv1D`, `DOConv2D` and `DOConv3D` share: the names of D's arguments."""
 
     prefixes = MappingProxyType({"weight": "kernel", "depthwise_weight": "depthwise"})
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DOConv1D(_DOConv, keras.layers.Conv1D):
+class DOConv1D(_DOConv[keras.layers.Conv1D], keras.layers.Conv1D):
     """A depthwise over-parameterized `keras.layers.Conv1D`, to be folded into one after training.
 
     Takes `keras.layers.Conv1D`'s arguments, of which the initializer and regularizer of the kernel
@@ -43,7 +44,7 @@ class DOConv1D(_DOConv, keras.layers.Conv1D):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DOConv2D(_DOConv, keras.layers.Conv2D):
+class DOConv2D(_DOConv[keras.layers.Conv2D], keras.layers.Conv2D):
     """A depthwise over-parameterized `keras.layers.Conv2D`, to be folded into one after training.
 
     Takes `keras.layers.Conv2D`'s arguments, and by keyword only those of D as in `DOConv1D`:
@@ -65,7 +66,7 @@ class DOConv2D(_DOConv, keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class DOConv3D(_DOConv, keras.layers.Conv3D):
+class DOConv3D(_DOConv[keras.layers.Conv3D], keras.layers.Conv3D):
     """A depthwise over-parameterized `keras.layers.Conv3D`, to be folded into one after training.
 
     Takes `keras.layers.Conv3D`'s arguments, and by keyword only those of D as in `DOConv1D`:

@@ -7,7 +7,7 @@ functional model's graph, in lists and attributes, in wrappers or by several mod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -20,15 +20,17 @@ from doconv_tf.bsconv import BN_OPTIONS
 from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.view import View
 
+Model = TypeVar("Model", bound=keras.Layer)
+
 
 def over_parameterize(
-    model: keras.Layer,
+    model: Model,
     *,
     kind: str = "doconv",
     where: Where = None,
     inplace: bool = False,
     **options: Any,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with DO layers for its convolutions, and a report of what was done.
 
     model: functional, sequential, subclassed, or any layer; built. Its layers that are exactly
@@ -67,12 +69,12 @@ def over_parameterize(
 
 
 def fold(
-    model: keras.Layer,
+    model: Model,
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with ordinary layers for its DO and BSConv layers, and a report.
 
     Every DO layer becomes exactly the Keras layer that it stands in for, with the composed kernel;
@@ -111,7 +113,7 @@ def fold(
 
 
 def to_bsconv(
-    model: keras.Layer,
+    model: Model,
     variant: str = "u",
     *,
     kernel_sizes: Any = KERNEL_SIZES,
@@ -122,7 +124,7 @@ def to_bsconv(
     where: Where = None,
     start: str = "weights",
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with BSConvs for its convolutions, and a report of what was done.
 
     Every `keras.layers.Conv1D`, `Conv2D` and `Conv3D`, exactly, with groups=1 and one of the kernel

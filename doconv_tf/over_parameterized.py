@@ -9,7 +9,7 @@ from typing import Any
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_tf.compose import as_weight, compose
-from doconv_tf.composed import ComposedConv
+from doconv_tf.composed import ComposedConv, Ordinary
 
 # D's variable in every layer, of which `depthwise_kernel` would be a separable one's kernel.
 D_NAME = "d_kernel"
@@ -18,7 +18,7 @@ D_NAME = "d_kernel"
 D_ENTRY = "depthwise_kernel"
 
 
-class OverParameterized(ComposedConv):
+class OverParameterized(ComposedConv[Ordinary]):
     """What the DO layers share, to stand before the ordinary layer.
 
     Variables: `_kernel`, W, in the ordinary kernel's shape where `S == M`; `depthwise_kernel`, D,

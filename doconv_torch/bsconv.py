@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import numpy as np
 import torch
@@ -36,9 +36,12 @@ from doconv_core.models.view import Folding, ModelView, Site
 from doconv_torch import ordinary
 from doconv_torch.arguments import StandIn
 from doconv_torch.batchnorm import norm_obstacle
-from doconv_torch.composed import ComposedConv, check_ordinary
+from doconv_torch.composed import ComposedConv, Ordinary, check_ordinary
 from doconv_torch.ordinary import HOOKS, is_bound, kind_of, spec_of
 from doconv_torch.surgery import become, ordinary_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 BN_OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
 _SIZES = ("in_channels", "out_channels", "kernel_size")
@@ -51,14 +54,14 @@ def _of(owner: str, name: str) -> property:
     )
 
 
-class _BSConv(StandIn, nn.Sequential):
+class _BSConv(StandIn, nn.Sequential, Generic[Ordinary]):
     """What the layers of every rank and variant share.
 
     A sequence of ordinary layers, named as `spec.names` says; stride, padding, dilation and bias
     are the depthwise one's. Each rank names the ordinary layer it stands in for, and batch norm.
     """
 
-    ordinary: type[Any]
+    ordinary: type[Ordinary]
     norm: type[_BatchNorm]
     rank: int
     variant: str
@@ -85,7 +88,8 @@ class _BSConv(StandIn, nn.Sequential):
         if not isinstance(padding, str):
             as_tuple("padding", padding, rank, least=0)
         options = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
-        ordinary, channels = self.ordinary, spec.in_channels
+        ordinary: Any = self.ordinary
+        channels = spec.in_channels
         made: OrderedDict[str, nn.Module] = OrderedDict()
         for part in spec.parts:
             if isinstance(part, PartNorm):
@@ -124,6 +128,12 @@ class _BSConv(StandIn, nn.Sequential):
         kernel: Tensor = (pw.reshape(*pw.shape, *(1,) * self.rank) * dw).to(dw.dtype)
         return kernel
 
+    @overload
+    def fold(self, *, form: Literal["keep", "merge"] = "keep") -> nn.Sequential: ...
+    @overload
+    def fold(self, *, form: Literal["dense"]) -> Ordinary: ...
+    @overload
+    def fold(self, *, form: str) -> nn.Module: ...
     def fold(self, *, form: str = "keep") -> nn.Module:
         """Return new ordinary layers with the same function.
 
@@ -141,13 +151,13 @@ class _BSConv(StandIn, nn.Sequential):
     @classmethod
     def from_conv(
         cls,
-        conv: _ConvNd,
+        conv: Ordinary,
         *,
         with_bn: bool = False,
         bn_options: Mapping[str, Any] | None = None,
         start: str = "weights",
         **sizes: Any,
-    ) -> _BSConv:
+    ) -> Self:
         """Return a new layer to take a trained ordinary convolution's place.
 
         conv: an `ordinary` layer of PyTorch's own, exactly, with groups=1. start: "weights" for the
@@ -178,7 +188,7 @@ class _BSConv(StandIn, nn.Sequential):
         for name, parameter in layer.named_parameters():
             if name != "depthwise.bias":
                 parameter.requires_grad_(weight.requires_grad)
-        made: _BSConv = layer.to(memory_format=_memory_format(weight)).train(conv.training)
+        made: Self = layer.to(memory_format=_memory_format(weight)).train(conv.training)
         return made
 
     @torch.no_grad()
@@ -202,7 +212,7 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
     return torch.preserve_format
 
 
-class _BSConvU(_BSConv):
+class _BSConvU(_BSConv[Ordinary]):
     """BSConv-U: `pointwise`, [`batch_norm`], `depthwise`."""
 
     variant = "u"
@@ -231,7 +241,7 @@ class _BSConvU(_BSConv):
         self._make(conv, bn_options, with_bn=with_bn)
 
 
-class _BSConvS(_BSConv):
+class _BSConvS(_BSConv[Ordinary]):
     """BSConv-S: `pointwise1`, [`batch_norm1`], `pointwise2`, [`batch_norm2`], `depthwise`."""
 
     variant = "s"
@@ -262,7 +272,7 @@ class _BSConvS(_BSConv):
         self._make(conv, bn_options, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn)
 
 
-class BSConvU1d(_BSConvU):
+class BSConvU1d(_BSConvU[nn.Conv1d]):
     """As `BSConvU2d`, in the place of a `torch.nn.Conv1d`.
 
     `(B, I, L)` becomes `(B, O, L')`.
@@ -277,7 +287,7 @@ class BSConvU1d(_BSConvU):
     ordinary, norm, rank = nn.Conv1d, nn.BatchNorm1d, 1
 
 
-class BSConvU2d(_BSConvU):
+class BSConvU2d(_BSConvU[nn.Conv2d]):
     """An unconstrained blueprint separable convolution, in the place of a `torch.nn.Conv2d`.
 
     Takes `torch.nn.Conv2d`'s arguments, with groups=1; `with_bn`, a batch norm behind the pointwise
@@ -296,7 +306,7 @@ class BSConvU2d(_BSConvU):
     ordinary, norm, rank = nn.Conv2d, nn.BatchNorm2d, 2
 
 
-class BSConvU3d(_BSConvU):
+class BSConvU3d(_BSConvU[nn.Conv3d]):
     """As `BSConvU2d`, in the place of a `torch.nn.Conv3d`.
 
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
@@ -311,7 +321,7 @@ class BSConvU3d(_BSConvU):
     ordinary, norm, rank = nn.Conv3d, nn.BatchNorm3d, 3
 
 
-class BSConvS1d(_BSConvS):
+class BSConvS1d(_BSConvS[nn.Conv1d]):
     """As `BSConvS2d`, in the place of a `torch.nn.Conv1d`.
 
     `(B, I, L)` becomes `(B, O, L')`.
@@ -326,7 +336,7 @@ class BSConvS1d(_BSConvS):
     ordinary, norm, rank = nn.Conv1d, nn.BatchNorm1d, 1
 
 
-class BSConvS2d(_BSConvS):
+class BSConvS2d(_BSConvS[nn.Conv2d]):
     """A subspace blueprint separable convolution, in the place of a `torch.nn.Conv2d`.
 
     Takes `torch.nn.Conv2d`'s arguments, with groups=1; `p` and `min_mid_channels`, which give the
@@ -346,7 +356,7 @@ class BSConvS2d(_BSConvS):
     ordinary, norm, rank = nn.Conv2d, nn.BatchNorm2d, 2
 
 
-class BSConvS3d(_BSConvS):
+class BSConvS3d(_BSConvS[nn.Conv3d]):
     """As `BSConvS2d`, in the place of a `torch.nn.Conv3d`.
 
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.

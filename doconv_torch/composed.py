@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,10 @@ READ_IN_FORWARD = (
 )
 
 
-class ComposedConv(StandIn, _ConvNd):
+Ordinary = TypeVar("Ordinary", bound=_ConvNd)
+
+
+class ComposedConv(StandIn, _ConvNd, Generic[Ordinary]):
     """What the layers of every composed kind and rank share.
 
     Each rank names the ordinary layer it stands in for. Parameters: the kind's entries, `weight` in
@@ -52,7 +55,7 @@ class ComposedConv(StandIn, _ConvNd):
     """
 
     kind: ComposedKind
-    ordinary: type[_ConvNd]
+    ordinary: type[Ordinary]
     rank: int
     spec: Any
 
@@ -129,7 +132,7 @@ class ComposedConv(StandIn, _ConvNd):
         }
         return {"weight": kernel, **constants}
 
-    def fold(self) -> _ConvNd:
+    def fold(self) -> Ordinary:
         """Return a new ordinary convolution with the same function.
 
         It keeps device, dtype, mode and memory format. Its weight is trainable where one of what it
@@ -146,11 +149,11 @@ class ComposedConv(StandIn, _ConvNd):
             _check_finite(entries, kernel)
             if len(entries) == 1 or type(self).composed_kernel is not _base(self).composed_kernel:
                 kernel = kernel.clone()  # else it is a new tensor, of nobody's
-            folded: _ConvNd = filled(self.ordinary, self, {}, weight=(kernel, trainable))
+            folded: Ordinary = filled(self.ordinary, self, {}, weight=(kernel, trainable))
         return folded.train(self.training)
 
     @classmethod
-    def from_conv(cls, conv: _ConvNd, **options: Any) -> Any:
+    def from_conv(cls, conv: Ordinary, **options: Any) -> Any:
         """Return a new layer with the function of a trained ordinary convolution.
 
         conv: an `ordinary` layer of PyTorch's own, exactly; its parameters are copied. options: the
@@ -232,7 +235,9 @@ class ComposedLayers(composed.ComposedLayers):
         ]
 
 
-def _started(cls: type[ComposedConv], kernel: nn.Parameter, spec: Any) -> dict[str, nn.Parameter]:
+def _started(
+    cls: type[ComposedConv[Any]], kernel: nn.Parameter, spec: Any
+) -> dict[str, nn.Parameter]:
     """Return the parameters of a layer with this kernel, which itself is W where it can be."""
     found: dict[str, nn.Parameter] = {}
     detached = kernel.detach()
@@ -305,12 +310,12 @@ def _into_w(layer: Any, folded: Any, held: Owners) -> Any:
     return weight.requires_grad_(folded.requires_grad)
 
 
-def _base_of(cls: type[ComposedConv]) -> type[ComposedConv]:
+def _base_of(cls: type[ComposedConv[Any]]) -> type[ComposedConv[Any]]:
     """Return what the layers of a kind have in common: the class that names the kind."""
     return next(c for c in cls.__mro__ if "kind" in vars(c))
 
 
-def _base(layer: ComposedConv) -> type[ComposedConv]:
+def _base(layer: ComposedConv[Any]) -> type[ComposedConv[Any]]:
     return _base_of(type(layer))
 
 
@@ -333,7 +338,7 @@ def check_ordinary(cls: Any, conv: Any) -> None:
         )
 
 
-def check_foldable(layer: ComposedConv) -> None:
+def check_foldable(layer: ComposedConv[Any]) -> None:
     """Raise NotFoldable, with the reason, where the ordinary layer would compute something else."""
     cls, own = type(layer), vars(layer)
     trusted = _base(layer)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_torch.compose import as_weight
-from doconv_torch.composed import ComposedConv, ComposedLayers
+from doconv_torch.composed import ComposedConv, ComposedLayers, Ordinary
 from doconv_torch.convolve import convolve, form_for
 from doconv_torch.kernel_cache import composed, composed_anew, may_reuse
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # of `typing` from Python 3.11 on
 
 
-class _DOConv(ComposedConv):
+class _DOConv(ComposedConv[Ordinary]):
     """What the layers of every rank share.
 
     Parameters: `weight`, W, in the ordinary kernel's shape where `S == M`, else `(O, I/g, S)`;
@@ -78,7 +77,7 @@ class _DOConv(ComposedConv):
         """Return the W that a kernel becomes, and D of zeros where there is one."""
         return {**super().start(kernel, spec), "weight": as_weight(kernel, spec)}
 
-    def fold(self) -> _ConvNd:
+    def fold(self) -> Ordinary:
         """Return a new ordinary convolution with the same function.
 
         It keeps device, dtype, mode and memory format. Its weight is trainable where W or D is.
@@ -91,7 +90,7 @@ class _DOConv(ComposedConv):
 
     @classmethod
     def from_conv(  # type: ignore[override]  # options by name
-        cls, conv: _ConvNd, *, depth_multiplier: int | None = None
+        cls, conv: Ordinary, *, depth_multiplier: int | None = None
     ) -> Self:
         """Return a new layer with the function of a trained ordinary convolution.
 
@@ -109,7 +108,7 @@ class _DOConv(ComposedConv):
         return f"{plain}, depth_multiplier={self.spec.depth_multiplier}"
 
 
-class DOConv1d(_DOConv, nn.Conv1d):
+class DOConv1d(_DOConv[nn.Conv1d], nn.Conv1d):
     """A depthwise over-parameterized `torch.nn.Conv1d`, to be folded into one after training.
 
     Takes `torch.nn.Conv1d`'s arguments, and `depth_multiplier`, S: an integer of at least the
@@ -127,7 +126,7 @@ class DOConv1d(_DOConv, nn.Conv1d):
     ordinary, rank = nn.Conv1d, 1
 
 
-class DOConv2d(_DOConv, nn.Conv2d):
+class DOConv2d(_DOConv[nn.Conv2d], nn.Conv2d):
     """A depthwise over-parameterized `torch.nn.Conv2d`, to be folded into one after training.
 
     Takes `torch.nn.Conv2d`'s arguments, and `depth_multiplier`, S: an integer of at least the
@@ -145,7 +144,7 @@ class DOConv2d(_DOConv, nn.Conv2d):
     ordinary, rank = nn.Conv2d, 2
 
 
-class DOConv3d(_DOConv, nn.Conv3d):
+class DOConv3d(_DOConv[nn.Conv3d], nn.Conv3d):
     """A depthwise over-parameterized `torch.nn.Conv3d`, to be folded into one after training.
 
     Takes `torch.nn.Conv3d`'s arguments, and `depth_multiplier`, S: an integer of at least the

@@ -8,7 +8,7 @@ kept, that holds on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -20,20 +20,23 @@ from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_torch import former_parameters
 from doconv_torch.bsconv import BN_OPTIONS
+from doconv_torch.composed import ComposedConv, Ordinary
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.surgery import ordinary_tensors
 from doconv_torch.verify import verify
 from doconv_torch.view import View
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def over_parameterize(
-    model: nn.Module,
+    model: Model,
     *,
     kind: str = "doconv",
     where: Where = None,
     inplace: bool = False,
     **options: Any,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with DO layers for its convolutions, and a report of what was done.
 
     Every `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, exactly, of more than one tap becomes the DO
@@ -74,13 +77,29 @@ def over_parameterize(
     return converted
 
 
+@overload  # a layer itself becomes another
 def fold(
-    model: nn.Module,
+    model: ComposedConv[Ordinary],
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Ordinary]: ...
+@overload
+def fold(
+    model: Model,
+    *,
+    form: str | Mapping[str, str] | None = None,
+    fuse_batchnorm: bool = False,
+    inplace: bool = False,
+) -> Converted[Model]: ...
+def fold(
+    model: Model,
+    *,
+    form: str | Mapping[str, str] | None = None,
+    fuse_batchnorm: bool = False,
+    inplace: bool = False,
+) -> Converted[Any]:
     """Return the model with ordinary convolutions for its DO and BSConv layers, and a report.
 
     Every DO layer becomes a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, exactly, with the composed
@@ -123,9 +142,20 @@ def fold(
         )
 
 
+@overload
 def deploy(
-    model: nn.Module, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
-) -> Converted:
+    model: ComposedConv[Ordinary],
+    inputs: Any = None,
+    *,
+    form: str | Mapping[str, str] | None = None,
+) -> Converted[Ordinary]: ...
+@overload
+def deploy(
+    model: Model, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted[Model]: ...
+def deploy(
+    model: Model, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted[Any]:
     """Return a copy of a trained model as it is to be deployed, and a report of what was done.
 
     In the order that is right: `fold`; then the model's own methods `fuse`, `reparameterize` and
@@ -153,7 +183,7 @@ def deploy(
 
 
 def to_bsconv(
-    model: nn.Module,
+    model: Model,
     variant: str = "u",
     *,
     kernel_sizes: Any = KERNEL_SIZES,
@@ -164,7 +194,7 @@ def to_bsconv(
     where: Where = None,
     start: str = "weights",
     inplace: bool = False,
-) -> Converted:
+) -> Converted[Model]:
     """Return the model with BSConvs for its convolutions, and a report of what was done.
 
     Every `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, exactly, with groups=1 and one of the kernel

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever Keras' own settings say
 
+import needed  # noqa: F401  # first, as it says what to install
+
+# isort: split
 import compare_core
 import compare_files
 import numpy as np

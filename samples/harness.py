@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import needed  # noqa: F401  # first, as it says what to install
+
+# isort: split
 import digits
 import numpy as np
 from safetensors.numpy import save
@@ -330,7 +333,7 @@ def _headline(sample: Sample, options: argparse.Namespace, data: digits.Data) ->
 
 def _versions(sample: Sample) -> dict[str, str]:
     ours = {"python": platform.python_version(), "numpy": np.__version__}
-    return ours | {"doconv": metadata.version("doconv")} | dict(sample.versions)
+    return ours | {"doconv": metadata.version("overconv")} | dict(sample.versions)
 
 
 def _describe_fold(report: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ def test_help_shows_every_subcommand_with_an_example():
 
 
 def test_version():
-    assert doconv("--version").stdout == f"doconv {version('doconv')}\n"
+    assert doconv("--version").stdout == f"doconv {version('overconv')}\n"
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,12 @@ def test_starting_imports_no_framework():
     assert done.stdout.splitlines()[-1] == ""
 
 
-def test_the_installed_script_is_this_command():
-    script = os.path.join(os.path.dirname(sys.executable), "doconv")
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"doconv {version('doconv')}\n"
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_the_installed_script_is_this_command(way):
+    script = [os.path.join(os.path.dirname(sys.executable), "doconv")]
+    command = script if way == "script" else [sys.executable, "-m", "doconv_core.cli"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"doconv {version('overconv')}\n"
 
 
 def test_an_error_of_its_own_keeps_its_traceback(monkeypatch):

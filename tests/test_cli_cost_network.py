@@ -178,7 +178,9 @@ def test_a_plot_in_no_folder(tmp_path):
 
 def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    message = r"--plot needs matplotlib, which is not installed.*pip install \"doconv\[samples\]\""
+    message = (
+        r"--plot needs matplotlib, which is not installed.*pip install \"overconv\[samples\]\""
+    )
     args = ("cost", "tutorial_pt", "--plot", tmp_path / "cost.png")
     doconv(*args, code=MISSING, error=message)
     assert not list(tmp_path.iterdir())

@@ -115,8 +115,11 @@ def test_what_becomes_an_image_is_refused(keras, tmp_path):
 def test_what_cannot_be_reordered_is_refused(keras, tmp_path):
     layers = keras.layers
     model = keras.Sequential(
-        [keras.Input((4, 4, 3)), layers.Conv2D(2, 1), layers.Flatten(), layers.PReLU(name="act")]
-    )
+        [
+            keras.Input((4, 4, 3)), layers.Conv2D(2, 1), layers.Flatten(),
+            layers.EinsumDense("ab,bc->ac", 3, name="act"),
+        ]
+    )  # fmt: skip
     model.save(tmp_path / "in.keras")
     error = "layer 'act' is behind a flattened image, and its numbers cannot be reordered here"
     args = ["convert", tmp_path / "in.keras", tmp_path / "out.safetensors", "--keep", "*"]

@@ -275,12 +275,6 @@ def test_damaged_compressed_data_is_refused(weights):
     refused(weights, r"'layers/do_conv2d/vars/0' is damaged", CheckpointError)
 
 
-def test_files_of_the_older_kind_are_not_misread(tmp_path):
-    functional().save(tmp_path / "old.h5")
-    with pytest.raises(CheckpointError, match="older kind, with an over-parameterized layer"):
-        open_checkpoint(tmp_path / "old.h5")
-
-
 def test_weights_and_assets_are_compared_with_their_check_sums(file):
     model = functional()
     model.save(file)

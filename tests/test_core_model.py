@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -110,8 +112,11 @@ def test_a_report_of_nothing():
 
 def test_converted_unpacks():
     report = Report("folded", (), (), 1, 1)
-    model, found = Converted("model", report)
-    assert (model, found) == ("model", report)
+    converted = Converted("model", report)
+    model, found = converted
+    assert (model, found) == ("model", report) == converted
+    assert Converted[str](model="model", report=report) == converted
+    assert type(pickle.loads(pickle.dumps(converted))) is Converted
 
 
 def test_the_largest_difference_of_several_outputs():

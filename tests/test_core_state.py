@@ -294,6 +294,9 @@ def test_what_is_no_state_is_not_written(tmp_path):
             write_state(first, file)
     with pytest.raises(FileNotFoundError, match=r"the folder .*missing of .* does not exist"):
         write_state(State({}, {}), tmp_path / "missing" / file.name)
+    for name in ("a.pt", "a.keras", "a.h5", "a.params", "a.safetensors.index.json"):
+        with pytest.raises(ValueError, match=rf"{name} would be a safetensors file .*says a \w+"):
+            write_state(State({}, {}), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -356,7 +359,7 @@ def test_a_supported_framework_is_accepted(monkeypatch, requires, versions):
     [
         (
             None, 'six>=1.1,<2; extra == "tf"', ("tf", "six"),
-            r'doconv_tf needs six.*not installed\. Install it with: .*pip install "doconv\[tf\]"',
+            r'doconv_tf needs six.*not installed\. Install it with: .*pip install "overconv\[tf\]"',
         ),
         (
             None, 'six>=1.1; extra == "fourth"', ("fourth", "six", "doconv-fourth"),

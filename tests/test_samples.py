@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -497,4 +498,12 @@ def test_a_missing_framework_is_named_with_the_extra_to_install(sample, module, 
     hide = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path(sys.argv[1])"
     done = fresh("-c", hide, FOLDER / f"{sample}.py", status=1)
     assert f"ImportError: doconv_{extra} needs {module}" in done.stderr
-    assert f'python -m pip install "doconv[{extra}]"' in done.stderr
+    assert f'python -m pip install "overconv[{extra}]"' in done.stderr
+
+
+@pytest.mark.parametrize("program", ["harness", "compare"])
+def test_what_the_samples_need_is_named_with_the_extra_to_install(program):
+    hide = "import sys; sys.modules['tqdm'] = None; sys.path.insert(0, sys.argv[1]); "
+    done = fresh("-c", f"{hide}import {program}", FOLDER, status=1)
+    told = 'ImportError: the samples need tqdm, .*python -m pip install "overconv\\[samples\\]"'
+    assert re.search(told, done.stderr)

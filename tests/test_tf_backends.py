@@ -103,4 +103,4 @@ def test_a_missing_backend_is_named_with_what_to_install(backend):
     need("tf")
     told = run(backend, "-c", WITHOUT.format(missing=backend)).stdout
     assert f"Keras needs {backend}, which is not installed" in told
-    assert 'python -m pip install "doconv[tf]"' in told
+    assert 'python -m pip install "overconv[tf]"' in told

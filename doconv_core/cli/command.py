@@ -26,8 +26,6 @@ from doconv_core.cli.options import KernelSizes, literal
 from doconv_core.files.checkpoint import (
     Checkpoint,
     Format,
-    SuffixError,
-    check_suffix,
     open_checkpoint,
 )
 from doconv_core.files.entries import AllowError, CheckpointError
@@ -36,6 +34,7 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import Report, place
 from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError
+from doconv_core.suffixes import SuffixError, check_suffix
 
 DIFFERENT: Final = 1
 USAGE: Final = 2
@@ -136,7 +135,7 @@ def opened(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str] = ()) -> 
 def check_form(target: Path, form: Format) -> None:
     """Raise UsageError where the suffix of `target` says another format than is written."""
     try:
-        check_suffix(target, form)
+        check_suffix(target, form.NAME, form.SUFFIXES)
     except SuffixError as error:
         raise click.UsageError(str(error)) from None
 
@@ -367,7 +366,7 @@ def _close_quietly() -> None:
 
 
 @click.group(cls=Doconv, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="doconv", prog_name="doconv", message="%(prog)s %(version)s")
+@click.version_option(package_name="overconv", prog_name="doconv", message="%(prog)s %(version)s")
 def doconv() -> None:
     """Look into, fold, convert and compare the checkpoints of over-parameterized networks.
 

@@ -14,13 +14,14 @@ from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.options import literal, matches
 from doconv_core.files.checkpoint import Checkpoint, check_finite
 from doconv_core.files.entries import GLUON
-from doconv_core.files.keras_layers import group_of
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
     IDENTITY,
     LINEAR,
     NORM,
+    OTHER,
+    SLOPES,
     TRANSPOSED,
     D,
     Layer,
@@ -53,6 +54,23 @@ def weights_of(layer: Layer) -> tuple[str, ...]:
     return ("weight", *layer.gone) if layer.over_parameterized else OF_W
 
 
+def as_prelus(a: Layer, b: Layer) -> tuple[Layer, Layer]:
+    """Return two layers, the lone weight of one as slopes where the other is a PReLU."""
+    if a.is_prelu == b.is_prelu:
+        return a, b
+    weights = [layer for layer in (a, b) if layer.kind == OTHER and [*layer.entries] == ["weight"]]
+    if len(weights) != 1:
+        return a, b
+    prelu = replace(weights[0], entries={SLOPES: weights[0].entries["weight"]})
+    return (prelu, b) if b.is_prelu else (a, prelu)
+
+
+def slopes_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a PReLU's slopes where Keras does not share them over axes."""
+    several = [n for n in shape if n != 1]
+    return tuple(shape) if len(several) > 1 else (prod(several),)
+
+
 class Contents:
     """An open file, of which each thing is looked at once.
 
@@ -70,11 +88,11 @@ class Contents:
     @cached_property
     def metadata(self) -> dict[str, Metadata]:
         """What the file tells of each layer beyond its arrays, by name."""
-        nodes = self.checkpoint.nodes or {}
+        nodes, group = self.checkpoint.nodes or {}, self.checkpoint.group
         whole = not any(map(may_pad, nodes.values()))
         found = {}
         for layer in self.layers:
-            form, node = self.forms.get(layer.path), nodes and nodes.get(group_of(layer))
+            form, node = self.forms.get(layer.path), nodes and nodes.get(group(layer))
             if form is not None:
                 found[layer.name] = metadata_of(form)
             elif node:
@@ -88,7 +106,8 @@ class Contents:
         """What the config of a `.keras` file tells of what layers are given, by name."""
         config = self.checkpoint.config
         fed = {} if config is None else fed_layers(config)
-        return {x.name: fed[group_of(x)] for x in self.layers if fed and group_of(x) in fed}
+        told = ((x.name, self.checkpoint.group(x)) for x in self.layers) if fed else ()
+        return {name: fed[group] for name, group in told if group in fed}
 
     def copy_of_model(self, part: str | None) -> list[Layer]:
         """Return the layers of one copy of the model, the first unless another is asked for."""
@@ -149,6 +168,8 @@ class Contents:
         shape = entry.shape
         if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):
             shape = layer.kernel_shape or shape
+        if role == SLOPES and layer.is_prelu:
+            shape = slopes_of(shape)
 
         def read() -> Array:
             found = self.checkpoint.read(entry.name)

@@ -53,11 +53,12 @@ from doconv_core.cli.pairing import (
     required_of_target,
 )
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
-from doconv_core.files.checkpoint import check_understood, format_by_suffix, formats
+from doconv_core.files.checkpoint import check_understood, formats
 from doconv_core.files.entries import KERAS, STATE
 from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
+from doconv_core.suffixes import format_by_suffix
 
 Write = Callable[[Path, Plan, Step], None]
 # What `--to` takes, of formats whose names and layouts are not those of one network.

@@ -173,7 +173,7 @@ def _check_plot(target: Path, force: bool) -> None:
     except ImportError:
         raise Failure(
             "--plot needs matplotlib, which is not installed. Install it with: "
-            'python -m pip install "doconv[samples]"',
+            'python -m pip install "overconv[samples]"',
             MISSING,
         ) from None
 

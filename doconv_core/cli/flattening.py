@@ -14,7 +14,15 @@ from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.command import size as written
 from doconv_core.cli.options import literal, matching
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, Layer, canonical_shape
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    SLOPES,
+    Layer,
+    canonical_shape,
+)
 from doconv_core.models.report import place
 from doconv_core.state.agreement import Values
 from doconv_core.state.chain import Chain
@@ -104,7 +112,12 @@ def takes_image(layer: Layer, role: str) -> bool:
     """Return whether the last axis of a layer's array may be a flattened image."""
     if layer.kind == LINEAR:
         return role == "weight"
-    return layer.kind in (BATCH_NORM, NORM) and role != "num_batches_tracked"
+    return _is_elementwise(layer) and role != "num_batches_tracked"
+
+
+def _is_elementwise(layer: Layer) -> bool:
+    """Return whether a layer has numbers for each of what it takes: a norm, or a PReLU."""
+    return layer.kind in (BATCH_NORM, NORM) or layer.is_prelu
 
 
 def check_order(layers: Sequence[Layer], sizes: Sizes) -> None:
@@ -124,7 +137,7 @@ def features_of(checkpoint: Checkpoint, layer: Layer) -> int | None:
     if layer.kind == LINEAR:
         assert layer.kernel_shape is not None  # as of every linear layer
         return layer.kernel_shape[1]
-    role = {BATCH_NORM: "running_mean", NORM: "weight"}.get(layer.kind)
+    role = {BATCH_NORM: "running_mean", NORM: "weight"}.get(layer.kind, SLOPES * layer.is_prelu)
     shape = checkpoint.entries[layer.entries[role]].shape if role else ()
     return shape[0] if len(shape) == 1 else None
 
@@ -216,7 +229,7 @@ def _check_norm_before(
     """Raise Failure where a norm before a linear layer may have the flattened image, too."""
     if layer.kind != LINEAR or before is None or before.name in sizes or is_same(size):
         return
-    if before.kind in (BATCH_NORM, NORM) and features_of(checkpoint, before) == prod(size):
+    if _is_elementwise(before) and features_of(checkpoint, before) == prod(size):
         name, text = literal(before.name), written(size)
         raise Failure(
             f"{checkpoint.path}: nothing tells whether {place(before.name)} is behind the image of "

@@ -77,6 +77,11 @@ class _Walk:
             for layer in layers
             for number, call in enumerate(_calls(layer))
         ]
+        # In older configs the calls of a model in the model are counted from the second on.
+        used = {history[:2] for *_, needed in calls for history, _ in needed}
+        used.update(history[:2] for history in _histories(config.get("output_layers")))
+        late = {_name(x) for x in layers if _is_model(x) and (_name(x), len(_calls(x))) in used}
+        calls = [(x, (key[0], key[1] + (key[0] in late)), needed) for x, key, needed in calls]
         lacking = [{history[:2] for history, _ in needed} - made.keys() for *_, needed in calls]
         waiting: dict[Call, list[int]] = {}
         for number, lacks in enumerate(lacking):
@@ -118,9 +123,13 @@ class _Walk:
         build = node.get("build_config")
         shape = shape_of(build.get("input_shape")) if isinstance(build, dict) else None
         if shape is not None:
-            values = [v if v.shape is not None else v._replace(shape=shape) for v in values]
+            values = [v if _is_known(v.shape) else v._replace(shape=shape) for v in values]
         group = self._groups.get(id(node), "")
         return [self.trace.call(group, _kind(node), node["config"], values)]
+
+
+def _is_known(shape: Shape | None) -> bool:
+    return shape is not None and None not in shape
 
 
 def _kind(node: Node) -> str:
@@ -154,7 +163,21 @@ def _calls(node: Node) -> list[Any]:
 
 
 def _tensors(call: Any) -> Iterator[tuple[tuple[str, int, int], Shape | None]]:
-    """Yield where each tensor in a call's arguments comes from, and its shape."""
+    """Yield where each tensor in a call's arguments comes from, and its shape, if it is told.
+
+    In older configs a call is a list: of each tensor the place, and what else the call is given.
+    """
+    if isinstance(call, list):
+        for history in _histories([e[:3] if isinstance(e, list) else None for e in call]):
+            yield history, None
+        more = [e[3] for e in call if isinstance(e, list) and len(e) == 4]
+        for history in _histories(more):
+            yield history, None
+        return
+    yield from _tensors_of(call)
+
+
+def _tensors_of(call: Any) -> Iterator[tuple[tuple[str, int, int], Shape | None]]:
     if isinstance(call, dict) and call.get("class_name") == "__keras_tensor__":
         found = call.get("config")
         tensor = found if isinstance(found, dict) else {}
@@ -163,7 +186,7 @@ def _tensors(call: Any) -> Iterator[tuple[tuple[str, int, int], Shape | None]]:
         return
     inner = call.values() if isinstance(call, dict) else call if isinstance(call, list) else ()
     for each in inner:
-        yield from _tensors(each)
+        yield from _tensors_of(each)
 
 
 def _histories(value: Any) -> list[tuple[str, int, int]]:

@@ -95,8 +95,8 @@ def pair_by_order(
     for file in (first, second):
         if not file.ordered:
             raise Failure(
-                f"{file.path} has its layers in the order of their names, not of the model; a "
-                ".pt, .params or .keras file tells that order. Or use --match name.",
+                f"{file.path} {file.checkpoint.disorder}; a .pt, .params or .keras file tells that "
+                "order. Or use --match name.",
                 IMPOSSIBLE,
             )
     found = pairs(range(len(a)), range(len(b)), "order")

@@ -17,13 +17,29 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from doconv_core.cli.command import IMPOSSIBLE, MISSING, Failure
-from doconv_core.cli.contents import COUNT, NORMS, Contents, state_names, weights_of
+from doconv_core.cli.contents import (
+    COUNT,
+    NORMS,
+    Contents,
+    as_prelus,
+    slopes_of,
+    state_names,
+    weights_of,
+)
 from doconv_core.cli.flattening import Flattenings
 from doconv_core.cli.options import literal, matches
 from doconv_core.cli.pairing import Paired, family, sides
 from doconv_core.files.checkpoint import Checkpoint, Format
-from doconv_core.files.entries import GLUON, PYTORCH, STATE, Entry, Lazy
-from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, LINEAR, NORM, TRANSPOSED, Layer
+from doconv_core.files.entries import GLUON, KERAS, PYTORCH, STATE, Entry, Lazy
+from doconv_core.files.layers import (
+    BATCH_NORM,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    SLOPES,
+    TRANSPOSED,
+    Layer,
+)
 from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.numeric import Array
 from doconv_core.maths.spec import ConvSpec
@@ -44,7 +60,7 @@ AFFINE = {
     PYTORCH: {"gamma": "weight", "beta": "bias"},
     GLUON: {"gamma": "gamma", "beta": "beta"},
 }
-SLOPE = {PYTORCH: "weight", GLUON: "alpha"}  # of a PReLU, as Gluon and a canonical state know it
+SLOPE = {PYTORCH: "weight", GLUON: SLOPES}  # of a PReLU, which PyTorch's files do not tell
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,7 @@ class Conversion:
         return sorted(plan, key=lambda entry: order[entry.name])
 
     def _like(self, layer: Layer, template: Contents, other: Layer) -> list[Planned]:
+        layer, other = as_prelus(layer, other)
         if family(layer) != family(other) or not _same_sizes(layer, other):
             raise _differs(self.source, layer, template, other)
         if other.origin.startswith("reference"):
@@ -220,8 +237,9 @@ class Conversion:
             names = dict(AFFINE[framework])
         elif layer.kind in (CONVOLUTION, LINEAR, TRANSPOSED):
             names = {"weight": "weight", "bias": "bias"}
-        elif [*layer.entries] == ["alpha"] and self.source.framework in (GLUON, STATE):
-            names = {"alpha": SLOPE[framework]}
+        elif layer.is_prelu and self.source.framework in (GLUON, STATE, KERAS):
+            self._check_slopes(layer, framework)
+            names = {SLOPES: SLOPE[framework]}
         else:
             names = {}
         if layer.composed is not None:
@@ -230,6 +248,15 @@ class Conversion:
         if layer.kind == LINEAR and bias and len(self.source.entries[bias].shape) != 1:
             del names["bias"]  # a layer norm over two axes looks like a linear layer, but for it
         return names
+
+    def _check_slopes(self, layer: Layer, framework: str) -> None:
+        shape = slopes_of(self.source.entries[layer.entries[SLOPES]].shape)
+        if len(shape) > 1:
+            raise Failure(
+                f"{self.source.path}: {place(layer.name)} has a slope for each position, {shape}; "
+                f"{framework} has one, or one for each channel: build it with shared_axes.",
+                IMPOSSIBLE,
+            )
 
     def _target(
         self, framework: str, layer: Layer, names: dict[str, str], values: Mapping[str, Values]
@@ -297,7 +324,9 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
     if shapes.keys() - target.entries.keys() - optional:
         return False
     return all(
-        prod(shapes[name]) == prod(entry.shape) if name == "weight" else shapes[name] == entry.shape
+        prod(shapes[name]) == prod(entry.shape)
+        if name == "weight"
+        else shapes[name] == (slopes_of(entry.shape) if name == SLOPES else entry.shape)
         for name, entry in target.entries.items()
         if name in shapes
     )

@@ -23,7 +23,7 @@ from doconv_core.cli.command import (
     say,
     size,
 )
-from doconv_core.cli.contents import Contents
+from doconv_core.cli.contents import Contents, as_prelus, slopes_of
 from doconv_core.cli.flattening import Sizes, check_order, features_of, takes_image
 from doconv_core.cli.options import (
     KernelSizes,
@@ -259,6 +259,7 @@ def compare(
     are told by the files, by name. A role that one layer alone has is yielded as text.
     """
     size = None
+    a, b = as_prelus(a, b)
     if _last(first) != _last(second):
         size = matching(a.name, flattened)
         size = images.get(a.name) if size is None else size
@@ -324,6 +325,8 @@ def _array(file: Contents, layer: Layer, role: str, size: tuple[int, ...] | None
         )
     else:
         values = file.checkpoint.read(layer.entries[role])
+    if layer.is_prelu:
+        values = values.reshape(slopes_of(values.shape))
     if not size or not _last(file) or not takes_image(layer, role):
         return values
     # A size by a pattern may be meant for other layers than this norm.

@@ -14,11 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -44,6 +43,7 @@ from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
+from doconv_core.suffixes import GROUP, check_suffix, registered
 
 UNTRAINED = {"running_mean", "running_var", "num_batches_tracked", IDENTITY}
 
@@ -54,11 +54,12 @@ class Checkpoint(ABC):
 
     format: what kind of file, in words. module: the format's own, of a file that was opened.
     framework: whose names and layouts it has, "PyTorch", "Keras" or "Gluon", or "doconv state".
-    ordered: whether its layers are in the model's order, and not sorted by names. entries: by name,
-    in the file's order. layers: in the order of their first entries. others: what else the file
-    holds and a fold carries over as it is, such as "optimizer". unfolded: what of it may be a copy
-    of the model nonetheless, and why that is not folded. parts: the copies of the model in it, the
-    main one first; one is named "". forms: of a canonical state, what it tells of its layers, by
+    ordered: whether its layers are in the model's order; disorder: how they are otherwise.
+    entries: by name, in the file's order. layers: in the order of their first entries. others: what
+    else the file holds and a fold carries over as it is, such as "optimizer". unfolded: what of it
+    may be a copy of the model nonetheless, and why that is not folded. parts: the copies of the
+    model in it, the main one first; one is named "". forms: of a canonical state, what it tells of
+    its layers, by
     path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of that, each
     layer's, by its group. None of another file.
 
@@ -67,6 +68,8 @@ class Checkpoint(ABC):
     ...     len(checkpoint.entries), checkpoint.parts
     (0, ())
     """
+
+    disorder: ClassVar[str] = "has its layers in the order of their names, not of the model"
 
     path: Path
     format: str = ""
@@ -91,6 +94,10 @@ class Checkpoint(ABC):
     def in_order(self) -> tuple[Layer, ...]:
         """The layers in the model's order, as far as that is told."""
         return self.layers
+
+    def group(self, layer: Layer) -> str:
+        """Return the group by which `nodes` has a layer's config."""
+        raise LookupError(f"{self.path} has no groups.")  # nor has it `nodes`
 
     def parameters(self, layer: Layer) -> int:
         """Return how many numbers of the layer are trained; not statistics and the identity."""
@@ -138,7 +145,7 @@ class Checkpoint(ABC):
     ) -> Report:
         """Write the file, folded, to `target`: see `fold_checkpoint`."""
         if self.module is not None:
-            check_suffix(target, self.module)
+            check_suffix(target, self.module.NAME, self.module.SUFFIXES)
         report = report_on(self)
         done, total = 0, len(report.changed)
 
@@ -230,7 +237,6 @@ class Checkpoint(ABC):
         self.close()
 
 
-GROUP = "doconv.formats"
 LOOKED_AT = 1 << 16
 
 
@@ -285,13 +291,13 @@ class Format(Protocol):
 
 def formats() -> dict[str, Format]:
     """Return the modules of all registered formats, by name. Raises ImportError where one fails."""
-    entries = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-    if not entries:
+    found: dict[str, Format] = registered()
+    if not found:
         raise ImportError(
             f"no installed package reads files: the entry-point group {GROUP} is empty; install "
             "doconv with pip."
         )
-    return {entry.name: entry.load() for entry in entries}
+    return found
 
 
 def format_of(path: Path) -> Format:
@@ -423,29 +429,6 @@ def _shards_of(index: Path) -> set[str]:
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return set()  # whoever names the index is told
     return names if len(names) > 1 else set()
-
-
-class SuffixError(ValueError):
-    """A file is to be written under a suffix that says another format."""
-
-
-def format_by_suffix(name: str) -> Format | None:
-    """Return the format that a file's suffix tells; None where it tells none."""
-    # The longest suffix: that of a sharded file ends in others'.
-    by_suffix = {suffix: each for each in formats().values() for suffix in each.SUFFIXES}
-    fitting = [suffix for suffix in by_suffix if name.lower().endswith(suffix)]
-    return by_suffix[max(fitting, key=len)] if fitting else None
-
-
-def check_suffix(target: str | os.PathLike[str], form: Format) -> None:
-    """Raise SuffixError where the suffix of `target` says another format than `form`."""
-    told = format_by_suffix(os.path.basename(os.fspath(target)))
-    if told is not None and told is not form:
-        written, said = (f"{x.NAME} file ({', '.join(x.SUFFIXES)})" for x in (form, told))
-        raise SuffixError(
-            f"{os.fspath(target)} would be a {written}, and its suffix says a {said}; name it "
-            "otherwise."
-        )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ file format specification, version 2.0: superblock, object header, symbol table,
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,34 @@ class Hdf5:
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
         return value if isinstance(value, str) else ""
 
+    def texts(self, path: str, name: str) -> list[str] | None:
+        """Return the texts in an attribute of a group, None where it has none.
+
+        Keras writes a long list in parts, which have numbers behind the name.
+        """
+        attributes = self.groups[path].attrs
+        if name in attributes:
+            return self._texts(path, name)
+        parts: list[str] = []
+        for number in count():
+            if f"{name}{number}" not in attributes:
+                return parts if number else None
+            parts += self._texts(path, f"{name}{number}")
+        raise AssertionError  # as the numbers have no end
+
+    def _texts(self, path: str, name: str) -> list[str]:
+        with self._reading(path):
+            values = np.asarray(self.groups[path].attrs[name]).ravel().tolist()
+        try:
+            texts = [v.decode() if isinstance(v, bytes) else v for v in values]
+        except UnicodeDecodeError:
+            texts = [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise CheckpointError(
+                f"{self.path}: the attribute {name} of {shown(path or '/')} is no list of names."
+            )
+        return texts
+
     def copy(
         self,
         target: Path,
@@ -157,18 +187,20 @@ class Hdf5:
         replaced: Mapping[str, Callable[[], Array]],
         dropped: set[str],
         size: int,
+        told: Mapping[str, str] = {},  # never changed
     ) -> None:
         """Write the file to `target` with changes.
 
         names: the new name, within its group, of a group. replaced: what gives an array's new
         values, as stored. dropped: the arrays that go; an attribute `weight_names`, of older
-        files, that lists them, is changed with them. size: of all arrays then, in bytes. Raises
-        OSError where `target` cannot be written, CheckpointError where the file is damaged.
+        files, that lists them, is changed with them. size: of all arrays then, in bytes. told: the
+        new texts of attributes of the file itself. Raises OSError where `target` cannot be written,
+        CheckpointError where the file is damaged.
         """
 
         def visit(path: str, new: Any) -> None:
             group = self.groups[path]
-            self._copy_attributes(path, group, new, dropped)
+            self._copy_attributes(path, group, new, dropped, {} if path else told)
             for name in self.made(path) or group:
                 inner = f"{path}/{name}" if path else name
                 if inner in self.groups:
@@ -192,10 +224,15 @@ class Hdf5:
             _reserve(target, size + SMALL)  # what the library says of a full disk is like damage
             raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
 
-    def _copy_attributes(self, path: str, old: Any, new: Any, gone: set[str]) -> None:
+    def _copy_attributes(
+        self, path: str, old: Any, new: Any, gone: set[str], told: Mapping[str, str] = {}
+    ) -> None:
         with self._reading(path):
             for name, value in old.attrs.items():
-                if name == "weight_names":
+                if name in told:
+                    new.attrs[name] = told[name].encode()
+                    continue
+                if re.fullmatch(r"weight_names\d*", name):
                     value = [v for v in value if {_text(v), f"{path}/{_text(v)}"}.isdisjoint(gone)]
                 new.attrs.create(name, value, dtype=old.attrs.get_id(name).dtype)
 

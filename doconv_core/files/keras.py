@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
@@ -20,7 +20,6 @@ from doconv_core.files.entries import (
     Entry,
     KernelSizes,
     copy_member,
-    once,
     open_archive,
     read_member,
 )
@@ -28,32 +27,17 @@ from doconv_core.files.hdf5 import Hdf5, fill
 from doconv_core.files.keras_layers import (
     folded_config,
     group_of,
-    is_kept,
     is_node,
+    parsed_config,
     stored_nodes,
-    unknown_class,
 )
 from doconv_core.files.keras_weights import TYPES as TYPES
 from doconv_core.files.keras_weights import KerasWeightsCheckpoint
 from doconv_core.files.layers import Layer, Sizes
-from doconv_core.maths.batchnorm import NotFoldable
 
 NAME, SUFFIXES, FRAMEWORK = "Keras", (".keras",), KERAS
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 MAX_CONFIG = 1 << 28
-AVERAGES = (
-    "the moving averages that it keeps of the weights stay over-parameterized; "
-    "optimizer.finalize_variable_values puts them into the model, which can be folded then"
-)
-KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"
-
-
-def _has_averages(config: Mapping[str, Any]) -> bool:
-    """Return whether a model's optimizer keeps averages of its weights."""
-    told: Any = config.get("compile_config")
-    for key in ("optimizer", "config", "use_ema"):
-        told = told.get(key) if isinstance(told, dict) else None
-    return told is True
 
 
 def sniff(begin: Beginning) -> bool:
@@ -88,7 +72,6 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
         try:
             self.config = config = self._read_config()
             stored = list(stored_nodes(config))
-            self._unknown = unknown_class(config)
             self._folded_config = json.dumps(folded_config(config)).encode()
             nodes: dict[str, Any] = {}
             for old, _, node in stored:
@@ -97,13 +80,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
             new_paths = {old: new for old, new, _ in stored}
             self._open(Hdf5(path, self.weights), nodes, new_paths, Sizes(kernel_sizes))
             self.ordered = all(group_of(layer) in nodes for layer in self.layers)
-            self.unfolded = tuple(
-                (str(node["config"].get("name") or path), KEPT.format(node["class_name"]))
-                for path, node in nodes.items()
-                if is_kept(node)
-            )
-            if _has_averages(config) and any(layer.over_parameterized for layer in self.layers):
-                self.unfolded += tuple((name, AVERAGES) for name in self.others)
+            self._note_unfolded(config.get("compile_config"), "optimizer")
         except RecursionError as error:
             self.close()
             raise CheckpointError(f"{path}: {CONFIG} is nested too deeply.") from error
@@ -123,15 +100,10 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
                 f"{self.path} has no {WEIGHTS}; weights in other formats are not read here."
             )
         text = read_member(self.path, self._archive, CONFIG, MAX_CONFIG)
-        try:
-            config = json.loads(text, object_pairs_hook=once)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: in {CONFIG}, {error}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {CONFIG} is no JSON: {error}.") from error
+        config = parsed_config(self.path, CONFIG, text)
         if not is_node(config):
             raise CheckpointError(f"{self.path}: {CONFIG} is not the config of a Keras model.")
-        return cast(dict[str, Any], config)
+        return config
 
     def _weights(self) -> Path:
         """Return the weights as a file of their own, compared with their check sum."""
@@ -149,19 +121,7 @@ class KerasCheckpoint(KerasWeightsCheckpoint):
 
     def write_folded(self, target: Path, report: Callable[[], None]) -> None:
         """Write the file, folded, as `Checkpoint.write_folded` says."""
-        for path, node in (self.nodes or {}).items():
-            for layer in self.layers if is_kept(node) else ():
-                if layer.over_parameterized and layer.entries["weight"].startswith(f"{path}/"):
-                    raise NotFoldable(
-                        f"{self.path}: layer {layer.name!r} is a part of a {node['class_name']}, "
-                        "which is not folded in a .keras file; fold the model in Python and save "
-                        "that."
-                    )
-        if any(self._unknown):
-            raise NotFoldable(
-                "{}: layer {!r} is a {} of this package's, which is not known here; a later "
-                "version of the package may fold it.".format(self.path, *self._unknown[::-1])
-            )
+        self._check_foldable()
         weights = target.with_name(f"{target.name}.weights")
         super().write_folded(weights, report)
         self.repack(target, weights, self._folded_config)

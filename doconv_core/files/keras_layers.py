@@ -8,13 +8,15 @@ have their class's name in snake case, with a number from the second one on. So 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from math import prod
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from doconv_core.files.entries import FLOATS, Entry
+from doconv_core.files.entries import FLOATS, CheckpointError, Entry, once
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.layers import (
     BATCH_NORM,
@@ -23,6 +25,7 @@ from doconv_core.files.layers import (
     LINEAR,
     NORM,
     OTHER,
+    SLOPES,
     TRANSPOSED,
     D,
     Layer,
@@ -35,10 +38,12 @@ from doconv_core.files.layers import (
 )
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.state.flattening import KERAS_LAYERS
 
+MODELS = ("Sequential", "Functional", "Model", "InputLayer")
 D_ENTRY = "depthwise_kernel"
 DIGITS = {str(number) for number in range(10)}  # names of what ordinary layers own
-NOT_A_MODEL = ("optimizer",)
+NOT_A_MODEL = ("optimizer", "metrics")  # the latter in files of Keras 2
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
 
@@ -89,9 +94,9 @@ class KerasLayers:
         for group in self.owners():
             roles = {name.rpartition("/")[2]: name for name in self._arrays_of(group)}
             if roles and group.partition("/")[0] not in NOT_A_MODEL:
-                found = self._parts(group, self._path(group), roles, sizes)
+                found = self.parts(group, self._path(group), roles, sizes)
                 if any(layer.path in used for layer in found):
-                    found = self._parts(group, group.replace("/", "."), roles, sizes)
+                    found = self.parts(group, group.replace("/", "."), roles, sizes)
                 used.update(layer.path for layer in found)
                 yield from found
 
@@ -117,7 +122,8 @@ class KerasLayers:
         for step in group.split("/") if group else []:
             at = _in(at, step)
             if self.is_owner(at):
-                names.append(self._file.attribute(_in(at, "vars"), "name") or step)
+                told = self._nodes.get(at, {"config": {}})["config"].get("name")
+                names.append(self._file.attribute(_in(at, "vars"), "name") or str(told or step))
         return ".".join(names)
 
     def _class(self, group: str) -> str:
@@ -143,7 +149,7 @@ class KerasLayers:
         told = bool(group) and not self.is_owner(parent)  # in a list, whose names are by class
         return "" if not told or stem_of(name)[0] in STEMS else stem_of(name)[0]
 
-    def _parts(self, group: str, path: str, roles: dict[str, str], sizes: Sizes) -> list[Layer]:
+    def parts(self, group: str, path: str, roles: dict[str, str], sizes: Sizes) -> list[Layer]:
         """Return the layer whose group this is, or the two convolutions that it consists of."""
         stem, node = self._class(group), self._nodes.get(group)
         config = node["config"] if node is not None else {}
@@ -193,6 +199,8 @@ class KerasLayers:
             return Layer(path, OTHER, roles)
         if stem == "batch_normalization":
             return _norm(path, roles, config)
+        if stem == "p_re_lu" and len(roles) == 1:
+            return Layer(path, OTHER, {SLOPES: roles["0"]})
         kind, layout, axes, entries, by_class = STORED.get(stem, Stored(OTHER, "", 0))
         fits = axes in (0, len(first.shape)) and len(roles) in entries and {*roles} <= {"0", "1"}
         if kind == OTHER or not fits or (by_class and not self._is_certain(group)):
@@ -380,6 +388,24 @@ def is_node(value: Any) -> bool:
     )
 
 
+def parsed_config(path: Path, name: str, text: str | bytes) -> dict[str, Any]:
+    """Return the config of a model, a node; CheckpointError where the text is none.
+
+    name: of where it is in the file.
+    """
+    try:
+        config = json.loads(text, object_pairs_hook=once)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: in {name}, {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} is no JSON: {error}.") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: {name} is nested too deeply.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str):
+        raise CheckpointError(f"{path}: {name} is not the config of a Keras model.")
+    return cast(dict[str, Any], config)
+
+
 def folded_config(value: Any) -> Any:
     """Return a config in which every layer of this package's is an ordinary one."""
     if isinstance(value, list):
@@ -387,15 +413,42 @@ def folded_config(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     value = {key: folded_config(item) for key, item in value.items()}
-    own = own_class(value) if is_node(value) else ""
+    own = own_class(modern(value)) if is_node(value) else ""
     if own:
         gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
         if not own.startswith("DO"):
             gone = {option for kind in other_kinds() for option in kind.options}
         config = {key: item for key, item in value["config"].items() if key not in gone}
-        value |= {"module": "keras.layers", "class_name": CLASSES[own], "registered_name": None}
-        value["config"] = config
+        if "module" in value:
+            value |= {"module": "keras.layers", "registered_name": None}
+        value |= {"class_name": CLASSES[own], "config": config}
     return value
+
+
+def modern(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a node of an older config as newer ones have it, with the module of its class.
+
+    Older ones name a class of others' `package>Class`, and Keras' own by the class alone.
+    """
+    if "module" in node:
+        return node
+    package, _, name = node["class_name"].rpartition(">")
+    known = name in KERAS_LAYERS or name in MODELS
+    module = package or ("keras.layers" if known else "")
+    whole = node["class_name"] if package else None
+    return {**node, "class_name": name, "module": module, "registered_name": whole}
+
+
+def modern_config(value: Any) -> Any:
+    """Return an older config as newer ones are: every node `modern`, and layers by their name."""
+    if isinstance(value, list):
+        return [modern_config(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: modern_config(item) for key, item in value.items()}
+    if value.get("class_name") == "Sequential" and isinstance(value.get("config"), list):
+        value["config"] = {"layers": value["config"]}  # as before Keras 2.2.3
+    return modern(value) if is_node(value) else value
 
 
 def stored_nodes(

@@ -21,6 +21,7 @@ from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.spec import MAX_RANK, ConvSpec, as_integer, is_sequence
 from doconv_core.state.layers import LinearSpec
 
+SLOPES = "alpha"  # the role of a PReLU's
 IDENTITY = "identity"  # the role of the one that the reference implementation stores
 Shape = tuple[int, ...]
 CANONICAL = "OI*"  # the order of axes that a weight has in a state
@@ -74,6 +75,11 @@ class Layer:
         """The roles of the entries that a folded layer has no more."""
         beside = () if self.composed is None else (*self.composed.names[1:], IDENTITY)
         return tuple(role for role in beside if role in self.entries)
+
+    @property
+    def is_prelu(self) -> bool:
+        """Whether it is known to be a PReLU; in PyTorch its slopes are a weight, as others are."""
+        return [*self.entries] == [SLOPES]
 
     def canonical(self, weight: Array) -> Array:
         """Return the layer's weight, as its file has it, in canonical order."""

@@ -36,7 +36,7 @@ def over_parameterize(
     *,
     where: Where,
     inplace: bool,
-) -> Converted:
+) -> Converted[Any]:
     """Return the model with layers of a kind for its convolutions; it computes the same.
 
     As every backend's `over_parameterize` says. options: the kind's own. Raises ValueError for a
@@ -73,7 +73,7 @@ def replace(
     *,
     where: Where,
     inplace: bool,
-) -> Converted:
+) -> Converted[Any]:
     """Return the model with layers of a kind that computes something else, to be trained on."""
     layers = of_kind(layer_kinds, kind)
     target, chosen, parts, uncounted = convert(

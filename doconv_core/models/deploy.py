@@ -23,7 +23,7 @@ def deploy(
     inputs: Any,
     *,
     form: Any,
-) -> Converted:
+) -> Converted[Any]:
     """Return the model to be deployed, a copy, as `deploy` of a backend says.
 
     Layers of kinds are folded first, as a model's own methods read weights; these methods next, as

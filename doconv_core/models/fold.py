@@ -55,7 +55,7 @@ def fold(
     form: Any,
     fuse_batchnorm: bool,
     inplace: bool,
-) -> Converted:
+) -> Converted[Any]:
     """Return the model with ordinary layers for those of every kind, as `fold` of a backend says.
 
     Everything is checked before anything is changed.

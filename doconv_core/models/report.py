@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from doconv_core.kinds.base import ONE_TAP as ONE_TAP
 from doconv_core.kinds.base import Cost
@@ -181,16 +181,32 @@ def grouped(entries: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-class Converted(NamedTuple):
+Model = TypeVar("Model")
+
+if TYPE_CHECKING:
+
+    class _Converted(NamedTuple, Generic[Model]):
+        model: Model
+        report: Report
+
+else:  # a generic one, as of Python 3.11, is one of any model before
+
+    class _Converted(NamedTuple):
+        model: Any
+        report: Report
+
+
+class Converted(_Converted[Model]):
     """What the whole-model tools return. model: the new one, or with `inplace` the one given.
+
+    Type checkers know the model's type by it: `Converted[torch.nn.Sequential]`.
 
     >>> model, report = Converted("the new model", Report("folded", (), (), 0, 0))
     >>> print(report)
     folded 0 layers, left 0; parameters: 0 before, 0 after
     """
 
-    model: Any
-    report: Report
+    __slots__ = ()
 
 
 class Explained(NamedTuple):

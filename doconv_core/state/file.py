@@ -25,6 +25,7 @@ from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec, composed_kind
+from doconv_core.suffixes import check_suffix
 
 FORMAT, VERSION = "doconv", 2
 _DTYPES = (np.float16, np.float32, np.float64)
@@ -109,7 +110,8 @@ def no_state(value: Any, hint: str = "") -> TypeError:
 def write_state(state: State, path: str | os.PathLike[str]) -> None:
     """Write `state` to `path` as one safetensors file, atomically.
 
-    Raises TypeError for what is no state, FileNotFoundError for a folder that is not there.
+    Raises TypeError for what is no state, ValueError for a suffix of `path` that says another
+    format, FileNotFoundError for a folder that is not there.
 
     >>> form = LayerForm(LinearSpec(3, 2), bias=False)
     >>> write_state(State({"fc": form}, {"fc.weight": np.zeros((2, 3))}), "state.safetensors")
@@ -118,6 +120,8 @@ def write_state(state: State, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(state, State):
         raise no_state(state, "write_state(state, path) takes the state first")
+    advice = ", and let doconv convert make a file of the other format of it"
+    check_suffix(path, "safetensors", (".safetensors",), advice)
     layers = {name: _as_json(form) for name, form in state.layers.items()}
     header = {
         "format": FORMAT,

@@ -67,7 +67,7 @@ def shape_of(value: Any) -> Shape | None:
 
 def given(config: Config) -> Value:
     """Return what an input layer gives: nothing tells which axis has the channels, but of one."""
-    shape = shape_of(config.get("batch_shape"))
+    shape = shape_of(config.get("batch_shape", config.get("batch_input_shape")))  # as in Keras 2
     if shape is None:
         return Value()
     if len(shape) == 1:
@@ -119,12 +119,26 @@ def _concatenated(config: Config, values: Values) -> Value:
 
 
 def _convolution(config: Config, values: Values) -> Value:
-    format_ = config.get("data_format")
-    return Value(format_) if format_ in (LAST, FIRST) else Value()
+    format_, filters, size = (config.get(x) for x in ("data_format", "filters", "kernel_size"))
+    if format_ not in (LAST, FIRST):
+        return Value()
+    if type(filters) is not int or not isinstance(size, list):
+        return Value(format_)
+    return Value(format_, _image_of(format_, filters, len(size)))
+
+
+def _image_of(order: str, channels: int | None, dimensions: int) -> Shape:
+    """Return the shape of an image of which the channels are known."""
+    positions = (None,) * dimensions
+    return (*positions, channels) if order == LAST else (channels, *positions)
 
 
 def _spatial(config: Config, values: Values) -> Value:
-    return values[0]._replace(shape=None)
+    order, shape = values[0].order, values[0].shape
+    if order not in (LAST, FIRST) or not shape:
+        return values[0]._replace(shape=None)
+    channels = shape[-1 if order == LAST else 0]
+    return values[0]._replace(shape=_image_of(order, channels, len(shape) - 1))
 
 
 def _global_pooling(config: Config, values: Values) -> Value:

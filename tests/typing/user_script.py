@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from typing_extensions import assert_type
 
 from doconv_core import (
     Converted,
@@ -22,7 +23,9 @@ from doconv_core import (
 from doconv_torch import (
     BSConvS2d,
     BSConvU2d,
+    DOConv1d,
     DOConv2d,
+    DOConv3d,
     build,
     composed_once,
     deploy,
@@ -68,11 +71,11 @@ def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> floa
 def finish(model: Classifier, images: torch.Tensor) -> tuple[Difference, str]:
     """Fold the model, and say how far its outputs then lie from what they were."""
     folded, report = fold(model.eval(), form={"bsconv": "dense"}, fuse_batchnorm=True)
-    print(deploy(model, torch.zeros(1, 3, 8, 8)).report)
+    assert_type(folded, Classifier)
+    assert_type(deploy(model, torch.zeros(1, 3, 8, 8)).model, Classifier)
     difference: Difference = verify(model, folded, images)
     assert isinstance(report, FoldReport)
-    conv: nn.Conv2d = folded.conv
-    return difference, f"{report.forms}\n{conv}\n{difference.relative:g}"
+    return difference, f"{report.forms}\n{folded.conv}\n{difference.relative:g}"
 
 
 def convert(images: torch.Tensor) -> State:
@@ -85,7 +88,10 @@ def convert(images: torch.Tensor) -> State:
     changed: list[str] = [change.path for change in report.changed]
     assert changed
     other, _ = to_bsconv(build(description), "u", where=lambda path, module: "stem" not in path)
-    result: Converted = over_parameterize(nn.Sequential(nn.Conv2d(3, 8, 3)), inplace=True)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3))
+    result: Converted[nn.Sequential] = over_parameterize(network, inplace=True)
+    assert_type(result.model, nn.Sequential)
+    assert_type(to_bsconv(network).model, nn.Sequential)
     told: Report = result.report
     assert told.changed
     assert other(images).shape == model(images).shape
@@ -95,7 +101,16 @@ def convert(images: torch.Tensor) -> State:
     return state
 
 
-layer: DOConv2d = DOConv2d.from_conv(nn.Conv2d(3, 8, 3), depth_multiplier=9)
+layer = DOConv2d.from_conv(nn.Conv2d(3, 8, 3), depth_multiplier=9)
+assert_type(layer, DOConv2d)
+assert_type(layer.fold(), nn.Conv2d)
+assert_type(DOConv1d(3, 8, 3).fold(), nn.Conv1d)
+assert_type(DOConv3d(3, 8, 3).fold(), nn.Conv3d)
+assert_type(fold(layer).model, nn.Conv2d)
+assert_type(deploy(layer).model, nn.Conv2d)
+assert_type(BSConvU2d(3, 8, 3).fold(), nn.Sequential)
+assert_type(BSConvS2d(3, 8, 3).fold(form="dense"), nn.Conv2d)
+assert_type(over_parameterize(nn.Conv2d(3, 8, 3)).model, nn.Conv2d)
 kernel: torch.Tensor = layer.composed_kernel()
 spec: ConvSpec = layer.spec
 pointwise: nn.Conv2d = mark_orthonormal(nn.Conv2d(8, 8, 1))

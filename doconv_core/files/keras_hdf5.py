@@ -1,0 +1,97 @@
+"""What Keras' files in HDF5 have in common: arrays read where they are, and copied with changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from doconv_core.files.checkpoint import Checkpoint, Output, folded_kernel, outputs
+from doconv_core.files.entries import KERAS, Array, storage_dtype, to_storage
+from doconv_core.files.hdf5 import Hdf5
+from doconv_core.files.keras_layers import group_of, is_kept, unknown_class
+from doconv_core.files.layers import Layer
+from doconv_core.maths.batchnorm import NotFoldable
+
+AVERAGES = (
+    "the moving averages that it keeps of the weights stay over-parameterized; "
+    "optimizer.finalize_variable_values puts them into the model, which can be folded then"
+)
+KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"
+ADVICE = "fold the model in Python and save that, or save it as .keras if it is not subclassed"
+
+
+class KerasHdf5Checkpoint(Checkpoint):
+    """An open file of Keras', whose arrays are in HDF5."""
+
+    framework = KERAS
+    _file: Hdf5
+
+    def group(self, layer: Layer) -> str:
+        """Return the group by which `nodes` has a layer's config."""
+        return group_of(layer)
+
+    def _note_unfolded(self, training: Any, optimizer: str) -> None:
+        """Note what stays as it is. training: the config of that. optimizer: its key there."""
+        self.unfolded = tuple(
+            (str(node["config"].get("name") or path), KEPT.format(node["class_name"]))
+            for path, node in (self.nodes or {}).items()
+            if is_kept(node)
+        )
+        for key in (optimizer, "config", "use_ema"):
+            training = training.get(key) if isinstance(training, dict) else None
+        if training is True and any(layer.over_parameterized for layer in self.layers):
+            self.unfolded += tuple((name, AVERAGES) for name in self.others)
+
+    def _check_foldable(self) -> None:
+        """Raise NotFoldable for a layer whose config cannot be a folded one's."""
+        for path, node in (self.nodes or {}).items():
+            for layer in self.layers if is_kept(node) else ():
+                if layer.over_parameterized and self.group(layer).startswith(f"{path}/"):
+                    raise NotFoldable(
+                        f"{self.path}: layer {layer.name!r} is a part of a {node['class_name']}, "
+                        "which is not folded in a Keras file; fold the model in Python and save "
+                        "that."
+                    )
+        unknown = unknown_class(self.config)
+        if any(unknown):
+            raise NotFoldable(
+                "{}: layer {!r} is a {} of this package's, which is not known here; a later "
+                "version of the package may fold it.".format(self.path, *unknown[::-1])
+            )
+
+    def read_stored(self, name: str) -> Array:
+        """Return an entry's values, as `Checkpoint.read_stored` says."""
+        return self._file.read(name)
+
+    def _write(
+        self,
+        target: Path,
+        report: Callable[[], None],
+        names: Mapping[str, str],
+        told: Mapping[str, str] = {},  # never changed
+    ) -> None:
+        """Write the file, folded. names, told: as `Hdf5.copy` has them."""
+        planned = outputs(self)
+        dropped = set(self.entries) - {output.source for output in planned}
+        replaced = {
+            output.source: self._kernel(output, report) for output in planned if output.layer
+        }
+        size = sum(
+            prod(o.shape) * storage_dtype(self.entries[o.source].dtype).itemsize for o in planned
+        )
+        self._file.copy(target, names, replaced, dropped, size, told)
+
+    def _kernel(self, output: Output, report: Callable[[], None]) -> Callable[[], Array]:
+        def kernel() -> Array:
+            assert output.layer is not None  # as the caller has checked
+            values = folded_kernel(self, output.layer, output.shape)
+            report()
+            return to_storage(values, self.entries[output.source].dtype)
+
+        return kernel
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
