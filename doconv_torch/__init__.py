@@ -15,6 +15,7 @@ from doconv_torch.bsconv import (  # noqa: E402
     BSConvU2d,
     BSConvU3d,
 )
+from doconv_torch.dgc import DGConv2d, saliency_lasso, set_progress  # noqa: E402
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.kernel_cache import composed_once  # noqa: E402
 from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "BSConvU1d",
     "BSConvU2d",
     "BSConvU3d",
+    "DGConv2d",
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
@@ -46,6 +48,8 @@ __all__ = [
     "mark_orthonormal",
     "orthonormality_loss",
     "over_parameterize",
+    "saliency_lasso",
+    "set_progress",
     "to_bsconv",
     "verify",
 ]
