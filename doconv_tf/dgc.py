@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import ops
 
 from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
 from doconv_core.maths.orthonormal import as_weight
-from doconv_core.maths.spec import as_tuple
+from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
@@ -52,21 +52,17 @@ class DynamicHeads2D(keras.layers.Layer):
         kernel_constraint: Any = None,
         **options: Any,
     ) -> None:
-        size, zeros = (
-            as_tuple("kernel_size", kernel_size, 2),
-            as_tuple("around", around, 2, least=0),
-        )
-        strides, rates = (
-            as_tuple("strides", strides, 2),
-            as_tuple("dilation_rate", dilation_rate, 2),
-        )
-        # Of the sizes those are checked that need no input channels.
-        spec = DGConvSpec(heads * squeeze_rate, filters, size, heads, squeeze_rate, gate_factor)
+        spec = DGConvSpec(  # of channels that fit, as they are not known yet
+            as_integer("heads", heads) * as_integer("squeeze_rate", squeeze_rate), filters,
+            as_tuple("kernel_size", kernel_size, 2), heads, squeeze_rate, gate_factor,
+        )  # fmt: skip
         conv = keras.layers.Conv2D(
-            spec.out_channels, size, strides, padding, data_format, rates, use_bias=False,
+            spec.out_channels, spec.kernel_size, as_tuple("strides", strides, 2), padding,
+            data_format, as_tuple("dilation_rate", dilation_rate, 2), use_bias=False,
             kernel_initializer=kernel_initializer, kernel_regularizer=kernel_regularizer,
             kernel_constraint=kernel_constraint,
         )  # fmt: skip
+        zeros = as_tuple("around", around, 2, least=0)
         if any(zeros) and conv.padding != "valid":
             raise ValueError(
                 "around, zeros on every side, goes with padding='valid' alone; received "
@@ -195,19 +191,19 @@ class DynamicHeads2D(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return the shape of the output, that of an ordinary convolution's."""
-        shape, first = list[Any](input_shape), 1 if self._last else 2
-        for axis, zeros in enumerate(self.around, first):
-            shape[axis] = None if shape[axis] is None else shape[axis] + 2 * zeros
-        conv = keras.layers.Conv2D(*(getattr(self, name) for name in ARGUMENTS[:6]))
-        found: tuple[int | None, ...] = conv.compute_output_shape(tuple(shape))
-        return found
+        pad = keras.layers.ZeroPadding2D(self.around, self.data_format)
+        shape = self._conv().compute_output_shape(pad.compute_output_shape(input_shape))
+        return cast("tuple[int | None, ...]", shape)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments."""
-        conv = {name: getattr(self, name) for name in ARGUMENTS}
-        kept = keras.layers.Conv2D(**conv, use_bias=False).get_config()
+        conv = self._conv().get_config()
         own = {name: getattr(self, name) for name in OWN}
-        return {**super().get_config(), **{name: kept[name] for name in ARGUMENTS}, **own}
+        return {**super().get_config(), **{name: conv[name] for name in ARGUMENTS}, **own}
+
+    def _conv(self) -> keras.Layer:
+        arguments = {name: getattr(self, name) for name in ARGUMENTS}
+        return keras.layers.Conv2D(**arguments, use_bias=False)
 
 
 @keras.saving.register_keras_serializable(package="doconv")
