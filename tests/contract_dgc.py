@@ -1,4 +1,4 @@
-"""What every backend's dynamic group convolutions must do, as `contract.py` says it of DO layers."""
+"""What every backend's dynamic group convolutions must do, as `contract.py` has it of DO layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DynamicCase(NamedTuple):
 # Kernels for each image where O·M is below h·H·W, else maps for each head.
 CASES = (
     DynamicCase(DGConvSpec(16, 8, (1, 1)), (7, 6), progress=1.0),
-    DynamicCase(DGConvSpec(96, 12, (1, 1), 4, 8, 0.45), (5, 6), stride=2, progress=0.5),
+    DynamicCase(DGConvSpec(96, 12, (1, 1), 4, 8, 0.45), (5, 6), stride=2, progress=0.6),
     DynamicCase(DGConvSpec(24, 12, (3, 3), 3), (8, 9), padding=(1, 1), progress=0.4),
     DynamicCase(DGConvSpec(16, 6, (3, 2), 2), (9, 8), 2, (2, 1), 2, progress=0.3),
     DynamicCase(DGConvSpec(16, 64, (3, 3)), (6, 5), 2, (1, 1), progress=0.75),
