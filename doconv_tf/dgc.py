@@ -32,6 +32,7 @@ class DynamicHeads2D(keras.layers.Layer):
     """The heads of a `DGConv2D`, which takes the same arguments: they see its normalized input."""
 
     rank = 2
+    spec: Any = None  # a DGConvSpec, once it is built
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class DynamicHeads2D(keras.layers.Layer):
             setattr(self, name, getattr(conv, name))
         for name in ("heads", "squeeze_rate", "gate_factor"):
             setattr(self, name, getattr(spec, name))
-        self.lasso, self.around, self.spec = as_weight("lasso", lasso), zeros, None
+        self.lasso, self.around = as_weight("lasso", lasso), zeros
         self._last = self.data_format == "channels_last"
         self.input_spec = keras.InputSpec(ndim=4)
 

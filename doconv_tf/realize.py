@@ -83,7 +83,8 @@ def _model(placed: dict[str, Placed], path: str, name: str) -> keras.Model:
     node, shape = placed[path].node, placed[path].before
     names = _Names([name for name, _ in node.children])
     inputs = keras.Input(_shape(shape), name=names.free("input"))
-    outputs = BLOCKS.get(type(node), _through)(placed, path, inputs, names)
+    block: Callable[..., Any] = BLOCKS.get(type(node), _through)
+    outputs = block(placed, path, inputs, names)
     if outputs is inputs:
         outputs = _layers.Identity(name=names.free("identity"))(inputs)
     return keras.Model(inputs, outputs, name=name)

@@ -42,8 +42,8 @@ class DynamicCase(NamedTuple):
 CASES = (
     DynamicCase(DGConvSpec(16, 8, (1, 1)), (7, 6), progress=1.0),
     DynamicCase(DGConvSpec(96, 12, (1, 1), 4, 8, 0.45), (5, 6), stride=2, progress=0.6),
-    DynamicCase(DGConvSpec(24, 12, (3, 3), 3), (8, 9), padding=(1, 1), progress=0.4),
-    DynamicCase(DGConvSpec(16, 6, (3, 2), 2), (9, 8), 2, (2, 1), 2, progress=0.3),
+    DynamicCase(DGConvSpec(24, 12, (3, 3), 3), (8, 9), 2, (1, 1), progress=0.4),
+    DynamicCase(DGConvSpec(16, 6, (3, 2), 2), (9, 8), 1, (2, 1), 2, progress=0.3),
     DynamicCase(DGConvSpec(16, 64, (3, 3)), (6, 5), 2, (1, 1), progress=0.75),
     DynamicCase(DGConvSpec(16, 64, (3, 3), 4, 16, 0.5), (5, 5), 1, (2, 2), 2, progress=0.05),
 )

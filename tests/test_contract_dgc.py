@@ -95,7 +95,7 @@ def test_what_gives_no_layer_is_refused(adapter):
         (dynamic(in_channels=18), ValueError, "in_channels must be divisible by heads; rec.*=18"),
         (dynamic(out_channels=9), ValueError, "must be divisible by heads; rec.*=9, heads=4"),
         (dynamic(gate_factor=0), ValueError, "above 0 and at most 1; received gate_factor=0"),
-        (dynamic(heads="4"), TypeError, "heads must be an integer; received '4'"),
+        (dynamic(heads="4"), TypeError, "heads must be an integer; received heads='4'"),
         (dynamic(squeeze_rate=40), ValueError, "squeeze_rate must be at most 33 for 16 channels"),
         (lambda: package.set_progress(layer, 1.5), ValueError, "0 to 1; received progress=1.5"),
         (lambda: package.set_progress(layer, "1"), TypeError, "progress must be a"),
