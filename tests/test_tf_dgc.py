@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contract import check_refused
-from equal import assert_close, assert_same
+from equal import as_array, assert_close, assert_same
 from frameworks import need
 
 from doconv_core.networks.initialize import initialize
@@ -43,7 +43,9 @@ def values(net):
 def test_fit_sets_the_progress_and_a_file_keeps_it(policy, jit, tmp_path):
     net, seen = model(policy=policy), []
     net.compile("sgd", "mse", jit_compile=jit)
-    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: seen.append(inactive(net)))
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(inactive(net))
+    )
     told = [doconv_tf.ProgressCallback(), watch]
     history = net.fit(X, Y, batch_size=4, epochs=4, callbacks=told, verbose=0).history["loss"]
     assert np.isfinite(history).all()
@@ -70,7 +72,7 @@ def test_images_of_unknown_size_and_channels_first_give_the_same():
     first = doconv_tf.DGConv2D(64, 3, (2, 2), "same", "channels_first")
     first.build((None, 16, 8, 8))
     first.set_weights(net.layers[0].get_weights())
-    assert_close(np.moveaxis(np.asarray(first(np.moveaxis(X, -1, 1))), 1, -1), net.layers[0](X))
+    assert_close(np.moveaxis(as_array(first(np.moveaxis(X, -1, 1))), 1, -1), net.layers[0](X))
 
 
 def test_the_lasso_is_in_the_losses_of_training():
@@ -79,14 +81,14 @@ def test_the_lasso_is_in_the_losses_of_training():
     assert len(net.losses) == 1  # of the other layer
     doconv_tf.add_saliency_lasso(net, 0.1)
     net(X, training=True)
-    assert [float(loss) > 0 for loss in net.losses] == [True, True]
+    assert [as_array(loss) > 0 for loss in net.losses] == [True, True]
     net(X)
     assert not net.losses
 
 
 def test_a_description_becomes_the_layer():
     body = sequence(("conv", dynamic(8, (3, 3), stride=2)), ("pool", GlobalPool()))
-    network = Network("n", (16, 9, 9), body)
+    network = Network("n", body, (16, 9, 9))
     net = doconv_tf.build(network)
     assert type(net.get_layer("conv")) is doconv_tf.DGConv2D
     doconv_tf.load_state(net, initialize(network))
