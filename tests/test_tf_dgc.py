@@ -8,8 +8,8 @@ from contract import check_refused
 from equal import as_array, assert_close, assert_same
 from frameworks import need
 
-from doconv_core.networks.initialize import initialize
 from doconv_core.networks.nodes import GlobalPool, Network, dynamic, sequence
+from doconv_core.networks.shapes import infer
 
 need("tf")
 
@@ -89,7 +89,8 @@ def test_a_description_becomes_the_layer():
     network = Network("n", body, (16, 9, 9))
     net = doconv_tf.build(network)
     assert type(net.get_layer("conv")) is doconv_tf.DGConv2D
-    doconv_tf.load_state(net, initialize(network))
+    forms = {path: placed.form for path, placed in infer(network).items() if placed.form}
+    assert doconv_tf.export_state(net).layers == forms
 
 
 def test_what_gives_no_layer_is_refused():
