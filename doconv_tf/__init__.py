@@ -30,6 +30,12 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
     DOSeparableConv1D,
     DOSeparableConv2D,
 )
+from doconv_tf.dgc import (  # noqa: E402
+    DGConv2D,
+    ProgressCallback,
+    add_saliency_lasso,
+    set_progress,
+)
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_tf.model import fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_tf.orthonormal import (  # noqa: E402
@@ -50,6 +56,7 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "DGConv2D",
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
@@ -57,7 +64,9 @@ __all__ = [
     "DODepthwiseConv2D",
     "DOSeparableConv1D",
     "DOSeparableConv2D",
+    "ProgressCallback",
     "add_orthonormality",
+    "add_saliency_lasso",
     "build",
     "export_state",
     "fold",
@@ -67,6 +76,7 @@ __all__ = [
     "mark_orthonormal",
     "orthonormality_loss",
     "over_parameterize",
+    "set_progress",
     "to_bsconv",
     "verify",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from doconv_core.models.view import LayerKinds
 from doconv_tf.bsconv import BSCONVS
 from doconv_tf.depthwise_conv import DO_CONVS
+from doconv_tf.dgc import DG_CONVS
 
 LAYER_KINDS = LayerKinds()
 register = LAYER_KINDS.register
 
 register(DO_CONVS)  # first: parts of the others' layers may be these
 register(BSCONVS)
+register(DG_CONVS)

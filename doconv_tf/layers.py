@@ -22,7 +22,13 @@ from doconv_core.state.layers import (
     PReLUSpec,
     TransposedConvSpec,
 )
-from doconv_core.state.reading import NoCounterpart, in_outputs, is_composed, read_layer
+from doconv_core.state.reading import (
+    NoCounterpart,
+    has_own_spec,
+    in_outputs,
+    is_composed,
+    read_layer,
+)
 from doconv_tf.composed import ComposedConv
 from doconv_tf.flattening import Flattenings
 from doconv_tf.graph import Graph
@@ -150,6 +156,15 @@ def _depthwise(layer: Any, around: Surroundings) -> dict[str, Part]:
     return {"": _convolution(layer, around, "*CN", bias=layer.bias)}
 
 
+def _dynamic_heads(layer: Any, around: Surroundings) -> dict[str, Part]:
+    own = symmetric(layer.around) if any(layer.around) else pads(layer)
+    padding = padded(own, around.graph.zeros_before(layer))
+    geometry = Geometry(layer.strides, layer.dilation_rate, padding)
+    names = ("squeeze_weight", "saliency_weight", "saliency_bias", "inactive")
+    entries = {"weight": layer.kernel, **{name: getattr(layer, name) for name in names}}
+    return {"": _part(layer, around, layer.spec, "*IO", geometry=geometry, **entries)}
+
+
 def _separable(layer: Any, around: Surroundings) -> dict[str, Part]:
     """Return the two convolutions that a separable one is, as other frameworks have it."""
     ones, kernel = (1,) * layer.rank, layer.pointwise_kernel
@@ -267,4 +282,6 @@ FORMS: dict[type[Any], Callable[[Any, Surroundings], dict[str, Part]]] = {
 def reader_of(layer: keras.Layer) -> Callable[[Any, Surroundings], dict[str, Part]] | None:
     """Return the function for a layer of this very type; None where it has no counterpart."""
     cls: Any = type(layer)
+    if has_own_spec(LAYER_KINDS, cls):
+        return _dynamic_heads
     return FORMS.get(cls.ordinary if is_composed(LAYER_KINDS, cls) else cls)

@@ -13,6 +13,7 @@ from doconv_core.networks.build import get_model as build_named
 from doconv_core.networks.build import layer_type
 from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
+from doconv_tf.dgc import DGConv2D, DynamicHeads2D
 from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.orthonormal import mark_orthonormal
 from doconv_tf.pooling import PaddedAveragePooling2D, PaddedMaxPooling2D
@@ -82,7 +83,8 @@ def _model(placed: dict[str, Placed], path: str, name: str) -> keras.Model:
     node, shape = placed[path].node, placed[path].before
     names = _Names([name for name, _ in node.children])
     inputs = keras.Input(_shape(shape), name=names.free("input"))
-    outputs = BLOCKS[type(node)](placed, path, inputs, names)
+    block: Callable[..., Any] = BLOCKS.get(type(node), _through)
+    outputs = block(placed, path, inputs, names)
     if outputs is inputs:
         outputs = _layers.Identity(name=names.free("identity"))(inputs)
     return keras.Model(inputs, outputs, name=name)
@@ -170,6 +172,21 @@ def _padding(conv: nodes.Conv) -> tuple[str, tuple[int, ...]]:
     return "valid", pads
 
 
+def _dynamic(cls: Any) -> Callable[..., Any]:
+    """Return the function for the node of this layer."""
+
+    def called(placed: Placed, name: str, x: Any, names: _Names) -> Any:
+        heads = dict(placed.node.children)["heads"] if cls is DGConv2D else placed.node
+        word, pads = _padding(heads.conv)
+        layer = cls(
+            heads.channels, heads.kernel_size, heads.stride, word, heads=heads.heads, around=pads,
+            squeeze_rate=heads.squeeze_rate, gate_factor=heads.gate_factor, name=name,
+        )  # fmt: skip
+        return layer(x)
+
+    return called
+
+
 def _batch_norm(placed: Placed, name: str, x: Any, names: _Names) -> Any:
     norm = placed.node
     return _layers.BatchNormalization(
@@ -208,6 +225,8 @@ BLOCKS: dict[type[Any], Callable[..., Any]] = {
 }
 LAYERS: dict[type[Any], Callable[..., Any]] = {
     nodes.Conv: _convolution,
+    nodes.DGConv: _dynamic(DGConv2D),
+    nodes.DynamicHeads: _dynamic(DynamicHeads2D),
     nodes.BatchNorm: _batch_norm,
     nodes.Activation: _layer(lambda node, name: _layers.Activation(node.name, name=name)),
     nodes.Pool: _pool,

@@ -76,7 +76,8 @@ class _Layers(Holder):
     def get(self, parameter: keras.Variable) -> Array:
         """Return a variable's values as an array; bfloat16 as float32."""
         array: Array = ops.convert_to_numpy(parameter)
-        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        unknown = array.dtype.name in ("bfloat16", "int32")  # to NumPy, and to states
+        return array.astype(np.float32) if unknown else array
 
     def put(self, assignment: Assignment) -> None:
         """Assign an array to its variable."""

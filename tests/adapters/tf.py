@@ -153,6 +153,22 @@ def ordinary_type(case: Case) -> type:
     return keras.layers.DepthwiseConv2D if case.depthwise_layer else ORDINARY[case.spec.rank - 1]
 
 
+def dynamic(case: Any) -> keras.Layer:
+    spec = case.spec
+    layer = package.DGConv2D(
+        spec.out_channels, spec.kernel_size, (case.stride,) * 2, around=case.padding,
+        dilation_rate=case.dilation, data_format="channels_last", **case.sizes,
+    )  # fmt: skip
+    layer.build((None, *case.size, spec.in_channels))
+    return layer
+
+
+def lasso(model: keras.Layer, x: np.ndarray, weight: float) -> float:
+    package.add_saliency_lasso(model, weight)
+    model(_in(x, model), training=True)
+    return float(ops.convert_to_numpy(sum(model.losses)))
+
+
 def take_over(case: Case, conv: keras.Layer) -> keras.Layer:
     multiplier = case.spec.depth_multiplier
     if case.depthwise_layer:
@@ -213,14 +229,17 @@ def gradients(
     dy: np.ndarray,
     training: bool = False,
     composed: bool = False,
+    lasso: float = 0.0,
 ) -> Results:
+    if lasso:
+        package.add_saliency_lasso(model, lasso)
     inputs, factors = keras.Variable(_in(x, model), dtype=model.compute_dtype), _in(dy, model)
 
     def total() -> Any:
         given = ops.convert_to_tensor(inputs)
         options = {"training": training} if training else {}
         output = _by_kernel(model, given) if composed else model(given, **options)
-        return ops.sum(output * factors), output
+        return ops.sum(output * factors) + (sum(model.losses) if lasso else 0), output
 
     (_, output), (dx, *found) = _differentiated(total, [inputs, *model.trainable_variables])
     return Results(_out(output), _out(dx), _by_name(model, found))

@@ -106,6 +106,17 @@ def ordinary_type(case: Case) -> type:
     return ORDINARY[case.spec.rank - 1]
 
 
+def dynamic(case: Any) -> nn.Module:
+    spec = case.spec
+    sizes = spec.in_channels, spec.out_channels, spec.kernel_size
+    return package.DGConv2d(*sizes, **case.geometry, **case.sizes)
+
+
+def lasso(model: nn.Module, x: np.ndarray, weight: float) -> float:
+    model.train()(_in(model, x))
+    return package.saliency_lasso(model, weight).item()
+
+
 def take_over(case: Case, conv: nn.Module) -> nn.Module:
     multiplier = case.spec.depth_multiplier
     return LAYERS[case.spec.rank - 1].from_conv(conv, depth_multiplier=multiplier)
@@ -147,9 +158,12 @@ def gradients(
     dy: np.ndarray,
     training: bool = False,
     composed: bool = False,
+    lasso: float = 0.0,
 ) -> Results:
     inputs = _in(model, x).requires_grad_()
     output = (_by_kernel if composed else nn.Module.__call__)(model.train(training), inputs)
+    if lasso:
+        package.saliency_lasso(model, lasso).backward(retain_graph=True)
     output.backward(torch.from_numpy(dy.copy()).to(output.dtype))
     return Results(array(output), array(inputs.grad), _gradients(model))
 

@@ -1,0 +1,109 @@
+"""The contract of dynamic group convolutions: every backend that has them, against the core."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from contract import check, check_refused, put, say, snapshot
+from contract_dgc import CASES, WEIGHT, WITH_DGC, gap, make_problem, solve
+from equal import assert_close, assert_same
+from frameworks import adapter_of
+
+from doconv_core import read_state, write_state
+from doconv_core.kinds.dgc import inactive_channels
+
+
+@pytest.fixture(params=WITH_DGC)
+def adapter(request):
+    return adapter_of(request.param)
+
+
+def built(adapter, case, problem=None):
+    layer = adapter.dynamic(case)
+    return layer if problem is None else put(adapter, layer, problem.arrays)
+
+
+def inactive_of(adapter, layer):
+    return int(snapshot(adapter.package, layer).arrays["heads.inactive"])
+
+
+def test_the_table_covers_what_it_promises():
+    folds = {case.spec.out_channels * case.spec.conv.taps < case.spec.heads * np.prod(case.size)
+             for case in CASES}  # fmt: skip
+    assert folds == {True, False}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_is_the_cores(adapter, case, tmp_path):
+    """Its numbers, its passes in training and evaluation, and what it is saved as."""
+    problem, spec = make_problem(case), case.spec
+    layer = built(adapter, case, problem)
+    adapter.package.set_progress(layer, case.progress)
+    inactive = inactive_channels(spec.in_channels, spec.gate_factor, case.progress)
+    assert inactive_of(adapter, layer) == inactive
+
+    expected = solve(case, problem, inactive, training=False)
+    assert not inactive or gap(expected.heads) > 1e-4
+    assert_close(adapter.forward(layer, problem.x), expected.heads.output)
+    state = snapshot(adapter.package, layer)
+    unset = {"heads.inactive": np.array(inactive, "f4")}
+    assert_same(state.arrays, {**problem.arrays, **unset})
+
+    expected = solve(case, problem, inactive)
+    assert not inactive or gap(expected.heads) > 1e-4
+    found = adapter.gradients(layer, problem.x, problem.dy, training=True, lasso=WEIGHT)
+    check(found._replace(arrays={name: found.arrays[name] for name in expected.results.arrays}),
+          expected.results, 1e-5)  # fmt: skip
+    mean = snapshot(adapter.package, layer).arrays["norm.running_mean"]
+    assert_close(mean, expected.running_mean)
+    assert_close(adapter.lasso(layer, problem.x, WEIGHT), WEIGHT * expected.heads.lasso)
+
+    state = snapshot(adapter.package, layer)
+    write_state(state, tmp_path / "state.safetensors")
+    loaded = read_state(tmp_path / "state.safetensors")
+    assert_same(loaded.arrays, state.arrays)
+    kept = adapter.round_trip(layer, built(adapter, case), problem.x, tmp_path)
+    assert_same(snapshot(adapter.package, kept).arrays, state.arrays)
+    output = adapter.forward(layer, problem.x)
+    assert_same(adapter.forward(kept, problem.x), output)
+    for other in map(adapter_of, WITH_DGC):
+        there = built(other, case)
+        other.package.load_state(there, loaded)
+        assert_same(snapshot(other.package, there).arrays, state.arrays)
+        assert_close(other.forward(there, problem.x), output)
+
+
+def test_a_finished_layer_begins_where_its_progress_is_set(adapter):
+    layer = built(adapter, CASES[0])
+    for progress, expected in ((1, 12), (0.05, 0), (0.5, 8)):
+        adapter.package.set_progress(layer, progress)
+        assert inactive_of(adapter, layer) == expected
+
+
+def test_what_gives_no_layer_is_refused(adapter):
+    package, layer = adapter.package, built(adapter, CASES[0])
+
+    def dynamic(**changes):
+        spec = CASES[0].spec
+        sizes = {"in_channels": 16, "out_channels": 8, **CASES[0].sizes, **changes}
+        made = object.__new__(type(spec))
+        for name, value in {"kernel_size": (1, 1), **sizes}.items():
+            object.__setattr__(made, name, value)
+        return lambda: adapter.dynamic(CASES[0]._replace(spec=made))
+
+    check_refused(
+        (dynamic(in_channels=18), ValueError, "in_channels must be divisible by heads; rec.*=18"),
+        (dynamic(out_channels=9), ValueError, "must be divisible by heads; rec.*=9, heads=4"),
+        (dynamic(gate_factor=0), ValueError, "above 0 and at most 1; received gate_factor=0"),
+        (dynamic(heads="4"), TypeError, "heads must be an integer; received heads='4'"),
+        (dynamic(squeeze_rate=40), ValueError, "squeeze_rate must be at most 33 for 16 channels"),
+        (lambda: package.set_progress(layer, 1.5), ValueError, "0 to 1; received progress=1.5"),
+        (lambda: package.set_progress(layer, "1"), TypeError, "progress must be a"),
+        (lambda: package.set_progress(1, 1), TypeError, say(adapter, "{module}")),
+        (
+            lambda: package.set_progress(adapter.make("conv", 4, 4, 1), 1),
+            ValueError, "the model has no dynamic group convolution, such as DGConv2",
+        ),
+        (lambda: adapter.lasso(layer, make_problem(CASES[0]).x, -1), ValueError, "weight"),
+    )  # fmt: skip
+    assert inactive_of(adapter, layer) == 0
