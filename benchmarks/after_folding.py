@@ -1,6 +1,6 @@
 """Run the recipes of `docs/after_folding.md`, and measure how far what they deploy lies from float.
 
-Run: python benchmarks/after_folding.py [--docs]
+Run: python benchmarks/after_folding.py [--docs] [--recipe TITLE …]
 
 Runs each recipe whose packages are installed here: the code that the page shows. Prints the largest
 difference from the folded network, relative to its largest output, how many images get the same
@@ -71,7 +71,8 @@ class Row(NamedTuple):
 def main() -> None:
     """Run, print and write."""
     options = _options()
-    rows, found = [], recipes()
+    rows: list[Row] = []
+    found = [recipe for recipe in recipes() if recipe.title in options.recipe]
     for network in dict.fromkeys(recipe.network for recipe in found):
         rows += measured([recipe for recipe in found if recipe.network == network])
     print("\n".join([HEAD, *map(line, rows)]))
@@ -85,6 +86,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="results", help="folder for the JSON file")
+    titles = [recipe.title for recipe in recipes()]
+    parser.add_argument("--recipe", nargs="+", choices=titles, default=titles, metavar="TITLE",
+                        help="those to run (default: all)")  # fmt: skip
     parser.add_argument("--docs", action="store_true", help="write docs/after_folding.md's rows")
     return parser.parse_args()
 

@@ -84,7 +84,7 @@ def draw_losses(core: np.ndarray, curves: Sequence[tuple[str, np.ndarray]]) -> F
     figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(core, color="0.8", linewidth=8, label="NumPy core, float64")
-    largest = 10 * TRAINED
+    largest = 50 * TRAINED  # with room for the legend
     for n, (title, losses) in enumerate(curves):
         # Curves that lie on each other can all be seen: the later the narrower, and their markers
         # at steps of their own.
@@ -104,9 +104,9 @@ def draw_losses(core: np.ndarray, curves: Sequence[tuple[str, np.ndarray]]) -> F
     right.axhline(TRAINED, color="k", linewidth=1, linestyle="--", label="allowed")
     right.set(ylim=(5e-10, largest), title="relative difference from the core")
     left.set(title="loss", ylim=(0, None))
-    for axes in (left, right):
+    for axes, columns in ((left, 1), (right, 2)):
         axes.set(xlabel="step")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", ncols=columns)
     return figure
 
 

@@ -13,6 +13,9 @@ from frameworks import BACKENDS, fresh, is_here
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+CONTINUED = (
+    "after_folding"  # its programs continue one another: tests/test_after_folding.py runs them
+)
 WHOLE = re.compile(r"keras\.applications|get_model\(\"plain18\"")
 
 
@@ -51,6 +54,7 @@ def programs(whole):
     return {
         f"{document.stem}-{number}": example
         for document in DOCUMENTS
+        if document.stem != CONTINUED
         for number, example in enumerate(examples(document))
         if (document != README and bool(WHOLE.search(example))) == whole
     }

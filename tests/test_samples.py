@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -498,3 +499,22 @@ def test_a_missing_framework_is_named_with_the_extra_to_install(sample, module, 
     done = fresh("-c", hide, FOLDER / f"{sample}.py", status=1)
     assert f"ImportError: doconv_{extra} needs {module}" in done.stderr
     assert f'python -m pip install "doconv[{extra}]"' in done.stderr
+
+
+def test_tensorflows_remarks_are_held_back_and_errors_are_not(capfd):
+    need("tf")
+    from quiet_tensorflow import without_remarks
+
+    remarks = [
+        "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+        "I0000 00:00:1795921402.5 4044 cpu_feature_guard.cc:227] This TensorFlow binary is",
+        "To enable the following instructions: AVX2 FMA, in other operations, rebuild",
+        "W0000 00:00:1795921402.5 4044 computation_placer.cc:177] already registered",
+        "E0000 00:00:1795922221.8 8100 cuda_platform.cc:52] failed call to cuInit: INTERNAL",
+    ]
+    errors = ["E0000 00:00:1795922221.8 8100 a.cc:5] broken", "Traceback: a user's own"]
+    capfd.readouterr()
+    with pytest.raises(ValueError, match="inside"), without_remarks():
+        os.write(2, "\n".join([*remarks, *errors, ""]).encode())
+        raise ValueError("inside")
+    assert capfd.readouterr().err.splitlines() == errors
