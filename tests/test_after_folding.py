@@ -17,8 +17,8 @@ TOGETHER = {
     "torch": ["int8 by PT2E", "int8 by ONNX Runtime", "OpenVINO", "Core ML"],
     "tf": ["TFLite int8"],
 }
-# It asks for NumPy 2, and so for an environment without MXNet. There this test is, and elsewhere not:
-# CI makes such an environment, and asks for it by name.
+# It asks for NumPy 2, and so for an environment without MXNet: this test is there alone, where CI
+# asks for it by name.
 APART = {"executorch": ["ExecuTorch"]} if find_spec("executorch") else {}
 
 
@@ -37,9 +37,8 @@ def test_recipes_deploy_the_folded_network(place, tmp_path):
         pytest.fail(f"in CI every package must be there: {missing} missing")
     if missing:
         pytest.skip(f"{missing} missing")
-    fresh(
-        after_folding.__file__, "--out", tmp_path, "--recipe", *titles, environment={"CI": "true"}
-    )
+    options = ["--out", tmp_path, "--recipe", *titles]
+    fresh(after_folding.__file__, *options, environment={"CI": "true"})  # OpenVINO reports nothing
     found = json.loads((tmp_path / "after_folding.json").read_text())["rows"]
     assert [row["title"] for row in found] == titles
     for row in found:  # the programs themselves assert how near the outputs are

@@ -13,9 +13,7 @@ from frameworks import BACKENDS, fresh, is_here
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-CONTINUED = (
-    "after_folding"  # its programs continue one another: tests/test_after_folding.py runs them
-)
+CONTINUED = "after_folding"  # whose programs go on from one another, in test_after_folding.py
 WHOLE = re.compile(r"keras\.applications|get_model\(\"plain18\"")
 
 
