@@ -35,6 +35,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .ok { color: #17652c; } .bad { color: #b00020; font-weight: bold; }
 img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
+.wide img { min-width: 44rem; }
 h1 { overflow-wrap: break-word; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .3rem .4rem; } }
 """
@@ -144,7 +145,8 @@ def _image(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{data}"></p>'
+    image = f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+    return f'<div class="wide">{image}</div>'
 
 
 def _differences(rows: Sequence[Any]) -> str:
