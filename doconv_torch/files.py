@@ -96,7 +96,8 @@ class PyTorchCheckpoint(Checkpoint):
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
-                f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep."
+                f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep"
+                f"{self._elsewhere()}."
             )
         named = [
             (joined(part, key), value)
@@ -114,6 +115,16 @@ class PyTorchCheckpoint(Checkpoint):
         }
         self.layers = self._find_layers(Sizes(kernel_sizes))
         self.unfolded = self._find_unfolded()
+
+    def _elsewhere(self) -> str:
+        """Return where there are tensors or arrays in a file without a state dict."""
+        for path, arrays, _ in self._states.outside():
+            if any(len(array.shape) > 1 for _, array in arrays):
+                where = f" in {shown(path)}" if path else ""
+                return (
+                    f" and in nothing that is named as what trains a model; there are arrays{where}"
+                )
+        return ""
 
     def _check_storages(self, stored: int) -> None:
         """Raise CheckpointError where tensors have more bytes than the file; PyTorch does not."""
@@ -212,7 +223,13 @@ class PyTorchCheckpoint(Checkpoint):
 
     def _save(self, content: Callable[[], Any], target: Path) -> None:
         try:
-            save(content(), target, _use_new_zipfile_serialization=self._zipped)
+            made = content()
+            try:
+                save(made, target, _use_new_zipfile_serialization=self._zipped)
+            except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
+                raise CheckpointError(
+                    f"{self.path} has what torch.save cannot write again: {str(error)[:200]}."
+                ) from error
         except RecursionError as error:
             raise CheckpointError(f"{self.path} is nested too deeply to be written.") from error
 
@@ -520,9 +537,12 @@ def write(
 
 def save(content: Any, path: Path, **options: Any) -> None:
     """Write as `torch.save` does, which has the options; OSError where the disk takes no more."""
+    # PyTorch takes no name that is a suffix alone, such as ".pt".
+    given = path.with_name("archive.pt") if path.name.rfind(".") == 0 else path
     try:
-        torch.save(content, path, **options)
+        torch.save(content, given, **options)
     except RuntimeError as error:
         if not _REFUSED.search(str(error)):
             raise
         raise OSError("the disk takes no more bytes") from error
+    given.replace(path)
