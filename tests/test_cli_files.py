@@ -237,7 +237,9 @@ def test_verify_keeps_to_the_tolerance(model, tmp_path):
     doconv("verify", model, other, *KERNEL_SIZE, "--tolerance", "1e-5", code=DIFFERENT)
     doconv("verify", model, other, *KERNEL_SIZE, "--tolerance", "1e-3")
     doconv("verify", model, other, "--tolerance", "-1", code=USAGE, error="--tolerance")
-    doconv("verify", model, other, "--tolerance", "nan", code=USAGE, error="a finite number; .* nan")
+    doconv(
+        "verify", model, other, "--tolerance", "nan", code=USAGE, error="a finite number; .* nan"
+    )
     doconv("verify", model, other, "--kernel-size", "no=3x3", code=USAGE, error="'no' matches no")
 
 

@@ -111,14 +111,14 @@ def writing_to(target: Path) -> Iterator[None]:
     """Tell of what goes wrong in the block, which writes `target`, as a Failure."""
     try:
         yield
-    except FileExistsError:  # it came into being meanwhile
-        raise target_exists(target) from None
+    except FileExistsError as error:  # it came into being meanwhile, or is a file beside it
+        raise target_exists(getattr(error, "path", target)) from None
     except OSError as error:
         problem = error.strerror or str(error)
         raise Failure(f"{target} could not be written: {problem}.", TARGET) from error
 
 
-def target_exists(target: Path) -> Failure:
+def target_exists(target: str | Path) -> Failure:
     """Return the error for a target that must not be replaced."""
     return Failure(f"{target} exists; use --force to replace it.", TARGET)
 

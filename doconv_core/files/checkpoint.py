@@ -38,6 +38,13 @@ from doconv_core.files.entries import (
     opened,
     to_storage,
 )
+from doconv_core.files.foreign import (
+    DEEPSPEED_PART,
+    foreign_archive,
+    foreign_file,
+    foreign_folder,
+    is_part_of_deepspeed,
+)
 from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
@@ -304,6 +311,10 @@ def format_of(path: Path) -> Format:
     for each in sorted(known, key=lambda each: not name.endswith(each.SUFFIXES)):
         if each.sniff(begin):
             return each
+    suffixes = tuple(suffix for each in known for suffix in each.SUFFIXES)
+    what = foreign_archive(begin.members, suffixes) or foreign_file(path.name, begin.head)
+    if what:
+        raise CheckpointError(f"{path} is {what}.")
     if begin.members:
         raise CheckpointError(
             f"{path} is a zip archive, but neither a PyTorch nor a Keras file: it has no data.pkl "
@@ -378,15 +389,22 @@ def check_ordinary(path: Path) -> None:
             raise IsADirectoryError(
                 f"{path} is a folder of torch.distributed.checkpoint; {GATHER.format(str(path))}."
             )
+        if what := foreign_folder(names):
+            raise IsADirectoryError(f"{path} is {what}.")
         known = tuple(suffix for each in formats().values() for suffix in each.SUFFIXES)
-        found = [name for name in names if name.lower().endswith(known)]
-        found.sort(key=lambda name: not name.endswith(".json"))  # an index stands for its shards
+        index = re.compile(r".+\.index(\.\w+)?\.json")  # which stands for its shards
+        found = [name for name in names if name.lower().endswith(known) or index.fullmatch(name)]
+        found.sort(key=lambda name: index.fullmatch(name) is None)
         such = f", such as {path / found[0]}" if found else ""
         raise IsADirectoryError(f"{path} is a folder; name a checkpoint file{such}.")
     if path.exists() and not path.is_file():
         raise CheckpointError(
             f"{path} is a pipe or a device, which cannot be read twice; write what it gives to a "
             "file, and name that."
+        )
+    if is_part_of_deepspeed(path):
+        raise CheckpointError(
+            f"{path} is a part of a checkpoint, the folder {path.parent}, of {DEEPSPEED_PART}."
         )
     if path.name.endswith(distributed) or path.name == ".metadata":
         raise CheckpointError(
@@ -395,7 +413,7 @@ def check_ordinary(path: Path) -> None:
         )
 
 
-SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.[a-z]+)")
+SHARD = re.compile(r"(.+)[-_.]\d+[-_]of[-_](\d+)(\.[a-z]+)", re.IGNORECASE)
 MAX_INDEX = 1 << 28  # bytes of an index of several files
 
 
@@ -425,6 +443,13 @@ def _shards_of(index: Path) -> set[str]:
     return names if len(names) > 1 else set()
 
 
+# Suffixes of files that others write of models, and of packed ones.
+FOREIGN = frozenset((
+    ".onnx", ".tflite", ".gguf", ".pt2", ".pb", ".mlmodel", ".npz", ".npy", ".msgpack", ".pdparams",
+    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z",
+))  # fmt: skip
+
+
 class SuffixError(ValueError):
     """A file is to be written under a suffix that says another format."""
 
@@ -439,7 +464,13 @@ def format_by_suffix(name: str) -> Format | None:
 
 def check_suffix(target: str | os.PathLike[str], form: Format) -> None:
     """Raise SuffixError where the suffix of `target` says another format than `form`."""
-    told = format_by_suffix(os.path.basename(os.fspath(target)))
+    name = os.path.basename(os.fspath(target))
+    if os.path.splitext(name)[1].lower() in FOREIGN:
+        raise SuffixError(
+            f"{os.fspath(target)} would be a {form.NAME} file ({', '.join(form.SUFFIXES)}), and "
+            "its suffix says a file that is not written here; name it otherwise."
+        )
+    told = format_by_suffix(name)
     if told is not None and told is not form:
         written, said = (f"{x.NAME} file ({', '.join(x.SUFFIXES)})" for x in (form, told))
         raise SuffixError(

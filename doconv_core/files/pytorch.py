@@ -108,8 +108,9 @@ class StateDicts:
 
     is_tensor: tells a tensor, of whatever framework; it has a `shape`. found: dicts of tensors by
     name, of which one has two axes or more; they lie in dicts, lists and tuples. Tensors that stand
-    beside a dict of these, and are in no module, are none. What is reached twice counts once. others: the keys of what else there is beside them. twice: the keys to
-    several of them, where they are the same; else None.
+    beside a dict of these, and are in no module, are none. What is reached twice counts once.
+    others: the keys of what else there is beside them. twice: the keys to several of them, where
+    they are the same; else None.
     """
 
     def __init__(self, content: Any, is_tensor: Callable[[Any], bool]) -> None:
