@@ -35,7 +35,7 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
-from doconv_core.files.inert import Inert
+from doconv_core.files.inert import Inert, NotReadError
 from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.files.pickles import SUSPECT, check_calls
 from doconv_core.files.pytorch import (
@@ -510,6 +510,8 @@ def _problem(error: Exception) -> str:
             "is pickled in another way than torch.save does by default, which weights_only=True "
             "does not read; save it again, without pickle_protocol="
         )
+    if isinstance(error, NotReadError):
+        return f"has what is not read: {text}; save model.state_dict()"
     said = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
     return f"is no whole PyTorch file: {said.strip().rstrip('.') or type(error).__name__}"
 

@@ -318,7 +318,7 @@ def test_an_optimizer_s_moments_are_no_copy(file, tmp_path):
 
 INERT = {
     "args": argparse.Namespace(lr=0.1, of=argparse.Namespace(array=np.arange(6.0).reshape(2, 3).T)),
-    "simple": types.SimpleNamespace(a=1),
+    "simple": types.SimpleNamespace(a=1, shape=3, dtype="float32"),
     "numbers": (np.float64(3.5), [np.int64(7)], {"k": np.complex64(1 + 2j)}, np.bool_(True)),
     "array": np.arange(6, dtype="float32").reshape(2, 3),
     "by columns": np.asfortranarray(np.ones((2, 3))),
@@ -345,7 +345,8 @@ def same(a, b):
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict):
-        known = getattr(a, "default_factory", None) is getattr(b, "default_factory", None)
+        is_default = isinstance(a, collections.defaultdict)
+        known = not is_default or a.default_factory is b.default_factory
         return known and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
@@ -374,6 +375,37 @@ class Made:
 
     def __reduce__(self):
         return self.made
+
+
+class Attributes(dict):
+    """A dict of its own class, as trainers keep their arguments in."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class Kept(list):
+    """A list of its own class."""
+
+
+@LEGACY
+def test_dicts_and_lists_of_their_own_class_are_read_where_that_is_allowed(file, tmp_path, legacy):
+    recent = collections.deque([1, np.float32(2)], maxlen=3)
+    named = collections.OrderedDict(a=1)
+    named.note = "x"
+    kept = {
+        "args": Attributes(lr=0.1, inner=Attributes(b=recent)), "list": Kept([1]), "od": named,
+        "by name": collections.defaultdict(collections.deque, {"a": recent}), "class": Kept,
+    }  # fmt: skip
+    save({"model": tensors(), **kept}, file, legacy)
+    refused(file, r"needs \S*Attributes to be read", CheckpointError)
+    fold_checkpoint(file, tmp_path / "out", allow=[Attributes, Kept, collections.deque])
+    found = torch.load(tmp_path / "out", weights_only=False)
+    names_folded(found["model"])
+    for name, value in kept.items():
+        assert same(found[name], value), name
+    assert found["args"].inner.b.maxlen == 3
+    assert found["by name"]["a"] is found["args"].inner.b
+    assert found["od"].note == "x"
 
 
 class Unwritable:

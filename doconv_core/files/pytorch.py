@@ -186,9 +186,10 @@ class StateDicts:
 
 def is_array(value: Any) -> bool:
     """Return whether `value` is a tensor or an array."""
-    if isinstance(value, type) or getattr(value, "is_nested", False):  # which has no one shape
+    kind = type(value)  # an object's own attributes may be of any names, as those of arguments are
+    if not (hasattr(kind, "shape") and hasattr(kind, "dtype")):
         return False
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    return not getattr(value, "is_nested", False)  # which has no one shape
 
 
 def is_container(value: Any) -> bool:
