@@ -13,11 +13,13 @@ import keras
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_tf.bsconv import BN_OPTIONS
 from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.verify import verify
 from doconv_tf.view import View
 
 
@@ -108,6 +110,32 @@ def fold(
     return fold_layers(
         View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
+
+
+def deploy(
+    model: keras.Layer, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the methods `fuse`, `reparameterize` and
+    `switch_to_deploy` that the model's own layers have, as those of RepVGG and MobileOne, which
+    read weights; then the batch norms that are left, as `fold(fuse_batchnorm=True)`; and then
+    `verify` against the model. A layer that such a method returns, built, takes its layer's place,
+    under its name. What a method leaves in no attribute is no part of the model any more.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises NotFoldable as `fold` does, and where a method of the model raises, as Keras does where
+    it gives a built layer new parts; TypeError and ValueError as `fold` does. Warns where outputs
+    differ by more than rounding.
+
+    >>> layers = [DOConv2D(4, 3), keras.layers.BatchNormalization()]
+    >>> net = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    >>> model, report = deploy(net, keras.ops.zeros((1, 8, 8, 3)))
+    >>> type(model.layers[1]).__name__, report.difference.absolute < 1e-6
+    ('Identity', True)
+    """
+    return deploy_model(View(model), LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(

@@ -62,6 +62,34 @@ def exchange_activation(layer: keras.Layer, old: keras.Layer, new: keras.Layer) 
     layer._tracker.lock()
 
 
+def held_by(layer: keras.Layer) -> list[Any]:
+    """Return the layers and variables that the layer's attributes hold, in whatever containers."""
+    stores = {id(store) for _, store in layer._tracker.config.values()}
+    todo, found = [value for value in vars(layer).values() if id(value) not in stores], []
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (keras.Layer, keras.Variable)):
+            found.append(value)
+        elif isinstance(value, (list, tuple, set, dict)):
+            todo += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def let_go(layer: keras.Layer, before: list[Any]) -> None:
+    """Let a layer have no more what its attributes held before, and hold no more.
+
+    Keras keeps a part whose attribute is set to something else, such as None.
+    """
+    held, tracker = {id(each) for each in held_by(layer)}, layer._tracker
+    locked = tracker.locked
+    tracker.unlock()
+    for each in before:
+        if id(each) not in held:
+            tracker.untrack(each)
+    if locked:
+        layer._lock_state()
+
+
 def is_tracked(value: Any) -> bool:
     """Return whether the value is one of Keras' containers, which tell a tracker what they hold."""
     return isinstance(value, (list, dict, set)) and hasattr(value, "tracker")

@@ -7,6 +7,9 @@ from typing import Any
 
 import keras
 
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.own_methods import call_own
+from doconv_core.models.report import place
 from doconv_core.models.view import ModelView, Site
 from doconv_tf import batchnorm, graph
 from doconv_tf.copying import copied
@@ -20,9 +23,9 @@ from doconv_tf.ordinary import (
     spec_of,
 )
 from doconv_tf.orthonormal import is_marked, unmark
-from doconv_tf.private import children, own_variables
+from doconv_tf.private import children, held_by, let_go, own_variables
 from doconv_tf.saving import guard
-from doconv_tf.surgery import check_functions, finish
+from doconv_tf.surgery import become, check_functions, finish
 
 
 class View(ModelView):
@@ -33,6 +36,7 @@ class View(ModelView):
 
     model: keras.Layer
     batch_norm = keras.layers.BatchNormalization
+    packages = ("keras.", "doconv_tf.")
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
     norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
 
@@ -97,6 +101,30 @@ class View(ModelView):
         for layer in marked:
             unmark(layer)
         return bool(marked)
+
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a layer's own method, and make the layer the one that it returns, in its place.
+
+        What the method leaves without a name is no part of its layer any more: Keras would keep it.
+        """
+        held = [(each, held_by(each)) for _, each in first_occurrences(site.layer)]
+        kind = self.name_of(site.layer)
+        made = call_own(site.path, kind, site.layer, name)
+        for each, before in held:
+            let_go(each, before)
+        if not isinstance(made, keras.Layer) or made is site.layer:
+            return site.layer
+        if not made.built:
+            raise NotFoldable(
+                f"{place(site.path)}: {kind}.{name}() returned a {self.name_of(made)} that is not "
+                "built; it is to build it, too."
+            )
+        if site.layer is self.model:
+            self.model = made
+            return made
+        made.name = site.layer.name  # by which it is found
+        become(site.layer, made, frozenset(vars(site.layer)))
+        return site.layer
 
     def flow(self) -> graph.Seen:
         """Return who follows whom in the model's graphs."""
