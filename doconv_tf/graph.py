@@ -26,6 +26,7 @@ from doconv_tf.private import (
     is_operation,
     maker_of,
     nodes_of,
+    own_variables,
     position_of,
 )
 
@@ -178,9 +179,26 @@ class Graph:
         return opaque
 
 
-def read_by(layer: keras.Layer) -> list[keras.Layer]:
-    """Return the layers that the functions which a layer has for itself hold, and those inside."""
-    found: list[keras.Layer] = []
+def variables_read(model: keras.Layer) -> set[int]:
+    """Return the ids of the variables that operations of graphs and functions of layers hold.
+
+    They go on with the very variable, whatever becomes of the layer that it is of.
+    """
+    found: list[Any] = []
+    for _, layer in first_occurrences(model):
+        own, function = {id(variable) for variable in own_variables(layer)}, graph_of(layer)
+        found += [each for each in read_by(layer) if id(each) not in own]
+        for node in nodes_of(function) if function is not None else ():
+            found += keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    return {id(each) for each in found if isinstance(each, keras.Variable)}
+
+
+def read_by(layer: keras.Layer) -> list[Any]:
+    """Return the layers that the functions which a layer has for itself hold, and those inside.
+
+    And the variables that these functions hold.
+    """
+    found: list[Any] = []
     seen: set[int] = set()
     todo = [value for name, value in vars(layer).items() if name not in OF_KERAS]
     todo = [value for value in todo if not isinstance(value, keras.Layer)]
@@ -191,6 +209,8 @@ def read_by(layer: keras.Layer) -> list[keras.Layer]:
         seen.add(id(value))
         if isinstance(value, keras.Layer):
             found += [each for _, each in first_occurrences(value)]
+        elif isinstance(value, keras.Variable):
+            found.append(value)
         elif isinstance(value, functools.partial):
             todo += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):

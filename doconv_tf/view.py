@@ -9,7 +9,7 @@ import keras
 
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
-from doconv_core.models.report import place
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import ModelView, Site
 from doconv_tf import batchnorm, graph
 from doconv_tf.copying import copied
@@ -45,6 +45,7 @@ class View(ModelView):
         self.model = model
         self._seen = graph.Seen()
         self._holders: dict[int, list[Any]] | None = None
+        self._read: set[int] | None = None
 
     def sites(self) -> list[Site]:
         """Return every layer once, each before those that it holds, in their order."""
@@ -71,6 +72,12 @@ class View(ModelView):
                 for variable in own_variables(each):
                     self._holders.setdefault(id(variable), []).append(each)
         return [each for v in own_variables(layer) for each in self._holders[id(v)]]
+
+    def other_use(self, layer: keras.Layer) -> str | None:
+        """Return whether an operation or a function is seen to hold one of a layer's variables."""
+        if self._read is None:
+            self._read = graph.variables_read(self.model)
+        return None if self._read.isdisjoint(map(id, own_variables(layer))) else READ
 
     def count(self) -> int:
         """Return how many numbers the weights have, moving statistics included."""
