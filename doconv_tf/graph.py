@@ -44,7 +44,7 @@ _ZERO_AT_ZERO = (
     _activations.softsign, _activations.tanh,
 )  # fmt: skip
 _OPERATIONS = ("Elu", "Gelu", "Identity", "LeakyRelu", "Relu", "Relu6", "Selu", "Silu", "Tanh")
-
+_FRAMEWORKS = ("keras", "tensorflow", "jax", "torch", "numpy", "doconv_tf")
 
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
 
@@ -202,6 +202,7 @@ def read_by(layer: keras.Layer) -> list[Any]:
     seen: set[int] = set()
     todo = [value for name, value in vars(layer).items() if name not in OF_KERAS]
     todo = [value for value in todo if not isinstance(value, keras.Layer)]
+    todo.append(type(layer).call)  # which may read a layer or variable by a global name
     while todo:
         value = todo.pop()
         if id(value) in seen:
@@ -215,11 +216,17 @@ def read_by(layer: keras.Layer) -> list[Any]:
             todo += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
             todo += [value.__func__, *([] if value.__self__ is layer else [value.__self__])]
-        elif isinstance(value, types.FunctionType) and not value.__module__.startswith("keras."):
+        elif _is_own(value):
             names = inspect.getclosurevars(value)
             todo += [*names.nonlocals.values(), *names.globals.values()]
             todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     return found
+
+
+def _is_own(value: Any) -> bool:
+    """Return whether this is a function, and none of a framework's."""
+    module = str(getattr(value, "__module__", ""))
+    return isinstance(value, types.FunctionType) and module.partition(".")[0] not in _FRAMEWORKS
 
 
 def _keeps_zeros(operation: Any) -> bool:

@@ -90,10 +90,12 @@ def fold(
     with more operations where the channels between are few; dense has about as many times more as
     the kernel has taps.
 
-    fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
-    of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
-    what is known in functional and sequential models, and in those inside one another, but not
-    inside subclassed ones. Batch norms that are left are in the report, with the reason.
+    fuse_batchnorm: also make each batch norm a part of the convolution, transposed convolution or
+    dense layer that it follows, where that layer's output goes nowhere else, or of the convolution
+    that follows it, where that pads with no zeros, for inference; a `keras.layers.Identity` of the
+    same name takes its place. What follows what is known in functional and sequential models, and
+    in those inside one another, but not inside subclassed ones. Batch norms that are left are in
+    the report, with the reason.
     inplace, and what is kept: as in `over_parameterize`.
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.

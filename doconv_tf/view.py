@@ -39,6 +39,7 @@ class View(ModelView):
     packages = ("keras.", "doconv_tf.")
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
     norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
+    takes_norm = staticmethod(batchnorm.takes_norm)
 
     def __init__(self, model: keras.Layer) -> None:
         require_built("", model)
@@ -137,6 +138,15 @@ class View(ModelView):
         """Return who follows whom in the model's graphs."""
         self._seen = graph.Graph(self.model).flow()
         return self._seen
+
+    def passes_on(self, layer: keras.Layer) -> bool:
+        """Return whether a layer returns its input in inference, and nobody watches."""
+        return batchnorm.passes_on(layer, self._seen)
+
+    def fuse_ahead(self, norm: keras.Layer, conv: keras.Layer) -> str | None:
+        """Fuse a batch norm into the convolution behind it; or return why not."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, ahead=True)
+        return reason or batchnorm.fuse_ahead(norm, conv)
 
     def pair_obstacle(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
         """Return why this convolution and this batch norm cannot be fused."""
