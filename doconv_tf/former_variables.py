@@ -1,8 +1,8 @@
 """What was made of a model's variables before it was changed in place, and would go on with them.
 
-A model that was compiled holds them in its optimizer and its functions, an optimizer of one's own in
-its state; neither shows when it takes steps, which a compiled function does without any Python. So
-they are looked for among all objects when a model is changed, which takes a fraction of a second.
+A model that was compiled holds them in its optimizer and its functions, an optimizer of one's own
+in its state; neither shows when it takes steps, which a compiled function does without any Python.
+So they are looked for among all objects when a model is changed, in a fraction of a second.
 """
 
 from __future__ import annotations

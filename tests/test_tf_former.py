@@ -11,7 +11,7 @@ from frameworks import need
 
 need("tf")
 
-from keras import layers, ops  # noqa: E402
+from keras import layers  # noqa: E402
 from keras_models import SHAPE, images  # noqa: E402
 
 from doconv_tf import fold, over_parameterize, to_bsconv  # noqa: E402
