@@ -30,20 +30,23 @@ class Branches(layers.Layer):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.conv, self.more = conv(name="conv"), {"point": [conv(size=1, name="point")]}
+        self.conv, self.point = conv(name="conv"), conv(size=1, name="point")
+        self.more = {"points": [conv(size=1, name="point_too")]}
 
     def build(self, shape):
-        self.conv.build(shape)
-        self.more["point"][0].build(shape)
+        for each in (self.conv, self.point, *self.more["points"]):
+            each.build(shape)
 
     def call(self, x):
-        return self.conv(x) if self.more is None else self.conv(x) + self.more["point"][0](x)
+        if self.point is None:
+            return self.conv(x)
+        return self.conv(x) + self.point(x) + self.more["points"][0](x)
 
     def switch_to_deploy(self):
-        point = self.more["point"][0]
-        self.conv.kernel.assign_add(ops.pad(point.kernel, [[1, 1], [1, 1], [0, 0], [0, 0]]))
-        self.conv.bias.assign_add(point.bias)
-        self.more = None
+        for point in (self.point, *self.more["points"]):
+            self.conv.kernel.assign_add(ops.pad(point.kernel, [[1, 1], [1, 1], [0, 0], [0, 0]]))
+            self.conv.bias.assign_add(point.bias)
+        self.point = self.more = None
 
 
 class Returning(Branches):
@@ -120,7 +123,7 @@ def built(layer):
 
 class Wrong(Branches):
     def switch_to_deploy(self):
-        self.more = None
+        self.point = None
 
 
 class Failing(Branches):
