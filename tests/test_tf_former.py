@@ -44,7 +44,7 @@ def trained(model, optimizer="sgd"):
 def test_whatever_was_compiled_of_the_layers_says_that_it_is_to_be_compiled_anew(change):
     model, other = network(), trained(network())
     around = trained(keras.Sequential([keras.Input(SHAPE[1:]), model]))
-    beside = trained(keras.Model(model.inputs, model.get_layer("conv").output))
+    beside = trained(keras.Model(model.inputs[0], model.get_layer("conv").output))
     change(trained(model))
     for each in (model, around, beside):
         with pytest.raises(ValueError, match=r"must call `compile\(\)` before"):
