@@ -31,7 +31,7 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
     DOSeparableConv2D,
 )
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_tf.model import fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_tf.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_tf.orthonormal import (  # noqa: E402
     add_orthonormality,
     mark_orthonormal,
@@ -59,6 +59,7 @@ __all__ = [
     "DOSeparableConv2D",
     "add_orthonormality",
     "build",
+    "deploy",
     "export_state",
     "fold",
     "get_model",

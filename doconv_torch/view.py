@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import READ, Change, FusingMethod, place
+from doconv_core.models.own_methods import call_own
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
@@ -36,7 +35,7 @@ class View(ModelView):
     """A module and all below it. Raises TypeError for what is none, or wrapped in DDP or FSDP."""
 
     model: nn.Module
-    batch_norm = _BatchNorm
+    batch_norm, packages = _BatchNorm, ("torch.", "doconv_torch.")
     name_of, is_convolution = staticmethod(kind_of), staticmethod(is_convolution)
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
     is_batch_norm = staticmethod(is_batch_norm)
@@ -117,47 +116,18 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
-    def fusing(self, changed: Sequence[nn.Module]) -> list[FusingMethod]:
-        """Return the methods by which modules around these make other layers of their own."""
-        inside, found = set(changed), []
-        for path, module in self.model.named_modules():
-            names = _fusing(type(module))
-            if names and not inside.isdisjoint(module.modules()):
-                found += [FusingMethod(path, kind_of(module), name) for name in names]
-        return found
-
-    def call_fusing(self) -> list[Change]:
-        """Call the modules' own methods, of each the first that there is, from the outermost in.
-
-        What one returns is the module that takes its place, if it is another.
-        """
-        found: list[Change] = []
-        self.model = self._called("", self.model, found, set())
-        return found
-
-    def _called(
-        self, path: str, module: nn.Module, found: list[Change], met: set[nn.Module]
-    ) -> nn.Module:
-        if module in met:
-            return module
-        met.add(module)
-        before = kind_of(module)
-        name = next((n for n in DEPLOYING if n in _fusing(type(module))), None)
-        if name is not None and _takes_nothing(getattr(module, name)):
-            try:
-                made = getattr(module, name)()
-            except Exception as error:  # whatever the model's own code raises
-                raise NotFoldable(
-                    f"{place(path)}: {before}.{name}() raised {type(error).__name__}: {error}"
-                ) from error
-            found.append(Change(path, before, f"what its {name}() makes"))
-            module = made if isinstance(made, nn.Module) else module
-        for child, inner in list(module.named_children()):
-            inner_path = f"{path}.{child}" if path else child
-            made = self._called(inner_path, inner, found, met)
-            if made is not inner:
-                setattr(module, child, made)
-        return module
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a module's own method, and put the module that it returns in its places."""
+        made = call_own(site.path, kind_of(site.layer), site.layer, name)
+        if not isinstance(made, nn.Module) or made is site.layer:
+            return site.layer
+        for path in site.paths:
+            parent, _, child = path.rpartition(".")
+            if child:
+                setattr(self.model.get_submodule(parent), child, made)
+            else:
+                self.model = made
+        return made
 
     def takes_norm(self, layer: Any) -> bool:
         """Return whether a batch norm behind a layer can become a part of it."""
@@ -183,37 +153,6 @@ class View(ModelView):
         """Fuse a batch norm into the convolution behind it; or return why not."""
         reason = batchnorm.pair_obstacle(conv, norm, self._seen, self._owners, ahead=True)
         return reason or batchnorm.fuse_ahead(norm, conv)
-
-
-# As RepVGG, MobileOne, timm, YOLO, RepLKNet, torchvision and others call it.
-_FUSING = re.compile(
-    r"(switch|convert|transform|trans)_to_deploy|re_?param(eteri[sz]e)?(_\w+)?|structural_reparam"
-    r"|fuse(_\w+|forward)?|merge_(kernel|bn|batchnorm|branch(es)?)|get_equivalent_kernel_bias"
-)
-
-
-# Those that `deploy` calls: without arguments, they leave a model for inference.
-DEPLOYING = ("fuse", "reparameterize", "switch_to_deploy")
-
-
-def _takes_nothing(method: Any) -> bool:
-    """Return whether a method can be called without arguments."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return all(
-        p.default is not inspect.Parameter.empty or p.kind in variable
-        for p in inspect.signature(method).parameters.values()
-    )
-
-
-def _fusing(cls: type) -> list[str]:
-    """Return the names of a class's own methods by which its modules become other layers."""
-    if cls.__module__.startswith(("torch.", "doconv_torch.")):
-        return []
-    return [
-        name
-        for name in dir(cls)
-        if _FUSING.fullmatch(name) and inspect.isfunction(getattr(cls, name, None))
-    ]
 
 
 def _varies(module: nn.Module) -> bool:
