@@ -9,11 +9,16 @@ from mxnet.gluon import Block
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_mx.bsconv import BN_OPTIONS
 from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.ordinary import require_values
+from doconv_mx.private import is_dense
+from doconv_mx.tree import parameters
+from doconv_mx.verify import verify
 from doconv_mx.view import View
 
 
@@ -98,6 +103,35 @@ def fold(
     return fold_layers(
         View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
+
+
+def deploy(
+    model: Block, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the methods `fuse`, `reparameterize` and
+    `switch_to_deploy` that the model's own blocks have, as those of RepVGG and MobileOne, which
+    read weights; then the batch norms that are left, as `fold(fuse_batchnorm=True)`; and then
+    `verify` against the model. A block that such a method returns takes its block's place, and is
+    hybridized as that was; no graph that was cached before stays.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises ValueError for a model that has no values yet, NotFoldable as `fold` does and where a
+    method of the model raises or returns what cannot take the place, TypeError as `fold` does.
+    Warns where outputs differ by more than rounding.
+
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(DOConv2D(3, 8, 3), mx.gluon.nn.BatchNorm(in_channels=8))
+    >>> net.initialize()
+    >>> model, report = deploy(net, mx.nd.ones((1, 3, 5, 5)))
+    >>> model[1], report.difference.absolute < 1e-6
+    (Dropout(p = 0, axes=()), True)
+    """
+    view = View(model)
+    require_values(filter(is_dense, parameters(model)), "deploy")
+    return deploy_model(view, LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(

@@ -120,6 +120,13 @@ def become(block: HybridBlock, other: HybridBlock) -> None:
     block.__class__ = type(other)
 
 
+def exchange(model: Block, old: Block, new: Block) -> None:
+    """Put a block in all places of another one in a model."""
+    for _, block in list(walk(model)):
+        for place in (private.children(block), vars(block)):
+            place.update({name: new for name, value in place.items() if value is old})
+
+
 def copied(model: Block) -> Block:
     """Return a copy of the model that shares no array with it and can be trained on its own.
 

@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mxnet.gluon import Block, SymbolBlock
+from mxnet import autograd
+from mxnet.gluon import Block, HybridBlock, SymbolBlock
 
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.own_methods import call_own
+from doconv_core.models.report import place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_core.state.file import entry
 from doconv_mx import batchnorm, graph, symbols
 from doconv_mx.composed import ComposedLayers
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import is_convolution, obstacle, outline
-from doconv_mx.private import BatchNorm, Conv, settings
-from doconv_mx.surgery import copied, forget_graphs
+from doconv_mx.private import BatchNorm, Conv, has_values, hybridize_like, settings
+from doconv_mx.surgery import copied, exchange, forget_graphs
 from doconv_mx.tree import check_model, count, owners, parameters, places, uncounted, walk
 
 
@@ -27,7 +31,7 @@ class View(ModelView):
     """
 
     model: Block
-    batch_norm = BatchNorm
+    batch_norm, packages = BatchNorm, ("mxnet.", "doconv_mx.")
     is_convolution, outline = staticmethod(is_convolution), staticmethod(outline)
     fuse = staticmethod(batchnorm.fuse)
 
@@ -93,6 +97,28 @@ class View(ModelView):
     def finish(self, *, changed: bool) -> None:
         """Let every hybridized block build its graph anew."""
         forget_graphs(self.model)
+
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a block's own method, and put the block that it returns in its places."""
+        old, kind = site.layer, self.name_of(site.layer)
+        with autograd.pause():
+            made = call_own(site.path, kind, old, name)
+        forget_graphs(self.model)
+        if not isinstance(made, Block) or made is old:
+            return old
+        returned = f"{place(site.path)}: {kind}.{name}() returned a {self.name_of(made)}"
+        empty = [p.name for p in parameters(made) if not has_values(p)]
+        if empty:
+            raise NotFoldable(f"{returned} without values for {empty[0]!r}; it is to give them.")
+        if isinstance(old, HybridBlock):
+            if not isinstance(made, HybridBlock):
+                raise NotFoldable(f"{returned}, which is no HybridBlock as the one before.")
+            hybridize_like(made, old)
+        if old is self.model:
+            self.model = made
+        else:
+            exchange(self.model, old, made)
+        return made
 
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands."""
