@@ -99,7 +99,7 @@ def calls(model: Block) -> Calls:
         if isinstance(block, SymbolBlock):
             _read(graph_of(block)[1], found)
             return
-        graph = _trace(block) if isinstance(block, HybridBlock) and children(block) else None
+        graph = trace(block) if isinstance(block, HybridBlock) and children(block) else None
         if graph is not None:
             _read(graph, found)
             return
@@ -182,8 +182,8 @@ def _read(graph: Symbol, found: Calls) -> None:
             found.note(None, operators.variable(node, 1))
 
 
-def _trace(block: HybridBlock) -> Symbol | None:
-    """Return the graph of a hybrid block, or None where it cannot be had without data."""
+def trace(block: Block) -> Symbol | None:
+    """Return the graph of a block, or None where it cannot be had without data."""
     try:
         data = [mx.sym.var(f"doconv_input{i}") for i in range(_inputs(block))]
         with mx.name.NameManager(), autograd.pause(train_mode=False):
@@ -202,7 +202,7 @@ def _flat(output: Any) -> Iterator[Symbol]:
         yield output
 
 
-def _inputs(block: HybridBlock) -> int:
+def _inputs(block: Block) -> int:
     """Return the number of inputs that the block's forward asks for."""
     own = type(block).forward is not HybridBlock.forward
     names = list(

@@ -11,10 +11,10 @@ from mxnet.gluon import Block, HybridBlock, SymbolBlock
 
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
-from doconv_core.models.report import place
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_core.state.file import entry
-from doconv_mx import batchnorm, graph, symbols
+from doconv_mx import batchnorm, graph, reads, symbols
 from doconv_mx.composed import ComposedLayers
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import is_convolution, obstacle, outline
@@ -39,6 +39,7 @@ class View(ModelView):
         check_model(model)
         self.model = model
         self._owners: dict[int, list[Block]] | None = None
+        self._read: set[int] | None = None
 
     def sites(self) -> list[Site]:
         """Return every block once, a parent before its children, and nodes behind their block."""
@@ -71,6 +72,15 @@ class View(ModelView):
         return [
             block if _is_alike(block, layer) else None for block in self._owners[id(layer.weight)]
         ]
+
+    def other_use(self, layer: Any) -> str | None:
+        """Return whether a block's forward is seen to read a weight that is a convolution's."""
+        if self._read is None:
+            self._read = reads.read_elsewhere(self.model)
+        node = symbols.node_of(layer)
+        entries = getattr(layer, "entries", dict)().values()
+        own = entries or [layer.weight if node is None else node.weight]
+        return None if self._read.isdisjoint(map(id, own)) else READ
 
     def count(self) -> int:
         """Return how many numbers the parameters have; those of unknown shape have none yet."""
