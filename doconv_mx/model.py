@@ -41,8 +41,9 @@ def over_parameterize(
     stays the object it was, and where `S == M` its weight too.
     The output does not change, in float32 where `S == M` not by one bit. What the layers share
     stays shared; names, order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization
-    are kept. Layers that are left are in the report, with the reason. Warns of a `where` that
-    selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
+    are kept. Layers that are left are in the report, with the reason; also those whose weight the
+    model's code is seen to read, and methods, such as `fuse`, that are for the folded model. Warns
+    of a `where` that selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
     be copied or is no selection; ValueError, by path, for a depth multiplier below a layer's taps.
 
     >>> net = mx.gluon.nn.HybridSequential()
@@ -86,8 +87,8 @@ def fold(
     order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization are kept. A batch norm
     that cannot be fused is left as it is, and the report says why.
     Raises, before anything is changed, TypeError for what is not a block or cannot be copied;
-    NotFoldable, by path, for a layer that no ordinary one computes exactly, or whose kernel is not
-    finite; ValueError for another
+    NotFoldable, by path, for a layer that no ordinary one computes exactly, whose weight a forward
+    is seen to read, or whose kernel is not finite; ValueError for another
     form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
     BSConv that is kept need not have.
 
