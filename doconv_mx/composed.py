@@ -277,8 +277,9 @@ class ComposedLayers(composed.ComposedLayers):
         """Return the ordinary layer's name.
 
         Raises NotFoldable for what computes something else, for a layer whose entries are read
-        otherwise, for a kernel that is not finite, and for a layer that shares `weight` with one that does not share the rest; ValueError for one
-        of which some parameters have values and others have none.
+        otherwise, for a kernel that is not finite, and for a layer that shares `weight` with one
+        that does not share the rest; ValueError for one of which some parameters have values and
+        others have none.
         """
         layer = site.layer
         check_foldable(layer)

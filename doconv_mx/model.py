@@ -43,8 +43,9 @@ def over_parameterize(
     stays shared; names, order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization
     are kept. Layers that are left are in the report, with the reason; also those whose weight the
     model's code is seen to read, and methods, such as `fuse`, that are for the folded model. Warns
-    of a `where` that selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
-    be copied or is no selection; ValueError, by path, for a depth multiplier below a layer's taps.
+    of a `where` that selects nothing. Raises, before anything is changed, TypeError for what is not
+    a block, cannot be copied or is no selection; ValueError, by path, for a depth multiplier below
+    a layer's taps.
 
     >>> net = mx.gluon.nn.HybridSequential()
     >>> net.add(mx.gluon.nn.Conv2D(8, 3, in_channels=3), mx.gluon.nn.Activation("relu"))
