@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
 
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
-from doconv_core.models.report import READ, place
+from doconv_core.models.report import READ, SHARED, place, read_elsewhere
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_core.state.file import entry
 from doconv_mx import batchnorm, graph, reads, symbols
 from doconv_mx.composed import ComposedLayers
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import is_convolution, obstacle, outline
-from doconv_mx.private import BatchNorm, Conv, has_values, hybridize_like, settings
+from doconv_mx.private import (
+    BatchNorm,
+    Conv,
+    has_values,
+    hybridize_like,
+    registered,
+    settings,
+)
 from doconv_mx.surgery import copied, exchange, forget_graphs
 from doconv_mx.tree import check_model, count, owners, parameters, places, uncounted, walk
 
@@ -43,7 +50,7 @@ class View(ModelView):
 
     def sites(self) -> list[Site]:
         """Return every block once, a parent before its children, and nodes behind their block."""
-        self._owners = None
+        self._owners = self._read = None
         found = []
         for block, paths in places(self.model):
             found.append(Site(paths[0], paths, block))
@@ -75,12 +82,16 @@ class View(ModelView):
 
     def other_use(self, layer: Any) -> str | None:
         """Return whether a block's forward is seen to read a weight that is a convolution's."""
-        if self._read is None:
-            self._read = reads.read_elsewhere(self.model)
         node = symbols.node_of(layer)
         entries = getattr(layer, "entries", dict)().values()
         own = entries or [layer.weight if node is None else node.weight]
-        return None if self._read.isdisjoint(map(id, own)) else READ
+        return READ if self._are_read(own) else None
+
+    def _are_read(self, parameters: Iterable[Any]) -> list[Any]:
+        """Return those of these parameters that blocks are seen to read which they are not of."""
+        if self._read is None:
+            self._read = reads.read_elsewhere(self.model)
+        return [parameter for parameter in parameters if id(parameter) in self._read]
 
     def count(self) -> int:
         """Return how many numbers the parameters have; those of unknown shape have none yet."""
@@ -133,7 +144,15 @@ class View(ModelView):
     def norm_obstacle(self, norm: Any) -> str | None:
         """Return why a batch norm cannot be fused, wherever it stands."""
         node = symbols.node_of(norm)
-        return batchnorm.norm_obstacle(norm) if node is None else node.reason
+        if node is not None:
+            return node.reason
+        reason, own = batchnorm.norm_obstacle(norm), registered(norm)
+        read = [name for name in own if self._are_read([own[name]])] if reason is None else []
+        return read_elsewhere(read) if read else reason
+
+    def takes_norm(self, layer: Any) -> bool:
+        """Return whether a batch norm behind a layer can become a part of it."""
+        return is_convolution(layer) or isinstance(layer, nn.Dense)
 
     def flow(self) -> Flow:
         """Return who follows whom, as far as it can be seen without data."""
@@ -142,9 +161,14 @@ class View(ModelView):
         return graph.flow(self.model, self._owners, self._names)
 
     def pair_obstacle(self, conv: Any, norm: Any) -> str | None:
-        """Return why this convolution and this batch norm cannot be fused."""
+        """Return why this layer and this batch norm cannot be fused."""
         assert self._owners is not None  # as `flow` was asked before
-        return batchnorm.pair_obstacle(conv, norm, self._owners, self._names)
+        reason = batchnorm.pair_obstacle(conv, norm, self._owners, self._names)
+        return reason or (SHARED if self._are_read(registered(conv).values()) else None)
+
+    def fuse_ahead(self, norm: Any, conv: Any) -> str | None:
+        """Fuse a batch norm into the convolution behind it; or return why not."""
+        return self.pair_obstacle(conv, norm) or batchnorm.fuse_ahead(norm, conv)
 
 
 def _is_alike(block: Block, layer: Any) -> bool:

@@ -54,10 +54,10 @@ CASES = {
     "conv's forward": Case(Net({"conv": Layer("patched"), "norm": norm}), behind(REPLACED)),
     "conv's subclass": Case(Net({"conv": Layer("own"), "norm": norm}), behind(SUBCLASS)),
     "transposed": Case(
-        Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED), ALL - {"torch"}
+        Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED), frozenset({"tf"})
     ),
     "into transposed": Case(
-        Net({"conv": Layer("transposed", groups=2), "norm": norm}), None, frozenset({"torch"})
+        Net({"conv": Layer("transposed", groups=2), "norm": norm}), None, frozenset({"torch", "mx"})
     ),
     "output used twice": Case(
         Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("sum", "+", "y", "z"))), OUTPUT
