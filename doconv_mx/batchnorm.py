@@ -42,6 +42,7 @@ from doconv_mx.surgery import remove_parameter, set_parameter
 from doconv_mx.tree import is_replaced
 
 NO_VALUES = "it or its convolution has no values yet"
+SETTINGS = {"axis", "eps", "fix_gamma"}
 DENSE_AXIS = "it may normalize another axis than the dense layer's units"
 
 
@@ -60,18 +61,17 @@ def _is_plain(norm: Any) -> bool:
         return False
     operators = graph.Operators(symbol)
     calls = [node for node in operators.nodes if node["op"] != "null"][:-1]  # then the output
-    names = [getattr(norm, name).name for name in ("gamma", "beta", "running_mean", "running_var")]
+    own = (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
+    names = [parameter.var().name for parameter in own]  # which may be its name of before
+    attributes = calls[0].get("attrs", {}) if calls else {}
+    asked = SETTINGS & settings(norm).keys()
     return (
         len(calls) == 1
         and calls[0]["op"] in graph.NORMS
         and [operators.variable(calls[0], n) for n in range(1, 5)] == names
         and operators.variable(calls[0], 0) not in (None, *names)
         and operators.nodes[-1]["inputs"][0][1] == 0
-        and all(
-            calls[0]["attrs"].get(name, str(settings(norm).get(name)))
-            == str(settings(norm).get(name))
-            for name in ("eps", "axis", "fix_gamma")
-        )
+        and all(attributes.get(name) == str(settings(norm)[name]) for name in asked)
     )
 
 

@@ -80,8 +80,9 @@ def fold(
     exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
     Merging makes two pointwise convolutions one with more operations where the channels between
     are few; dense has about as many times more as the kernel has taps.
-    fuse_batchnorm: also make batch norms that directly follow a convolution part of it, for
-    inference: in training a batch norm computes something else. inplace: change the model itself,
+    fuse_batchnorm: also make batch norms part of the convolution, transposed convolution or dense
+    layer before them, or of a convolution behind them that pads with nothing, for inference: in
+    training a batch norm computes something else. inplace: change the model itself,
     not a copy.
     Nothing of this package is left in the model, its parameters or its files. The kernels are new
     parameters, for which a trainer is to be created anew. What is shared stays shared; names,

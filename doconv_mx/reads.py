@@ -73,11 +73,11 @@ class _Asked:
     ndim, stype = _asked(lambda p: len(private.shape_of(p))), _asked(lambda p: "default")
 
 
-class _Read(_Asked, mx.sym.Symbol):  # type: ignore[misc]  # MXNet has no types
+class _Read(_Asked, mx.sym.Symbol):
     __slots__ = ()
 
 
-class _NumPyRead(_Asked, mx.sym.numpy._Symbol):  # type: ignore[misc]  # MXNet has no types
+class _NumPyRead(_Asked, mx.sym.numpy._Symbol):
     __slots__ = ()
 
 

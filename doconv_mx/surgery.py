@@ -35,6 +35,7 @@ def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: 
     kind, shapes = first.kind, first.shapes(in_channels)
     if kind.parameter_shape(spec) == kind.conv(spec).kernel_shape:
         old.__class__, old._layer = Entry, first
+        old._former = private.trainer_of(old)
         _unblock(old)
         made = {"weight": old}
     else:
@@ -65,6 +66,7 @@ def fold_layers(layers: Sequence[Any]) -> None:
         if isinstance(weight, Entry):
             weight.__class__ = Parameter
             del weight._layer
+            vars(weight).pop("_former", None)
     elif private.has_values(old):
         weight = first.fold().weight
     else:

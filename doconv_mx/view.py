@@ -83,8 +83,8 @@ class View(ModelView):
     def other_use(self, layer: Any) -> str | None:
         """Return whether a block's forward is seen to read a weight that is a convolution's."""
         node = symbols.node_of(layer)
-        entries = getattr(layer, "entries", dict)().values()
-        own = entries or [layer.weight if node is None else node.weight]
+        weight = layer.weight if node is None else node.weight
+        own = layer.entries().values() if hasattr(layer, "entries") else [weight]
         return READ if self._are_read(own) else None
 
     def _are_read(self, parameters: Iterable[Any]) -> list[Any]:

@@ -135,7 +135,9 @@ class Read(HybridBlock):
         self.conv, self.norm, self.read = square(), nn.BatchNorm(), read
 
     def hybrid_forward(self, F, x):
-        return self.norm(self.conv(x)), self.read(self).data()
+        parameter = self.read(self)
+        read = parameter.data() if F is mx.nd else parameter.var()
+        return self.norm(self.conv(x)), read
 
 
 def without_values():
