@@ -64,7 +64,7 @@ class Entry(Parameter):
         """Return the gradients, of which trainers ask at every step."""
         former = None if self._former is None else self._former()
         if former is not None and former is self._trainer:
-            self._former = None
+            del self._former
             others = self._others().values()
             missed = [p for p in others if p.grad_req != "null" and p._trainer is None]
             if missed and former not in _warned:

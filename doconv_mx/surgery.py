@@ -35,7 +35,9 @@ def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: 
     kind, shapes = first.kind, first.shapes(in_channels)
     if kind.parameter_shape(spec) == kind.conv(spec).kernel_shape:
         old.__class__, old._layer = Entry, first
-        old._former = private.trainer_of(old)
+        trainer = private.trainer_of(old)
+        if trainer is not None:
+            old._former = trainer
         _unblock(old)
         made = {"weight": old}
     else:
@@ -64,9 +66,10 @@ def fold_layers(layers: Sequence[Any]) -> None:
     old = weight = first.weight
     if not first.composes():
         if isinstance(weight, Entry):
+            if weight._former is not None:
+                del weight._former
             weight.__class__ = Parameter
             del weight._layer
-            vars(weight).pop("_former", None)
     elif private.has_values(old):
         weight = first.fold().weight
     else:
