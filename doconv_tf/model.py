@@ -18,6 +18,7 @@ from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_tf.bsconv import BN_OPTIONS
+from doconv_tf.former_variables import Former
 from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.verify import verify
 from doconv_tf.view import View
@@ -50,7 +51,9 @@ def over_parameterize(
 
     The model that is returned is to be compiled anew: what the former optimizer and compiled
     functions hold is the former variables. With `inplace` that goes for any other model with the
-    same layers. Name, dtype policy, trainable flags, paths and order are kept.
+    same layers, which is no longer compiled either; and an optimizer that was built for variables
+    which there are no more is warned of. Name, dtype policy, trainable flags, paths and order are
+    kept.
     Raises TypeError for what is not a Keras layer, cannot be copied, or has a compiled function
     that would go on with the former layers; ValueError for what is not built, and, with the layer's
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
@@ -63,9 +66,12 @@ def over_parameterize(
       Conv2D -> DOConv2D (1)
         conv
     """
-    return convert.over_parameterize(
-        View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
+    view, former = View(model), Former(model, inplace)
+    converted = convert.over_parameterize(
+        view, LAYER_KINDS, kind, options, where=where, inplace=inplace
     )
+    former.settle()
+    return converted
 
 
 def fold(
@@ -90,10 +96,12 @@ def fold(
     with more operations where the channels between are few; dense has about as many times more as
     the kernel has taps.
 
-    fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
-    of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
-    what is known in functional and sequential models, and in those inside one another, but not
-    inside subclassed ones. Batch norms that are left are in the report, with the reason.
+    fuse_batchnorm: also make each batch norm a part of the convolution, transposed convolution or
+    dense layer that it follows, where that layer's output goes nowhere else, or of the convolution
+    that follows it, where that pads with no zeros, for inference; a `keras.layers.Identity` of the
+    same name takes its place. What follows what is known in functional and sequential models, and
+    in those inside one another, but not inside subclassed ones. Batch norms that are left are in
+    the report, with the reason.
     inplace, and what is kept: as in `over_parameterize`.
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.
@@ -107,9 +115,12 @@ def fold(
     >>> report.changed
     (Change(path='conv', before='DOConv2D', after='Conv2D'),)
     """
-    return fold_layers(
-        View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
+    view, former = View(model), Former(model, inplace)
+    converted = fold_layers(
+        view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
+    former.settle()
+    return converted
 
 
 def deploy(
@@ -178,4 +189,7 @@ def to_bsconv(
         variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
         bn_options=bn_options, allowed=BN_OPTIONS, start=start,
     )  # fmt: skip
-    return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)
+    former = Former(model, inplace)
+    converted = convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)
+    former.settle()
+    return converted

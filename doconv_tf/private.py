@@ -49,6 +49,11 @@ def own_variables(layer: keras.Layer) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def trained_by(optimizer: keras.Optimizer) -> list[Any]:
+    """Return the variables that an optimizer was built for; none before it has taken a step."""
+    return list(getattr(optimizer, "_trainable_variables", ()))
+
+
 def kernel_variable(conv: keras.Layer) -> Any:
     """Return the variable of a convolution's kernel: `kernel` is no variable with LoRA."""
     return conv._kernel

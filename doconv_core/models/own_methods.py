@@ -1,4 +1,4 @@
-"""Methods by which parts of a model make other layers of their own, as RepVGG's and MobileOne's do."""
+"""Methods by which parts of a model make other layers of their own, as RepVGG's do."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ class ModelView(ABC):
         From the outermost in; of each by one method. What that returns takes the part's place, if
         it is another layer.
         """
-        found, met, waiting = [], {}, self.sites()
+        found: list[Change] = []
+        met: dict[int, Any] = {}  # by id, which stays theirs as long as they are kept
+        waiting = self.sites()
         while waiting:
             site = waiting.pop(0)
             name = deploying_method(site.layer, self.packages)
@@ -155,7 +157,7 @@ class ModelView(ABC):
                 continue
             kind = self.name_of(site.layer)
             made = self.call_own(site, name)
-            met |= {id(each): each for each in (site.layer, made)}  # kept, so that ids stay theirs
+            met |= {id(each): each for each in (site.layer, made)}
             found.append(Change(site.path, kind, f"what its {name}() makes"))
             waiting = self.sites()
         return found
