@@ -134,9 +134,8 @@ class Read(HybridBlock):
         self.conv, self.norm, self.read = square(), nn.BatchNorm(), read
 
     def hybrid_forward(self, F, x):
-        parameter = self.read(self)
-        read = parameter.data() if F is mx.nd else parameter.var()
-        return self.norm(self.conv(x)), read
+        y, parameter = self.norm(self.conv(x)), self.read(self)
+        return y, parameter.data() if F is mx.nd else parameter.var()
 
 
 def without_values():
