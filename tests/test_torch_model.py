@@ -350,6 +350,20 @@ def test_attributes_of_parameters_are_kept(multiplier, inplace):
         assert (parameter.options is options) == inplace
 
 
+@pytest.mark.parametrize("call", ["to_bsconv", "fold"])
+def test_every_call_in_place_warns_of_optimizers_made_before(call):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    over_parameterize(model, where="1", depth_multiplier=12, inplace=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    getattr(doconv_torch, call)(model, inplace=True)
+    made_before = rf"made before {call}\(inplace=True\), and does not have '[01]\.\w*\.?weight'"
+    with pytest.warns(UserWarning, match=made_before) as caught:
+        for _ in range(3):
+            model(torch.randn(1, 3, 6, 6)).sum().backward()
+            optimizer.step()
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("multiplier", [None, 12])
 @pytest.mark.parametrize("given", ["nothing", "group", "another"])
 def test_an_optimizer_made_before_is_warned_of_if_it_goes_on_without_the_new(multiplier, given):
