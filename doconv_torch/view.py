@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
 from doconv_core.models.report import READ, place
@@ -92,8 +93,9 @@ class View(ModelView):
         return View(copied(self.model, given_up))
 
     def check_known(self, site: Site, forms: Mapping[str, str]) -> None:
-        """Raise NotFoldable for a kind's layer that was compiled to TorchScript."""
+        """Raise NotFoldable for a kind's layer that was traced, exported or compiled."""
         if not isinstance(site.layer, torch.jit.ScriptModule):
+            _check_no_entries(site)
             return
         name = kind_of(site.layer)
         for kind, layers in LAYER_KINDS.items():
@@ -155,9 +157,23 @@ class View(ModelView):
         return reason or batchnorm.fuse_ahead(norm, conv)
 
 
+def _check_no_entries(site: Site) -> None:
+    """Raise NotFoldable for what has a layer's parameters, but is a place in a graph."""
+    if not type(site.layer).__module__.startswith("torch."):
+        return
+    for kind, layers in LAYER_KINDS.items():
+        names = layers.kind.names if isinstance(layers.kind, ComposedKind) else ()
+        if len(names) > 1 and all(site.layer._parameters.get(n) is not None for n in names):
+            raise NotFoldable(
+                f"{place(site.path)} has the parameters {' and '.join(names)} of a layer of kind "
+                f"{kind!r} that became a part of a traced or exported graph; fold the model first, "
+                "and trace or export it afterwards."
+            )
+
+
 def _varies(module: nn.Module) -> bool:
     """Return whether a module in training mode depends on the batch or on chance."""
-    if not module.training:
+    if not getattr(module, "training", False):  # which a frozen script lacks
         return False
     rates = (getattr(module, name, 0) for name in ("p", "dropout", "drop_prob"))
     return isinstance(module, (_BatchNorm, nn.RReLU)) or any(
