@@ -99,11 +99,15 @@ def _is_stream(path: Path) -> bool:
 def check_absent(target: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise FileExistsError where `target` exists and must not be replaced."""
     if not overwrite and os.path.lexists(target):
-        raise _exists(target)
+        raise TargetExistsError(target)
 
 
-def _exists(target: str | os.PathLike[str]) -> FileExistsError:
-    return FileExistsError(f"{os.fspath(target)} exists; pass overwrite=True to replace it.")
+class TargetExistsError(FileExistsError):
+    """A file that must not be replaced. path: its name."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(f"{os.fspath(path)} exists; pass overwrite=True to replace it.")
+        self.path = os.fspath(path)
 
 
 def _keep_access(new: Path, target: Path) -> None:
@@ -131,12 +135,12 @@ def _rename_to_new(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
     except FileExistsError:
-        raise _exists(target) from None
+        raise TargetExistsError(target) from None
     except OSError:  # the filesystem has no hard links: an empty file takes the name first
         try:
             target.open("xb").close()
         except FileExistsError:
-            raise _exists(target) from None
+            raise TargetExistsError(target) from None
         os.replace(temporary, target)
 
 

@@ -7,6 +7,11 @@ from importlib import metadata
 from typing import Any
 
 GROUP = "doconv.formats"
+# Of files that others write of models, and of packed ones.
+FOREIGN = frozenset((
+    ".onnx", ".tflite", ".gguf", ".pt2", ".pb", ".mlmodel", ".npz", ".npy", ".msgpack", ".pdparams",
+    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z",
+))  # fmt: skip
 
 
 class SuffixError(ValueError):
@@ -34,7 +39,13 @@ def check_suffix(
 
     suffixes: of the format's files. advice: what would be right.
     """
-    told = format_by_suffix(os.path.basename(os.fspath(target)))
+    file = os.path.basename(os.fspath(target))
+    if os.path.splitext(file)[1].lower() in FOREIGN:
+        raise SuffixError(
+            f"{os.fspath(target)} would be a {name} file ({', '.join(suffixes)}), and its suffix "
+            f"says a file that is not written here; name it otherwise{advice}."
+        )
+    told = format_by_suffix(file)
     if told is not None and suffixes != told.SUFFIXES:
         raise SuffixError(
             f"{os.fspath(target)} would be a {name} file ({', '.join(suffixes)}), and its suffix "

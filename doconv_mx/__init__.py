@@ -22,7 +22,7 @@ from doconv_mx.bsconv import (  # noqa: E402
 )
 from doconv_mx.dgc import DGConv2D, set_progress  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_mx.model import fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_mx.realize import build, get_model  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
@@ -42,6 +42,7 @@ __all__ = [
     "DOConv2D",
     "DOConv3D",
     "build",
+    "deploy",
     "export_state",
     "fold",
     "get_model",

@@ -21,10 +21,10 @@ from doconv_core.kinds.base import ComposedKind, Shape
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.spec import ConvSpec, check_divisible
 from doconv_core.models import composed
-from doconv_core.models.composed import PLAIN
+from doconv_core.models.composed import PLAIN, READ_IN_FORWARD
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, ModelView, Site
-from doconv_mx import symbols
+from doconv_mx import reads, symbols
 from doconv_mx.arguments import StandIn
 from doconv_mx.ordinary import (
     channels_per_group,
@@ -147,8 +147,9 @@ class ComposedConv(StandIn, Conv, Generic[Ordinary]):
         dtype, and differentiable while autograd records. Raises ValueError for a layer that has no
         values yet.
         """
-        contexts(self, f"{type(self).__name__}.composed_kernel")
-        return self.compose(mx.nd, {name: p.data(ctx) for name, p in self.entries().items()})
+        with reads.by(self):
+            contexts(self, f"{type(self).__name__}.composed_kernel")
+            return self.compose(mx.nd, {name: p.data(ctx) for name, p in self.entries().items()})
 
     def fold(self) -> Ordinary:
         """Return a new ordinary convolution with the same function.
@@ -285,12 +286,15 @@ class ComposedLayers(composed.ComposedLayers):
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
         """Return the ordinary layer's name.
 
-        Raises NotFoldable for what computes something else, for a kernel that is not finite, and
-        for a layer that shares `weight` with one that does not share the rest; ValueError for one
-        of which some parameters have values and others have none.
+        Raises NotFoldable for what computes something else, for a layer whose entries are read
+        otherwise, for a kernel that is not finite, and for a layer that shares `weight` with one
+        that does not share the rest; ValueError for one of which some parameters have values and
+        others have none.
         """
         layer = site.layer
         check_foldable(layer)
+        if layer.composes() and view.other_use(layer):
+            raise NotFoldable(READ_IN_FORWARD)
         own = list(layer.entries().values())
         if any(has_values(p) or (waiting(p) and waiting(p)[3] is not None) for p in own):
             ctx = contexts(layer, f"{type(layer).__name__}.fold")

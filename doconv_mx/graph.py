@@ -15,6 +15,7 @@ from typing import Any
 import mxnet as mx
 from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
+from mxnet.gluon.contrib.nn import Identity
 from mxnet.symbol import Symbol
 from mxnet.util import is_np_array
 
@@ -25,6 +26,7 @@ from doconv_mx.private import (
     Conv,
     children,
     graph_of,
+    is_hooked,
     registered,
     without_hooks,
 )
@@ -33,6 +35,9 @@ from doconv_mx.tree import is_replaced, own_parameters, walk
 CONVOLUTIONS = {"Convolution", "_npx_convolution"}
 TRANSPOSED = {"Deconvolution", "_npx_deconvolution"}
 NORMS = {"BatchNorm", "_npx_batch_norm", "_contrib_SyncBatchNorm"}
+DENSE = {"FullyConnected", "_npx_fully_connected"}
+LAYERS = CONVOLUTIONS | TRANSPOSED | DENSE | NORMS
+PASSING = {"Dropout", "_npx_dropout"}  # in inference
 
 # Why it cannot be told what a layer follows.
 HIDDEN = "called by a forward that cannot be traced without data"
@@ -43,43 +48,41 @@ SAME_NAME = "another parameter has the name of one of its own or of its convolut
 class Calls:
     """The calls that were seen, of layers that are known by the names of their parameters.
 
-    after: for each weight, what takes the convolution's output, call by call: the name of a batch
-    norm's gamma, or None for anything else. before: for each gamma, what the batch norm's input is:
-    the name of a convolution's weight, or None. hidden: ids of the blocks that are called where it
-    cannot be seen.
+    A convolution or dense layer is known by its weight's, a batch norm by its gamma's. after: what
+    takes a layer's output, call by call: the name of a layer, or None for anything else. before:
+    what a layer's input is. hidden: ids of the blocks that are called where it cannot be seen.
     """
 
     after: dict[str, set[str | None]] = field(default_factory=dict)
     before: dict[str, set[str | None]] = field(default_factory=dict)
     hidden: set[int] = field(default_factory=set)
 
-    def note(self, weight: str | None, gamma: str | None) -> None:
-        """Note one call: the output of `weight` goes to `gamma`; either may be something else."""
-        if weight is not None:
-            self.after.setdefault(weight, set()).add(gamma)
-        if gamma is not None:
-            self.before.setdefault(gamma, set()).add(weight)
+    def note(self, source: str | None, taker: str | None) -> None:
+        """Note that one's output goes to the other; either may be something else."""
+        if source is not None:
+            self.after.setdefault(source, set()).add(taker)
+        if taker is not None:
+            self.before.setdefault(taker, set()).add(source)
 
 
 def flow(model: Block, owned: Mapping[int, Sequence[Block]], names: Mapping[Any, int]) -> Flow:
-    """Return which convolutions and batch norms follow each other in inference.
+    """Return which convolutions, dense layers and batch norms follow each other in inference.
 
     owned: the blocks that own each parameter, by its id. names: how many of the model's parameters
     have each name: the calls are known by names alone, so that those of two parameters of one name,
     or of two layers of one weight, cannot be told apart.
     """
-    seen, blocks, found = calls(model), [block for _, block in walk(model)], Flow()
-    convolutions = {block.weight.name: block for block in blocks if isinstance(block, Conv)}
-    norms = {block.gamma.name: block for block in blocks if isinstance(block, BatchNorm)}
+    seen, found = calls(model), Flow()
+    blocks = [block for _, block in walk(model) if _key(block) is not None]
+    layers = {_key(block): block for block in blocks}
     for block in blocks:
-        if isinstance(block, Conv):
-            after = seen.after.get(block.weight.name, ())
-            found.after[id(block)] = [norms.get(name) for name in after]
+        after, before = seen.after.get(_key(block), ()), seen.before.get(_key(block), ())
+        found.after[id(block)] = [layers.get(name) for name in after]
+        found.before[id(block)] = [layers.get(name) for name in before]
+        if not isinstance(block, BatchNorm):
             if len(owned[id(block.weight)]) > 1:
                 found.unseen[id(block)] = SHARED
-        elif isinstance(block, BatchNorm):
-            before = seen.before.get(block.gamma.name, ())
-            found.before[id(block)] = [convolutions.get(name) for name in before]
+        else:
             near = {*before, *(parameter.name for parameter in own_parameters(block))}
             if any(names[name] > 1 for name in near):
                 found.unseen[id(block)] = SAME_NAME
@@ -91,17 +94,19 @@ def calls(model: Block) -> Calls:
     """Return the calls that can be seen of the model's layers in inference."""
     found = Calls()
     seen: set[int] = set()
+    passing = [block for _, block in walk(model) if type(block) in (nn.Dropout, Identity)]
+    through = not any(is_hooked(block) for block in passing)
 
     def visit(block: Block) -> None:
         if id(block) in seen:
             return
         seen.add(id(block))
         if isinstance(block, SymbolBlock):
-            _read(graph_of(block)[1], found)
+            _read(graph_of(block)[1], found, through)
             return
-        graph = _trace(block) if isinstance(block, HybridBlock) and children(block) else None
+        graph = trace(block) if isinstance(block, HybridBlock) and children(block) else None
         if graph is not None:
-            _read(graph, found)
+            _read(graph, found, through)
             return
         below = list(children(block).values())
         if type(block) in (nn.Sequential, nn.HybridSequential) and not is_replaced(block):
@@ -118,18 +123,27 @@ def calls(model: Block) -> Calls:
 
 def _read_in_order(blocks: list[Block], found: Calls) -> None:
     """Note the calls of a sequential block's children, each with the output of the one before."""
+    blocks = [block for block in blocks if not passes_on(block)]
     for block, following in zip([None, *blocks], [*blocks, None], strict=True):
-        weight, gamma = _name(block, "weight"), _name(following, "gamma")
+        source, taker = _key(block), _key(following)
         if getattr(block, "act", None) is None:
-            found.note(weight, gamma)
+            found.note(source, taker)
         else:  # an activation stands between them
-            found.note(weight, None)
-            found.note(None, gamma)
+            found.note(source, None)
+            found.note(None, taker)
 
 
-def _name(block: Block | None, parameter: str) -> str | None:
-    own = registered(block).get(parameter) if block is not None else None
-    return None if own is None else own.name
+def passes_on(block: Block | None) -> bool:
+    """Return whether a block returns, in inference, what it is given, and nobody watches."""
+    own = type(block) in (nn.Dropout, Identity) and not is_replaced(block)
+    return own and not is_hooked(block)
+
+
+def _key(block: Block | None) -> Any:
+    """Return the name by which a layer is known; None for what is none of these layers."""
+    if isinstance(block, BatchNorm):
+        return block.gamma.name if "gamma" in registered(block) else None
+    return block.weight.name if isinstance(block, (Conv, nn.Dense)) else None
 
 
 class Operators:
@@ -164,26 +178,39 @@ class Operators:
         return self._users.get(id(node), [])
 
 
-def _read(graph: Symbol, found: Calls) -> None:
-    """Note the calls in a symbolic graph."""
-    convolutions, operators = CONVOLUTIONS | TRANSPOSED, Operators(graph)
+def _read(graph: Symbol, found: Calls, through: bool) -> None:
+    """Note the calls in a symbolic graph. through: whether it is looked through dropout."""
+    layers, operators = LAYERS, Operators(graph)
+
+    def is_passed(node: dict[str, Any]) -> bool:
+        mode = node.get("attrs", {}).get("mode", "training")
+        return through and node["op"] in PASSING and mode == "training"
+
+    def takers(node: dict[str, Any]) -> Iterator[str | None]:
+        for user, position in operators.users(node):
+            if is_passed(user):
+                yield from takers(user)
+            else:
+                is_taken = user["op"] in layers and position == 0
+                yield operators.variable(user, 1) if is_taken else None
+
     for node in operators.of({"null"}):  # an input or a parameter
         for user, position in operators.users(node):
-            if position == 0 or user["op"] not in convolutions | NORMS:
+            if position == 0 or user["op"] not in layers:
                 found.note(node["name"], None)
                 found.note(None, node["name"])
-    for node in operators.of(convolutions):
-        for user, position in operators.users(node):
-            is_norm = user["op"] in NORMS and position == 0
-            gamma = operators.variable(user, 1) if is_norm else None
-            found.note(operators.variable(node, 1), gamma)
-    for node in operators.of(NORMS):
-        if operators.source(node, 0)["op"] not in convolutions:
+    for node in operators.of(layers):
+        for taker in takers(node):
+            found.note(operators.variable(node, 1), taker)
+        source = operators.source(node, 0)
+        while is_passed(source):
+            source = operators.source(source, 0)
+        if source["op"] not in layers:
             found.note(None, operators.variable(node, 1))
 
 
-def _trace(block: HybridBlock) -> Symbol | None:
-    """Return the graph of a hybrid block, or None where it cannot be had without data."""
+def trace(block: Block) -> Symbol | None:
+    """Return the graph of a block, or None where it cannot be had without data."""
     try:
         data = [mx.sym.var(f"doconv_input{i}") for i in range(_inputs(block))]
         with mx.name.NameManager(), autograd.pause(train_mode=False):
@@ -202,7 +229,7 @@ def _flat(output: Any) -> Iterator[Symbol]:
         yield output
 
 
-def _inputs(block: HybridBlock) -> int:
+def _inputs(block: Block) -> int:
     """Return the number of inputs that the block's forward asks for."""
     own = type(block).forward is not HybridBlock.forward
     names = list(

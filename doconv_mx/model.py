@@ -9,11 +9,16 @@ from mxnet.gluon import Block
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_mx.bsconv import BN_OPTIONS
 from doconv_mx.kinds import LAYER_KINDS
+from doconv_mx.ordinary import require_values
+from doconv_mx.private import is_dense
+from doconv_mx.tree import parameters
+from doconv_mx.verify import verify
 from doconv_mx.view import View
 
 Model = TypeVar("Model", bound=Block)
@@ -38,9 +43,11 @@ def over_parameterize(
     stays the object it was, and where `S == M` its weight too.
     The output does not change, in float32 where `S == M` not by one bit. What the layers share
     stays shared; names, order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization
-    are kept. Layers that are left are in the report, with the reason. Warns of a `where` that
-    selects nothing. Raises, before anything is changed, TypeError for what is not a block, cannot
-    be copied or is no selection; ValueError, by path, for a depth multiplier below a layer's taps.
+    are kept. Layers that are left are in the report, with the reason; also those whose weight the
+    model's code is seen to read, and methods, such as `fuse`, that are for the folded model. Warns
+    of a `where` that selects nothing. Raises, before anything is changed, TypeError for what is not
+    a block, cannot be copied or is no selection; ValueError, by path, for a depth multiplier below
+    a layer's taps.
 
     >>> net = mx.gluon.nn.HybridSequential()
     >>> net.add(mx.gluon.nn.Conv2D(8, 3, in_channels=3), mx.gluon.nn.Activation("relu"))
@@ -75,16 +82,17 @@ def fold(
     exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
     Merging makes two pointwise convolutions one with more operations where the channels between
     are few; dense has about as many times more as the kernel has taps.
-    fuse_batchnorm: also make batch norms that directly follow a convolution part of it, for
-    inference: in training a batch norm computes something else. inplace: change the model itself,
+    fuse_batchnorm: also make batch norms part of the convolution, transposed convolution or dense
+    layer before them, or of a convolution behind them that pads with nothing, for inference: in
+    training a batch norm computes something else. inplace: change the model itself,
     not a copy.
     Nothing of this package is left in the model, its parameters or its files. The kernels are new
     parameters, for which a trainer is to be created anew. What is shared stays shared; names,
     order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization are kept. A batch norm
     that cannot be fused is left as it is, and the report says why.
     Raises, before anything is changed, TypeError for what is not a block or cannot be copied;
-    NotFoldable, by path, for a layer that no ordinary one computes exactly, or whose kernel is not
-    finite; ValueError for another
+    NotFoldable, by path, for a layer that no ordinary one computes exactly, whose weight a forward
+    is seen to read, or whose kernel is not finite; ValueError for another
     form of BSConv, and, by path, for a layer that has no values for all of its parameters, which a
     BSConv that is kept need not have.
 
@@ -100,6 +108,35 @@ def fold(
     return fold_layers(
         View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
+
+
+def deploy(
+    model: Block, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the methods `fuse`, `reparameterize` and
+    `switch_to_deploy` that the model's own blocks have, as those of RepVGG and MobileOne, which
+    read weights; then the batch norms that are left, as `fold(fuse_batchnorm=True)`; and then
+    `verify` against the model. A block that such a method returns takes its block's place, and is
+    hybridized as that was; no graph that was cached before stays.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises ValueError for a model that has no values yet, NotFoldable as `fold` does and where a
+    method of the model raises or returns what cannot take the place, TypeError as `fold` does.
+    Warns where outputs differ by more than rounding.
+
+    >>> net = mx.gluon.nn.HybridSequential()
+    >>> net.add(DOConv2D(3, 8, 3), mx.gluon.nn.BatchNorm(in_channels=8))
+    >>> net.initialize()
+    >>> model, report = deploy(net, mx.nd.ones((1, 3, 5, 5)))
+    >>> model[1], report.difference.absolute < 1e-6
+    (Dropout(p = 0, axes=()), True)
+    """
+    view = View(model)
+    require_values(filter(is_dense, parameters(model)), "deploy")
+    return deploy_model(view, LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,12 @@ from doconv_mx.private import has_values, loading, tell_of_loads, wait_as, waiti
 
 tell_of_loads()
 
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers, of which one layer is enough
+MISSED = (
+    "a Trainer takes steps that was made before over_parameterize(inplace=True), and does not have "
+    "{!r}, which stays as it is: make the trainer anew, of the model's collect_params()."
+)
+
 
 class Entry(Parameter):
     """A parameter of a layer that composes its kernel.
@@ -22,6 +30,8 @@ class Entry(Parameter):
     Wherever `weight` is loaded without the others, these become what they start as: so the layer
     computes what was loaded, an ordinary layer's kernel, be it alone or deep in a network.
     """
+
+    _former: Any = None  # a reference to the trainer that knew `weight` before there were others
 
     def __init__(self, name: str, layer: Any, **options: Any) -> None:
         super().__init__(name, **options)
@@ -49,6 +59,18 @@ class Entry(Parameter):
             for name, other in others.items():
                 start = mx.nd.full(shapes[name], layer.kind.constants[name], dtype=self.dtype)
                 Parameter._load_init(other, native(start), self.list_ctx(), True, "saved")
+
+    def list_grad(self) -> Any:
+        """Return the gradients, of which trainers ask at every step."""
+        former = None if self._former is None else self._former()
+        if former is not None and former is self._trainer:
+            del self._former
+            others = self._others().values()
+            missed = [p for p in others if p.grad_req != "null" and p._trainer is None]
+            if missed and former not in _warned:
+                _warned.add(former)
+                warnings.warn(MISSED.format(missed[0].name), UserWarning, stacklevel=4)
+        return super().list_grad()
 
     def _others(self) -> dict[str, Parameter]:
         """Return the layer's entries beside `weight`, by name, if this is that; else none."""

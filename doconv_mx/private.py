@@ -7,6 +7,7 @@ way to change a layer after it was made. MXNet 1.9.1 is its last release, so non
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -215,6 +216,11 @@ def waiting(parameter: Parameter) -> tuple[Any, ...]:
 def wait_as(parameter: Parameter, how: tuple[Any, ...]) -> None:
     """Let a new parameter wait for its shape as another one does."""
     parameter._deferred_init = how
+
+
+def trainer_of(parameter: Parameter) -> weakref.ref[Any] | None:
+    """Return a reference to the trainer that has a parameter, None where none has."""
+    return None if parameter._trainer is None else weakref.ref(parameter._trainer)
 
 
 def is_dense(parameter: Parameter) -> bool:

@@ -35,6 +35,9 @@ def compose_layers(layers: Sequence[Any], types: Mapping[Any, type[Any]], spec: 
     kind, shapes = first.kind, first.shapes(in_channels)
     if kind.parameter_shape(spec) == kind.conv(spec).kernel_shape:
         old.__class__, old._layer = Entry, first
+        trainer = private.trainer_of(old)
+        if trainer is not None:
+            old._former = trainer
         _unblock(old)
         made = {"weight": old}
     else:
@@ -63,6 +66,8 @@ def fold_layers(layers: Sequence[Any]) -> None:
     old = weight = first.weight
     if not first.composes():
         if isinstance(weight, Entry):
+            if weight._former is not None:
+                del weight._former
             weight.__class__ = Parameter
             del weight._layer
     elif private.has_values(old):
@@ -118,6 +123,13 @@ def become(block: HybridBlock, other: HybridBlock) -> None:
         vars(block).pop(name, None)
     vars(block).update({**vars(other), **kept})
     block.__class__ = type(other)
+
+
+def exchange(model: Block, old: Block, new: Block) -> None:
+    """Put a block in all places of another one in a model."""
+    for _, block in list(walk(model)):
+        for place in (private.children(block), vars(block)):
+            place.update({name: new for name, value in place.items() if value is old})
 
 
 def copied(model: Block) -> Block:

@@ -37,7 +37,7 @@ from doconv_tf.dgc import (  # noqa: E402
     set_progress,
 )
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
-from doconv_tf.model import fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_tf.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_tf.orthonormal import (  # noqa: E402
     add_orthonormality,
     mark_orthonormal,
@@ -68,6 +68,7 @@ __all__ = [
     "add_orthonormality",
     "add_saliency_lasso",
     "build",
+    "deploy",
     "export_state",
     "fold",
     "get_model",

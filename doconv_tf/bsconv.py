@@ -78,6 +78,10 @@ def _part(name: str) -> property:
     return property(lambda layer: layer.get_layer(name), doc=f"The part named {name!r}.")
 
 
+# Why a convolution is left: of each part, a sign or a norm is not that of the kernel.
+CONSTRAINED = "its kernel_constraint would hold for each part's kernel, not for that of the layer"
+
+
 class _BSConv(StandIn, keras.Sequential):
     """What the layers of every rank and variant share.
 
@@ -245,10 +249,12 @@ class _BSConv(StandIn, keras.Sequential):
         `explained` says how near. "random" for new weights. The bias is copied. Batch norms are
         new: in inference the identity, up to their epsilon. sizes: `p`, `min_mid_channels` and
         `orthonormality`, of BSConv-S.
-        Raises TypeError for any other layer, ValueError for groups, if it is not built, and for a
-        kernel that is not finite.
+        Raises TypeError for any other layer, ValueError for groups, for a constraint of the kernel,
+        if it is not built, and for a kernel that is not finite.
         """
         check_ordinary(cls, conv)
+        if conv.kernel_constraint is not None:
+            raise ValueError(f"{cls.__name__}.from_conv: layer {conv.name!r}: {CONSTRAINED}.")
         as_choice("start", start, STARTS)
         options = {"with_bn": with_bn, "bn_options": bn_options, **sizes}
         for name in ("kernel_initializer", "bias_initializer"):
@@ -484,7 +490,7 @@ class BSConvLayers(SeparableLayers):
         reason = obstacle(spec_of(layer), options["kernel_sizes"])
         if reason in (None, GROUPED) and type(layer) not in CONVS:
             return SEPARABLE if isinstance(layer, SEPARABLE_CONVS) else GROUPED
-        return reason
+        return CONSTRAINED if reason is None and layer.kernel_constraint is not None else reason
 
     def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
         """Make convolutions the BSConvs."""

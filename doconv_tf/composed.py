@@ -43,6 +43,9 @@ _NAMES: Mapping[str, str] = MappingProxyType({})
 ONE_WEIGHT = (
     "would hold for one of the weights that the kernel is composed of, and not for the kernel"
 )
+# Regularizers that are as good for each of the weights, whatever its shape.
+DECAYS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+EACH_WEIGHT = "would be given each of the weights that the kernel is composed of, not the kernel"
 
 
 Ordinary = TypeVar("Ordinary", bound=keras.Layer)
@@ -207,6 +210,10 @@ class ComposedConv(StandIn, Unquantized, Generic[Ordinary]):
             raise AttributeError(f"layer {self.name!r} has no kernel before it is built.")
         return ops.cast(self.composed_kernel(), self.compute_dtype)
 
+    @kernel.setter
+    def kernel(self, value: Any) -> None:
+        raise AttributeError(self._advice("has no kernel that could be set"))
+
     def composed_kernel(self) -> Any:
         """Return the kernel that the layer convolves with, in Keras' layout.
 
@@ -370,9 +377,11 @@ class ComposedLayers(composed.ComposedLayers):
         """Return why a convolution is left that nothing else keeps from being replaced."""
         reason = super().obstacle(view, layer, options)
         if reason is None:
-            name = self.types[type(layer)]._constraint_name()
-            if getattr(layer, name) is not None:
-                return f"its {name} {ONE_WEIGHT}"
+            prefix = self.types[type(layer)].prefixes["weight"]
+            if getattr(layer, f"{prefix}_constraint") is not None:
+                return f"its {prefix}_constraint {ONE_WEIGHT}"
+            if type(getattr(layer, f"{prefix}_regularizer")) not in (*DECAYS, type(None)):
+                return f"its {prefix}_regularizer {EACH_WEIGHT}"
         return reason
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from doconv_tf.private import (
     is_operation,
     maker_of,
     nodes_of,
+    own_variables,
     position_of,
 )
 
@@ -43,7 +44,7 @@ _ZERO_AT_ZERO = (
     _activations.softsign, _activations.tanh,
 )  # fmt: skip
 _OPERATIONS = ("Elu", "Gelu", "Identity", "LeakyRelu", "Relu", "Relu6", "Selu", "Silu", "Tanh")
-
+_FRAMEWORKS = ("keras", "tensorflow", "jax", "torch", "numpy", "doconv_tf")
 
 UNKNOWN = "what it follows is known only where functional and sequential models alone hold it"
 
@@ -178,12 +179,30 @@ class Graph:
         return opaque
 
 
-def read_by(layer: keras.Layer) -> list[keras.Layer]:
-    """Return the layers that the functions which a layer has for itself hold, and those inside."""
-    found: list[keras.Layer] = []
+def variables_read(model: keras.Layer) -> set[int]:
+    """Return the ids of the variables that operations of graphs and functions of layers hold.
+
+    They go on with the very variable, whatever becomes of the layer that it is of.
+    """
+    found: list[Any] = []
+    for _, layer in first_occurrences(model):
+        own, function = {id(variable) for variable in own_variables(layer)}, graph_of(layer)
+        found += [each for each in read_by(layer) if id(each) not in own]
+        for node in nodes_of(function) if function is not None else ():
+            found += keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    return {id(each) for each in found if isinstance(each, keras.Variable)}
+
+
+def read_by(layer: keras.Layer) -> list[Any]:
+    """Return the layers that the functions which a layer has for itself hold, and those inside.
+
+    And the variables that these functions hold.
+    """
+    found: list[Any] = []
     seen: set[int] = set()
     todo = [value for name, value in vars(layer).items() if name not in OF_KERAS]
     todo = [value for value in todo if not isinstance(value, keras.Layer)]
+    todo.append(type(layer).call)  # which may read a layer or variable by a global name
     while todo:
         value = todo.pop()
         if id(value) in seen:
@@ -191,15 +210,23 @@ def read_by(layer: keras.Layer) -> list[keras.Layer]:
         seen.add(id(value))
         if isinstance(value, keras.Layer):
             found += [each for _, each in first_occurrences(value)]
+        elif isinstance(value, keras.Variable):
+            found.append(value)
         elif isinstance(value, functools.partial):
             todo += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
             todo += [value.__func__, *([] if value.__self__ is layer else [value.__self__])]
-        elif isinstance(value, types.FunctionType) and not value.__module__.startswith("keras."):
+        elif _is_own(value):
             names = inspect.getclosurevars(value)
             todo += [*names.nonlocals.values(), *names.globals.values()]
             todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     return found
+
+
+def _is_own(value: Any) -> bool:
+    """Return whether this is a function, and none of a framework's."""
+    module = str(getattr(value, "__module__", ""))
+    return isinstance(value, types.FunctionType) and module.partition(".")[0] not in _FRAMEWORKS
 
 
 def _keeps_zeros(operation: Any) -> bool:

@@ -13,11 +13,14 @@ import keras
 
 from doconv_core.kinds.bsconv import KERNEL_SIZES, MIN_MID_CHANNELS, P, replacement
 from doconv_core.models import convert
+from doconv_core.models.deploy import deploy as deploy_model
 from doconv_core.models.fold import fold as fold_layers
 from doconv_core.models.report import Converted
 from doconv_core.models.select import Where
 from doconv_tf.bsconv import BN_OPTIONS
+from doconv_tf.former_variables import Former
 from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.verify import verify
 from doconv_tf.view import View
 
 Model = TypeVar("Model", bound=keras.Layer)
@@ -50,7 +53,9 @@ def over_parameterize(
 
     The model that is returned is to be compiled anew: what the former optimizer and compiled
     functions hold is the former variables. With `inplace` that goes for any other model with the
-    same layers. Name, dtype policy, trainable flags, paths and order are kept.
+    same layers, which is no longer compiled either; and an optimizer that was built for variables
+    which there are no more is warned of. Name, dtype policy, trainable flags, paths and order are
+    kept.
     Raises TypeError for what is not a Keras layer, cannot be copied, or has a compiled function
     that would go on with the former layers; ValueError for what is not built, and, with the layer's
     path, for a `depth_multiplier` below its taps; before anything is changed. Warns where `where`
@@ -63,9 +68,12 @@ def over_parameterize(
       Conv2D -> DOConv2D (1)
         conv
     """
-    return convert.over_parameterize(
-        View(model), LAYER_KINDS, kind, options, where=where, inplace=inplace
+    view, former = View(model), Former(model, inplace)
+    converted = convert.over_parameterize(
+        view, LAYER_KINDS, kind, options, where=where, inplace=inplace
     )
+    former.settle()
+    return converted
 
 
 def fold(
@@ -90,10 +98,12 @@ def fold(
     with more operations where the channels between are few; dense has about as many times more as
     the kernel has taps.
 
-    fuse_batchnorm: also make each batch norm that directly follows an ordinary convolution a part
-    of it, for inference; a `keras.layers.Identity` of the same name takes its place. What follows
-    what is known in functional and sequential models, and in those inside one another, but not
-    inside subclassed ones. Batch norms that are left are in the report, with the reason.
+    fuse_batchnorm: also make each batch norm a part of the convolution, transposed convolution or
+    dense layer that it follows, where that layer's output goes nowhere else, or of the convolution
+    that follows it, where that pads with no zeros, for inference; a `keras.layers.Identity` of the
+    same name takes its place. What follows what is known in functional and sequential models, and
+    in those inside one another, but not inside subclassed ones. Batch norms that are left are in
+    the report, with the reason.
     inplace, and what is kept: as in `over_parameterize`.
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.
@@ -107,9 +117,38 @@ def fold(
     >>> report.changed
     (Change(path='conv', before='DOConv2D', after='Conv2D'),)
     """
-    return fold_layers(
-        View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
+    view, former = View(model), Former(model, inplace)
+    converted = fold_layers(
+        view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
     )
+    former.settle()
+    return converted
+
+
+def deploy(
+    model: keras.Layer, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted:
+    """Return a copy of a trained model as it is to be deployed, and a report of what was done.
+
+    In the order that is right: `fold`; then the methods `fuse`, `reparameterize` and
+    `switch_to_deploy` that the model's own layers have, as those of RepVGG and MobileOne, which
+    read weights; then the batch norms that are left, as `fold(fuse_batchnorm=True)`; and then
+    `verify` against the model. A layer that such a method returns, built, takes its layer's place,
+    under its name. What a method leaves in no attribute is no part of the model any more.
+
+    inputs: as `verify` takes them, by which the report, a `DeployReport`, says how far the outputs
+    differ; it says so too where they were not given. form: as in `fold`.
+    Raises NotFoldable as `fold` does, and where a method of the model raises, as Keras does where
+    it gives a built layer new parts; TypeError and ValueError as `fold` does. Warns where outputs
+    differ by more than rounding.
+
+    >>> layers = [DOConv2D(4, 3), keras.layers.BatchNormalization()]
+    >>> net = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    >>> model, report = deploy(net, keras.ops.zeros((1, 8, 8, 3)))
+    >>> type(model.layers[1]).__name__, report.difference.absolute < 1e-6
+    ('Identity', True)
+    """
+    return deploy_model(View(model), LAYER_KINDS, verify, inputs, form=form)
 
 
 def to_bsconv(
@@ -152,4 +191,7 @@ def to_bsconv(
         variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
         bn_options=bn_options, allowed=BN_OPTIONS, start=start,
     )  # fmt: skip
-    return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)
+    former = Former(model, inplace)
+    converted = convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)
+    former.settle()
+    return converted

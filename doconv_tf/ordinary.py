@@ -69,6 +69,11 @@ def obstacle(layer: keras.Layer) -> str | None:
         return "recurrent"
     if type(layer) not in ORDINARY:
         return SUBCLASS
+    return variable_obstacle(layer)
+
+
+def variable_obstacle(layer: Any) -> str | None:
+    """Return why the kernel of one of Keras' own layers is not all that it computes with."""
     if layer.quantization_mode is not None:
         return QUANTIZED
     if getattr(layer, "lora_enabled", False):

@@ -34,6 +34,9 @@ COMPILED = UNCOMPILED.keys() | {
 # Functions of a layer or model that are Keras' own, and hold it.
 OF_KERAS = COMPILED | {*BOUND}
 
+# What TensorFlow notes of a layer's attributes, for its checkpoints.
+_OF_TENSORFLOW = "_self_unconditional_"
+
 
 def children(layer: keras.Layer) -> list[keras.Layer]:
     """Return the layers that this layer holds, each once, in its order.
@@ -49,6 +52,11 @@ def own_variables(layer: keras.Layer) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def trained_by(optimizer: keras.Optimizer) -> list[Any]:
+    """Return the variables that an optimizer was built for; none before it has taken a step."""
+    return list(getattr(optimizer, "_trainable_variables", ()))
+
+
 def kernel_variable(conv: keras.Layer) -> Any:
     """Return the variable of a convolution's kernel: `kernel` is no variable with LoRA."""
     return conv._kernel
@@ -60,6 +68,38 @@ def exchange_activation(layer: keras.Layer, old: keras.Layer, new: keras.Layer) 
     layer._tracker.untrack(old)
     layer.activation = new
     layer._tracker.lock()
+
+
+def held_by(layer: keras.Layer) -> list[Any]:
+    """Return the layers and variables that the layer's attributes hold, in whatever containers."""
+    stores = {id(store) for _, store in layer._tracker.config.values()}
+    own = {n: value for n, value in vars(layer).items() if not n.startswith(_OF_TENSORFLOW)}
+    todo, found = [value for value in own.values() if id(value) not in stores], []
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (keras.Layer, keras.Variable)):
+            found.append(value)
+        elif isinstance(value, (list, tuple, set, dict)):
+            todo += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def let_go(layer: keras.Layer, before: list[Any]) -> None:
+    """Let a layer have no more what its attributes held before, and hold no more.
+
+    Keras keeps a part whose attribute is set to something else, such as None.
+    """
+    held, tracker = {id(each) for each in held_by(layer)}, layer._tracker
+    gone = {id(each): each for each in before if id(each) not in held}
+    locked = tracker.locked
+    tracker.unlock()
+    for each in gone.values():
+        tracker.untrack(each)
+    if locked:
+        layer._lock_state()
+    for name, each in [*vars(layer).get(f"{_OF_TENSORFLOW}dependency_names", {}).items()]:
+        if id(each) in gone:
+            layer._delete_tracking(name)
 
 
 def is_tracked(value: Any) -> bool:

@@ -3,6 +3,7 @@
 To load a file, Keras makes the model anew from its config. A class that makes its layers in its
 constructor makes the ordinary ones, for which the file's weights are not: Keras says so on loading,
 when the training is over. Such a layer refuses to give its config instead, when it is first saved.
+Keras opens, and so empties, the file before it asks: a model around such a layer is asked first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from doconv_tf.kinds import LAYER_KINDS
 from doconv_tf.ordinary import first_occurrences
 from doconv_tf.private import is_of_keras
 
-_CONFIG = "get_config"
+_CONFIG, _SAVE = "get_config", "save"
 
 
 def guard(model: keras.Layer) -> None:
@@ -27,12 +28,26 @@ def guard(model: keras.Layer) -> None:
     Those of Keras' own classes tell of all; from one that holds none of a kind, what this put there
     is taken away.
     """
-    for _, layer in first_occurrences(model):
+    layers = [layer for _, layer in first_occurrences(model)]
+    for layer in layers:
         own = vars(layer)
-        if hasattr(getattr(own.get(_CONFIG), "__func__", None), "of_a_guard"):
-            del own[_CONFIG]
+        for name in (_CONFIG, _SAVE):
+            if _is_guarded(layer, name):
+                del own[name]
         if _CONFIG not in own and not is_of_keras(layer) and _of_a_kind(layer):
             own[_CONFIG] = types.MethodType(_checked(type(layer).get_config), layer)
+    for layer in layers:
+        inside = (each for _, each in first_occurrences(layer))
+        if (
+            isinstance(layer, keras.Model)
+            and _SAVE not in vars(layer)
+            and any(_is_guarded(each, _CONFIG) for each in inside)
+        ):
+            vars(layer)[_SAVE] = types.MethodType(_asked_first(type(layer).save), layer)
+
+
+def _is_guarded(layer: keras.Layer, name: str) -> bool:
+    return hasattr(getattr(vars(layer).get(name), "__func__", None), "of_a_guard")
 
 
 def _of_a_kind(layer: keras.Layer) -> list[Any]:
@@ -54,6 +69,18 @@ def _checked(get_config: Callable[[Any], Any]) -> Any:
 
     checked.of_a_guard = True  # type: ignore[attr-defined]
     return checked
+
+
+def _asked_first(save: Callable[..., Any]) -> Any:
+    """Return a `save` that lets no file be opened where the model refuses its config."""
+
+    @functools.wraps(save)
+    def asked_first(model: Any, *args: Any, **options: Any) -> Any:
+        keras.saving.serialize_keras_object(model)
+        return save(model, *args, **options)
+
+    asked_first.of_a_guard = True  # type: ignore[attr-defined]
+    return asked_first
 
 
 def _untold(layers: list[Any], config: Any) -> list[Any]:

@@ -7,6 +7,9 @@ from typing import Any
 
 import keras
 
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.own_methods import call_own
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import ModelView, Site
 from doconv_tf import batchnorm, graph
 from doconv_tf.copying import copied
@@ -20,9 +23,9 @@ from doconv_tf.ordinary import (
     spec_of,
 )
 from doconv_tf.orthonormal import is_marked, unmark
-from doconv_tf.private import children, own_variables
+from doconv_tf.private import children, held_by, let_go, own_variables
 from doconv_tf.saving import guard
-from doconv_tf.surgery import check_functions, finish
+from doconv_tf.surgery import become, check_functions, finish
 
 
 class View(ModelView):
@@ -33,14 +36,17 @@ class View(ModelView):
 
     model: keras.Layer
     batch_norm = keras.layers.BatchNormalization
+    packages = ("keras.", "doconv_tf.")
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
     norm_obstacle, fuse = staticmethod(batchnorm.norm_obstacle), staticmethod(batchnorm.fuse)
+    takes_norm = staticmethod(batchnorm.takes_norm)
 
     def __init__(self, model: keras.Layer) -> None:
         require_built("", model)
         self.model = model
         self._seen = graph.Seen()
         self._holders: dict[int, list[Any]] | None = None
+        self._read: set[int] | None = None
 
     def sites(self) -> list[Site]:
         """Return every layer once, each before those that it holds, in their order."""
@@ -67,6 +73,12 @@ class View(ModelView):
                 for variable in own_variables(each):
                     self._holders.setdefault(id(variable), []).append(each)
         return [each for v in own_variables(layer) for each in self._holders[id(v)]]
+
+    def other_use(self, layer: keras.Layer) -> str | None:
+        """Return whether an operation or a function is seen to hold one of a layer's variables."""
+        if self._read is None:
+            self._read = graph.variables_read(self.model)
+        return None if self._read.isdisjoint(map(id, own_variables(layer))) else READ
 
     def count(self) -> int:
         """Return how many numbers the weights have, moving statistics included."""
@@ -98,10 +110,43 @@ class View(ModelView):
             unmark(layer)
         return bool(marked)
 
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a layer's own method, and make the layer the one that it returns, in its place.
+
+        What the method leaves without a name is no part of its layer any more: Keras would keep it.
+        """
+        held = [(each, held_by(each)) for _, each in first_occurrences(site.layer)]
+        kind = self.name_of(site.layer)
+        made = call_own(site.path, kind, site.layer, name)
+        for each, before in held:
+            let_go(each, before)
+        if not isinstance(made, keras.Layer) or made is site.layer:
+            return site.layer
+        if not made.built:
+            raise NotFoldable(
+                f"{place(site.path)}: {kind}.{name}() returned a {self.name_of(made)} that is not "
+                "built; it is to build it, too."
+            )
+        if site.layer is self.model:
+            self.model = made
+            return made
+        made.name = site.layer.name  # by which it is found
+        become(site.layer, made, frozenset(vars(site.layer)))
+        return site.layer
+
     def flow(self) -> graph.Seen:
         """Return who follows whom in the model's graphs."""
         self._seen = graph.Graph(self.model).flow()
         return self._seen
+
+    def passes_on(self, layer: keras.Layer) -> bool:
+        """Return whether a layer returns its input in inference, and nobody watches."""
+        return batchnorm.passes_on(layer, self._seen)
+
+    def fuse_ahead(self, norm: keras.Layer, conv: keras.Layer) -> str | None:
+        """Fuse a batch norm into the convolution behind it; or return why not."""
+        reason = batchnorm.pair_obstacle(conv, norm, self._seen, ahead=True)
+        return reason or batchnorm.fuse_ahead(norm, conv)
 
     def pair_obstacle(self, conv: keras.Layer, norm: keras.Layer) -> str | None:
         """Return why this convolution and this batch norm cannot be fused."""

@@ -130,7 +130,10 @@ def fuse_ahead(norm: Any, conv: Any) -> str | None:
     Zeros around a convolution's input are not what the batch norm makes of zeros; all other padding
     repeats values.
     """
-    zeros = conv.padding == "same" if isinstance(conv.padding, str) else any(conv.padding)
+    padding = conv.padding
+    if padding == "same":
+        padding = [size - 1 for size in conv.kernel_size]
+    zeros = padding != "valid" and any([padding] if isinstance(padding, int) else padding)
     if zeros and conv.padding_mode == "zeros":
         return PADDED
     found = read(norm, conv.weight.dim())

@@ -20,7 +20,7 @@ from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.spec import ConvSpec, as_tuple
 from doconv_core.models import composed
-from doconv_core.models.composed import PLAIN
+from doconv_core.models.composed import PLAIN, READ_IN_FORWARD
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
 from doconv_torch.arguments import StandIn
@@ -36,11 +36,6 @@ from doconv_torch.ordinary import (
 )
 
 BOUND = "its weight has hooks, or a class of its own, for its present shape: S = M would keep it"
-
-READ_IN_FORWARD = (
-    "the model's forward reads its weight other than by calling it: that is W, and would be the "
-    "kernel in the folded model; keep such a layer out of over_parameterize, by where."
-)
 
 
 Ordinary = TypeVar("Ordinary", bound=_ConvNd)

@@ -49,7 +49,9 @@ def form_for(layer: Any, x: Tensor) -> matrix_products.Compiled | None:
         and x.device == weight.device
         and x.shape[1] > 0
         and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
+        and layer.groups == layer.spec.groups
+        # The ordinary convolution also takes a number, or "same" of padding.
+        and all(type(each) in (tuple, list) for each in _geometry(layer))
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
     )
@@ -58,11 +60,14 @@ def form_for(layer: Any, x: Tensor) -> matrix_products.Compiled | None:
 
 def convolve(layer: Any, x: Tensor, form: matrix_products.Compiled) -> Tensor:
     """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
-    geometry = layer.stride, layer.padding, layer.dilation
     parameters = layer.weight, layer.depthwise_weight, layer.bias
-    arguments = x, *parameters, form, *geometry
+    arguments = x, *parameters, form, *_geometry(layer)
     output: Tensor = _Convolution.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
+
+
+def _geometry(layer: Any) -> tuple[Any, Any, Any]:
+    return layer.stride, layer.padding, layer.dilation
 
 
 class _Convolution(torch.autograd.Function):

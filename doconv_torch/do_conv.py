@@ -68,7 +68,7 @@ class _DOConv(ComposedConv[Ordinary]):
         It is composed in the parameters' dtype, under autocast too, and differentiable. A kernel of
         one tap is W itself.
         """
-        if self.depthwise_weight is None:
+        if self.depthwise_weight is None and self.spec.depth_multiplier == self.spec.taps:
             return self.weight
         return composed(self)
 

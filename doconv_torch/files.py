@@ -35,7 +35,7 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
-from doconv_core.files.inert import Inert
+from doconv_core.files.inert import Inert, NotReadError
 from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.files.pickles import SUSPECT, check_calls
 from doconv_core.files.pytorch import (
@@ -96,7 +96,8 @@ class PyTorchCheckpoint(Checkpoint):
         self._dicts, self.others = self._states.found, tuple(self._states.others)
         if not self._dicts:
             raise CheckpointError(
-                f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep."
+                f"{path} holds no state dict: no dict of tensors by name, at most {MAX_DEPTH} deep"
+                f"{self._elsewhere()}."
             )
         named = [
             (joined(part, key), value)
@@ -114,6 +115,16 @@ class PyTorchCheckpoint(Checkpoint):
         }
         self.layers = self._find_layers(Sizes(kernel_sizes))
         self.unfolded = self._find_unfolded()
+
+    def _elsewhere(self) -> str:
+        """Return where there are tensors or arrays in a file without a state dict."""
+        for path, arrays, _ in self._states.outside():
+            if any(len(array.shape) > 1 for _, array in arrays):
+                where = f" in {shown(path)}" if path else ""
+                return (
+                    f" and in nothing that is named as what trains a model; there are arrays{where}"
+                )
+        return ""
 
     def _check_storages(self, stored: int) -> None:
         """Raise CheckpointError where tensors have more bytes than the file; PyTorch does not."""
@@ -212,7 +223,13 @@ class PyTorchCheckpoint(Checkpoint):
 
     def _save(self, content: Callable[[], Any], target: Path) -> None:
         try:
-            save(content(), target, _use_new_zipfile_serialization=self._zipped)
+            made = content()
+            try:
+                save(made, target, _use_new_zipfile_serialization=self._zipped)
+            except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
+                raise CheckpointError(
+                    f"{self.path} has what torch.save cannot write again: {str(error)[:200]}."
+                ) from error
         except RecursionError as error:
             raise CheckpointError(f"{self.path} is nested too deeply to be written.") from error
 
@@ -493,6 +510,8 @@ def _problem(error: Exception) -> str:
             "is pickled in another way than torch.save does by default, which weights_only=True "
             "does not read; save it again, without pickle_protocol="
         )
+    if isinstance(error, NotReadError):
+        return f"has what is not read: {text}; save model.state_dict()"
     said = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
     return f"is no whole PyTorch file: {said.strip().rstrip('.') or type(error).__name__}"
 
@@ -520,9 +539,12 @@ def write(
 
 def save(content: Any, path: Path, **options: Any) -> None:
     """Write as `torch.save` does, which has the options; OSError where the disk takes no more."""
+    # PyTorch takes no name that is a suffix alone, such as ".pt".
+    given = path.with_name("archive.pt") if path.name.rfind(".") == 0 else path
     try:
-        torch.save(content, path, **options)
+        torch.save(content, given, **options)
     except RuntimeError as error:
         if not _REFUSED.search(str(error)):
             raise
         raise OSError("the disk takes no more bytes") from error
+    given.replace(path)

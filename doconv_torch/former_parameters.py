@@ -1,4 +1,4 @@
-"""Optimizers that were made before a model was over-parameterized in place, and know nothing of it.
+"""Optimizers that were made before a model was converted in place, and know nothing of it.
 
 They go on with the parameters that they were given. That shows when they take steps: a new
 parameter then has its value still, or one that the model no longer has is updated.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from doconv_core.models.report import Converted
+
 STEPS = 2  # of an optimizer after which its first one shows
 MISSED = (
-    "an optimizer takes steps that was made before over_parameterize(inplace=True), and does not "
-    "have {path!r}: give it to the optimizer by add_param_group, or make the optimizer afterwards. "
+    "an optimizer takes steps that was made before {call}(inplace=True), and does not have "
+    "{path!r}: give it to the optimizer by add_param_group, or make the optimizer afterwards. "
     "The same holds for what else was made of the model's parameters, such as an AveragedModel."
 )
 
@@ -25,8 +27,8 @@ MISSED = (
 class _Replaced:
     """What became of a layer: which optimizers are asked about, and what they should have."""
 
-    def __init__(self, path: str, known: Sequence[Tensor], new: Tensor) -> None:
-        self.path = path
+    def __init__(self, call: str, path: str, known: Sequence[Tensor], new: Tensor) -> None:
+        self.call, self.path = call, path
         self.known = [weakref.ref(each) for each in known]
         self.new, self.version = weakref.ref(new), new._version
         self.steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -48,19 +50,32 @@ _watched: list[_Replaced] = []
 _handle: Any = None
 
 
-def watch(model: nn.Module, known: Mapping[str, Tensor], paths: Iterable[str]) -> None:
-    """Warn where an optimizer has what a layer had before, and nobody trains what is new.
+def of(model: nn.Module, inplace: bool) -> dict[str, Tensor] | None:
+    """Return the parameters of a model that is to be converted in place, by name."""
+    return dict(model.named_parameters(remove_duplicate=False)) if inplace else None
 
-    known: the model's parameters as they were, by name. paths: of the layers that were converted.
+
+def watched(converted: Converted, known: Mapping[str, Tensor] | None, call: str) -> Converted:
+    """Return what was converted; warn where an optimizer has what a layer had before.
+
+    That is, once it takes steps and nobody trains what is new. known: as `of` has told. call: what
+    converted the model.
     """
+    if known is not None:
+        _watch(converted, known, call)
+    return converted
+
+
+def _watch(converted: Converted, known: Mapping[str, Tensor], call: str) -> None:
     global _handle
     _watched[:] = [each for each in _watched if each.new() is not None]
-    for path in paths:
-        own = dict(model.get_submodule(path).named_parameters(path, recurse=False))
-        new = [name for name in own if name not in known]
-        if new and own[new[0]].requires_grad:
+    before = set(map(id, known.values()))
+    for path in (change.path for change in converted.report.changed):
+        own = dict(converted.model.get_submodule(path).named_parameters(path))
+        new = [name for name, parameter in own.items() if id(parameter) not in before]
+        if new and own[new[-1]].requires_grad:
             old = [known[name] for name in (f"{path}.weight".lstrip("."),) if name in known]
-            _watched.append(_Replaced(new[0], old, own[new[0]]))
+            _watched.append(_Replaced(call, new[-1], old, own[new[-1]]))
     if _watched and _handle is None:
         _handle = register_optimizer_step_pre_hook(_before_step)
 
@@ -70,10 +85,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _handle
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     answers = [(each, each.noticed(optimizer, held)) for each in _watched]
-    missed = [each.path for each, answer in answers if answer]
+    missed = [each for each, answer in answers if answer]
     _watched[:] = [each for each, answer in answers if answer is None]
     if not _watched and _handle is not None:
         _handle.remove()
         _handle = None
     if missed:
-        warnings.warn(MISSED.format(path=missed[0]), UserWarning, stacklevel=4)
+        warnings.warn(
+            MISSED.format(call=missed[0].call, path=missed[0].path), UserWarning, stacklevel=4
+        )

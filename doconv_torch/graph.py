@@ -268,6 +268,8 @@ _TOLD = frozenset(
      torch.is_floating_point, torch.is_complex, torch.numel]
 )  # fmt: skip
 _IDENTITY = nn.Identity()
+# What an identity has too, and by which more is read.
+_LISTING = frozenset(["parameters", "named_parameters", "buffers", "named_buffers", "state_dict"])
 
 
 class _Uses:
@@ -344,7 +346,7 @@ def _noting(
     read: dict[nn.Module, set[str]],
 ) -> Callable[..., Any]:
     def getattribute(module: Any, name: str) -> Any:
-        if module in norms and not hasattr(_IDENTITY, name):
+        if module in norms and (name in _LISTING or not hasattr(_IDENTITY, name)):
             read.setdefault(norms[module], set()).add(name)
         return original(module, name)
 

@@ -16,6 +16,8 @@ from doconv_core.models.received import no_model
 from doconv_torch.compose import compose, gradients
 from doconv_torch.matrix_products import is_tracing
 
+torch.fx.wrap("compose")  # symbolic tracing has the composition as one call, without its rules
+
 
 @contextmanager
 def composed_once(model: nn.Module) -> Iterator[None]:

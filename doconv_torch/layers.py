@@ -92,7 +92,8 @@ def paddings(model: nn.Module) -> dict[int, set[Extra]]:
 
     def visit(module: nn.Module, before: Extra) -> Extra:
         found.setdefault(id(module), set()).add(before)
-        sequential = type(module).forward is nn.Sequential.forward
+        # A script's class raises where it is asked for its forward.
+        sequential = getattr(type(module), "forward", None) is nn.Sequential.forward
         for child in module._modules.values():  # also one that comes again
             if child is not None:
                 after = visit(child, before if sequential else ())

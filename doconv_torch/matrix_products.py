@@ -60,10 +60,11 @@ def form(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> Form | None:
     """
     other = (
         spec.depth_multiplier != spec.taps
-        or weight.device.type != "cpu"
-        or weight.dtype not in (torch.float32, torch.float64)
+        # Before they are asked anything: symbolic tracing gives proxies.
         or type(weight) not in (Tensor, nn.Parameter)
         or type(depthwise) not in (Tensor, nn.Parameter)
+        or weight.device.type != "cpu"
+        or weight.dtype not in (torch.float32, torch.float64)
         or not weight.is_contiguous()
         or not depthwise.is_contiguous()
         or torch.compiler.is_compiling()

@@ -67,14 +67,12 @@ def over_parameterize(
     ('DOConv2d', 'DOConv2d')
     """
     view = View(model)
-    known = dict(model.named_parameters(remove_duplicate=False)) if inplace else {}
+    known = former_parameters.of(model, inplace)
     with ordinary_tensors():
         converted = convert.over_parameterize(
             view, LAYER_KINDS, kind, options, where=where, inplace=inplace
         )
-    if inplace:
-        former_parameters.watch(model, known, [change.path for change in converted.report.changed])
-    return converted
+    return former_parameters.watched(converted, known, "over_parameterize")
 
 
 @overload  # a layer itself becomes another
@@ -136,10 +134,12 @@ def fold(
     Conv2d(8, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     view = View(model)
+    known = former_parameters.of(model, inplace)
     with ordinary_tensors():
-        return fold_layers(
+        converted = fold_layers(
             view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
         )
+    return former_parameters.watched(converted, known, "fold")
 
 
 @overload
@@ -173,7 +173,7 @@ def deploy(
     (Identity(), True)
     """
     view = View(model)
-    if model.training:
+    if getattr(model, "training", False):  # which a frozen script lacks
         raise ValueError(
             "deploy takes a model in evaluation mode; received one in training mode. Call "
             "model.eval() first."
@@ -223,5 +223,9 @@ def to_bsconv(
         variant, kernel_sizes, p=p, min_mid_channels=min_mid_channels, with_bn=with_bn,
         bn_options=bn_options, allowed=BN_OPTIONS, start=start,
     )  # fmt: skip
+    known = former_parameters.of(model, inplace)
     with ordinary_tensors():
-        return convert.replace(view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace)
+        converted = convert.replace(
+            view, LAYER_KINDS, "bsconv", options, where=where, inplace=inplace
+        )
+    return former_parameters.watched(converted, known, "to_bsconv")

@@ -20,8 +20,14 @@ def checked(weight: Tensor, depthwise: Tensor, spec: ConvSpec) -> ConvSpec:
     """Return the sizes of W and D: `spec`, or one with fewer or more channels, as pruning leaves.
 
     Raises ValueError for shapes of no layer with this kernel size, depth multiplier and groups, and
-    for W and D on two devices; TypeError for a D whose numbers W's dtype is no kind of.
+    for W and D on two devices; TypeError for what is no tensor, and for a D whose numbers W's dtype
+    is no kind of.
     """
+    if not (isinstance(weight, Tensor) and isinstance(depthwise, Tensor)):
+        raise TypeError(
+            f"W and D must be tensors; received W of type {type(weight).__name__} and D of type "
+            f"{type(depthwise).__name__}, of {spec}."
+        )
     if weight.device != depthwise.device:
         raise ValueError(
             "W and D must be on one device, as layer.to(device) moves both; received W on "

@@ -50,6 +50,7 @@ def _evaluating(*models: Any) -> Iterator[None]:
     `eval()` and `train()` do more in some models than setting the mode, and exported ones refuse.
     """
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modules = [module for module in modules if hasattr(module, "training")]  # not a frozen script
     modes = [module.training for module in modules]
     try:
         for module in modules:

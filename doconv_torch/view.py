@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_core.kinds.base import ComposedKind
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.models.report import READ, Change, FusingMethod, place
+from doconv_core.models.own_methods import call_own
+from doconv_core.models.report import READ, place
 from doconv_core.models.view import Flow, ModelView, Site
 from doconv_torch import batchnorm, graph
 from doconv_torch.kinds import LAYER_KINDS
@@ -36,7 +36,7 @@ class View(ModelView):
     """A module and all below it. Raises TypeError for what is none, or wrapped in DDP or FSDP."""
 
     model: nn.Module
-    batch_norm = _BatchNorm
+    batch_norm, packages = _BatchNorm, ("torch.", "doconv_torch.")
     name_of, is_convolution = staticmethod(kind_of), staticmethod(is_convolution)
     obstacle, outline = staticmethod(obstacle), staticmethod(spec_of)
     is_batch_norm = staticmethod(is_batch_norm)
@@ -93,8 +93,9 @@ class View(ModelView):
         return View(copied(self.model, given_up))
 
     def check_known(self, site: Site, forms: Mapping[str, str]) -> None:
-        """Raise NotFoldable for a kind's layer that was compiled to TorchScript."""
+        """Raise NotFoldable for a kind's layer that was traced, exported or compiled."""
         if not isinstance(site.layer, torch.jit.ScriptModule):
+            _check_no_entries(site)
             return
         name = kind_of(site.layer)
         for kind, layers in LAYER_KINDS.items():
@@ -117,47 +118,18 @@ class View(ModelView):
                 stacklevel=stacklevel,
             )
 
-    def fusing(self, changed: Sequence[nn.Module]) -> list[FusingMethod]:
-        """Return the methods by which modules around these make other layers of their own."""
-        inside, found = set(changed), []
-        for path, module in self.model.named_modules():
-            names = _fusing(type(module))
-            if names and not inside.isdisjoint(module.modules()):
-                found += [FusingMethod(path, kind_of(module), name) for name in names]
-        return found
-
-    def call_fusing(self) -> list[Change]:
-        """Call the modules' own methods, of each the first that there is, from the outermost in.
-
-        What one returns is the module that takes its place, if it is another.
-        """
-        found: list[Change] = []
-        self.model = self._called("", self.model, found, set())
-        return found
-
-    def _called(
-        self, path: str, module: nn.Module, found: list[Change], met: set[nn.Module]
-    ) -> nn.Module:
-        if module in met:
-            return module
-        met.add(module)
-        before = kind_of(module)
-        name = next((n for n in DEPLOYING if n in _fusing(type(module))), None)
-        if name is not None and _takes_nothing(getattr(module, name)):
-            try:
-                made = getattr(module, name)()
-            except Exception as error:  # whatever the model's own code raises
-                raise NotFoldable(
-                    f"{place(path)}: {before}.{name}() raised {type(error).__name__}: {error}"
-                ) from error
-            found.append(Change(path, before, f"what its {name}() makes"))
-            module = made if isinstance(made, nn.Module) else module
-        for child, inner in list(module.named_children()):
-            inner_path = f"{path}.{child}" if path else child
-            made = self._called(inner_path, inner, found, met)
-            if made is not inner:
-                setattr(module, child, made)
-        return module
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a module's own method, and put the module that it returns in its places."""
+        made = call_own(site.path, kind_of(site.layer), site.layer, name)
+        if not isinstance(made, nn.Module) or made is site.layer:
+            return site.layer
+        for path in site.paths:
+            parent, _, child = path.rpartition(".")
+            if child:
+                setattr(self.model.get_submodule(parent), child, made)
+            else:
+                self.model = made
+        return made
 
     def takes_norm(self, layer: Any) -> bool:
         """Return whether a batch norm behind a layer can become a part of it."""
@@ -185,40 +157,23 @@ class View(ModelView):
         return reason or batchnorm.fuse_ahead(norm, conv)
 
 
-# As RepVGG, MobileOne, timm, YOLO, RepLKNet, torchvision and others call it.
-_FUSING = re.compile(
-    r"(switch|convert|transform|trans)_to_deploy|re_?param(eteri[sz]e)?(_\w+)?|structural_reparam"
-    r"|fuse(_\w+|forward)?|merge_(kernel|bn|batchnorm|branch(es)?)|get_equivalent_kernel_bias"
-)
-
-
-# Those that `deploy` calls: without arguments, they leave a model for inference.
-DEPLOYING = ("fuse", "reparameterize", "switch_to_deploy")
-
-
-def _takes_nothing(method: Any) -> bool:
-    """Return whether a method can be called without arguments."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return all(
-        p.default is not inspect.Parameter.empty or p.kind in variable
-        for p in inspect.signature(method).parameters.values()
-    )
-
-
-def _fusing(cls: type) -> list[str]:
-    """Return the names of a class's own methods by which its modules become other layers."""
-    if cls.__module__.startswith(("torch.", "doconv_torch.")):
-        return []
-    return [
-        name
-        for name in dir(cls)
-        if _FUSING.fullmatch(name) and inspect.isfunction(getattr(cls, name, None))
-    ]
+def _check_no_entries(site: Site) -> None:
+    """Raise NotFoldable for what has a layer's parameters, but is a place in a graph."""
+    if not type(site.layer).__module__.startswith("torch."):
+        return
+    for kind, layers in LAYER_KINDS.items():
+        names = layers.kind.names if isinstance(layers.kind, ComposedKind) else ()
+        if len(names) > 1 and all(site.layer._parameters.get(n) is not None for n in names):
+            raise NotFoldable(
+                f"{place(site.path)} has the parameters {' and '.join(names)} of a layer of kind "
+                f"{kind!r} that became a part of a traced or exported graph; fold the model first, "
+                "and trace or export it afterwards."
+            )
 
 
 def _varies(module: nn.Module) -> bool:
     """Return whether a module in training mode depends on the batch or on chance."""
-    if not module.training:
+    if not getattr(module, "training", False):  # which a frozen script lacks
         return False
     rates = (getattr(module, name, 0) for name in ("p", "dropout", "drop_prob"))
     return isinstance(module, (_BatchNorm, nn.RReLU)) or any(

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# TensorFlow reports its CPU features on standard error while it is imported; errors still appear.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever Keras' own settings say
 
 import needed  # noqa: F401  # first, as it says what to install
@@ -124,6 +122,8 @@ def frameworks_here() -> dict[str, Framework]:
             print(f"{name}: left out. It has no part in this comparison.")
             continue
         try:
+            if name == "tf":
+                importlib.import_module("quiet_tensorflow")
             backend.load()
         except (ImportError, OSError) as error:  # OSError: a framework's own library is broken
             print(f"{name}: left out. {error}")

@@ -33,7 +33,11 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .ok { color: #17652c; } .bad { color: #b00020; font-weight: bold; }
-img { max-width: 100%; }
+img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+.wide img { min-width: 44rem; }
+h1 { overflow-wrap: break-word; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .3rem .4rem; } }
 """
 
 
@@ -70,7 +74,8 @@ def write_report(
     ]
     write_text(
         path,
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>DO-Conv: comparison'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1"><title>DO-Conv: comparison'
         f"</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n",
     )
 
@@ -79,23 +84,30 @@ def draw_losses(core: np.ndarray, curves: Sequence[tuple[str, np.ndarray]]) -> F
     """Draw the loss curves over each other, and their relative difference from the core's."""
     figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(core, color="0.75", linewidth=7, label="NumPy core, float64")
-    largest = 10 * TRAINED
+    left.plot(core, color="0.8", linewidth=8, label="NumPy core, float64")
+    largest = 50 * TRAINED  # with room for the legend
     for n, (title, losses) in enumerate(curves):
-        # Wide below narrow, so that curves that lie on each other can all be seen.
-        style = {"linewidth": 4.5 - 1.5 * min(n, 2), "linestyle": ("-", "--", ":")[n % 3]}
+        # Curves that lie on each other can all be seen: the later the narrower, and their markers
+        # at steps of their own.
+        style = {
+            "linewidth": max(1.0, 5.5 - 2 * n),
+            "marker": "osD^v"[n % 5],
+            "markevery": (4 * n, 4 * max(len(curves), 3)),
+            "markersize": 7,
+            "markeredgecolor": "white",
+        }
         (line,) = left.plot(losses, label=title, **style)
         relative = np.abs(losses - core) / np.abs(core)
         largest = max(largest, 2 * np.nanmax(relative))
         # A logarithmic axis has no zero; equal steps are drawn at its lower end.
-        right.semilogy(np.maximum(relative, 1e-9), color=line.get_color(), label=title)
-    right.axhline(TRAINED, color="k", linewidth=1, linestyle="--")
-    right.text(len(core), 1.2 * TRAINED, "allowed", va="bottom", ha="right")
+        style |= {"linewidth": 1.5, "color": line.get_color()}
+        right.semilogy(np.maximum(relative, 1e-9), label=title, **style)
+    right.axhline(TRAINED, color="k", linewidth=1, linestyle="--", label="allowed")
     right.set(ylim=(5e-10, largest), title="relative difference from the core")
     left.set(title="loss", ylim=(0, None))
-    for axes in (left, right):
+    for axes, columns in ((left, 1), (right, 2)):
         axes.set(xlabel="step")
-    left.legend(loc="upper right")
+        axes.legend(loc="upper right", ncols=columns)
     return figure
 
 
@@ -133,7 +145,8 @@ def _image(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{data}"></p>'
+    image = f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+    return f'<div class="wide">{image}</div>'
 
 
 def _differences(rows: Sequence[Any]) -> str:
@@ -174,4 +187,5 @@ def _samples(samples: Mapping[str, Path]) -> str:
 
 def _table(head: Sequence[str], body: Sequence[str]) -> str:
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'

@@ -5,20 +5,15 @@ second convolution. Whether `Conv2D` below is `keras.layers.Conv2D` or `DOConv2D
 difference between the two.
 """
 
-import os
-
-# Both are read on import. 2 keeps TensorFlow's remarks off the terminal and lets errors through;
-# what it says before it has read this cannot be helped.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever Keras' own settings say
-
-from doconv_tf import DOConv2D, export_state  # first, as it says what to install if Keras lacks
+import quiet_tensorflow  # noqa: F401  first, as it says what to install if Keras lacks
 
 # isort: split
 import harness
 import keras
 import tensorflow as tf
 from keras.layers import Conv2D, Dense, Flatten
+
+from doconv_tf import DOConv2D, export_state
 
 LAYERS = {"conv": Conv2D, "doconv": DOConv2D}
 

@@ -288,6 +288,16 @@ def test_streams_that_the_shell_has_closed(model, tmp_path, closed):
     assert doconv("inspect", out)
 
 
+def test_streams_that_take_no_more():
+    for stream, args, code in ((">", "--help", TARGET), ("2>", "nothing", USAGE)):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {stream}/dev/full', "sh", *PROGRAM, args],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        told = "doconv: No space left on device.\n" if stream == ">" else ""
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+
+
 def test_an_unwritable_folder(model, tmp_path, monkeypatch):
     folder = tmp_path / "locked"
     folder.mkdir()

@@ -202,6 +202,22 @@ def test_verify_of_what_is_not_finite(tmp_path):
     assert found["largest_absolute"] is None
 
 
+APART = {
+    "a NaN alone": (np.array(np.nan), np.array(np.nan), "1 array not finite"),
+    "numbers alone": (np.array(2.0), np.array(1.0), "difference is 1, in temperature"),
+    "integers beyond float64": (np.array([2**62]), np.array([2**62 + 1]), "is 2.17e-19"),
+    "zeros in B": (np.array([0.5]), np.array([0.0]), "compared: .*only; 1 array all zeros in B"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_verify_of_numbers_alone_large_integers_and_zeros(tmp_path, case):
+    *values, told = APART[case]
+    a, b = (save(tmp_path / name, {"temperature": x}) for name, x in zip("ab", values, strict=True))
+    done = doconv("verify", a, b, code=DIFFERENT)
+    assert re.search(told, done.stdout.splitlines()[-1])
+
+
 def test_verify_of_a_layer_at_the_root_beside_loose_entries(tmp_path):
     layer = {"weight": (4, 2, 3, 3), "depthwise_weight": (2, 9, 9), "scale": (3,)}
     arrays = {name: np.ones(shape, "float32") for name, shape in layer.items()}
@@ -221,6 +237,9 @@ def test_verify_keeps_to_the_tolerance(model, tmp_path):
     doconv("verify", model, other, *KERNEL_SIZE, "--tolerance", "1e-5", code=DIFFERENT)
     doconv("verify", model, other, *KERNEL_SIZE, "--tolerance", "1e-3")
     doconv("verify", model, other, "--tolerance", "-1", code=USAGE, error="--tolerance")
+    doconv(
+        "verify", model, other, "--tolerance", "nan", code=USAGE, error="a finite number; .* nan"
+    )
     doconv("verify", model, other, "--kernel-size", "no=3x3", code=USAGE, error="'no' matches no")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compare_files import ComparisonError, Recorded
 from compare_problem import answer_shapes, make_problem
-from compare_report import write_report
+from compare_report import draw_losses, write_report
 from safetensors.numpy import save_file
 
 STEPS = 3
@@ -63,10 +63,25 @@ def test_report_is_one_file_with_tables_and_plots(core, tmp_path):
     write_report(tmp_path / "report.html", rows, core, records, {})
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 2
+    assert 'name="viewport"' in html  # a phone shows it in its own width, and scrolls its tables
+    assert html.count('<div class="wide"><table>') == html.count("<table>") == 1
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert "MXNet &lt;1&gt;" in html
     assert html.count("<tr>") == 1 + len(rows)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_every_curve_is_told_and_seen_in_both_plots(core):
+    curves = [(name, core.losses) for name in ("MXNet", "Keras", "PyTorch")]
+    left, right = draw_losses(core.losses, curves).axes
+    for axes, others in ((left, {"NumPy core, float64"}), (right, {"allowed"})):
+        told = {text.get_text() for text in axes.get_legend().get_texts()}
+        assert told == {"MXNet", "Keras", "PyTorch"} | others
+        drawn = [line for line in axes.lines if line.get_label() not in others]
+        for looks in ("get_color", "get_marker", "get_markevery"):
+            assert len({getattr(line, looks)() for line in drawn}) == 3
+    widths = [line.get_linewidth() for line in left.lines]
+    assert widths == sorted(set(widths), reverse=True)  # each is wider than what lies upon it
 
 
 def test_answers_go_to_a_file_and_back(core, problem, tmp_path):

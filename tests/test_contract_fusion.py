@@ -20,7 +20,6 @@ from doconv_core.models.report import (
     SEVERAL,
     SHARED,
     SUBCLASS,
-    TRANSPOSED,
     behind,
     fused_into,
 )
@@ -53,11 +52,8 @@ CASES = {
     "forward": Case(Net({"conv": conv, "norm": Layer("patched_norm")}), REPLACED),
     "conv's forward": Case(Net({"conv": Layer("patched"), "norm": norm}), behind(REPLACED)),
     "conv's subclass": Case(Net({"conv": Layer("own"), "norm": norm}), behind(SUBCLASS)),
-    "transposed": Case(
-        Net({"conv": Layer("transposed"), "norm": norm}), behind(TRANSPOSED), ALL - {"torch"}
-    ),
     "into transposed": Case(
-        Net({"conv": Layer("transposed", groups=2), "norm": norm}), None, frozenset({"torch"})
+        Net({"conv": Layer("transposed", groups=2), "norm": norm}), None
     ),
     "output used twice": Case(
         Net(pair, (("y", "conv", "x"), ("z", "norm", "y"), ("sum", "+", "y", "z"))), OUTPUT

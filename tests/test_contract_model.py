@@ -85,18 +85,14 @@ def test_what_is_changed_and_left_is_told_alike(backend):
         Change("already", types["do_conv"], conv),
         Change("already_norm", types["norm"], fused),
         Change("pointwise_norm", types["norm"], fused),
+        Change("transposed_norm", types["norm"], fused_into(types["transposed"])),
     )
     reasons = {
         "first_norm": NOT_DIRECT,
         "relu_norm": NOT_DIRECT,
-        "transposed_norm": behind(TRANSPOSED),
         "own_norm": behind(SUBCLASS),
         "patched_norm": behind(REPLACED),
     }
-    if backend == "torch":  # which takes batch norms into transposed convolutions
-        del reasons["transposed_norm"]
-        into = fused_into(types["transposed"])
-        changed = (*changed, Change("transposed_norm", types["norm"], into))
     left = tuple(Left(path, types["norm"], reason) for path, reason in reasons.items())
     counts = models.count(more), models.count(folded)
     assert report == Report("folded", changed, left, *counts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
 from checkpoint_files import only_line
-from command_line import BAD_FILE, USAGE, doconv
+from command_line import BAD_FILE, TARGET, USAGE, doconv
 from equal import assert_close
 from safetensors.numpy import load_file, save_file
 
@@ -193,9 +195,82 @@ def test_a_shard_alone_is_refused(command, tmp_path):
     doconv(command, shard, *out, code=BAD_FILE, error=f"{told}, which is not beside it")
     one = shard.rename(tmp_path / "model-00001-of-00001.safetensors")
     doconv(command, one, *out)
+    out += ["--force"] * len(out)
+    for name in ("model-1-of-2.safetensors", "net_01_of_12.SAFETENSORS"):
+        doconv(command, one.rename(tmp_path / name), *out, code=BAD_FILE, error="one of several")
+        one = tmp_path / name
 
 
-SUFFIXES = ["out.keras", "out.weights.h5", "out.params", "out.pt", "out.safetensors.index.json"]
+@pytest.mark.parametrize("name", ["OUT.SAFETENSORS.INDEX.JSON", "out"])
+def test_an_index_is_read_under_the_name_by_which_it_was_written(name, tmp_path):
+    index, out = sharded(tmp_path, arrays()[0]), tmp_path / "new" / name
+    out.parent.mkdir()
+    doconv("fold", index, out)
+    stem = name.split(".")[0]
+    assert {x.name for x in out.parent.iterdir()} == {
+        name, *(f"{stem}-0000{n}-of-00002.safetensors" for n in (1, 2))
+    }  # fmt: skip
+    doconv("verify", index, out)
+    out.unlink()
+    message = rf"{stem}-00001-of-00002\.safetensors exists; use --force"
+    doconv("fold", index, out, code=TARGET, error=message)
+
+
+def test_a_folder_is_told_with_the_index_in_it(tmp_path):
+    index = sharded(tmp_path, arrays()[0])
+    index = index.rename(tmp_path / "model.safetensors.index.fp16.json")
+    doconv("inspect", tmp_path, code=USAGE, error=rf"such as {index}")
+
+
+def packed(*members):
+    """Return a zip archive of members without content."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in members:
+            archive.writestr(name, b"")
+    return made.getvalue()
+
+
+FOREIGN = {
+    "lfs.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "page.safetensors": (b"\n<!DOCTYPE html><html></html>", "is a web page, .*; download that"),
+    "model.gguf": (b"GGUF\x03\0\0\0", "is a GGUF file, .* before it is exported"),
+    "model.tflite": (b"\x1c\0\0\0TFL3", "is a TensorFlow Lite file"),
+    "model.pt": (b"\x08\x07\x12\x07pytorch", "is an ONNX file"),
+    "model.pt.gz": (b"\x1f\x8b\x08", "is a packed file; unpack it, and name the checkpoint in it"),
+    "model.tar": (b"model.pt".ljust(257, b"\0") + b"ustar", "is a packed file"),
+    "model.zip": (packed("folder/model.pt"), "is a packed file"),
+    "model.pt2": (packed("m/archive_format", "m/models/model.json"), "a program of torch.export"),
+    "model.npz": (packed("a.npy"), "an archive of NumPy's arrays; save a state dict"),
+    "model.npy": (b"\x93NUMPY", "an array of NumPy's; save a state dict"),
+    "ckpt-1.index": (b"\0\0\x13\x06", "a part of TensorFlow's checkpoint; load that into the mod"),
+    "zero_pp_rank_0_mp_rank_00_model_states.pt": (b"", "folder .*, of DeepSpeed; its scr"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_write_is_named_as_what_it_is(name, tmp_path):
+    content, message = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    doconv("inspect", tmp_path / name, code=BAD_FILE, error=message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mp_rank_00_model_states.pt", "is a folder of DeepSpeed; its script zero_to_fp32.py"),
+        ("saved_model.pb", "is a SavedModel of TensorFlow's, .* before it is exported"),
+    ],
+)
+def test_a_folder_that_others_write_is_named_as_what_it_is(name, message, tmp_path):
+    (tmp_path / name).touch()
+    doconv("inspect", tmp_path, code=USAGE, error=message)
+
+
+SUFFIXES = [
+    "out.keras", "out.weights.h5", "out.params", "out.pt", "out.safetensors.index.json", "out.onnx",
+    "out.safetensors.GZ",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SUFFIXES)

@@ -112,6 +112,7 @@ def test_names_that_there_are(name):
          "cifar_resnet20_bsconvu"),
         ("cifar_resnet20_bsconvs", "no family has such names", "cifar_resnet20_bsconvu"),
         ("cifar_resnet020", "no family has such names", "cifar_resnet20"),
+        ("resnext50", "no family has such names", "'resnext50_32x4d'"),
         ("resnet50_v3", "no family has such names", "resnet50_v1"),
         ("plain18_doconv_doconv", "no family has such names", "plain18_doconv"),
         ("Cifar_ResNet20", "no family has such names", "cifar_resnet20"),

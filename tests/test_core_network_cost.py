@@ -261,6 +261,7 @@ def test_what_does_not_change_with_the_size():
     assert small.parameters == large.parameters
     assert small.macs < large.macs
     assert large.layers[0].before == (3, 96, 128)
+    assert count("resnet18", (3, 1, 1), 10).input_shape == (3, 1, 1)  # with its channels first
 
 
 test_what_cannot_be_counted = refuses(

@@ -13,6 +13,7 @@ from frameworks import BACKENDS, fresh, is_here
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+CONTINUED = "after_folding"  # whose programs go on from one another, in test_after_folding.py
 WHOLE = re.compile(r"keras\.applications|get_model\(\"plain18\"")
 
 
@@ -51,6 +52,7 @@ def programs(whole):
     return {
         f"{document.stem}-{number}": example
         for document in DOCUMENTS
+        if document.stem != CONTINUED
         for number, example in enumerate(examples(document))
         if (document != README and bool(WHOLE.search(example))) == whole
     }

@@ -25,7 +25,7 @@ from gluon_models import (  # noqa: E402
     step,
 )
 from mxnet.gluon import HybridBlock, nn  # noqa: E402
-from mxnet.gluon.contrib.nn import SyncBatchNorm  # noqa: E402
+from mxnet.gluon.contrib.nn import Identity, SyncBatchNorm  # noqa: E402
 
 from doconv_core import difference  # noqa: E402
 
@@ -75,6 +75,44 @@ def test_every_setting_of_a_batch_norm(norm, options):
     target, report = fused(model)
     assert report.left == ()
     assert close(outputs(target), outputs(model))
+
+
+class Renamed(nn.BatchNorm):
+    """A batch norm whose code says another operator's options, and computes the same."""
+
+    def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
+        return F.BatchNorm(
+            x, gamma, beta, running_mean, running_var, cudnn_off=True, **self._kwargs
+        )
+
+
+@pytest.mark.parametrize(
+    ("layers", "into"),
+    [
+        (lambda: [nn.Dense(5), nn.BatchNorm()], "Dense"),
+        (lambda: [nn.Dense(5, flatten=False, use_bias=False), nn.BatchNorm(axis=-1)], "Dense"),
+        (
+            lambda: [nn.Conv2DTranspose(6, 3, groups=2, in_channels=4), nn.BatchNorm()],
+            "Conv2DTranspose",
+        ),
+        (lambda: [square(), nn.Dropout(0.5), Identity(), Renamed()], "Conv2D"),
+        (lambda: [nn.BatchNorm(), nn.Conv2D(6, 3, groups=2, in_channels=4)], "Conv2D"),
+        (lambda: [nn.BatchNorm(), nn.Conv2D(6, 3, use_bias=False)], "Conv2D"),
+    ],
+)
+@pytest.mark.parametrize("container", [nn.Sequential, nn.HybridSequential])
+def test_layers_beside_a_batch_norm_that_take_it(container, layers, into):
+    """In a graph, and in order where there is none."""
+    unseen = nn.Lambda(lambda x: 2 * x) if container is nn.Sequential else nn.Activation("relu")
+    model = container()
+    model.add(*layers(), unseen)
+    model = built(model, hybridized=container is nn.HybridSequential)
+    target, report = fused(model)
+    assert [(change.after, report.left) for change in report.changed] == [
+        (f"fused into {into}", ())
+    ]
+    assert close(outputs(target), outputs(model))
+    assert not [name for name in target.collect_params() if "running" in name]
 
 
 def test_each_context_is_fused_with_its_own_statistics():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from equal import close, same
@@ -102,7 +104,9 @@ def test_a_trainer_keeps_the_weights_of_a_model_changed_in_place():
     assert (model.head.weight, model.head.bias) == (weight, bias)
     before = weight.data().asnumpy()
     step(model)
-    trainer.step(2)
+    with pytest.warns(UserWarning, match="a Trainer takes steps that was made before") as warned:
+        trainer.step(2)
+    assert len(warned) == 1, "not of every layer"
     assert not np.array_equal(weight.data().asnumpy(), before)
 
 
@@ -358,3 +362,28 @@ def test_values_that_are_there_in_part_are_refused():
         fold(model[0])
     with pytest.raises(TypeError, match=r"model must be a mxnet\.gluon\.Block; received str"):
         fold("model")
+
+
+@pytest.mark.parametrize("made", ["before", "after", "for both"])
+def test_a_trainer_that_does_not_know_the_new_parameters_is_warned_of(made):
+    model = built(square())
+
+    def trainer(parameters):
+        return mx.gluon.Trainer(parameters, "sgd", {"learning_rate": 0.1}, kvstore=None)
+
+    trained = trainer(model.collect_params())
+    over_parameterize(model, inplace=True)
+    if made == "after":
+        trained = trainer(model.collect_params())
+    elif made == "for both":
+        other = trainer([model.depthwise_weight])
+    warned = pytest.warns(UserWarning, match="made before .* does not have '.*depthwise_weight'")
+    for expected in (warned if made == "before" else nullcontext(), nullcontext()):  # once
+        with autograd.record():
+            loss = (model(image()) ** 2).sum()
+        loss.backward()
+        with expected:
+            trained.step(1)
+    assert (model.depthwise_weight.data().asnumpy() != 0).any() == (made == "after")
+    if made == "for both":
+        other.step(1)

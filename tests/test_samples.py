@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -507,3 +508,21 @@ def test_what_the_samples_need_is_named_with_the_extra_to_install(program):
     done = fresh("-c", f"{hide}import {program}", FOLDER, status=1)
     told = 'ImportError: the samples need tqdm, .*python -m pip install "overconv\\[samples\\]"'
     assert re.search(told, done.stderr)
+
+
+def test_tensorflows_remarks_are_held_back_and_errors_are_not(capfd):
+    need("tf")
+    from quiet_tensorflow import without_remarks
+
+    remarks = [
+        "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+        "I0000 00:00:1795921402.5 4044 cpu_feature_guard.cc:227] This TensorFlow binary is",
+        "To enable the following instructions: AVX2 FMA, in other operations, rebuild",
+        "W0000 00:00:1795921402.5 4044 computation_placer.cc:177] already registered",
+        "E0000 00:00:1795922221.8 8100 cuda_platform.cc:52] failed call to cuInit: INTERNAL",
+    ]
+    errors = ["E0000 00:00:1795922221.8 8100 a.cc:5] broken", "Traceback: a user's own"]
+    capfd.readouterr()
+    with without_remarks():
+        os.write(2, "\n".join([*remarks, *errors, ""]).encode())
+    assert capfd.readouterr().err.splitlines() == errors

@@ -104,7 +104,9 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     x = norm("training")(conv("training")(x), training=True)
     shared, after = conv("shared"), norm("shared")
     x = after(shared(after(shared(x))))
-    x = norm("dense")(layers.Dense(3, name="d")(x))
+    x = norm("dense", axis=1)(layers.Dense(3, name="d")(x))
+    x = norm("drop")(layers.Dropout(0.5)(conv("drop")(x), training=True))
+    x = norm("noise")(layers.Dropout(0.5, activity_regularizer="l2")(conv("noise")(x)))
     inner = keras.Sequential([conv("inner"), norm("inner")], name="stack")
     x = inner(x, training=True)
     x = OwnCall([conv("call"), norm("call")], name="own_call")(x)
@@ -120,7 +122,9 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
         "axis": AXIS,
         "training": training,
         "shared": SEVERAL,
-        "dense": NOT_DIRECT,
+        "dense": AXIS,
+        "drop": NOT_DIRECT,
+        "noise": NOT_DIRECT,
         "stack.inner": training,
         "regularized": "it or its convolution has an activity regularizer",
         "regularized_norm": "it or its convolution has an activity regularizer",
@@ -132,6 +136,95 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     bad.moving_variance.assign(np.ones(3))
     fused.get_layer("bad").moving_variance.assign(np.ones(3))
     assert verify(model, fused, images()).relative < 1e-5
+
+
+class Named(layers.BatchNormalization):
+    """A batch norm with a constructor, a configuration and a method of its own."""
+
+    def __init__(self, note="", **options):
+        super().__init__(**options)
+        self.note = note
+
+    def get_config(self):
+        return {**super().get_config(), "note": self.note}
+
+    def told(self):
+        return self.note
+
+
+def behind_of(conv, *between, norm=layers.BatchNormalization, **options):
+    """Return the layers of a chain: a batch norm behind one, perhaps with others between."""
+    return [conv, *between, norm(**options)]
+
+
+VALID = {"padding": "valid", "data_format": "channels_last"}
+FUSED = {
+    "transposed": lambda: behind_of(layers.Conv2DTranspose(4, 3, strides=2, use_bias=False)),
+    "dense": lambda: behind_of(layers.Dense(4)),
+    "dense of vectors": lambda: [layers.Flatten(), *behind_of(layers.Dense(4), axis=1)],
+    "subclass": lambda: behind_of(layers.Conv2D(4, 3), norm=Named),
+    "frozen": lambda: behind_of(layers.Conv2D(4, 3), trainable=False),
+    "passed on": lambda: behind_of(
+        layers.Conv2D(4, 3), layers.Identity(), layers.Activation("linear"), layers.Dropout(0.5),
+        layers.SpatialDropout2D(0.5), layers.GaussianNoise(0.5),
+    ),
+    "ahead": lambda: [layers.BatchNormalization(), layers.Conv2D(4, 3, activation="relu", **VALID)],
+    "ahead of groups": lambda: [
+        *behind_of(layers.ReLU()), layers.Conv2D(6, 3, groups=3, use_bias=False, **VALID)
+    ],
+    "ahead of depthwise": lambda: [
+        *behind_of(layers.ReLU()), layers.Dropout(0.5),
+        layers.DepthwiseConv2D(3, depth_multiplier=2, **VALID),
+    ],
+    "ahead of separable": lambda: [
+        *behind_of(layers.ReLU()), layers.SeparableConv2D(4, 3, depth_multiplier=2, **VALID)
+    ],
+}  # fmt: skip
+if BACKEND == "tensorflow":
+    FUSED["synchronized"] = lambda: behind_of(layers.Conv2D(4, 3), synchronized=True)
+
+
+@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
+def test_a_batch_norm_is_fused_wherever_that_is_exact(make):
+    model = filled(keras.Sequential([keras.Input(SHAPE[1:]), *make()]))
+    fused, report = fold(model, fuse_batchnorm=True)
+    assert (len(report.changed), report.left) == (1, ())
+    assert verify(model, fused, images()).relative < 1e-5
+    again = keras.Sequential.from_config(fused.get_config())
+    again.set_weights(fused.get_weights())
+    assert verify(fused, again, images()).absolute == 0
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (layers.Conv2D(4, 3, padding="same"), NOT_DIRECT),
+        (layers.Conv2DTranspose(4, 3), NOT_DIRECT),
+        (layers.Dense(4), NOT_DIRECT),
+    ],
+)
+def test_a_batch_norm_ahead_of_what_meets_a_border_is_left(conv, reason):
+    model = filled(keras.Sequential([keras.Input(SHAPE[1:]), layers.BatchNormalization(), conv]))
+    (left,) = fold(model, fuse_batchnorm=True).report.left
+    assert left.reason == reason
+
+
+class Global(layers.Layer):
+    """A layer whose code reads a batch norm by a global name."""
+
+    def call(self, x):
+        return x * GLOBAL.gamma
+
+
+GLOBAL = layers.BatchNormalization(name="norm")
+
+
+def test_what_a_call_may_read_by_a_global_name_is_not_fused():
+    model = filled(
+        keras.Sequential([keras.Input(SHAPE[1:]), layers.Conv2D(3, 3), GLOBAL, Global()])
+    )
+    report = fold(model, fuse_batchnorm=True, inplace=True).report
+    assert [left.reason for left in report.left] == [READ]
 
 
 def conv_and_norm(name="inner"):

@@ -105,6 +105,17 @@ def test_models_of_every_kind(make, form):
     assert verify(model, filled(make()), inputs).absolute == 0
 
 
+def test_a_constraint_of_the_kernel_is_not_one_of_its_parts():
+    held = layers.Conv2D(4, 3, name="held", kernel_constraint="max_norm")
+    other = layers.Conv2D(4, 3, name="other", bias_constraint="non_neg")
+    report = to_bsconv(keras.Sequential([keras.Input((9, 9, 4)), held, other])).report
+    assert [change.path for change in report.changed] == ["other"]
+    (left,) = report.left
+    assert left.reason.startswith("its kernel_constraint would hold for each part's kernel, not")
+    with pytest.raises(ValueError, match="layer 'held': its kernel_constraint would hold for each"):
+        BSConvU2D.from_conv(held)
+
+
 def test_what_shares_a_weight_is_left_and_what_is_not_built_refused():
     convs = [layers.Conv2D(4, 3, name=str(n), use_bias=False) for n in range(2)]
     model = keras.Sequential([keras.Input((9, 9, 4)), *convs])

@@ -151,6 +151,15 @@ LEFT = {
         ),
         read_elsewhere(["running_mean"]),
     ),
+    "statistics listed": (
+        lambda: build(
+            pair(),
+            lambda self, body, x: (
+                body[1](body[0](x)) + dict(body[1].named_buffers())["running_var"].sum()
+            ),
+        ),
+        read_elsewhere(["named_buffers"]),
+    ),
     "epsilon read": (lambda: build(pair(), reads("eps")), read_elsewhere(["eps"])),
     "attribute asked for": (
         lambda: build(pair(), asks_for_attribute),
@@ -282,6 +291,12 @@ def test_norms_that_compute_something_else_are_left(cls):
     assert left(build([nn.Conv2d(3, 3, 3), cls(3)])) == {"1": SUBCLASS}
 
 
+def with_padding(conv, padding):
+    """Return the layer with a number assigned, which an ordinary convolution takes."""
+    conv.padding = padding
+    return conv
+
+
 @pytest.mark.parametrize(
     ("modules", "x", "expected"),
     [
@@ -298,6 +313,11 @@ def test_norms_that_compute_something_else_are_left(cls):
          (2, 4, 5, 5), "fused into Conv2d"),
         ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], (2, 4, 5, 5),
          "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, padding="same")], (2, 4, 5, 5),
+         "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), with_padding(nn.Conv2d(4, 6, 3), 0)], (2, 4, 5, 5),
+         "fused into Conv2d"),
+        ([nn.BatchNorm2d(4), with_padding(nn.Conv2d(4, 6, 3), 1)], (2, 4, 5, 5), NOT_DIRECT),
         ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)], (2, 4, 5, 5), NOT_DIRECT),
         ([nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding="same")], (2, 4, 5, 5), NOT_DIRECT),
         ([nn.Embedding(9, 5), nn.Linear(5, 4), nn.BatchNorm1d(4)], None,

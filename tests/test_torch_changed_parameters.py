@@ -199,6 +199,35 @@ def test_what_changes_before_the_backward_pass_is_an_error(name, size, change):
         output.backward()
 
 
+@pytest.mark.parametrize("name", ["compiled", "5x5", "large S"])
+@pytest.mark.parametrize("geometry", [{"stride": 2}, {"padding": 1}, {"dilation": [2, 1]}])
+def test_geometry_is_assigned(name, geometry):
+    layer = made(name)
+    for attribute, value in geometry.items():
+        setattr(layer, attribute, value)
+    check(layer)
+
+
+def test_groups_that_are_not_those_of_the_kernel_are_what_pytorch_makes_of_them():
+    layer = made("compiled")
+    layer.groups = 2
+    for training in (True, False):
+        with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match="groups=2"):
+            layer(torch.randn(1, 8, 6, 6))
+
+
+@pytest.mark.parametrize("name", ["compiled", "large S"])
+@pytest.mark.parametrize("missing", ["weight", "depthwise_weight"])
+def test_one_of_the_two_is_none(name, missing):
+    layer, x = made(name), torch.randn(1, 8, 6, 6)
+    setattr(layer, missing, None)
+    if (name, missing) == ("compiled", "depthwise_weight"):  # then W is the kernel
+        assert torch.equal(layer(x), layer.fold()(x))
+        return
+    with pytest.raises(TypeError, match=r"must be tensors; received W of type .*NoneType"):
+        layer(x)
+
+
 def test_memory_that_was_freed_is_told():
     layer = made("compiled")
     layer.weight.untyped_storage().resize_(0)

@@ -250,11 +250,17 @@ def test_parts_of_words_do_not_decide_what_is_a_model(file, tmp_path, name):
         names_folded(load(tmp_path / "out")[name])
 
 
-AX = {number: {"ax": tensor} for number, tensor in enumerate(average(tensors()))}
+def of_each(key):
+    """Return an optimizer's state that keeps the parameters by this key."""
+    state = {number: {key: tensor} for number, tensor in enumerate(average(tensors()))}
+    return {"optim": {"param_groups": [], "state": state}}
+
+
 ELSEWHERE = {
     "a scaler": ({"scaler": tensors()}, "scaler"),
     "in an optimizer": ({"optimizer": {"opt": {}, "ema": average(tensors())}}, "optimizer/ema"),
-    "among the moments": ({"optim": {"param_groups": [], "state": AX}}, "optim/state"),
+    **{key: (of_each(key), "optim/state") for key in ("ax", "slow_weights", "old_p", "polyak")},
+    "a set": ({"kept": {*average(tensors())}}, "kept"),
     "too deep": ({"a": [[[[[[[[[tensors()]]]]]]]]]}, "a/" + "/".join("0" * 9)),
     "arguments": ({"args": argparse.Namespace(best=tensors())}, "args/best"),
     "arrays": ({"numpy": {k: v.numpy() for k, v in tensors().items()}}, "numpy"),
@@ -270,6 +276,40 @@ def test_what_is_over_parameterized_anywhere_is_named(file, tmp_path, case):
     assert [left.path for left in report.left] == [path]
 
 
+def test_tensors_beside_a_model_are_no_model(file, tmp_path):
+    save({"model": tensors(), "confusion": torch.ones(3, 3)}, file)
+    with open_checkpoint(file) as checkpoint:
+        assert (checkpoint.parts, checkpoint.others) == (("",), ("confusion",))
+    save({"model": tensors(2), "confusion": torch.ones(3, 3)}, tmp_path / "like.pt")
+    doconv("convert", file, tmp_path / "out.pt", "--like", tmp_path / "like.pt")
+    doconv("verify", file, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize(("content", "where"), [({"optim": tensors()}, " in 'optim'"), ([], "")])
+def test_where_arrays_are_is_told_where_there_is_no_state_dict(file, content, where):
+    save(content, file)
+    told = rf"; there are arrays{where}\." if where else r"8 deep\."
+    refused(file, f"holds no state dict.*{told}", CheckpointError)
+
+
+def test_what_an_average_counts_is_no_part_of_the_model(file, tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    save(net.state_dict(), file)
+    average = tmp_path / "average.pt"
+    save(torch.optim.swa_utils.AveragedModel(net).state_dict(), average)
+    doconv("verify", file, average)
+    doconv("convert", average, tmp_path / "out.params")
+    doconv("convert", file, tmp_path / "out.pt", "--like", average)
+    assert load(tmp_path / "out.pt").keys() == load(average).keys()
+
+
+@pytest.mark.parametrize("name", [".pt", ".hidden.pt"])
+def test_out_may_be_a_suffix_alone(file, tmp_path, name):
+    save(tensors(), file)
+    doconv("fold", file, tmp_path / name)
+    names_folded(load(tmp_path / name))
+
+
 def test_an_optimizer_s_moments_are_no_copy(file, tmp_path):
     state = {n: {"exp_avg": t, "step": 3} for n, t in enumerate(average(tensors()))}
     save({"state_dict": tensors(), "any": [{"param_groups": [], "state": state}]}, file)
@@ -278,7 +318,7 @@ def test_an_optimizer_s_moments_are_no_copy(file, tmp_path):
 
 INERT = {
     "args": argparse.Namespace(lr=0.1, of=argparse.Namespace(array=np.arange(6.0).reshape(2, 3).T)),
-    "simple": types.SimpleNamespace(a=1),
+    "simple": types.SimpleNamespace(a=1, shape=3, dtype="float32"),
     "numbers": (np.float64(3.5), [np.int64(7)], {"k": np.complex64(1 + 2j)}, np.bool_(True)),
     "array": np.arange(6, dtype="float32").reshape(2, 3),
     "by columns": np.asfortranarray(np.ones((2, 3))),
@@ -305,7 +345,8 @@ def same(a, b):
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict):
-        known = getattr(a, "default_factory", None) is getattr(b, "default_factory", None)
+        is_default = isinstance(a, collections.defaultdict)
+        known = not is_default or a.default_factory is b.default_factory
         return known and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
@@ -334,6 +375,49 @@ class Made:
 
     def __reduce__(self):
         return self.made
+
+
+class Attributes(dict):
+    """A dict of its own class, as trainers keep their arguments in."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class Kept(list):
+    """A list of its own class."""
+
+
+@LEGACY
+def test_dicts_and_lists_of_their_own_class_are_read_where_that_is_allowed(file, tmp_path, legacy):
+    recent = collections.deque([1, np.float32(2)], maxlen=3)
+    named = collections.OrderedDict(a=1)
+    named.note = "x"
+    kept = {
+        "args": Attributes(lr=0.1, inner=Attributes(b=recent)), "list": Kept([1]), "od": named,
+        "by name": collections.defaultdict(collections.deque, {"a": recent}), "class": Kept,
+    }  # fmt: skip
+    save({"model": tensors(), **kept}, file, legacy)
+    refused(file, r"needs \S*Attributes to be read", CheckpointError)
+    fold_checkpoint(file, tmp_path / "out", allow=[Attributes, Kept, collections.deque])
+    found = torch.load(tmp_path / "out", weights_only=False)
+    names_folded(found["model"])
+    for name, value in kept.items():
+        assert same(found[name], value), name
+    assert found["args"].inner.b.maxlen == 3
+    assert found["by name"]["a"] is found["args"].inner.b
+    assert found["od"].note == "x"
+
+
+class Unwritable:
+    """What can be read, and not written."""
+
+    def __reduce__(self):
+        raise TypeError("not again")
+
+
+def test_what_cannot_be_written_again_is_told(file):
+    save({"model": tensors(), "more": Made(Unwritable, ())}, file)
+    refused(file, "has what torch.save cannot .*: not again", CheckpointError, allow=[Unwritable])
 
 
 REFUSED = {

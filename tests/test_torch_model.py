@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -348,6 +349,21 @@ def test_attributes_of_parameters_are_kept(multiplier, inplace):
     for options, parameter in zip(first, folded.parameters(), strict=True):
         assert parameter.options == {"decay": False}
         assert (parameter.options is options) == inplace
+
+
+@pytest.mark.parametrize("call", ["to_bsconv", "fold"])
+def test_every_call_in_place_warns_of_optimizers_made_before(call):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    over_parameterize(model, where="1", depth_multiplier=12, inplace=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    getattr(doconv_torch, call)(model, inplace=True)
+    made_before = rf"made before {call}\(inplace=True\), and does not have '[01]\.\w*\.?weight'"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randn(1, 3, 6, 6)).sum().backward()
+            optimizer.step()
+    assert [bool(re.search(made_before, str(each.message))) for each in caught] == [True]
 
 
 @pytest.mark.parametrize("multiplier", [None, 12])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch_models import REPLACED, Network, images, network, output, trained  # noqa: E402
 
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_torch import fold, over_parameterize  # noqa: E402
+from doconv_torch import deploy, export_state, fold, over_parameterize, verify  # noqa: E402
 
 
 @pytest.fixture
@@ -106,6 +106,36 @@ def test_graph_modules_are_models_too():
     assert torch.equal(output(model), output(original))
     expected = output(trained(model))
     assert torch.equal(output(fold(model)[0]), expected)
+
+
+@pytest.mark.parametrize("multiplier", [None, 10])
+def test_traced_layers_are_those_that_were_trained_and_not_folded(multiplier):
+    model = trained(over_parameterize(network(), depth_multiplier=multiplier)[0]).eval()
+    graph = torch.fx.symbolic_trace(model)
+    found, expected = output(graph), output(model)
+    assert torch.equal(found, expected)
+    for result in (found, expected):
+        result.square().mean().backward()
+    gradients = {name: p.grad for name, p in graph.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    exported = torch.export.export(model, (images(),)).module()
+    for made in (graph, exported, nn.Sequential(graph)):
+        with pytest.raises(NotFoldable, match="became a part of a traced or exported graph"):
+            fold(made)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_frozen_and_other_scripts():
+    script = torch.jit.trace(network().eval(), images())
+    frozen = torch.jit.freeze(torch.jit.trace(network().eval(), images()))
+    for model in (script, frozen):
+        for call in (fold, deploy):
+            assert not call(model)[1].changed
+        assert verify(model, frozen, images()).relative < 1e-5
+    assert not export_state(frozen).arrays
+    with pytest.raises(TypeError, match="is a TracedModule with"):
+        export_state(script)
 
 
 @pytest.mark.parametrize("wrap", [torch.inference_mode, torch.no_grad])

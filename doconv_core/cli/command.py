@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -110,14 +110,14 @@ def writing_to(target: Path) -> Iterator[None]:
     """Tell of what goes wrong in the block, which writes `target`, as a Failure."""
     try:
         yield
-    except FileExistsError:  # it came into being meanwhile
-        raise target_exists(target) from None
+    except FileExistsError as error:  # it came into being meanwhile, or is a file beside it
+        raise target_exists(getattr(error, "path", target)) from None
     except OSError as error:
         problem = error.strerror or str(error)
         raise Failure(f"{target} could not be written: {problem}.", TARGET) from error
 
 
-def target_exists(target: Path) -> Failure:
+def target_exists(target: str | Path) -> Failure:
     """Return the error for a target that must not be replaced."""
     return Failure(f"{target} exists; use --force to replace it.", TARGET)
 
@@ -341,12 +341,23 @@ class Doconv(click.Group):
             error.show()
             code = error.exit_code
         except click.ClickException as error:
-            click.echo(_message(error), err=True)
+            _tell(_message(error))
             code = error.exit_code
         except click.Abort:
-            click.echo("doconv: interrupted.", err=True)
+            _tell("doconv: interrupted.")
             code = INTERRUPTED
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # of a stream to which help is printed
+            _tell(f"doconv: {_of_system(error)}")
+            code = TARGET
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr, if that takes it: else the exit code tells alone."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 def _message(error: click.ClickException) -> str:

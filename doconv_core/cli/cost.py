@@ -190,9 +190,11 @@ def _spatial(input_size: tuple[int, ...], layer: LayerText) -> tuple[int, ...]:
     if len(input_size) != layer.spec.rank + 1:
         return input_size
     if input_size[0] != layer.spec.in_channels:
+        *sizes, last = input_size
+        first = f": write {size([last, *sizes])}" if last == layer.spec.in_channels else ""
         raise ValueError(
-            f"the layer has {layer.spec.in_channels} input channels; received the input size "
-            f"{size(input_size)}."
+            f"the layer has {layer.spec.in_channels} input channels, which stand first; received "
+            f"the input size {size(input_size)}{first}."
         )
     return input_size[1:]
 

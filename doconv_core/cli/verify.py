@@ -41,7 +41,7 @@ from doconv_core.files.entries import KERAS, compose_blocks
 from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
-from doconv_core.maths.numeric import Array, difference, largest
+from doconv_core.maths.numeric import Array, difference, distances, largest
 from doconv_core.state.file import entry
 from doconv_core.state.flattening import channels_first, image_size
 
@@ -87,6 +87,8 @@ def verify(
       doconv verify model.pt folded.pt
       doconv verify model.pt other.params --match order --tolerance 1e-6
     """  # noqa: D301
+    if tolerance is not None and not isfinite(tolerance):
+        raise click.UsageError(f"--tolerance must be a finite number; received {tolerance}.")
     with ExitStack() as stack:
         a, b = _open(stack, first, second, kernel_sizes, allow)
         compared: list[Compared] = []
@@ -203,9 +205,12 @@ def _apart(compared: Sequence[Compared]) -> str:
         worst = max(finite, key=lambda c: c.relative or 0.0)
         told = f"; the largest relative difference is {worst.relative:.3g}"
         told += f", in {worst.path} {worst.role}" if worst.relative else ""
-    if len(finite) < len(known):
-        unknown = counted(len(known) - len(finite), "array")
-        told += f"; {unknown} not finite, of which no difference can be told"
+    unknown = [c for c in known if not isfinite(c.absolute or 0.0)]
+    if unknown:
+        many = counted(len(unknown), "array")
+        told += f"; {many} not finite, of which no difference can be told"
+    if zeros := len(known) - len(finite) - len(unknown):
+        told += f"; {counted(zeros, 'array')} all zeros in B alone"
     return told
 
 
@@ -358,9 +363,5 @@ def _compared(path: str, role: str, x: Array, y: Array, allowed: float) -> Compa
 
 def _worst(x: Array, y: Array) -> int:
     """Return the flat index of the largest difference; of one that is not finite, if there is."""
-    wide = np.result_type(x, y, np.float64)
-    a, b = x.astype(wide), y.astype(wide)
-    with np.errstate(all="ignore"):
-        apart = np.abs(a - b)
-    apart[a == b] = 0.0
+    apart = np.where(x == y, 0.0, distances(x, y))
     return int(np.argmax(np.nan_to_num(apart, nan=np.inf)))

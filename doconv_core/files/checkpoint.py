@@ -37,6 +37,13 @@ from doconv_core.files.entries import (
     opened,
     to_storage,
 )
+from doconv_core.files.foreign import (
+    DEEPSPEED_PART,
+    foreign_archive,
+    foreign_file,
+    foreign_folder,
+    is_part_of_deepspeed,
+)
 from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
@@ -310,6 +317,10 @@ def format_of(path: Path) -> Format:
     for each in sorted(known, key=lambda each: not name.endswith(each.SUFFIXES)):
         if each.sniff(begin):
             return each
+    suffixes = tuple(suffix for each in known for suffix in each.SUFFIXES)
+    what = foreign_archive(begin.members, suffixes) or foreign_file(path.name, begin.head)
+    if what:
+        raise CheckpointError(f"{path} is {what}.")
     if begin.members:
         raise CheckpointError(
             f"{path} is a zip archive, but neither a PyTorch nor a Keras file: it has no data.pkl "
@@ -384,15 +395,22 @@ def check_ordinary(path: Path) -> None:
             raise IsADirectoryError(
                 f"{path} is a folder of torch.distributed.checkpoint; {GATHER.format(str(path))}."
             )
+        if what := foreign_folder(names):
+            raise IsADirectoryError(f"{path} is {what}.")
         known = tuple(suffix for each in formats().values() for suffix in each.SUFFIXES)
-        found = [name for name in names if name.lower().endswith(known)]
-        found.sort(key=lambda name: not name.endswith(".json"))  # an index stands for its shards
+        index = re.compile(r".+\.index(\.\w+)?\.json")  # which stands for its shards
+        found = [name for name in names if name.lower().endswith(known) or index.fullmatch(name)]
+        found.sort(key=lambda name: index.fullmatch(name) is None)
         such = f", such as {path / found[0]}" if found else ""
         raise IsADirectoryError(f"{path} is a folder; name a checkpoint file{such}.")
     if path.exists() and not path.is_file():
         raise CheckpointError(
             f"{path} is a pipe or a device, which cannot be read twice; write what it gives to a "
             "file, and name that."
+        )
+    if is_part_of_deepspeed(path):
+        raise CheckpointError(
+            f"{path} is a part of a checkpoint, the folder {path.parent}, of {DEEPSPEED_PART}."
         )
     if path.name.endswith(distributed) or path.name == ".metadata":
         raise CheckpointError(
@@ -401,7 +419,7 @@ def check_ordinary(path: Path) -> None:
         )
 
 
-SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.[a-z]+)")
+SHARD = re.compile(r"(.+)[-_.]\d+[-_]of[-_](\d+)(\.[a-z]+)", re.IGNORECASE)
 MAX_INDEX = 1 << 28  # bytes of an index of several files
 
 

@@ -106,7 +106,8 @@ def without_wrappers(names: Sequence[str]) -> dict[str, str]:
     """Return names by what is left without a wrapper's prefix, where all of them have it.
 
     The prefixes are those of data parallelism, averaging and compilation. What only wrappers are
-    called goes wherever it is, unless two names would be one.
+    called goes wherever it is, unless two names would be one; so does what a wrapper keeps beside
+    the model, which is no part of that.
     """
     keys = {_without_between(name): name for name in names}
     if len(keys) < len(names):
@@ -116,7 +117,7 @@ def without_wrappers(names: Sequence[str]) -> dict[str, str]:
         wrapper = next((w for w in WRAPPERS if own and all(k.startswith(w) for k in own)), None)
         if wrapper is None:
             return keys
-        keys = {key.removeprefix(wrapper): name for key, name in keys.items()}
+        keys = {key.removeprefix(wrapper): keys[key] for key in own}
 
 
 def _without_between(name: str) -> str:

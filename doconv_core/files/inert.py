@@ -14,6 +14,7 @@ import pathlib
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -33,6 +34,14 @@ TEXTS = "SU"
 MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
 
 
+OWN = (dict, list, collections.deque)  # whose subclasses PyTorch's reader makes, and does not fill
+FILLED = (dict, list, OrderedDict, collections.Counter)
+
+
+class NotReadError(ValueError):
+    """What a pickle has is not made of it, as it may do or hold anything."""
+
+
 class Inert:
     """What a pickle may name beside tensors, for the reading of one file.
 
@@ -41,8 +50,9 @@ class Inert:
     """
 
     def __init__(self, allow: Allowed = ()) -> None:
-        self._given = [_allowed(each) for each in allow]
-        self._factories: dict[int, tuple[Any, Any]] = {}
+        self._made: dict[int, tuple[Any, Callable[[], Any]]] = {}
+        given = [_allowed(each) for each in allow]
+        self._given = [(self._standing(kind), name) for kind, name in given]
 
     def names(self) -> list[tuple[Callable[..., Any], str]]:
         """Return what makes an object, by each name in a pickle that is for it."""
@@ -59,15 +69,41 @@ class Inert:
 
     def settled(self, content: Any) -> Any:
         """Return what was read, with the objects in place of what stood for them meanwhile."""
-        if not self._factories and not any(isinstance(x, (_Array, _Dtype)) for x in walk(content)):
+        stand = any(hasattr(kind, "stands_for") for kind, _ in self._given)
+        if not (stand or self._made or any(isinstance(x, (_Array, _Dtype)) for x in walk(content))):
             return content
-        return _Settling(self._factories).settled(content)
+        return _Settling(self._made).settled(content)
 
     def _defaultdict(self, factory: Any = None) -> Any:
         """Return what stands for a defaultdict; PyTorch's reader puts nothing into another dict."""
-        made: OrderedDict[Any, Any] = OrderedDict()
-        self._factories[id(made)] = made, factory
-        return made
+        factory = getattr(factory, "stands_for", factory)
+        return self._stand(OrderedDict(), partial(collections.defaultdict, factory))
+
+    def _stand(self, meanwhile: Any, make: Callable[[], Any]) -> Any:
+        """Return a dict or list that stands for the one that is made, and filled, later."""
+        self._made[id(meanwhile)] = meanwhile, make
+        return meanwhile
+
+    def _standing(self, kind: type[Any]) -> type[Any]:
+        """Return what stands for an allowed class: itself, but for dicts and lists of its own."""
+        if not issubclass(kind, OWN) or kind in FILLED:
+            return kind
+        stand = self._stand
+        meanwhile: Callable[[], Any] = OrderedDict if issubclass(kind, dict) else list
+
+        make: Callable[..., Any] = kind
+
+        class Called(type):
+            def __call__(cls, *given: Any) -> Any:
+                return stand(meanwhile(), partial(make, *given))
+
+        class Standing(metaclass=Called):
+            stands_for = kind
+
+            def __new__(cls, *given: Any) -> Any:
+                return stand(meanwhile(), partial(kind.__new__, kind, *given))
+
+        return Standing
 
 
 class _Dtype:
@@ -75,15 +111,15 @@ class _Dtype:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or code[:1] not in KINDS + TEXTS or not code[1:].isdecimal():
-            raise ValueError(f"NumPy's type {code!r} is neither one of numbers nor of texts")
+            raise NotReadError(f"NumPy's type {code!r} is neither one of numbers nor of texts")
         if len(code) > 9:
-            raise ValueError(f"NumPy's type {code!r} is too long")
+            raise NotReadError(f"NumPy's type {code!r} is too long")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
         _, order, sub, names, fields, *_ = state
         if order not in ("<", ">", "=", "|") or (sub, names, fields) != (None, None, None):
-            raise ValueError("a type of NumPy's has parts, which is not read")
+            raise NotReadError("a type of NumPy's has parts, which is not read")
         self.dtype = self.dtype.newbyteorder(order) if order in "<>" else self.dtype
 
 
@@ -100,18 +136,18 @@ class _Array:
 def _array(kind: Any, shape: Any, code: Any) -> _Array:
     """Return what stands for an array, whose shape and values are told later."""
     if kind is not _Array or shape != (0,):
-        raise ValueError("an array of NumPy's is made otherwise than NumPy writes it")
+        raise NotReadError("an array of NumPy's is made otherwise than NumPy writes it")
     return _Array()
 
 
 def _filled(kind: Any, shape: Any, data: Any, order: Any = "C") -> Any:
     """Return an array of these bytes, which must be as many as it has."""
     if not isinstance(kind, _Dtype) or not isinstance(data, bytes):
-        raise ValueError("an array of NumPy's holds objects, which are not read")
+        raise NotReadError("an array of NumPy's holds objects, which are not read")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"an array of NumPy's has the shape {shape}")
+        raise NotReadError(f"an array of NumPy's has the shape {shape}")
     if prod(shape) * kind.dtype.itemsize != len(data):
-        raise ValueError(f"an array of NumPy's, {kind.dtype} {shape}, has {len(data)} bytes")
+        raise NotReadError(f"an array of NumPy's, {kind.dtype} {shape}, has {len(data)} bytes")
     if not data:
         return np.empty(shape, kind.dtype)
     return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy(order)
@@ -128,10 +164,10 @@ def _scalar(kind: Any, data: Any) -> Any:
 
 
 class _Settling:
-    """What puts objects in the place of what stood for them. factories: of defaultdicts."""
+    """What puts objects in the place of what stood for them. made: what makes them, by the id."""
 
-    def __init__(self, factories: Mapping[int, tuple[Any, Any]]) -> None:
-        self._factories = factories
+    def __init__(self, made: Mapping[int, tuple[Any, Callable[[], Any]]]) -> None:
+        self._made = made
         self._done: dict[int, Any] = {}
         self._keep: list[Any] = []  # so that no number is another object's later
 
@@ -141,31 +177,41 @@ class _Settling:
             return value.array
         if isinstance(value, _Dtype):
             return value.dtype
+        if isinstance(value, type):
+            return getattr(value, "stands_for", value)
         if id(value) in self._done:
             return self._done[id(value)]
         self._keep.append(value)
-        self._done[id(value)] = value
+        stood = id(value) in self._made
+        new = self._done[id(value)] = self._made[id(value)][1]() if stood else value
         if isinstance(value, tuple):
             inner = [self.settled(item) for item in value]
             if any(new is not old for new, old in zip(inner, value, strict=True)):
                 self._done[id(value)] = tuple(inner)
         elif isinstance(value, list):
-            value[:] = [self.settled(item) for item in value]
+            items = [self.settled(item) for item in value]
+            if stood:
+                new.extend(items)
+            else:
+                value[:] = items
         elif isinstance(value, dict):
-            self._settle_dict(value)
-        for key, item in [*attributes(value).items()]:
-            value.__dict__[key] = self.settled(item)
+            self._settle_dict(value, new)
+        state = {key: self.settled(item) for key, item in attributes(value).items()}
+        if state and stood and hasattr(type(new), "__setstate__"):
+            new.__setstate__(state)
+        elif state:
+            new.__dict__.update(state)
         return self._done[id(value)]
 
-    def _settle_dict(self, value: dict[Any, Any]) -> None:
-        new = value
-        if id(value) in self._factories:
-            new = collections.defaultdict(self._factories[id(value)][1])
-            self._done[id(value)] = new
+    def _settle_dict(self, value: dict[Any, Any], new: Any) -> None:
+        """Put what is in a dict into the one for which it stood, which may be the same."""
         for key, item in list(dict.items(value)):
             if isinstance(key, (_Array, _Dtype)):
-                raise ValueError("an object of NumPy's is a key of a dict, which is not read")
-            dict.__setitem__(new, key, self.settled(item))
+                raise NotReadError("an object of NumPy's is a key of a dict, which is not read")
+            if new is value:
+                dict.__setitem__(new, key, self.settled(item))
+            else:
+                new[key] = self.settled(item)
 
 
 class _WindowsPath(pathlib.PureWindowsPath):

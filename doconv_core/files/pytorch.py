@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickletools
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module, metadata
@@ -96,18 +97,20 @@ def _calls(begin: bytes) -> str:
 
 MAX_DEPTH = 8  # of dicts and lists in each other, among which state dicts are looked for
 GROUPS, STATE = "param_groups", "state"  # what an optimizer's state has
-# What optimizers keep averages of the parameters under, beside what `AVERAGED` knows: ASGD,
-# Lookahead, schedule-free ones.
-AVERAGES = ("ax", "slow_param", "slow_params", "slow_buffer", "z")
+# What optimizers keep averages and copies of the parameters under, beside what `AVERAGED` knows:
+# ASGD, Lookahead, SAM, mixed precision, schedule-free ones and those that keep where they began.
+AVERAGES = ("ax", "z", "x0", "p0")
+COPIED = re.compile("(^|[^a-z])(slow|master|polyak|params?|weights?|p)([^a-z]|$)")
 
 
 class StateDicts:
     """The state dicts in what a file holds, by the keys that lead to them, and what is above them.
 
     is_tensor: tells a tensor, of whatever framework; it has a `shape`. found: dicts of tensors by
-    name, of which one has two axes or more; they lie in dicts, lists and tuples. What is reached
-    twice counts once. others: the keys of what else there is beside them. twice: the keys to
-    several of them, where they are the same; else None.
+    name, of which one has two axes or more; they lie in dicts, lists and tuples. Tensors that stand
+    beside a dict of these, and are in no module, are none. What is reached twice counts once.
+    others: the keys of what else there is beside them. twice: the keys to several of them, where
+    they are the same; else None.
     """
 
     def __init__(self, content: Any, is_tensor: Callable[[Any], bool]) -> None:
@@ -146,6 +149,11 @@ class StateDicts:
                 below = True
             elif not (is_state and key in own):
                 others.append(name)
+        if below and is_state and not any("." in key or key.endswith("weight") for key in own):
+            # Such as a confusion matrix: a model's own entries have the names of modules.
+            is_state = False
+            del self.found[path]
+            others += [joined(path, key) for key in own]
         if is_state or below:
             self._above.add(id(content))
             self.others += others
@@ -178,9 +186,10 @@ class StateDicts:
 
 def is_array(value: Any) -> bool:
     """Return whether `value` is a tensor or an array."""
-    if isinstance(value, type) or getattr(value, "is_nested", False):  # which has no one shape
+    kind = type(value)  # an object's own attributes may be of any names, as those of arguments are
+    if not (hasattr(kind, "shape") and hasattr(kind, "dtype")):
         return False
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    return not getattr(value, "is_nested", False)  # which has no one shape
 
 
 def is_container(value: Any) -> bool:
@@ -196,6 +205,8 @@ def items_of(container: Any) -> list[tuple[Any, Any]]:
 def inner_items(value: Any) -> list[tuple[Any, Any]]:
     """Return what a container or an object holds: its items, and its attributes."""
     items = items_of(value) if is_container(value) else []
+    if isinstance(value, (set, frozenset)):
+        items = [*enumerate(value)]
     return [*items, *getattr(value, "__dict__", {}).items()]
 
 
@@ -203,7 +214,8 @@ def _is_inside(value: Any) -> bool:
     """Return whether there may be arrays in `value`, which is none."""
     if is_array(value) or isinstance(value, type):
         return False
-    return is_container(value) or bool(getattr(value, "__dict__", None))
+    holds = is_container(value) or isinstance(value, (set, frozenset))
+    return holds or bool(getattr(value, "__dict__", None))
 
 
 def joined(part: str, key: str) -> str:
@@ -221,8 +233,9 @@ def is_optimizer(value: Any) -> bool:
 
 
 def is_average(key: Any) -> bool:
-    """Return whether an optimizer keeps averages of the parameters by this key."""
-    return isinstance(key, str) and (key in AVERAGES or AVERAGED.search(key.lower()) is not None)
+    """Return whether an optimizer keeps averages or copies of the parameters by this key."""
+    words = (AVERAGED, COPIED)
+    return isinstance(key, str) and (key in AVERAGES or any(w.search(key.lower()) for w in words))
 
 
 def _is_state(container: Any, key: Any, value: Any) -> bool:

@@ -44,8 +44,9 @@ SHARD = 5_000_000_000  # bytes of arrays in a shard that is written anew
 
 
 def sniff(begin: Beginning) -> bool:
-    """Return whether this may be an index: a JSON object, as its suffix says."""
-    return begin.head[:1] == b"{" and begin.path.name.endswith(".json")
+    """Return whether this may be an index: a JSON object, as its suffix says, or its map."""
+    told = begin.path.name.lower().endswith(".json") or b'"weight_map"' in begin.head
+    return begin.head[:1] == b"{" and told
 
 
 def write(
@@ -83,7 +84,8 @@ def _write(
 ) -> None:
     """Write the entries to shards of these numbers. headers: the metadata of each."""
     count = len(headers)
-    stem = path.name.removesuffix(SUFFIXES[0])
+    has_suffix = path.name.lower().endswith(SUFFIXES[0])
+    stem = path.name[: -len(SUFFIXES[0])] if has_suffix else path.name
     names = [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
     shards: list[list[Entry]] = [[] for _ in names]
     for entry, number in zip(entries, numbers, strict=True):

@@ -73,10 +73,8 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
     a, b = np.asarray(found), np.asarray(expected)
     if a.shape != b.shape:
         raise ValueError(f"expected a result of shape {b.shape}; received {a.shape}.")
-    wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
-    a, b = a.astype(wide), b.astype(wide)
-    with np.errstate(all="ignore"):  # what is not finite is in the result
-        apart = np.abs(a - b)
+    apart = distances(a, b)
+    a, b = _wide(a), _wide(b)
     if not np.isfinite(apart).all():
         a_too, b_too = np.isfinite(a), np.isfinite(b)
         alike = (a == b) | (np.isnan(a) & np.isnan(b)) | (a_too & b_too & np.isfinite(apart))
@@ -87,6 +85,22 @@ def difference(found: ArrayLike, expected: ArrayLike) -> Difference:
         return Difference(0.0, 0.0)
     scale = float(np.abs(b).max())
     return Difference(largest, largest / scale if scale else np.inf)
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Return the magnitude of each entry's difference, in float64; NaN where nothing can be told.
+
+    Of integers, which float64 has not all beyond 2**53, those that differ do so by 1 at least.
+    """
+    with np.errstate(all="ignore"):  # what is not finite is in the result
+        apart: Array = np.abs(_wide(a) - _wide(b))
+    if a.dtype.kind in "iu" and b.dtype.kind in "iu":
+        apart = np.maximum(apart, a != b)
+    return apart
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def largest(values: Iterable[float]) -> float:

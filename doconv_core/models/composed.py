@@ -9,6 +9,10 @@ from doconv_core.kinds.base import ComposedKind
 from doconv_core.models.view import LayerKind, ModelView
 
 PLAIN = "; fold() is for the plain layer"  # the advice of `own_method`
+READ_IN_FORWARD = (
+    "the model's forward reads its weight other than by calling it: that is W, and would be the "
+    "kernel in the folded model; keep such a layer out of over_parameterize, by where."
+)
 
 
 class ComposedLayers(LayerKind):

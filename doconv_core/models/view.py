@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.own_methods import deploying_method, fusing_methods
 from doconv_core.models.report import (
     ALREADY,
     NOT_DIRECT,
@@ -54,11 +55,13 @@ class ModelView(ABC):
     """A model as the tools see it, made of a model; TypeError for what is none.
 
     `sites` is computed anew at each call: a tool changes the model between two of them.
-    batch_norm: the type of the framework's batch norms.
+    batch_norm: the type of the framework's batch norms. packages: where classes of layers come from
+    that have no `fusing` methods: the framework's and the backend's.
     """
 
     model: Any
     batch_norm: type
+    packages: tuple[str, ...] = ()
 
     @abstractmethod
     def sites(self) -> list[Site]:
@@ -131,11 +134,40 @@ class ModelView(ABC):
 
     def fusing(self, changed: Sequence[Any]) -> list[FusingMethod]:
         """Return the methods that make other layers of parts which have one of these inside."""
-        return []
+        inside, found = set(map(id, changed)), []
+        for path, _, layer, _ in self.sites():
+            names = fusing_methods(type(layer), self.packages)
+            if names and not inside.isdisjoint(map(id, (layer, *self.below(layer)))):
+                found += [FusingMethod(path, self.name_of(layer), name) for name in names]
+        return found
 
     def call_fusing(self) -> list[Change]:
-        """Let parts of the model make other layers of their own, in place; return which did."""
-        return []
+        """Let parts of the model make other layers of their own, in place; return which did.
+
+        From the outermost in; of each by one method. What that returns takes the part's place, if
+        it is another layer.
+        """
+        found: list[Change] = []
+        met: dict[int, Any] = {}  # by id, which stays theirs as long as they are kept
+        waiting = self.sites()
+        while waiting:
+            site = waiting.pop(0)
+            name = deploying_method(site.layer, self.packages)
+            if id(site.layer) in met or name is None:
+                continue
+            kind = self.name_of(site.layer)
+            made = self.call_own(site, name)
+            met |= {id(each): each for each in (site.layer, made)}
+            found.append(Change(site.path, kind, f"what its {name}() makes"))
+            waiting = self.sites()
+        return found
+
+    def call_own(self, site: Site, name: str) -> Any:
+        """Call a layer's own method, and put the layer that it returns in the place; return that.
+
+        Raises NotFoldable where the method does.
+        """
+        raise NotImplementedError
 
     # The rest is what batch-norm fusion asks.
 

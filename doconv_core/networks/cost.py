@@ -168,7 +168,7 @@ def _check_order(shape: Shape, channels: int) -> None:
 
     An image that is as narrow as that is none.
     """
-    if shape[2] in (1, 3, 4, channels) and shape[0] > shape[2]:
+    if shape[0] != channels and shape[2] in (1, 3, 4, channels) and shape[0] > shape[2]:
         channels_first = (shape[2], *shape[:2])
         raise ValueError(
             "input_shape must be channels, rows and columns, in this order; received input_shape="

@@ -109,12 +109,11 @@ def _nearest(name: str, names: tuple[str, ...]) -> list[str]:
 
     names: those of the name's family, or all.
     """
-    letters = re.compile("[^a-z0-9]")
-    given = letters.sub("", name.lower())
-    plain = {each: letters.sub("", each) for each in dict.fromkeys((*names, *_all_names()))}
-    alike = [n for n, text in plain.items() if given and re.match(rf"{given}(?!\d)", text)]
+    given = re.sub("[^a-z0-9]", "", name.lower())
+    begins = re.compile("[_.]*".join(given) + r"(?!\d)")
+    alike = [each for each in (*names, *_all_names()) if given and begins.match(each)]
     close = get_close_matches(name.lower(), names, 3, 0)
-    return list(dict.fromkeys([*sorted(alike, key=lambda n: len(plain[n])), *close]))[:3]
+    return list(dict.fromkeys([*sorted(alike, key=len), *close]))[:3]
 
 
 class _Unknown(Exception):

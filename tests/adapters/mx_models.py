@@ -25,7 +25,10 @@ exact = False
 
 
 class OwnNorm(nn.BatchNorm):
-    """A batch norm that may compute something else."""
+    """A batch norm that computes something else."""
+
+    def hybrid_forward(self, F, x, **parameters):
+        return 2 * super().hybrid_forward(F, x, **parameters)
 
 
 class Doubled(package.DOConv2D):
