@@ -126,8 +126,8 @@ def fold(
 
 
 def deploy(
-    model: keras.Layer, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
-) -> Converted:
+    model: Model, inputs: Any = None, *, form: str | Mapping[str, str] | None = None
+) -> Converted[Model]:
     """Return a copy of a trained model as it is to be deployed, and a report of what was done.
 
     In the order that is right: `fold`; then the methods `fuse`, `reparameterize` and

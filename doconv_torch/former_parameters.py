@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from doconv_core.models.report import Converted
 
+Model = TypeVar("Model", bound=nn.Module)
 STEPS = 2  # of an optimizer after which its first one shows
 MISSED = (
     "an optimizer takes steps that was made before {call}(inplace=True), and does not have "
@@ -55,7 +56,9 @@ def of(model: nn.Module, inplace: bool) -> dict[str, Tensor] | None:
     return dict(model.named_parameters(remove_duplicate=False)) if inplace else None
 
 
-def watched(converted: Converted, known: Mapping[str, Tensor] | None, call: str) -> Converted:
+def watched(
+    converted: Converted[Model], known: Mapping[str, Tensor] | None, call: str
+) -> Converted[Model]:
     """Return what was converted; warn where an optimizer has what a layer had before.
 
     That is, once it takes steps and nobody trains what is new. known: as `of` has told. call: what
@@ -66,7 +69,7 @@ def watched(converted: Converted, known: Mapping[str, Tensor] | None, call: str)
     return converted
 
 
-def _watch(converted: Converted, known: Mapping[str, Tensor], call: str) -> None:
+def _watch(converted: Converted[Model], known: Mapping[str, Tensor], call: str) -> None:
     global _handle
     _watched[:] = [each for each in _watched if each.new() is not None]
     before = set(map(id, known.values()))
