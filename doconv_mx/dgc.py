@@ -12,6 +12,7 @@ from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
+from doconv_mx.private import forget_graph
 from doconv_mx.tree import check_model, walk
 
 
@@ -71,13 +72,7 @@ class DynamicHeads2D(HybridBlock):
         Of one tap, the saliencies go into a kernel for each image, else into a map for each head.
         """
         spec, options = self.spec, self._kwargs
-        squeezed = F.FullyConnected(
-            F.mean(z, axis=(2, 3)), F.reshape(squeeze_weight, shape=(-3, 0)), no_bias=True,
-            num_hidden=spec.heads * spec.squeezed,
-        )  # fmt: skip
-        squeezed = F.reshape(F.relu(squeezed), shape=(0, spec.heads, -1)).swapaxes(0, 1)
-        rated = F.batch_dot(squeezed, saliency_weight, transpose_b=True).swapaxes(0, 1)
-        saliency = F.relu(F.broadcast_add(rated, F.expand_dims(saliency_bias, axis=0)))
+        saliency = self.saliency(F, z, squeeze_weight, saliency_weight, saliency_bias)
         gate = F.broadcast_mul(saliency, 1 - self._dropped(F, F.BlockGrad(saliency), inactive))
         if self.lasso:
             gate = F.broadcast_add(gate, self._lasso(F, saliency))
@@ -90,6 +85,17 @@ class DynamicHeads2D(HybridBlock):
         )  # fmt: skip
         by_head = F.reshape(y, shape=(0, -4, spec.heads, -1, 0, 0))
         return F.reshape(F.swapaxes(by_head, 1, 2), shape=(0, -3, 0, 0))
+
+    def saliency(self, F: Any, z: Any, squeeze: Any, rate: Any, bias: Any) -> Any:
+        """Return how each head rates the channels of each image, `(B, h, C)`."""
+        heads, squeezed = self.spec.heads, self.spec.squeezed
+        features = F.FullyConnected(
+            F.mean(z, axis=(2, 3)), F.reshape(squeeze, shape=(-3, 0)), no_bias=True,
+            num_hidden=heads * squeezed,
+        )  # fmt: skip
+        by_head = F.reshape(F.relu(features), shape=(0, heads, -1)).swapaxes(0, 1)
+        rated = F.batch_dot(by_head, rate, transpose_b=True).swapaxes(0, 1)
+        return F.relu(F.broadcast_add(rated, F.expand_dims(bias, axis=0)))
 
     def _dropped(self, F: Any, saliency: Any, inactive: Any) -> Any:
         """Return 1 for the `inactive` least saliencies of each head and their equals, else 0."""
@@ -184,6 +190,25 @@ def set_progress(model: Block, progress: float) -> None:
             heads.inactive.set_data(heads.inactive.list_data()[0] * 0 + inactive)
 
     dynamic.set_progress(_heads(model), progress, put)
+
+
+def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
+    """Let the gradients of a model have those of all saliencies' lasso with this weight.
+
+    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out.
+    Raises ValueError for a model without such layers and for a weight below 0, TypeError for no
+    number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+
+    >>> layer = DGConv2D(16, 8, 1)
+    >>> add_saliency_lasso(layer, 1e-4)
+    >>> layer.heads.lasso
+    0.0001
+    """
+    weight = as_weight("weight", weight)
+    for heads in dynamic.found(_heads(model)):
+        heads.lasso = weight
+    for _, block in walk(model):
+        forget_graph(block)
 
 
 def _heads(model: Block) -> list[DynamicHeads2D]:

@@ -155,10 +155,11 @@ expands nothing; V3's squeezed widths are multiples of 8.
     Section(
         "Dense networks and dynamic group convolutions",
         """\
-Dense layers of a 1×1 and a grouped 3×3 convolution, whose output is joined to their input, in stages
-of growing width. In a `dydensenet` the 1×1 convolutions are dynamic ones, which keep a quarter of their
-channels, and in a `dyresnet` all but the stem, which keep 0.45; FLOPs and MACs here are those of all
-channels ([what is kept](dgc.md#networks-and-what-they-cost)). Source: arXiv 2007.04242, 1711.09224.
+Dense layers of a 1×1 and a grouped 3×3 convolution, whose output is joined to their input, in
+stages of growing width. In a `dydensenet` the 1×1 convolutions are dynamic ones, which keep a
+quarter of their channels, and in a `dyresnet` all but the stem, which keep 0.45; FLOPs and MACs
+here are those of all channels ([what is kept](dgc.md#networks-and-what-they-cost)). Source: arXiv
+2007.04242, 1711.09224.
 """,
         (
             "dydensenet74",

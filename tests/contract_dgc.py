@@ -10,7 +10,6 @@ from contract import BATCH, Problem, Results
 from doconv_core.kinds.dgc import LASSO, DGConvSpec, HeadsPass, dynamic_heads
 from doconv_core.networks.nodes import Activation, BatchNorm
 
-WITH_DGC = ("torch", "tf")
 WEIGHT = 1000 * LASSO  # of the lasso in the tests, so that it is seen
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contract import check, check_refused, put, say, snapshot
-from contract_dgc import CASES, WEIGHT, WITH_DGC, gap, make_problem, solve
+from contract_dgc import CASES, WEIGHT, gap, make_problem, solve
 from equal import assert_close, assert_same
-from frameworks import adapter_of
+from frameworks import BACKENDS, adapter_of
 
 from doconv_core import read_state, write_state
 from doconv_core.kinds.dgc import inactive_channels
 
 
-@pytest.fixture(params=WITH_DGC)
+@pytest.fixture(params=BACKENDS)
 def adapter(request):
     return adapter_of(request.param)
 
@@ -66,7 +66,7 @@ def test_a_layer_is_the_cores(adapter, case, tmp_path):
     assert_same(snapshot(adapter.package, kept).arrays, state.arrays)
     output = adapter.forward(layer, problem.x)
     assert_same(adapter.forward(kept, problem.x), output)
-    for other in map(adapter_of, WITH_DGC):
+    for other in map(adapter_of, BACKENDS):
         there = built(other, case)
         other.package.load_state(there, loaded)
         assert_same(snapshot(other.package, there).arrays, state.arrays)

@@ -91,7 +91,8 @@ def test_a_description_becomes_the_layer():
     assert type(net.get_layer("conv")) is doconv_tf.DGConv2D
     forms = {path: placed.form for path, placed in infer(network).items() if placed.form}
     layers = doconv_tf.export_state(net).layers
-    assert layers.keys() == forms.keys() and layers["conv.heads"] == forms["conv.heads"]
+    assert layers.keys() == forms.keys()
+    assert layers["conv.heads"] == forms["conv.heads"]
 
 
 def test_what_gives_no_layer_is_refused():

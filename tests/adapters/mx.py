@@ -114,6 +114,25 @@ def ordinary_type(case: Case) -> type:
     return ORDINARY[case.spec.rank - 1]
 
 
+def dynamic(case: Any) -> HybridBlock:
+    spec = case.spec
+    return initialized(package.DGConv2D(
+        spec.in_channels, spec.out_channels, spec.kernel_size, case.stride, case.padding,
+        case.dilation, **case.sizes,
+    ))  # fmt: skip
+
+
+def lasso(model: HybridBlock, x: np.ndarray, weight: float) -> float:
+    """Return what the gradients that `gradients` gives are of: no loss of Gluon's has it."""
+    package.add_saliency_lasso(model, weight)
+    heads, z = model.heads, array(x)
+    with autograd.train_mode():
+        z = model.relu(model.norm(z))
+    names = ("squeeze_weight", "saliency_weight", "saliency_bias")
+    saliency = heads.saliency(mx.nd, z, *(getattr(heads, name).data() for name in names))
+    return weight * saliency.mean(axis=(0, 2)).sum().asscalar()
+
+
 def take_over(case: Case, conv: HybridBlock) -> HybridBlock:
     multiplier = case.spec.depth_multiplier
     return LAYERS[case.spec.rank - 1].from_conv(conv, depth_multiplier=multiplier)
@@ -158,8 +177,11 @@ def gradients(
     dy: np.ndarray,
     training: bool = False,
     composed: bool = False,
+    lasso: float = 0.0,
 ) -> Results:
     inputs = array(x)
+    if lasso:
+        package.add_saliency_lasso(model, lasso / len(x))  # of each image
     inputs.attach_grad()
     _use_statistics(model, not training)
     with autograd.record():
