@@ -34,6 +34,9 @@ CASES = {
     "cifar_mobilenetv2_w1d4_bsconvs_p1d6": (SMALL, 32),
     "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6": (SMALL, 4),
     "cifar_mobilenetv3_large_w7d20_doconv": (SMALL, 4),
+    "cifar_dydensenet86": (SMALL, 0),
+    "cifar_densenet86": (SMALL, 0),
+    "cifar_dyresnet18": (SMALL, 1),
     "plain18": (LARGE, 2),
     "resnet18_v1b": (LARGE, 5),
     "resnet18_v2": (LARGE, 8),
@@ -44,8 +47,16 @@ CASES = {
     "tutorial_tf": (DIGITS, 0),
     "tutorial_gluon_doconv": (DIGITS, 0),
 }
+FEW = {"stages": (2, 2), "growth": (8, 12)}
+OPTIONS = {"cifar_dydensenet86": FEW, "cifar_densenet86": FEW}
 # The others have blocks and strides that these have, too, and take the more of the time.
-QUICK = ("cifar_wrn", "cifar_mobilenetv1", "cifar_mobilenetv2", "cifar_mobilenetv3_small")
+QUICK = (
+    "cifar_dydensenet",
+    "cifar_wrn",
+    "cifar_mobilenetv1",
+    "cifar_mobilenetv2",
+    "cifar_mobilenetv3_small",
+)
 OFTEN = [name for name in CASES if name.startswith((*QUICK, "tutorial", "plain"))]
 MORE = ["resnet50_v1b", "resnet50_v2_doconv", "resnext50_32x4d_doconv", "mobilenetv3_large"]
 MORE += ["tutorial_tf", "tutorial_gluon_doconv", "resnet18_bsconvs_p1d6", "mobilenetv2_w3d4"]
@@ -64,7 +75,8 @@ def adapter(request):
 def problem(request):
     """Return the problem of a case, of its network without dropout, which is random."""
     shape, seed = CASES[request.param]
-    network = describe(request.param, num_classes=CLASSES)
+    options = OPTIONS.get(request.param, {})
+    network = describe(request.param, num_classes=CLASSES, **options)
     children = tuple(
         (child, Dropout(0.0) if isinstance(node, Dropout) else node)
         for child, node in network.body.children

@@ -18,6 +18,7 @@ from mxnet.gluon import HybridBlock, Trainer, nn
 
 from doconv_mx import surgery, tree
 from doconv_mx.bsconv import BSCONVS
+from doconv_mx.dgc import DynamicHeads2D
 
 LAYERS = (package.DOConv1D, package.DOConv2D, package.DOConv3D)
 ORDINARY = (nn.Conv1D, nn.Conv2D, nn.Conv3D)
@@ -147,6 +148,9 @@ def chain(*layers: Any, rank: int = 2, **options: Any) -> HybridBlock:
 
 def described(network: Any, dtype: str = "float32", **options: Any) -> HybridBlock:
     model = package.build(network, **options)
+    for block in walk(model).values():
+        if isinstance(block, DynamicHeads2D):
+            block.lasso = 0
     model.cast(dtype)
     model.initialize()
     return model
