@@ -18,6 +18,8 @@ from doconv_tf.private import own_variables, trained_by
 from doconv_tf.surgery import uncompile_all
 
 _Kind = TypeVar("_Kind")
+# What a model has that was compiled, or called by `predict`, which compiles it.
+COMPILED = ("compiled", "train_function", "test_function", "predict_function")
 MISSED = (
     "an optimizer was made before the model was changed in place, and has {path!r} still, which is "
     "no variable of the model any more: it, and functions that were compiled with it, would train "
@@ -34,19 +36,16 @@ class Former:
         self._held = [(layer, own_variables(layer)) for layer in layers]
 
     def settle(self) -> None:
-        """Uncompile all models with a layer that was changed; warn of optimizers that are left.
-
-        A model that is not compiled says itself that it is to be.
-        """
+        """Uncompile all models with a layer that was changed; warn of optimizers that are left."""
         kept = {id(variable) for variable in self._model.weights}
         gone = {id(v): v for _, held in self._held for v in held if id(v) not in kept}
         if not gone:
             return
         changed = {id(layer) for layer, held in self._held if any(id(v) in gone for v in held)}
         for model in _alive(keras.Model):
-            if vars(model).get("built") and changed & {
-                id(layer) for _, layer in first_occurrences(model)
-            }:
+            own = vars(model)  # as a model that is being made, or could not be, has less
+            compiled = own.get("built") and any(own.get(name) for name in COMPILED)
+            if compiled and changed & {id(layer) for _, layer in first_occurrences(model)}:
                 uncompile_all(model)
         if _missed(gone):
             gc.collect()  # those that nobody has any more

@@ -496,8 +496,9 @@ def test_both_layers_begin_as_the_same_function(sample, small):
     ],
 )
 def test_a_missing_framework_is_named_with_the_extra_to_install(sample, module, extra):
-    hide = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path(sys.argv[1])"
-    done = fresh("-c", hide, FOLDER / f"{sample}.py", status=1)
+    hide = f"import runpy, sys; sys.modules[{module!r}] = None; sys.path.insert(0, sys.argv[1]); "
+    run = f"{hide}runpy.run_path(sys.argv[2])"
+    done = fresh("-c", run, FOLDER, FOLDER / f"{sample}.py", status=1)
     assert f"ImportError: doconv_{extra} needs {module}" in done.stderr
     assert f'python -m pip install "overconv[{extra}]"' in done.stderr
 

@@ -318,7 +318,7 @@ def format_of(path: Path) -> Format:
         if each.sniff(begin):
             return each
     suffixes = tuple(suffix for each in known for suffix in each.SUFFIXES)
-    what = foreign_archive(begin.members, suffixes) or foreign_file(path.name, begin.head)
+    what = foreign_archive(name, begin.members, suffixes) or foreign_file(path.name, begin.head)
     if what:
         raise CheckpointError(f"{path} is {what}.")
     if begin.members:

@@ -52,17 +52,18 @@ def foreign_file(name: str, head: bytes) -> str:
     return TENSORFLOW_PART if TENSORFLOW.fullmatch(name) else ""
 
 
-def foreign_archive(members: Collection[str], suffixes: tuple[str, ...]) -> str:
-    """Return what a zip archive is that has these members; "" where that is not known.
+def foreign_archive(name: str, members: Collection[str], suffixes: tuple[str, ...]) -> str:
+    """Return what a zip archive of this name and members is; "" where that is not known.
 
-    suffixes: those of checkpoints.
+    suffixes: those of checkpoints, one of which is no packed one.
     """
     exported = ("archive_format", "serialized_exported_program.json")
-    if any(name.endswith(exported) for name in members):
+    if any(member.endswith(exported) for member in members):
         return f"a program of torch.export, {EXPORTED}"
-    if members and all(name.endswith(".npy") for name in members):
+    if members and all(member.endswith(".npy") for member in members):
         return "an archive of NumPy's arrays; save a state dict, or a safetensors file"
-    return PACKED if any(name.lower().endswith(suffixes) for name in members) else ""
+    packed = any(member.lower().endswith(suffixes) for member in members)
+    return PACKED if packed and not name.lower().endswith(suffixes) else ""
 
 
 def foreign_folder(names: Collection[str]) -> str:
