@@ -233,17 +233,20 @@ GLUONCV = (
     Network("p3d_resnet50_kinetics400", (3, 16, 64, 64), _BASE, **_NO_ONEDNN),
 )
 
-# Every family, with ordinary, DO-Conv and BSConv layers, by channels and size.
+# Every family, with ordinary, DO-Conv and BSConv layers, by channels and size, but those of dynamic
+# group convolutions: these are not folded, and give nothing finite in inference before training.
 _OWN = {
     (3, 64): "resnet10 resnet10_bsconvu resnet10_bsconvs_p1d4 preresnet10_doconv "
     "mobilenetv1_w1d4_bsconvu mobilenetv2_w1d4_bsconvs_p1d6 mobilenetv3_small_w7d20 "
     "mobilenetv3_large_w7d20_doconv plain18 plain18_doconv resnet18_v1 resnet50_v1b_doconv "
-    "resnet18_v2 resnext50_32x4d mobilenet0.25 mobilenetv2_0.25_doconv mobilenetv3_small",
+    "resnet18_v2 resnext50_32x4d mobilenet0.25 mobilenetv2_0.25_doconv mobilenetv3_small "
+    "densenet74",
     (3, 32): "cifar_resnet20 cifar_resnet20_doconv cifar_resnet20_bsconvu "
     "cifar_resnet20_bsconvs_p1d4 cifar_preresnet20 cifar_preresnet20_bsconvu cifar_wrn16_1_doconv "
     "cifar_wrn16_1_bsconvs_p1d4 cifar_mobilenetv1_w1d4 cifar_mobilenetv1_w1d4_bsconvu "
     "cifar_mobilenetv2_w1d4_doconv cifar_mobilenetv2_w1d4_bsconvs_p1d6 "
-    "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6 cifar_mobilenetv3_large_w7d20",
+    "cifar_mobilenetv3_small_w7d20_bsconvs_p1d6 cifar_mobilenetv3_large_w7d20 "
+    "cifar_densenet86_doconv",
     (1, 28): "tutorial_pt tutorial_pt_doconv tutorial_tf tutorial_gluon_doconv",
 }
 _OWN_QUICK = ("cifar_wrn16_1_doconv", "cifar_wrn16_1_bsconvs_p1d4")

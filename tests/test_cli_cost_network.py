@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 
@@ -45,7 +46,28 @@ def test_json(name, options, shape, classes, batch):
     assert len(found["layers"]) == len(expected.layers)
     for row, layer in zip(found["layers"], expected.layers, strict=True):
         told = json.loads(json.dumps(asdict(layer)))
+        assert (told.pop("heads"), told.pop("dgc_flops")) == (None, layer.dgc_flops)
         assert row == told | {"flops": batch * layer.flops, "macs": batch * layer.macs}
+
+
+def test_dynamic_groups_are_counted_as_in_their_tables_and_as_they_run():
+    sizes = ("--classes", 10, "--stages", "2-2-2", "--growth", "4-8-16")
+    cost = count("cifar_dydensenet86", None, 10, stages=(2, 2, 2), growth=(4, 8, 16))
+    found = json.loads(doconv("cost", cost.name, *sizes, "--batch", 2, "--json").stdout)
+    assert found["total"]["dgc_flops"] == 2 * 1520190
+    assert found["total"]["heads"] == cost.heads._asdict()
+    rows = {row["path"]: row["heads"] for row in found["layers"] if row["heads"]}
+    assert len(rows) == 6
+    told = doconv("cost", cost.name, *sizes).stdout
+    assert re.search(r"operations by DGC's rule +1,520,190\n", told)
+    skipping = cost.macs - cost.heads.dense + cost.heads.kept + cost.heads.selector
+    assert re.search(rf"dropped channels skipped +{skipping:,}\n", told)
+    for args, message in (
+        (("resnet18", "--heads", 2), "'resnet18' takes no options; received heads=2"),
+        (("64,64,3x3", "--gate-factor", 0.5), "--gate-factor is for networks, given by name"),
+        ((cost.name, "--stages", "2-x"), "'2-x' is no list; write it as 14-14-14"),
+    ):
+        assert message in doconv("cost", *args, code=USAGE).stderr
 
 
 def test_a_table_to_read():

@@ -20,6 +20,7 @@ from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
     Conv,
+    DynamicHeads,
     GlobalPool,
     Linear,
     Network,
@@ -156,6 +157,10 @@ def by_the_rule(network):
             if taps > 1 and node.kind.name == "doconv":
                 more = before[0] * taps**2
                 found["composition_macs"] += more * after[0] // groups
+        elif isinstance(node, DynamicHeads):
+            shapes = {**node.spec(before).shapes, "inactive": (0,)}
+            parameters = sum(map(prod, shapes.values()))
+            macs = flops = prod(shapes["weight"]) * prod(after[1:])
         elif isinstance(node, BatchNorm):
             parameters, flops = 2 * before[0] * node.affine, 2 * prod(before)
         elif isinstance(node, Pool | GlobalPool):

@@ -138,11 +138,12 @@ def cost(
         given = {name: value for name, value in options.items() if value is not None}
         cost_network(subject, input_size, classes, batch, plot, force, as_json, given)
         return
-    if classes is not None or plot is not None or force or any(options.values()):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise click.UsageError(
-            f"--classes, --plot, --force, {names} are for networks, given by name."
-        )
+    if classes is not None or plot is not None or force:
+        raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
+    for name, value in options.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is for networks, given by name.")
     if is_layer_text(subject):
         if places or kernel_sizes or allow:
             raise click.UsageError(

@@ -140,10 +140,13 @@ def _skipping(found: NetworkCost) -> int:
 
 def _print_json(found: NetworkCost, batch: int) -> None:
     """Print its layers and its totals as JSON."""
+    dynamic = found.heads != NO_HEADS
 
     def scaled(cost: dict[str, Any]) -> dict[str, Any]:
-        found = {key: batch * cost[key] if key in PER_IMAGE else cost[key] for key in cost}
-        return {**found, "heads": found["heads"] and found["heads"]._asdict()}
+        told = {key: batch * cost[key] if key in PER_IMAGE else cost[key] for key in cost}
+        by_dgc, heads = told.pop("dgc_flops"), told.pop("heads")
+        more = {"dgc_flops": by_dgc, "heads": heads and heads._asdict()}
+        return {**told, **more} if dynamic else told
 
     total = {
         key: getattr(found, key)

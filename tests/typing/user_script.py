@@ -23,6 +23,7 @@ from doconv_core import (
 from doconv_torch import (
     BSConvS2d,
     BSConvU2d,
+    DGConv2d,
     DOConv1d,
     DOConv2d,
     DOConv3d,
@@ -37,6 +38,8 @@ from doconv_torch import (
     mark_orthonormal,
     orthonormality_loss,
     over_parameterize,
+    saliency_lasso,
+    set_progress,
     to_bsconv,
     verify,
 )
@@ -50,11 +53,12 @@ class Classifier(nn.Module):
         self.conv = DOConv2d(3, 16, 3, padding=1, depth_multiplier=12)
         self.separable = BSConvU2d(16, 16, 3, padding=1)
         self.subspace = BSConvS2d(16, 16, 3, padding=1, p=0.25)
+        self.dynamic = DGConv2d(16, 16, 3, padding=1, heads=4)
         self.linear = nn.Linear(16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        features = self.subspace(self.separable(self.conv(x)))
+        features = self.dynamic(self.subspace(self.separable(self.conv(x))))
         return torch.as_tensor(self.linear(features.mean((2, 3))))
 
 
@@ -62,8 +66,9 @@ def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> floa
     """Take one step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with composed_once(model):
+        set_progress(model, 0.5)
         loss = nn.functional.cross_entropy(model(images), labels) + orthonormality_loss(model)
-        loss.backward()
+        (loss + saliency_lasso(model)).backward()
     optimizer.step()
     return loss.item()
 
