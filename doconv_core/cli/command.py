@@ -21,7 +21,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from doconv_core.atomic import followed
+from doconv_core.atomic import SuffixError, check_suffix, followed
 from doconv_core.cli.options import KernelSizes, literal
 from doconv_core.files.checkpoint import (
     Checkpoint,
@@ -34,7 +34,6 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import Report, place
 from doconv_core.state.agreement import Mismatch
 from doconv_core.state.file import StateError
-from doconv_core.suffixes import SuffixError, check_suffix
 
 DIFFERENT: Final = 1
 USAGE: Final = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from doconv_core.atomic import replacing
+from doconv_core.atomic import format_by_suffix, replacing
 from doconv_core.cli.command import (
     IMPOSSIBLE,
     Failure,
@@ -58,7 +58,6 @@ from doconv_core.files.entries import KERAS, STATE
 from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm
-from doconv_core.suffixes import format_by_suffix
 
 Write = Callable[[Path, Plan, Step], None]
 # What `--to` takes, of formats whose names and layouts are not those of one network.

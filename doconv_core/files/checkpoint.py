@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from doconv_core.atomic import check_absent, replacing
+from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
 from doconv_core.files.entries import (
     BFLOAT16,
     Allowed,
@@ -39,10 +39,10 @@ from doconv_core.files.entries import (
 )
 from doconv_core.files.foreign import (
     DEEPSPEED_PART,
+    SPLIT,
     foreign_archive,
     foreign_file,
     foreign_folder,
-    is_part_of_deepspeed,
 )
 from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
@@ -50,7 +50,6 @@ from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
-from doconv_core.suffixes import GROUP, check_suffix, registered
 
 UNTRAINED = {"running_mean", "running_var", "num_batches_tracked", IDENTITY}
 
@@ -408,7 +407,7 @@ def check_ordinary(path: Path) -> None:
             f"{path} is a pipe or a device, which cannot be read twice; write what it gives to a "
             "file, and name that."
         )
-    if is_part_of_deepspeed(path):
+    if SPLIT.fullmatch(path.name):
         raise CheckpointError(
             f"{path} is a part of a checkpoint, the folder {path.parent}, of {DEEPSPEED_PART}."
         )

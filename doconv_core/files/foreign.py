@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 EXPORTED = "whose layers are fixed; fold the model before it is exported"
 PACKED = "a packed file; unpack it, and name the checkpoint in it"
@@ -34,9 +33,10 @@ TENSORFLOW_PART = (
     "a part of TensorFlow's checkpoint; load that into the model, and save it as .keras"
 )
 SAVED_MODEL = f"a SavedModel of TensorFlow's, {EXPORTED}"
-DEEPSPEED = re.compile(
-    r"(bf16_)?(?P<part>zero_pp_rank_\d+_)?mp_rank_\d+_\w+_states\.pt|zero_to_fp32\.py"
-)
+SPLIT = re.compile(
+    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+_states\.pt"
+)  # by DeepSpeed, parts alone
+DEEPSPEED = re.compile(rf"{SPLIT.pattern}|(bf16_)?mp_rank_\d+_\w+_states\.pt|zero_to_fp32\.py")
 DEEPSPEED_PART = "DeepSpeed; its script zero_to_fp32.py makes one file of it"
 
 
@@ -71,9 +71,3 @@ def foreign_folder(names: Collection[str]) -> str:
     if any(map(DEEPSPEED.fullmatch, names)):
         return f"a folder of {DEEPSPEED_PART}"
     return SAVED_MODEL if "saved_model.pb" in names else ""
-
-
-def is_part_of_deepspeed(path: Path) -> bool:
-    """Return whether a file has a part of the tensors that DeepSpeed has split, by its name."""
-    found = DEEPSPEED.fullmatch(path.name)
-    return found is not None and found["part"] is not None

@@ -20,12 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from doconv_core.atomic import replacing
+from doconv_core.atomic import check_suffix, replacing
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.layers import KINDS, UNRECORDED, LayerForm, LinearSpec, composed_kind
-from doconv_core.suffixes import check_suffix
 
 FORMAT, VERSION = "doconv", 2
 _DTYPES = (np.float16, np.float32, np.float64)
