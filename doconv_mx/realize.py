@@ -45,6 +45,7 @@ def get_model(
     in_channels: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> Network:
     """Return a network by name, on the CPU, with the weights that it starts to train from.
 
@@ -52,6 +53,7 @@ def get_model(
     in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
     None for the network's own. seed: of the weights, which are the same in every framework.
     `collect_params().reset_ctx()` puts it elsewhere.
+    options: the sizes that some families take, as `doconv_core.describe` does.
     Raises ValueError for a name, or a size, of which there is no network.
 
     >>> model = get_model("resnet10", num_classes=5)
@@ -66,7 +68,7 @@ def get_model(
 
     made: Network = build_named(
         initialized, load_state, name, num_classes=num_classes, in_channels=in_channels,
-        input_shape=input_shape, seed=seed,
+        input_shape=input_shape, seed=seed, options=options,
     )  # fmt: skip
     return made
 

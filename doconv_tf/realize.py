@@ -46,12 +46,14 @@ def get_model(
     in_channels: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> keras.Model:
     """Return a network by name, not compiled, with the weights that it starts to train from.
 
     name: one of `list_models()`. num_classes: None for as many as the network was designed for.
     in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
     None for the network's own. seed: of the weights, which are the same in every framework.
+    options: the sizes that some families take, as `doconv_core.describe` does.
     Raises ValueError for a name, or a size, of which there is no network.
 
     >>> model = get_model("cifar_resnet20_doconv", num_classes=10)
@@ -60,7 +62,7 @@ def get_model(
     """
     return build_named(
         build, load_state, name, num_classes=num_classes, in_channels=in_channels,
-        input_shape=input_shape, seed=seed,
+        input_shape=input_shape, seed=seed, options=options,
     )  # fmt: skip
 
 

@@ -191,6 +191,16 @@ def test_a_model_by_name_starts_from_its_seed(adapter, named):
     )
 
 
+def test_a_model_by_name_has_the_sizes_of_its_options(adapter):
+    sizes = {"num_classes": 3, "stages": (2, 1), "growth": (4, 8), "heads": 2}
+    model = adapter.package.get_model("cifar_dydensenet86", input_shape=(3, 8, 8), **sizes)
+    expected = layers(describe("cifar_dydensenet86", **sizes), (3, 8, 8))
+    assert snapshot(adapter.package, model).layers.keys() == expected.keys()
+    assert adapter.trainable(model) == doconv_core.count("cifar_dydensenet86", **sizes).parameters
+    with pytest.raises(TypeError, match="'plain18' takes no options; received heads=2"):
+        adapter.package.get_model("plain18", heads=2)
+
+
 def test_nodes_that_give_no_network_are_refused():
     activations, kinds = "name must be one of relu, .*; received 'swish'", "conv, doconv, bsconvu, "
     padding, text = "padding must be at most half of .* padding=2, size=2", "a text without dots an"

@@ -43,9 +43,10 @@ def get_model(
     in_channels: int | None,
     input_shape: tuple[int, int, int] | None,
     seed: int,
+    options: Mapping[str, Any],
 ) -> Model:
     """Return the network of this name. build, load_state: the framework's own."""
-    described = describe(name, num_classes=num_classes, in_channels=in_channels)
+    described = describe(name, num_classes=num_classes, in_channels=in_channels, **options)
     network = for_input(described, input_shape)
     state = initialize(network, seed)
     model = build(network)
