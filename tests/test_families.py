@@ -36,7 +36,7 @@ CASES = {
     "cifar_mobilenetv3_large_w7d20_doconv": (SMALL, 4),
     "cifar_dydensenet86": (SMALL, 0),
     "cifar_densenet86": (SMALL, 0),
-    "cifar_dyresnet18": (SMALL, 1),
+    "cifar_dyresnet18": (SMALL, 41),
     "plain18": (LARGE, 2),
     "resnet18_v1b": (LARGE, 5),
     "resnet18_v2": (LARGE, 8),
