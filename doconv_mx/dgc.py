@@ -7,8 +7,7 @@ from typing import Any
 from mxnet import autograd, init
 from mxnet.gluon import Block, HybridBlock, nn
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
-from doconv_core.maths.orthonormal import as_weight
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
@@ -48,7 +47,7 @@ class DynamicHeads2D(HybridBlock):
         }
         super().__init__(prefix=prefix, params=params)
         self.spec, self._kwargs = spec, {**options, "layout": "NCHW"}
-        self.lasso = as_weight("lasso", lasso)
+        self.lasso = as_lasso("lasso", lasso)
         starts = {
             "squeeze_weight": init.Normal((2 / spec.in_channels) ** 0.5),
             "saliency_weight": init.Normal((2 / spec.squeezed) ** 0.5),
@@ -204,7 +203,7 @@ def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
     >>> layer.heads.lasso
     0.0001
     """
-    weight = as_weight("weight", weight)
+    weight = as_lasso("weight", weight)
     for heads in dynamic.found(_heads(model)):
         heads.lasso = weight
     for _, block in walk(model):

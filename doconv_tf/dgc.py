@@ -7,8 +7,7 @@ from typing import Any, cast
 import keras
 from keras import ops
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
-from doconv_core.maths.orthonormal import as_weight
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
 from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
@@ -74,7 +73,7 @@ class DynamicHeads2D(keras.layers.Layer):
             setattr(self, name, getattr(conv, name))
         for name in ("heads", "squeeze_rate", "gate_factor"):
             setattr(self, name, getattr(spec, name))
-        self.lasso, self.around = as_weight("lasso", lasso), zeros
+        self.lasso, self.around = as_lasso("lasso", lasso), zeros
         self._last = self.data_format == "channels_last"
         self.input_spec = keras.InputSpec(ndim=4)
 
@@ -303,7 +302,7 @@ def add_saliency_lasso(model: keras.Layer, weight: float = LASSO) -> None:
     >>> layer.heads.lasso
     0.0001
     """
-    weight = as_weight("weight", weight)
+    weight = as_lasso("weight", weight)
     for heads in dynamic.found(_heads(model)):
         heads.lasso = weight
     for _, layer in first_occurrences(model):

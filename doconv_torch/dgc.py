@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec
-from doconv_core.maths.orthonormal import as_weight
+from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
@@ -188,7 +187,7 @@ def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
     """
     passed = dynamic.lassos(_heads(model))
     total = torch.stack([each.to(passed[0].device) for each in passed]).sum()
-    return as_weight("weight", weight) * total
+    return as_lasso("weight", weight) * total
 
 
 def _heads(model: nn.Module) -> list[DynamicHeads2d]:

@@ -104,6 +104,9 @@ def test_what_gives_no_layer_is_refused(adapter):
             lambda: package.set_progress(adapter.make("conv", 4, 4, 1), 1),
             ValueError, "the model has no dynamic group convolution, such as DGConv2",
         ),
-        (lambda: adapter.lasso(layer, make_problem(CASES[0]).x, -1), ValueError, "weight"),
+        (
+            lambda: adapter.lasso(layer, make_problem(CASES[0]).x, -1),
+            ValueError, "make all channels more salient; received weight=-1",
+        ),
     )  # fmt: skip
     assert inactive_of(adapter, layer) == 0

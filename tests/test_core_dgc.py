@@ -207,6 +207,11 @@ test_what_gives_no_layer_is_refused = refuses(
     (lambda: DGConvSpec(30, 64, (1, 1)), ValueError, "in_channels must be divisible by heads; rec"),
     (lambda: DGConvSpec(32, 30, (1, 1)), ValueError, "out_channels must be divisible by heads; r"),
     (lambda: DGConvSpec(4, 4, (1, 1)), ValueError, "squeeze_rate must be at most 9 for 4 channels"),
+    (
+        lambda: DGConvSpec(80, 4, (1,), squeeze_rate=90),
+        ValueError,
+        "squeeze_rate must be at most 80",
+    ),
     (lambda: DGConvSpec(32, 64, (1, 1), gate_factor=0), ValueError, "gate_factor, the share of ch"),
     (lambda: DGConvSpec(32, 64, (1, 1), gate_factor=1.5), ValueError, "at most 1; received gate_f"),
     (lambda: DGConvSpec(32, 64, (1, 1), heads=0), ValueError, "heads must be at least 1; received"),

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from doconv_core.kinds.base import Array, Kind, Shape, register
 from doconv_core.maths.convolve import convolve, convolve_gradient
 from doconv_core.maths.numeric import as_floats, shaped
+from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.spec import ConvSpec, as_integer, as_number, check_divisible
 
 HEADS, SQUEEZE_RATE, GATE_FACTOR = 4, 16, 0.25  # the defaults of every backend
@@ -70,8 +71,9 @@ class DGConvSpec:
             )
         put(self, "gate_factor", float(self.gate_factor))
         if not self.squeezed:
+            most = 2 * self.in_channels + 1 if self.in_channels < FEW else self.in_channels
             raise ValueError(
-                f"squeeze_rate must be at most {2 * self.in_channels + 1} for {self.in_channels} "
+                f"squeeze_rate must be at most {most} for {self.in_channels} "
                 "channels, so that a head has a feature to rate channels by; received "
                 f"squeeze_rate={self.squeeze_rate}."
             )
@@ -125,6 +127,11 @@ def inactive_channels(in_channels: int, gate_factor: float, progress: float) -> 
         return 0
     pruned = in_channels * (1 - gate_factor)
     return round(pruned if progress >= END else pruned * 3.0 / 2 * (progress - BEGIN))
+
+
+def as_lasso(name: str, value: Any) -> float:
+    """Return the weight of the saliencies in the loss, at least 0; TypeError or ValueError else."""
+    return as_weight(name, value, "make all channels more salient")
 
 
 def as_progress(progress: Any) -> float:

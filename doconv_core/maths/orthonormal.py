@@ -11,14 +11,18 @@ from doconv_core.maths.numeric import Array, as_matrix, widened
 from doconv_core.maths.spec import as_number
 
 ALPHA = 0.1  # the weight of the loss, in every backend
+APART = "drive the rows apart from orthonormal ones"
 
 
-def as_weight(name: str, value: Any) -> float:
-    """Return the weight of the loss as a float of at least 0; TypeError or ValueError names it."""
+def as_weight(name: str, value: Any, otherwise: str = APART) -> float:
+    """Return the weight of a loss as a float of at least 0; TypeError or ValueError names it.
+
+    otherwise: what training would do with one below.
+    """
     if as_number(name, value) < 0:
         raise ValueError(
-            f"{name} must not be negative, or training would drive the rows apart from orthonormal "
-            f"ones; received {name}={value!r}."
+            f"{name} must not be negative, or training would {otherwise}; received "
+            f"{name}={value!r}."
         )
     return float(value)
 

@@ -162,12 +162,12 @@ class ModelView(ABC):
             waiting = self.sites()
         return found
 
+    @abstractmethod
     def call_own(self, site: Site, name: str) -> Any:
         """Call a layer's own method, and put the layer that it returns in the place; return that.
 
         Raises NotFoldable where the method does.
         """
-        raise NotImplementedError
 
     # The rest is what batch-norm fusion asks.
 
