@@ -82,7 +82,8 @@ class DynamicHeads2D(HybridBlock):
 
         Of one tap, the saliencies go into a kernel for each image, else into a map for each head.
         """
-        spec, options = self.spec, self._kwargs
+        spec: Any = self.spec
+        options = self._kwargs
         saliency = self.saliency(F, z, squeeze_weight, saliency_weight, saliency_bias)
         gate = F.broadcast_mul(saliency, 1 - self._dropped(F, F.BlockGrad(saliency), inactive))
         if self.skips():
@@ -129,9 +130,10 @@ class DynamicHeads2D(HybridBlock):
 
     def _skip(self, F: Any, z: Any, weight: Any, gate: Any) -> Any:
         """Gather the maps and kernels of the channels that are kept, and multiply those."""
-        spec, options = self.spec, self._kwargs
+        spec: Any = self.spec
+        options = self._kwargs
         heads, channels, each = spec.heads, spec.in_channels, spec.out_channels // spec.heads
-        kept = channels - cast(int, self.dropped)
+        kept = max(1, channels - cast(int, self.dropped))
         gate, index = F.topk(gate, axis=2, k=kept, ret_typ="both")  # (B, h, K)
         outputs = F.contrib.arange_like(weight, axis=0) * channels
         outputs = F.reshape(outputs, shape=(1, heads, each, 1))

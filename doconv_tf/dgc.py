@@ -176,7 +176,7 @@ class DynamicHeads2D(keras.layers.Layer):
     def _skip(self, z: Any, gate: Any) -> Any:
         """Gather the maps and kernels of the channels that are kept, and multiply those."""
         heads, channels, taps = self.heads, self.spec.in_channels, self.spec.conv.taps
-        kept, batch = channels - cast(int, self.dropped), ops.shape(z)[0]
+        kept, batch = max(1, channels - cast(int, self.dropped)), ops.shape(z)[0]
         gate, index = ops.top_k(gate, kept)  # (B, h, K)
         index = ops.cast(index, "int32")
         rows = ops.arange(taps)[:, None] * channels + index[..., None, :]

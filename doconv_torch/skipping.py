@@ -41,7 +41,7 @@ def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
     if is_fixed():  # a number of groups is not exported
         as_products = True
     kept = channels - inactive
-    width = kept if as_products else min(-(-kept // WIDTH) * WIDTH, channels)
+    width = max(kept, 1) if as_products else min(-(-max(kept, 1) // WIDTH) * WIDTH, channels)
     ordered, index = heads.saliency(z).topk(min(max(width, kept + 1), channels))
     gate = ordered[..., :width]
     if inactive:
