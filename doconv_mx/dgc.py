@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from mxnet import autograd, init
@@ -196,10 +197,10 @@ class DGConv2D(HybridBlock):
         scope = {name: options.pop(name) for name in ("prefix", "params") if name in options}
         super().__init__(**scope)
         with self.name_scope():
-            self.heads = DynamicHeads2D(in_channels, *args, **options, prefix="heads_")
-            channels = self.heads.spec.in_channels
-            self.norm = nn.BatchNorm(in_channels=channels, prefix="norm_")
+            heads = DynamicHeads2D(in_channels, *args, **options, prefix="heads_")
+            self.norm = nn.BatchNorm(in_channels=heads.spec.in_channels, prefix="norm_")
             self.relu = nn.Activation("relu", prefix="relu_")
+            self.heads = heads  # in a state behind the norm, as everywhere
 
     @classmethod
     def of(cls, prefix: str | None = None) -> DGConv2D:
@@ -289,12 +290,13 @@ def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
     0.0001
     """
     weight = as_lasso("weight", weight)
-    for heads in dynamic.found(_heads(model)):
+    for heads in _heads(model):
         heads.lasso = weight
     for _, block in walk(model):
         forget_graph(block)
 
 
-def _heads(model: Block) -> list[DynamicHeads2D]:
+def _heads(model: Block) -> Sequence[DynamicHeads2D]:
     check_model(model)
-    return [block for _, block in walk(model) if isinstance(block, DynamicHeads2D)]
+    found = [block for _, block in walk(model) if isinstance(block, DynamicHeads2D)]
+    return dynamic.found(found, DG_CONVS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -282,14 +283,13 @@ class DGConv2D(keras.layers.Layer):
     def __init__(self, filters: int, kernel_size: Any, *args: Any, **options: Any) -> None:
         super().__init__(**{name: options.pop(name) for name in _OF_EVERY_LAYER & options.keys()})
         dtype = self.dtype_policy
-        self.heads = DynamicHeads2D(
-            filters, kernel_size, *args, name="heads", dtype=dtype, **options
-        )
-        axis = -1 if self.heads.data_format == "channels_last" else 1
+        heads = DynamicHeads2D(filters, kernel_size, *args, name="heads", dtype=dtype, **options)
+        axis = -1 if heads.data_format == "channels_last" else 1
         self.norm = keras.layers.BatchNormalization(
             axis, 1 - NORM.momentum, NORM.epsilon, name="norm", dtype=dtype
         )
         self.relu = keras.layers.ReLU(name="relu", dtype=dtype)
+        self.heads = heads  # in a state behind the norm, as everywhere
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the variables for inputs of this shape, which includes the batch."""
@@ -390,7 +390,7 @@ def add_saliency_lasso(model: keras.Layer, weight: float = LASSO) -> None:
     0.0001
     """
     weight = as_lasso("weight", weight)
-    for heads in dynamic.found(_heads(model)):
+    for heads in _heads(model):
         heads.lasso = weight
     for _, layer in first_occurrences(model):
         if isinstance(layer, keras.Model):  # whose compiled step has the former weight
@@ -421,10 +421,11 @@ class ProgressCallback(keras.callbacks.Callback):
         set_progress(self.model, done / (self.params["epochs"] * steps))
 
 
-def _heads(model: keras.Layer) -> list[Any]:
+def _heads(model: keras.Layer) -> Sequence[Any]:
     if not isinstance(model, keras.Layer):
         raise no_model("keras.Layer", model)
-    return [layer for _, layer in first_occurrences(model) if isinstance(layer, DynamicHeads2D)]
+    layers = [each for _, each in first_occurrences(model) if isinstance(each, DynamicHeads2D)]
+    return dynamic.found(layers, DG_CONVS)
 
 
 def _normal(features: int) -> Any:

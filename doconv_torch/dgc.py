@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -263,7 +263,8 @@ def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
     return as_lasso("weight", weight) * total
 
 
-def _heads(model: nn.Module) -> list[DynamicHeads2d]:
+def _heads(model: nn.Module) -> Sequence[DynamicHeads2d]:
     if not isinstance(model, nn.Module):
         raise no_model("torch.nn.Module", model)
-    return [module for module in model.modules() if isinstance(module, DynamicHeads2d)]
+    found = [module for module in model.modules() if isinstance(module, DynamicHeads2d)]
+    return dynamic.found(found, DG_CONVS)

@@ -46,6 +46,7 @@ def test_a_layer_is_the_cores(adapter, case, tmp_path):
     assert not inactive or gap(expected.heads) > 1e-4
     assert_close(adapter.forward(layer, problem.x), expected.heads.output)
     state = snapshot(adapter.package, layer)
+    assert [*state.layers] == ["norm", "heads"]
     unset = {"heads.inactive": np.array(inactive, "f4")}
     assert_same(state.arrays, {**problem.arrays, **unset})
 
@@ -131,7 +132,7 @@ def test_what_gives_no_layer_is_refused(adapter):
         (lambda: package.set_progress(1, 1), TypeError, say(adapter, "{module}")),
         (
             lambda: package.set_progress(adapter.make("conv", 4, 4, 1), 1),
-            ValueError, "the model has no dynamic group convolution, such as DGConv2",
+            ValueError, f"no dynamic group convolution, such as {type(layer).__name__}.$",
         ),
         (
             lambda: adapter.lasso(layer, make_problem(CASES[0]).x, -1),

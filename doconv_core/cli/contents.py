@@ -13,10 +13,12 @@ from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.options import literal, matches
 from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.dynamic import parts, shape_of
 from doconv_core.files.entries import GLUON
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
+    DYNAMIC,
     IDENTITY,
     LINEAR,
     NORM,
@@ -44,7 +46,12 @@ FOLDED, AGAIN = "folded", "its kernel as W, and D = 0"
 
 
 def state_names(layer: Layer) -> dict[str, str]:
-    """Return the role of each of a layer's entries, by its name in a state."""
+    """Return the role of each of a layer's entries, by its name in a state.
+
+    Of heads of which each has an entry, that of the first.
+    """
+    if layer.kind == DYNAMIC:
+        return {name: roles[0] for name, roles in parts(layer.entries).items()}
     norm = {"weight": "gamma", "bias": "beta"} if layer.kind in NORMS else {}
     return {norm.get(role, role): role for role in layer.entries}
 
@@ -156,6 +163,8 @@ class Contents:
         where that cannot be, for want of a depth multiplier of M.
         """
         found: dict[str, Values] = {}
+        if layer.kind == DYNAMIC:
+            return self._heads(layer)
         for name, role in state_names(layer).items():
             if layer.kind != CONVOLUTION or role not in weights_of(layer):
                 found[name] = self._as_stored(layer, role)
@@ -176,6 +185,16 @@ class Contents:
             return (layer.canonical(found) if role == "weight" else found).reshape(shape)
 
         return Values(shape, entry.dtype, read, (entry.name,))
+
+    def _heads(self, layer: Layer) -> dict[str, Values]:
+        entries = {role: self.entries[name] for role, name in layer.entries.items()}
+        found: dict[str, Values] = {}
+        for name, roles in parts(entries).items():
+            shape = layer.kernel_shape or () if name == "weight" else shape_of(name, entries)
+            sources = tuple(entries[role].name for role in roles)
+            read = partial(self.checkpoint.heads, layer, name)
+            found[name] = Values(shape, entries[roles[0]].dtype, read, sources)
+        return found
 
     def _weights(self, layer: Layer, fold: bool) -> dict[str, Values]:
         sources = tuple(name for role, name in layer.entries.items() if role in weights_of(layer))

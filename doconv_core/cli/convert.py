@@ -53,7 +53,7 @@ from doconv_core.cli.pairing import (
     required_of_target,
 )
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
-from doconv_core.files.checkpoint import check_understood, formats
+from doconv_core.files.checkpoint import check_heads, check_understood, formats
 from doconv_core.files.entries import KERAS, STATE
 from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
@@ -135,6 +135,7 @@ def convert(
         contents = Contents(stack.enter_context(opened(source, kernel_sizes, allow)))
         layers = contents.copy_of_model(part)
         _check_used(layers, keep, drop, flattened)
+        check_heads(source, _unsettled(layers, [*keep, *drop]))
         needed = [layer for layer in layers if contents.needs_kernel_size(layer, folded)]
         require_kernel_sizes(contents.checkpoint, needed)
         if folded:

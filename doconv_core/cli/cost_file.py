@@ -22,11 +22,12 @@ from doconv_core.cli.options import (
     matching,
 )
 from doconv_core.files.checkpoint import Checkpoint
-from doconv_core.files.layers import CONVOLUTION, LINEAR, Layer
+from doconv_core.files.layers import CONVOLUTION, DYNAMIC, LINEAR, Layer
 from doconv_core.kinds.base import Cost
 from doconv_core.kinds.do_conv import DO_CONV, LayerCost, layer_cost
 from doconv_core.models.report import place as named
 
+MULTIPLY = (CONVOLUTION, LINEAR, DYNAMIC)  # heads as all their channels do, without the selectors
 FORMS = {
     "ordinary": "ordinary",
     "kernel_composed": "in training, composing the kernel",
@@ -97,14 +98,14 @@ def _cost_of_file(
             positions = 1 if output is None else prod(output)
             layers.append(LayerAt(layer, output, _cost(checkpoint, layer, positions, batch)))
     require_kernel_sizes(checkpoint, [at.layer for at in layers])
-    names = [at.layer.name for at in layers if at.layer.kind in (CONVOLUTION, LINEAR)]
+    names = [at.layer.name for at in layers if at.layer.kind in MULTIPLY]
     for pattern, place in places:
         if not any(matching(name, [(pattern, place)]) for name in names):
             raise ValueError(
                 f"--at: {pattern!r} matches no convolution or linear layer; the file has such as "
                 f"{', '.join(map(repr, names[:3])) or 'none'}."
             )
-    uncounted = [at for at in layers if at.layer.kind in (CONVOLUTION, LINEAR) and not at.output]
+    uncounted = [at for at in layers if at.layer.kind in MULTIPLY and not at.output]
     return FileCost(layers, _total(checkpoint, layers), uncounted)
 
 
@@ -124,14 +125,14 @@ def _total(checkpoint: Checkpoint, layers: Sequence[LayerAt]) -> LayerCost:
 def _output(
     layer: Layer, places: Sequence[tuple[str, Place]], input_size: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
-    if layer.kind not in (CONVOLUTION, LINEAR):
+    if layer.kind not in MULTIPLY:
         return None
     place = matching(layer.name, places)
     if place is None:
         return (1,) if layer.kind == LINEAR and places else None
     output = place.of(input_size)
     shape = layer.kernel_shape
-    if layer.kind == CONVOLUTION and shape is not None and len(output) != len(shape) - 2:
+    if layer.kind != LINEAR and shape is not None and len(output) != len(shape) - 2:
         raise ValueError(
             f"{named(layer.name)} has a kernel of {len(shape) - 2} dimensions; received an output "
             f"of {len(output)}."
@@ -141,7 +142,7 @@ def _output(
 
 def _cost(checkpoint: Checkpoint, layer: Layer, positions: int, batch: int) -> LayerCost | None:
     shape = layer.kernel_shape
-    if layer.kind not in (CONVOLUTION, LINEAR) or shape is None:
+    if layer.kind not in MULTIPLY or shape is None:
         return None
     spec: Any = layer.spec
     kind = layer.composed

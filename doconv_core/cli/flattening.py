@@ -17,6 +17,7 @@ from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
+    DYNAMIC,
     LINEAR,
     NORM,
     SLOPES,
@@ -122,7 +123,8 @@ def _is_elementwise(layer: Layer) -> bool:
 
 def check_order(layers: Sequence[Layer], sizes: Sizes) -> None:
     """Raise UsageError for an image with its channels last, by what the convolutions give."""
-    made = {x.kernel_shape[0] for x in layers if x.kind == CONVOLUTION and x.kernel_shape}
+    convolutions = [layer for layer in layers if layer.kind in (CONVOLUTION, DYNAMIC)]
+    made = {layer.kernel_shape[0] for layer in convolutions if layer.kernel_shape}
     for pattern, image in sizes:
         if image and image[0] not in made and image[-1] in made:
             raise click.UsageError(
@@ -242,9 +244,12 @@ def _check_norm_before(
 def _add(chain: Chain, checkpoint: Checkpoint, layer: Layer) -> None:
     """Add a layer to those that may feed the next."""
     features = features_of(checkpoint, layer) if layer.kind in (BATCH_NORM, NORM) else None
-    if layer.kind in (CONVOLUTION, LINEAR):
-        stored = checkpoint.entries[layer.entries["weight"]].shape
-        chain.add_weight(layer.name, layer.kernel_shape or canonical_shape(stored, layer.layout))
+    if layer.kind in (CONVOLUTION, LINEAR, DYNAMIC):
+        shape = layer.kernel_shape
+        if shape is None:
+            stored = checkpoint.entries[layer.entries["weight"]].shape
+            shape = canonical_shape(stored, layer.layout)
+        chain.add_weight(layer.name, shape)
     elif features is not None:
         chain.add_norm(layer.name, features)
     else:

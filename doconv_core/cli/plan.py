@@ -30,10 +30,12 @@ from doconv_core.cli.flattening import Flattenings
 from doconv_core.cli.options import literal, matches
 from doconv_core.cli.pairing import Paired, family, sides
 from doconv_core.files.checkpoint import Checkpoint, Format
+from doconv_core.files.dynamic import INACTIVE, NAMES
 from doconv_core.files.entries import GLUON, KERAS, PYTORCH, STATE, Entry, Lazy
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
+    DYNAMIC,
     LINEAR,
     NORM,
     SLOPES,
@@ -60,6 +62,7 @@ AFFINE = {
     PYTORCH: {"gamma": "weight", "beta": "bias"},
     GLUON: {"gamma": "gamma", "beta": "beta"},
 }
+COUNTED = {PYTORCH: ((), "int64"), GLUON: ((1,), "float32")}  # how many channels heads drop
 SLOPE = {PYTORCH: "weight", GLUON: SLOPES}  # of a PReLU, which PyTorch's files do not tell
 
 
@@ -183,7 +186,8 @@ class Conversion:
         shapes = {name: entry.shape for name, entry in entries.items()}
         fitted = fit_arrays(values, shapes, words, kind, other.spec)
         for name, entry in entries.items():
-            self._check_digits(template, entry, fitted[name])
+            if name != INACTIVE:  # a small number, which every type holds
+                self._check_digits(template, entry, fitted[name])
         return [target.planned(name, fitted[name]) for name in entries]
 
     def _check_digits(self, template: Contents, entry: Entry, values: Values) -> None:
@@ -228,6 +232,8 @@ class Conversion:
 
     def _names(self, framework: str, layer: Layer) -> dict[str, str]:
         """Return the name, within the layer, of each of its entries, where it is told."""
+        if layer.kind == DYNAMIC:
+            return {name: name for name in NAMES}
         if self.source.framework == framework:
             names = {name: own_name(layer, role) for name, role in state_names(layer).items()}
         elif layer.kind == BATCH_NORM:
@@ -267,6 +273,8 @@ class Conversion:
             same = prod(shapes["weight"]) == prod(layer.kernel_shape or ())
             shapes |= {"weight": layer.kernel_shape or ()} if same else {}
         dtypes = {name: each.dtype for name, each in values.items()}
+        if layer.kind == DYNAMIC and INACTIVE in values:
+            shapes[INACTIVE], dtypes[INACTIVE] = COUNTED[framework]
         if layer.kind == BATCH_NORM and framework == GLUON:  # whose batch norms always have both
             statistic = self.source.entries[layer.entries["running_mean"]]
             for name in (n for n in AFFINE[GLUON] if n not in state_names(layer)):
@@ -325,7 +333,7 @@ def _fits(values: Mapping[str, Values], target: Target, norm: bool) -> bool:
         return False
     return all(
         prod(shapes[name]) == prod(entry.shape)
-        if name == "weight"
+        if name in ("weight", INACTIVE)
         else shapes[name] == (slopes_of(entry.shape) if name == SLOPES else entry.shape)
         for name, entry in target.entries.items()
         if name in shapes

@@ -37,8 +37,9 @@ from doconv_core.cli.options import (
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
 from doconv_core.files.checkpoint import Checkpoint
+from doconv_core.files.dynamic import NAMES
 from doconv_core.files.entries import KERAS, compose_blocks
-from doconv_core.files.layers import CONVOLUTION, LINEAR, TRANSPOSED, Layer
+from doconv_core.files.layers import CONVOLUTION, DYNAMIC, LINEAR, TRANSPOSED, Layer
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.numeric import Array, difference, distances, largest
@@ -269,6 +270,11 @@ def compare(
         size = matching(a.name, flattened)
         size = images.get(a.name) if size is None else size
     composed = a.over_parameterized or b.over_parameterized
+    if a.kind == b.kind == DYNAMIC:
+        for name in NAMES:
+            x, y = (file.checkpoint.heads(layer, name) for file, layer in ((first, a), (second, b)))
+            yield _compared(a.name, name, x, y, tolerance or 0.0)
+        return
     for role in _roles(a, b):
         there = [role in layer.entries for layer in (a, b)]
         if not all(there):

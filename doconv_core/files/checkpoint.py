@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
+from doconv_core.files import dynamic
 from doconv_core.files.entries import (
     BFLOAT16,
     Allowed,
@@ -44,14 +45,26 @@ from doconv_core.files.foreign import (
     foreign_file,
     foreign_folder,
 )
-from doconv_core.files.layers import IDENTITY, OTHER, D, KernelSizeError, Layer, Shape, Sizes
+from doconv_core.files.layers import (
+    DYNAMIC,
+    IDENTITY,
+    OTHER,
+    D,
+    KernelSizeError,
+    Layer,
+    Shape,
+    Sizes,
+)
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.models.report import Change, Left, Report
 from doconv_core.state.layers import LayerForm
 
-UNTRAINED = {"running_mean", "running_var", "num_batches_tracked", IDENTITY}
+UNTRAINED = {
+    "running_mean", "running_var", "num_batches_tracked", IDENTITY, dynamic.INACTIVE,
+    dynamic.COUNTER,
+}  # fmt: skip
 
 
 @dataclass
@@ -192,6 +205,15 @@ class Checkpoint(ABC):
             return canonical_upstream(framework, weight, depthwise, identity)
         except NotFoldable as error:
             raise NotFoldable(f"layer {layer.name!r}: {error}") from None
+
+    def heads(self, layer: Layer, name: str) -> Array:
+        """Return one of the arrays of a dynamic group convolution's heads, canonical.
+
+        name: in a state; the weight is `(O, C, *kernel_size)`. Bfloat16 is float32, as of `read`.
+        """
+        array = dynamic.read_heads(name, layer.entries, self.read)
+        assert layer.kernel_shape is not None  # as of all heads
+        return layer.canonical(array).reshape(layer.kernel_shape) if name == "weight" else array
 
     def kernel(self, layer: Layer, *, as_stored: bool = False) -> Array:
         """Return the kernel that a convolution convolves with, `(O, I/g, *kernel_size)`.
@@ -460,7 +482,7 @@ class Output:
 
 def is_folded(layer: Layer) -> bool:
     """Return whether folding changes the layer: a reference layer of one tap has another shape."""
-    return layer.over_parameterized or layer.origin.startswith(ORIGIN)
+    return layer.over_parameterized or (layer.origin.startswith(ORIGIN) and layer.kind != DYNAMIC)
 
 
 def seems_over_parameterized(layer: Layer) -> bool:
@@ -474,6 +496,13 @@ def check_understood(path: Path, layers: Iterable[Layer]) -> None:
     for layer in layers:
         if layer.kind == OTHER and layer.origin == "doconv" and layer.note:
             raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
+
+
+def check_heads(path: Path, layers: Iterable[Layer]) -> None:
+    """Raise CheckpointError for what is named like the heads of dynamic groups, and is none."""
+    for layer in layers:
+        if layer.kind == OTHER and layer.note and dynamic.is_of_source(layer.entries):
+            raise CheckpointError(f"{path}: layer {layer.name!r}: {layer.note}.")
 
 
 def check_finite(layer: Layer, kernel: Array) -> Array:

@@ -18,7 +18,9 @@ AVERAGES = (
     "the moving averages that it keeps of the weights stay over-parameterized; "
     "optimizer.finalize_variable_values puts them into the model, which can be folded then"
 )
-KEPT = "of a {}, whose parts are ordinary layers already; fold the model in Python to be rid of it"
+KEPT = "of a {}, {}; fold the model in Python to be rid of it"
+WHY = {"DGConv2D": "which chooses its channels for each image"}
+ORDINARY = "whose parts are ordinary layers already"
 ADVICE = "fold the model in Python and save that, or save it as .keras if it is not subclassed"
 
 
@@ -35,9 +37,9 @@ class KerasHdf5Checkpoint(Checkpoint):
     def _note_unfolded(self, training: Any, optimizer: str) -> None:
         """Note what stays as it is. training: the config of that. optimizer: its key there."""
         self.unfolded = tuple(
-            (str(node["config"].get("name") or path), KEPT.format(node["class_name"]))
+            (str(node["config"].get("name") or path), KEPT.format(name, WHY.get(name, ORDINARY)))
             for path, node in (self.nodes or {}).items()
-            if is_kept(node)
+            if is_kept(node) and (name := node["class_name"])
         )
         for key in (optimizer, "config", "use_ema"):
             training = training.get(key) if isinstance(training, dict) else None

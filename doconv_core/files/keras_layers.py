@@ -16,12 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from doconv_core.files.dynamic import NAMES, kernel_of
 from doconv_core.files.entries import FLOATS, CheckpointError, Entry, once
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.layers import (
     BATCH_NORM,
     CANONICAL,
     CONVOLUTION,
+    DYNAMIC,
     LINEAR,
     NORM,
     OTHER,
@@ -72,6 +74,15 @@ STORED = {
     "group_normalization": Stored(NORM, CANONICAL, 0, (2,), by_class=True),
 }
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
+# The layers in one of this package's that its own config does not tell, by attribute.
+PARTS: dict[str, dict[str, Any]] = {
+    "dg_conv2d": {
+        name: {"class_name": own, "module": "keras.layers", "config": config}
+        for name, own, config in (
+            ("norm", "BatchNormalization", {"epsilon": 1e-5}), ("heads", "DynamicHeads2D", {}),
+        )
+    }
+}  # fmt: skip
 
 
 class KerasLayers:
@@ -133,6 +144,9 @@ class KerasLayers:
             return snake_case(node["class_name"])
         parent, _, name = group.rpartition("/")
         if self.is_owner(parent):  # an attribute's name; the layer's own may be its class's
+            part = PARTS.get(self._class(parent), {}).get(name) if parent else None
+            if part is not None:
+                return snake_case(part["class_name"])
             name = self._file.attribute(_in(group, "vars"), "name")
         return stem_of(name)[0]
 
@@ -199,6 +213,8 @@ class KerasLayers:
             return Layer(path, OTHER, roles)
         if stem == "batch_normalization":
             return _norm(path, roles, config)
+        if stem == "dynamic_heads2d" and len(roles) == len(NAMES):
+            return self._heads(path, roles)
         if stem == "p_re_lu" and len(roles) == 1:
             return Layer(path, OTHER, {SLOPES: roles["0"]})
         kind, layout, axes, entries, by_class = STORED.get(stem, Stored(OTHER, "", 0))
@@ -210,6 +226,17 @@ class KerasLayers:
         return _with_spec(
             Layer(path, kind, named, kernel_shape=kernel, layout=layout), first.shape, config
         )
+
+    def _heads(self, path: str, roles: dict[str, str]) -> Layer:
+        """Return the heads of a dynamic group convolution."""
+        named = dict(zip(NAMES, roles.values(), strict=True))
+        entries = {role: self._entries[name] for role, name in named.items()}
+        weight = entries["weight"]
+        shape = canonical_shape(weight.shape, "*IO")
+        kernel = kernel_of({**entries, "weight": dataclasses.replace(weight, shape=shape)})
+        if kernel is None:
+            return Layer(path, OTHER, roles)
+        return Layer(path, DYNAMIC, named, "doconv", kernel_shape=kernel, layout="*IO")
 
 
 def group_of(layer: Layer) -> str:
@@ -472,7 +499,8 @@ def stored_nodes(
             step = f"{path}/layers/{before}".lstrip("/"), f"{new_path}/layers/{after}".lstrip("/")
             yield *step, layer
             yield from stored_nodes(layer, *step)
-    for key, value in config.items():
+    own = PARTS.get(snake_case(node["class_name"]), {}) if is_kept(node) else {}
+    for key, value in [*config.items(), *own.items()]:
         if is_node(value):
             step = f"{path}/{key}".lstrip("/"), f"{new_path}/{key}".lstrip("/")
             yield *step, value

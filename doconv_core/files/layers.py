@@ -7,12 +7,22 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from math import isqrt, prod
 from typing import Any
 
 import numpy as np
 
-from doconv_core.files.entries import FLOATS, Array, Entry, KernelSizes, groups_of, shown
+from doconv_core.files.dynamic import find_heads, is_of_source, kernel_of, unlike_heads
+from doconv_core.files.entries import (
+    FLOATS,
+    PYTORCH,
+    Array,
+    Entry,
+    KernelSizes,
+    groups_of,
+    shown,
+)
 from doconv_core.files.reference import LAYOUTS, ORIGIN, find_reference
 from doconv_core.files.reference import D as D
 from doconv_core.kinds.base import ComposedKind, kinds
@@ -27,6 +37,7 @@ Shape = tuple[int, ...]
 CANONICAL = "OI*"  # the order of axes that a weight has in a state
 CONVOLUTION, TRANSPOSED, LINEAR = "convolution", "transposed convolution", "linear"
 BATCH_NORM, NORM, OTHER = "batch norm", "norm", "other"
+DYNAMIC = "dynamic heads"  # of a dynamic group convolution
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,12 @@ class Layer:
     path: where it is in the model, dots between names where the format has them; without a
     `module.` that a wrapper put before all names, and without the part.
     kind: "convolution" (of most files, a transposed one looks the same), "transposed convolution",
-    "linear" (or an embedding), "batch norm", "norm" (a layer, group or instance norm), "other".
+    "linear" (or an embedding), "batch norm", "norm" (a layer, group or instance norm), "dynamic
+    heads" (of a dynamic group convolution), "other".
     entries: the names of the entries by role, in the file's order. Roles: weight, the others of the
     kind that composes it, identity (the reference implementation's), bias; of a batch norm also
-    running_mean, running_var, num_batches_tracked. The entries of an "other" bear their own names.
+    running_mean, running_var, num_batches_tracked. The entries of dynamic heads bear those of their
+    framework or source, those of an "other" their own.
     origin: "doconv", of an "other" with a note too if it seems to be a layer of this package, and
     cannot be folded; "reference PyTorch", "reference TensorFlow" or "reference Gluon" for a layer
     of the reference implementation; "" where nothing tells.
@@ -161,7 +174,8 @@ class _Search:
         """Return all layers: what one of them has taken is no other's."""
         found: list[Layer] = []
         taken: set[str] = set()
-        for layer in [*self._reference(), *self._over_parameterized(), *self._composed()]:
+        own = self._reference(), self._over_parameterized(), self._composed(), self._dynamic()
+        for layer in chain.from_iterable(own):
             if taken.isdisjoint(layer.entries.values()):
                 found.append(layer)
                 taken.update(layer.entries.values())
@@ -241,6 +255,18 @@ class _Search:
                 found = composed_by(kind, layer, self.shapes)
                 if found is not None:
                     yield found
+
+    def _dynamic(self) -> Iterator[Layer]:
+        """Yield the heads of dynamic group convolutions, this package's and their source's."""
+        for prefix, roles in find_heads(self.shapes):
+            entries = {role: self.shapes[key] for role, key in roles.items()}
+            kernel, path, origin = kernel_of(entries), prefix, "doconv"
+            if is_of_source(roles):
+                path, origin = f"{prefix}heads", ORIGIN + PYTORCH
+            if kernel is not None:
+                yield self._layer(path, DYNAMIC, roles, origin, kernel_shape=kernel)
+            elif path != prefix:
+                yield self._layer(path, OTHER, roles, note=unlike_heads(entries))
 
     def _ordinary(self, prefix: str, roles: dict[str, str], layout: str) -> Layer:
         """Return an ordinary layer, or what has an entry named as a D is and is none of ours."""

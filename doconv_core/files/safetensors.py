@@ -36,6 +36,7 @@ from doconv_core.files.entries import (
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
+    DYNAMIC,
     LINEAR,
     NORM,
     OTHER,
@@ -62,7 +63,7 @@ TYPES = frozenset(DTYPES.values())
 # The kinds of a state's layers, of which convolutions are told apart, by their names there.
 KINDS = {
     "transposed_convolution": TRANSPOSED, "linear": LINEAR, "embedding": LINEAR,
-    "batch_norm": BATCH_NORM, "layer_norm": NORM, "group_norm": NORM,
+    "batch_norm": BATCH_NORM, "layer_norm": NORM, "group_norm": NORM, "dynamic_heads": DYNAMIC,
 }  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def _state_layer(path: str, form: LayerForm, roles: dict[str, str], sizes: Sizes
         )  # fmt: skip
     roles = {{"gamma": "weight", "beta": "bias"}.get(role, role): n for role, n in roles.items()}
     kernel_shape = None
-    if form.kind == "transposed_convolution":
+    if form.kind in ("transposed_convolution", "dynamic_heads"):
         kernel_shape = spec.kernel_shape
     elif KINDS.get(form.kind) == LINEAR:
         kernel_shape = form.shapes["weight"]

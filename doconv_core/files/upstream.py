@@ -1,7 +1,7 @@
-"""The reference implementation's checkpoints: carried over where that is exact, else folded.
+"""The reference implementations' checkpoints: carried over where that is exact, else folded.
 
-It is yangyanli/DO-Conv, whose three frameworks have three layouts; `docs/checkpoints.md` has them
-in a table.
+DO-Conv's is yangyanli/DO-Conv, whose three frameworks have three layouts; `docs/checkpoints.md` has
+them in a table. That of dynamic group convolutions is in PyTorch alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
+from doconv_core.files.checkpoint import Checkpoint, check_heads, open_checkpoint
+from doconv_core.files.dynamic import NAMES
+from doconv_core.files.dynamic_state import state_of
 from doconv_core.files.entries import (
     AVERAGED,
     BFLOAT16,
@@ -26,9 +28,10 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
-from doconv_core.files.layers import D, Layer, Sizes, find_layers
+from doconv_core.files.layers import DYNAMIC, D, Layer, Sizes, find_layers
 from doconv_core.files.pytorch import MAX_DEPTH, StateDicts
 from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream
+from doconv_core.kinds.dgc import GATE_FACTOR, SQUEEZE_RATE
 from doconv_core.kinds.do_conv import from_kernel
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.numeric import Array
@@ -40,7 +43,7 @@ __all__ = ["FRAMEWORKS", "Upstream", "canonical_upstream", "compose_upstream", "
 
 
 class Upstream(NamedTuple):
-    """A checkpoint of the reference implementation, in this package's terms.
+    """A checkpoint of a reference implementation, in this package's terms.
 
     entries: every array of the model under its name here: of the reference's layers `weight`,
     `depthwise_weight` and `bias`, in the shapes that a DO-Conv layer's parameters have; the others
@@ -48,6 +51,8 @@ class Upstream(NamedTuple):
     where it is in `folded`, as an ordinary convolution; a DO-Conv layer takes either. carried: the
     paths of the layers whose W and D are as they were trained. folded: by path, why a layer's
     kernel alone could be kept; in `entries` its W is that kernel, and its D is zero.
+    Of dynamic group convolutions, `entries` has the arrays of all heads as those of `….heads`,
+    `carried` these paths, and `state` every layer of a kind that the source's networks have.
 
     >>> arrays = {"conv.W": np.ones((4, 3, 9)), "conv.D": np.zeros((3, 9, 9))}
     >>> read_upstream(arrays).carried
@@ -65,16 +70,20 @@ def read_upstream(
     framework: str | None = None,
     *,
     kernel_sizes: KernelSizes | None = None,
+    squeeze_rate: int = SQUEEZE_RATE,
+    gate_factor: float = GATE_FACTOR,
 ) -> Upstream:
-    """Return what a checkpoint of the reference implementation holds.
+    """Return what a checkpoint of a reference implementation holds.
 
     source: a file of any format that `open_checkpoint` reads, of which the main copy of the model
     is read, or arrays by name: a state dict, also one in dicts as training writes them; tensors of
     any framework will do. framework: "PyTorch", "TensorFlow" or "Gluon", or None for what the
     names, shapes and format tell. kernel_sizes: as in `open_checkpoint`; a square number of taps is
-    taken to be a square kernel.
-    Raises CheckpointError where there is no layer of the reference implementation or a kernel size
-    is not known, ValueError for another framework, and what `open_checkpoint` raises.
+    taken to be a square kernel. squeeze_rate, gate_factor: of dynamic group convolutions, whose
+    files do not tell them.
+    Raises CheckpointError where there is no layer of a reference implementation, a kernel size is
+    not known or those options cannot be the network's, ValueError for another framework, and what
+    `open_checkpoint` raises.
 
     >>> arrays = {"conv.W": np.ones((4, 3, 9)), "conv.D": np.zeros((3, 9, 9))}
     >>> list(read_upstream(arrays, "PyTorch").entries)
@@ -87,12 +96,18 @@ def read_upstream(
     with _opened(source, framework, kernel_sizes) as checkpoint:
         part = checkpoint.parts[0] if checkpoint.parts else ""
         layers = [layer for layer in checkpoint.layers if layer.part == part]
+        check_heads(checkpoint.path, layers)
         if not any(layer.origin.startswith(ORIGIN) for layer in layers):
             raise CheckpointError(
                 f"{checkpoint.path} has no layer of the reference implementation: no W (or weight) "
-                "and D whose shapes agree."
+                "and D whose shapes agree, and no heads of dynamic group convolutions."
             )
-        return _converted(checkpoint, layers)
+        found = _converted(checkpoint, layers)
+        heads = tuple(layer.path for layer in layers if layer.kind == DYNAMIC)
+        if not heads:
+            return found
+        state = state_of(checkpoint, layers, squeeze_rate, gate_factor)
+        return found._replace(state=state, carried=heads)
 
 
 @contextmanager
@@ -112,7 +127,7 @@ def _opened(
     with open_checkpoint(source) as checkpoint:
         part = checkpoint.parts[0] if checkpoint.parts else ""
         arrays = {
-            entry(layer.path, key): checkpoint.read(name)
+            key: checkpoint.read(name)
             for layer in checkpoint.layers
             if layer.part == part
             for key, name in _own_names(layer).items()
@@ -121,11 +136,17 @@ def _opened(
 
 
 def _own_names(layer: Layer) -> dict[str, str]:
-    """Return the entries of a layer by their own names: what follows its path in the file's."""
+    """Return the entries of a layer by its path and what follows that in their names.
+
+    The source's dynamic group convolutions have their heads' entries beside the norm's.
+    """
+    if layer.kind == DYNAMIC and layer.origin.startswith(ORIGIN):
+        below = layer.path.removesuffix("heads")
+        return {below + role: name for role, name in layer.entries.items()}
     own = {}
     for name in layer.entries.values():
         end = max(name.rfind(layer.path), 0) + len(layer.path)
-        own[name[end:].lstrip("./_").split(":")[0]] = name
+        own[entry(layer.path, name[end:].lstrip("./_").split(":")[0])] = name
     return own
 
 
@@ -136,9 +157,11 @@ def _converted(checkpoint: Checkpoint, layers: list[Layer]) -> Upstream:
     carried: list[str] = []
     folded: dict[str, str] = {}
     for layer in layers:
+        if layer.kind == DYNAMIC:
+            entries |= _named(layer.path, {name: checkpoint.heads(layer, name) for name in NAMES})
+            continue
         if not layer.origin.startswith(ORIGIN):
-            for key, name in _own_names(layer).items():
-                entries[entry(layer.path, key)] = checkpoint.read(name)
+            entries |= {key: checkpoint.read(name) for key, name in _own_names(layer).items()}
             continue
         bias = layer.entries.get("bias")
         own: dict[str, Any] = {} if bias is None else {"bias": checkpoint.read(bias)}

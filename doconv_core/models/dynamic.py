@@ -76,7 +76,7 @@ class DynamicLayers(LayerKind):
 
 def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
     """Let every layer drop as many channels as at this point of the training. put: does it."""
-    progress, listed = as_progress(progress), found(heads)
+    progress, listed = as_progress(progress), list(heads)
     if any(getattr(each, "dropped", None) is not None for each in listed):
         raise ValueError(
             "the model is folded, and drops as many channels as when it was; set the progress of "
@@ -90,7 +90,7 @@ def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, in
 def lassos(heads: Iterable[Heads]) -> list[Any]:
     """Return the lasso of each layer's last pass, which is given once; ValueError for none."""
     passed = []
-    for each in found(heads):
+    for each in heads:
         if each.lasso is None:  # type: ignore[attr-defined]
             raise ValueError(
                 "the saliencies of a dynamic group convolution are those of its last pass in "
@@ -102,9 +102,9 @@ def lassos(heads: Iterable[Heads]) -> list[Any]:
     return passed
 
 
-def found(heads: Iterable[Heads]) -> list[Heads]:
-    """Return the layers; ValueError where a model has none."""
-    listed = list(heads)
-    if not listed:
-        raise ValueError("the model has no dynamic group convolution, such as DGConv2d.")
-    return listed
+def found(heads: Sequence[Heads], layers: DynamicLayers) -> Sequence[Heads]:
+    """Return the heads in a model; ValueError where there are none."""
+    if not heads:
+        name = layers.layer.__name__
+        raise ValueError(f"the model has no dynamic group convolution, such as {name}.")
+    return heads
