@@ -32,8 +32,8 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
 )
 from doconv_tf.dgc import (  # noqa: E402
     DGConv2D,
-    SkippingDGConv2D,
     ProgressCallback,
+    SkippingDGConv2D,
     add_saliency_lasso,
     set_progress,
 )
