@@ -12,6 +12,7 @@ from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGCon
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
+from doconv_mx.ordinary import require_values
 from doconv_mx.private import forget_graph
 from doconv_mx.tree import check_model, walk
 
@@ -189,7 +190,9 @@ def set_progress(model: Block, progress: float) -> None:
         with autograd.pause():
             heads.inactive.set_data(heads.inactive.list_data()[0] * 0 + inactive)
 
-    dynamic.set_progress(_heads(model), progress, put)
+    found = _heads(model)
+    require_values((heads.inactive for heads in found), "set_progress")
+    dynamic.set_progress(found, progress, put)
 
 
 def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:

@@ -14,6 +14,7 @@ from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
+from doconv_torch.compose import without_autocast
 
 
 class DynamicHeads2d(nn.Module):
@@ -68,7 +69,7 @@ class DynamicHeads2d(nn.Module):
 
     def saliency(self, z: Tensor) -> Tensor:
         """Return how each head rates the channels of each image, `(B, h, C)`."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             pooled = z.mean((2, 3)).to(self.squeeze_weight.dtype)
             squeezed = f.relu(pooled @ self.squeeze_weight.flatten(0, 1).T)
             squeezed = squeezed.unflatten(1, (self.spec.heads, -1)).transpose(0, 1)
@@ -98,7 +99,7 @@ class DynamicHeads2d(nn.Module):
         gate = self.gate(saliency).to(z.dtype)
         heads, batch = self.spec.heads, len(z)
         per_kernel = self.spec.out_channels * self.spec.conv.taps
-        if per_kernel < heads * z.shape[2] * z.shape[3]:
+        if batch and per_kernel < heads * z.shape[2] * z.shape[3]:
             weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
             kernels = weight * gate[:, None, :, :, None, None]
             y = self._convolve(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 2), batch)
@@ -106,6 +107,10 @@ class DynamicHeads2d(nn.Module):
         gated = z[:, None] * gate[..., None, None]
         y = self._convolve(gated.flatten(1, 2), self.weight, heads)
         return cast(Tensor, y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: no saliencies of a pass, which only its graph's owner has."""
+        return {**self.__dict__, "lasso": None}
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
