@@ -110,7 +110,9 @@ def cases(quick: bool) -> Iterator[Case]:
     for i, o, k, size, gate_factor in LAYERS[QUICK] if quick else LAYERS:
         name = f"{k}×{k} {i}→{o} @{size}², {gate_factor} kept"
         layer = dynamic(o, (k, k), gate_factor=gate_factor)
-        yield Case("layer", name, Network("layer", sequence(("layer", layer)), (i, size, size)), size)
+        yield Case(
+            "layer", name, Network("layer", sequence(("layer", layer)), (i, size, size)), size
+        )
     for name, gate_factor in NETWORKS[QUICK] if quick else NETWORKS:
         network = describe(name, gate_factor=gate_factor)
         case = f"`{name}`, {gate_factor} kept"

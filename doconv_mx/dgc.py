@@ -23,6 +23,7 @@ from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.report import REPLACED
 from doconv_core.models.separable import HOOKED
 from doconv_core.models.view import Site
+from doconv_mx.ordinary import require_values
 from doconv_mx.private import forget_graph, is_hooked
 from doconv_mx.tree import check_model, is_replaced, walk
 
@@ -274,7 +275,9 @@ def set_progress(model: Block, progress: float) -> None:
         with autograd.pause():
             heads.inactive.set_data(heads.inactive.list_data()[0] * 0 + inactive)
 
-    dynamic.set_progress(_heads(model), progress, put)
+    found = _heads(model)
+    require_values((heads.inactive for heads in found), "set_progress")
+    dynamic.set_progress(found, progress, put)
 
 
 def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:

@@ -418,7 +418,8 @@ class ProgressCallback(keras.callbacks.Callback):
         """Set the progress."""
         steps = self.params["steps"]
         done, steps = (self._epoch * steps + batch, steps) if steps else (self._epoch, 1)
-        set_progress(self.model, done / (self.params["epochs"] * steps))
+        if done or all(heads.built for heads in _heads(self.model)):  # else it drops none yet
+            set_progress(self.model, done / (self.params["epochs"] * steps))
 
 
 def _heads(model: keras.Layer) -> Sequence[Any]:

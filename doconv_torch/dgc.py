@@ -26,6 +26,7 @@ from doconv_core.models.received import no_model
 from doconv_core.models.separable import HOOKED
 from doconv_core.models.view import Site
 from doconv_torch import skipping
+from doconv_torch.compose import without_autocast
 from doconv_torch.ordinary import HOOKS
 from doconv_torch.surgery import ordinary_tensors
 
@@ -82,7 +83,7 @@ class DynamicHeads2d(nn.Module):
 
     def saliency(self, z: Tensor) -> Tensor:
         """Return how each head rates the channels of each image, `(B, h, C)`."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             pooled = z.mean((2, 3)).to(self.squeeze_weight.dtype)
             squeezed = f.relu(pooled @ self.squeeze_weight.flatten(0, 1).T)
             squeezed = squeezed.unflatten(1, (self.spec.heads, -1)).transpose(0, 1)
@@ -112,7 +113,7 @@ class DynamicHeads2d(nn.Module):
         gate = self.gate(saliency).to(z.dtype)
         heads, batch = self.spec.heads, z.shape[0]
         per_kernel = self.spec.out_channels * self.spec.conv.taps
-        if per_kernel < heads * z.shape[2] * z.shape[3]:
+        if batch and per_kernel < heads * z.shape[2] * z.shape[3]:
             weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
             kernels = weight * gate[:, None, :, :, None, None]
             y = self._convolve(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 2), batch)
@@ -120,6 +121,10 @@ class DynamicHeads2d(nn.Module):
         gated = z[:, None] * gate[..., None, None]
         y = self._convolve(gated.flatten(1, 2), self.weight, heads)
         return cast(Tensor, y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: no saliencies of a pass, which only its graph's owner has."""
+        return {**self.__dict__, "lasso": None}
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)

@@ -18,6 +18,8 @@ FILES = [
     "test_tf.py",
     "test_tf_models.py",
     "test_tf_state.py",
+    "test_contract_dgc.py",
+    "test_tf_dgc.py",
 ]
 
 

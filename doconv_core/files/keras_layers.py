@@ -75,14 +75,13 @@ STORED = {
 }
 NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 # The layers in one of this package's that its own config does not tell, by attribute.
-PARTS: dict[str, dict[str, Any]] = {
-    "dg_conv2d": {
-        name: {"class_name": own, "module": "keras.layers", "config": config}
-        for name, own, config in (
-            ("norm", "BatchNormalization", {"epsilon": 1e-5}), ("heads", "DynamicHeads2D", {}),
-        )
-    }
+_DYNAMIC: dict[str, dict[str, Any]] = {
+    name: {"class_name": own, "module": "keras.layers", "config": config}
+    for name, own, config in (
+        ("norm", "BatchNormalization", {"epsilon": 1e-5}), ("heads", "DynamicHeads2D", {}),
+    )
 }  # fmt: skip
+PARTS = dict.fromkeys(("dg_conv2d", "skipping_dg_conv2d"), _DYNAMIC)
 
 
 class KerasLayers:

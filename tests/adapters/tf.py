@@ -6,7 +6,7 @@ Keras' layers have the channels last, so arrays are turned on the way in and out
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,8 @@ def gradients(
         output = _by_kernel(model, given) if composed else model(given, **options)
         return ops.sum(output * factors) + (sum(model.losses) if lasso else 0), output
 
-    (_, output), (dx, *found) = _differentiated(total, [inputs, *model.trainable_variables])
+    variables = [inputs, *model.trainable_variables]
+    (_, output), (dx, *found) = _differentiated(total, variables, model.non_trainable_variables)
     return Results(_out(output), _out(dx), _by_name(model, found))
 
 
@@ -258,8 +259,13 @@ def penalty(model: keras.Layer, alpha: float = 0.1) -> tuple[float, dict[str, np
     return float(ops.convert_to_numpy(value)), _by_name(model, found)
 
 
-def _differentiated(function: Callable[[], Any], variables: list[Any]) -> tuple[Any, list[Any]]:
-    """Return a function's value, with what comes beside it, and its gradients by variables."""
+def _differentiated(
+    function: Callable[[], Any], variables: list[Any], others: Sequence[Any] = ()
+) -> tuple[Any, list[Any]]:
+    """Return a function's value, with what comes beside it, and its gradients by variables.
+
+    others: variables that it may change.
+    """
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -277,11 +283,16 @@ def _differentiated(function: Callable[[], Any], variables: list[Any]) -> tuple[
         import jax
 
         def call(values: list[Any]) -> Any:
-            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-                return function()
+            pairs = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=pairs, collect_losses=True) as scope:
+                value, beside = function()
+                return value, (beside, [scope.get_current_value(v) for v in others])
 
         compute = jax.jit(jax.value_and_grad(call, has_aux=True))  # as Keras does in `fit`
-        found, gradients = compute([v.value for v in variables])
+        (value, (beside, changed)), gradients = compute([v.value for v in variables])
+        found = value, beside
+        for variable, new in zip(others, changed, strict=True):
+            variable.assign(variable if new is None else new)
     pairs = zip(variables, gradients, strict=True)
     return found, [ops.zeros_like(v) if g is None else g for v, g in pairs]
 
