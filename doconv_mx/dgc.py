@@ -133,7 +133,7 @@ class DynamicHeads2D(HybridBlock):
     def _skip(self, F: Any, z: Any, weight: Any, gate: Any) -> Any:
         """Gather the maps and kernels of the channels that are kept, and multiply those."""
         spec: Any = self.spec
-        options = self._kwargs
+        options: dict[str, Any] = self._kwargs
         heads, channels, each = spec.heads, spec.in_channels, spec.out_channels // spec.heads
         kept = max(1, channels - cast(int, self.dropped))
         gate, index = F.topk(gate, axis=2, k=kept, ret_typ="both")  # (B, h, K)
