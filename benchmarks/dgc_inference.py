@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,15 @@ from step_report import DOCS, machine, put
 from doconv_core import difference
 from doconv_core.atomic import write_json
 from doconv_core.networks.names import describe
-from doconv_core.networks.nodes import DGConv, DynamicHeads, Network, Sequence, dynamic, sequence
+from doconv_core.networks.nodes import (
+    DGConv,
+    DynamicHeads,
+    Leaf,
+    Network,
+    Sequence,
+    dynamic,
+    sequence,
+)
 
 BACKENDS = ("torch", "tf", "mx")
 # Channels, kernel size, height and width, gate factor.
@@ -126,9 +134,9 @@ def dense(node: Any) -> Any:
     if isinstance(node, Sequence):
         kind = Sequence if isinstance(node, DGConv) else type(node)
         return kind(tuple((name, dense(child)) for name, child in node.children))
-    if not hasattr(node, "body"):
+    if isinstance(node, Leaf):
         return node
-    return replace(node, **{n: dense(getattr(node, n)) for n in vars(node)})
+    return replace(node, **{each.name: dense(getattr(node, each.name)) for each in fields(node)})
 
 
 def measured(driver: Any, case: Case, options: argparse.Namespace) -> Row:
