@@ -198,7 +198,7 @@ def set_progress(model: Block, progress: float) -> None:
 def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
     """Let the gradients of a model have those of all saliencies' lasso with this weight.
 
-    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out. In PyTorch it is
+    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out; PyTorch's is
     `saliency_lasso`.
     Raises ValueError for a model without such layers and for a weight below 0, TypeError for no
     number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.

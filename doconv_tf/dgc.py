@@ -292,7 +292,7 @@ def set_progress(model: keras.Layer, progress: float) -> None:
 def add_saliency_lasso(model: keras.Layer, weight: float = LASSO) -> None:
     """Let `model.losses`, and so `fit`, have the lasso of all saliencies with this weight.
 
-    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out. In PyTorch it is
+    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out; PyTorch's is
     `saliency_lasso`. A model that holds this one and was fitted before has to be compiled again.
     Raises ValueError for a model without such layers and for a weight below 0, TypeError for no
     number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
