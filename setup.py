@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: the compiled form of the composition, and the index's text.
+"""What pyproject.toml cannot say: what is compiled, and the index's text.
 
-The compiled form is optional. Where it cannot be compiled, the package is installed without it, and
-PyTorch's own matrix products compute the same.
+The compiled forms, of the composition and of skipped channels, are optional. Where they cannot be
+compiled, the package is installed without them, and PyTorch's own operations compute the same.
 """
 
 import re
@@ -20,7 +20,7 @@ LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 class Compiled(build_ext):
-    """Compiles the extension; where it cannot be, the distribution is one without it."""
+    """Compiles the extensions; where one cannot be, the distribution is one without both."""
 
     def run(self):
         """Compile, and see what came of it."""
@@ -56,13 +56,14 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False}},
     ext_modules=[
         Extension(
-            "doconv_torch._composition",
-            ["doconv_torch/_composition.c"],
+            f"doconv_torch.{name}",
+            [f"doconv_torch/{name}.c"],
             define_macros=[("Py_LIMITED_API", "0x030A0000")] if LIMITED else [],
             extra_compile_args=["-O3", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,
             py_limited_api=LIMITED,
         )
+        for name in ("_composition", "_skipping")
     ],
 )

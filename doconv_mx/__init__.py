@@ -20,7 +20,7 @@ from doconv_mx.bsconv import (  # noqa: E402
     BSConvU2D,
     BSConvU3D,
 )
-from doconv_mx.dgc import DGConv2D, add_saliency_lasso, set_progress  # noqa: E402
+from doconv_mx.dgc import DGConv2D, SkippingDGConv2D, add_saliency_lasso, set_progress  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
@@ -41,6 +41,7 @@ __all__ = [
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
+    "SkippingDGConv2D",
     "add_saliency_lasso",
     "build",
     "deploy",

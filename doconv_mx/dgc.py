@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from mxnet import autograd, init
 from mxnet.gluon import Block, HybridBlock, nn
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
+from doconv_core.kinds.dgc import (
+    GATE_FACTOR,
+    HEADS,
+    LASSO,
+    SQUEEZE_RATE,
+    DGConvSpec,
+    as_lasso,
+    skipping_pays,
+)
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
+from doconv_core.models.report import REPLACED
+from doconv_core.models.separable import HOOKED
+from doconv_core.models.view import Site
 from doconv_mx.ordinary import require_values
-from doconv_mx.private import forget_graph
-from doconv_mx.tree import check_model, walk
+from doconv_mx.private import forget_graph, is_hooked
+from doconv_mx.tree import check_model, is_replaced, walk
 
 
 class DynamicHeads2D(HybridBlock):
     """The heads of a `DGConv2D`, which takes the same arguments: they see its normalized input."""
 
     _op_name = "Convolution"  # as an ordinary one says how its weight lies
+    dropped: int | None = None  # of a layer that skips: so many channels
 
     def __init__(
         self,
@@ -72,9 +84,12 @@ class DynamicHeads2D(HybridBlock):
 
         Of one tap, the saliencies go into a kernel for each image, else into a map for each head.
         """
-        spec, options = self.spec, self._kwargs
+        spec: Any = self.spec
+        options = self._kwargs
         saliency = self.saliency(F, z, squeeze_weight, saliency_weight, saliency_bias)
         gate = F.broadcast_mul(saliency, 1 - self._dropped(F, F.BlockGrad(saliency), inactive))
+        if self.skips():
+            return self._skip(F, z, weight, gate)
         if self.lasso:
             gate = F.broadcast_add(gate, self._lasso(F, saliency))
         if spec.conv.taps == 1 and not any(options["pad"]):
@@ -108,6 +123,39 @@ class DynamicHeads2D(HybridBlock):
         """Return zeros, whose gradient is that of each image's lasso, whatever comes back to it."""
         each = F.sum(F.mean(saliency, axis=2), axis=1, keepdims=True)
         return F.expand_dims(F.MakeLoss(each, grad_scale=self.lasso), axis=2) * 0
+
+    def skips(self) -> bool:
+        """Return whether to multiply only what is kept, as `skipping_pays`."""
+        if self.dropped is None or autograd.is_training():
+            return False
+        return skipping_pays(self.spec, self.dropped)
+
+    def _skip(self, F: Any, z: Any, weight: Any, gate: Any) -> Any:
+        """Gather the maps and kernels of the channels that are kept, and multiply those."""
+        spec: Any = self.spec
+        options: dict[str, Any] = self._kwargs
+        heads, channels, each = spec.heads, spec.in_channels, spec.out_channels // spec.heads
+        kept = max(1, channels - cast(int, self.dropped))
+        gate, index = F.topk(gate, axis=2, k=kept, ret_typ="both")  # (B, h, K)
+        outputs = F.contrib.arange_like(weight, axis=0) * channels
+        outputs = F.reshape(outputs, shape=(1, heads, each, 1))
+        rows = F.broadcast_add(outputs, F.expand_dims(index, axis=2))  # (B, h, O/h, K)
+        kernels = F.take(F.reshape(weight, shape=(-3, -1)), rows)  # (B, h, O/h, K, M)
+        kernels = F.broadcast_mul(kernels, F.reshape(gate, shape=(0, 0, 1, kept, 1)))
+        images = F.reshape(F.contrib.arange_like(gate, axis=0), shape=(-1, 1, 1)) * channels
+        maps = F.take(F.reshape(z, shape=(-3, 0, 0)), F.broadcast_add(index, images))
+        maps = F.reshape(maps, shape=(-3, 0, 0, 0))  # (B·h, K, H, W)
+        reach = [1 + d * (k - 1) for k, d in zip(options["kernel"], options["dilate"], strict=True)]
+        columns = F.im2col(
+            maps, **{name: options[name] for name in ("kernel", "stride", "dilate", "pad")}
+        )
+        y = F.batch_dot(F.reshape(kernels, shape=(-3, 0, -3)), columns)  # (B·h, O/h, H'·W')
+        y = F.reshape(F.reshape(y, shape=(-4, -1, heads, 0, 0)).swapaxes(1, 2), shape=(0, -3, 0))
+        like = F.Pooling(
+            F.slice_axis(z, axis=1, begin=0, end=1), kernel=reach, stride=options["stride"],
+            pad=options["pad"],
+        )  # fmt: skip
+        return F.reshape_like(y, like, lhs_begin=2, lhs_end=3, rhs_begin=2, rhs_end=4)
 
     def _by_image(self, F: Any, z: Any, weight: Any, gate: Any) -> Any:
         rows, columns = self.strides
@@ -167,7 +215,44 @@ class DGConv2D(HybridBlock):
         return self.heads(self.relu(self.norm(x)))
 
 
-DG_CONVS = DynamicLayers(DGConv2D, DynamicHeads2D)
+class SkippingDGConv2D(DGConv2D):
+    """A dynamic group convolution that multiplies only what it keeps, as `fold` makes it.
+
+    The same parts and parameters as of the `DGConv2D`, whose output in evaluation it has up to
+    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
+    that alone, where `doconv_core.kinds.dgc.skipping_pays`; as many as when it was folded. Under
+    `autograd.train_mode()` it is a `DGConv2D`.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
+
+    >>> layer = DGConv2D(64, 64, 3, padding=1)
+    >>> layer.initialize()
+    >>> set_progress(layer, 1)
+    >>> skips = doconv_mx.fold(layer).model
+    >>> skips(mx.nd.ones((1, 64, 14, 14))).shape
+    (1, 64, 14, 14)
+    """
+
+
+class DGConvs(DynamicLayers):
+    """The dynamic group convolutions of Gluon."""
+
+    layer, heads, skipping = DGConv2D, DynamicHeads2D, SkippingDGConv2D
+
+    def changed(self, layer: Any) -> str | None:
+        """Return whether a part has been exchanged, or has hooks."""
+        parts = (layer.norm, layer.relu, layer.heads)
+        if any(map(is_replaced, (layer, *parts))):
+            return REPLACED
+        return HOOKED if any(map(is_hooked, parts)) else None
+
+    def skip(self, site: Site) -> None:
+        """Make a layer one that skips."""
+        site.layer.__class__ = SkippingDGConv2D
+        site.layer.heads.dropped = int(site.layer.heads.inactive.list_data()[0].asscalar())
+        forget_graph(site.layer)
+
+
+DG_CONVS = DGConvs()
 
 
 def set_progress(model: Block, progress: float) -> None:

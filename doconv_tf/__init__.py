@@ -33,6 +33,7 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
 from doconv_tf.dgc import (  # noqa: E402
     DGConv2D,
     ProgressCallback,
+    SkippingDGConv2D,
     add_saliency_lasso,
     set_progress,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "DOSeparableConv1D",
     "DOSeparableConv2D",
     "ProgressCallback",
+    "SkippingDGConv2D",
     "add_orthonormality",
     "add_saliency_lasso",
     "build",

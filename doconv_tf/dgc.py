@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
 from keras import ops
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
+from doconv_core.kinds.dgc import (
+    GATE_FACTOR,
+    HEADS,
+    LASSO,
+    SQUEEZE_RATE,
+    DGConvSpec,
+    as_lasso,
+    skipping_pays,
+)
 from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
+from doconv_core.models.report import REPLACED
+from doconv_core.models.view import Site
 from doconv_core.networks.nodes import BatchNorm
-from doconv_tf.ordinary import first_occurrences
+from doconv_tf.ordinary import first_occurrences, is_replaced
 from doconv_tf.orthonormal import wide
 
 NORM = BatchNorm()  # of networks; its defaults are not Keras'
@@ -33,6 +44,7 @@ class DynamicHeads2D(keras.layers.Layer):
 
     rank = 2
     spec: Any = None  # a DGConvSpec, once it is built
+    dropped: int | None = None  # of a layer that skips: so many channels
 
     def __init__(
         self,
@@ -141,15 +153,46 @@ class DynamicHeads2D(keras.layers.Layer):
         saliency = self.saliency(z)
         if training and self.lasso:
             self.add_loss(self.lasso * ops.sum(ops.mean(saliency, (0, 2))))
-        gate = ops.cast(ops.transpose(self.gate(saliency), (0, 2, 1)), z.dtype)  # (B, C, h)
         height, width = z.shape[1:3]
         known = height is not None and width is not None
         per_kernel = self.filters * self.spec.conv.taps
-        folds = known and per_kernel < self.heads * height * width
         if any(self.around):
             z = ops.pad(z, ((0, 0), *((n, n) for n in self.around), (0, 0)))
-        y = self._fold(z, gate) if folds else self._mask(z, gate)
+        gate = ops.cast(self.gate(saliency), z.dtype)
+        if known and self._skips(z, training):
+            y = self._skip(z, gate)
+        elif known and per_kernel < self.heads * height * width:
+            y = self._fold(z, ops.transpose(gate, (0, 2, 1)))
+        else:
+            y = self._mask(z, ops.transpose(gate, (0, 2, 1)))
         return y if self._last else ops.transpose(y, (0, 3, 1, 2))
+
+    def _skips(self, z: Any, training: bool | None) -> bool:
+        """Return whether to multiply only what is kept, as `skipping_pays`."""
+        if self.dropped is None or training:
+            return False
+        positions = math.prod(z.shape[1:3]) // math.prod(self.strides)
+        return skipping_pays(self.spec, self.dropped, 1, positions, columns=True)
+
+    def _skip(self, z: Any, gate: Any) -> Any:
+        """Gather the maps and kernels of the channels that are kept, and multiply those."""
+        heads, channels, taps = self.heads, self.spec.in_channels, self.spec.conv.taps
+        kept, batch = max(1, channels - cast(int, self.dropped)), ops.shape(z)[0]
+        gate, index = ops.top_k(gate, kept)  # (B, h, K)
+        index = ops.cast(index, "int32")
+        rows = ops.arange(taps)[:, None] * channels + index[..., None, :]
+        rows = rows * heads + ops.arange(heads)[:, None, None]  # (B, h, M, K)
+        kernel = ops.reshape(ops.convert_to_tensor(self.kernel), (taps * channels * heads, -1))
+        kernels = ops.take(ops.cast(kernel, z.dtype), rows, 0) * gate[:, :, None, :, None]
+        patches, out = self._patches(z)
+        places = ops.arange(taps)[:, None] * channels + index[..., None, :]
+        x = ops.transpose(ops.reshape(patches, (-1, math.prod(out), taps * channels)), (0, 2, 1))
+        places = places + (ops.arange(batch) * taps * channels)[:, None, None, None]
+        x = ops.take(ops.reshape(x, (-1, math.prod(out))), places, 0)
+        x = ops.reshape(x, (-1, heads, taps * kept, math.prod(out)))
+        kernels = ops.reshape(kernels, (-1, heads, taps * kept, self.filters // heads))
+        y = ops.transpose(x, (0, 1, 3, 2)) @ kernels  # (B, h, H'·W', O/h)
+        return ops.reshape(ops.transpose(y, (0, 2, 3, 1)), (-1, *out, self.filters))
 
     def _fold(self, z: Any, gate: Any) -> Any:
         """Convolve each image by kernels that its saliencies are in: with all taps side by side."""
@@ -158,6 +201,12 @@ class DynamicHeads2D(keras.layers.Layer):
             ops.reshape(kernel, (-1, *kernel.shape[2:])) * gate[:, None, :, None],
             (-1, self.spec.conv.taps * self.spec.in_channels, self.filters),
         )
+        patches, out = self._patches(z)
+        y = ops.reshape(patches, (-1, math.prod(out), patches.shape[-1])) @ kernels
+        return ops.reshape(y, (-1, *out, self.filters))
+
+    def _patches(self, z: Any) -> tuple[Any, tuple[int, int]]:
+        """Return what each place of the output sees, tap by tap `(B, H', W', M·C)`, and H', W'."""
         numbers = zip(z.shape[1:3], self.kernel_size, self.strides, self.dilation_rate, strict=True)
         pads, places = [], []
         for n, k, s, d in numbers:
@@ -168,9 +217,7 @@ class DynamicHeads2D(keras.layers.Layer):
         z = ops.pad(z, ((0, 0), *pads, (0, 0)))
         taps = [z[:, rows, columns] for rows in places[0] for columns in places[1]]
         patches = ops.concatenate(taps, -1)
-        height, width, features = patches.shape[1:]
-        y = ops.reshape(patches, (-1, height * width, features)) @ kernels
-        return ops.reshape(y, (-1, height, width, self.filters))
+        return patches, tuple(patches.shape[1:3])
 
     def _mask(self, z: Any, gate: Any) -> Any:
         """Convolve a copy of the images for each head, as none has a gradient in groups on CPUs."""
@@ -262,7 +309,47 @@ class DGConv2D(keras.layers.Layer):
         return {**self.heads.get_config(), **super().get_config()}
 
 
-DG_CONVS = DynamicLayers(DGConv2D, DynamicHeads2D)
+@keras.saving.register_keras_serializable(package="doconv")
+class SkippingDGConv2D(DGConv2D):
+    """A dynamic group convolution that multiplies only what it keeps, as `fold` makes it.
+
+    The same parts and variables as of the `DGConv2D`, whose output in evaluation it has up to
+    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
+    that alone, where `doconv_core.kinds.dgc.skipping_pays`. dropped: how many channels each head
+    drops, as many as when it was folded; the rest as of a `DGConv2D`, which it is in training.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
+
+    >>> layer = SkippingDGConv2D(64, 3, padding="same", dropped=48)
+    >>> tuple(layer(keras.ops.zeros((1, 14, 14, 64))).shape)
+    (1, 14, 14, 64)
+    """
+
+    def __init__(self, *args: Any, dropped: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.heads.dropped = as_integer("dropped", dropped, least=0)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments."""
+        return {**super().get_config(), "dropped": self.heads.dropped}
+
+
+class DGConvs(DynamicLayers):
+    """The dynamic group convolutions of Keras."""
+
+    layer, heads, skipping = DGConv2D, DynamicHeads2D, SkippingDGConv2D
+
+    def changed(self, layer: Any) -> str | None:
+        """Return whether a part has been exchanged."""
+        parts = (layer.norm, layer.relu, layer.heads)
+        return REPLACED if any(map(is_replaced, (layer, *parts))) else None
+
+    def skip(self, site: Site) -> None:
+        """Make a layer one that skips."""
+        site.layer.__class__ = SkippingDGConv2D
+        site.layer.heads.dropped = int(site.layer.heads.inactive)
+
+
+DG_CONVS = DGConvs()
 
 
 def set_progress(model: keras.Layer, progress: float) -> None:

@@ -15,7 +15,7 @@ from doconv_torch.bsconv import (  # noqa: E402
     BSConvU2d,
     BSConvU3d,
 )
-from doconv_torch.dgc import DGConv2d, saliency_lasso, set_progress  # noqa: E402
+from doconv_torch.dgc import DGConv2d, SkippingDGConv2d, saliency_lasso, set_progress  # noqa: E402
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.kernel_cache import composed_once  # noqa: E402
 from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
+    "SkippingDGConv2d",
     "build",
     "composed_once",
     "deploy",

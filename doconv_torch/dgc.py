@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, LASSO, SQUEEZE_RATE, DGConvSpec, as_lasso
+from doconv_core.kinds.dgc import (
+    GATE_FACTOR,
+    HEADS,
+    LASSO,
+    SQUEEZE_RATE,
+    DGConvSpec,
+    as_lasso,
+    skipping_pays,
+)  # fmt: skip
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
+from doconv_core.models.separable import HOOKED
+from doconv_core.models.view import Site
+from doconv_torch import skipping
 from doconv_torch.compose import without_autocast
+from doconv_torch.ordinary import HOOKS
+from doconv_torch.surgery import ordinary_tensors
 
 
 class DynamicHeads2d(nn.Module):
@@ -97,7 +111,7 @@ class DynamicHeads2d(nn.Module):
         if self.training:
             self.lasso = saliency.mean((0, 2)).sum()
         gate = self.gate(saliency).to(z.dtype)
-        heads, batch = self.spec.heads, len(z)
+        heads, batch = self.spec.heads, z.shape[0]
         per_kernel = self.spec.out_channels * self.spec.conv.taps
         if batch and per_kernel < heads * z.shape[2] * z.shape[3]:
             weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
@@ -157,7 +171,66 @@ class DGConv2d(nn.Module):
         return cast(Tensor, self.heads(self.relu(self.norm(x))))
 
 
-DG_CONVS = DynamicLayers(DGConv2d, DynamicHeads2d)
+class SkippingDGConv2d(DGConv2d):
+    """A dynamic group convolution whose dropped channels cost nothing, as `fold` makes it.
+
+    The same parts and parameters as of the `DGConv2d`, whose output in evaluation it has up to
+    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
+    that alone: on the CPU in float32 by compiled code, where the package was installed with a
+    compiler and no gradient is asked for, as under `torch.inference_mode()`; else in PyTorch's
+    operations, where `doconv_core.kinds.dgc.skipping_pays`. In training it is a `DGConv2d`. What is
+    compiled or exported drops as many channels as when it was folded.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
+
+    >>> layer = DGConv2d(64, 64, 3, padding=1).eval()
+    >>> set_progress(layer, 1)
+    >>> x = torch.randn(1, 64, 14, 14)
+    >>> skips = doconv_torch.fold(layer).model
+    >>> torch.testing.assert_close(skips(x), layer(x), rtol=1e-4, atol=1e-5)
+    """
+
+    dropped: int  # as it was folded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
+        if self.training:
+            return super().forward(x)
+        found = skipping.compiled(self.norm, self.heads, x)
+        if found is not None:
+            return found
+        heads: Any = self.heads
+        z = self.relu(self.norm(x))
+        fixed = skipping.is_fixed()
+        dropped = self.dropped if fixed else int(heads.inactive)
+        positions = prod(z.shape[2:]) // prod(heads.stride)
+        if fixed or skipping_pays(heads.spec, dropped, z.shape[0], positions):
+            return skipping.skipping(heads, z, dropped)
+        return cast(Tensor, heads(z))
+
+
+class DGConvs(DynamicLayers):
+    """The dynamic group convolutions of PyTorch."""
+
+    layer, heads, skipping = DGConv2d, DynamicHeads2d, SkippingDGConv2d
+
+    def changed(self, layer: Any) -> str | None:
+        """Return which part has hooks, or has been exchanged."""
+        parts = layer._modules
+        if list(parts) != ["norm", "relu", "heads"] or type(parts["heads"]) is not DynamicHeads2d:
+            return f"its parts are {', '.join(f'{n} {type(p).__name__}' for n, p in parts.items())}"
+        watched = any(getattr(part, hooks) for part in parts.values() for hooks in HOOKS)
+        return HOOKED if watched else None
+
+    def skip(self, site: Site) -> None:
+        """Make a layer one that skips, and lay its kernel out for that."""
+        layer, heads = site.layer, site.layer.heads
+        layer.__class__ = SkippingDGConv2d
+        layer.dropped = int(heads.inactive)
+        with ordinary_tensors():
+            heads.weight.data = skipping.rearranged(heads.weight.data)
+
+
+DG_CONVS = DGConvs()
 
 
 def set_progress(model: nn.Module, progress: float) -> None:

@@ -74,6 +74,35 @@ def test_a_layer_is_the_cores(adapter, case, tmp_path):
         assert_close(other.forward(there, problem.x), output)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_folded_layer_skips_what_it_drops(adapter, case, tmp_path):
+    problem = make_problem(case)
+    layer = built(adapter, case, problem)
+    adapter.package.set_progress(layer, case.progress)
+    output = adapter.forward(layer, problem.x)
+    folded, report = adapter.package.fold(layer)
+    (change,) = report.changed
+    assert change.after == f"Skipping{change.before}"
+    assert_close(adapter.forward(folded, problem.x), output)
+    assert_same(adapter.forward(layer, problem.x), output)
+    assert_close(adapter.forward(folded, problem.x[:1]), adapter.forward(layer, problem.x[:1]))
+    state = snapshot(adapter.package, layer)
+    assert_same(snapshot(adapter.package, folded).arrays, state.arrays)
+    (left,) = adapter.package.fold(folded).report.left
+    assert "multiplies only the channels that it keeps already" in left.reason
+
+    new = built(adapter, case)
+    adapter.package.set_progress(new, case.progress)
+    adapter.forward(new, problem.x)  # in evaluation mode, as what is folded should be
+    new = adapter.round_trip(folded, adapter.package.fold(new).model, problem.x, tmp_path)
+    assert_same(adapter.forward(new, problem.x), adapter.forward(folded, problem.x))
+    found, expected = (
+        adapter.gradients(each, problem.x, problem.dy, training=True, lasso=WEIGHT)
+        for each in (folded, layer)
+    )
+    check(found, expected, 1e-5)
+
+
 def test_a_finished_layer_begins_where_its_progress_is_set(adapter):
     layer = built(adapter, CASES[0])
     for progress, expected in ((1, 12), (0.05, 0), (0.5, 8)):

@@ -12,7 +12,15 @@ from frameworks import fresh, need
 need("mx")
 
 # Before MXNet, which it makes importable.
-from doconv_mx import export_state, fold, import_gluoncv, over_parameterize, verify  # noqa: E402
+from doconv_mx import (  # noqa: E402
+    DGConv2D,
+    export_state,
+    fold,
+    import_gluoncv,
+    over_parameterize,
+    set_progress,
+    verify,
+)
 
 # isort: split
 import mxnet as mx  # noqa: E402
@@ -59,6 +67,23 @@ def test_a_folded_model_is_exported_as_an_ordinary_one(multiplier, fuse, tmp_pat
         assert operators == exported(plain, tmp_path / "plain")[2]
     again = SymbolBlock.imports(str(graph), ["data"], str(values))
     assert same(outputs(again), expected)
+
+
+@IMPORTS
+def test_a_folded_dynamic_group_convolution_is_exported(tmp_path):
+    layer = DGConv2D(32, 64, 3, 2, 1)
+    layer.initialize()
+    set_progress(layer, 1)
+    folded = fold(layer).model
+    folded.hybridize()
+    x = mx.nd.random.normal(shape=(2, 32, 7, 7))
+    assert folded.heads.skips()
+    assert close(folded(x).asnumpy(), layer(x).asnumpy())
+    graph, values, _ = exported(folded, tmp_path / "folded")
+    again = SymbolBlock.imports(str(graph), ["data"], str(values))
+    assert close(again(x[:1]).asnumpy(), layer(x[:1]).asnumpy())
+    with pytest.raises(ValueError, match="the model is folded, and drops as many channels as when"):
+        set_progress(folded, 0)
 
 
 # MXNet alone lacks a name that NumPy no longer has: see doconv_mx.frameworks.

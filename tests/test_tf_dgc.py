@@ -14,6 +14,7 @@ from doconv_core.networks.shapes import infer
 need("tf")
 
 import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
 from adapters.tf import BACKEND, DOUBLE  # noqa: E402
 
 import doconv_tf  # noqa: E402
@@ -150,3 +151,21 @@ def test_what_gives_no_layer_is_refused():
         (lambda: made.build((None, 4, 4, None)), ValueError, "input channels must be known"),
         (lambda: doconv_tf.add_saliency_lasso(made, -1), ValueError, "weight"),
     )  # fmt: skip
+
+
+def test_a_folded_model_predicts_is_saved_and_exported(tmp_path):
+    net = model()
+    doconv_tf.set_progress(net, 1)
+    folded, expected = doconv_tf.fold(net).model, as_array(net(X))
+    assert [layer.heads.dropped for layer in folded.layers[:2]] == [12, 48]
+    assert_close(folded.predict(X, verbose=0), expected)
+    folded.save(tmp_path / "net.keras")
+    again = keras.saving.load_model(tmp_path / "net.keras")
+    assert type(again.layers[0]) is doconv_tf.SkippingDGConv2D
+    assert_close(as_array(again(X)), expected)
+    if BACKEND == "tensorflow":
+        folded.export(tmp_path / "net", verbose=False)
+        served = tf.saved_model.load(tmp_path / "net")  # whose variables live as long as it does
+        assert_close(as_array(served.serve(X[:3])), expected[:3])
+    with pytest.raises(ValueError, match="the model is folded, and drops as many channels as when"):
+        doconv_tf.set_progress(folded, 0)

@@ -329,10 +329,48 @@ def dgc_cost(spec: DGConvSpec, positions: int, input_positions: int) -> DGConvCo
     )
 
 
+FEW_NUMBERS = 2**14  # of kernels, gathered for a place of the output, beyond which they cost more
+FEW_SLICES = 2**15  # of kernels, gathered one by one
+
+
+def skipping_pays(
+    spec: DGConvSpec,
+    inactive: int,
+    batch: int = 1,
+    positions: int | None = None,
+    *,
+    columns: bool = False,
+) -> bool:
+    """Return whether a framework's own operations are faster on the kept channels alone.
+
+    Copying what is kept has to pay. It does where at most half of the channels are kept: for an
+    image alone, kernels of one tap, and where other kernels gathered are few to the output; or with
+    columns, what each place sees copied side by side, where the output has no more positions than
+    channels; or where nothing tells the positions, for a quarter of the channels, several taps and
+    few kernels. Else the layer computes as in training. Compiled code pays always. inactive:
+    channels that each head drops. positions: of the output, of one image. Found by
+    `benchmarks/dgc_inference.py`.
+
+    >>> skipping_pays(DGConvSpec(256, 256, (3, 3)), 192, batch=1, positions=196)
+    True
+    """
+    channels, taps, kept = spec.in_channels, spec.conv.taps, spec.in_channels - inactive
+    if positions is None:
+        few = kept * spec.out_channels <= FEW_SLICES
+        return taps > 1 and few and 4 * kept <= channels
+    if columns:
+        small = positions <= spec.out_channels
+    else:
+        gathered = batch * kept * spec.out_channels * taps
+        small = batch == 1 or taps == 1 or gathered <= FEW_NUMBERS * positions
+    return small and 2 * kept <= channels
+
+
 class DGCKind(Kind):
     """Dynamic group convolutions, which compute something else for each image."""
 
     name = "dgc"
+    forms = ("skipping",)
     exact = False
     instead = (
         "there is no dynamic group convolution of a trained one: build the network with DGConv "

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from doconv_core.kinds.dgc import DGC, as_progress, inactive_channels
+from doconv_core.models.report import SUBCLASS
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 
-DYNAMIC = "its channels are chosen anew for each image, which no ordinary convolution does"
+SKIPS = "it multiplies only the channels that it keeps already"
 
 Heads = TypeVar("Heads")
 
 
 class DynamicLayers(LayerKind):
-    """A framework's dynamic group convolutions. layer: their type; heads: that of their heads."""
+    """A framework's dynamic group convolutions, whose fold multiplies only what is kept.
+
+    layer: their type; heads: that of their heads; skipping: what they fold to.
+    """
 
     kind = DGC
+    layer: type
+    heads: type
+    skipping: type
 
-    def __init__(self, layer: type, heads: type) -> None:
-        self.layer, self.state_types = layer, (heads,)
-        self.type_names = frozenset({layer.__name__})
+    @property
+    def type_names(self) -> frozenset[str]:  # type: ignore[override]
+        """The names of the layers' types."""
+        return frozenset({self.layer.__name__, self.skipping.__name__})
+
+    @property
+    def state_types(self) -> tuple[type, ...]:  # type: ignore[override]
+        """The type that the heads are in states."""
+        return (self.heads,)
 
     def owns(self, layer: Any) -> bool:
         """Return whether a layer is one of these, or of a subclass."""
@@ -38,17 +52,37 @@ class DynamicLayers(LayerKind):
         """Do nothing, as none is chosen."""
 
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
-        """Leave the layer."""
-        raise Leave(DYNAMIC)
+        """Return the layer that skips."""
+        if isinstance(site.layer, self.skipping):
+            raise Leave(SKIPS)
+        obstacle = SUBCLASS if type(site.layer) is not self.layer else self.changed(site.layer)
+        if obstacle is not None:
+            raise Leave(obstacle)
+        return Folding(self.skipping.__name__, None)
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
-        """Do nothing, as none is planned."""
+        """Let layers skip, in place."""
+        for site, _ in planned:
+            self.skip(site)
+
+    @abstractmethod
+    def changed(self, layer: Any) -> str | None:
+        """Return why a layer may compute something else than its type does; None if not."""
+
+    @abstractmethod
+    def skip(self, site: Site) -> None:
+        """Put the layer that skips in a layer's place."""
 
 
 def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
     """Let every layer drop as many channels as at this point of the training. put: does it."""
-    progress = as_progress(progress)
-    for each in heads:
+    progress, listed = as_progress(progress), list(heads)
+    if any(getattr(each, "dropped", None) is not None for each in listed):
+        raise ValueError(
+            "the model is folded, and drops as many channels as when it was; set the progress of "
+            "the model that it was folded of, and fold that."
+        )
+    for each in listed:
         spec: Any = each.spec  # type: ignore[attr-defined]
         put(each, inactive_channels(spec.in_channels, spec.gate_factor, progress))
 

@@ -1,0 +1,178 @@
+"""Dynamic group convolutions that multiply only what they keep: PyTorch's operations, and compiled.
+
+In both the kernel is `(O, C, *kernel_size)` with the output channels next to each other in memory,
+so that what belongs to one tap of a kept channel is copied in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as f
+
+from doconv_torch.matrix_products import is_tracing
+
+try:
+    from doconv_torch import _skipping
+except ImportError:  # installed without a compiler
+    _skipping = None  # type: ignore[assignment]
+
+_ORDER = (1, 2, 3, 0)  # the kernel's axes, as they lie in memory
+WIDTH = 16  # PyTorch's convolution is slow for numbers of channels that this does not divide
+
+
+def rearranged(weight: Tensor) -> Tensor:
+    """Return a kernel whose output channels are next to each other in memory."""
+    return weight.permute(_ORDER).contiguous().permute(3, 0, 1, 2)
+
+
+def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
+    """Return what the heads make of `z` `(B, C, H, W)`, of the channels that they keep.
+
+    heads: a `DynamicHeads2d`. inactive: its `n`. Differentiable, for any batch.
+    """
+    spec, batch = heads.spec, z.shape[0]
+    count, channels, taps = spec.heads, spec.in_channels, spec.conv.taps
+    as_products = taps == 1 and not any(heads.padding)
+    if is_fixed():  # a number of groups is not exported
+        as_products = True
+    kept = channels - inactive
+    width = max(kept, 1) if as_products else min(-(-max(kept, 1) // WIDTH) * WIDTH, channels)
+    ordered, index = heads.saliency(z).topk(min(max(width, kept + 1), channels))
+    gate = ordered[..., :width]
+    if inactive:
+        gate = gate * (gate > ordered[..., kept : kept + 1])
+    index = index[..., :width]  # (B, h, K)
+    device = z.device
+    places = index.unsqueeze(-1) * taps + torch.arange(taps, device=device)
+    rows = places * count + torch.arange(count, device=device)[:, None, None]
+    kernels = heads.weight.permute(_ORDER).reshape(channels * taps * count, -1)
+    kernels = kernels.index_select(0, rows.flatten()).view(batch * count, width, taps, -1)
+    kernels = kernels * gate.to(z.dtype).reshape(-1, width, 1, 1)
+    maps = index + torch.arange(batch, device=device)[:, None, None] * channels
+    x = z.flatten(0, 1).index_select(0, maps.flatten())  # (B·h·K, H, W)
+    if as_products:
+        y = _products(heads, x.unflatten(0, (-1, width)), kernels)
+    else:
+        kernels = kernels.permute(0, 3, 1, 2).reshape(-1, width, *heads.kernel_size)
+        geometry = heads.stride, heads.padding, heads.dilation, batch * count
+        y = f.conv2d(x[None], kernels, None, *geometry)[0]
+    by_head = y.view(batch, count, -1, *y.shape[-2:])
+    joined: Tensor = by_head.transpose(1, 2).reshape(batch, spec.out_channels, *y.shape[-2:])
+    return joined
+
+
+def _products(heads: Any, x: Tensor, kernels: Tensor) -> Tensor:
+    """Return `(B·h, O/h, H', W')` of maps `(B·h, K, H, W)`, by matrix products."""
+    size, stride, padding, dilation = (
+        heads.kernel_size, heads.stride, heads.padding, heads.dilation,
+    )  # fmt: skip
+    out = _output(x.shape, size, stride, padding, dilation)
+    if heads.spec.conv.taps == 1 and not any(padding):
+        columns = x[..., :: stride[0], :: stride[1]].flatten(2)
+    else:
+        columns = f.unfold(x, size, dilation, padding, stride)
+    products = torch.bmm(kernels.flatten(1, 2).transpose(1, 2), columns)
+    maps: Tensor = products.unflatten(-1, out)
+    return maps
+
+
+def is_fixed() -> bool:
+    """Return whether what is computed is recorded, for inputs of other values."""
+    return torch.compiler.is_compiling() or is_tracing()
+
+
+class _Known(NamedTuple):
+    """Arrays that have been looked at: which they are and where they lie."""
+
+    identities: list[int]
+    addresses: list[int]
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def compiled(norm: Any, heads: Any, x: Tensor) -> Tensor | None:
+    """Return a layer's output by compiled code, which has no gradient; None where it is not for it.
+
+    It is for float32 on the CPU, and not where operations are recorded.
+    """
+    if (
+        _skipping is None
+        or type(x) is not Tensor  # symbolic tracing gives proxies
+        or type(norm) is not nn.BatchNorm2d
+        or norm.training
+        or is_fixed()
+        # There is no public way to ask whether operations are counted, faked or traced.
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    of_norm, buffers, own = norm._parameters, norm._buffers, heads._parameters
+    given = [
+        of_norm["weight"], of_norm["bias"], buffers["running_mean"], buffers["running_var"],
+        *(own.get(name) for name in _ARRAYS),
+    ]  # fmt: skip
+    if not _is_plain(x) or not _are_plain(heads, given):
+        return None
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *given)):
+        return None
+    spec, shape = heads.spec, x.shape
+    sizes = heads.kernel_size, heads.stride, heads.padding, heads.dilation
+    if len(shape) != 4 or shape[1] != spec.in_channels or not shape[0]:
+        return None
+    out = _output(shape, *sizes)
+    if min(out) < 1:
+        return None  # PyTorch says what is wrong
+    x = x.contiguous()
+    y = x.new_empty((shape[0], spec.out_channels, *out))
+    of_heads = spec.out_channels // spec.heads, spec.heads, spec.squeezed, int(heads.inactive)
+    addresses = x.data_ptr(), *_known[heads].addresses, y.data_ptr()
+    _skipping.skip(addresses, norm.eps, shape, of_heads, *sizes, torch.get_num_threads())
+    return y
+
+
+_ARRAYS = "weight", "squeeze_weight", "saliency_weight", "saliency_bias"
+
+
+def _are_plain(heads: Any, given: list[Tensor | None]) -> bool:
+    """Return whether compiled code may take a layer's arrays, which are looked at once."""
+    identities = [*map(id, given)]
+    addresses = [0 if each is None else each.data_ptr() for each in given]
+    if _known.get(heads) == (identities, addresses):
+        return True
+    spec = heads.spec
+    channels, *of_heads = (spec.in_channels,), *(spec.shapes[name] for name in _ARRAYS[1:])
+    shapes = [*[channels] * 4, (*spec.kernel_shape[1:], spec.out_channels), *of_heads]
+    gamma, beta, *needed = given
+    if any(each is None for each in needed):
+        return False
+    needed[2] = given[4].permute(_ORDER)  # type: ignore[union-attr]
+    for each, shape in zip((gamma, beta, *needed), shapes, strict=True):
+        if each is not None and not (_is_plain(each) and _lies_there(each, shape)):
+            return False
+    _known[heads] = _Known(identities, addresses)
+    return True
+
+
+def _lies_there(array: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether an array of this shape lies in memory in a row."""
+    there = array.untyped_storage().nbytes() // 4 - array.storage_offset()
+    return array.shape == shape and array.is_contiguous() and there >= array.numel()
+
+
+def _is_plain(array: Tensor) -> bool:
+    """Return whether it is an array of float32 in the processor's memory."""
+    plain = array.dtype == torch.float32 and array.device.type == "cpu"
+    return plain and type(array) in (Tensor, nn.Parameter)
+
+
+def _output(shape: Sequence[int], *geometry: Sequence[int]) -> list[int]:
+    """Return the height and width of the output. geometry: size, stride, padding, dilation."""
+    numbers = zip(shape[2:], *geometry, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in numbers]
