@@ -62,19 +62,17 @@ class DynamicHeads2D(HybridBlock):
         super().__init__(prefix=prefix, params=params)
         self.spec, self._kwargs = spec, {**options, "layout": "NCHW"}
         self.lasso = as_lasso("lasso", lasso)
-        starts = {
+        starts: dict[str, Any] = {
             "squeeze_weight": init.Normal((2 / spec.in_channels) ** 0.5),
             "saliency_weight": init.Normal((2 / spec.squeezed) ** 0.5),
             "saliency_bias": init.One(),
         }
-        shapes = {**spec.shapes, "weight": spec.kernel_shape}
+        # Arrays have at least one axis here.
+        shapes = {**spec.shapes, "weight": spec.kernel_shape, "inactive": (1,)}
         with self.name_scope():
             for name, shape in shapes.items():
-                if name == "inactive":  # arrays have at least one axis here
-                    shape, more = (1,), {"grad_req": "null", "init": init.Zero()}
-                else:
-                    more = {"init": starts.get(name)}
-                setattr(self, name, self.params.get(name, shape=shape, **more))
+                setattr(self, name, self.params.get(name, shape=shape, init=starts.get(name)))
+            self.inactive.grad_req, self.inactive.init = "null", init.Zero()
 
     def hybrid_forward(
         self, F: Any, z: Any, weight: Any, squeeze_weight: Any, saliency_weight: Any,

@@ -167,5 +167,9 @@ def test_a_folded_model_predicts_is_saved_and_exported(tmp_path):
         folded.export(tmp_path / "net", verbose=False)
         served = tf.saved_model.load(tmp_path / "net")  # whose variables live as long as it does
         assert_close(as_array(served.serve(X[:3])), expected[:3])
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            inside = model()
+        inside.set_weights(net.get_weights())
+        assert_close(as_array(doconv_tf.fold(inside).model(X)), expected)
     with pytest.raises(ValueError, match="the model is folded, and drops as many channels as when"):
         doconv_tf.set_progress(folded, 0)
