@@ -225,7 +225,7 @@ class SkippingDGConv2D(DGConv2D):
     >>> layer = DGConv2D(64, 64, 3, padding=1)
     >>> layer.initialize()
     >>> set_progress(layer, 1)
-    >>> skips = doconv_mx.fold(layer).model
+    >>> skips = fold(layer).model
     >>> skips(mx.nd.ones((1, 64, 14, 14))).shape
     (1, 64, 14, 14)
     """
