@@ -62,19 +62,17 @@ class DynamicHeads2D(HybridBlock):
         super().__init__(prefix=prefix, params=params)
         self.spec, self._kwargs = spec, {**options, "layout": "NCHW"}
         self.lasso = as_lasso("lasso", lasso)
-        starts = {
+        starts: dict[str, Any] = {
             "squeeze_weight": init.Normal((2 / spec.in_channels) ** 0.5),
             "saliency_weight": init.Normal((2 / spec.squeezed) ** 0.5),
             "saliency_bias": init.One(),
         }
-        shapes = {**spec.shapes, "weight": spec.kernel_shape}
+        # Arrays have at least one axis here.
+        shapes = {**spec.shapes, "weight": spec.kernel_shape, "inactive": (1,)}
         with self.name_scope():
             for name, shape in shapes.items():
-                if name == "inactive":  # arrays have at least one axis here
-                    shape, more = (1,), {"grad_req": "null", "init": init.Zero()}
-                else:
-                    more = {"init": starts.get(name)}
-                setattr(self, name, self.params.get(name, shape=shape, **more))
+                setattr(self, name, self.params.get(name, shape=shape, init=starts.get(name)))
+            self.inactive.grad_req, self.inactive.init = "null", init.Zero()
 
     def hybrid_forward(
         self, F: Any, z: Any, weight: Any, squeeze_weight: Any, saliency_weight: Any,
@@ -227,7 +225,7 @@ class SkippingDGConv2D(DGConv2D):
     >>> layer = DGConv2D(64, 64, 3, padding=1)
     >>> layer.initialize()
     >>> set_progress(layer, 1)
-    >>> skips = doconv_mx.fold(layer).model
+    >>> skips = fold(layer).model
     >>> skips(mx.nd.ones((1, 64, 14, 14))).shape
     (1, 64, 14, 14)
     """
@@ -283,7 +281,8 @@ def set_progress(model: Block, progress: float) -> None:
 def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
     """Let the gradients of a model have those of all saliencies' lasso with this weight.
 
-    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out.
+    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out; PyTorch's is
+    `saliency_lasso`.
     Raises ValueError for a model without such layers and for a weight below 0, TypeError for no
     number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 

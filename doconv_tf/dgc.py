@@ -34,6 +34,7 @@ ARGUMENTS = (
     "filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate",
     "kernel_initializer", "kernel_regularizer", "kernel_constraint",
 )  # fmt: skip
+SELECTOR = ("squeeze_weight", "saliency_weight", "saliency_bias")
 OWN = ("heads", "squeeze_rate", "gate_factor", "lasso", "around")
 _OF_EVERY_LAYER = {"name", "trainable", "dtype"}
 
@@ -108,11 +109,11 @@ class DynamicHeads2D(keras.layers.Layer):
             (*self.kernel_size, channels, self.filters), self.kernel_initializer, name="kernel",
             regularizer=self.kernel_regularizer, constraint=self.kernel_constraint,
         )  # fmt: skip
-        starts = {
-            "squeeze_weight": _normal(channels), "saliency_weight": _normal(spec.squeezed),
-            "saliency_bias": "ones",
-        }  # fmt: skip
-        for name, start in starts.items():
+        squeeze, rate = (
+            keras.initializers.RandomNormal(0.0, (2 / features) ** 0.5)  # as the source draws
+            for features in (channels, spec.squeezed)
+        )
+        for name, start in zip(SELECTOR, (squeeze, rate, "ones"), strict=True):
             shape = spec.shapes[name]
             setattr(self, name, self.add_weight(shape, start, name=name, autocast=False))
         self.inactive = self.add_weight(
@@ -123,8 +124,7 @@ class DynamicHeads2D(keras.layers.Layer):
         """Return how each head rates the channels of each image `(B, H, W, C)`, `(B, h, C)`."""
         dtype = wide(self.squeeze_weight.dtype)
         squeeze, rate, bias = (
-            ops.cast(ops.convert_to_tensor(each), dtype)
-            for each in (self.squeeze_weight, self.saliency_weight, self.saliency_bias)
+            ops.cast(ops.convert_to_tensor(getattr(self, name)), dtype) for name in SELECTOR
         )
         pooled = ops.mean(ops.cast(z, dtype), (1, 2))
         # The operator, because ops.matmul turns float64 into float32 where Keras runs on PyTorch.
@@ -346,7 +346,7 @@ class DGConvs(DynamicLayers):
     def skip(self, site: Site) -> None:
         """Make a layer one that skips."""
         site.layer.__class__ = SkippingDGConv2D
-        site.layer.heads.dropped = int(site.layer.heads.inactive)
+        site.layer.heads.dropped = int(ops.convert_to_numpy(site.layer.heads.inactive))
 
 
 DG_CONVS = DGConvs()
@@ -379,8 +379,8 @@ def set_progress(model: keras.Layer, progress: float) -> None:
 def add_saliency_lasso(model: keras.Layer, weight: float = LASSO) -> None:
     """Let `model.losses`, and so `fit`, have the lasso of all saliencies with this weight.
 
-    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out. A model that
-    holds this one and was fitted before has to be compiled again.
+    As `lasso=` of each `DGConv2D`, where it is 1e-5 from the start; 0 takes it out; PyTorch's is
+    `saliency_lasso`. A model that holds this one and was fitted before has to be compiled again.
     Raises ValueError for a model without such layers and for a weight below 0, TypeError for no
     number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 
@@ -427,8 +427,3 @@ def _heads(model: keras.Layer) -> Sequence[Any]:
         raise no_model("keras.Layer", model)
     layers = [each for _, each in first_occurrences(model) if isinstance(each, DynamicHeads2D)]
     return dynamic.found(layers, DG_CONVS)
-
-
-def _normal(features: int) -> Any:
-    """Return the initializer of a selector's weights, as the source draws them."""
-    return keras.initializers.RandomNormal(stddev=(2 / features) ** 0.5)

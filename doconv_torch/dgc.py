@@ -185,7 +185,7 @@ class SkippingDGConv2d(DGConv2d):
     >>> layer = DGConv2d(64, 64, 3, padding=1).eval()
     >>> set_progress(layer, 1)
     >>> x = torch.randn(1, 64, 14, 14)
-    >>> skips = doconv_torch.fold(layer).model
+    >>> skips = fold(layer).model
     >>> torch.testing.assert_close(skips(x), layer(x), rtol=1e-4, atol=1e-5)
     """
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from contract_bsconv import FORMS, check_refused, in_form
 from equal import assert_close
-from frameworks import need
+from frameworks import fresh, need
 
 need("tf")
 
@@ -257,26 +254,26 @@ def test_fit_includes_the_loss_with_mixed_precision():
 
 # Devices must be told before TensorFlow starts, so that it takes a process of its own.
 TWO_DEVICES = """
-import contextlib, keras, numpy as np, tensorflow as tf
-from doconv_tf import BSConvS2D, add_orthonormality
+import contextlib, keras, numpy as np, sys, tensorflow as tf
+from doconv_tf import BSConvS2D, DGConv2D, ProgressCallback
 
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
-rng = np.random.default_rng(0)
-x, y = (rng.standard_normal(shape).astype("float32") for shape in ((4, 7, 8, 8), (4, 5, 6, 4)))
-results = []
+rng, results = np.random.default_rng(0), []
+# Equal halves, whose batch norms have what the whole's have.
+x = np.tile(rng.standard_normal((2, 7, 8, 8)), (2, 1, 1, 1)).astype("float32")
 for scope in (contextlib.nullcontext(), strategy.scope()):
     with scope:
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input(x.shape[1:]), BSConvS2D(8, 3, padding="same")])
-        model.add(BSConvS2D(4, 3))
+        layers, callbacks = eval(sys.argv[1])
+        model = keras.Sequential([keras.Input(x.shape[1:]), *layers])
         before = model.get_weights()
-        add_orthonormality(model, 0.5)
         model.compile(keras.optimizers.SGD(0.1), "mse")
-        loss = model.fit(x, y, batch_size=4, verbose=0).history["loss"]
-    results.append([loss, *(b - a for a, b in zip(before, model.get_weights()))])
+    y = np.zeros((4, *model.output_shape[1:]))
+    fit = model.fit(x, y, 4, 2, 0, callbacks, shuffle=False)
+    results.append([fit.history["loss"], *(b - a for a, b in zip(before, model.get_weights()))])
 assert all(np.abs(step).max() > 1e-4 for step in results[0])
 for found, expected in zip(*results):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -285,11 +282,12 @@ for found, expected in zip(*results):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
-def test_fit_on_two_devices_trains_as_on_one():
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("given", [
+    "[BSConvS2D(n, 3, orthonormality=0.5) for n in (8, 4)], []",
+    "[DGConv2D(8, 3, lasso=0.5)], [ProgressCallback()]",
+])  # fmt: skip
+def test_fit_on_two_devices_trains_as_on_one(given):
+    fresh("-c", TWO_DEVICES, given)
 
 
 def test_marked_convolutions_keep_their_regularizer_and_are_stored(tmp_path):

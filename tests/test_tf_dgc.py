@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from contract import check_refused
 from equal import as_array, assert_close, assert_same
-from frameworks import fresh, need
+from frameworks import need
 
 from doconv_core.networks.nodes import GlobalPool, Network, dynamic, sequence
 from doconv_core.networks.shapes import infer
@@ -98,37 +98,6 @@ def test_policies(policy):
     assert {variable.dtype for variable in net.weights} == {kept, "int32"}
 
 
-# Devices must be told before TensorFlow starts, so that it takes a process of its own. Each has the
-# same half of the batch, so that the batch norms see what one device sees.
-TWO_DEVICES = """
-import contextlib, keras, numpy as np, tensorflow as tf
-from doconv_tf import DGConv2D, ProgressCallback
-
-(cpu,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-rng, results = np.random.default_rng(0), []
-x, y = (np.tile(rng.standard_normal((2, 6, 6, c)), (2, 1, 1, 1)).astype("f4") for c in (16, 8))
-for scope in (contextlib.nullcontext(), strategy.scope()):
-    with scope:
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input(x.shape[1:]), DGConv2D(8, 1, lasso=0.5)])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-    told = [ProgressCallback()]
-    model.fit(x, y, batch_size=4, epochs=4, shuffle=False, verbose=0, callbacks=told)
-    results.append(model.get_weights())
-for found, expected in zip(*results):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-assert results[0][-1] == 12, results[0][-1]
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
-def test_fit_on_two_devices_trains_as_on_one():
-    fresh("-c", TWO_DEVICES)
-
-
 def test_a_step_may_build_the_layer():
     net = keras.Sequential([doconv_tf.DGConv2D(16, 1), keras.layers.GlobalAveragePooling2D()])
     net.compile("sgd", "mse")
@@ -198,5 +167,9 @@ def test_a_folded_model_predicts_is_saved_and_exported(tmp_path):
         folded.export(tmp_path / "net", verbose=False)
         served = tf.saved_model.load(tmp_path / "net")  # whose variables live as long as it does
         assert_close(as_array(served.serve(X[:3])), expected[:3])
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            inside = model()
+        inside.set_weights(net.get_weights())
+        assert_close(as_array(doconv_tf.fold(inside).model(X)), expected)
     with pytest.raises(ValueError, match="the model is folded, and drops as many channels as when"):
         doconv_tf.set_progress(folded, 0)

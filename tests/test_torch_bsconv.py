@@ -23,9 +23,11 @@ from doconv_core.kinds.bsconv import SHARES, WEIGHT_BOUND  # noqa: E402
 from doconv_torch import (  # noqa: E402
     BSConvS2d,
     BSConvU2d,
+    DGConv2d,
     fold,
     mark_orthonormal,
     orthonormality_loss,
+    saliency_lasso,
     to_bsconv,
     verify,
 )
@@ -112,35 +114,35 @@ def test_the_loss_sees_through_wrappers(wrap):
 
 # One of two processes, which trains on its half of the batch.
 PROCESS = """
-import sys, torch
+import sys, torch, doconv_torch
 from torch import distributed, nn
-from doconv_torch import BSConvS2d, orthonormality_loss
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, folder, loss = int(sys.argv[1]), sys.argv[2], getattr(doconv_torch, sys.argv[3])
 store = distributed.FileStore(f"{folder}/store", 2)
 distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-model = nn.Sequential(BSConvS2d(8, 8, 3, padding=1), nn.ReLU(), BSConvS2d(8, 4, 3))
-x, values = torch.load(f"{folder}/given.pt")
-model.load_state_dict(values)
+model, x = torch.load(f"{folder}/given.pt", weights_only=False)
 wrapped = nn.parallel.DistributedDataParallel(model)
-loss = wrapped(x[rank : rank + 1]).square().mean() + orthonormality_loss(wrapped)
-loss.backward()
+(wrapped(x.chunk(2)[rank]).square().mean() + loss(wrapped, 0.1)).backward()
 torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """
 
 
 @pytest.mark.exhaustive
-def test_two_processes_have_the_gradient_of_one(tmp_path):
+@pytest.mark.parametrize("loss", [orthonormality_loss, saliency_lasso])
+def test_two_processes_have_the_gradient_of_one(loss, tmp_path):
     model, inputs = two(), x()
-    torch.save((inputs, model.state_dict()), tmp_path / "given.pt")
+    if loss is saliency_lasso:  # of equal halves, whose batch norms have what the whole's have
+        model, inputs = DGConv2d(8, 12, 3), torch.cat([inputs, inputs])
+    torch.save((model, inputs), tmp_path / "given.pt")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    called = [sys.executable, "-c", PROCESS]
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], env=environment)
+        subprocess.Popen([*called, str(rank), tmp_path, loss.__name__], env=environment)
         for rank in range(2)
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    (model(inputs).square().mean() + orthonormality_loss(model)).backward()
+    (model(inputs).square().mean() + loss(model, 0.1)).backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for gradient, parameter in zip(found, model.parameters(), strict=True):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 
-import pytest
 from frameworks import need
 
 need("torch")
@@ -89,39 +85,3 @@ def test_gradients_for_each_image_at_once():
     for n, image in enumerate(x()):
         each = torch.autograd.grad(loss(values, image), [*values.values()])
         SAME([gradient[n] for gradient in found.values()], [*each])
-
-
-# One of two processes, which trains on its part of the batch. Both parts are the same, so that the
-# batch norms see what they see in one process.
-PROCESS = """
-import sys, torch
-from torch import distributed, nn
-from doconv_torch import DGConv2d, saliency_lasso, set_progress
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-store = distributed.FileStore(f"{folder}/store", 2)
-distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-model = nn.Sequential(DGConv2d(16, 64, 3, stride=2, padding=1), DGConv2d(64, 8, 1, heads=2))
-x, values = torch.load(f"{folder}/given.pt")
-model.load_state_dict(values)
-wrapped = nn.parallel.DistributedDataParallel(model)
-loss = wrapped(x).square().mean() + saliency_lasso(wrapped, 0.1)
-loss.backward()
-torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.exhaustive
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    net, inputs = two(), x(2)
-    torch.save((inputs, net.state_dict()), tmp_path / "given.pt")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
-    (net(torch.cat([inputs, inputs])).square().mean() + saliency_lasso(net, 0.1)).backward()
-    for rank in range(2):
-        SAME(torch.load(tmp_path / f"{rank}.pt"), [p.grad for p in net.parameters()])

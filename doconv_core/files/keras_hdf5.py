@@ -20,6 +20,7 @@ AVERAGES = (
 )
 KEPT = "of a {}, {}; fold the model in Python to be rid of it"
 WHY = {"DGConv2D": "which chooses its channels for each image"}
+FOLDED = ("SkippingDGConv2D",)  # what a fold in Python makes
 ORDINARY = "whose parts are ordinary layers already"
 ADVICE = "fold the model in Python and save that, or save it as .keras if it is not subclassed"
 
@@ -39,7 +40,7 @@ class KerasHdf5Checkpoint(Checkpoint):
         self.unfolded = tuple(
             (str(node["config"].get("name") or path), KEPT.format(name, WHY.get(name, ORDINARY)))
             for path, node in (self.nodes or {}).items()
-            if is_kept(node) and (name := node["class_name"])
+            if is_kept(node) and (name := node["class_name"]) not in FOLDED
         )
         for key in (optimizer, "config", "use_ema"):
             training = training.get(key) if isinstance(training, dict) else None

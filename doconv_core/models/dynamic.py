@@ -74,15 +74,15 @@ class DynamicLayers(LayerKind):
         """Put the layer that skips in a layer's place."""
 
 
-def set_progress(heads: Iterable[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
+def set_progress(heads: Sequence[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
     """Let every layer drop as many channels as at this point of the training. put: does it."""
-    progress, listed = as_progress(progress), list(heads)
-    if any(getattr(each, "dropped", None) is not None for each in listed):
+    progress = as_progress(progress)
+    if any(getattr(each, "dropped", None) is not None for each in heads):
         raise ValueError(
             "the model is folded, and drops as many channels as when it was; set the progress of "
             "the model that it was folded of, and fold that."
         )
-    for each in listed:
+    for each in heads:
         spec: Any = each.spec  # type: ignore[attr-defined]
         put(each, inactive_channels(spec.in_channels, spec.gate_factor, progress))
 
