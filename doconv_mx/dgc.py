@@ -86,10 +86,10 @@ class DynamicHeads2D(HybridBlock):
         options = self._kwargs
         saliency = self.saliency(F, z, squeeze_weight, saliency_weight, saliency_bias)
         gate = F.broadcast_mul(saliency, 1 - self._dropped(F, F.BlockGrad(saliency), inactive))
+        if self.lasso:  # before it skips, as a hybridized block trains by the graph it has
+            gate = F.broadcast_add(gate, self._lasso(F, saliency))
         if self.skips():
             return self._skip(F, z, weight, gate)
-        if self.lasso:
-            gate = F.broadcast_add(gate, self._lasso(F, saliency))
         if spec.conv.taps == 1 and not any(options["pad"]):
             return self._by_image(F, z, weight, gate)
         gated = F.broadcast_mul(F.expand_dims(z, axis=1), F.reshape(gate, shape=(0, 0, 0, 1, 1)))
@@ -134,13 +134,14 @@ class DynamicHeads2D(HybridBlock):
         options: dict[str, Any] = self._kwargs
         heads, channels, each = spec.heads, spec.in_channels, spec.out_channels // spec.heads
         kept = max(1, channels - cast(int, self.dropped))
-        gate, index = F.topk(gate, axis=2, k=kept, ret_typ="both")  # (B, h, K)
-        outputs = F.contrib.arange_like(weight, axis=0) * channels
+        gate, index = F.topk(gate, axis=2, k=kept, ret_typ="both", dtype="int32")  # (B, h, K)
+        by_output = F.slice_axis(F.reshape(weight, shape=(0, -1)), axis=1, begin=0, end=1)
+        outputs = F.contrib.arange_like(F.cast(by_output, "int32"), axis=0) * channels
         outputs = F.reshape(outputs, shape=(1, heads, each, 1))
         rows = F.broadcast_add(outputs, F.expand_dims(index, axis=2))  # (B, h, O/h, K)
         kernels = F.take(F.reshape(weight, shape=(-3, -1)), rows)  # (B, h, O/h, K, M)
         kernels = F.broadcast_mul(kernels, F.reshape(gate, shape=(0, 0, 1, kept, 1)))
-        images = F.reshape(F.contrib.arange_like(gate, axis=0), shape=(-1, 1, 1)) * channels
+        images = F.reshape(F.contrib.arange_like(index, axis=0), shape=(-1, 1, 1)) * channels
         maps = F.take(F.reshape(z, shape=(-3, 0, 0)), F.broadcast_add(index, images))
         maps = F.reshape(maps, shape=(-3, 0, 0, 0))  # (B·h, K, H, W)
         reach = [1 + d * (k - 1) for k, d in zip(options["kernel"], options["dilate"], strict=True)]
@@ -149,9 +150,13 @@ class DynamicHeads2D(HybridBlock):
         )
         y = F.batch_dot(F.reshape(kernels, shape=(-3, 0, -3)), columns)  # (B·h, O/h, H'·W')
         y = F.reshape(F.reshape(y, shape=(-4, -1, heads, 0, 0)).swapaxes(1, 2), shape=(0, -3, 0))
+        down, right = options["pad"]  # which pooling has no more of than its kernel is large
         like = F.Pooling(
-            F.slice_axis(z, axis=1, begin=0, end=1), kernel=reach, stride=options["stride"],
-            pad=options["pad"],
+            F.pad(
+                F.slice_axis(z, axis=1, begin=0, end=1), mode="constant",
+                pad_width=(0, 0, 0, 0, down, down, right, right),
+            ),
+            kernel=reach, stride=options["stride"],
         )  # fmt: skip
         return F.reshape_like(y, like, lhs_begin=2, lhs_end=3, rhs_begin=2, rhs_end=4)
 

@@ -27,6 +27,8 @@
 #define CHUNK 768    /* places that are summed before the next channels, a multiple of PLACES */
 #define AHEAD 8      /* channels whose kernels begin to be read before they are gathered */
 #define LINE 16      /* numbers that come into the cache at once */
+#define STRETCH 512  /* numbers of a row, at most, that are summed in single precision */
+#define TOGETHER 16  /* and rows */
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -68,15 +70,16 @@ INLINE float total(lanes v) {
 
 /* z of one channel, laid out in maps; its mean. */
 INLINE void prepare(const problem *p, const shared *s, const own *k, const float *x, long c) {
-    const float factor =
-        (float)((p->gamma ? p->gamma[c] : 1) / sqrt((double)p->variance[c] + p->epsilon));
-    const float shift = (p->beta ? p->beta[c] : 0) - p->mean[c] * factor;
+    const double deviation = p->variance ? sqrt((double)p->variance[c] + p->epsilon) : 1;
+    const float factor = (float)((p->gamma ? p->gamma[c] : 1) / deviation);
+    const float shift = (p->beta ? p->beta[c] : 0) - (p->mean ? p->mean[c] * factor : 0);
     const long sy = p->stride[0], sx = p->stride[1], ahead = p->padding[1];
     float *const plane = s->planes + c * p->plane;
     const int whole = sx == 1 && sy == 1 && !p->padding[0] && !ahead;
     const long width = whole ? p->height * p->width : p->width, height = whole ? 1 : p->height;
     lanes sums = {0};
     float rest = 0;
+    double before = 0;
     if (p->padding[0] || ahead) memset(plane, 0, sizeof(float) * p->plane);
     x += c * p->height * p->width;
     for (long y = 0; y < height; y++, x += width) {
@@ -89,6 +92,10 @@ INLINE void prepare(const problem *p, const shared *s, const own *k, const float
             z = (lanes)((truths)z & ~(z < 0));
             sums += z;
             STORE(row + n) = z;
+            if (n % STRETCH == STRETCH - LANES) {
+                before += total(sums);
+                sums = (lanes){0};
+            }
         }
         for (; n < width; n++) {
             const float z = x[n] * factor + shift;
@@ -99,8 +106,12 @@ INLINE void prepare(const problem *p, const shared *s, const own *k, const float
             for (long q = 0; q < width; q++)
                 if ((q + ahead) / sx < p->columns)
                     base[(q + ahead) % sx * p->map + (q + ahead) / sx] = row[q];
+        if (y % TOGETHER == TOGETHER - 1) {
+            before += total(sums) + rest;
+            sums = (lanes){0}, rest = 0;
+        }
     }
-    s->pooled[c] = (total(sums) + rest) / (float)(p->height * p->width);
+    s->pooled[c] = (float)(before + (total(sums) + rest)) / (float)(p->height * p->width);
 }
 
 INLINE float product(const float *a, const float *b, long count) {
@@ -146,7 +157,7 @@ INLINE void choose(const problem *p, const shared *s, long head) {
     memcpy(sorted, saliency, sizeof(float) * p->channels);
     if (p->inactive) least = smallest(sorted, p->channels, p->inactive);
     for (int c = 0; c < p->channels; c++)
-        if (saliency[c] > least) kept[count++] = c;
+        if (!(saliency[c] <= least)) kept[count++] = c; /* what is no number becomes the output */
     s->count[head] = count;
 }
 
@@ -531,8 +542,8 @@ static PyMethodDef methods[] = {
     {"skip", skip, METH_VARARGS,
      "skip((x, gamma, beta, mean, variance, weight, squeeze, rate, bias, y), epsilon, (batch, "
      "channels, height, width), (outputs of a head, heads, squeezed, inactive), kernel, stride, "
-     "padding, dilation, threads)\n\nCompute y, from addresses of float32 arrays; gamma and beta "
-     "may be 0."},
+     "padding, dilation, threads)\n\nCompute y, from addresses of float32 arrays; those "
+     "of the norm may be 0."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -195,12 +195,14 @@ class SkippingDGConv2d(DGConv2d):
         """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
         if self.training:
             return super().forward(x)
-        found = skipping.compiled(self.norm, self.heads, x)
+        found = skipping.compiled(self.norm, self.relu, self.heads, x)
         if found is not None:
             return found
         heads: Any = self.heads
         z = self.relu(self.norm(x))
         fixed = skipping.is_fixed()
+        if not fixed and not skipping.is_for(heads, z):
+            return cast(Tensor, heads(z))
         dropped = self.dropped if fixed else int(heads.inactive)
         positions = prod(z.shape[2:]) // prod(heads.stride)
         if fixed or skipping_pays(heads.spec, dropped, z.shape[0], positions):

@@ -7,11 +7,13 @@ so that what belongs to one tap of a kept channel is copied in one piece.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as f
 
 from doconv_torch.matrix_products import is_tracing
@@ -87,37 +89,51 @@ def is_fixed() -> bool:
 
 
 class _Known(NamedTuple):
-    """Arrays that have been looked at: which they are and where they lie."""
+    """Arrays that have been looked at, kept so that no other is taken for one; where they lie."""
 
-    identities: list[int]
+    arrays: list[Tensor | None]
     addresses: list[int]
+    strides: tuple[int, ...]  # of the kernel
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def compiled(norm: Any, heads: Any, x: Tensor) -> Tensor | None:
+def is_for(heads: Any, z: Tensor) -> bool:
+    """Return whether `skipping` may do what the heads would: not for a batch without numbers."""
+    mapped = torch._C._are_functorch_transforms_active()
+    there = type(z) is Tensor and not z.is_meta and not mapped and len(z) > 0
+    return there and not _are_watched(heads)
+
+
+def _are_watched(*parts: Any) -> bool:
+    """Return whether hooks are to be called with what goes through a part."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def compiled(norm: Any, relu: Any, heads: Any, x: Tensor) -> Tensor | None:
     """Return a layer's output by compiled code, which has no gradient; None where it is not for it.
 
-    It is for float32 on the CPU, and not where operations are recorded.
+    It is for float32 on the CPU, and not where operations are recorded, or hooks see the parts.
     """
     if (
         _skipping is None
         or type(x) is not Tensor  # symbolic tracing gives proxies
-        or type(norm) is not nn.BatchNorm2d
+        or type(norm) not in (nn.BatchNorm2d, nn.Identity)  # which a fused one becomes
+        or type(relu) is not nn.ReLU
         or norm.training
         or is_fixed()
         # There is no public way to ask whether operations are counted, faked or traced.
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or _are_watched(norm, relu, heads)
+        or getattr(norm, "running_var", norm) is None  # that of the batch
     ):
         return None
-    of_norm, buffers, own = norm._parameters, norm._buffers, heads._parameters
-    given = [
-        of_norm["weight"], of_norm["bias"], buffers["running_mean"], buffers["running_var"],
-        *(own.get(name) for name in _ARRAYS),
-    ]  # fmt: skip
+    given, own = _of_norm(norm), heads._parameters
+    given += [own.get(name) for name in _ARRAYS]
     if not _is_plain(x) or not _are_plain(heads, given):
         return None
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *given)):
@@ -133,8 +149,18 @@ def compiled(norm: Any, heads: Any, x: Tensor) -> Tensor | None:
     y = x.new_empty((shape[0], spec.out_channels, *out))
     of_heads = spec.out_channels // spec.heads, spec.heads, spec.squeezed, int(heads.inactive)
     addresses = x.data_ptr(), *_known[heads].addresses, y.data_ptr()
-    _skipping.skip(addresses, norm.eps, shape, of_heads, *sizes, torch.get_num_threads())
+    _skipping.skip(
+        addresses, getattr(norm, "eps", 0.0), shape, of_heads, *sizes, torch.get_num_threads()
+    )
     return y
+
+
+def _of_norm(norm: Any) -> list[Tensor | None]:
+    """Return a batch norm's arrays; four times None where another layer has done its work."""
+    if type(norm) is nn.Identity:
+        return [None] * 4
+    of_norm, buffers = norm._parameters, norm._buffers
+    return [of_norm["weight"], of_norm["bias"], buffers["running_mean"], buffers["running_var"]]
 
 
 _ARRAYS = "weight", "squeeze_weight", "saliency_weight", "saliency_bias"
@@ -142,21 +168,27 @@ _ARRAYS = "weight", "squeeze_weight", "saliency_weight", "saliency_bias"
 
 def _are_plain(heads: Any, given: list[Tensor | None]) -> bool:
     """Return whether compiled code may take a layer's arrays, which are looked at once."""
-    identities = [*map(id, given)]
     addresses = [0 if each is None else each.data_ptr() for each in given]
-    if _known.get(heads) == (identities, addresses):
+    known, kernel = _known.get(heads), given[4]
+    if (
+        known is not None
+        and all(map(is_, known.arrays, given))
+        and known.addresses == addresses
+        # Of the same memory, given back and taken again in another type or order.
+        and {torch.float32}.issuperset(each.dtype for each in given if each is not None)
+        and known.strides == kernel.stride()  # type: ignore[union-attr]
+    ):
         return True
     spec = heads.spec
     channels, *of_heads = (spec.in_channels,), *(spec.shapes[name] for name in _ARRAYS[1:])
     shapes = [*[channels] * 4, (*spec.kernel_shape[1:], spec.out_channels), *of_heads]
-    gamma, beta, *needed = given
-    if any(each is None for each in needed):
+    if any(each is None for each in given[4:]):
         return False
-    needed[2] = given[4].permute(_ORDER)  # type: ignore[union-attr]
-    for each, shape in zip((gamma, beta, *needed), shapes, strict=True):
+    arrays = [*given[:4], kernel.permute(_ORDER), *given[5:]]  # type: ignore[union-attr]
+    for each, shape in zip(arrays, shapes, strict=True):
         if each is not None and not (_is_plain(each) and _lies_there(each, shape)):
             return False
-    _known[heads] = _Known(identities, addresses)
+    _known[heads] = _Known(given, addresses, kernel.stride())  # type: ignore[union-attr]
     return True
 
 

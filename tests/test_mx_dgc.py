@@ -13,7 +13,7 @@ from frameworks import need
 need("mx")
 
 # Before MXNet, which it makes importable.
-from doconv_mx import DGConv2D, add_saliency_lasso, set_progress  # noqa: E402, I001
+from doconv_mx import DGConv2D, add_saliency_lasso, fold, set_progress  # noqa: E402, I001
 import mxnet as mx  # noqa: E402
 from adapters.mx import array  # noqa: E402
 from mxnet import autograd  # noqa: E402
@@ -21,6 +21,7 @@ from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
 CPUS = [mx.cpu(0), mx.cpu(1)]
 X = array(np.random.default_rng(0).standard_normal((4, 16, 6, 6)).astype("f4"))
+BIAS = np.random.default_rng(2).permutation(64).reshape(4, 16).astype("f4")
 
 
 def two(contexts=CPUS[:1], **options):
@@ -62,6 +63,10 @@ def test_half_precision_graphs_infer_shapes_and_types():
     assert symbol.infer_type()[1] == [np.float16]
     assert symbol.infer_shape(data=(2, 16, 6, 6))[1] == [(2, 8, 3, 3)]
     assert net[0].heads.inactive.data().asscalar() == 8
+    set_progress(net, 1)
+    folded = fold(net).model
+    assert folded[0].heads.skips()
+    assert folded(mx.sym.var("data", dtype="float16")).infer_type()[1] == [np.float16]
 
 
 @pytest.mark.parametrize("hybridized", [False, True])
@@ -81,6 +86,27 @@ def test_two_contexts_train_as_one(hybridized):
         set_progress(net, 1)
         found.append([p.list_data()[-1].asnumpy() for p in net.collect_params().values()])
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("hybridized", [False, True])
+@pytest.mark.parametrize("sizes", [((3, 1), 1, (1, 1), 1), (3, 2, 5, (1, 2))], ids=str)
+def test_folded_with_wide_padding_and_trained_after_an_evaluation(sizes, hybridized):
+    made, found = DGConv2D(16, 8, *sizes, lasso=0.5), []
+    made.initialize()
+    made.heads.saliency_bias.set_data(array(BIAS))
+    set_progress(made, 1)
+    folded = fold(made).model
+    assert folded.heads.skips()
+    for layer in (made, folded):
+        layer.hybridize(hybridized)
+        output = layer(X).asnumpy()
+        with autograd.record():
+            loss = (layer(X) * 0).sum((1, 2, 3))
+        loss.backward()  # of the lasso alone
+        found.append((output, layer.heads.saliency_bias.grad().asnumpy()))
+    assert found[0][1].any()
+    for one, other in zip(*found, strict=True):
+        assert_close(other, one)
 
 
 def test_a_layer_without_values_is_refused():

@@ -11,6 +11,8 @@ import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from equal import assert_close  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 from doconv_torch import (  # noqa: E402
     DGConv2d,
@@ -117,6 +119,52 @@ def test_a_parameter_that_changes_is_seen(form):
             change(each)
         with torch.inference_mode():
             assert_close(folded(x).numpy(), layer(x).numpy())
+
+
+@pytest.mark.parametrize("case", ["nan", "large", "order", "relu", "hooks", "fused", "empty"])
+def test_odd_inputs_and_changed_layers_give_what_the_layer_does(form, case):
+    layer, x = made(LAYERS[0][0], (6, 6), 2)
+    x = torch.full((1, 16, 600, 600), 0.37) if case == "large" else x[:0] if case == "empty" else x
+    x.view(-1)[:1] = float("nan") if case == "nan" else 1
+    model, seen = nn.Sequential(nn.Conv2d(16, 16, 1), layer).eval(), []
+    folded = fold(model, fuse_batchnorm=case == "fused").model
+    assert type(folded[1].norm) is (nn.Identity if case == "fused" else nn.BatchNorm2d)
+    with torch.inference_mode():
+        folded(x)
+        del form[:]
+        if case == "order":  # the same memory, which a view of another order has now
+            weight = folded[1].heads.weight
+            weight.data = weight.data.as_strided(weight.shape, (16, 1, 1, 1))
+            layer.heads.weight.data = weight.data
+        if case == "relu":
+            folded[1].relu = layer.relu = nn.Identity()
+        if case == "hooks":
+            folded[1].heads.register_forward_hook(lambda *_: seen.append(1))
+        found, expected = folded(x), model.double()(x.double())
+    assert torch.equal(found.isnan(), expected.isnan())
+    if len(x):
+        assert_close(found.nan_to_num().numpy(), expected.nan_to_num().numpy())
+    assert len(seen) == (case == "hooks")
+    is_compiled = skipping._skipping is not None and case in ("nan", "large", "fused")
+    assert len(form) == is_compiled
+
+
+def test_what_has_no_numbers_and_what_is_differentiated_forwards(form):
+    layer, x = made(LAYERS[0][0], (6, 6))
+    folded = fold(layer).model.requires_grad_(False)
+    stacked = torch.func.stack_module_state([folded, folded])
+    ensemble = torch.func.vmap(lambda of: torch.func.functional_call(folded, of, (x,)))
+    assert_close(ensemble(stacked)[1].numpy(), layer(x).detach().numpy())
+    tangents = []
+    for each in (layer, folded):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(forward_ad.unpack_dual(each(dual)).tangent.detach().numpy())
+    assert_close(*tangents)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert folded(mode.from_tensor(x)).shape == (1, 8, 6, 6)
+    assert folded.to("meta")(x.to("meta")).shape == (1, 8, 6, 6)
+    assert not form
 
 
 # PyTorch's own exporter still asks in a way that PyTorch has deprecated.
