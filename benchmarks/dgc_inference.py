@@ -254,8 +254,10 @@ class Gluon:
         model.apply(see)
         for norm in norms:
             norm._kwargs["momentum"] = 0.0
-        with self.mx.autograd.train_mode():
-            model(self.mx.nd.random.normal(shape=(4, *x.shape[1:]))).wait_to_read()
+        with self.mx.autograd.record():
+            y = model(self.mx.nd.random.normal(shape=(4, *x.shape[1:])))
+        y.backward()  # which is where MXNet's norms take up their means
+        self.mx.nd.waitall()
         return model
 
     folded = Torch.folded
