@@ -148,7 +148,7 @@ def measured(driver: Any, case: Case, options: argparse.Namespace) -> Row:
     ways = driver.ways({"dense": ordinary, "masked": model, "folded": driver.folded(model)}, x)
     found, expected = (np.asarray(ways[name](), float) for name in ("folded", "masked"))
     relative = difference(found, expected).relative
-    if not relative < 1e-3:  # where two saliencies are as good as equal, another channel may be kept
+    if not relative < 1e-3:  # where two saliencies are as good as equal, another may be kept
         raise SystemExit(f"{case.name}: what it folds to differs by {relative}.")
     return measure(driver.name, case.what, case.name, ways, options.patience)
 
