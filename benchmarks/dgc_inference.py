@@ -1,6 +1,6 @@
 """Measure what dynamic group convolutions gain by skipping what they drop, on the CPU.
 
-Run: python benchmarks/dgc_inference.py [--only BACKEND] [--quick] [--docs]
+Run: python benchmarks/dgc_inference.py [--only BACKEND] [--quick] [--pure] [--docs]
 
 One process for each framework, in which come by turns: the dense counterpart, which is the same
 layer or network with every channel kept and no selector, the layer as it is trained, in evaluation,
@@ -71,8 +71,8 @@ def main() -> None:
     if options.worker:
         _work(options)
         return
-    if options.docs and (options.quick or options.only):
-        raise SystemExit("--docs is for a whole run, without --quick and --only.")
+    if options.docs and (options.quick or options.only or options.pure):
+        raise SystemExit("--docs is for a whole run, without --quick, --only and --pure.")
     found: dict[str, Any] = {}
     for backend in options.only or BACKENDS:
         command = [sys.executable, __file__, "--worker", backend, *sys.argv[1:]]
@@ -87,13 +87,17 @@ def main() -> None:
     write_json(out, {"machine": described, "rows": rows})
     print(f"Written: {out}")
     if options.docs:
-        put(PAGE, f"{described}; batches of {options.batch}.\n\n{text}")
+        told = f"batches of {options.batch}, {options.patience:g} seconds for each row"
+        put(PAGE, f"{described}; {told}.\n\n{text}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", choices=BACKENDS, help="this framework alone")
     parser.add_argument("--quick", action="store_true", help="two layers and two networks")
+    parser.add_argument(
+        "--pure", action="store_true", help="PyTorch without the compiled code; no table of docs"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=5, help="seconds for each row")
@@ -105,10 +109,12 @@ def _options() -> argparse.Namespace:
 
 def _work(options: argparse.Namespace) -> None:
     driver = DRIVERS[options.worker](options.threads)
+    if options.pure:
+        import_module("doconv_torch.skipping")._skipping = None
     print(json.dumps(driver.version), flush=True)
     for case in cases(options.quick):
         emit(measured(driver, case, options))
-    if options.worker == "torch":
+    if options.worker == "torch" and not options.pure:  # in training nothing is compiled
         for row in training(options.patience):
             emit(row)
 
@@ -143,8 +149,11 @@ def measured(driver: Any, case: Case, options: argparse.Namespace) -> Row:
     """Measure a case, and see that what it folds to computes the same."""
     channels = case.network.input_shape[0]
     x = np.random.default_rng(0).standard_normal((options.batch, channels, case.size, case.size))
-    ordinary = driver.built(replace(case.network, body=dense(case.network.body)), x)
-    model = driver.built(case.network, x, progress=1)
+    ordinary = driver.built(replace(case.network, body=dense(case.network.body)))
+    model = driver.built(case.network)
+    driver.package.set_progress(model, 1)
+    for each in (ordinary, model):  # which depends on what is dropped
+        driver.norm(each, several(x))
     ways = driver.ways({"dense": ordinary, "masked": model, "folded": driver.folded(model)}, x)
     found, expected = (np.asarray(ways[name](), float) for name in ("folded", "masked"))
     relative = difference(found, expected).relative
@@ -154,9 +163,10 @@ def measured(driver: Any, case: Case, options: argparse.Namespace) -> Row:
 
 
 def several(x: np.ndarray) -> np.ndarray:
-    """Return images to norm a network on: these, as what is dropped of all would be huge, and more.
+    """Return images to norm a network on: these and some more.
 
-    What no image keeps has no variance, by which what another one keeps of it is divided.
+    Of a channel that all of them drop the variance is 0; in another image that keeps it, it would
+    be divided by that.
     """
     noise = np.random.default_rng(1).standard_normal((4, *x.shape[1:]))
     return np.concatenate([x, noise]).astype("f4")
@@ -175,20 +185,18 @@ class Torch:
         torch.manual_seed(0)
         self.version = f"PyTorch {torch.__version__}"
 
-    def built(self, network: Network, x: np.ndarray, progress: float | None = None) -> Any:
-        """Return the network, normed on some images, as new ones' values grow by layers.
+    def built(self, network: Network) -> Any:
+        """Return the network."""
+        return self.package.build(network)
 
-        progress: of a dynamic network, before it is normed, so that it is for what is kept.
-        """
-        model = self.package.build(network)
-        if progress is not None:
-            self.package.set_progress(model, progress)
+    def norm(self, model: Any, images: np.ndarray) -> None:
+        """Let the norms be those of some images, as values grow by layers in new networks."""
         for module in model.modules():
             if isinstance(module, self.torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         with self.torch.no_grad():
-            model.train()(self.torch.from_numpy(several(x)))
-        return model.eval()
+            model.train()(self.torch.from_numpy(images))
+        model.eval()
 
     def folded(self, model: Any) -> Any:
         """Return what a model folds to."""
@@ -219,16 +227,14 @@ class Keras:
         keras.utils.set_random_seed(0)
         self.version = f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
 
-    def built(self, network: Network, x: np.ndarray, progress: float | None = None) -> Any:
-        """Return the network, normed on some images, at this progress."""
-        model = self.package.build(network)
-        if progress is not None:
-            self.package.set_progress(model, progress)
+    built = Torch.built
+
+    def norm(self, model: Any, images: np.ndarray) -> None:
+        """Let the norms be those of some images."""
         for layer in model._flatten_layers():
             if isinstance(layer, self.keras.layers.BatchNormalization):
                 layer.momentum = 0.0
-        model(np.moveaxis(several(x), 1, -1), training=True)
-        return model
+        model(np.moveaxis(images, 1, -1), training=True)
 
     folded = Torch.folded
 
@@ -255,12 +261,14 @@ class Gluon:
         self.mx.random.seed(0)
         self.version = f"MXNet {self.mx.__version__}"
 
-    def built(self, network: Network, x: np.ndarray, progress: float | None = None) -> Any:
-        """Return the network, normed on some images, at this progress."""
+    def built(self, network: Network) -> Any:
+        """Return the network."""
         model = self.package.build(network)
         model.initialize()
-        if progress is not None:
-            self.package.set_progress(model, progress)
+        return model
+
+    def norm(self, model: Any, images: np.ndarray) -> None:
+        """Let the norms be those of some images."""
         norms: list[Any] = []
 
         def see(block: Any) -> None:
@@ -271,10 +279,9 @@ class Gluon:
         for norm in norms:
             norm._kwargs["momentum"] = 0.0
         with self.mx.autograd.record():
-            y = model(self.mx.nd.array(several(x)))
+            y = model(self.mx.nd.array(images))
         y.backward()  # which is where MXNet's norms take up their means
         self.mx.nd.waitall()
-        return model
 
     folded = Torch.folded
 
