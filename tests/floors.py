@@ -1,8 +1,8 @@
 """Which modules of the four packages import which, and which arrows between them run up the floors.
 
-The core's floors, from the ground: maths, kinds, models, state, networks. The files stand on the
-state, the command line on all of the core; `atomic` and `backends` import nothing of
-the core. A backend stands on the core alone. `python tests/floors.py` prints what does not hold.
+The core's floors, from the ground: maths, kinds, models, state, networks, training. The files stand
+on the state, the command line on all of the core; `atomic` and `backends` import nothing of the
+core. A backend stands on the core alone. `python tests/floors.py` prints what does not hold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("doconv_core", "doconv_torch", "doconv_tf", "doconv_mx")
 LEAVES = ("atomic", "backends")
-FLOORS = ("maths", "kinds", "models", "state", "networks")
+FLOORS = ("maths", "kinds", "models", "state", "networks", "training")
 UNDER = {
     **{floor: {*LEAVES, *FLOORS[:i]} for i, floor in enumerate(FLOORS)},
     **{leaf: set() for leaf in LEAVES},

@@ -1,0 +1,147 @@
+"""What a framework does for a run: steps, evaluations, checkpoints; and what it is told for them.
+
+The session (`session.py`) decides, an engine computes. It is told numbers: the images and targets
+of a step, its learning rate, and how far the training has come.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from doconv_core.maths.numeric import Array
+from doconv_core.models.report import Converted
+from doconv_core.state.file import State
+
+
+class Batch(NamedTuple):
+    """What one step computes with, or one step of an evaluation.
+
+    images: `(B, C, H, W)` in float32, or `(B, H, W, C)` where the engine asks for that. targets:
+    `(B, classes)` in float32, what the output's softmax is to be: one-hot, smoothed and mixed as
+    the recipe has it. labels: `(B,)` in int64, of the images that were not mixed, for accuracy.
+    total: how many images the batch has in all processes together; this one has B of them.
+    """
+
+    images: Array
+    targets: Array
+    labels: Array
+    total: int
+
+
+class Step(NamedTuple):
+    """Which step this is, and the numbers that it is computed with.
+
+    number: from 0, over all epochs. epoch: from 0. learning_rate: of this step. progress: how far
+    the training has come, from 0 to 1, for layers that ask for it.
+    """
+
+    number: int
+    epoch: int
+    learning_rate: float
+    progress: float
+
+
+class Sums(NamedTuple):
+    """Of one step or more: the sum of the images' losses, the right ones, and how many images.
+
+    loss: of the cross entropy with the targets, and what kinds add to it, times the images.
+    correct: images whose largest output is that of the label; top5: whose five largest have it.
+    """
+
+    loss: float = 0.0
+    correct: int = 0
+    top5: int = 0
+    images: int = 0
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums of both."""
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Verified(NamedTuple):
+    """The trained model beside the folded one, on the same images.
+
+    before, after: what the trained and what the folded model reach. absolute: the largest
+    difference of two outputs; relative: to the largest output.
+    """
+
+    before: Sums
+    after: Sums
+    absolute: float
+    relative: float
+
+
+class Engine(ABC):
+    """A model in a framework, with its optimizer, as a session trains it.
+
+    framework: as in "torch"; version: the framework's. layout: of the images that it takes, "NCHW"
+    or "NHWC". process, processes: which of how many this is; the first writes the files.
+    model: the framework's own. Every process calls every method.
+    """
+
+    framework: str
+    version: str
+    layout: str = "NCHW"
+    process: int = 0
+    processes: int = 1
+    model: Any
+
+    def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
+        """Train on each step's batch in turn, and call `after` when it is done.
+
+        A framework with a loop of its own overrides this. What is drawn ahead of `after` is drawn
+        for nothing where the run ends there, and does no harm. `after` may raise, to end the run.
+        """
+        for step, batch in steps:
+            self.train_step(step, batch)
+            after(step)
+
+    @abstractmethod
+    def train_step(self, step: Step, batch: Batch) -> None:
+        """Update the weights by one batch, in parts where the recipe accumulates."""
+
+    @abstractmethod
+    def taken(self) -> list[Sums]:
+        """Return what each step since the last call came to, in this process; waits for them."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[Batch]) -> Sums:
+        """Return what the model reaches in evaluation mode, averaged if the recipe averages."""
+
+    @abstractmethod
+    def total(self, sums: Sums) -> Sums:
+        """Return the sums over all processes."""
+
+    @abstractmethod
+    def save(self, folder: Path | None) -> None:
+        """Write all that it goes on with: weights, optimizer, averages, random states.
+
+        folder: None in a process that writes nothing, but may have to hand its parts over.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, in every process."""
+
+    @abstractmethod
+    def export_state(self) -> State:
+        """Return the model's canonical state, of the averaged weights if the recipe averages."""
+
+    @abstractmethod
+    def fold(self) -> Converted[Any]:
+        """Return a folded copy of the model, in evaluation mode, and the report."""
+
+    @abstractmethod
+    def folded_state(self, folded: Any) -> State:
+        """Return a folded model's canonical state."""
+
+    @abstractmethod
+    def verify(self, folded: Any, batches: Iterable[Batch]) -> Verified:
+        """Compare the model with the folded one on all of the batches."""
+
+    @abstractmethod
+    def write_folded(self, folded: Any, folder: Path) -> Path:
+        """Write a folded model's weights in the framework's own format; return the file."""
