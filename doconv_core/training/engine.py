@@ -58,7 +58,8 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """Return the sums of both."""
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+        loss, *counts = (a + b for a, b in zip(self, other, strict=True))
+        return Sums(loss, *map(int, counts))
 
 
 class Verified(NamedTuple):
