@@ -65,7 +65,7 @@ def with_zero_gammas(network: Network, state: State) -> State:
 
     >>> network = describe("cifar_resnet20")
     >>> arrays = with_zero_gammas(network, initialize(network)).arrays
-    >>> arrays["stage1.unit1.conv1.bn.gamma"][:2], arrays["stage1.unit1.conv2.bn.gamma"][:2]
+    >>> arrays["stage1.unit1.bn1.gamma"][:2], arrays["stage1.unit1.bn2.gamma"][:2]
     (array([1., 1.], dtype=float32), array([0., 0.], dtype=float32))
     """
     placed = infer(lowered(network))
