@@ -231,15 +231,14 @@ def test_training_lowers_the_loss():
     [
         ((("bn1", BatchNorm()), ("bn2", BatchNorm())), (), {"unit.bn2"}),
         ((("bn1", BatchNorm()), ("conv", Conv(2))), (("bn", BatchNorm()),), {"unit.bn1"}),
-        ((("conv", Conv(2)),), (("bn", BatchNorm()),), set()),
-        ((("bn", BatchNorm(affine=False)),), (), set()),
+        ((("bn1", BatchNorm()), ("bn2", BatchNorm(affine=False))), (), {"unit.bn1"}),
     ],
 )
 def test_the_last_norm_of_a_residual_unit_may_start_from_gamma_zero(body, shortcut, zero):
     unit = Residual(sequence(*body), sequence(*shortcut))
     net = Network("net", sequence(("first", BatchNorm()), ("unit", unit)), (2, 3, 3))
     state = initialize(net)
-    found = with_zero_gammas(net, state)
+    found = with_zero_gammas(state, net)
     assert found.layers == state.layers == layers(net)
     for name, array in state.arrays.items():
         path, _, key = name.rpartition(".")
@@ -247,9 +246,16 @@ def test_the_last_norm_of_a_residual_unit_may_start_from_gamma_zero(body, shortc
         assert (found.arrays[name] == expected).all(), name
 
 
+def test_a_network_without_units_that_norm_has_no_gammas_to_zero():
+    units = sequence(("conv", Conv(2))), sequence(("bn", BatchNorm()))
+    net = Network("net", sequence(("unit", Residual(*units))), (2, 3, 3))
+    with pytest.raises(ValueError, match="net has no residual unit with a batch norm that scales"):
+        with_zero_gammas(initialize(net), net)
+
+
 def test_units_of_a_family_begin_as_their_shortcuts():
     net = describe("cifar_resnet20", num_classes=CLASSES)
-    arrays = with_zero_gammas(net, initialize(net)).arrays
+    arrays = with_zero_gammas(initialize(net), net).arrays
     zero = [name for name, a in arrays.items() if name.endswith("gamma") and not a.any()]
     assert len(zero) == 9
     assert all(name.endswith(".bn2.gamma") for name in zero)

@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.networks.lowering import layers, lowered
+from doconv_core.networks.lowering import layers
 from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Network, Residual
 from doconv_core.networks.shapes import infer
 from doconv_core.state.file import Array, State, entry
@@ -56,34 +56,34 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     return State(forms, arrays)
 
 
-def with_zero_gammas(network: Network, state: State) -> State:
-    """Return a state in which the last norm of each residual unit has gamma 0.
+def with_zero_gammas(state: State, network: Network) -> State:
+    """Return a network's state in which each residual unit starts as its shortcut.
 
-    So a unit starts as its shortcut. state: one of the network's, with the paths that `layers`
-    gives; a norm without gamma, and a unit without a norm, stay as they are.
-    Source: arXiv 1706.02677, section 5.1.
+    Gamma of the unit's last batch norm is zero. Raises ValueError for a network without such a
+    unit. Source: arXiv 1706.02677, section 5.1; GluonCV, for units that end in a convolution.
 
+    >>> from doconv_core.networks.initialize import initialize, with_zero_gammas
     >>> network = describe("cifar_resnet20")
-    >>> arrays = with_zero_gammas(network, initialize(network)).arrays
-    >>> arrays["stage1.unit1.bn1.gamma"][:2], arrays["stage1.unit1.bn2.gamma"][:2]
-    (array([1., 1.], dtype=float32), array([0., 0.], dtype=float32))
+    >>> with_zero_gammas(initialize(network), network).arrays["stage1.unit1.bn2.gamma"].max()
+    0.0
     """
-    placed = infer(lowered(network))
+    placed = infer(network)
     last = {
-        unit: path
+        unit: entry(path, "gamma")
         for unit, each in placed.items()
         if isinstance(each.node, Residual)
         for path, child in placed.items()
-        if isinstance(child.node, BatchNorm) and _in_body(unit, path)
+        if isinstance(child.node, BatchNorm) and child.node.affine and _in_body(unit, path)
     }
-    gammas = {entry(path, "gamma") for path in last.values()} & state.arrays.keys()
-    zero = {name: np.zeros_like(state.arrays[name]) for name in gammas}
-    return replace(state, arrays={**state.arrays, **zero})
+    if not last:
+        raise ValueError(f"{network.name} has no residual unit with a batch norm that scales.")
+    zeros = {name: np.zeros_like(state.arrays[name]) for name in last.values()}
+    return replace(state, arrays={**state.arrays, **zeros})
 
 
 def _in_body(unit: str, path: str) -> bool:
     """Return whether a node is in a residual unit, but not in its shortcut."""
-    below = path.removeprefix(f"{unit}." if unit else "")
+    below = path.removeprefix(entry(unit, "")) if unit else path
     return (below != path or not unit) and below.split(".")[0] != SHORTCUT
 
 
