@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from frameworks import BACKENDS
@@ -26,8 +27,11 @@ from doconv_core.networks.nodes import (
     GlobalPool,
     Linear,
     Network,
+    Sequence,
+    dynamic,
     sequence,
 )
+from doconv_core.state.file import entry
 from doconv_core.training import session
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.run import open_run
@@ -45,7 +49,37 @@ NETWORK = Network(
     ),
     (1, 8, 8),
 )  # fmt: skip
+NETWORKS = {
+    "orthonormal": Network(
+        "subspace",
+        sequence(
+            ("conv1", Conv(8, (3, 3), stride=2)), ("tanh", Activation("tanh")),
+            ("conv2", Conv(8, (3, 3), kind=kind("bsconvs", 0.5))),
+            ("pool", GlobalPool()), ("flatten", Flatten()), ("fc", Linear(10)),
+        ),
+        (1, 8, 8),
+    ),
+    "lasso": Network(
+        "dynamic",
+        sequence(
+            ("conv1", Conv(8, (3, 3), stride=2)),
+            ("conv2", dynamic(8, heads=2, squeeze_rate=4, gate_factor=0.5)),
+            ("pool", GlobalPool()), ("flatten", Flatten()), ("fc", Linear(10)),
+        ),
+        (1, 8, 8),
+    ),
+}  # fmt: skip
 STEPS, EPOCHS = 4, 2  # of an epoch; 1,437 digits
+
+
+def smooth(network):
+    """Return the network without what is left to chance, and without kinks, where roundings jump."""
+    children = [
+        (name, Activation("tanh") if isinstance(node, Activation) else node)
+        for name, node in network.body.children
+        if not isinstance(node, Dropout)
+    ]
+    return replace(network, body=Sequence(tuple(children)))
 
 
 def recipe(**changes):
@@ -56,6 +90,16 @@ def recipe(**changes):
         **changes,
     }  # fmt: skip
     return Recipe(**given)
+
+
+def composed(state):
+    """Return a state's arrays, with the kernels in place of what composes them."""
+    found = dict(state.arrays)
+    for path, form in state.layers.items():
+        if form.composed is not None:
+            own = {name: found[entry(path, name)] for name in form.composed.entries(form.spec)}
+            found[entry(path, "weight")] = form.composed.compose(own, form.spec)
+    return found
 
 
 def model_of(package, network=NETWORK, seed=0):

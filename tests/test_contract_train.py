@@ -11,15 +11,33 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from contract import check_refused
-from contract_train import EPOCHS, STEPS, TRAINED, bits, model_of, recipe, trained
+from contract_train import (
+    EPOCHS,
+    NETWORK,
+    NETWORKS,
+    STEPS,
+    TRAINED,
+    bits,
+    composed,
+    model_of,
+    recipe,
+    smooth,
+    trained,
+)
+from equal import assert_close
 from frameworks import adapter_of, fresh
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub import errors
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 from doconv_core import open_checkpoint, read_state
-from doconv_core.training import session
+from doconv_core.networks.initialize import initialize
+from doconv_core.training import reference, session
+from doconv_core.training.data import batches, open_data
+from doconv_core.training.engine import Step
+from doconv_core.training.optimizer import trained as is_trained
 from doconv_core.training.run import RunError, open_run
+from doconv_core.training.schedule import learning_rate, progress, steps_per_epoch
 
 PROGRAM = "tests/contract_train.py"
 
@@ -79,7 +97,9 @@ def test_a_run_that_is_asked_to_end_goes_on_to_the_same_bits(
     folder = tmp_path / f"asked-{step}"
     with monkeypatch.context() as patch:
         patch.setattr(session.Session, "_after", patched)
-        with pytest.raises(session.Interrupted, match=r"was interrupted .*; the last checkpoint is"):
+        with pytest.raises(
+            session.Interrupted, match=r"was interrupted .*; the last checkpoint is"
+        ):
             trained(package, folder, checkpoint_every=None)
     assert open_run(folder).last.name == f"step-{step + 1:08d}"
     assert signal.getsignal(number) is not patched
@@ -232,3 +252,50 @@ def test_what_cannot_be_is_refused_before_anything_is_written(package, tmp_path)
         ),
     )  # fmt: skip
     assert not run.exists()
+
+
+RECIPES = {
+    "sgd": {"optimizer": "sgd", "decay_exempt": ("norms", "biases"), "schedule": "steps",
+            "milestones": (1,)},
+    "nesterov": {"optimizer": "nesterov", "decay_exempt": ("depthwise",), "clip_norm": 0.05,
+                 "accumulate": 3, "warmup_epochs": 1.5},
+    "adamw": {"optimizer": "adamw", "learning_rate": 0.01, "label_smoothing": 0.1, "per": "epoch",
+              "decay_exempt": ("biases",), "average": 0.5, "drop_last": True},
+    "kernels": {"average": 0.5, "average_of": "kernels", "weight_decay": 0},
+    "orthonormal": {"orthonormality": 0.1},
+    "lasso": {"lasso": 0.01, "accumulate": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_is_the_cores(package, name):
+    """The losses and the weights of eight steps, and what is folded, which may be averaged."""
+    made = recipe(**{"average": None, **RECIPES[name]})
+    network = smooth(NETWORKS.get(name, NETWORK))
+    state, data = initialize(network), open_data("digits")
+    per = steps_per_epoch(made, len(data.train))
+    drawn = [
+        batch
+        for epoch in range(EPOCHS)
+        for batch in batches(data.train, 10, made, training=True, epoch=epoch)
+    ]
+    numbers = [
+        Step(n, n // per, learning_rate(made, n, per), progress(made, n, per))
+        for n in range(EPOCHS * per)
+    ]
+    steps = list(zip(numbers, drawn, strict=True))
+    expected = reference.train(network, state, made, steps)
+    found = package.train(model_of(package, network), made, data, quiet=True)
+    for epoch, metrics in enumerate(found.metrics):
+        own = slice(epoch * per, (epoch + 1) * per)
+        sizes = [len(batch.images) for _, batch in steps[own]]
+        loss = np.average(expected.losses[own], weights=sizes)
+        assert metrics["train_loss"] == pytest.approx(loss, rel=1e-4)
+    arrays = package.export_state(found.model).arrays
+    for entry, array in expected.state.arrays.items():
+        if is_trained(entry):
+            assert_close(arrays[entry], array, tolerance=1e-4)
+    kernels = composed(expected.averaged)
+    for entry, array in package.export_state(found.folded).arrays.items():
+        if is_trained(entry):
+            assert_close(array, kernels[entry].reshape(array.shape), tolerance=1e-4)
