@@ -530,7 +530,7 @@ def _dtype_of(precision: str, device: torch.device, sharded: bool) -> torch.dtyp
         )
     if precision == "float16" and (device.type == "cpu" or sharded):
         where = "with sharded weights" if sharded else "on the CPU"
-        raise ValueError(f"float16 is not trained in {where}; use bfloat16.")
+        raise ValueError(f"{where} nothing is trained in float16; use bfloat16.")
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{device} does not compute in bfloat16; use float16.")
     return PRECISIONS[precision]

@@ -73,7 +73,7 @@ STEPS, EPOCHS = 4, 2  # of an epoch; 1,437 digits
 
 
 def smooth(network):
-    """Return the network without what is left to chance, and without kinks, where roundings jump."""
+    """Return the network without chance, and without kinks, where roundings jump."""
     children = [
         (name, Activation("tanh") if isinstance(node, Activation) else node)
         for name, node in network.body.children

@@ -388,8 +388,9 @@ class Session:
         self.display.evaluating()
         folded, report = engine.fold()
         verified = self._verified(folded)
+        state = engine.export_state()
         if self.writes and self.folder is not None:
-            self._write(self.folder, folded, str(report), verified)
+            self._write(self.folder, state, folded, str(report), verified)
         return Trained(engine.model, folded, self.metrics, self.out, verified)
 
     def _verified(self, folded: Any) -> Verified:
@@ -402,12 +403,13 @@ class Session:
         )
         return Verified(engine.total(own.before), engine.total(own.after), absolute, relative)
 
-    def _write(self, folder: Run, folded: Any, report: str, verified: Verified) -> None:
+    def _write(
+        self, folder: Run, state: State, folded: Any, report: str, verified: Verified
+    ) -> None:
         """Write the folded weights, the result and the report; say where everything is."""
         engine, out = self.engine, folder.folder
-        state, folded_state = engine.export_state(), engine.folded_state(folded)
         own = engine.write_folded(folded, out)
-        write_state(folded_state, out / f"{runs.FOLDED}.safetensors")
+        write_state(engine.folded_state(folded), out / f"{runs.FOLDED}.safetensors")
         result = {
             "epochs": self.recipe.epochs,
             "trained": shares(verified.before),
