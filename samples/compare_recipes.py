@@ -79,6 +79,8 @@ def framework(backend: str, problem: Problem) -> tuple[np.ndarray, State]:
         if isinstance(each, type) and issubclass(each, Engine) and each is not Engine
     )  # fmt: skip
     model = package.build(problem.network)
+    if backend == "mx":
+        model.initialize()
     package.load_state(model, problem.state)
     engine = engine_type(model, problem.recipe, devices="cpu" if backend == "torch" else None)
     engine.run_epoch(_placed(problem, engine.layout), lambda step: None)
