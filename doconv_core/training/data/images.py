@@ -1,4 +1,4 @@
-"""What is done to one image, which is Pillow's or an array `(H, W, C)`: uint8, or float32 in [0, 1].
+"""What is done to an image: Pillow's, or an array `(H, W, C)`, uint8 or float32 from 0 to 1.
 
 An image of a file is decoded as late as can be: a JPEG that is made smaller is decoded smaller.
 """

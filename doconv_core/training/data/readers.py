@@ -21,7 +21,7 @@ from doconv_core.training.data.sources import Arrays, DataError, Files, ImageDat
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
-FIFTH = 5  # of the digits, one part in so many is to evaluate with
+SHARE = 0.2  # of the digits that is to evaluate with, each digit having its share of it
 
 
 def open_data(
@@ -63,17 +63,9 @@ def _digits() -> ImageData:
     data = needed("sklearn.datasets").load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = data.target.astype(np.int64)
-    # Each digit's every fifth, so that both parts have its share, whatever scikit-learn's version.
-    place = np.empty(len(labels), np.int64)
-    for digit in range(10):
-        rows = np.flatnonzero(labels == digit)
-        place[rows] = np.arange(len(rows))
-    order = np.lexsort((labels, place))  # so that the parts are exact fifths
-    val = np.sort(order[FIFTH - 1 :: FIFTH][:360])
-    train = np.setdiff1d(np.arange(len(labels)), val)
-    parts = [Arrays(images[rows], labels[rows]) for rows in (train, val)]
-    if len(parts[1]) < len(labels) // FIFTH:
-        raise DataError("scikit-learn's digits are fewer than expected.")
+    split = needed("sklearn.model_selection").train_test_split
+    rows = split(np.arange(len(labels)), test_size=SHARE, random_state=0, stratify=labels)
+    parts = [Arrays(images[part], labels[part]) for part in map(np.sort, rows)]
     return ImageData("digits", tuple(map(str, range(10))), parts[0], parts[1])
 
 
@@ -280,9 +272,9 @@ def _mnist(folder: Path) -> ImageData:
 
 
 def _idx(file: Path) -> Array:
-    stream: Any = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-    with stream:
-        stored = stream.read()
+    stored = file.read_bytes()
+    if file.suffix == ".gz":
+        stored = gzip.decompress(stored)
     if len(stored) < 4 or stored[:3] != b"\0\0\x08":
         raise DataError(f"{file} is no idx file of bytes.")
     rank = stored[3]
