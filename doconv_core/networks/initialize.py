@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.networks.lowering import layers
-from doconv_core.networks.nodes import FAN_OUT, Network
+from doconv_core.networks.lowering import layers, lowered
+from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Network, Residual
+from doconv_core.networks.shapes import infer
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.layers import LayerForm, LinearSpec, Shape
 
@@ -52,6 +54,37 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
         for name, array in _arrays(path, form, seed, network.start).items()
     }
     return State(forms, arrays)
+
+
+def with_zero_gammas(network: Network, state: State) -> State:
+    """Return a state in which the last norm of each residual unit has gamma 0.
+
+    So a unit starts as its shortcut. state: one of the network's, with the paths that `layers`
+    gives; a norm without gamma, and a unit without a norm, stay as they are.
+    Source: arXiv 1706.02677, section 5.1.
+
+    >>> network = describe("cifar_resnet20")
+    >>> arrays = with_zero_gammas(network, initialize(network)).arrays
+    >>> arrays["stage1.unit1.bn1.gamma"][:2], arrays["stage1.unit1.bn2.gamma"][:2]
+    (array([1., 1.], dtype=float32), array([0., 0.], dtype=float32))
+    """
+    placed = infer(lowered(network))
+    last = {
+        unit: path
+        for unit, each in placed.items()
+        if isinstance(each.node, Residual)
+        for path, child in placed.items()
+        if isinstance(child.node, BatchNorm) and _in_body(unit, path)
+    }
+    gammas = {entry(path, "gamma") for path in last.values()} & state.arrays.keys()
+    zero = {name: np.zeros_like(state.arrays[name]) for name in gammas}
+    return replace(state, arrays={**state.arrays, **zero})
+
+
+def _in_body(unit: str, path: str) -> bool:
+    """Return whether a node is in a residual unit, but not in its shortcut."""
+    below = path.removeprefix(f"{unit}." if unit else "")
+    return (below != path or not unit) and below.split(".")[0] != SHORTCUT
 
 
 def _arrays(path: str, form: LayerForm, seed: int, start: str) -> dict[str, Array]:
