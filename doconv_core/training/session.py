@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from doconv_core.atomic import write_json
+from doconv_core.networks.initialize import with_zero_gammas
+from doconv_core.networks.names import describe, known_name
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import ImageData, as_data, batches, open_data
@@ -149,9 +152,10 @@ class Session:
         self.signalled: int | None = None
         self.looked = time.monotonic()
         self.folder: Run | None = None  # of the process that writes it, or that goes on with it
-        self._begin(resume, force, notes or {})
+        self.notes = dict(notes or {})
+        self._begin(resume, force)
 
-    def _begin(self, resume: bool, force: bool, notes: Mapping[str, Any]) -> None:
+    def _begin(self, resume: bool, force: bool) -> None:
         """Check what can be checked, then open the run's folder, and take up its checkpoint."""
         described = self._described()
         if self.out is not None and resume:
@@ -163,11 +167,28 @@ class Session:
         self._try_model()
         if self.folder is not None:
             self._take_up(self.folder)
-        elif self.out is not None:
-            if self.writes:
-                whole = {**described, **self._told(), "notes": dict(notes)}
-                self.folder = runs.begin(self.out, whole, force)
-            self._checkpoint("step-00000000")
+            return
+        if self.recipe.zero_last_gamma:
+            self._zero_last_gammas()
+        if self.writes and self.out is not None:
+            whole = {**described, **self._told(), "notes": self.notes}
+            self.folder = runs.begin(self.out, whole, force)
+        self._checkpoint("step-00000000")
+
+    def _zero_last_gammas(self) -> None:
+        """Let the residual units of a network by name start as identities."""
+        name = self._network
+        if name is None:
+            raise ValueError(
+                "zero_last_gamma is for networks by name; in a model of your own, set gammas to 0."
+            )
+        options = self.notes.get("options", {})
+        network = describe(name, num_classes=len(self.data.classes), **options)
+        self.engine.load_state(with_zero_gammas(self.engine.export_state(), network))
+
+    @property
+    def _network(self) -> str | None:
+        return known_name(getattr(self.engine.model, "network_name", None))
 
     def _try_model(self) -> None:
         """Let the model see images, so that one that does not fit says so before anything else."""
@@ -193,7 +214,7 @@ class Session:
         """Return what is told of the run besides, and may be other when it is gone on with."""
         return {
             "framework_version": self.engine.version,
-            "network": getattr(self.engine.model, "network_name", None),
+            "network": self._network,
             "processes": self.engine.processes,
             "engine": dict(self.engine.described),
             "checkpoint_every": self.checkpoint_every,
@@ -288,7 +309,7 @@ class Session:
     def _fill(self, state: State, position: Mapping[str, Any], folder: Path) -> None:
         self.engine.save(folder)
         write_state(state, folder / runs.STATE)
-        runs.write_json(folder / runs.POSITION, position)
+        write_json(folder / runs.POSITION, position)
 
     def _gathered(self, sums: Sums) -> list[Sums]:
         """Return each process's sums, the same in all of them."""
@@ -374,14 +395,6 @@ class Session:
         first, second, third = self.image
         return (first, second, third) if self.engine.layout == "NCHW" else (third, first, second)
 
-    def _gathered(self, sums: Sums) -> list[Sums]:
-        """Return each process's sums, the same in all of them."""
-        engine = self.engine
-        return [
-            engine.total(sums if process == engine.process else Sums())
-            for process in range(engine.processes)
-        ]
-
     def _end_if_asked(self) -> None:
         if self.signalled is not None:
             raise Interrupted(f"the run was interrupted{self._stands()}", self._last)
@@ -446,7 +459,7 @@ class Position:
     epoch: int = 0
     done: int = 0
     taken: int = 0
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = 0
