@@ -84,12 +84,12 @@ class Fitted(Calling):
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
-        """Return no metrics: they are in `sums`."""
-        return {}
+        """Return nothing that counts, as the compiled step has to return something."""
+        return {"none": ops.zeros(1)}  # not a scalar, which several machines could not average
 
     @property
     def metrics(self) -> list[Any]:
-        """No metrics, which would be gathered from all replicas at each step."""
+        """No metrics, which would be gathered from all replicas at each step: there are `sums`."""
         return []
 
     def train_step(self, data: Any) -> Any:
@@ -196,41 +196,46 @@ class Feed:
         self, steps: Iterable[tuple[Step | None, Batch]], recipe: Recipe | None, replicas: int
     ) -> None:
         self._parts = _divided(steps, recipe, replicas)
-        self._drawn: deque[Part] = deque()
-        self._begun = 0  # how many parts
+        self._held: deque[Part] = deque()  # from the one that is computed now on
+        self._first = 0  # the number of the first of them
+        self._begun = 0  # how many were begun
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._open = True
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the pieces of each part, one for each replica."""
-        number = self._begun
+        number = self._first
         while (part := self._part(number)) is not None:
             yield from part.pieces
             number += 1
 
     def _part(self, number: int) -> Part | None:
+        """Return the part of this number, if there is one; draw it, if it was not drawn yet."""
         with self._lock:
-            if number < self._begun:
-                return None  # of a data set that has been left
-            while self._open and len(self._drawn) <= number - self._begun:
+            while self._open and number >= self._first + len(self._held):
                 try:
-                    self._drawn.append(next(self._parts))
+                    self._held.append(next(self._parts))
                 except StopIteration:
                     return None
                 except BaseException as error:
                     self._error, self._open = error, False
-            return self._drawn[number - self._begun] if self._open else None
+            return self._held[number - self._first] if self._open else None
 
     def has_any(self) -> bool:
         """Return whether there is a part to begin."""
         return self._part(self._begun) is not None
 
     def begin(self) -> Part:
-        """Return the part that is begun now."""
+        """Return the part that is begun now: `fit` says so before it asks for its pieces."""
+        part = self._part(self._begun)
+        assert part is not None  # as `has_any` was asked
         with self._lock:
+            while self._first < self._begun:
+                self._held.popleft()
+                self._first += 1
             self._begun += 1
-            return self._drawn.popleft()
+        return part
 
     def __enter__(self) -> Feed:
         return self
@@ -244,7 +249,7 @@ class Feed:
         """Draw no more; raise what went wrong on drawing."""
         with self._lock:
             self._open = False
-            self._drawn.clear()
+            self._held.clear()
         if error is None and self._error is not None:
             raise self._error
 
@@ -290,7 +295,8 @@ class Told(keras.callbacks.Callback):
         self._before(self._part)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """End a part."""
+        """End a part; after the last one, let Keras know, which would warn that there is none."""
         self._after(self._part)
+        self.model.stop_training = self.model.stop_evaluating = not self._feed.has_any()
 
     on_test_batch_begin, on_test_batch_end = on_train_batch_begin, on_train_batch_end

@@ -167,7 +167,8 @@ class KerasEngine(Engine):
         with Feed(steps, self.recipe, self.devices.replicas) as feed:
             if feed.has_any():
                 told = Told(feed, self._begin, ended)
-                self.fitted.fit(self.devices.dataset(feed), verbose=0, callbacks=[told])
+                data = self.devices.dataset(feed)
+                self.fitted.fit(data, shuffle=False, verbose=0, callbacks=[told])
 
     def _begin(self, part: Part) -> None:
         """Tell the compiled step the numbers of this one."""
