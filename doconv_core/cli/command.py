@@ -291,7 +291,9 @@ def number(value: int | None) -> str:
 
 
 # Each lives in the module of its name, which is imported when it is asked for.
-SUBCOMMANDS = ("inspect", "fold", "convert", "cost", "verify", "train", "evaluate")
+SUBCOMMANDS = (
+    "inspect", "fold", "convert", "cost", "verify", "recipes", "train", "evaluate",
+)  # fmt: skip
 
 
 class Doconv(click.Group):
