@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
-import numpy as np
 
 from doconv_core.maths.numeric import Array
 from doconv_tf.private import strategy_of
@@ -44,8 +43,8 @@ class Devices:
         resolver = self.strategy.cluster_resolver
         spec = None if resolver is None else resolver.cluster_spec()
         if spec:
-            tasks = [(job, task) for job in ("chief", "worker") if job in spec.jobs
-                     for task in range(spec.num_tasks(job))]  # fmt: skip
+            jobs = [job for job in ("chief", "worker") if job in spec.jobs]
+            tasks = [(job, task) for job in jobs for task in range(spec.num_tasks(job))]
             self.processes = len(tasks)
             self.process = tasks.index((resolver.task_type, resolver.task_id))
 
@@ -107,7 +106,7 @@ class Devices:
 def devices_for(model: keras.Layer, devices: str | int | None) -> Devices:
     """Return the devices to train a model on; ValueError for what is not here.
 
-    devices: how many; or names, such as "GPU:1", with commas between them; None for those of the
+    devices: how many; or names, such as "gpu:1", with commas between them; None for those of the
     strategy in whose scope the model was made, or else TensorFlow's default.
     """
     if keras.backend.backend() != "tensorflow":
@@ -148,27 +147,23 @@ def _names(devices: str | int | None) -> list[str]:
     """Return the names of the devices, each of which is here."""
     import tensorflow as tf
 
-    here = {kind: [each.name.removeprefix("/device:") for each in tf.config.list_logical_devices(kind)]
-            for kind in ("GPU", "CPU")}  # fmt: skip
-    known = [*here["GPU"], *here["CPU"]]
+    logical = tf.config.list_logical_devices
+    gpus, cpus = (
+        [each.name.removeprefix("/device:").lower() for each in logical(kind)]
+        for kind in ("GPU", "CPU")
+    )
     if isinstance(devices, str) and not devices.isdigit():
-        names = [name.strip().upper() for name in devices.split(",")]
-        missing = [name for name in names if name not in known]
+        names = [name.strip().lower() for name in devices.split(",")]
+        missing = [name for name in names if name not in (*gpus, *cpus)]
         if missing:
             raise ValueError(
-                f"there is no device {missing[0]!r} here; there is {', '.join(known)}."
+                f"there is no device {missing[0]!r} here; there is {', '.join((*gpus, *cpus))}."
             )
         return names
-    number = 1 if devices is None else int(devices)
-    usable = here["GPU"] or here["CPU"]
+    number, usable = 1 if devices is None else int(devices), gpus or cpus
     if not 1 <= number <= len(usable):
         raise ValueError(
             f"devices must be from 1 to {len(usable)}, the number of {', '.join(usable)}; received "
             f"devices={devices!r}."
         )
     return usable[:number]
-
-
-def as_arrays(tensors: list[Any]) -> list[Array]:
-    """Return tensors as arrays; waits for them."""
-    return [np.asarray(each) for each in tensors]

@@ -1,4 +1,4 @@
-"""What Keras' `fit` is called on: a model around the one that is trained, and its data and callbacks.
+"""What Keras' `fit` is called on: a model around the one that is trained, its data, and callbacks.
 
 So nothing of the user's model is compiled, and what it was compiled with stays as it is.
 """
@@ -51,7 +51,9 @@ class Fitted(Calling):
         self.sums = keras.Variable(np.zeros(3, "float32"), trainable=False, name="sums")
         self.rules = RecipeOptimizer.of(recipe, scaled=scaled)
         self.rules.build(net.trainable_variables)
-        self.average = Average(net, recipe) if recipe.average is not None else None
+        self.average = None
+        if recipe.average is not None:
+            self.average = Average(net, recipe.average, recipe.average_of == KERNELS)
 
     def compute_loss(
         self,
@@ -106,14 +108,14 @@ class Average:
     values: what is averaged, by a variable for each.
     """
 
-    def __init__(self, net: keras.Layer, recipe: Recipe) -> None:
-        self.decay = recipe.average
+    def __init__(self, net: keras.Layer, decay: float, of_kernels: bool) -> None:
+        self.decay = decay
         composed = [
             layer
             for _, layer in first_occurrences(net)
             if isinstance(layer, ComposedConv) and len(layer.entries()) > 1
         ]
-        self.composed: list[Any] = composed if recipe.average_of == KERNELS else []
+        self.composed: list[Any] = composed if of_kernels else []
         inside = {id(v) for layer in self.composed for v in layer.entries().values()}
         self.variables = [v for v in net.trainable_variables if id(v) not in inside]
         self.values = [
@@ -126,7 +128,7 @@ class Average:
         return [*map(ops.convert_to_tensor, self.variables), *kernels]
 
     def follow(self, last: Any) -> None:
-        """Let the averages follow the weights after a step. last: 0 if it has more parts to come."""
+        """Let the averages follow the weights after a step. last: 0 where it has more parts."""
         for average, now in zip(self.values, self._now(), strict=True):
             before = ops.convert_to_tensor(average)
             new = self.decay * before + (1 - self.decay) * now
@@ -257,26 +259,23 @@ class Feed:
 def _divided(
     steps: Iterable[tuple[Step | None, Batch]], recipe: Recipe | None, replicas: int
 ) -> Iterator[Part]:
-    """Yield the parts of each step, each divided among the replicas. recipe: of what accumulates."""
+    """Yield the parts of each step, each divided among the replicas. recipe: None for whole ones."""
     for step, batch in steps:
         rows = len(batch.images)
         slices = [slice(0, rows)] if recipe is None else [*parts(recipe, rows)] or [slice(0, 0)]
         for rows_of in slices:
-            part = [np.asarray(each)[rows_of] for each in batch[:3]]
-            pieces = zip(*(np.array_split(each, replicas) for each in part), strict=True)
-            yield Part(
-                step, rows_of is slices[-1], batch.total, len(part[0]),
-                [_piece(*piece, batch.total) for piece in pieces],
-            )  # fmt: skip
+            arrays = (batch.images[rows_of], batch.targets[rows_of], batch.labels[rows_of])
+            divided = zip(*(np.array_split(each, replicas) for each in arrays), strict=True)
+            pieces = [_piece(*each, total=batch.total) for each in divided]
+            yield Part(step, rows_of is slices[-1], batch.total, len(arrays[0]), pieces)
 
 
 def _piece(images: Array, targets: Array, labels: Array, total: int) -> Any:
     """Return what `fit` takes; where there is no image, one of zeros with no weight."""
     weights = np.full(len(images), 1 / total, np.float32)
     if not len(images):
-        images, targets, labels, weights = (
-            np.zeros((1, *each.shape[1:]), each.dtype) for each in (images, targets, labels, weights)
-        )
+        given = images, targets, labels, weights
+        images, targets, labels, weights = (np.zeros((1, *e.shape[1:]), e.dtype) for e in given)
     return images, {"targets": targets, "labels": labels}, weights
 
 

@@ -161,8 +161,8 @@ class RecipeOptimizer(SummedFirst):
         weight, rate = ops.convert_to_tensor(variable), ops.cast(learning_rate, dtype)
         rule = self._adamw if self.rule == ADAMW else self._sgd
         new, *kept = rule(weight, ops.cast(gradient, dtype), index, rate)
-        held = (self.first, self.second)
-        for target, value in zip((variable, *(each[index] for each in held if each)), (new, *kept)):
+        held = [each[index] for each in (self.first, self.second) if each]
+        for target, value in zip((variable, *held), (new, *kept), strict=True):
             if self.may_leave_out:
                 taking = ops.cast(self.taking, "bool")
                 value = ops.where(taking, value, ops.convert_to_tensor(target))

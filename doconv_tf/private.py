@@ -280,7 +280,7 @@ def made_anew(variable: Any) -> Any:
 
 
 def exchange(variable: Any, value: Any) -> Any:
-    """Let a variable hold this variable of TensorFlow's, with the values of now; return the former."""
+    """Let a variable hold this one of TensorFlow's, with the values of now; return the former."""
     former = variable._value
     value.assign(former.read_value())
     variable._value = value
@@ -288,7 +288,7 @@ def exchange(variable: Any, value: Any) -> Any:
 
 
 def output_layer(model: keras.Layer) -> Any:
-    """Return the layer that makes the only output of a functional or sequential model; else None."""
+    """Return the layer that makes the only output of a model that is a graph; None of others."""
     graph = graph_of(model)
     outputs = [] if graph is None else keras.tree.flatten(graph.outputs)
     if len(outputs) != 1 or not has_maker(outputs[0]):

@@ -1,7 +1,8 @@
-"""Training in Keras: its engine for a run, over `fit`, on one device, several, or several machines."""
+"""Training in Keras: its engine for a run, over `fit`, on one device, several, or machines."""
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,7 +69,7 @@ def train(
     run: the folder that gets everything; None to write nothing. resume: go on with the run there.
     force: replace the one there. seed: of the batches, and of what layers draw, such as dropout.
     precision: what layers of float32 compute in: "float32", "bfloat16" or "float16", with scaling
-    of the loss; weights stay in float32. devices: how many, or names such as "GPU:0,GPU:1", each of
+    of the loss; weights stay in float32. devices: how many, or names such as "gpu:0,gpu:1", each of
     which has a part of each batch; None for one. A model that was made in the scope of a
     `tf.distribute` strategy is trained by that: of several machines, each with its own process and
     TF_CONFIG, by a `MultiWorkerMirroredStrategy`.
@@ -87,13 +88,11 @@ def train(
     engines: list[KerasEngine] = []
 
     def make(recipe: Recipe) -> Engine:
-        engines.append(
-            KerasEngine(
-                model, recipe, seed=seed, precision=precision, devices=devices,
-                jit_compile=jit_compile,
-            )  # fmt: skip
+        engine = KerasEngine(
+            model, recipe, seed=seed, precision=precision, devices=devices, jit_compile=jit_compile
         )
-        return engines[0]
+        engines.append(engine)
+        return engine
 
     try:
         return session.train(
@@ -113,7 +112,7 @@ class KerasEngine(Engine):
     precision, and its variables belong to the devices, of the training.
     """
 
-    framework, version, layout = "keras", keras.__version__, "NHWC"
+    framework, version, layout = "tf", keras.__version__, "NHWC"
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class KerasEngine(Engine):
         except BaseException:
             self.close()
             raise
-        self._steps: list[Sums | list[tuple[list[Any], Part]]] = []
+        self._steps: list[list[tuple[list[Any], Part]]] = []
         self._part_sums: list[tuple[list[Any], Part]] = []
 
     def close(self) -> None:
@@ -223,7 +222,9 @@ class KerasEngine(Engine):
         """Write weights, optimizer, averages and the states of random draws to a folder."""
         arrays = {name: ops.convert_to_numpy(each) for name, each in self._kept().items()}
         if folder is not None:
-            np.savez(folder / CHECKPOINT, **arrays)  # type: ignore[arg-type]
+            written = io.BytesIO()  # as what is closed on a full disk would tell of it once more
+            np.savez(written, **arrays)
+            (folder / CHECKPOINT).write_bytes(written.getbuffer())
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote; ValueError for what was written of another model."""
