@@ -7,7 +7,7 @@ of a step, its learning rate, and how far the training has come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,9 @@ class Engine(ABC):
 
     framework: as in "torch"; version: the framework's. layout: of the images that it takes, "NCHW"
     or "NHWC". process, processes: which of how many this is; the first writes the files.
-    model: the framework's own. Every process calls every method.
+    model: the framework's own. described: what `run.json` says of it besides, such as its precision
+    and devices. Every process calls every method, but for `folded_state` and `write_folded`. Of a
+    disk that takes no more, what writes raises OSError.
     """
 
     framework: str
@@ -89,6 +91,7 @@ class Engine(ABC):
     process: int = 0
     processes: int = 1
     model: Any
+    described: Mapping[str, Any] = {}
 
     def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
         """Train on each step's batch in turn, and call `after` when it is done.
