@@ -290,7 +290,7 @@ def number(value: int | None) -> str:
 
 
 # Each lives in the module of its name, which is imported when it is asked for.
-SUBCOMMANDS = ("inspect", "fold", "convert", "cost", "verify")
+SUBCOMMANDS = ("inspect", "fold", "convert", "cost", "verify", "study")
 
 
 class Doconv(click.Group):

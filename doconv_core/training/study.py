@@ -24,12 +24,15 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from doconv_core.atomic import write_json
+from doconv_core.backends import available_backends
 from doconv_core.networks.cost import count
+from doconv_core.networks.initialize import initialize
 from doconv_core.networks.nodes import Network
-from doconv_core.training.claim import Claim, held
+from doconv_core.training.claim import Claim, ClaimLost, held
+from doconv_core.training.data import ImageData
 from doconv_core.training.paired import check_installed, epochs_to, summary, wins
 from doconv_core.training.recipe import Recipe, to_json
-from doconv_core.training.run import DESCRIBED, METRICS, RESULT
+from doconv_core.training.run import DESCRIBED, METRICS, RESULT, open_run
 from doconv_core.training.session import NotFinite
 
 PLAN, FOUND, PAGE, RUNS, FINISHED = "plan.json", "study.json", "study.html", "runs", "finished.json"
@@ -82,8 +85,8 @@ class Arm:
 class Study:
     """What is compared on what. The first arm is the baseline, that others are compared with.
 
-    backend: its name, as "torch". data: the name of the data.
-    Raises StudyError for arms of the same name, for none, and for no seeds or the same one twice.
+    backend: its name, as "torch". data: the name of the data. precision: as a backend's `train` has
+    it. Raises StudyError for arms of the same name, for none, and for no seeds or the same one twice.
 
     >>> from doconv_core.training.recipe import recipe
     >>> arm = Arm("plain", describe("tutorial_pt"), recipe("tutorial_pt"))
@@ -97,6 +100,7 @@ class Study:
     seeds: Sequence[int]
     backend: str
     data: str
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         """Check that runs can be told apart."""
@@ -116,7 +120,7 @@ class Study:
         return {
             "format": FORMAT, "version": VERSION,
             "arms": [arm.described() for arm in self.arms], "seeds": list(self.seeds),
-            "backend": self.backend, "data": self.data,
+            "backend": self.backend, "data": self.data, "precision": self.precision,
         }  # fmt: skip
 
 
@@ -135,6 +139,26 @@ class Task(NamedTuple):
 
 # Trains a task's network, in the task's folder; is to call `after` after every epoch.
 Train = Callable[[Task, Callable[..., None]], Any]
+
+
+def trainer(study: Study, data: ImageData) -> Train:
+    """Return what trains a task's network in the study's backend, which is imported now.
+
+    A run that was begun goes on from its last checkpoint. Raises ImportError where the backend's
+    framework is not there.
+    """
+    backend = available_backends()[study.backend].load()
+
+    def train(task: Task, after: Callable[..., None]) -> None:
+        model = backend.build(task.arm.network)
+        backend.load_state(model, initialize(task.arm.network, task.seed))
+        begun = (task.folder / DESCRIBED).is_file() and open_run(task.folder).last is not None
+        backend.train(
+            model, task.arm.recipe, data, run=task.folder, seed=task.seed, resume=begun,
+            force=not begun, precision=study.precision, callback=after, quiet=True,
+        )  # fmt: skip
+
+    return train
 
 
 def tasks(folder: Path, study: Study) -> list[Task]:
@@ -176,7 +200,7 @@ def plan(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, there: dict[str, Any], given: dict[str, Any]) -> None:
-    for name in ("backend", "data"):
+    for name in ("backend", "data", "precision"):
         if there[name] != given[name]:
             raise StudyError(
                 f"{folder} is a study of {name} {there[name]!r}; received {given[name]!r}."
@@ -208,8 +232,11 @@ def work(folder: Path, study: Study, train: Train, say: Callable[[str], Any] = p
             task.folder.parent.mkdir(parents=True, exist_ok=True)
             with held(task.folder) as claim:
                 if claim is not None and not task.is_finished:
-                    told = _run(task, train, claim)
                     done += 1
+                    try:
+                        told = _run(task, train, claim)
+                    except ClaimLost as error:
+                        told = str(error)
                     finished = sum(each.is_finished for each in found)
                     say(f"{task.arm.name}, seed {task.seed}: {told} ({finished} of {len(found)})")
         if not done:
@@ -349,9 +376,9 @@ def _against(pairs: Sequence[tuple[Done, Done]]) -> dict[str, Any]:
     for name, sign in MEASURES.items():
         found = [run.curve(name)[-1] - base.curve(name)[-1] for base, run in pairs]
         told[name] = {**summary(found)._asdict(), **wins([sign * f for f in found])._asdict()}
-    told["train_loss_ratio"] = _ratio([
-        (base.curve(TRAIN_LOSS)[-1], run.curve(TRAIN_LOSS)[-1]) for base, run in pairs
-    ])
+    told["train_loss_ratio"] = _ratio(
+        [(base.curve(TRAIN_LOSS)[-1], run.curve(TRAIN_LOSS)[-1]) for base, run in pairs]
+    )
     told["epochs_to_loss"] = _epochs_to(pairs)
     told["curves"] = {
         name: _curve(

@@ -128,8 +128,10 @@ def costs(found: Mapping[str, Any]) -> list[list[str]]:
 def _seconds(cost: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     if cost["seconds"] is None:
         return UNKNOWN
-    times = "" if cost is base or not base["seconds"] else (
-        f" ({cost['seconds'] / base['seconds']:.2f} times)"
+    times = (
+        ""
+        if cost is base or not base["seconds"]
+        else (f" ({cost['seconds'] / base['seconds']:.2f} times)")
     )
     return f"{cost['seconds']:.1f}{times}"
 
@@ -210,8 +212,15 @@ def _number(name: str) -> Any:
 def _recipes(arms: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
     for field in arms[0]["recipe"]:
         values = [arm["recipe"][field] for arm in arms]
-        yield [field, *(", ".join(v) if isinstance(v, list) and all(
-            isinstance(each, str) for each in v) else str(v) for v in values)]
+        yield [
+            field,
+            *(
+                ", ".join(v)
+                if isinstance(v, list) and all(isinstance(each, str) for each in v)
+                else str(v)
+                for v in values
+            ),
+        ]
 
 
 def _seeds(found: Mapping[str, Any]) -> Iterable[list[str]]:
