@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
-from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted, marked
 from doconv_core.models.received import no_model
 from doconv_torch.kinds import LAYER_KINDS
 
@@ -45,6 +45,11 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     for layer in others:
         total = total + _norm(layer.weight).to(total.device)
     return alpha * total
+
+
+def has_orthonormal(model: nn.Module) -> bool:
+    """Return whether a model has a weight that `orthonormality_loss` counts."""
+    return bool(marked(model.modules(), LAYER_KINDS, _ConvNd))
 
 
 def mark_orthonormal(conv: Conv) -> Conv:
