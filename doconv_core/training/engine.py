@@ -135,6 +135,10 @@ class Engine(ABC):
         """Return the model's canonical state, of the averaged weights if the recipe averages."""
 
     @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Take up a canonical state's weights before the first step; averages begin with them."""
+
+    @abstractmethod
     def fold(self) -> Converted[Any]:
         """Return a folded copy of the model, in evaluation mode, and the report."""
 

@@ -152,9 +152,7 @@ def plot(
     )
 
 
-def _frame(
-    title: str, low: float, high: float, last: int, text: Callable[[float], str]
-) -> str:
+def _frame(title: str, low: float, high: float, last: int, text: Callable[[float], str]) -> str:
     """Return a plot's grid, with the numbers beside it."""
     drawn = []
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -178,11 +176,11 @@ def _sentence(described: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     data, recipe = described["data"], described["recipe"]
     best = result["best"]
     return (
-        f"Trained by the recipe {recipe['name']} for {recipe['epochs']} epochs on {data['train']:,} "
-        f"images of {data['classes']} classes, evaluated on {data['val']:,}, seed "
-        f"{described['seed']}, in {described['framework']} {described['framework_version']}. The "
-        f"best epoch in evaluation was {best['epoch']}, with {_percent(best['eval_top1'])}; what is "
-        "folded is the model after the last."
+        f"Trained by the recipe {recipe['name']} for {recipe['epochs']} epochs on "
+        f"{data['train']:,} images of {data['classes']} classes, evaluated on {data['val']:,}, "
+        f"seed {described['seed']}, in {described['framework']} {described['framework_version']}. "
+        f"The best epoch in evaluation was {best['epoch']}, with {_percent(best['eval_top1'])}; "
+        "what is folded is the model after the last."
     )
 
 

@@ -3,7 +3,7 @@
     run.json          what is trained on what, how, with which versions, on which machine
     metrics.jsonl     one JSON object for each epoch
     events.out.tfevents.doconv    the same for TensorBoard
-    checkpoints/      a folder for each checkpoint that is kept; the files `last` and `best` name one
+    checkpoints/      a folder for each that is kept; the files `last` and `best` name one
     result.json       of a run that has come to its end, as are `report.html` and what is folded
 
 A checkpoint says how long the two files that grow were when it was made, and going on from it cuts
@@ -182,7 +182,7 @@ def check_new(folder: str | os.PathLike[str], force: bool) -> None:
         return
     if (path / DESCRIBED).is_file():
         raise RunError(
-            f"{path} holds a run already; resume it, or replace it by force, or name another folder."
+            f"{path} holds a run already; resume it, replace it by force, or name another folder."
         )
     raise RunError(f"{path} is not empty; name another folder for the run, or use force.")
 
@@ -240,7 +240,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is no JSON: {error}.") from None
     except FileNotFoundError:
-        raise RunError(f"{path} is missing; the checkpoint that it belongs to is not whole.") from None
+        raise RunError(
+            f"{path} is missing; the checkpoint that it belongs to is not whole."
+        ) from None
     if not isinstance(value, dict):
         raise RunError(f"{path} must hold a JSON object; found {value!r}.")
     return value

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from types import FrameType
@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from doconv_core.atomic import write_json
+from doconv_core.networks.initialize import with_zero_gammas
+from doconv_core.networks.names import describe, known_name
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import ImageData, as_data, batches, open_data
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
-from doconv_core.training.recipe import Recipe
+from doconv_core.training.recipe import Recipe, check_data
 from doconv_core.training.recipe import recipe as recipe_by_name
 from doconv_core.training.report import cost_of, moved, write_report
 from doconv_core.training.run import Run
@@ -104,6 +107,42 @@ def train(
     return session.run()
 
 
+def evaluate(
+    make: Make,
+    recipe: Recipe | str,
+    data: Any,
+    *,
+    workers: int,
+    data_dir: str | os.PathLike[str] | None,
+) -> dict[str, float]:
+    """Evaluate as a backend's `evaluate` says. make: the engine for a recipe."""
+    recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    found = open_data(data, data_dir) if isinstance(data, str) else as_data(data)
+    engine = make(dataclasses.replace(recipe, average=None))
+
+    def drawn() -> Iterator[Batch]:
+        return _evaluation(engine, recipe, found, workers)
+
+    engine.evaluate([_first(drawn(), found)])  # what is compiled at first, or does not fit
+    began = time.monotonic()
+    sums = engine.total(engine.evaluate(drawn()))
+    seconds = time.monotonic() - began
+    return {**shares(sums), "images": sums.images, "seconds": seconds}
+
+
+def _evaluation(engine: Engine, recipe: Recipe, data: ImageData, workers: int) -> Iterator[Batch]:
+    return batches(
+        data.val, len(data.classes), recipe, training=False, process=engine.process,
+        processes=engine.processes, layout=engine.layout, workers=workers,
+    )  # fmt: skip
+
+
+def _first(drawn: Iterator[Batch], data: ImageData) -> Batch:
+    for batch in drawn:
+        return batch
+    raise ValueError(f"the data {data.name!r} have no image to evaluate on.")
+
+
 class Session:
     """One run of an engine's model. `run` does it all.
 
@@ -143,15 +182,18 @@ class Session:
         self.writes = engine.process == 0 and out is not None
         self.out = None if out is None else Path(out)
         self.display = Display(quiet or engine.process > 0)
+        check_data(recipe, len(data.classes), len(data.train))
         self.per_epoch = steps_per_epoch(recipe, len(data.train))
+        _check_processes(recipe, len(data.train), engine.processes)
         self.metrics: list[dict[str, Any]] = []
         self.position = Position()
         self.signalled: int | None = None
         self.looked = time.monotonic()
         self.folder: Run | None = None  # of the process that writes it, or that goes on with it
-        self._begin(resume, force, notes or {})
+        self.notes = dict(notes or {})
+        self._begin(resume, force)
 
-    def _begin(self, resume: bool, force: bool, notes: Mapping[str, Any]) -> None:
+    def _begin(self, resume: bool, force: bool) -> None:
         """Check what can be checked, then open the run's folder, and take up its checkpoint."""
         described = self._described()
         if self.out is not None and resume:
@@ -163,17 +205,32 @@ class Session:
         self._try_model()
         if self.folder is not None:
             self._take_up(self.folder)
-        elif self.out is not None:
-            if self.writes:
-                whole = {**described, **self._told(), "notes": dict(notes)}
-                self.folder = runs.begin(self.out, whole, force)
-            self._checkpoint("step-00000000")
+            return
+        if self.recipe.zero_last_gamma:
+            self._zero_last_gammas()
+        if self.writes and self.out is not None:
+            whole = {**described, **self._told(), "notes": self.notes}
+            self.folder = runs.begin(self.out, whole, force)
+        self._checkpoint("step-00000000")
+
+    def _zero_last_gammas(self) -> None:
+        """Let the residual units of a network by name start as identities."""
+        name = self._network
+        if name is None:
+            raise ValueError(
+                "zero_last_gamma is for networks by name; in a model of your own, set gammas to 0."
+            )
+        options = self.notes.get("options", {})
+        network = describe(name, num_classes=len(self.data.classes), **options)
+        self.engine.load_state(with_zero_gammas(self.engine.export_state(), network))
+
+    @property
+    def _network(self) -> str | None:
+        return known_name(getattr(self.engine.model, "network_name", None))
 
     def _try_model(self) -> None:
         """Let the model see images, so that one that does not fit says so before anything else."""
-        first = next(iter(self._evaluation()), None)
-        if first is None:
-            raise ValueError(f"the data {self.data.name!r} have no image to evaluate on.")
+        first = _first(self._evaluation(), self.data)
         self.image = first.images.shape[1:]
         self.engine.evaluate([first])
 
@@ -193,7 +250,7 @@ class Session:
         """Return what is told of the run besides, and may be other when it is gone on with."""
         return {
             "framework_version": self.engine.version,
-            "network": getattr(self.engine.model, "network_name", None),
+            "network": self._network,
             "processes": self.engine.processes,
             "engine": dict(self.engine.described),
             "checkpoint_every": self.checkpoint_every,
@@ -288,7 +345,7 @@ class Session:
     def _fill(self, state: State, position: Mapping[str, Any], folder: Path) -> None:
         self.engine.save(folder)
         write_state(state, folder / runs.STATE)
-        runs.write_json(folder / runs.POSITION, position)
+        write_json(folder / runs.POSITION, position)
 
     def _gathered(self, sums: Sums) -> list[Sums]:
         """Return each process's sums, the same in all of them."""
@@ -323,11 +380,7 @@ class Session:
         self._end_if_asked()
 
     def _evaluation(self) -> Iterator[Batch]:
-        return batches(
-            self.data.val, len(self.data.classes), self.recipe, training=False,
-            process=self.engine.process, processes=self.engine.processes,
-            layout=self.engine.layout, workers=self.workers,
-        )  # fmt: skip
+        return _evaluation(self.engine, self.recipe, self.data, self.workers)
 
     def _finish(self) -> Trained:
         """Fold, verify and write what has come of it."""
@@ -343,11 +396,11 @@ class Session:
         """Return how the model and the folded one compare, over all processes."""
         engine = self.engine
         own = engine.verify(folded, self._evaluation())
-        largest = [
+        absolute, relative = (
             max(sums.loss for sums in self._gathered(Sums(loss=value)))
             for value in (own.absolute, own.relative)
-        ]
-        return Verified(engine.total(own.before), engine.total(own.after), *largest)
+        )
+        return Verified(engine.total(own.before), engine.total(own.after), absolute, relative)
 
     def _write(self, folder: Run, folded: Any, report: str, verified: Verified) -> None:
         """Write the folded weights, the result and the report; say where everything is."""
@@ -373,14 +426,6 @@ class Session:
     def _input_shape(self) -> tuple[int, int, int]:
         first, second, third = self.image
         return (first, second, third) if self.engine.layout == "NCHW" else (third, first, second)
-
-    def _gathered(self, sums: Sums) -> list[Sums]:
-        """Return each process's sums, the same in all of them."""
-        engine = self.engine
-        return [
-            engine.total(sums if process == engine.process else Sums())
-            for process in range(engine.processes)
-        ]
 
     def _end_if_asked(self) -> None:
         if self.signalled is not None:
@@ -434,6 +479,17 @@ class Session:
                 signal.signal(number, handler)
 
 
+def _check_processes(recipe: Recipe, images: int, processes: int) -> None:
+    """Raise ValueError where a batch would leave a process without an image."""
+    rest = 0 if recipe.drop_last else images % recipe.batch_size
+    for size in (min(recipe.batch_size, images), rest or recipe.batch_size):
+        if size < processes:
+            raise ValueError(
+                f"a batch of {size} images leaves some of {processes} processes without; "
+                "choose another batch_size, or drop_last."
+            )
+
+
 @dataclass
 class Position:
     """Where a run stands.
@@ -446,7 +502,7 @@ class Position:
     epoch: int = 0
     done: int = 0
     taken: int = 0
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = 0

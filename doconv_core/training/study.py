@@ -156,6 +156,7 @@ def trainer(study: Study, data: ImageData) -> Train:
         backend.train(
             model, task.arm.recipe, data, run=task.folder, seed=task.seed, resume=begun,
             force=not begun, precision=study.precision, callback=after, quiet=True,
+            notes={"options": dict(task.arm.options)},
         )  # fmt: skip
 
     return train
