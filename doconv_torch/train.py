@@ -192,7 +192,7 @@ class TorchEngine(Engine):
         """
         if self.recipe.average is None and not self.sharded:
             return None
-        other = fold(self.model).model if self._averages_kernels else copy.deepcopy(self.model)
+        other = fold(self.model.eval()).model if self._averages_kernels else copy.deepcopy(self.model)
         return other.requires_grad_(False)
 
     def _begin_average(self) -> None:
