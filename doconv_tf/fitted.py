@@ -24,9 +24,10 @@ from doconv_tf.composed import ComposedConv
 from doconv_tf.optimizer import RecipeOptimizer
 from doconv_tf.ordinary import first_occurrences, put
 from doconv_tf.orthonormal import wide
+from doconv_tf.private import BuiltModel
 
 
-class Calling(keras.Model):
+class Calling(BuiltModel):
     """A model around another, the net, so that what is compiled for a call is not the net's."""
 
     def __init__(self, net: keras.Layer, name: str = "calling") -> None:
@@ -259,18 +260,18 @@ class Feed:
 def _divided(
     steps: Iterable[tuple[Step | None, Batch]], recipe: Recipe | None, replicas: int
 ) -> Iterator[Part]:
-    """Yield the parts of each step, each divided among the replicas. recipe: None for whole ones."""
+    """Yield the parts of each step, each divided among the replicas. None: whole ones."""
     for step, batch in steps:
         rows = len(batch.images)
         slices = [slice(0, rows)] if recipe is None else [*parts(recipe, rows)] or [slice(0, 0)]
         for rows_of in slices:
             arrays = (batch.images[rows_of], batch.targets[rows_of], batch.labels[rows_of])
-            divided = zip(*(np.array_split(each, replicas) for each in arrays), strict=True)
-            pieces = [_piece(*each, total=batch.total) for each in divided]
+            divided = (np.array_split(each, replicas) for each in arrays)
+            pieces = [_piece(batch.total, *each) for each in zip(*divided, strict=True)]
             yield Part(step, rows_of is slices[-1], batch.total, len(arrays[0]), pieces)
 
 
-def _piece(images: Array, targets: Array, labels: Array, total: int) -> Any:
+def _piece(total: int, images: Array, targets: Array, labels: Array) -> Any:
     """Return what `fit` takes; where there is no image, one of zeros with no weight."""
     weights = np.full(len(images), 1 / total, np.float32)
     if not len(images):

@@ -118,9 +118,18 @@ def _operation(name: str, value: Any) -> str:
     return " ".join(value.split())
 
 
+def _same_each_time(name: str, value: Any) -> str:
+    text = _operation(name, value)
+    if parsed(text).random:
+        raise ValueError(
+            f"{name} must not be random, as an evaluation is the same each time; received {text!r}."
+        )
+    return text
+
+
 _EPOCHS = _several(as_integer, _integer_text, "epochs, such as (100, 150)")
 _ROLES = _choice(NORMS, BIASES, DEPTHWISE)
-_IMAGES = _several(_operation, str, "operations on images, such as ('random_crop 32 4', 'flip')")
+_OPERATIONS = "operations on images, such as ('resize 32 32',)"
 _SHARE = _number(0, 1)
 _WEIGHT = Field(_number_text, as_weight)
 
@@ -151,6 +160,6 @@ FIELDS: Mapping[str, Field] = {
     "lasso": _WEIGHT,
     "zero_last_gamma": Field(_flag_text, _flag),
     "drop_last": Field(_flag_text, _flag),
-    "train_images": _IMAGES,
-    "eval_images": _IMAGES,
+    "train_images": _several(_operation, str, _OPERATIONS),
+    "eval_images": _several(_same_each_time, str, _OPERATIONS),
 }
