@@ -17,19 +17,20 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import evidence_sets
 import numpy as np
-from evidence_studies import CLASSES, SETTINGS, Planned, baselines, planned, tuning
+from evidence_studies import CLASSES, Planned, baselines, planned, tuning
 from step_report import DOCS
 
 from doconv_core.atomic import write_json, write_text
 from doconv_core.training import study as studies
-from doconv_core.training.data import ImageData, open_data
+from doconv_core.training.data import ImageData, as_data
 from doconv_core.training.sharing import run_shared
 from doconv_core.training.study_page import costs, results, write
 
@@ -92,8 +93,8 @@ def _chosen(options: argparse.Namespace) -> list[Planned]:
     if not chosen:
         names = ", ".join(each.key for each in every)
         raise ValueError(f"no study matches {options.only!r}; there are {names}.")
-    there = {"digits"}
-    for name in {each.images for each in chosen} - there:
+    there = set()
+    for name in sorted({each.images for each in chosen}):
         try:
             evidence_sets.load(name, options.data_dir or Path())
             there.add(name)
@@ -104,16 +105,17 @@ def _chosen(options: argparse.Namespace) -> list[Planned]:
 
 def _run(chosen: Iterable[Planned], options: argparse.Namespace) -> None:
     """Do the studies one after the other, in this process."""
-    loaded: dict[str, ImageData] = {}
+    loaded: dict[tuple[str, int], ImageData] = {}
     for each in chosen:
         folder = options.out / each.key
         studies.begin(folder, each.study)
         if not studies.left(folder, each.study)[0]:
             continue
-        if each.images not in loaded:
-            loaded[each.images] = _data(each.images, options)
-        train = studies.trainer(each.study, loaded[each.images])
-        studies.work(folder, each.study, train, lambda line, key=each.key: print(key, line, flush=True))
+        images = each.images, each.size
+        if images not in loaded:
+            loaded[images] = _data(each, options)
+        train = studies.trainer(each.study, loaded[images])
+        studies.work(folder, each.study, train, partial(print, each.key, flush=True))
         write(folder, each.study)
 
 
@@ -127,28 +129,14 @@ def _share(options: argparse.Namespace) -> None:
         sys.exit(f"evidence: {sum(map(bool, codes))} of {len(codes)} processes failed; see above.")
 
 
-def _data(name: str, options: argparse.Namespace) -> ImageData:
-    """Return a set's images; where rates are tuned, parts of those to train with."""
-    if name == "digits":
-        found = open_data("digits")
-        train, val = _arrays(found.train), _arrays(found.val)
-    else:
-        arrays = evidence_sets.load(name, options.data_dir or Path())
-        train, val = (arrays.x_train, arrays.y_train), (arrays.x_test, arrays.y_test)
+def _data(each: Planned, options: argparse.Namespace) -> ImageData:
+    """Return a study's images; where rates are tuned, parts of those to train with."""
+    train, val = evidence_sets.load(each.images, options.data_dir or Path())
     if options.tune:
-        held = np.arange(len(train[1])) % HELD_OUT == 0
-        val, train = tuple(a[held] for a in train), tuple(a[~held] for a in train)
-    return made(name, train, val)
-
-
-def made(name, train, val):
-    from doconv_core.training.data import Source
-    sources = [Source(x if x.ndim == 4 else x[..., None], y.astype("int64")) for x, y in (train, val)]
-    return ImageData(name, tuple(map(str, range(10))), *sources, 1)
-
-
-def _arrays(source):
-    return source.images, source.labels
+        held = np.arange(len(train.labels)) % HELD_OUT == 0
+        val, train = train.rows(held), train.rows(~held)
+    classes = tuple(map(str, range(CLASSES)))
+    return as_data((train.sized(each.size), val.sized(each.size)), classes=classes)
 
 
 def _print_left(chosen: Iterable[Planned], out: Path) -> None:
@@ -217,13 +205,15 @@ def put(text: str, name: str, table: str) -> str:
 
 
 def _compared(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> str:
-    """Return a table with a row for each comparison with a baseline, and what they tell together."""
+    """Return a table with a row for each comparison, and a sentence on what they tell together."""
     rows, verdicts = [], []
     for each, told in found:
         if each.section != section:
             continue
         base, over = results(told)
-        rows.append([told["data"], base[0], told["backend"], base[2], over[2], *over[3:5], *over[7:]])
+        rows.append(
+            [told["data"], base[0], told["backend"], base[2], over[2], *over[3:5], *over[7:]]
+        )
         gain = told["arms"][1]["against"]
         verdicts.append((gain[studies.ACCURACY], gain["train_loss_ratio"]))
     head = ("images", "network", "backend", *COMPARED)
@@ -263,11 +253,11 @@ def _whole(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> 
 
 
 def _rates() -> str:
-    told = json.loads(RATES.read_text(encoding="utf-8"))
-    rows = [
-        [name, f"{entry['rate']:g}", ", ".join(f"{r}: {100 * s:.1f}" for r, s in entry["top1"].items())]
-        for name, entry in told.items()
-    ]  # fmt: skip
+    """Return a table of the rates that were tried."""
+    rows = []
+    for name, entry in json.loads(RATES.read_text(encoding="utf-8")).items():
+        tried = (f"{rate}: {100 * share:.1f}" for rate, share in entry["top1"].items())
+        rows.append([name, f"{entry['rate']:g}", ", ".join(tried)])
     return _markdown(("baseline, images", "rate", "tried: top-1 [%] on what was held out"), rows, 1)
 
 

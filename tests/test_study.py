@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,8 +89,14 @@ def test_wins_are_counted():
 
 @pytest.mark.parametrize(
     ("losses", "level", "expected"),
-    [([2, 1], 2.5, 1), ([2, 1], 1, 2), ([2, 1], 1.25, 1.75), ([2, 1, 3], 0.5, math.inf), ([], 1, math.inf)],
-)  # fmt: skip
+    [
+        ([2, 1], 2.5, 1),
+        ([2, 1], 1, 2),
+        ([2, 1], 1.25, 1.75),
+        ([2, 1, 3], 0.5, math.inf),
+        ([], 1, math.inf),
+    ],
+)
 def test_epochs_to_a_level(losses, level, expected):
     assert epochs_to(losses, level) == expected
 
@@ -223,19 +230,19 @@ def test_seeds_and_arms_may_be_added(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "error"),
+    ("changes", "error"),
     [
-        (lambda: study(precision="bfloat16"), "is a study of precision 'float32'; received 'bfl"),
-        (lambda: Study([arm()], [0], "mx", "digits"), "is a study of backend 'torch'; received 'mx"),
-        (lambda: Study([arm()], [0], "torch", "x"), "is a study of data 'digits'; received 'x'"),
-        (lambda: Study([arm(epochs=9)], [0], "torch", "digits"), "another arm of the name 'tutori.* recipe differ"),
+        ({"precision": "bfloat16"}, "is a study of precision 'float32'; received 'bfloat16'"),
+        ({"backend": "mx"}, "is a study of backend 'torch'; received 'mx'"),
+        ({"data": "mnist"}, "is a study of data 'digits'; received 'mnist'"),
+        ({"arms": [arm(epochs=9)]}, "another arm of the name 'tutorial_pt': recipe differ"),
     ],
-)  # fmt: skip
-def test_another_study_is_refused(tmp_path, other, error):
+)
+def test_another_study_is_refused(tmp_path, changes, error):
     studies.begin(tmp_path, study())
     before = (tmp_path / "plan.json").read_bytes()
     with pytest.raises(StudyError, match=error):
-        studies.begin(tmp_path, other())
+        studies.begin(tmp_path, replace(study(), **changes))
     assert (tmp_path / "plan.json").read_bytes() == before
 
 

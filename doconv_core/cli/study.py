@@ -59,7 +59,9 @@ CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
     """,
 )
 @click.argument("networks", nargs=-1, metavar="[NETWORK[@RECIPE][@FIELD=VALUE]]...")
-@click.option("--out", required=True, type=target_argument, metavar="DIR", help="The study's folder.")
+@click.option(
+    "--out", required=True, type=target_argument, metavar="DIR", help="The study's folder."
+)
 @backend_option
 @data_option
 @data_dir_option

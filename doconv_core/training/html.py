@@ -51,8 +51,8 @@ def document(title: str, parts: Iterable[str]) -> str:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: bool = True) -> str:
     """Return a table of text; all columns but the first are of numbers, unless told otherwise.
 
-    >>> table(("", "loss"), [("plain", "0.5")], numeric=False)
-    '<div class="wide"><table><tr><th></th><th>loss</th></tr><tr><td>plain</td><td>0.5</td></tr></table></div>'
+    >>> "<tr><td>A</td><td>1</td></tr>" in table(("", "n"), [("A", "1")], numeric=False)
+    True
     """
     marked = ' class="n"' if numeric else ""
     lines = []

@@ -85,8 +85,8 @@ class Arm:
 class Study:
     """What is compared on what. The first arm is the baseline, that others are compared with.
 
-    backend: its name, as "torch". data: the name of the data. precision: as a backend's `train` has
-    it. Raises StudyError for arms of the same name, for none, and for no seeds or the same one twice.
+    backend: its name, as "torch". data: the name of the data. precision: as of a backend's `train`.
+    Raises StudyError for arms of the same name, or none, and for no seeds or the same one twice.
 
     >>> from doconv_core.training.recipe import recipe
     >>> arm = Arm("plain", describe("tutorial_pt"), recipe("tutorial_pt"))
@@ -279,7 +279,7 @@ class Done(NamedTuple):
 
 
 def read(task: Task) -> Done:
-    """Return what a finished run tells. Raises StudyError where its files are not what they were."""
+    """Return what a finished run tells. Raises StudyError where its files are others now."""
     try:
         ended = json.loads((task.folder / FINISHED).read_text(encoding="utf-8"))
         lines: list[str] = []
