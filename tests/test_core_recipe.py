@@ -151,6 +151,11 @@ test_texts_that_cannot_be_are_refused = refuses(
     ({"lasso": "much"}, TypeError, "lasso must be a number; received lasso='much'"),
     ({"drop_last": "yes"}, TypeError, "drop_last must be true or false; received .*'yes'"),
     ({"name": "\n"}, ValueError, "name must be text of one line"),
+    (
+        {"eval_images": "resize 9 9,flip"},
+        ValueError,
+        r"eval_images\[1\] must not be random, .*flip",
+    ),
     ({"train_images": "flip,spin 2"}, ValueError, r"train_images\[1\]: 'spin 2'"),
 )
 

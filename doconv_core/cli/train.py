@@ -206,7 +206,7 @@ def _train(
         data = open_data(job.data, job.data_dir)
         backend = available_backends()[job.backend].load()
         model = _model(backend, job, recipe, data, fresh=not resume)
-    with refused(ValueError), _told():
+    with refused(ValueError), told_of_run():
         backend.train(
             model, recipe, data, run=out, seed=job.seed, resume=resume, force=force,
             precision=job.precision, devices=job.devices, checkpoint_every=job.checkpoint_every,
@@ -278,7 +278,7 @@ def refused(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told_of_run() -> Iterator[None]:
     """Tell of a run that ends before its end, with the exit code that says how."""
     try:
         yield
