@@ -172,7 +172,7 @@ class GluonEngine(Engine):
         self._place()
         self._called = self._compiled(hybridize)
         self._begin_trainer()
-        self._steps: list[Pending] = []
+        self._steps: list[PendingStep] = []
         self._begin_average()
 
     def _place(self) -> None:
@@ -251,7 +251,8 @@ class GluonEngine(Engine):
         self._begin_gradients(len(batch.labels[slices[0]]) if slices else 0)
         calls, weights = [], None
         for rows in slices:
-            part = Batch(*(array[rows] for array in batch[:3]), batch.total)
+            images, targets, labels = (array[rows] for array in batch[:3])
+            part = Batch(images, targets, labels, batch.total)
             call, weights = self._backward(part, rows is slices[-1])
             calls.append(call)
         self._update(step.learning_rate, batch.total)
