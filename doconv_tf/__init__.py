@@ -46,6 +46,7 @@ from doconv_tf.orthonormal import (  # noqa: E402
 )
 from doconv_tf.realize import build, get_model  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
+from doconv_tf.train import train  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 
 __all__ = [
@@ -81,5 +82,6 @@ __all__ = [
     "over_parameterize",
     "set_progress",
     "to_bsconv",
+    "train",
     "verify",
 ]

@@ -79,7 +79,7 @@ def test_the_readme_shows_the_command(tmp_path, monkeypatch):
 def keys_of(command):
     """Return the keys that the document gives for a command's JSON object, those of parts too."""
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| {command} |"))
-    return set(re.findall(r"`([a-z_]+)`", row.split("|", 2)[2])) - {"null"}
+    return set(re.findall(r"`([a-z_0-9]+)`", row.split("|", 2)[2])) - {"null"}
 
 
 def all_keys(value):
@@ -105,6 +105,7 @@ def all_keys(value):
         ("`cost` of a file", ["cost", "model", *KERNEL_SIZE]),
         ("`cost` of a network", ["cost", "tutorial_pt"]),
         ("`verify`", ["verify", "model", "model", *KERNEL_SIZE]),
+        ("`recipes`", ["recipes"]),
     ],
 )
 def test_the_keys_of_json_are_told(row, args, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
@@ -13,7 +12,7 @@ import numpy as np
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.networks.lowering import layers
 from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Network, Residual
-from doconv_core.networks.shapes import Placed, infer
+from doconv_core.networks.shapes import infer
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.layers import LayerForm, LinearSpec, Shape
 
@@ -58,10 +57,10 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
 
 
 def with_zero_gammas(state: State, network: Network) -> State:
-    """Return a network's state in which each residual unit starts as the identity.
+    """Return a network's state in which each residual unit starts as its shortcut.
 
-    Gamma of the batch norm that a unit ends in is zero. Raises ValueError for a network without
-    such a unit. Source: arXiv 1706.02677, section 5.1.
+    Gamma of the unit's last batch norm is zero. Raises ValueError for a network without such a
+    unit. Source: arXiv 1706.02677, section 5.1; GluonCV, for units that end in a convolution.
 
     >>> from doconv_core.networks.initialize import initialize, with_zero_gammas
     >>> network = describe("cifar_resnet20")
@@ -69,19 +68,23 @@ def with_zero_gammas(state: State, network: Network) -> State:
     0.0
     """
     placed = infer(network)
-    ends = (_end(placed, path) for path, at in placed.items() if isinstance(at.node, Residual))
-    norms = [path for path in ends if isinstance(placed[path].node, BatchNorm)]
-    if not norms:
-        raise ValueError(f"{network.name} has no residual unit that ends in a batch norm.")
-    zeros = {entry(path, "gamma"): np.zeros_like(state.arrays[entry(path, "gamma")])
-             for path in norms}  # fmt: skip
+    last = {
+        unit: entry(path, "gamma")
+        for unit, each in placed.items()
+        if isinstance(each.node, Residual)
+        for path, child in placed.items()
+        if isinstance(child.node, BatchNorm) and child.node.affine and _in_body(unit, path)
+    }
+    if not last:
+        raise ValueError(f"{network.name} has no residual unit with a batch norm that scales.")
+    zeros = {name: np.zeros_like(state.arrays[name]) for name in last.values()}
     return replace(state, arrays={**state.arrays, **zeros})
 
 
-def _end(placed: Mapping[str, Placed], path: str) -> str:
-    """Return the path of the last layer of a residual unit, or of a sequence that it ends in."""
-    names = [name for name, _ in placed[path].node.children if name != SHORTCUT]
-    return _end(placed, entry(path, names[-1])) if names else path
+def _in_body(unit: str, path: str) -> bool:
+    """Return whether a node is in a residual unit, but not in its shortcut."""
+    below = path.removeprefix(entry(unit, "")) if unit else path
+    return (below != path or not unit) and below.split(".")[0] != SHORTCUT
 
 
 def _arrays(path: str, form: LayerForm, seed: int, start: str) -> dict[str, Array]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.spec import as_integer, as_number, check_choice, is_sequence
+from doconv_core.training.data.operations import parsed
 
 SGD, NESTEROV, ADAMW = "sgd", "nesterov", "adamw"
 CONSTANT, STEPS, COSINE = "constant", "steps", "cosine"
@@ -107,26 +108,28 @@ def _milestones(name: str, value: Any) -> tuple[int, ...]:
     return epochs
 
 
-# Until the operations are there, their words and how many numbers each takes.
-_WORDS = {
-    "resize": (2,), "short_side": (1,), "center_crop": (1,), "random_crop": (1, 2),
-    "random_resized_crop": (1, 5), "flip": (0,), "jitter": (3,), "lighting": (1,),
-    "normalize": (2, 6),
-}  # fmt: skip
-
-
 def _operation(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be an operation such as 'flip'; received {value!r}.")
-    word, *numbers = value.split() or [""]
-    if len(numbers) not in _WORDS.get(word, ()):
-        raise ValueError(f"{name}: {value!r} is no operation; there are {', '.join(_WORDS)}.")
-    return " ".join([word, *numbers])
+    try:
+        parsed(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return " ".join(value.split())
+
+
+def _same_each_time(name: str, value: Any) -> str:
+    text = _operation(name, value)
+    if parsed(text).random:
+        raise ValueError(
+            f"{name} must not be random, as an evaluation is the same each time; received {text!r}."
+        )
+    return text
 
 
 _EPOCHS = _several(as_integer, _integer_text, "epochs, such as (100, 150)")
 _ROLES = _choice(NORMS, BIASES, DEPTHWISE)
-_IMAGES = _several(_operation, str, "operations on images, such as ('random_crop 32 4', 'flip')")
+_OPERATIONS = "operations on images, such as ('resize 32 32',)"
 _SHARE = _number(0, 1)
 _WEIGHT = Field(_number_text, as_weight)
 
@@ -157,6 +160,6 @@ FIELDS: Mapping[str, Field] = {
     "lasso": _WEIGHT,
     "zero_last_gamma": Field(_flag_text, _flag),
     "drop_last": Field(_flag_text, _flag),
-    "train_images": _IMAGES,
-    "eval_images": _IMAGES,
+    "train_images": _several(_operation, str, _OPERATIONS),
+    "eval_images": _several(_same_each_time, str, _OPERATIONS),
 }

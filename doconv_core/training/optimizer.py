@@ -13,15 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.numeric import Array
+from doconv_core.state.layers import BatchNormSpec
 from doconv_core.training.fields import ADAMW, BIASES, DEPTHWISE, NESTEROV, NORMS
 from doconv_core.training.recipe import Recipe
 
 Arrays = Mapping[str, Array]
-_ROLES = {
-    "gamma": NORMS, "beta": NORMS, "bias": BIASES, "saliency_bias": BIASES,
-    "depthwise_weight": DEPTHWISE,
-}  # fmt: skip
 _BUFFERS = ("running_mean", "running_var", "inactive")
 TINY = 1e-6  # which PyTorch adds to the norm when it clips
 
@@ -46,7 +44,12 @@ def role(name: str) -> str | None:
     >>> role("stage1.unit1.bn.gamma"), role("fc.weight")
     ('norms', None)
     """
-    return _ROLES.get(name.rpartition(".")[2])
+    last = name.rpartition(".")[2]
+    if last in BatchNormSpec.vectors:
+        return NORMS
+    if last.endswith("bias"):
+        return BIASES
+    return DEPTHWISE if last in DO_CONV.names[1:] else None
 
 
 def trained(name: str) -> bool:

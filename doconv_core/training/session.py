@@ -30,7 +30,7 @@ from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import ImageData, as_data, batches, open_data
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
-from doconv_core.training.recipe import Recipe
+from doconv_core.training.recipe import Recipe, check_data
 from doconv_core.training.recipe import recipe as recipe_by_name
 from doconv_core.training.report import cost_of, moved, write_report
 from doconv_core.training.run import Run
@@ -107,6 +107,43 @@ def train(
     return session.run()
 
 
+def evaluate(
+    make: Make,
+    recipe: Recipe | str,
+    data: Any,
+    *,
+    workers: int,
+    data_dir: str | os.PathLike[str] | None,
+) -> dict[str, float]:
+    """Evaluate as a backend's `evaluate` says. make: the engine for a recipe."""
+    recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    found = open_data(data, data_dir) if isinstance(data, str) else as_data(data)
+    engine = make(dataclasses.replace(recipe, average=None))
+
+    def drawn() -> Iterator[Batch]:
+        return _evaluation(engine, recipe, found, workers)
+
+    engine.evaluate([_first(drawn(), found)])  # what is compiled at first, or does not fit
+    began = time.monotonic()
+    sums = engine.total(engine.evaluate(drawn()))
+    seconds = time.monotonic() - began
+    return {**shares(sums), "images": sums.images, "seconds": seconds}
+
+
+def _evaluation(engine: Engine, recipe: Recipe, data: ImageData, workers: int) -> Iterator[Batch]:
+    return batches(
+        data.val, len(data.classes), recipe, training=False, process=engine.process,
+        processes=engine.processes, layout=engine.layout, workers=workers,
+        max_broken=data.max_broken,
+    )  # fmt: skip
+
+
+def _first(drawn: Iterator[Batch], data: ImageData) -> Batch:
+    for batch in drawn:
+        return batch
+    raise ValueError(f"the data {data.name!r} have no image to evaluate on.")
+
+
 class Session:
     """One run of an engine's model. `run` does it all.
 
@@ -146,7 +183,9 @@ class Session:
         self.writes = engine.process == 0 and out is not None
         self.out = None if out is None else Path(out)
         self.display = Display(quiet or engine.process > 0)
+        check_data(recipe, len(data.classes), len(data.train))
         self.per_epoch = steps_per_epoch(recipe, len(data.train))
+        _check_processes(recipe, len(data.train), engine.processes)
         self.metrics: list[dict[str, Any]] = []
         self.position = Position()
         self.signalled: int | None = None
@@ -192,9 +231,7 @@ class Session:
 
     def _try_model(self) -> None:
         """Let the model see images, so that one that does not fit says so before anything else."""
-        first = next(iter(self._evaluation()), None)
-        if first is None:
-            raise ValueError(f"the data {self.data.name!r} have no image to evaluate on.")
+        first = _first(self._evaluation(), self.data)
         self.image = first.images.shape[1:]
         self.engine.evaluate([first])
 
@@ -256,6 +293,7 @@ class Session:
             self.data.train, len(self.data.classes), self.recipe, training=True, epoch=epoch,
             start=start, seed=self.seed, process=self.engine.process,
             processes=self.engine.processes, layout=self.engine.layout, workers=self.workers,
+            max_broken=self.data.max_broken,
         )  # fmt: skip
         for number, batch in enumerate(drawn, epoch * self.per_epoch + start):
             yield self._step(number), batch
@@ -344,11 +382,7 @@ class Session:
         self._end_if_asked()
 
     def _evaluation(self) -> Iterator[Batch]:
-        return batches(
-            self.data.val, len(self.data.classes), self.recipe, training=False,
-            process=self.engine.process, processes=self.engine.processes,
-            layout=self.engine.layout, workers=self.workers,
-        )  # fmt: skip
+        return _evaluation(self.engine, self.recipe, self.data, self.workers)
 
     def _finish(self) -> Trained:
         """Fold, verify and write what has come of it."""
@@ -356,26 +390,29 @@ class Session:
         self.display.evaluating()
         folded, report = engine.fold()
         verified = self._verified(folded)
+        state = engine.export_state()
         if self.writes and self.folder is not None:
-            self._write(self.folder, folded, str(report), verified)
+            self._write(self.folder, state, folded, str(report), verified)
         return Trained(engine.model, folded, self.metrics, self.out, verified)
 
     def _verified(self, folded: Any) -> Verified:
         """Return how the model and the folded one compare, over all processes."""
         engine = self.engine
         own = engine.verify(folded, self._evaluation())
-        largest = [
-            max(sums.loss for sums in self._gathered(Sums(loss=value)))
-            for value in (own.absolute, own.relative)
-        ]
-        return Verified(engine.total(own.before), engine.total(own.after), *largest)
+        before, after = engine.total(own.before), engine.total(own.after)
+        return Verified(before, after, self._largest(own.absolute), self._largest(own.relative))
 
-    def _write(self, folder: Run, folded: Any, report: str, verified: Verified) -> None:
+    def _largest(self, value: float) -> float:
+        """Return the largest of all processes' values."""
+        return max(sums.loss for sums in self._gathered(Sums(loss=value)))
+
+    def _write(
+        self, folder: Run, state: State, folded: Any, report: str, verified: Verified
+    ) -> None:
         """Write the folded weights, the result and the report; say where everything is."""
         engine, out = self.engine, folder.folder
-        state, folded_state = engine.export_state(), engine.folded_state(folded)
         own = engine.write_folded(folded, out)
-        write_state(folded_state, out / f"{runs.FOLDED}.safetensors")
+        write_state(engine.folded_state(folded), out / f"{runs.FOLDED}.safetensors")
         result = {
             "epochs": self.recipe.epochs,
             "trained": shares(verified.before),
@@ -445,6 +482,17 @@ class Session:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+
+def _check_processes(recipe: Recipe, images: int, processes: int) -> None:
+    """Raise ValueError where a batch would leave a process without an image."""
+    rest = 0 if recipe.drop_last else images % recipe.batch_size
+    for size in (min(recipe.batch_size, images), rest or recipe.batch_size):
+        if size < processes:
+            raise ValueError(
+                f"a batch of {size} images leaves some of {processes} processes without; "
+                "choose another batch_size, or drop_last."
+            )
 
 
 @dataclass
