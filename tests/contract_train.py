@@ -107,6 +107,8 @@ def composed(state):
 
 def model_of(package, network=NETWORK, seed=0):
     model = package.build(network)
+    if hasattr(model, "initialize"):  # Gluon's has no values before
+        model.initialize()
     package.load_state(model, initialize(network, seed))
     return model
 
