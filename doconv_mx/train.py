@@ -376,6 +376,7 @@ class GluonEngine(Engine):
                         array = array if self.process == 0 else mx.nd.zeros_like(array)
                         self.store.pushpull(number, array, out=array)
                     parameter.set_data(native(array))
+        mx.nd.waitall()  # what a process that ends has not sent, others would wait for
 
     def total(self, sums: Sums) -> Sums:
         """Return the sums over all processes."""
