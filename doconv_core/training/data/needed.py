@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,9 @@ def needed(name: str) -> Any:
     >>> needed("json").loads("1")
     1
     """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # grain tells of a profiler of JAX's that it does without
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -19,3 +23,5 @@ def needed(name: str) -> Any:
             f"training needs {name.partition('.')[0]}, which is not installed. Install it with: "
             'python -m pip install "overconv[train]"'
         ) from error
+    finally:
+        logger.setLevel(level)
