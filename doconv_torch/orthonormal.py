@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,8 @@ def mark_orthonormal(conv: Conv) -> Conv:
 
 def _norm(weight: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
-        # What fully_shard (FSDP2) has divided: each process has the whole loss, and its gradient.
-        whole: Tensor = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[operator]
-        w = whole.flatten(1)
+        given: Any = weight  # where fully_shard has divided it, each process needs the whole
+        w: Tensor = (given.full_tensor() if is_sharded(weight) else weight).flatten(1)
         check_rows(*w.shape)
         w = w.float() if w.dtype.itemsize < 4 else w
         excess = w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device)

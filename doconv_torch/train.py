@@ -192,7 +192,8 @@ class TorchEngine(Engine):
         """
         if self.recipe.average is None and not self.sharded:
             return None
-        other = fold(self.model.eval()).model if self._averages_kernels else copy.deepcopy(self.model)
+        model = self.model.eval()
+        other = fold(model).model if self._averages_kernels else copy.deepcopy(model)
         return other.requires_grad_(False)
 
     def _begin_average(self) -> None:

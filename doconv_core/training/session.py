@@ -134,6 +134,7 @@ def _evaluation(engine: Engine, recipe: Recipe, data: ImageData, workers: int) -
     return batches(
         data.val, len(data.classes), recipe, training=False, process=engine.process,
         processes=engine.processes, layout=engine.layout, workers=workers,
+        max_broken=data.max_broken,
     )  # fmt: skip
 
 
@@ -292,6 +293,7 @@ class Session:
             self.data.train, len(self.data.classes), self.recipe, training=True, epoch=epoch,
             start=start, seed=self.seed, process=self.engine.process,
             processes=self.engine.processes, layout=self.engine.layout, workers=self.workers,
+            max_broken=self.data.max_broken,
         )  # fmt: skip
         for number, batch in enumerate(drawn, epoch * self.per_epoch + start):
             yield self._step(number), batch
@@ -397,11 +399,12 @@ class Session:
         """Return how the model and the folded one compare, over all processes."""
         engine = self.engine
         own = engine.verify(folded, self._evaluation())
-        absolute, relative = (
-            max(sums.loss for sums in self._gathered(Sums(loss=value)))
-            for value in (own.absolute, own.relative)
-        )
-        return Verified(engine.total(own.before), engine.total(own.after), absolute, relative)
+        before, after = engine.total(own.before), engine.total(own.after)
+        return Verified(before, after, self._largest(own.absolute), self._largest(own.relative))
+
+    def _largest(self, value: float) -> float:
+        """Return the largest of all processes' values."""
+        return max(sums.loss for sums in self._gathered(Sums(loss=value)))
 
     def _write(
         self, folder: Run, state: State, folded: Any, report: str, verified: Verified
