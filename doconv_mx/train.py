@@ -111,6 +111,32 @@ def train(
             engine.close()
 
 
+def evaluate(
+    model: Block,
+    recipe: Recipe | str,
+    data: Any = "digits",
+    *,
+    precision: str = "float32",
+    devices: str | int | None = None,
+    workers: int = 0,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, float]:
+    """Return the loss, top-1, top-5, images and seconds of a model on evaluation images.
+
+    The arguments are those of `train`; the recipe says how images are prepared, and how many are
+    evaluated at once.
+
+    >>> found = evaluate(get_model("tutorial_gluon"), "tutorial_gluon")
+    >>> found["images"], 0 <= found["top1"] <= found["top5"] <= 1
+    (360, True)
+    """
+
+    def make(recipe: Recipe) -> Engine:
+        return GluonEngine(model, recipe, precision=precision, devices=devices)
+
+    return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
+
+
 class Pending(NamedTuple):
     """What a call of the model came to, which MXNet may still be computing.
 
@@ -141,7 +167,7 @@ class GluonEngine(Engine):
     Takes what `train` does. `close` gives the model back with gradients as they were asked for.
     """
 
-    framework, version = "mxnet", mx.__version__
+    framework, version = "mx", mx.__version__
     model: Block
 
     def __init__(
@@ -376,6 +402,7 @@ class GluonEngine(Engine):
                         array = array if self.process == 0 else mx.nd.zeros_like(array)
                         self.store.pushpull(number, array, out=array)
                     parameter.set_data(native(array))
+        mx.nd.waitall()  # what a process that ends has not sent, others would wait for
 
     def total(self, sums: Sums) -> Sums:
         """Return the sums over all processes."""

@@ -429,10 +429,11 @@ def test_two_processes_train_as_one(tmp_path):
     code = "import test_mx_train; test_mx_train.work({!r}, {})"
     workers = [begun("worker", code.format(str(tmp_path), seed)) for seed in (1, 2)]
     try:
-        assert [each.wait(60) for each in (*workers, *others)] == [0, 0, 0, 0]
+        assert [each.wait(200) for each in (*workers, *others)] == [0, 0, 0, 0]
     finally:
         for each in (*workers, *others):
             each.kill()
+            each.wait()
     first, second = (dict(np.load(tmp_path / f"{n}" / "found.npz")) for n in range(2))
     seed = int(first.pop("seed"))
     assert int(second.pop("seed")) != seed
