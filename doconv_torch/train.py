@@ -192,7 +192,8 @@ class TorchEngine(Engine):
         """
         if self.recipe.average is None and not self.sharded:
             return None
-        other = fold(self.model.eval()).model if self._averages_kernels else copy.deepcopy(self.model)
+        model = self.model.eval()
+        other = fold(model).model if self._averages_kernels else copy.deepcopy(model)
         return other.requires_grad_(False)
 
     def _begin_average(self) -> None:
@@ -530,7 +531,7 @@ def _dtype_of(precision: str, device: torch.device, sharded: bool) -> torch.dtyp
         )
     if precision == "float16" and (device.type == "cpu" or sharded):
         where = "with sharded weights" if sharded else "on the CPU"
-        raise ValueError(f"float16 is not trained in {where}; use bfloat16.")
+        raise ValueError(f"{where} nothing is trained in float16; use bfloat16.")
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{device} does not compute in bfloat16; use float16.")
     return PRECISIONS[precision]

@@ -292,7 +292,7 @@ def number(value: int | None) -> str:
 
 # Each lives in the module of its name, which is imported when it is asked for.
 SUBCOMMANDS = (
-    "inspect", "fold", "convert", "cost", "verify", "recipes", "train", "evaluate",
+    "inspect", "fold", "convert", "cost", "verify", "recipes", "train", "evaluate", "study",
 )  # fmt: skip
 
 
