@@ -524,8 +524,8 @@ def roles(model: Block) -> Iterator[tuple[Parameter, str | None]]:
 def _check_precision(precision: str) -> None:
     if precision != PRECISION:
         raise ValueError(
-            f"precision must be {PRECISION}, as MXNet's CPU multiplies no half precision, and what it "
-            f"has for GPUs cannot be undone in a process; received precision={precision!r}."
+            f"precision must be {PRECISION}, as MXNet's CPU multiplies no half precision, and what "
+            f"it has for GPUs cannot be undone in a process; received precision={precision!r}."
         )
 
 
