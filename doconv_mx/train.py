@@ -127,40 +127,9 @@ def evaluate(
     >>> found["images"], 0 <= found["top1"] <= found["top5"] <= 1
     (360, True)
     """
-    with ExitStack() as stack:
-
-        def make(recipe: Recipe) -> Engine:
-            engine = GluonEngine(
-                model, recipe, precision=precision, devices=devices, hybridize=hybridize
-            )
-            stack.callback(engine.close)
-            return engine
-
-        return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
-
-
-def evaluate(
-    model: Block,
-    recipe: Recipe | str,
-    data: Any = "digits",
-    *,
-    precision: str = "float32",
-    devices: str | int | None = None,
-    workers: int = 0,
-    data_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, float]:
-    """Return the loss, top-1, top-5, images and seconds of a model on evaluation images.
-
-    The arguments are those of `train`; the recipe says how images are prepared, and how many are
-    evaluated at once.
-
-    >>> found = evaluate(get_model("tutorial_gluon"), "tutorial_gluon")
-    >>> found["images"], 0 <= found["top1"] <= found["top5"] <= 1
-    (360, True)
-    """
 
     def make(recipe: Recipe) -> Engine:
-        return GluonEngine(model, recipe, precision=precision, devices=devices)
+        return GluonEngine(model, recipe, precision=precision, devices=devices, hybridize=hybridize)
 
     return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
 
