@@ -7,7 +7,6 @@ many processes read, or how many train.
 from __future__ import annotations
 
 import atexit
-import multiprocessing.util  # before `_close_all` is registered, so that it ends after that
 import os
 import struct
 import warnings
