@@ -13,9 +13,6 @@ def needed(name: str) -> Any:
     >>> needed("json").loads("1")
     1
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # grain tells of a profiler of JAX's that it does without
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -23,5 +20,13 @@ def needed(name: str) -> Any:
             f"training needs {name.partition('.')[0]}, which is not installed. Install it with: "
             'python -m pip install "overconv[train]"'
         ) from error
+
+
+def grain_module() -> Any:
+    """Return grain, imported without what it logs on a profiler of JAX's, which is not used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return needed("grain")
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
