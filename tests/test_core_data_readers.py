@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from frameworks import need
 from PIL import Image, ImageFile
 from scipy.io import savemat
 
@@ -560,7 +561,8 @@ def test_own_data(form):
 
 
 def test_own_data_of_pytorch():
-    torch = pytest.importorskip("torch")
+    need("torch")
+    import torch
     from torch.utils.data import DataLoader, TensorDataset
 
     whole = TensorDataset(torch.from_numpy(X[:, None]), torch.from_numpy(Y))
