@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 
 import mxnet as mx
+import numpy as np
 from mxnet.ndarray import NDArray
 
 from doconv_core.training.fields import ADAMW, NESTEROV
 from doconv_core.training.recipe import Recipe
 
-AT_ONCE = 50  # parameters that MXNet's operators take; it crashes at more
+AT_ONCE = 50  # arrays that MXNet's operators for many take; there are some that crash at more
+LARGE = 1 << 14  # entries of an array that is not taken with others: they would wait for it
 
 Arrays = Sequence[NDArray]
 
@@ -66,8 +68,8 @@ class RecipeOptimizer(mx.optimizer.Optimizer):
         self, weights: Arrays, gradients: Arrays, velocities: Arrays, rates: list[float],
         decays: list[float],
     ) -> None:  # fmt: skip
-        momentum, scale = self.recipe.momentum, self.rescale_grad
-        _step(velocities, gradients, _minus_ones(weights), [momentum - 1] * len(weights), scale)
+        momentum, scale, count = self.recipe.momentum, self.rescale_grad, len(weights)
+        _step(velocities, gradients, [-1.0] * count, [momentum - 1] * count, scale)
         if any(decays):
             _step(velocities, weights, [-decay for decay in decays])
         if self.recipe.optimizer == NESTEROV:
@@ -79,21 +81,21 @@ class RecipeOptimizer(mx.optimizer.Optimizer):
         self, weights: Arrays, gradients: Arrays, moments: Sequence[Arrays], rates: list[float],
         decays: list[float],
     ) -> None:  # fmt: skip
-        """Let MXNet's operator, which corrects no bias, do it by another rate and epsilon."""
-        recipe = self.recipe
-        root = (1 - recipe.beta2**self.steps) ** 0.5
-        correction = root / (1 - recipe.momentum**self.steps)
-        mx.nd.contrib.multi_adamw_update(
-            weights, gradients, *zip(*moments, strict=True), self.rescale_grad, out=weights,
-            lrs=[rate * correction for rate in rates],
-            wds=[rate * decay for rate, decay in zip(rates, decays, strict=True)],
-            etas=[1.0] * len(weights), beta1=recipe.momentum, beta2=recipe.beta2,
-            epsilon=recipe.epsilon * root, size=len(weights),
-        )  # fmt: skip
+        """Let MXNet's Adam, which corrects no bias, do it by another rate and epsilon.
 
-
-def _minus_ones(arrays: Arrays) -> list[float]:
-    return [-1.0] * len(arrays)
+        Its operator for many arrays at once is a hundred times less exact.
+        """
+        # As the operator takes them, which matters where they are near 1.
+        beta1, beta2 = np.array([self.recipe.momentum, self.recipe.beta2], np.float32).tolist()
+        root = (1 - beta2**self.steps) ** 0.5
+        correction = root / (1 - beta1**self.steps)
+        if any(decays):
+            _step(weights, gradients, rates, decays, scale=0.0)
+        for w, g, (mean, square), rate in zip(weights, gradients, moments, rates, strict=True):
+            mx.nd.adam_update(
+                w, g, mean, square, out=w, lr=rate * correction, beta1=beta1, beta2=beta2,
+                epsilon=self.recipe.epsilon * root, rescale_grad=self.rescale_grad,
+            )  # fmt: skip
 
 
 def _step(
@@ -101,10 +103,17 @@ def _step(
     scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Make each array `(1 - rate·decay)·array - rate·scale·other`, in place."""
-    mx.nd.multi_sgd_update(
-        *(each for pair in zip(arrays, others, strict=True) for each in pair), out=arrays,
-        lrs=rates, wds=decays or [0.0] * len(rates), rescale_grad=scale, num_weights=len(rates),
-    )  # fmt: skip
+    rows = list(zip(arrays, others, rates, decays or [0.0] * len(rates), strict=True))
+    for array, other, rate, decay in rows:
+        if array.size > LARGE:
+            mx.nd.sgd_update(array, other, out=array, lr=rate, wd=decay, rescale_grad=scale)
+    small = [row for row in rows if row[0].size <= LARGE]
+    if small:
+        mx.nd.multi_sgd_update(
+            *(each for row in small for each in row[:2]), out=[row[0] for row in small],
+            lrs=[row[2] for row in small], wds=[row[3] for row in small], rescale_grad=scale,
+            num_weights=len(small),
+        )  # fmt: skip
 
 
 def average(averages: Arrays, arrays: Arrays, decay: float) -> None:
@@ -114,22 +123,14 @@ def average(averages: Arrays, arrays: Arrays, decay: float) -> None:
         _step(part, arrays[chunk], [decay - 1] * len(part), [-1.0] * len(part))
 
 
-def norm_of(arrays: Arrays) -> float:
-    """Return the norm of arrays together; waits for them."""
-    sums = [
-        mx.nd.multi_sum_sq(*part, num_arrays=len(part)).sum()
-        for part in (arrays[chunk] for chunk in _chunks(len(arrays)))
-    ]
-    return float(mx.nd.add_n(*sums).sqrt().asscalar())
+def squares(arrays: Arrays) -> NDArray:
+    """Return the sum of all entries' squares, without waiting for it.
 
-
-def are_finite(arrays: Arrays) -> NDArray:
-    """Return 1 where all entries of arrays are finite, else 0, without waiting for them."""
-    found = mx.nd.ones(1, ctx=arrays[0].context)
-    for chunk in _chunks(len(arrays)):
-        part = arrays[chunk]
-        mx.nd.multi_all_finite(*part, num_arrays=len(part), init_output=False, out=found)
-    return found
+    It is not finite where one of them is not: what looks for that itself is far slower.
+    """
+    parts = (arrays[chunk] for chunk in _chunks(len(arrays)))
+    sums = [mx.nd.multi_sum_sq(*part, num_arrays=len(part)).sum() for part in parts]
+    return mx.nd.add_n(*sums)
 
 
 def _chunks(count: int) -> Iterator[slice]:

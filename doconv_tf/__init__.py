@@ -46,7 +46,7 @@ from doconv_tf.orthonormal import (  # noqa: E402
 )
 from doconv_tf.realize import build, get_model  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
-from doconv_tf.train import train  # noqa: E402
+from doconv_tf.train import evaluate, train  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "add_saliency_lasso",
     "build",
     "deploy",
+    "evaluate",
     "export_state",
     "fold",
     "get_model",

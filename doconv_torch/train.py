@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from doconv_core.atomic import replacing
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
 from doconv_core.training import session
@@ -192,7 +193,8 @@ class TorchEngine(Engine):
         """
         if self.recipe.average is None and not self.sharded:
             return None
-        other = fold(self.model.eval()).model if self._averages_kernels else copy.deepcopy(self.model)
+        model = self.model.eval()
+        other = fold(model).model if self._averages_kernels else copy.deepcopy(model)
         return other.requires_grad_(False)
 
     def _begin_average(self) -> None:
@@ -493,7 +495,7 @@ def roles(model: nn.Module) -> Iterator[tuple[nn.Parameter, str | None]]:
             elif name.endswith("bias"):
                 yield parameter, BIASES
             else:
-                is_depthwise = name == "depthwise_weight" and isinstance(module, ComposedConv)
+                is_depthwise = name == DO_CONV.names[1] and isinstance(module, ComposedConv)
                 yield parameter, DEPTHWISE if is_depthwise else None
 
 
@@ -530,7 +532,7 @@ def _dtype_of(precision: str, device: torch.device, sharded: bool) -> torch.dtyp
         )
     if precision == "float16" and (device.type == "cpu" or sharded):
         where = "with sharded weights" if sharded else "on the CPU"
-        raise ValueError(f"float16 is not trained in {where}; use bfloat16.")
+        raise ValueError(f"{where} nothing is trained in float16; use bfloat16.")
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{device} does not compute in bfloat16; use float16.")
     return PRECISIONS[precision]

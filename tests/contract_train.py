@@ -1,15 +1,17 @@
 """What every backend's `train` must do: a small network with all that a run has to keep, and runs.
 
-Also a program: `python contract_train.py BACKEND whole FOLDER` trains to the end, `killed FOLDER
-STEP HOW` is killed at a step, `resumed FOLDER` goes on.
+Also a program: `python contract_train.py BACKEND FOLDER FIRST SECOND` trains to the end, in copies
+of itself of which two are killed.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from doconv_core.networks.nodes import (
 )
 from doconv_core.state.file import entry
 from doconv_core.training import session
+from doconv_core.training.data import open_data
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.run import open_run
 
@@ -73,7 +76,7 @@ STEPS, EPOCHS = 4, 2  # of an epoch; 1,437 digits
 
 
 def smooth(network):
-    """Return the network without what is left to chance, and without kinks, where roundings jump."""
+    """Return the network without chance, and without kinks, where roundings jump."""
     children = [
         (name, Activation("tanh") if isinstance(node, Activation) else node)
         for name, node in network.body.children
@@ -104,6 +107,8 @@ def composed(state):
 
 def model_of(package, network=NETWORK, seed=0):
     model = package.build(network)
+    if hasattr(model, "initialize"):  # Gluon's has no values before
+        model.initialize()
     package.load_state(model, initialize(network, seed))
     return model
 
@@ -142,14 +147,37 @@ def killed_at(step, how):
     setattr(session.Session, name, patched)
 
 
-def main(backend, action, folder, step="0", how="after"):
-    package = importlib.import_module(f"doconv_{backend}")
-    if action == "whole":
-        trained(package, folder)
-        return
-    if int(step):
-        killed_at(int(step), how)
-    trained(package, folder, resume=action == "resumed")
+def in_a_copy(call):
+    """Call a function in a copy of this process, and return with which status it ended."""
+    if not (child := os.fork()):
+        try:
+            call()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(backend, folder, first, second):
+    """Print how each copy ended, and how many steps of its epoch were kept.
+
+    `whole` trains to the end; `killed` is killed after the step FIRST, goes on and is killed while
+    it writes the checkpoint of the step SECOND, and goes on.
+    """
+    package, folder = importlib.import_module(f"doconv_{backend}"), Path(folder)
+    open_data("digits")  # imports what takes long, once for all copies
+
+    def train(name, *killed, resume):
+        killed_at(*killed) if killed else None
+        trained(package, folder / name, resume=resume)
+
+    told = [in_a_copy(lambda: train("whole", resume=False))]
+    for killed in ((int(first), "after"), (int(second), "checkpoint"), ()):
+        resume = len(told) > 1
+        status = in_a_copy(lambda k=killed, r=resume: train("killed", *k, resume=r))
+        told.append((status, open_run(folder / "killed").position()["done"]))
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

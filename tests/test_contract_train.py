@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -53,39 +54,44 @@ def package(backend):
     return adapter_of(backend).package
 
 
-def program(backend, *arguments, status=0):
-    fresh(PROGRAM, backend, *arguments, status=status, environment={"OMP_NUM_THREADS": "1"})
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Runs that nothing has ended, one of each backend."""
+def runs(tmp_path_factory):
+    """A backend's run that nothing has ended, and one that was killed; and how these ended."""
     made = {}
 
     def run(backend):
         if backend not in made:
-            made[backend] = tmp_path_factory.mktemp(backend) / "whole"
-            program(backend, "whole", made[backend])
+            steps = sorted(random.sample(range(1, STEPS * EPOCHS), 2))
+            folder = tmp_path_factory.mktemp(f"{backend}-{'-'.join(map(str, steps))}-")
+            environment = {"OMP_NUM_THREADS": "1"}
+            done = fresh(PROGRAM, backend, folder, *steps, environment=environment)
+            made[backend] = folder, steps, json.loads(done.stdout.splitlines()[-1])
         return made[backend]
 
     return run
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(backend, whole, tmp_path):
+@pytest.fixture
+def whole(backend, runs):
+    """The run that nothing has ended."""
+    return runs(backend)[0] / "whole"
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(backend, runs):
     """Killed between two steps, by chance, and, when it goes on, while it writes a checkpoint."""
-    first, second = sorted(random.sample(range(1, STEPS * EPOCHS), 2))
-    folder = tmp_path / f"killed-{first}-{second}"
-    program(backend, "killed", folder, first, "after", status=-signal.SIGKILL)
-    assert open_run(folder).position()["done"] == first % STEPS  # no step is lost
-    program(backend, "resumed", folder, second, "checkpoint", status=-signal.SIGKILL)
-    assert open_run(folder).position()["done"] == (second - 1) % STEPS  # the torn one is
-    program(backend, "resumed", folder)
-    assert bits(folder) == bits(whole(backend))
+    folder, (first, second), ended = runs(backend)
+    assert ended == [
+        0,
+        [-signal.SIGKILL, first % STEPS],  # no step is lost
+        [-signal.SIGKILL, (second - 1) % STEPS],  # but of the checkpoint that was torn
+        [0, 0],
+    ]
+    assert bits(folder / "killed") == bits(folder / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_end_goes_on_to_the_same_bits(
-    package, backend, number, whole, tmp_path, monkeypatch
+    package, number, whole, tmp_path, monkeypatch
 ):
     former, step = session.Session._after, random.randrange(STEPS * EPOCHS)
 
@@ -104,7 +110,7 @@ def test_a_run_that_is_asked_to_end_goes_on_to_the_same_bits(
     assert open_run(folder).last.name == f"step-{step + 1:08d}"
     assert signal.getsignal(number) is not patched
     trained(package, folder, resume=True)
-    assert bits(folder) == bits(whole(backend))
+    assert bits(folder) == bits(whole)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(package, tmp_path):
@@ -118,7 +124,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(packa
     package.load_state(model, state)
 
 
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(package, backend, whole, tmp_path):
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(package, whole, tmp_path):
     """Of which nothing is lost but what was to be written."""
     folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -134,7 +140,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(package, backend, whole
     assert run.last.name == "epoch-0001"
     assert {path.name for path in run.last.parent.iterdir()} == {"epoch-0001", "last", "best"}
     trained(package, folder, resume=True)
-    assert bits(folder) == bits(whole(backend))
+    assert bits(folder) == bits(whole)
 
 
 def events(folder):
@@ -197,10 +203,10 @@ def test_what_a_run_leaves(package, backend, tmp_path):
     assert page.count("<svg") == page.count("</svg>") == 3
 
 
-def test_a_run_that_writes_nothing_comes_to_the_same(package, backend, whole):
+def test_a_run_that_writes_nothing_comes_to_the_same(package, whole):
     made = trained(package, None)
     assert made.run is None
-    expected = open_run(whole(backend)).metrics()
+    expected = open_run(whole).metrics()
     assert [{**m, "seconds": 0} for m in made.metrics] == [{**m, "seconds": 0} for m in expected]
 
 
@@ -245,7 +251,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(package, tmp_path)
             lambda: package.train(model_of(package), "digit", run=run),
             ValueError, "'digit' is no recipe, .*; the nearest are digits",
         ),
-        (wide, ValueError, r"must give logits of shape \(B, classes\), .*; it gave \(64, 7\)"),
+        (wide, ValueError, r"must give logits of shape \(B, classes\), .*; it gave \(.*7\)"),
         (
             call(recipe=recipe(zero_last_gamma=True)),
             ValueError, "zero_last_gamma is for networks by name",

@@ -70,9 +70,9 @@ def checkpoint_of(file: Path, best: bool = False) -> Path:
 def _without_classifier(paired: Paired) -> tuple[Paired, str | None]:
     """Leave out the last pair of layers where they differ in nothing but their classes."""
     *others, (layer, other) = paired.both
-    shapes = layer.kernel_shape, other.kernel_shape
-    if None in shapes or layer.kind != other.kind or shapes[0] == shapes[1]:
+    theirs, ours = layer.kernel_shape, other.kernel_shape
+    if theirs is None or ours is None or layer.kind != other.kind:
         return paired, None
-    if shapes[0][1:] != shapes[1][1:]:
+    if theirs[0] == ours[0] or theirs[1:] != ours[1:]:
         return paired, None
     return paired._replace(both=others), other.path

@@ -20,19 +20,27 @@ from doconv_core.cli.command import (
 )
 from doconv_core.cli.cost import network_options
 from doconv_core.cli.initial import state_from
-from doconv_core.cli.options import source_argument
+from doconv_core.cli.options import set_option, source_argument
+from doconv_core.networks.families import enumerated
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.names import describe
 from doconv_core.networks.shapes import for_input
 from doconv_core.training import run as runs
-from doconv_core.training.data import ImageData, batches, open_data
+from doconv_core.training.data import (
+    DATA_SETS,
+    BrokenImages,
+    DataError,
+    ImageData,
+    batches,
+    open_data,
+)
 from doconv_core.training.recipe import Recipe, changed, default_recipe, from_json
 from doconv_core.training.recipe import recipe as recipe_by_name
 from doconv_core.training.session import DiskFull, Interrupted, NotFinite
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What may be other where a run is gone on with.
-CHANGEABLE = ("data_dir", "devices", "checkpoint_every", "workers")
+CHANGEABLE = ("data_dir", "max_broken", "devices", "checkpoint_every", "workers")
 
 
 backend_option = click.option(
@@ -40,18 +48,18 @@ backend_option = click.option(
 )
 data_option = click.option(
     "--data", default="digits", show_default=True, metavar="NAME",
-    help="The images: digits, cifar10, cifar100, folder, dogs, mnist, npz or parquet.",
+    help=f"The images: {enumerated(DATA_SETS)}.",
 )  # fmt: skip
 data_dir_option = click.option(
     "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the images are."
 )
+broken_option = click.option(
+    "--max-broken", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    help="How many unreadable images may be replaced by others.",
+)  # fmt: skip
 recipe_option = click.option(
     "--recipe", "recipe_name", metavar="NAME|FILE",
     help="Another recipe than the network's own; see doconv recipes.",
-)  # fmt: skip
-set_option = click.option(
-    "--set", "settings", multiple=True, metavar="FIELD=VALUE",
-    help="Change a field of the recipe. May be repeated.",
 )  # fmt: skip
 devices_option = click.option(
     "--devices", metavar="N|NAME", help="The device, such as cuda:1, or how many each with a part."
@@ -71,6 +79,7 @@ workers_option = click.option(
 @backend_option
 @data_option
 @data_dir_option
+@broken_option
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="RUN",
     help="The folder that the run gets.",
@@ -123,7 +132,7 @@ def train(ctx: click.Context, /, **given: Any) -> None:
     with refused():
         runs.check_new(out, force)
         job = Job.of(given)
-        recipe = _recipe(job, given["recipe_name"], given["settings"])
+        recipe = _recipe(job, given["recipe_name"], given["changes"])
         if job.start is not None:
             recipe = replace(recipe, zero_last_gamma=False)
     _train(job, recipe, out, force=force)
@@ -137,6 +146,7 @@ class Job(NamedTuple):
     backend: str
     data: str
     data_dir: str | None
+    max_broken: int
     start: str | None
     seed: int
     devices: str | None
@@ -150,25 +160,14 @@ class Job(NamedTuple):
         own = {name: given[name] for name in cls._fields if name != "options"}
         for name in ("data_dir", "start"):
             own[name] = None if own[name] is None else str(own[name])
-        others = {*cls._fields, "recipe_name", "settings"}
+        others = {*cls._fields, "recipe_name", "changes"}
         options = {n: v for n, v in given.items() if n not in others and v is not None}
         return cls(**own, options=options)
 
 
-def _recipe(job: Job, name: str | None, settings: Sequence[str]) -> Recipe:
+def _recipe(job: Job, name: str | None, changes: Sequence[tuple[str, str]]) -> Recipe:
     chosen = default_recipe(job.network, job.data) if name is None else recipe_by_name(name)
-    return changed(chosen, parsed_settings(settings))
-
-
-def parsed_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Return the texts of fields by name; UsageError for what is no `field=value`."""
-    found = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set: {setting!r} is no FIELD=VALUE.")
-        found[name.strip()] = text
-    return found
+    return changed(chosen, dict(changes))
 
 
 def _resume(ctx: click.Context, out: Path, force: bool, given: Mapping[str, Any]) -> None:
@@ -181,8 +180,8 @@ def _resume(ctx: click.Context, out: Path, force: bool, given: Mapping[str, Any]
     fixed = [name for name in named if name not in CHANGEABLE]
     if fixed or force:
         raise click.UsageError(
-            "--resume takes all from the run but --data-dir, --devices, --checkpoint-every and "
-            "--workers."
+            "--resume takes all from the run but --data-dir, --max-broken, --devices, "
+            "--checkpoint-every and --workers."
         )
     with refused():
         run = runs.open_run(out)
@@ -192,7 +191,9 @@ def _resume(ctx: click.Context, out: Path, force: bool, given: Mapping[str, Any]
             f"{out} was not begun by doconv train; go on with it in Python, by train(resume=True).",
             TARGET,
         )
-    changes = {n: str(given[n]) if n == "data_dir" else given[n] for n in named}
+    changes: dict[str, Any] = {n: given[n] for n in named}
+    if "data_dir" in changes:
+        changes["data_dir"] = str(changes["data_dir"])
     with refused():
         job = Job(**told)._replace(**changes)
         recipe = from_json(run.described["recipe"])
@@ -203,7 +204,7 @@ def _train(
     job: Job, recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False
 ) -> None:
     with refused():
-        data = open_data(job.data, job.data_dir)
+        data = open_data(job.data, job.data_dir, max_broken=job.max_broken)
         backend = available_backends()[job.backend].load()
         model = _model(backend, job, recipe, data, fresh=not resume)
     with refused(ValueError), told_of_run():
@@ -265,14 +266,14 @@ def refused(*kinds: type[Exception]) -> Iterator[None]:
     """Tell of what cannot be as wrong usage, in one line.
 
     kinds: of errors that say so, ValueError and TypeError if not given; more special ones, such as
-    those of a damaged file, are left.
+    those of a damaged file, are left, but for those of data.
     """
     try:
         yield
     except runs.RunError as error:
         raise Failure(str(error), TARGET) from None
     except (ValueError, TypeError) as error:
-        if type(error) not in (kinds or (ValueError, TypeError)):
+        if type(error) not in (*(kinds or (ValueError, TypeError)), DataError, BrokenImages):
             raise
         raise click.UsageError(str(error)) from None
 

@@ -78,8 +78,9 @@ class Verified(NamedTuple):
 class Engine(ABC):
     """A model in a framework, with its optimizer, as a session trains it.
 
-    framework: as in "torch"; version: the framework's. layout: of the images that it takes, "NCHW"
-    or "NHWC". process, processes: which of how many this is; the first writes the files.
+    framework: the backend's name, as in "torch"; version: the framework's. layout: of the images
+    that it takes, "NCHW" or "NHWC". process, processes: which of how many this is; the first writes
+    the files.
     model: the framework's own. described: what `run.json` says of it besides, such as its precision
     and devices. Every process calls every method, but for `folded_state` and `write_folded`. Of a
     disk that takes no more, what writes raises OSError.
@@ -102,6 +103,9 @@ class Engine(ABC):
         for step, batch in steps:
             self.train_step(step, batch)
             after(step)
+
+    def close(self) -> None:
+        """Give the model back to whoever has made the engine; there may be nothing to do."""
 
     @abstractmethod
     def train_step(self, step: Step, batch: Batch) -> None:

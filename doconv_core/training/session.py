@@ -25,7 +25,7 @@ import numpy as np
 
 from doconv_core.atomic import write_json
 from doconv_core.networks.initialize import with_zero_gammas
-from doconv_core.networks.names import describe, known_name
+from doconv_core.networks.names import describe
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import ImageData, as_data, batches, open_data
@@ -123,10 +123,13 @@ def evaluate(
     def drawn() -> Iterator[Batch]:
         return _evaluation(engine, recipe, found, workers)
 
-    engine.evaluate([_first(drawn(), found)])  # what is compiled at first, or does not fit
-    began = time.monotonic()
-    sums = engine.total(engine.evaluate(drawn()))
-    seconds = time.monotonic() - began
+    try:
+        engine.evaluate([_first(drawn(), found)])  # what is compiled at first, or does not fit
+        began = time.monotonic()
+        sums = engine.total(engine.evaluate(drawn()))
+        seconds = time.monotonic() - began
+    finally:
+        engine.close()
     return {**shares(sums), "images": sums.images, "seconds": seconds}
 
 
@@ -215,24 +218,20 @@ class Session:
 
     def _zero_last_gammas(self) -> None:
         """Let the residual units of a network by name start as identities."""
-        name = self._network
-        if name is None:
+        if self.network is None:
             raise ValueError(
                 "zero_last_gamma is for networks by name; in a model of your own, set gammas to 0."
             )
         options = self.notes.get("options", {})
-        network = describe(name, num_classes=len(self.data.classes), **options)
+        network = describe(self.network, num_classes=len(self.data.classes), **options)
         self.engine.load_state(with_zero_gammas(self.engine.export_state(), network))
-
-    @property
-    def _network(self) -> str | None:
-        return known_name(getattr(self.engine.model, "network_name", None))
 
     def _try_model(self) -> None:
         """Let the model see images, so that one that does not fit says so before anything else."""
         first = _first(self._evaluation(), self.data)
         self.image = first.images.shape[1:]
         self.engine.evaluate([first])
+        self.network = self.engine.export_state().origin.get("network")
 
     def _described(self) -> dict[str, Any]:
         """Return what must be the same when the run is gone on with."""
@@ -250,7 +249,7 @@ class Session:
         """Return what is told of the run besides, and may be other when it is gone on with."""
         return {
             "framework_version": self.engine.version,
-            "network": self._network,
+            "network": self.network,
             "processes": self.engine.processes,
             "engine": dict(self.engine.described),
             "checkpoint_every": self.checkpoint_every,
@@ -388,26 +387,30 @@ class Session:
         self.display.evaluating()
         folded, report = engine.fold()
         verified = self._verified(folded)
+        state = engine.export_state()
         if self.writes and self.folder is not None:
-            self._write(self.folder, folded, str(report), verified)
+            self._write(self.folder, state, folded, str(report), verified)
         return Trained(engine.model, folded, self.metrics, self.out, verified)
 
     def _verified(self, folded: Any) -> Verified:
         """Return how the model and the folded one compare, over all processes."""
         engine = self.engine
         own = engine.verify(folded, self._evaluation())
-        absolute, relative = (
-            max(sums.loss for sums in self._gathered(Sums(loss=value)))
-            for value in (own.absolute, own.relative)
-        )
-        return Verified(engine.total(own.before), engine.total(own.after), absolute, relative)
+        before, after = engine.total(own.before), engine.total(own.after)
+        return Verified(before, after, self._largest(own.absolute), self._largest(own.relative))
 
-    def _write(self, folder: Run, folded: Any, report: str, verified: Verified) -> None:
+    def _largest(self, value: float) -> float:
+        """Return the largest of all processes' values."""
+        return max(sums.loss for sums in self._gathered(Sums(loss=value)))
+
+    def _write(
+        self, folder: Run, state: State, folded: Any, report: str, verified: Verified
+    ) -> None:
         """Write the folded weights, the result and the report; say where everything is."""
         engine, out = self.engine, folder.folder
-        state, folded_state = engine.export_state(), engine.folded_state(folded)
         own = engine.write_folded(folded, out)
-        write_state(folded_state, out / f"{runs.FOLDED}.safetensors")
+        write_state(engine.folded_state(folded), out / f"{runs.FOLDED}.safetensors")
+        files = [own.name, f"{runs.FOLDED}.safetensors"]
         result = {
             "epochs": self.recipe.epochs,
             "trained": shares(verified.before),
@@ -417,11 +420,11 @@ class Session:
             "cost": cost_of(folder.described, state, self._input_shape()),
             "moved": moved(state),
             "fold": report,
-            "files": [own.name, f"{runs.FOLDED}.safetensors"],
+            "files": files,
         }
         folder.write_result(result)
         write_report(folder)
-        self.display.end(out, verified, [*result["files"], runs.REPORT])
+        self.display.end(out, verified, [*files, runs.REPORT])
 
     def _input_shape(self) -> tuple[int, int, int]:
         first, second, third = self.image

@@ -5,7 +5,6 @@ An image of a file is decoded as late as can be: a JPEG that is made smaller is 
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -164,5 +163,6 @@ def drafted(image: Any, wanted: Size) -> tuple[Any, float, float]:
     factor = draft_factor((height, width), wanted)
     if factor == 1 or isinstance(image, np.ndarray) or getattr(image, "format", None) != "JPEG":
         return image, 1.0, 1.0
-    image.draft(None, (ceil(width / factor), ceil(height / factor)))
+    # Rounded down: Pillow halves no further than both sides stay as large as it is told.
+    image.draft(None, (width // factor, height // factor))
     return image, image.width / width, image.height / height

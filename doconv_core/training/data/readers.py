@@ -346,13 +346,10 @@ def _counted(name: str, train: Arrays, val: Arrays) -> ImageData:
 def _parquet(folder: Path) -> ImageData:
     parts, classes = [], []
     for names in (TRAIN, VAL):
-        files = sorted(
-            file
-            for place in (folder, folder / "data")
-            for name in names
-            for file in (*place.glob(f"{name}-*.parquet"), *place.glob(f"{name}.parquet"))
-        )
-        if not files:
+        # The first of the names that there is: a test part is no more of a validation part.
+        found = (_parquet_files(folder, part) for part in names)
+        files = next(filter(None, found), None)
+        if files is None:
             raise DataError(f"{folder} has no {names[0]}-*.parquet; {_WANTED['parquet']}.")
         source, told = _parquet_part(files)
         parts.append(source)
@@ -362,6 +359,12 @@ def _parquet(folder: Path) -> ImageData:
     count = int(max(part.labels.max(initial=0) for part in parts)) + 1
     named = classes[0] or tuple(map(str, range(count)))
     return ImageData("parquet", named, parts[0], parts[1])
+
+
+def _parquet_files(folder: Path, part: str) -> list[Path]:
+    places = (folder, folder / "data")
+    patterns = (f"{part}-*.parquet", f"{part}.parquet")
+    return sorted(file for place in places for pattern in patterns for file in place.glob(pattern))
 
 
 def _parquet_part(files: list[Path]) -> tuple[Parquet, tuple[str, ...]]:

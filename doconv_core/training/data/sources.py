@@ -236,7 +236,7 @@ class ImageData:
 
     Raises DataError where a part is empty, or has labels outside of the classes.
 
-    >>> part = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10) % 2)
+    >>> part = Arrays(np.zeros((2, 8, 8, 1), np.uint8), np.arange(2))
     >>> ImageData("halves", ("even", "odd"), part, part).channels
     1
     """
