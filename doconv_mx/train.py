@@ -34,7 +34,7 @@ from doconv_mx.composed import ComposedConv
 from doconv_mx.devices import contexts_of, join_processes, seed_of
 from doconv_mx.dgc import DynamicHeads2D, WithLasso, add_saliency_lasso, set_progress
 from doconv_mx.model import fold
-from doconv_mx.optimizer import RecipeOptimizer, are_finite, average, norm_of
+from doconv_mx.optimizer import RecipeOptimizer, average, squares
 from doconv_mx.ordinary import require_values
 from doconv_mx.orthonormal import has_orthonormal, orthonormality_loss
 from doconv_mx.parameter import Entry, native
@@ -151,12 +151,12 @@ class Pending(NamedTuple):
 class PendingStep(NamedTuple):
     """What a step came to. weights: the loss of the weights alone, which counts for each image.
 
-    is_sound: 1 where the weights were finite after it.
+    squares: the sum of those of the weights after it, which is finite where they are.
     """
 
     calls: list[Pending]
     weights: NDArray | None
-    is_sound: NDArray
+    squares: NDArray
 
 
 class GluonEngine(Engine):
@@ -273,7 +273,7 @@ class GluonEngine(Engine):
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
         if self._steps:  # so that no more than one step waits to be computed
-            self._steps[-1].is_sound.wait_to_read()
+            self._steps[-1].squares.wait_to_read()
         mx.random.seed(seed_of(self.seed, step.number, self.process))
         if self._own_lassos:
             set_progress(self.model, step.progress)
@@ -286,7 +286,7 @@ class GluonEngine(Engine):
             call, weights = self._backward(part, rows is slices[-1])
             calls.append(call)
         self._update(step.learning_rate, batch.total)
-        self._steps.append(PendingStep(calls, weights, are_finite(self._on(0, Parameter.data))))
+        self._steps.append(PendingStep(calls, weights, squares(self._on(0, Parameter.data))))
 
     def _begin_gradients(self, images: int) -> None:
         """Set those to zero that are added to, and those of a device that gets no image.
@@ -330,7 +330,7 @@ class GluonEngine(Engine):
         self.trainer.allreduce_grads()
         divisor = float(images)
         if self.recipe.clip_norm is not None:
-            norm = norm_of(self._on(0, Parameter.grad)) / divisor
+            norm = squares(self._on(0, Parameter.grad)).sqrt().asscalar() / divisor
             if math.isfinite(norm):  # else weights are to tell of it
                 divisor *= max(1.0, (norm + TINY) / self.recipe.clip_norm)
         self.optimizer.begin(learning_rate)
@@ -571,4 +571,4 @@ def _step_sums(step: PendingStep) -> Sums:
     loss = sums.loss
     if step.weights is not None:
         loss += sums.images * float(step.weights.asscalar())
-    return sums._replace(loss=loss if step.is_sound.asscalar() else math.nan)
+    return sums._replace(loss=loss if math.isfinite(step.squares.asscalar()) else math.nan)
