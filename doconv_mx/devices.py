@@ -25,6 +25,11 @@ def contexts_of(devices: str | int | None) -> list[mx.Context]:
     gpus = mx.context.num_gpus()
     kind = "gpu" if gpus else "cpu"
     text = str(1 if devices is None else devices)
+    if text.isdigit() and not 1 <= int(text) <= max(gpus, 1):
+        raise ValueError(
+            f"devices must be at least 1, and there are {gpus} GPUs here; received "
+            f"devices={devices}."
+        )
     names = [f"{kind}:{n}" for n in range(int(text))] if text.isdigit() else text.split(",")
     found = []
     for name in map(str.strip, names):
@@ -34,11 +39,8 @@ def contexts_of(devices: str | int | None) -> list[mx.Context]:
             here = ", ".join(["cpu:0 and so on", *(f"gpu:{n}" for n in range(gpus))])
             raise ValueError(f"there is no device {name!r} here; there is {here}.")
         found.append(mx.Context(match[1], number))
-    if not found or len(set(found)) < len(found):
-        raise ValueError(
-            "devices must be at least one, each once, such as 'gpu:0,gpu:1' or 2; received "
-            f"devices={devices!r}."
-        )
+    if len(set(found)) < len(found):
+        raise ValueError(f"devices must be named once each; received devices={devices!r}.")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.atomic import replacing
 from doconv_core.files.gluon import write_params
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.numeric import Array
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State, entry
@@ -32,13 +34,13 @@ from doconv_mx.composed import ComposedConv
 from doconv_mx.devices import contexts_of, join_processes, seed_of
 from doconv_mx.dgc import DynamicHeads2D, WithLasso, add_saliency_lasso, set_progress
 from doconv_mx.model import fold
-from doconv_mx.optimizer import RecipeOptimizer, are_finite, average, norm_of
+from doconv_mx.optimizer import RecipeOptimizer, average, squares
 from doconv_mx.ordinary import require_values
 from doconv_mx.orthonormal import has_orthonormal, orthonormality_loss
 from doconv_mx.parameter import Entry, native
 from doconv_mx.private import as_updated, begin_store, registered, saved_names
 from doconv_mx.state import export_state, load_state
-from doconv_mx.surgery import copied
+from doconv_mx.surgery import copied, forget_graphs
 from doconv_mx.tree import check_model, own_parameters, parameters, walk
 
 PRECISION = "float32"
@@ -90,25 +92,20 @@ def train(
     >>> len(trained.metrics), trained.verified.relative < 1e-5
     (1, True)
     """
-    engines: list[GluonEngine] = []
+    with ExitStack() as stack:
 
-    def make(recipe: Recipe) -> Engine:
-        engines.append(
-            GluonEngine(
+        def make(recipe: Recipe) -> Engine:
+            engine = GluonEngine(
                 model, recipe, seed=seed, precision=precision, devices=devices, hybridize=hybridize
             )
-        )
-        return engines[0]
+            stack.callback(engine.close)
+            return engine
 
-    try:
         return session.train(
             make, recipe, data, run=run, seed=seed, resume=resume, force=force,
             checkpoint_every=checkpoint_every, workers=workers, callback=callback,
             data_dir=data_dir, notes=notes, quiet=quiet,
         )  # fmt: skip
-    finally:
-        for engine in engines:
-            engine.close()
 
 
 def evaluate(
@@ -116,10 +113,11 @@ def evaluate(
     recipe: Recipe | str,
     data: Any = "digits",
     *,
-    precision: str = "float32",
+    precision: str = PRECISION,
     devices: str | int | None = None,
     workers: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
+    hybridize: bool = True,
 ) -> dict[str, float]:
     """Return the loss, top-1, top-5, images and seconds of a model on evaluation images.
 
@@ -132,7 +130,7 @@ def evaluate(
     """
 
     def make(recipe: Recipe) -> Engine:
-        return GluonEngine(model, recipe, precision=precision, devices=devices)
+        return GluonEngine(model, recipe, precision=precision, devices=devices, hybridize=hybridize)
 
     return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
 
@@ -153,18 +151,19 @@ class Pending(NamedTuple):
 class PendingStep(NamedTuple):
     """What a step came to. weights: the loss of the weights alone, which counts for each image.
 
-    is_sound: 1 where the weights were finite after it.
+    squares: the sum of those of the weights after it, which is finite where they are.
     """
 
     calls: list[Pending]
     weights: NDArray | None
-    is_sound: NDArray
+    squares: NDArray
 
 
 class GluonEngine(Engine):
     """A Gluon model with its optimizer, as `doconv_core.training.session` trains it.
 
-    Takes what `train` does. `close` gives the model back with gradients as they were asked for.
+    Takes what `train` does. `close` gives the model back: until then, the weights of its lassos are
+    the recipe's, and its gradients are written or added to as a batch has parts.
     """
 
     framework, version = "mx", mx.__version__
@@ -192,7 +191,8 @@ class GluonEngine(Engine):
             "precision": precision, "devices": list(map(str, self.contexts)),
             "hybridize": hybridize,
         }  # fmt: skip
-        self.is_dynamic = any(isinstance(block, DynamicHeads2D) for _, block in walk(model))
+        heads = (block for _, block in walk(model) if isinstance(block, DynamicHeads2D))
+        self._own_lassos: dict[Any, float] = {block: block.lasso for block in heads}
         self.is_orthonormal = has_orthonormal(model) and recipe.orthonormality > 0
         self.named = named(model)
         self._place()
@@ -212,14 +212,18 @@ class GluonEngine(Engine):
             parameter.grad_req = request
 
     def close(self) -> None:
-        """Let the gradients of the model be again as they were asked for."""
+        """Give the model back as it was, with what was trained."""
         for parameter, request in self._asked.items():
             parameter.grad_req = request
+        for heads, lasso in self._own_lassos.items():
+            heads.lasso = lasso
+        if self._own_lassos:
+            forget_graphs(self.model)
 
     def _compiled(self, hybridize: bool) -> Block:
         """Return what training calls: the model, or what returns its saliencies' lasso as well."""
         called = self.model
-        if self.is_dynamic:
+        if self._own_lassos:
             add_saliency_lasso(self.model, self.recipe.lasso)
             if self.recipe.lasso and isinstance(self.model, HybridBlock):
                 called = WithLasso(self.model)
@@ -269,9 +273,9 @@ class GluonEngine(Engine):
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
         if self._steps:  # so that no more than one step waits to be computed
-            self._steps[-1].is_sound.wait_to_read()
+            self._steps[-1].squares.wait_to_read()
         mx.random.seed(seed_of(self.seed, step.number, self.process))
-        if self.is_dynamic:
+        if self._own_lassos:
             set_progress(self.model, step.progress)
         slices = list(parts(self.recipe, len(batch.images)))
         self._begin_gradients(len(batch.labels[slices[0]]) if slices else 0)
@@ -282,7 +286,7 @@ class GluonEngine(Engine):
             call, weights = self._backward(part, rows is slices[-1])
             calls.append(call)
         self._update(step.learning_rate, batch.total)
-        self._steps.append(PendingStep(calls, weights, are_finite(self._on(0, Parameter.data))))
+        self._steps.append(PendingStep(calls, weights, squares(self._on(0, Parameter.data))))
 
     def _begin_gradients(self, images: int) -> None:
         """Set those to zero that are added to, and those of a device that gets no image.
@@ -326,7 +330,7 @@ class GluonEngine(Engine):
         self.trainer.allreduce_grads()
         divisor = float(images)
         if self.recipe.clip_norm is not None:
-            norm = norm_of(self._on(0, Parameter.grad)) / divisor
+            norm = squares(self._on(0, Parameter.grad)).sqrt().asscalar() / divisor
             if math.isfinite(norm):  # else weights are to tell of it
                 divisor *= max(1.0, (norm + TINY) / self.recipe.clip_norm)
         self.optimizer.begin(learning_rate)
@@ -509,16 +513,15 @@ def roles(model: Block) -> Iterator[tuple[Parameter, str | None]]:
         elif last.endswith("bias"):
             yield parameter, BIASES
         else:
-            is_depthwise = isinstance(parameter, Entry) and last.endswith("depthwise_weight")
+            is_depthwise = isinstance(parameter, Entry) and last.endswith(DO_CONV.names[1])
             yield parameter, DEPTHWISE if is_depthwise else None
 
 
 def _check_precision(precision: str) -> None:
     if precision != PRECISION:
         raise ValueError(
-            f"Gluon trains in {PRECISION} here: MXNet's CPU multiplies no half precision, and what "
-            "it has for GPUs cannot be undone in a process; received "
-            f"precision={precision!r}."
+            f"precision must be {PRECISION}, as MXNet's CPU multiplies no half precision, and what "
+            f"it has for GPUs cannot be undone in a process; received precision={precision!r}."
         )
 
 
@@ -568,4 +571,4 @@ def _step_sums(step: PendingStep) -> Sums:
     loss = sums.loss
     if step.weights is not None:
         loss += sums.images * float(step.weights.asscalar())
-    return sums._replace(loss=loss if step.is_sound.asscalar() else math.nan)
+    return sums._replace(loss=loss if math.isfinite(step.squares.asscalar()) else math.nan)

@@ -150,7 +150,7 @@ def test_two_devices_train_as_one(rows):
 
 
 def test_devices_evaluate_with_the_statistics_of_the_first():
-    engine = GluonEngine(network(), recipe(), devices=2)
+    engine = GluonEngine(network(), recipe(), devices="cpu:0,cpu:1")
     after(engine, batch())
     evaluated = engine.evaluate([batch()])
     alone = engine.fold().model
@@ -243,12 +243,12 @@ def test_averages(average_of):
     assert engine.verify(engine.fold().model, [batch()]).relative < 1e-6
 
 
-def test_gradients_are_asked_for_as_before_when_it_is_closed():
-    net = network()
-    engine = GluonEngine(net, recipe(accumulate=2))
-    assert net[0].weight.grad_req == "add"
+def test_the_model_asks_for_gradients_and_lassos_as_before_when_it_is_closed():
+    net = network(dynamic=True)
+    engine = GluonEngine(net, recipe(accumulate=2, lasso=LASSO))
+    assert (net[0].weight.grad_req, net[4].heads.lasso) == ("add", LASSO)
     engine.close()
-    assert net[0].weight.grad_req == "write"
+    assert (net[0].weight.grad_req, net[4].heads.lasso) == ("write", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -332,11 +332,11 @@ def test_folded_weights_load_as_parameters_do(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "bfloat16"}, r"Gluon trains in float32 here: .* precision='bfloat16'\."),
+        ({"precision": "bfloat16"}, r"must be float32, as MXNet's CPU .* precision='bfloat16'\."),
         ({"devices": "gpu:7"}, r"there is no device 'gpu:7' here; there is cpu:0 and so on"),
         ({"devices": "tpu"}, r"there is no device 'tpu' here"),
-        ({"devices": 0}, r"devices must be at least one, each once, .* received devices=0\."),
-        ({"devices": "cpu,cpu:0"}, r"devices must be at least one, each once"),
+        ({"devices": 0}, r"devices must be at least 1, and there are 0 GPUs .* devices=0\."),
+        ({"devices": "cpu,cpu:0"}, r"devices must be named once each; received devices='cpu,cpu"),
     ],
 )
 def test_what_is_not_here_is_refused(options, message):
