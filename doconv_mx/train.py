@@ -18,6 +18,7 @@ from mxnet.ndarray import NDArray
 
 from doconv_core.atomic import replacing
 from doconv_core.files.gluon import write_params
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.numeric import Array
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State, entry
@@ -515,7 +516,7 @@ def roles(model: Block) -> Iterator[tuple[Parameter, str | None]]:
         elif last.endswith("bias"):
             yield parameter, BIASES
         else:
-            is_depthwise = isinstance(parameter, Entry) and last.endswith("depthwise_weight")
+            is_depthwise = isinstance(parameter, Entry) and last.endswith(DO_CONV.names[1])
             yield parameter, DEPTHWISE if is_depthwise else None
 
 

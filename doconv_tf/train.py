@@ -83,7 +83,7 @@ def train(
 
     >>> trained = train(get_model("tutorial_tf"), "tutorial_tf", quiet=True)
     >>> len(trained.metrics), trained.verified.relative < 1e-5
-    (2, True)
+    (5, True)
     """
     engines: list[KerasEngine] = []
 

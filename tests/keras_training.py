@@ -98,7 +98,7 @@ def model_of(net):
 def engine_of(net, given, model=None, **options):
     from doconv_tf.train import KerasEngine
 
-    return KerasEngine(model or model_of(net), given, **options)
+    return KerasEngine(model_of(net) if model is None else model, given, **options)
 
 
 def train(engine, **part):

@@ -14,7 +14,11 @@ from frameworks import need
 from doconv_core import difference, recipes
 from doconv_core.training.optimizer import trained
 
-STEPS = [10, pytest.param(compare_recipes.STEPS, marks=pytest.mark.exhaustive)]
+# Each optimizer, schedule and loss of a kind in its first steps, and all recipes over all steps.
+CASES = [
+    *((name, 10) for name in ("bsconv_cifar", "gluoncv_imagenet", "dgc_cifar", "tutorial_tf")),
+    *(pytest.param(n, compare_recipes.STEPS, marks=pytest.mark.exhaustive) for n in recipes()),
+]
 
 
 @lru_cache
@@ -24,8 +28,7 @@ def solved(name: str, steps: int):
     return problem, compare_recipes.core(problem)
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize(("name", "steps"), CASES)
 @pytest.mark.parametrize("backend", TRAINERS)
 def test_losses_and_the_last_state_are_the_cores(backend, name, steps):
     need(backend)

@@ -275,7 +275,7 @@ def test_another_folder_is_left_alone(tmp_path):
     ],
 )
 def test_what_is_no_study_at_all(arms, seeds, error):
-    with pytest.raises(StudyError, match=error):
+    with pytest.raises(ValueError, match=error):
         Study(arms, seeds, "torch", "digits")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from doconv_core.cli.command import Failure, counted, say
+from doconv_core.cli.command import TARGET, Failure, counted, say
 from doconv_core.cli.cost import OPTIONS, network_options
 from doconv_core.cli.options import set_option, target_argument
 from doconv_core.cli.train import (
@@ -92,7 +93,7 @@ def study(
     **given: Any,
 ) -> None:
     """As the help text above has it."""
-    with refused(), told_of_run():
+    with refused(), told_of_run(), _of_folders():
         asked = _held(ctx, out, data_dir) if not networks else _asked(networks, data_dir, given)
         studies.begin(out, asked)
         if left:
@@ -107,6 +108,15 @@ def study(
     found = write(out, asked)
     click.echo(f"\n{markdown(found)}")
     say(f"{sentence(found)} {out}: {studies.PAGE}, {studies.FOUND}")
+
+
+@contextmanager
+def _of_folders() -> Iterator[None]:
+    """Tell of what is wrong with the study's folder."""
+    try:
+        yield
+    except studies.StudyError as error:
+        raise Failure(str(error), TARGET) from None
 
 
 def _asked(networks: Sequence[str], data_dir: Path | None, given: Mapping[str, Any]) -> Study:

@@ -89,8 +89,9 @@ def plot(
         points = [at(n, v) for n, v in enumerate(curve.values, 1) if v is not None]
         upper = [at(n, v) for n, v in enumerate(curve.high, 1) if v is not None]
         lower = [at(n, v) for n, v in enumerate(curve.low, 1) if v is not None]
-        band = _points([*upper, *reversed(lower)])
-        drawn.append(f'<polygon points="{band}" fill="{curve.colour}" fill-opacity="0.15"/>')
+        if upper and lower:
+            band = _points([*upper, *reversed(lower)])
+            drawn.append(f'<polygon points="{band}" fill="{curve.colour}" fill-opacity="0.15"/>')
         drawn.append(
             f'<polyline points="{_points(points)}" fill="none" stroke="{curve.colour}" '
             'stroke-width="2"/>'

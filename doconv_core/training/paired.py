@@ -22,7 +22,7 @@ class Summary(NamedTuple):
     than two numbers.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # which hides a method of tuples
     mean: float
     std: float
     low: float

@@ -15,19 +15,11 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_core.networks.cost import count
 from doconv_core.networks.names import known_name
 from doconv_core.state.file import State, entry
+from doconv_core.training.html import Curve, document, plot, table
 from doconv_core.training.run import REPORT, Run
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460, 260, 56, 34, 14  # of a plot, and its margins, in pixels
 COLOURS = {"train": "#c2571a", "eval": "#1f5fa8"}
 NAMES = {"train": "training", "eval": "evaluation"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left;
-  vertical-align: top; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-svg { max-width: 100%; height: auto; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-"""
 
 
 def moved(state: State) -> dict[str, dict[str, float]]:
@@ -40,7 +32,7 @@ def moved(state: State) -> dict[str, dict[str, float]]:
     for path, form in state.layers.items():
         if form.composed is not DO_CONV or not isinstance(form.spec, ConvSpec):
             continue
-        array = state.arrays.get(entry(path, "depthwise_weight"))
+        array = state.arrays.get(entry(path, DO_CONV.names[1]))
         if array is None:
             continue
         depthwise = array.astype(np.float64)
@@ -90,86 +82,42 @@ def page(
         f"<h1>{escape(told)}</h1>",
         f"<p>{escape(_sentence(described, result))}</p>",
         '<h2>Curves</h2><div class="plots">',
-        plot("loss", metrics, ("train_loss", "eval_loss"), lambda value: f"{value:.3g}"),
-        plot("top-1", metrics, ("train_top1", "eval_top1"), lambda value: f"{value:.0%}"),
-        plot("learning rate", metrics, ("learning_rate",), lambda value: f"{value:.3g}"),
+        _plot("loss", metrics, ("train_loss", "eval_loss"), lambda value: f"{value:.3g}"),
+        _plot("top-1", metrics, ("train_top1", "eval_top1"), lambda value: f"{value:.0%}"),
+        _plot("learning rate", metrics, ("learning_rate",), lambda value: f"{value:.3g}"),
         "</div>",
         "<h2>Accuracy on the evaluation data</h2>",
-        _table(("", "top-1", "top-5", "loss"), _accuracies(result)),
+        table(("", "top-1", "top-5", "loss"), _accuracies(result)),
         f"<p>{escape(_difference(result))}</p>",
     ]
     if result["cost"] is not None:
-        parts += ["<h2>Cost of one image</h2>", _table(("", ""), _costs(result["cost"]))]
+        parts += [
+            "<h2>Cost of one image</h2>",
+            table(("", ""), _costs(result["cost"]), numeric=False),
+        ]
     if result["moved"]:
         parts += [
             "<h2>How far each D has moved from the identity</h2>",
-            _table(("layer", "|D|/|E|", "max |D|"), _moves(result["moved"])),
+            table(("layer", "|D|/|E|", "max |D|"), _moves(result["moved"])),
         ]
-    parts += ["<h2>Recipe</h2>", _table(("field", ""), _fields(described["recipe"]))]
-    parts += ["<h2>With what</h2>", _table(("", ""), _surroundings(described))]
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f"<title>{escape(told)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n"
-        "</html>\n"
-    )
+    parts += ["<h2>Recipe</h2>", table(("field", ""), _fields(described["recipe"]), numeric=False)]
+    parts += ["<h2>With what</h2>", table(("", ""), _surroundings(described), numeric=False)]
+    return document(told, parts)
 
 
-def plot(
+def _plot(
     title: str,
     metrics: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     text: Callable[[float], str],
 ) -> str:
     """Return an SVG of numbers over the epochs. names: of the metrics; text: of a number."""
-    lines = {name: [float(line[name]) for line in metrics] for name in names}
-    values = [value for line in lines.values() for value in line]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if low == high:
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    last = max(len(metrics), 2)
-
-    def at(epoch: int, value: float) -> tuple[float, float]:
-        x = LEFT + (epoch - 1) / (last - 1) * (WIDTH - LEFT - 10)
-        return x, TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    drawn = [_frame(title, low, high, last, text)]
-    for number, (name, line) in enumerate(lines.items()):
+    curves = []
+    for name in names:
         part = name.partition("_")[0]
-        colour = COLOURS.get(part, "#444")
-        points = " ".join("{:.1f},{:.1f}".format(*at(n, v)) for n, v in enumerate(line, 1))
-        drawn.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        if len(line) == 1:
-            x, y = at(1, line[0])
-            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        if part in NAMES:
-            drawn.append(_text(WIDTH - 10, TOP + 14 + 16 * number, NAMES[part], "end", colour))
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(drawn)}</svg>'
-    )
-
-
-def _frame(title: str, low: float, high: float, last: int, text: Callable[[float], str]) -> str:
-    """Return a plot's grid, with the numbers beside it."""
-    drawn = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
-        drawn.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 10}" stroke="#ddd"/>')
-        drawn.append(_text(LEFT - 6, y + 4, text(low + share * (high - low)), "end"))
-    for epoch, anchor, x in ((1, "start", LEFT), (last, "end", WIDTH - 10)):
-        drawn.append(_text(x, HEIGHT - BOTTOM + 16, str(epoch), anchor))
-    drawn.append(_text((LEFT + WIDTH) / 2, HEIGHT - 6, f"{title}, by epoch", "middle"))
-    return "".join(drawn)
-
-
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "#444") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="12" '
-        f'font-family="system-ui, sans-serif" fill="{colour}">{escape(text)}</text>'
-    )
+        values = [float(line[name]) for line in metrics]
+        curves.append(Curve(NAMES.get(part, ""), values, colour=COLOURS.get(part, "#444")))
+    return plot(title, curves, text)
 
 
 def _sentence(described: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -226,14 +174,3 @@ def _surroundings(described: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
         yield from ((name, str(value)) for name, value in described[part].items())
     yield "processes", str(described["processes"])
     yield "began", described["began"]
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table: the first column is text, and the others numbers where there are several."""
-    numeric = ' class="n"' if len(headings) > 2 else ""
-    lines = []
-    for tag, cells in (("th", headings), *(("td", row) for row in rows)):
-        first, *others = map(escape, cells)
-        more = "".join(f"<{tag}{numeric}>{cell}</{tag}>" for cell in others)
-        lines.append(f"<tr><{tag}>{first}</{tag}>{more}</tr>")
-    return f"<table>{''.join(lines)}</table>"

@@ -137,7 +137,6 @@ def _evaluation(engine: Engine, recipe: Recipe, data: ImageData, workers: int) -
     return batches(
         data.val, len(data.classes), recipe, training=False, process=engine.process,
         processes=engine.processes, layout=engine.layout, workers=workers,
-        max_broken=data.max_broken,
     )  # fmt: skip
 
 
@@ -292,7 +291,6 @@ class Session:
             self.data.train, len(self.data.classes), self.recipe, training=True, epoch=epoch,
             start=start, seed=self.seed, process=self.engine.process,
             processes=self.engine.processes, layout=self.engine.layout, workers=self.workers,
-            max_broken=self.data.max_broken,
         )  # fmt: skip
         for number, batch in enumerate(drawn, epoch * self.per_epoch + start):
             yield self._step(number), batch

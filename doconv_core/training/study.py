@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 from doconv_core.atomic import write_json
 from doconv_core.backends import available_backends
 from doconv_core.networks.cost import count
-from doconv_core.networks.initialize import initialize
 from doconv_core.networks.nodes import Network
 from doconv_core.training.claim import Claim, ClaimLost, held
 from doconv_core.training.data import ImageData
@@ -43,7 +42,7 @@ MEASURES = {ACCURACY: 1, EVAL_LOSS: -1, TRAIN_LOSS: -1}  # whether more is bette
 
 
 class StudyError(ValueError):
-    """A folder that holds another study, or none, and arms that cannot be compared."""
+    """A folder that holds another study, or none, or runs that are none any more."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,14 @@ class Study:
     """What is compared on what. The first arm is the baseline, that others are compared with.
 
     backend: its name, as "torch". data: the name of the data. precision: as of a backend's `train`.
-    Raises StudyError for arms of the same name, or none, and for no seeds or the same one twice.
+    Raises ValueError for arms of the same name, or none, and for no seeds or the same one twice.
 
     >>> from doconv_core.training.recipe import recipe
     >>> arm = Arm("plain", describe("tutorial_pt"), recipe("tutorial_pt"))
     >>> Study((arm, arm), range(3), "torch", "digits")
     Traceback (most recent call last):
         ...
-    doconv_core.training.study.StudyError: arms must differ in their names; 'plain' is there twice.
+    ValueError: arms must differ in their names; 'plain' is there twice.
     """
 
     arms: Sequence[Arm]
@@ -106,12 +105,12 @@ class Study:
         """Check that runs can be told apart."""
         names = [arm.name for arm in self.arms]
         if not names or not len(self.seeds):
-            raise StudyError("a study needs at least one arm and one seed; received none.")
+            raise ValueError("a study needs at least one arm and one seed; received none.")
         for name in names:
             if names.count(name) > 1:
-                raise StudyError(f"arms must differ in their names; {name!r} is there twice.")
+                raise ValueError(f"arms must differ in their names; {name!r} is there twice.")
         if len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
-            raise StudyError(
+            raise ValueError(
                 f"seeds must differ, and be at least 0; received {', '.join(map(str, self.seeds))}."
             )
 
@@ -150,8 +149,7 @@ def trainer(study: Study, data: ImageData) -> Train:
     backend = available_backends()[study.backend].load()
 
     def train(task: Task, after: Callable[..., None]) -> None:
-        model = backend.build(task.arm.network)
-        backend.load_state(model, initialize(task.arm.network, task.seed))
+        model = backend.get_model(task.arm.network, seed=task.seed)
         begun = (task.folder / DESCRIBED).is_file() and open_run(task.folder).last is not None
         backend.train(
             model, task.arm.recipe, data, run=task.folder, seed=task.seed, resume=begun,

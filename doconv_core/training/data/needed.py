@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -19,3 +20,13 @@ def needed(name: str) -> Any:
             f"training needs {name.partition('.')[0]}, which is not installed. Install it with: "
             'python -m pip install "overconv[train]"'
         ) from error
+
+
+def grain_module() -> Any:
+    """Return grain, imported without what it logs on a profiler of JAX's, which is not used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return needed("grain")
+    finally:
+        logging.disable(disabled)

@@ -7,6 +7,7 @@ of GluonCV's for `lighting`; values are in [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import exp, log, sqrt
@@ -18,22 +19,26 @@ from doconv_core.maths.numeric import Array
 from doconv_core.training.data.images import (
     Box,
     as_floats,
+    as_pillow,
+    blended,
+    brightness,
     central,
     cropped,
     drafted,
     flipped,
+    grey,
+    is_bytes,
     padded,
     resized,
     size_of,
     with_short_side,
 )
+from doconv_core.training.data.sources import DataError
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue: ITU-R BT.601
 # Of the colours of ImageNet's images, from 0 to 1. Source: AlexNet, as GluonCV has it.
-EIGENVALUES = np.array([55.46, 4.794, 1.148], np.float32) / 255
+EIGENVALUES = np.array([55.46, 4.794, 1.148]) / 255
 EIGENVECTORS = np.array(
-    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]],
-    np.float32,
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 ATTEMPTS = 10  # of a random part's proportions, before the middle is taken
 
@@ -97,7 +102,7 @@ class RandomCrop(Operation):
 
     def __call__(self, image: Any, rng: Random) -> Any:
         """Return the part."""
-        image = _large_enough(padded(image, self.padding), self.size)
+        image = _large_enough(padded(image, *(self.padding,) * 4), self.size)
         height, width = size_of(image)
         upper = int(rng.integers(height - self.size + 1))
         left = int(rng.integers(width - self.size + 1))
@@ -120,8 +125,9 @@ class RandomResizedCrop(Operation):
         left, upper, right, lower = self.part(size_of(image), rng)
         # Decoded smaller by so much that this part still is twice as large as it will be.
         image, x, y = _drafted_part(image, (lower - upper, right - left), self.size)
-        box = (left * x, upper * y, right * x, lower * y)
-        return resized(image, (self.size, self.size), box)  # type: ignore[arg-type]
+        height, width = size_of(image)
+        box = left * x, upper * y, min(right * x, width), min(lower * y, height)
+        return resized(image, (self.size, self.size), box)
 
     def part(self, size: tuple[int, int], rng: Random) -> Box:
         """Return the part that is taken of an image of this height and width."""
@@ -159,38 +165,55 @@ class Jitter(Operation):
     contrast: float
     saturation: float
 
+    def __call__(self, image: Any, rng: Random) -> Any:
+        """Return the changed image: of bytes, it stays one of bytes, rounded after each change."""
+        image = as_pillow(image) if is_bytes(image) else as_floats(image)
+        spans = self.brightness, self.contrast, self.saturation
+        for number in rng.permutation(len(spans)):
+            if span := spans[number]:
+                factor = rng.uniform(max(0, 1 - span), 1 + span)
+                image = blended(_WITHOUT[number](image), image, factor)
+        return image
+
+
+# What an image is without brightness, contrast or saturation.
+_WITHOUT: tuple[Callable[[Any], Any], ...] = (lambda image: 0.0, brightness, grey)
+
+
+class Affine(Operation):
+    """Each channel times a number, plus another; several in a row are done as one."""
+
+    def numbers(self, channels: int, rng: Random) -> tuple[Array, Array]:
+        """Return what values from 0 to 1 are multiplied with, and what is added: for each channel.
+
+        Raises DataError where images have another number of channels than the operation.
+        """
+        raise NotImplementedError
+
     def __call__(self, image: Any, rng: Random) -> Array:
         """Return the changed image, in float32."""
         x = as_floats(image)
-        changes = (_brighter, self.brightness), (_contrasted, self.contrast)
-        for change, most in rng.permutation(
-            np.array([*changes, (_saturated, self.saturation)], object)
-        ):
-            if most:
-                factor = np.float32(rng.uniform(max(0, 1 - most), 1 + most))
-                x = np.clip(change(x, factor), 0, 1)
-        return x
+        scale, shift = self.numbers(x.shape[2], rng)
+        changed: Array = x * scale.astype(x.dtype) + shift.astype(x.dtype)
+        return changed
 
 
 @dataclass(frozen=True)
-class Lighting(Operation):
-    """Colours moved along the axes in which ImageNet's vary, by normal numbers."""
+class Lighting(Affine):
+    """Colours moved along the axes in which ImageNet's vary, by normal numbers; grey stays."""
 
     random = True
     deviation: float
 
-    def __call__(self, image: Any, rng: Random) -> Array:
-        """Return the changed image, in float32."""
-        x = as_floats(image)
-        if x.shape[2] != 3:
-            return x
-        drawn = rng.normal(0, self.deviation, 3).astype(np.float32)
-        moved: Array = x + EIGENVECTORS @ (drawn * EIGENVALUES)
-        return moved
+    def numbers(self, channels: int, rng: Random) -> tuple[Array, Array]:
+        """Return ones, and what is added to the colours."""
+        if channels != 3:
+            return np.ones(channels), np.zeros(channels)
+        return np.ones(3), EIGENVECTORS @ (rng.normal(0, self.deviation, 3) * EIGENVALUES)
 
 
 @dataclass(frozen=True, init=False)
-class Normalize(Operation):
+class Normalize(Affine):
     """Each channel less its mean, divided by its deviation."""
 
     means: tuple[float, ...]
@@ -201,57 +224,26 @@ class Normalize(Operation):
         object.__setattr__(self, "means", numbers[:half])
         object.__setattr__(self, "deviations", numbers[half:])
 
-    def __call__(self, image: Any, rng: Random) -> Array:
-        """Return the normalized image, in float32."""
-        scale, shift = self.affine(np.dtype(np.float32), as_floats(image).shape[2])
-        normalized: Array = as_floats(image) * scale + shift
-        return normalized
-
-    def affine(self, dtype: np.dtype[Any], channels: int) -> tuple[Array, Array]:
-        """Return what values of a type are multiplied with, and what is added then, by channel."""
-        if channels not in (1, len(self.means)) and len(self.means) != 1:
-            raise ValueError(
+    def numbers(self, channels: int, rng: Random) -> tuple[Array, Array]:
+        """Return what the means and deviations come to."""
+        if len(self.means) not in (1, channels):
+            raise DataError(
                 f"normalize has {len(self.means)} means, and images have {channels} channels."
             )
-        means, deviations = (np.array(x[:channels], np.float64) for x in self._both)
-        largest = 255 if dtype == np.uint8 else 1
-        return (1 / (largest * deviations)).astype("f4"), (-means / deviations).astype("f4")
-
-    @property
-    def _both(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.means, self.deviations
+        scale = np.broadcast_to(1 / np.array(self.deviations), channels)
+        return scale, -np.array(self.means) * scale
 
 
 def _large_enough(image: Any, size: int) -> Any:
     """Return the image, with black around it where it is smaller than a square."""
-    height, width = size_of(image)
-    margin = max(0, -(-(size - min(height, width)) // 2))
-    return padded(image, margin) if margin else image
+    lacking = [max(0, size - side) for side in size_of(image)]
+    return padded(image, *(part for n in lacking for part in (n // 2, n - n // 2)))
 
 
 def _drafted_part(image: Any, part: tuple[int, int], size: int) -> tuple[Any, float, float]:
     height, width = size_of(image)
     wanted = size * height // part[0], size * width // part[1]
     return drafted(image, wanted)
-
-
-def _grey(x: Array) -> Array:
-    return x @ LUMA if x.shape[2] == 3 else x[:, :, 0]
-
-
-def _brighter(x: Array, factor: Any) -> Array:
-    brighter: Array = x * factor
-    return brighter
-
-
-def _contrasted(x: Array, factor: Any) -> Array:
-    contrasted: Array = x * factor + (1 - factor) * _grey(x).mean()
-    return contrasted
-
-
-def _saturated(x: Array, factor: Any) -> Array:
-    saturated: Array = x * factor + (1 - factor) * _grey(x)[:, :, None]
-    return saturated
 
 
 OPERATIONS: dict[str, type[Operation]] = {

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from doconv_core.maths.numeric import Array
-from doconv_core.training.data.sources import Arrays, DataError, ImageData, Items, Source
+from doconv_core.training.data.sources import (
+    MODES,
+    Arrays,
+    DataError,
+    ImageData,
+    Items,
+    Source,
+    converted,
+)
 
 HELP = (
     "give (images, labels), or ((images, labels), (images, labels)) to train and to evaluate with; "
@@ -132,7 +140,7 @@ def _items(items: Any) -> Items:
 def as_image(image: Any) -> Any:
     """Return one image as the operations take it."""
     if hasattr(image, "getbands"):  # Pillow's
-        return image if image.mode in ("L", "RGB") else image.convert("RGB")
+        return image if image.mode in MODES.values() else converted(image, 3)
     array = np.asarray(image)
     if array.ndim == 2:
         array = array[..., None]
@@ -150,10 +158,12 @@ def _collected(iterable: Iterable[Any]) -> Arrays:
     for item in iterable:
         if not (isinstance(item, (tuple, list)) and len(item) >= 2):
             raise TypeError(f"an iterable must give (images, labels); {HELP}.")
-        x, y = np.asarray(item[0]), np.asarray(item[1])
-        one = y.ndim == 0
-        images.append(as_images((as_image(x) if one else x)[None] if one else x))
-        labels.append(_as_labels(y[None] if one else y))
+        label = np.asarray(item[1])
+        if label.ndim == 0:
+            images.append(np.atleast_3d(as_image(item[0]))[None])
+        else:
+            images.append(as_images(np.asarray(item[0])))
+        labels.append(_as_labels(np.atleast_1d(label)))
     if not images:
         raise DataError("an iterable of the data gave no images.")
     shapes = {x.shape[1:] for x in images}

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def open_data(
     each class, as of ImageNet; "dogs" Stanford Dogs' `Images` and lists; "mnist" four idx files,
     gzipped or not, as of Fashion-MNIST, too; "npz" a file of NumPy's with x_train, y_train, x_test,
     y_test; "parquet" files such as `train-00000-of-00001.parquet`, as Hugging Face writes them.
-    max_broken: how many images may be unreadable before that is an error; others take their place.
-    Raises DataError for a name that is none, and for what is not there, with where to put it.
+    max_broken: how many images may be unreadable in an epoch before that is an error; the next
+    ones take their place. Raises DataError for a name that is none, and for what is not there, with
+    where to put it.
 
     >>> data = open_data("digits")
     >>> len(data.train), len(data.val), data.channels
@@ -55,7 +57,7 @@ def open_data(
             found = DATA_SETS[name](folder)
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(f"{folder} could not be read: {error}; {_WANTED[name]}.") from error
-    found.max_broken = max_broken
+    found.train.max_broken = found.val.max_broken = max_broken
     return found
 
 
@@ -110,6 +112,8 @@ def _cifar_python(name: str, folder: Path) -> ImageData:
     files = [f"data_batch_{n}" for n in range(1, 6)] if ten else ["train"]
     meta = _unpickled(folder / ("batches.meta" if ten else "meta"))
     names = _entry(meta, "label_names" if ten else "fine_label_names", folder)
+    if not isinstance(names, list):
+        raise DataError(f"{folder} must have a list of the classes' names; it has {names!r}.")
     classes = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
 
     def part(*files: str) -> Arrays:
@@ -123,10 +127,13 @@ def _cifar_python(name: str, folder: Path) -> ImageData:
                     f"{data.shape}."
                 )
             images.append(data)
-            told = _entry(stored, "labels" if ten else "fine_labels", folder / file)
-            labels.append(np.asarray(told, np.int64))
-            if len(labels[-1]) != len(data):
-                raise DataError(f"{folder / file} has {len(data)} images and {len(told)} labels.")
+            told = np.asarray(_entry(stored, "labels" if ten else "fine_labels", folder / file))
+            if told.dtype.kind not in "iu" or told.shape != (len(data),):
+                raise DataError(
+                    f"{folder / file} must have {len(data)} labels, integers; it has {told.dtype} "
+                    f"of {told.shape}."
+                )
+            labels.append(told)
         return Arrays(_pixels(np.concatenate(images)), np.concatenate(labels))
 
     return ImageData(name, classes, part(*files), part("test_batch" if ten else "test"))
@@ -166,7 +173,7 @@ def _unpickled(file: Path) -> Any:
             return _Inert(stream, encoding="bytes").load()
     except FileNotFoundError:
         raise DataError(f"{file} is missing; it belongs to the distributed folder.") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a damaged pickle may come to
         raise DataError(f"{file} is no file of CIFAR for Python: {error}.") from error
 
 
@@ -203,7 +210,7 @@ def _files(folder: Path, classes: tuple[str, ...]) -> Files:
     def names() -> Iterator[str]:
         for label, name in enumerate(classes):
             with os.scandir(folder / name) as entries:
-                found = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES))
+                found = sorted(e.name for e in entries if _is_image(e.name))
             counts[label] = len(found)
             yield from found
 
@@ -212,6 +219,10 @@ def _files(folder: Path, classes: tuple[str, ...]) -> Files:
         empty = classes[int(np.argmin(counts))]
         raise DataError(f"{folder / empty} has no images, such as .jpg or .png.")
     return Files(folder, stored, np.repeat(np.arange(len(classes)), counts), classes)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and name[0] != "."  # which macOS puts beside others
 
 
 def _dogs(folder: Path) -> ImageData:
@@ -277,13 +288,11 @@ def _idx(file: Path) -> Array:
         stored = gzip.decompress(stored)
     if len(stored) < 4 or stored[:3] != b"\0\0\x08":
         raise DataError(f"{file} is no idx file of bytes.")
-    rank = stored[3]
-    shape = (
-        tuple(np.frombuffer(stored, ">u4", rank, 4).tolist()) if len(stored) >= 4 + 4 * rank else ()
-    )
-    if len(stored) != 4 + 4 * rank + int(np.prod(shape, dtype=np.int64)) or not shape:
+    begin = 4 + 4 * stored[3]  # of the values, behind the length of each axis
+    shape = tuple(np.frombuffer(stored[4:begin].ljust(begin - 4, b"\0"), ">u4").tolist())
+    if len(stored) != begin + prod(shape):
         raise DataError(f"{file} is not whole: {len(stored):,} bytes for {shape}.")
-    return np.frombuffer(stored, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    return np.frombuffer(stored, np.uint8, offset=begin).reshape(shape)
 
 
 def _npz(folder: Path) -> ImageData:
@@ -292,6 +301,8 @@ def _npz(folder: Path) -> ImageData:
         raise DataError(
             f"{folder} must be or have one .npz; it has {len(files)}; {_WANTED['npz']}."
         )
+    if not zipfile.is_zipfile(files[0]):
+        raise DataError(f"{files[0]} is no .npz, which is a zip file of arrays.")
     try:
         with np.load(files[0], allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -335,13 +346,10 @@ def _counted(name: str, train: Arrays, val: Arrays) -> ImageData:
 def _parquet(folder: Path) -> ImageData:
     parts, classes = [], []
     for names in (TRAIN, VAL):
-        files = sorted(
-            file
-            for place in (folder, folder / "data")
-            for name in names
-            for file in (*place.glob(f"{name}-*.parquet"), *place.glob(f"{name}.parquet"))
-        )
-        if not files:
+        # The first of the names that there is: a test part is no more of a validation part.
+        found = (_parquet_files(folder, part) for part in names)
+        files = next(filter(None, found), None)
+        if files is None:
             raise DataError(f"{folder} has no {names[0]}-*.parquet; {_WANTED['parquet']}.")
         source, told = _parquet_part(files)
         parts.append(source)
@@ -351,6 +359,12 @@ def _parquet(folder: Path) -> ImageData:
     count = int(max(part.labels.max(initial=0) for part in parts)) + 1
     named = classes[0] or tuple(map(str, range(count)))
     return ImageData("parquet", named, parts[0], parts[1])
+
+
+def _parquet_files(folder: Path, part: str) -> list[Path]:
+    places = (folder, folder / "data")
+    patterns = (f"{part}-*.parquet", f"{part}.parquet")
+    return sorted(file for place in places for pattern in patterns for file in place.glob(pattern))
 
 
 def _parquet_part(files: list[Path]) -> tuple[Parquet, tuple[str, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +17,7 @@ import numpy as np
 from doconv_core.maths.numeric import Array
 from doconv_core.training.data.needed import needed
 
+GROUPS = 16  # of Parquet's rows, whose images are mixed
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
 
@@ -27,10 +30,15 @@ class BrokenImages(DataError):
 
 
 class Source(ABC):
-    """A sequence of images. labels: `(N,)`, integers from 0. channels: of each image."""
+    """A sequence of images.
+
+    labels: `(N,)`, integers from 0. channels: of each image. max_broken: how many images may be
+    unreadable in an epoch before that is an error; the next ones take their place.
+    """
 
     labels: Array
     channels: int
+    max_broken: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,6 +53,10 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Return what to call an image in messages."""
         return f"image {index}"
+
+    def shuffled(self, rng: np.random.Generator) -> Array:
+        """Return the order in which an epoch takes the images."""
+        return rng.permutation(np.arange(len(self), dtype=np.int32))
 
 
 @dataclass
@@ -73,11 +85,11 @@ class Names:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        ends, joined = [0], bytearray()
+        ends, joined = array("q", [0]), bytearray()
         for name in names:
             joined += name.encode("utf-8", "surrogateescape")
             ends.append(len(joined))
-        self.joined = bytes(joined)
+        self.joined = joined
         self.ends = np.array(ends, np.int64 if len(joined) >= 2**31 else np.int32)
 
     def __len__(self) -> int:
@@ -103,12 +115,12 @@ class Files(Source):
     def name(self, index: int) -> str:
         """Return the file's path."""
         prefix = self.prefixes[self.labels[index]] if self.prefixes else ""
-        return str(self.folder / prefix / self.names[index])
+        return os.path.join(self.folder, prefix, self.names[index])
 
     def image(self, index: int) -> Any:
         """Return the image, which is decoded when it is used."""
-        # The file stays open until then, and Pillow closes it.
-        return opened(self.name(index), self.channels)
+        with open(self.name(index), "rb") as file:
+            return opened(BytesIO(file.read()), self.channels)
 
 
 class Place(NamedTuple):
@@ -123,7 +135,8 @@ class Place(NamedTuple):
 class Parquet(Source):
     """Images in files of Parquet, as Hugging Face's `datasets` writes them: one column of bytes.
 
-    A group of rows is read whole, and the last ones are kept. starts: `(G + 1,)`, the first row of
+    A group of rows is read whole, and the last ones are kept; so an epoch takes the groups in a
+    random order, and mixes the images of `GROUPS` of them. starts: `(G + 1,)`, the first row of
     each group; groups: `(G, 2)`, the file and the group in it.
     """
 
@@ -133,6 +146,16 @@ class Parquet(Source):
     groups: Array
     labels: Array
     channels: int = 3
+
+    def shuffled(self, rng: np.random.Generator) -> Array:
+        """Return the order in which an epoch takes the images."""
+        groups = rng.permutation(len(self.groups))
+        mixed = []
+        for first in range(0, len(groups), GROUPS):
+            chosen = groups[first : first + GROUPS]
+            rows = [np.arange(self.starts[n], self.starts[n + 1], dtype=np.int32) for n in chosen]
+            mixed.append(rng.permutation(np.concatenate(rows)))
+        return np.concatenate(mixed)
 
     def place(self, index: int) -> Place:
         """Return where a row is."""
@@ -156,20 +179,38 @@ class Parquet(Source):
         return opened(BytesIO(stored), self.channels)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2 * GROUPS)  # as threads may read the next batches already
 def _group(file: Path, group: int, column: str) -> Any:
     table = needed("pyarrow.parquet").ParquetFile(file).read_row_group(group, columns=[column])
     return table.column(0)
 
 
 def opened(file: Any, channels: int) -> Any:
-    """Return an image file as Pillow has it, in the mode of so many channels."""
+    """Return an image file as Pillow has it, of so many channels; decoded when it is used.
+
+    Raises OSError, ValueError or SyntaxError for what is no image, or one that is not shown.
+    """
+    module = needed("PIL.Image")
     needed("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = False  # which GluonCV turns on for everybody
-    image = needed("PIL.Image").open(file)
-    mode = MODES[channels]
-    if image.mode == mode:
+    try:
+        return converted(module.open(file), channels)
+    except module.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+
+
+def converted(image: Any, channels: int) -> Any:
+    """Return Pillow's image with so many channels; without transparency, and in bytes."""
+    mode = MODES.get(channels)
+    if mode in (None, image.mode):
         return image
-    if image.mode in ("P", "RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # of 16 bits, in 32 for some formats
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() >= 2**16:
+            raise ValueError(f"its levels are {levels.min()} to {levels.max()}, not of 16 bits")
+        image = needed("PIL.Image").fromarray((levels // 256).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its levels are floats, of which none says what is white")
+    elif image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")  # what is transparent keeps its colour
     return image.convert(mode)
 
@@ -185,26 +226,35 @@ class Items(Source):
 
     def image(self, index: int) -> Any:
         """Return an image."""
-        return self.as_image(self.items[index][0])
+        image = self.as_image(self.items[index][0])
+        return image if isinstance(image, np.ndarray) else converted(image, self.channels)
 
 
 @dataclass
 class ImageData:
     """A data set. classes: their names, in the order of the labels. train, val: its two parts.
 
-    max_broken: how many images may be unreadable before that is an error; others take their place.
     Raises DataError where a part is empty, or has labels outside of the classes.
+
+    >>> part = Arrays(np.zeros((2, 8, 8, 1), np.uint8), np.arange(2))
+    >>> ImageData("halves", ("even", "odd"), part, part).channels
+    1
     """
 
     name: str
     classes: tuple[str, ...]
     train: Source
     val: Source
-    max_broken: int = 0
 
     def __post_init__(self) -> None:
         for part, source in (("train", self.train), ("val", self.val)):
-            source.labels = np.ascontiguousarray(source.labels, np.int64)
+            source.labels = np.asarray(source.labels)
+            if source.labels.dtype.kind not in "iu" or source.labels.ndim != 1:
+                raise DataError(
+                    f"{self.name}: labels must be integers of shape (N,); the {part} part has "
+                    f"{source.labels.dtype} of {source.labels.shape}."
+                )
+            source.labels = source.labels.astype(np.int64, copy=False)
             if not len(source):
                 raise DataError(f"{self.name}: the {part} part has no images.")
             low, high = int(source.labels.min()), int(source.labels.max())
