@@ -19,6 +19,7 @@ from doconv_core.networks.initialize import initialize
 from doconv_core.training import claim as claims
 from doconv_core.training import study as studies
 from doconv_core.training.claim import claimed
+from doconv_core.training.html import Curve, plot
 from doconv_core.training.paired import epochs_to, summary, wins
 from doconv_core.training.recipe import recipe
 from doconv_core.training.session import NotFinite
@@ -133,6 +134,21 @@ def test_tables_and_the_page_tell_the_same(tmp_path):
         assert cell in html
     assert html.count("<svg") == 5
     assert not re.search(r"(?:src|href)=", html)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.0, 1.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([-0.31, 0.5], ["-0.2", "0", "0.2", "0.4"]),
+        ([113.0, 290.0], ["150", "200", "250"]),
+        ([3.0, 3.0], ["2", "3", "4"]),
+        ([None, math.nan], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+    ],
+)
+def test_axes_have_round_numbers(values, ticks):
+    drawn = plot("loss", [Curve("", values)], lambda value: f"<{value:g}")
+    assert re.findall(r">&lt;([^<]+)<", drawn) == ticks
 
 
 def test_names_are_escaped():
