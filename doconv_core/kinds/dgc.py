@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ class DGConvSpec:
                 f"squeeze_rate={self.squeeze_rate}."
             )
 
-    @property
+    @cached_property
     def conv(self) -> ConvSpec:
         """The sizes of an ordinary convolution with as many weights."""
         return ConvSpec(self.in_channels, self.out_channels, self.kernel_size)
