@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as f
 
+from doconv_core.kinds.dgc import filled_up
 from doconv_torch.matrix_products import is_tracing
 
 try:
@@ -24,7 +25,6 @@ except ImportError:  # installed without a compiler
     _skipping = None  # type: ignore[assignment]
 
 _BY_TAPS, _BY_CHANNELS = (1, 2, 3, 0), (1, 0, 2, 3)  # the kernel's axes, as they lie in memory
-WIDTH = 16  # PyTorch's convolution is slow for numbers of channels that this does not divide
 
 
 def rearranged(weight: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
     out = _output(z.shape, size, stride, padding, heads.dilation)
     is_one_tap = spec.conv.taps == 1 and not any(padding)
     in_groups = not (is_one_tap or fixed)  # a number of groups is not exported
-    gate, index = _kept(heads.saliency(z), inactive, WIDTH if in_groups else 1)
+    kept = spec.in_channels - inactive
+    gate, index = _kept(heads.saliency(z), kept, filled_up(kept) if in_groups else max(kept, 1))
     width, gate = index.shape[-1], gate.to(z.dtype).view(groups, -1, 1)
     kernels = _kernels(heads, index)
     if is_one_tap and stride != (1, 1):
@@ -70,14 +71,12 @@ def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
     return by_head.transpose(1, 2).reshape(batch, spec.out_channels, *out)
 
 
-def _kept(saliency: Tensor, inactive: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """Return the saliencies and numbers of the kept channels, and zeros up to a multiple."""
+def _kept(saliency: Tensor, kept: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the saliencies and numbers of the kept channels, and zeros up to a width."""
     channels = saliency.shape[-1]
-    kept = channels - inactive
-    width = min(-(-max(kept, 1) // multiple) * multiple, channels)
     ordered, index = saliency.topk(min(max(width, kept + 1), channels))
     gate = ordered[..., :width]
-    if inactive:
+    if kept < channels:
         gate = gate * (gate > ordered[..., kept : kept + 1])
     return gate, index[..., :width]
 
