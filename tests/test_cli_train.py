@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused_in_one_line(trained, tmp_path):
     refused("'cifar_resnet21' is no network", network="cifar_resnet21")
     refused("'bsconv' is no recipe", "--recipe", "bsconv")
     refused("a recipe has no field 'epoch'; the nearest are epochs", "--set", "epoch=3")
-    refused("--set: 'epochs' is no FIELD=VALUE", "--set", "epochs")
+    refused("'epochs'", "--set", "epochs")
     refused("epochs must be an integer; received epochs='x'", "--set", "epochs=x")
     refused("data must be one of digits", "--data", "cifar")
     refused("there is no device 'cuda:9' here", "--devices", "cuda:9")

@@ -12,18 +12,16 @@ from doconv_core.backends import available_backends
 from doconv_core.cli.command import print_json, say
 from doconv_core.cli.cost import OPTIONS, network_options
 from doconv_core.cli.initial import checkpoint_of
-from doconv_core.cli.options import json_option, source_argument
+from doconv_core.cli.options import json_option, set_option, source_argument
 from doconv_core.cli.train import (
     backend_option,
     data_dir_option,
     devices_option,
     image_shape,
     load_file,
-    parsed_settings,
     precision_option,
     recipe_option,
     refused,
-    set_option,
     workers_option,
 )
 from doconv_core.files.checkpoint import open_checkpoint
@@ -126,7 +124,7 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
         network, _options(given) or described["notes"].get("options", {}),
         given["backend"] or described["framework"], given["data"] or described["data"]["name"],
         given["data_dir"] or told.get("data_dir"),
-        changed(recipe, parsed_settings(given["settings"])),
+        changed(recipe, dict(given["changes"])),
     )  # fmt: skip
 
 
@@ -145,7 +143,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
     return Job(
         network, _options(given), given["backend"], data, given["data_dir"],
-        changed(recipe, parsed_settings(given["settings"])),
+        changed(recipe, dict(given["changes"])),
     )  # fmt: skip
 
 

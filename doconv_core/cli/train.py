@@ -20,7 +20,7 @@ from doconv_core.cli.command import (
 )
 from doconv_core.cli.cost import network_options
 from doconv_core.cli.initial import state_from
-from doconv_core.cli.options import source_argument
+from doconv_core.cli.options import set_option, source_argument
 from doconv_core.networks.families import enumerated
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.names import describe
@@ -60,10 +60,6 @@ broken_option = click.option(
 recipe_option = click.option(
     "--recipe", "recipe_name", metavar="NAME|FILE",
     help="Another recipe than the network's own; see doconv recipes.",
-)  # fmt: skip
-set_option = click.option(
-    "--set", "settings", multiple=True, metavar="FIELD=VALUE",
-    help="Change a field of the recipe. May be repeated.",
 )  # fmt: skip
 devices_option = click.option(
     "--devices", metavar="N|NAME", help="The device, such as cuda:1, or how many each with a part."
@@ -136,7 +132,7 @@ def train(ctx: click.Context, /, **given: Any) -> None:
     with refused():
         runs.check_new(out, force)
         job = Job.of(given)
-        recipe = _recipe(job, given["recipe_name"], given["settings"])
+        recipe = _recipe(job, given["recipe_name"], given["changes"])
         if job.start is not None:
             recipe = replace(recipe, zero_last_gamma=False)
     _train(job, recipe, out, force=force)
@@ -164,25 +160,14 @@ class Job(NamedTuple):
         own = {name: given[name] for name in cls._fields if name != "options"}
         for name in ("data_dir", "start"):
             own[name] = None if own[name] is None else str(own[name])
-        others = {*cls._fields, "recipe_name", "settings"}
+        others = {*cls._fields, "recipe_name", "changes"}
         options = {n: v for n, v in given.items() if n not in others and v is not None}
         return cls(**own, options=options)
 
 
-def _recipe(job: Job, name: str | None, settings: Sequence[str]) -> Recipe:
+def _recipe(job: Job, name: str | None, changes: Sequence[tuple[str, str]]) -> Recipe:
     chosen = default_recipe(job.network, job.data) if name is None else recipe_by_name(name)
-    return changed(chosen, parsed_settings(settings))
-
-
-def parsed_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Return the texts of fields by name; UsageError for what is no `field=value`."""
-    found = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set: {setting!r} is no FIELD=VALUE.")
-        found[name.strip()] = text
-    return found
+    return changed(chosen, dict(changes))
 
 
 def _resume(ctx: click.Context, out: Path, force: bool, given: Mapping[str, Any]) -> None:

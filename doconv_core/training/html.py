@@ -104,8 +104,11 @@ def plot(
             x, y = points[0]
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{curve.colour}"/>')
     named = [curve for curve in curves if curve.name]
+    ends = [at(1, row[-1])[1] for row in (c.values for c in curves) if row and row[-1] is not None]
+    is_high = bool(ends) and sum(ends) / len(ends) < (TOP + HEIGHT - BOTTOM) / 2
+    first = HEIGHT - BOTTOM - 8 - 16 * (len(named) - 1) if is_high else TOP + 14
     for number, curve in enumerate(named):
-        y = TOP + 14 + 16 * number
+        y = first + 16 * number  # where the curves do not end
         drawn.append(_text(WIDTH - RIGHT, y, curve.name, "end", curve.colour))
     return (
         f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

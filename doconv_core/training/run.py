@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from doconv_core.atomic import write_json, write_text
+from doconv_core.training.data.needed import needed
 
 FORMAT, VERSION = "doconv run", 1
 DESCRIBED, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -100,7 +102,7 @@ class Run:
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Add an epoch's metrics to those of the run, and to TensorBoard's."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite(metrics)) + "\n")
         with (self.folder / EVENTS).open("ab") as events:
             if not events.tell():
                 events.write(_record(file_version="brain.Event:2"))
@@ -153,7 +155,7 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write what the run came to; it has come to its end then."""
-        write_json(self.folder / RESULT, result)
+        write_json(self.folder / RESULT, finite(result))
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
@@ -264,18 +266,25 @@ def _surroundings() -> dict[str, Any]:
     return {"versions": versions, "machine": machine, "began": began, "arguments": sys.argv[1:]}
 
 
+def finite(value: Any) -> Any:
+    """Return numbers, nested in dicts, with None for those that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _record(**event: Any) -> bytes:
     """Return an event as a record of TensorBoard's."""
-    event_pb2, _, writer = _tensorboard()
     written = io.BytesIO()
-    whole = event_pb2.Event(wall_time=time.time(), **event)
-    writer.RecordWriter(written).write(whole.SerializeToString())
+    made = needed("tensorboard.compat.proto.event_pb2").Event(wall_time=time.time(), **event)
+    writer = needed("tensorboard.summary.writer.record_writer").RecordWriter(written)
+    writer.write(made.SerializeToString())
     return written.getvalue()
 
 
 def _summary(metrics: Mapping[str, Any]) -> Any:
     """Return an epoch's numbers by TensorBoard's names: "train/loss" of "train_loss"."""
-    summary = _tensorboard()[1].Summary
+    summary = needed("tensorboard.compat.proto.summary_pb2").Summary
     numbers = {n: v for n, v in metrics.items() if n != "step" and isinstance(v, (int, float))}
     values = []
     for name, value in numbers.items():
@@ -287,16 +296,4 @@ def _summary(metrics: Mapping[str, Any]) -> Any:
 
 def check_installed() -> None:
     """Raise ImportError where what writes TensorBoard's events is not installed."""
-    _tensorboard()
-
-
-def _tensorboard() -> tuple[Any, Any, Any]:
-    try:  # here, as the core is to be imported without it
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer import record_writer
-    except ImportError:
-        raise ImportError(
-            "a run needs tensorboard, which is not installed. Install it with: "
-            'python -m pip install "overconv[train]"'
-        ) from None
-    return event_pb2, summary_pb2, record_writer
+    needed("tensorboard.summary.writer.record_writer")
