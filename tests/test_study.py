@@ -239,6 +239,19 @@ def test_a_run_that_diverges_counts_in_no_mean(tmp_path):
     assert done(tmp_path, asked) == []
 
 
+def test_a_measure_that_is_not_finite_has_no_mean(tmp_path):
+    asked = study(seeds=2)
+    done(tmp_path, asked)
+    metrics = studies.tasks(tmp_path, asked)[0].folder / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"eval_loss": 1.6', '"eval_loss": null'))
+    assert metrics.read_text() != text
+    found = write(tmp_path, asked)
+    assert found["arms"][0]["measures"]["eval_loss"]["mean"] is None
+    assert found["arms"][1]["against"]["eval_top1"]["mean"] == pytest.approx(0.02)
+    assert "| 71.50 ± 2.12 | – | – | – | 0.8000 ± 0.0000 |" in markdown(found)
+
+
 def test_seeds_and_arms_may_be_added(tmp_path):
     done(tmp_path, study("tutorial_pt", seeds=1))
     assert len(done(tmp_path, study(seeds=2))) == 3
