@@ -55,7 +55,7 @@ PLAIN = {"train_images": (), "eval_images": ()}
 SHORT = {**PLAIN, "batch_size": 64, "schedule": "cosine"}
 DOUBLED = (0.025, 0.05, 0.1, 0.2, 0.4)
 SETTINGS = {
-    "tutorial_pt": Setting("tutorial_pt", {**PLAIN, "epochs": 5}, DOUBLED),
+    "tutorial_pt": Setting("tutorial_pt", {**PLAIN, "epochs": 10}, (0.05, 0.1, 0.2, 0.4, 0.8)),
     "tutorial_tf": Setting(
         "tutorial_tf", {**PLAIN, "epochs": 2}, (0.0005, 0.001, 0.002, 0.004, 0.008)
     ),

@@ -16,7 +16,8 @@ from mxnet.ndarray import NDArray
 from doconv_core.training.fields import ADAMW, NESTEROV
 from doconv_core.training.recipe import Recipe
 
-AT_ONCE = 50  # parameters that MXNet's operators take; it crashes at more
+AT_ONCE = 50  # arrays that MXNet's operators for many take; there are some that crash at more
+LARGE = 1 << 14  # entries of an array that is not taken with others: they would wait for it
 
 Arrays = Sequence[NDArray]
 
@@ -102,10 +103,17 @@ def _step(
     scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Make each array `(1 - rate·decay)·array - rate·scale·other`, in place."""
-    mx.nd.multi_sgd_update(
-        *(each for pair in zip(arrays, others, strict=True) for each in pair), out=arrays,
-        lrs=rates, wds=decays or [0.0] * len(rates), rescale_grad=scale, num_weights=len(rates),
-    )  # fmt: skip
+    rows = list(zip(arrays, others, rates, decays or [0.0] * len(rates), strict=True))
+    for array, other, rate, decay in rows:
+        if array.size > LARGE:
+            mx.nd.sgd_update(array, other, out=array, lr=rate, wd=decay, rescale_grad=scale)
+    small = [row for row in rows if row[0].size <= LARGE]
+    if small:
+        mx.nd.multi_sgd_update(
+            *(each for row in small for each in row[:2]), out=[row[0] for row in small],
+            lrs=[row[2] for row in small], wds=[row[3] for row in small], rescale_grad=scale,
+            num_weights=len(small),
+        )  # fmt: skip
 
 
 def average(averages: Arrays, arrays: Arrays, decay: float) -> None:
@@ -115,22 +123,14 @@ def average(averages: Arrays, arrays: Arrays, decay: float) -> None:
         _step(part, arrays[chunk], [decay - 1] * len(part), [-1.0] * len(part))
 
 
-def norm_of(arrays: Arrays) -> float:
-    """Return the norm of arrays together; waits for them."""
-    sums = [
-        mx.nd.multi_sum_sq(*part, num_arrays=len(part)).sum()
-        for part in (arrays[chunk] for chunk in _chunks(len(arrays)))
-    ]
-    return float(mx.nd.add_n(*sums).sqrt().asscalar())
+def squares(arrays: Arrays) -> NDArray:
+    """Return the sum of all entries' squares, without waiting for it.
 
-
-def are_finite(arrays: Arrays) -> NDArray:
-    """Return 1 where all entries of arrays are finite, else 0, without waiting for them."""
-    found = mx.nd.ones(1, ctx=arrays[0].context)
-    for chunk in _chunks(len(arrays)):
-        part = arrays[chunk]
-        mx.nd.multi_all_finite(*part, num_arrays=len(part), init_output=False, out=found)
-    return found
+    It is not finite where one of them is not: what looks for that itself is far slower.
+    """
+    parts = (arrays[chunk] for chunk in _chunks(len(arrays)))
+    sums = [mx.nd.multi_sum_sq(*part, num_arrays=len(part)).sum() for part in parts]
+    return mx.nd.add_n(*sums)
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, Parameter, Trainer
+from mxnet.gluon import Block, HybridBlock, Parameter, Trainer, nn
 from mxnet.ndarray import NDArray
 
 from doconv_core.atomic import replacing
 from doconv_core.files.gluon import write_params
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.numeric import Array
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State, entry
@@ -33,7 +34,7 @@ from doconv_mx.composed import ComposedConv
 from doconv_mx.devices import contexts_of, join_processes, seed_of
 from doconv_mx.dgc import DynamicHeads2D, WithLasso, add_saliency_lasso, set_progress
 from doconv_mx.model import fold
-from doconv_mx.optimizer import RecipeOptimizer, are_finite, average, norm_of
+from doconv_mx.optimizer import RecipeOptimizer, average, squares
 from doconv_mx.ordinary import require_values
 from doconv_mx.orthonormal import has_orthonormal, orthonormality_loss
 from doconv_mx.parameter import Entry, native
@@ -75,10 +76,11 @@ def train(
     as `doconv_core.training.data.as_data` takes them.
     run: the folder that gets everything; None to write nothing. resume: go on with the run there.
     force: replace the one there. seed: of the batches, and of what layers draw, such as dropout:
-    MXNet's random numbers are begun anew by it at each step. precision: "float32", as MXNet's CPU
-    trains in no other. devices: how many, or names such as "gpu:0,gpu:1", each of which has a
-    part of each batch; None for a GPU if there is one. Started with the environment of MXNet's
-    kvstore, such as DMLC_ROLE, each worker has a part of each batch.
+    in a model that may draw some, MXNet's random numbers are begun anew by it at each step.
+    precision: "float32", as MXNet's CPU trains in no other. devices: how many, or names such as
+    "gpu:0,gpu:1", each of which has a part of each batch; None for a GPU if there is one. Started
+    with the environment of MXNet's kvstore, such as DMLC_ROLE, each worker has a part of each
+    batch.
     checkpoint_every: steps; None for each epoch. workers: processes that read images. callback:
     called after each epoch with how many are done, its metrics and the model. notes: what else
     `run.json` is to keep. quiet: print nothing.
@@ -150,12 +152,12 @@ class Pending(NamedTuple):
 class PendingStep(NamedTuple):
     """What a step came to. weights: the loss of the weights alone, which counts for each image.
 
-    is_sound: 1 where the weights were finite after it.
+    squares: the sum of those of the weights after it, which is finite where they are.
     """
 
     calls: list[Pending]
     weights: NDArray | None
-    is_sound: NDArray
+    squares: NDArray
 
 
 class GluonEngine(Engine):
@@ -194,6 +196,7 @@ class GluonEngine(Engine):
         self._own_lassos: dict[Any, float] = {block: block.lasso for block in heads}
         self.is_orthonormal = has_orthonormal(model) and recipe.orthonormality > 0
         self.named = named(model)
+        self._may_draw = any(map(_may_draw, (block for _, block in walk(model))))
         self._place()
         self._called = self._compiled(hybridize)
         self._begin_trainer()
@@ -272,8 +275,9 @@ class GluonEngine(Engine):
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
         if self._steps:  # so that no more than one step waits to be computed
-            self._steps[-1].is_sound.wait_to_read()
-        mx.random.seed(seed_of(self.seed, step.number, self.process))
+            self._steps[-1].squares.wait_to_read()
+        if self._may_draw:
+            mx.random.seed(seed_of(self.seed, step.number, self.process))
         if self._own_lassos:
             set_progress(self.model, step.progress)
         slices = list(parts(self.recipe, len(batch.images)))
@@ -285,7 +289,7 @@ class GluonEngine(Engine):
             call, weights = self._backward(part, rows is slices[-1])
             calls.append(call)
         self._update(step.learning_rate, batch.total)
-        self._steps.append(PendingStep(calls, weights, are_finite(self._on(0, Parameter.data))))
+        self._steps.append(PendingStep(calls, weights, squares(self._on(0, Parameter.data))))
 
     def _begin_gradients(self, images: int) -> None:
         """Set those to zero that are added to, and those of a device that gets no image.
@@ -329,7 +333,7 @@ class GluonEngine(Engine):
         self.trainer.allreduce_grads()
         divisor = float(images)
         if self.recipe.clip_norm is not None:
-            norm = norm_of(self._on(0, Parameter.grad)) / divisor
+            norm = squares(self._on(0, Parameter.grad)).sqrt().asscalar() / divisor
             if math.isfinite(norm):  # else weights are to tell of it
                 divisor *= max(1.0, (norm + TINY) / self.recipe.clip_norm)
         self.optimizer.begin(learning_rate)
@@ -512,8 +516,14 @@ def roles(model: Block) -> Iterator[tuple[Parameter, str | None]]:
         elif last.endswith("bias"):
             yield parameter, BIASES
         else:
-            is_depthwise = isinstance(parameter, Entry) and last.endswith("depthwise_weight")
+            is_depthwise = isinstance(parameter, Entry) and last.endswith(DO_CONV.names[1])
             yield parameter, DEPTHWISE if is_depthwise else None
+
+
+def _may_draw(block: Block) -> bool:
+    """Return whether a block may draw random numbers, as code that is not known may."""
+    known = type(block).__module__.startswith(("mxnet.gluon.nn.", "doconv_mx."))
+    return not known or isinstance(block, (nn.Dropout, nn.HybridLambda, nn.Lambda))
 
 
 def _check_precision(precision: str) -> None:
@@ -570,4 +580,4 @@ def _step_sums(step: PendingStep) -> Sums:
     loss = sums.loss
     if step.weights is not None:
         loss += sums.images * float(step.weights.asscalar())
-    return sums._replace(loss=loss if step.is_sound.asscalar() else math.nan)
+    return sums._replace(loss=loss if math.isfinite(step.squares.asscalar()) else math.nan)

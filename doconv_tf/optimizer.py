@@ -12,13 +12,14 @@ from typing import Any
 import keras
 from keras import ops
 
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.training.fields import ADAMW, NESTEROV
 from doconv_core.training.optimizer import TINY, role
 from doconv_core.training.recipe import Recipe
 from doconv_tf.private import SummedFirst
 
 # What variables of Keras are called in states, where they are called otherwise there.
-ENTRIES = {"d_kernel": "depthwise_weight", "scale": "gamma"}
+ENTRIES = {"d_kernel": DO_CONV.names[1], "scale": "gamma"}
 # Of float16's loss, as PyTorch has it: the first factor, and after how many steps it is doubled.
 FIRST_SCALE, GROWS_AFTER = 2.0**16, 2000
 

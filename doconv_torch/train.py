@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from doconv_core.atomic import replacing
+from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
 from doconv_core.training import session
@@ -494,7 +495,7 @@ def roles(model: nn.Module) -> Iterator[tuple[nn.Parameter, str | None]]:
             elif name.endswith("bias"):
                 yield parameter, BIASES
             else:
-                is_depthwise = name == "depthwise_weight" and isinstance(module, ComposedConv)
+                is_depthwise = name == DO_CONV.names[1] and isinstance(module, ComposedConv)
                 yield parameter, DEPTHWISE if is_depthwise else None
 
 

@@ -14,7 +14,11 @@ from frameworks import need
 from doconv_core import difference, recipes
 from doconv_core.training.optimizer import trained
 
-STEPS = [10, pytest.param(compare_recipes.STEPS, marks=pytest.mark.exhaustive)]
+# Each optimizer, schedule and loss of a kind in its first steps, and all recipes over all steps.
+CASES = [
+    *((name, 10) for name in ("bsconv_cifar", "gluoncv_imagenet", "dgc_cifar", "tutorial_tf")),
+    *(pytest.param(n, compare_recipes.STEPS, marks=pytest.mark.exhaustive) for n in recipes()),
+]
 
 
 @lru_cache
@@ -24,8 +28,7 @@ def solved(name: str, steps: int):
     return problem, compare_recipes.core(problem)
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize(("name", "steps"), CASES)
 @pytest.mark.parametrize("backend", TRAINERS)
 def test_losses_and_the_last_state_are_the_cores(backend, name, steps):
     need(backend)
@@ -51,7 +54,7 @@ def test_the_problems_are_worth_solving(name):
 
 
 def test_the_networks_have_the_layers_that_recipes_are_about():
-    kinds = {name: solved(name, 10)[0].network.body for name in recipes()}
+    kinds = {name: compare_recipes.make_problem(name, 1).network.body for name in recipes()}
     dynamic = [name for name, body in kinds.items() if "DynamicHeads" in repr(body)]
     separable = [name for name, body in kinds.items() if "bsconvs" in repr(body)]
     assert dynamic == ["dgc_cifar", "dgc_imagenet"]

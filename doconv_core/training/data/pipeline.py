@@ -6,7 +6,6 @@ many processes read, or how many train.
 
 from __future__ import annotations
 
-import atexit
 import os
 import struct
 import warnings
@@ -15,6 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -129,12 +129,14 @@ def batches(
 _OPEN: WeakSet[Generator[Batch, None, None]] = WeakSet()  # which have processes that read
 
 
-@atexit.register
 def _close_all() -> None:
-    """End the processes that read, as long as there is all that this needs."""
+    """End the processes that read, while there is all that this needs."""
     for drawn in list(_OPEN):
         with suppress(ValueError):  # where a thread draws from it just now
             drawn.close()
+
+
+Finalize(None, _close_all, exitpriority=100)  # before what multiprocessing ends at its exit
 
 
 def _drawn(made: _Maker, steps: range, workers: int) -> Generator[Batch, None, None]:

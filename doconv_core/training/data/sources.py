@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -114,12 +115,12 @@ class Files(Source):
     def name(self, index: int) -> str:
         """Return the file's path."""
         prefix = self.prefixes[self.labels[index]] if self.prefixes else ""
-        return str(self.folder / prefix / self.names[index])
+        return os.path.join(self.folder, prefix, self.names[index])
 
     def image(self, index: int) -> Any:
         """Return the image, which is decoded when it is used."""
-        # The file stays open until then, and Pillow closes it.
-        return opened(self.name(index), self.channels)
+        with open(self.name(index), "rb") as file:
+            return opened(BytesIO(file.read()), self.channels)
 
 
 class Place(NamedTuple):
@@ -253,7 +254,7 @@ class ImageData:
                     f"{self.name}: labels must be integers of shape (N,); the {part} part has "
                     f"{source.labels.dtype} of {source.labels.shape}."
                 )
-            source.labels = source.labels.astype(np.int64)
+            source.labels = source.labels.astype(np.int64, copy=False)
             if not len(source):
                 raise DataError(f"{self.name}: the {part} part has no images.")
             low, high = int(source.labels.min()), int(source.labels.max())
