@@ -31,6 +31,7 @@ from step_report import DOCS
 from doconv_core.atomic import write_json, write_text
 from doconv_core.training import study as studies
 from doconv_core.training.data import ImageData, as_data
+from doconv_core.training.session import RunEnded
 from doconv_core.training.sharing import run_shared
 from doconv_core.training.study_page import costs, results, write
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _share(options)
         else:
             _run(chosen, options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunEnded) as error:
         sys.exit(f"evidence: {error}")
     if options.tune and not (options.left or options.one_of_several):
         _write_rates(options)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Block, HybridBlock, Parameter, Trainer
+from mxnet.gluon import Block, HybridBlock, Parameter, Trainer, nn
 from mxnet.ndarray import NDArray
 
 from doconv_core.atomic import replacing
@@ -76,10 +76,11 @@ def train(
     as `doconv_core.training.data.as_data` takes them.
     run: the folder that gets everything; None to write nothing. resume: go on with the run there.
     force: replace the one there. seed: of the batches, and of what layers draw, such as dropout:
-    MXNet's random numbers are begun anew by it at each step. precision: "float32", as MXNet's CPU
-    trains in no other. devices: how many, or names such as "gpu:0,gpu:1", each of which has a
-    part of each batch; None for a GPU if there is one. Started with the environment of MXNet's
-    kvstore, such as DMLC_ROLE, each worker has a part of each batch.
+    in a model that may draw some, MXNet's random numbers are begun anew by it at each step.
+    precision: "float32", as MXNet's CPU trains in no other. devices: how many, or names such as
+    "gpu:0,gpu:1", each of which has a part of each batch; None for a GPU if there is one. Started
+    with the environment of MXNet's kvstore, such as DMLC_ROLE, each worker has a part of each
+    batch.
     checkpoint_every: steps; None for each epoch. workers: processes that read images. callback:
     called after each epoch with how many are done, its metrics and the model. notes: what else
     `run.json` is to keep. quiet: print nothing.
@@ -195,6 +196,7 @@ class GluonEngine(Engine):
         self._own_lassos: dict[Any, float] = {block: block.lasso for block in heads}
         self.is_orthonormal = has_orthonormal(model) and recipe.orthonormality > 0
         self.named = named(model)
+        self._may_draw = any(map(_may_draw, (block for _, block in walk(model))))
         self._place()
         self._called = self._compiled(hybridize)
         self._begin_trainer()
@@ -274,7 +276,8 @@ class GluonEngine(Engine):
         """Update the weights by one batch, in parts where the recipe accumulates."""
         if self._steps:  # so that no more than one step waits to be computed
             self._steps[-1].squares.wait_to_read()
-        mx.random.seed(seed_of(self.seed, step.number, self.process))
+        if self._may_draw:
+            mx.random.seed(seed_of(self.seed, step.number, self.process))
         if self._own_lassos:
             set_progress(self.model, step.progress)
         slices = list(parts(self.recipe, len(batch.images)))
@@ -515,6 +518,12 @@ def roles(model: Block) -> Iterator[tuple[Parameter, str | None]]:
         else:
             is_depthwise = isinstance(parameter, Entry) and last.endswith(DO_CONV.names[1])
             yield parameter, DEPTHWISE if is_depthwise else None
+
+
+def _may_draw(block: Block) -> bool:
+    """Return whether a block may draw random numbers, as code that is not known may."""
+    known = type(block).__module__.startswith(("mxnet.gluon.nn.", "doconv_mx."))
+    return not known or isinstance(block, (nn.Dropout, nn.HybridLambda, nn.Lambda))
 
 
 def _check_precision(precision: str) -> None:

@@ -85,12 +85,11 @@ class DynamicHeads2d(nn.Module):
         """Return how each head rates the channels of each image, `(B, h, C)`."""
         with without_autocast(z.device):
             pooled = z.mean((2, 3)).to(self.squeeze_weight.dtype)
-            squeezed = f.relu(pooled @ self.squeeze_weight.flatten(0, 1).T)
-            squeezed = squeezed.unflatten(1, (self.spec.heads, -1)).transpose(0, 1)
+            squeezed = torch.relu(f.linear(pooled, self.squeeze_weight.flatten(0, 1)))
+            squeezed = squeezed.view(-1, *self.squeeze_weight.shape[:2]).transpose(0, 1)
             bias = self.saliency_bias[:, None]
             rated = torch.baddbmm(bias, squeezed, self.saliency_weight.transpose(1, 2))
-            saliency: Tensor = f.relu(rated.transpose(0, 1))
-            return saliency
+            return torch.relu(rated).transpose(0, 1)
 
     def gate(self, saliency: Tensor) -> Tensor:
         """Return the saliencies, zero for the `inactive` least ones of each head and their equals.
@@ -199,7 +198,7 @@ class SkippingDGConv2d(DGConv2d):
         if found is not None:
             return found
         heads: Any = self.heads
-        z = self.relu(self.norm(x))
+        z = skipping.normed(self.norm, self.relu, x)
         fixed = skipping.is_fixed()
         if not fixed and not skipping.is_for(heads, z):
             return cast(Tensor, heads(z))

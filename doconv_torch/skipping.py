@@ -1,7 +1,7 @@
 """Dynamic group convolutions that multiply only what they keep: PyTorch's operations, and compiled.
 
-In both the kernel is `(O, C, *kernel_size)` with the output channels next to each other in memory,
-so that what belongs to one tap of a kept channel is copied in one piece.
+The kernel is `(O, C, *kernel_size)`, but lies in memory channel by channel, so that what belongs to
+a kept one and a head is copied in one piece; where there is compiled code, in one for each tap.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as f
 
+from doconv_core.kinds.dgc import filled_up
 from doconv_torch.matrix_products import is_tracing
 
 try:
@@ -23,13 +24,14 @@ try:
 except ImportError:  # installed without a compiler
     _skipping = None  # type: ignore[assignment]
 
-_ORDER = (1, 2, 3, 0)  # the kernel's axes, as they lie in memory
-WIDTH = 16  # PyTorch's convolution is slow for numbers of channels that this does not divide
+_BY_TAPS, _BY_CHANNELS = (1, 2, 3, 0), (1, 0, 2, 3)  # the kernel's axes, as they lie in memory
 
 
 def rearranged(weight: Tensor) -> Tensor:
-    """Return a kernel whose output channels are next to each other in memory."""
-    return weight.permute(_ORDER).contiguous().permute(3, 0, 1, 2)
+    """Return a kernel that lies in memory as it is gathered: for compiled code, where there is."""
+    if _skipping is None:
+        return weight.permute(_BY_CHANNELS).contiguous().permute(_BY_CHANNELS)
+    return weight.permute(_BY_TAPS).contiguous().permute(3, 0, 1, 2)
 
 
 def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
@@ -37,50 +39,69 @@ def skipping(heads: Any, z: Tensor, inactive: int) -> Tensor:
 
     heads: a `DynamicHeads2d`. inactive: its `n`. Differentiable, for any batch.
     """
-    spec, batch = heads.spec, z.shape[0]
-    count, channels, taps = spec.heads, spec.in_channels, spec.conv.taps
-    as_products = taps == 1 and not any(heads.padding)
-    if is_fixed():  # a number of groups is not exported
-        as_products = True
-    kept = channels - inactive
-    width = max(kept, 1) if as_products else min(-(-max(kept, 1) // WIDTH) * WIDTH, channels)
-    ordered, index = heads.saliency(z).topk(min(max(width, kept + 1), channels))
+    spec, size, stride, padding = heads.spec, heads.kernel_size, heads.stride, heads.padding
+    batch, groups, fixed = z.shape[0], z.shape[0] * spec.heads, is_fixed()
+    out = _output(z.shape, size, stride, padding, heads.dilation)
+    is_one_tap = spec.conv.taps == 1 and not any(padding)
+    in_groups = not (is_one_tap or fixed)  # a number of groups is not exported
+    kept = spec.in_channels - inactive
+    gate, index = _kept(heads.saliency(z), kept, filled_up(kept) if in_groups else max(kept, 1))
+    width, gate = index.shape[-1], gate.to(z.dtype).view(groups, -1, 1)
+    kernels = _kernels(heads, index)
+    if is_one_tap and stride != (1, 1):
+        z = z[..., :: stride[0], :: stride[1]]
+    if fixed or batch > 1:
+        images = torch.arange(0, batch * spec.in_channels, spec.in_channels, device=z.device)
+        index = index + images[:, None, None]
+    x = z.flatten(0, 1).index_select(0, index.flatten())  # (B·h·K, H, W)
+    if is_one_tap:
+        kernels = kernels.view(groups, width, -1) * gate
+        y = torch.bmm(kernels.transpose(1, 2), x.view(groups, width, -1))
+    else:
+        x = x * gate.flatten()[:, None, None]
+        kernels = kernels.unflatten(0, (groups, width)).permute(0, 3, 1, 2, 4)  # (…, O/h, K, M)
+        if in_groups:
+            kernels = kernels.reshape(-1, width, *size)
+            y = f.conv2d(x[None], kernels, None, stride, padding, heads.dilation, groups)
+        else:
+            x = x.unflatten(0, (-1, width))
+            columns = f.unfold(x, size, heads.dilation, padding, stride)
+            y = torch.bmm(kernels.flatten(2), columns)
+    by_head = y.view(batch, spec.heads, -1, *out)
+    return by_head.transpose(1, 2).reshape(batch, spec.out_channels, *out)
+
+
+def _kept(saliency: Tensor, kept: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the saliencies and numbers of the kept channels, and zeros up to a width."""
+    channels = saliency.shape[-1]
+    ordered, index = saliency.topk(min(max(width, kept + 1), channels))
     gate = ordered[..., :width]
-    if inactive:
+    if kept < channels:
         gate = gate * (gate > ordered[..., kept : kept + 1])
-    index = index[..., :width]  # (B, h, K)
-    device = z.device
-    places = index.unsqueeze(-1) * taps + torch.arange(taps, device=device)
-    rows = places * count + torch.arange(count, device=device)[:, None, None]
-    kernels = heads.weight.permute(_ORDER).reshape(channels * taps * count, -1)
-    kernels = kernels.index_select(0, rows.flatten()).view(batch * count, width, taps, -1)
-    kernels = kernels * gate.to(z.dtype).reshape(-1, width, 1, 1)
-    maps = index + torch.arange(batch, device=device)[:, None, None] * channels
-    x = z.flatten(0, 1).index_select(0, maps.flatten())  # (B·h·K, H, W)
-    if as_products:
-        y = _products(heads, x.unflatten(0, (-1, width)), kernels)
-    else:
-        kernels = kernels.permute(0, 3, 1, 2).reshape(-1, width, *heads.kernel_size)
-        geometry = heads.stride, heads.padding, heads.dilation, batch * count
-        y = f.conv2d(x[None], kernels, None, *geometry)[0]
-    by_head = y.view(batch, count, -1, *y.shape[-2:])
-    joined: Tensor = by_head.transpose(1, 2).reshape(batch, spec.out_channels, *y.shape[-2:])
-    return joined
+    return gate, index[..., :width]
 
 
-def _products(heads: Any, x: Tensor, kernels: Tensor) -> Tensor:
-    """Return `(B·h, O/h, H', W')` of maps `(B·h, K, H, W)`, by matrix products."""
-    size, stride, padding, dilation = (
-        heads.kernel_size, heads.stride, heads.padding, heads.dilation,
-    )  # fmt: skip
-    out = _output(x.shape, size, stride, padding, dilation)
-    if heads.spec.conv.taps == 1 and not any(padding):
-        columns = x[..., :: stride[0], :: stride[1]].flatten(2)
-    else:
-        columns = f.unfold(x, size, dilation, padding, stride)
-    products = torch.bmm(kernels.flatten(1, 2).transpose(1, 2), columns)
-    maps: Tensor = products.unflatten(-1, out)
-    return maps
+def _kernels(heads: Any, index: Tensor) -> Tensor:
+    """Return the kernels of channels `(B, h, K)`, `(B·h·K, 1, O/h, M)` or `(B·h·K, M, O/h, 1)`."""
+    count, taps = heads.spec.heads, heads.spec.conv.taps
+    by_taps = taps > 1 and heads.weight.stride(0) == 1
+    pieces, order = (taps, _BY_TAPS) if by_taps else (1, _BY_CHANNELS)
+    of_heads = torch.arange(count, device=index.device)[:, None]
+    if by_taps:
+        steps = torch.arange(taps, device=index.device)
+        index, of_heads = torch.add(steps, index[..., None], alpha=taps), of_heads[..., None]
+    rows = torch.add(of_heads, index, alpha=count).flatten()
+    weight = heads.weight.permute(order).reshape(heads.spec.in_channels * pieces * count, -1)
+    shape = (-1, pieces, weight.shape[1] * pieces // taps, taps // pieces)
+    kernels: Tensor = weight.index_select(0, rows).view(shape)
+    return kernels
+
+
+def normed(norm: Any, relu: Any, x: Tensor) -> Tensor:
+    """Return the normed input after the ReLU, in one piece of memory where nothing else sees it."""
+    z: Tensor = norm(x)
+    own = type(norm) is nn.BatchNorm2d and type(relu) is nn.ReLU and not _are_watched(norm, relu)
+    return torch.relu_(z) if own else relu(z)
 
 
 def is_fixed() -> bool:
@@ -184,7 +205,7 @@ def _are_plain(heads: Any, given: list[Tensor | None]) -> bool:
     shapes = [*[channels] * 4, (*spec.kernel_shape[1:], spec.out_channels), *of_heads]
     if any(each is None for each in given[4:]):
         return False
-    arrays = [*given[:4], kernel.permute(_ORDER), *given[5:]]  # type: ignore[union-attr]
+    arrays = [*given[:4], kernel.permute(_BY_TAPS), *given[5:]]  # type: ignore[union-attr]
     for each, shape in zip(arrays, shapes, strict=True):
         if each is not None and not (_is_plain(each) and _lies_there(each, shape)):
             return False

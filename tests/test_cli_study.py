@@ -11,8 +11,12 @@ from cases import one_test
 from command_line import TARGET, USAGE, doconv
 from frameworks import BACKENDS, imported
 
+from doconv_core import describe
 from doconv_core.cli import study as command
 from doconv_core.training import study as studies
+from doconv_core.training.data import open_data
+from doconv_core.training.recipe import changed, default_recipe
+from doconv_core.training.study import Arm, Study
 
 ASKED = ("--backend", "torch", "--seeds", 2)
 
@@ -172,3 +176,36 @@ def test_a_real_study(tmp_path, backend):
         assert {p.name for p in folder.iterdir()} == {
             "run.json", "metrics.jsonl", "result.json", "finished.json",
         }  # fmt: skip
+
+
+def test_a_run_that_was_under_way_goes_on(tmp_path):
+    imported("torch")
+    data = open_data("digits")
+    trained = changed(default_recipe("tutorial_pt", "digits"), {"epochs": "2"})
+    arm = Arm("plain", describe("tutorial_pt"), trained)
+    study = Study([arm], [5], "torch", "digits")
+    train, seen = studies.trainer(study, data), []
+
+    def ends(task, after):
+        def first(epoch, *others):
+            seen.append(epoch)
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+        train(task, first)
+
+    for name in ("whole", "ended"):
+        folder = tmp_path / name
+        studies.begin(folder, study)
+        if name == "ended":
+            with pytest.raises(KeyboardInterrupt):
+                studies.work(folder, study, ends)
+            studies.work(folder, study, ends)
+        else:
+            studies.work(folder, study, train)
+    assert seen == [1, 2]  # epochs that are done: none twice
+    whole, ended = (
+        studies.read(studies.tasks(tmp_path / name, study)[0]).curve(studies.TRAIN_LOSS)
+        for name in ("whole", "ended")
+    )
+    assert whole == ended

@@ -19,7 +19,7 @@ need("mx")
 import doconv_mx as package  # noqa: E402, I001
 import mxnet as mx  # noqa: E402
 from mxnet import autograd  # noqa: E402
-from mxnet.gluon import Block, nn  # noqa: E402
+from mxnet.gluon import Block, HybridBlock, nn  # noqa: E402
 
 from doconv_core.training.engine import Batch, Step, Sums  # noqa: E402
 from doconv_core.training.loss import cross_entropy, targets  # noqa: E402
@@ -277,6 +277,22 @@ def test_what_is_loaded_goes_on_with_the_same_bits(changes, tmp_path):
     other = GluonEngine(network(dynamic=True, dropout=0.5), mine, seed=4)
     other.load(tmp_path)
     assert run(other, steps[3:])[1][0].loss != expected[1][0].loss
+
+
+class Drawing(HybridBlock):
+    """Code of a user's, of which nothing tells that it draws random numbers."""
+
+    def hybrid_forward(self, F, x):
+        return F.Dropout(x, p=0.5)
+
+
+def test_own_code_draws_by_the_seed_too():
+    found = []
+    for _ in range(2):
+        net = network()
+        net.add(Drawing())
+        found.append(after(GluonEngine(net, recipe()), batch(), batch(seed=2)))
+    assert_same(*found)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from doconv_core.networks.initialize import initialize
 from doconv_core.training import claim as claims
 from doconv_core.training import study as studies
 from doconv_core.training.claim import claimed
+from doconv_core.training.html import Curve, plot
 from doconv_core.training.paired import epochs_to, summary, wins
 from doconv_core.training.recipe import recipe
 from doconv_core.training.session import NotFinite
@@ -135,6 +136,21 @@ def test_tables_and_the_page_tell_the_same(tmp_path):
     assert not re.search(r"(?:src|href)=", html)
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.0, 1.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([-0.31, 0.5], ["-0.2", "0", "0.2", "0.4"]),
+        ([113.0, 290.0], ["150", "200", "250"]),
+        ([3.0, 3.0], ["2", "3", "4"]),
+        ([None, math.nan], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+    ],
+)
+def test_axes_have_round_numbers(values, ticks):
+    drawn = plot("loss", [Curve("", values)], lambda value: f"<{value:g}")
+    assert re.findall(r">&lt;([^<]+)<", drawn) == ticks
+
+
 def test_names_are_escaped():
     asked = Study([arm("<b>&|", "tutorial_pt")], [0], "torch", "<i>")
     found = studies.findings(studies.Path("nowhere"), asked)
@@ -221,6 +237,19 @@ def test_a_run_that_diverges_counts_in_no_mean(tmp_path):
     assert "| tutorial_pt | 3, 1 failed |" in markdown(found)
     assert "seed 1, failed and counts in no mean" in page(found)
     assert done(tmp_path, asked) == []
+
+
+def test_a_measure_that_is_not_finite_has_no_mean(tmp_path):
+    asked = study(seeds=2)
+    done(tmp_path, asked)
+    metrics = studies.tasks(tmp_path, asked)[0].folder / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"eval_loss": 1.6', '"eval_loss": null'))
+    assert metrics.read_text() != text
+    found = write(tmp_path, asked)
+    assert found["arms"][0]["measures"]["eval_loss"]["mean"] is None
+    assert found["arms"][1]["against"]["eval_top1"]["mean"] == pytest.approx(0.02)
+    assert "| 71.50 ± 2.12 | – | – | – | 0.8000 ± 0.0000 |" in markdown(found)
 
 
 def test_seeds_and_arms_may_be_added(tmp_path):

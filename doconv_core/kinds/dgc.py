@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ class DGConvSpec:
                 f"squeeze_rate={self.squeeze_rate}."
             )
 
-    @property
+    @cached_property
     def conv(self) -> ConvSpec:
         """The sizes of an ordinary convolution with as many weights."""
         return ConvSpec(self.in_channels, self.out_channels, self.kernel_size)
@@ -329,8 +330,9 @@ def dgc_cost(spec: DGConvSpec, positions: int, input_positions: int) -> DGConvCo
     )
 
 
-FEW_NUMBERS = 2**14  # of kernels, gathered for a place of the output, beyond which they cost more
+FEW_NUMBERS = 2**16  # of kernels, gathered for a place of the output, beyond which they cost more
 FEW_SLICES = 2**15  # of kernels, gathered one by one
+WIDTH = 16  # convolutions in groups are slow for numbers of channels that this does not divide
 
 
 def skipping_pays(
@@ -343,27 +345,38 @@ def skipping_pays(
 ) -> bool:
     """Return whether a framework's own operations are faster on the kept channels alone.
 
-    Copying what is kept has to pay. It does where at most half of the channels are kept: for an
-    image alone, kernels of one tap, and where other kernels gathered are few to the output; or with
-    columns, what each place sees copied side by side, where the output has no more positions than
-    channels; or where nothing tells the positions, for a quarter of the channels, several taps and
-    few kernels. Else the layer computes as in training. Compiled code pays always. inactive:
-    channels that each head drops. positions: of the output, of one image. Found by
-    `benchmarks/dgc_inference.py`.
+    Copying what is kept has to pay, else the layer computes as in training. In operations of one
+    tap it does for at most half of the channels, or a quarter where a head has few outputs; in
+    convolutions with a group for each head, for at most half with what they are filled up with,
+    where a head's outputs are not few, and an image is alone or kernels are few to the output. With
+    columns, what each place sees copied side by side, it does for at most half where the output has
+    no more positions than channels; where nothing tells the positions, for a quarter, several taps
+    and few kernels. Compiled code pays always. inactive: channels that each head drops. positions:
+    of the output, of one image. Found by `benchmarks/dgc_inference.py`.
 
     >>> skipping_pays(DGConvSpec(256, 256, (3, 3)), 192, batch=1, positions=196)
     True
     """
     channels, taps, kept = spec.in_channels, spec.conv.taps, spec.in_channels - inactive
     if positions is None:
-        few = kept * spec.out_channels <= FEW_SLICES
-        return taps > 1 and few and 4 * kept <= channels
+        return taps > 1 and kept * spec.out_channels <= FEW_SLICES and 4 * kept <= channels
     if columns:
-        small = positions <= spec.out_channels
-    else:
-        gathered = batch * kept * spec.out_channels * taps
-        small = batch == 1 or taps == 1 or gathered <= FEW_NUMBERS * positions
-    return small and 2 * kept <= channels
+        return positions <= spec.out_channels and 2 * kept <= channels
+    are_few = spec.out_channels < WIDTH * spec.heads
+    if taps == 1:
+        return (4 if are_few else 2) * kept <= channels
+    gathered = batch * kept * spec.out_channels * taps
+    alone = batch == 1 or gathered <= FEW_NUMBERS * positions
+    return alone and not are_few and 2 * filled_up(kept) <= channels
+
+
+def filled_up(kept: int) -> int:
+    """Return with how many channels those that are kept are convolved in groups.
+
+    >>> filled_up(58)
+    64
+    """
+    return -(-max(kept, 1) // WIDTH) * WIDTH
 
 
 class DGCKind(Kind):

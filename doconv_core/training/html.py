@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from math import isfinite
+from math import ceil, floor, isfinite, log10
 from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 460, 260, 56, 10, 34, 14  # of a plot, in pixels
@@ -82,7 +82,11 @@ def plot(
         x = LEFT + (epoch - 1) / (last - 1) * (WIDTH - LEFT - RIGHT)
         return x, TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    drawn = [_frame(title, low, high, last, text)]
+    drawn = [_frame(title, last)]
+    for tick in _ticks(low, high):
+        y = at(1, tick)[1]
+        drawn.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        drawn.append(_text(LEFT - 6, y + 4, text(tick), "end"))
     if zero:
         drawn.append(f'<path d="M{LEFT} {at(1, 0.0)[1]:.1f}H{WIDTH - RIGHT}" stroke="#222"/>')
     for curve in curves:
@@ -100,8 +104,11 @@ def plot(
             x, y = points[0]
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{curve.colour}"/>')
     named = [curve for curve in curves if curve.name]
+    ends = [at(1, row[-1])[1] for row in (c.values for c in curves) if row and row[-1] is not None]
+    is_high = bool(ends) and sum(ends) / len(ends) < (TOP + HEIGHT - BOTTOM) / 2
+    first = HEIGHT - BOTTOM - 8 - 16 * (len(named) - 1) if is_high else TOP + 14
     for number, curve in enumerate(named):
-        y = TOP + 14 + 16 * number
+        y = first + 16 * number  # where the curves do not end
         drawn.append(_text(WIDTH - RIGHT, y, curve.name, "end", curve.colour))
     return (
         f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -120,15 +127,18 @@ def _points(points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _frame(title: str, low: float, high: float, last: int, text: Callable[[float], str]) -> str:
-    """Return a plot's grid, with the numbers beside it."""
-    drawn = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
-        drawn.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        drawn.append(_text(LEFT - 6, y + 4, text(low + share * (high - low)), "end"))
-    for epoch, anchor, x in ((1, "start", LEFT), (last, "end", WIDTH - RIGHT)):
-        drawn.append(_text(x, HEIGHT - BOTTOM + 16, str(epoch), anchor))
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers within a range: 1, 2 or 5 times a power of ten apart, a few of them."""
+    least = (high - low) / 5
+    power = 10.0 ** floor(log10(least))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n >= least)
+    return [float(f"{step * n:.12g}") for n in range(ceil(low / step), floor(high / step) + 1)]
+
+
+def _frame(title: str, last: int) -> str:
+    """Return a plot's title, and the first and last epoch."""
+    ends = ((1, "start", LEFT), (last, "end", WIDTH - RIGHT))
+    drawn = [_text(x, HEIGHT - BOTTOM + 16, str(epoch), anchor) for epoch, anchor, x in ends]
     drawn.append(_text((LEFT + WIDTH) / 2, HEIGHT - 6, f"{title}, by epoch", "middle"))
     return "".join(drawn)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
-from math import prod
+from math import log10, prod
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,10 @@ from doconv_core.maths.spec import ConvSpec
 from doconv_core.networks.cost import count
 from doconv_core.networks.names import known_name
 from doconv_core.state.file import State, entry
-from doconv_core.training.html import Curve, document, plot, table
+from doconv_core.training.html import COLOURS, Curve, document, plot, table
 from doconv_core.training.run import REPORT, Run
 
-COLOURS = {"train": "#c2571a", "eval": "#1f5fa8"}
-NAMES = {"train": "training", "eval": "evaluation"}
+LEAST = 1e-9  # a loss that is drawn on a logarithmic axis
 
 
 def moved(state: State) -> dict[str, dict[str, float]]:
@@ -32,7 +31,7 @@ def moved(state: State) -> dict[str, dict[str, float]]:
     for path, form in state.layers.items():
         if form.composed is not DO_CONV or not isinstance(form.spec, ConvSpec):
             continue
-        array = state.arrays.get(entry(path, DO_CONV.names[1]))
+        array = state.arrays.get(entry(path, "depthwise_weight"))
         if array is None:
             continue
         depthwise = array.astype(np.float64)
@@ -76,48 +75,53 @@ def page(
     described: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 ) -> str:
     """Return the report's HTML, of what a run's files say."""
-    title = described.get("network") or "A model"
-    told = f"{title} on {described['data']['name']}"
-    parts = [
-        f"<h1>{escape(told)}</h1>",
-        f"<p>{escape(_sentence(described, result))}</p>",
-        '<h2>Curves</h2><div class="plots">',
-        _plot("loss", metrics, ("train_loss", "eval_loss"), lambda value: f"{value:.3g}"),
-        _plot("top-1", metrics, ("train_top1", "eval_top1"), lambda value: f"{value:.0%}"),
-        _plot("learning rate", metrics, ("learning_rate",), lambda value: f"{value:.3g}"),
-        "</div>",
-        "<h2>Accuracy on the evaluation data</h2>",
-        table(("", "top-1", "top-5", "loss"), _accuracies(result)),
-        f"<p>{escape(_difference(result))}</p>",
-    ]
-    if result["cost"] is not None:
-        parts += [
-            "<h2>Cost of one image</h2>",
-            table(("", ""), _costs(result["cost"]), numeric=False),
-        ]
-    if result["moved"]:
-        parts += [
-            "<h2>How far each D has moved from the identity</h2>",
-            table(("layer", "|D|/|E|", "max |D|"), _moves(result["moved"])),
-        ]
-    parts += ["<h2>Recipe</h2>", table(("field", ""), _fields(described["recipe"]), numeric=False)]
-    parts += ["<h2>With what</h2>", table(("", ""), _surroundings(described), numeric=False)]
-    return document(told, parts)
+    told = f"{described['network'] or 'A model'} on {described['data']['name']}"
+    return document(told, _parts(told, described, metrics, result))
 
 
-def _plot(
+def _parts(
     title: str,
+    described: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    text: Callable[[float], str],
-) -> str:
-    """Return an SVG of numbers over the epochs. names: of the metrics; text: of a number."""
-    curves = []
-    for name in names:
-        part = name.partition("_")[0]
-        values = [float(line[name]) for line in metrics]
-        curves.append(Curve(NAMES.get(part, ""), values, colour=COLOURS.get(part, "#444")))
-    return plot(title, curves, text)
+    result: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield the parts of the page."""
+    yield f"<h1>{escape(title)}</h1>"
+    yield f"<p>{escape(_sentence(described, result))}</p>"
+    yield f'<h2>Curves</h2><div class="plots">{"".join(_plots(metrics))}</div>'
+    yield "<h2>Accuracy on the evaluation data</h2>"
+    yield table(("", "top-1", "top-5", "loss"), _accuracies(result))
+    yield f"<p>{escape(_difference(result))}</p>"
+    if result["cost"] is not None:
+        yield "<h2>Cost of one image</h2>"
+        yield table(("", ""), _costs(result["cost"]))
+    if result["moved"]:
+        yield "<h2>How far each D has moved from the identity</h2>"
+        yield table(("layer", "|D|/|E|", "max |D|"), _moves(result["moved"]))
+    yield "<h2>Recipe</h2>"
+    yield table(("field", ""), _fields(described["recipe"]), numeric=False)
+    yield "<h2>With what</h2>"
+    yield table(("", ""), _surroundings(described), numeric=False)
+
+
+def _plots(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    def both(name: str, change: Callable[[float], float]) -> list[Curve]:
+        named = (("training", "train", COLOURS[1]), ("evaluation", "eval", COLOURS[0]))
+        return [
+            Curve(told, [_changed(line[f"{part}_{name}"], change) for line in metrics],
+                  colour=colour)
+            for told, part, colour in named
+        ]  # fmt: skip
+
+    logarithms = both("loss", lambda loss: log10(max(loss, LEAST)))
+    yield plot("loss", logarithms, lambda power: f"{10**power:.3g}")
+    yield plot("top-1", both("top1", float), lambda share: f"{share:.0%}")
+    rates = Curve("", [line["learning_rate"] for line in metrics], colour=COLOURS[-1])
+    yield plot("learning rate", [rates], lambda rate: f"{rate:.3g}")
+
+
+def _changed(value: float | None, change: Callable[[float], float]) -> float | None:
+    return None if value is None else change(value)
 
 
 def _sentence(described: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -143,7 +147,11 @@ def _difference(result: Mapping[str, Any]) -> str:
 def _accuracies(result: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     for name in ("trained", "folded"):
         found = result[name]
-        yield name, _percent(found["top1"]), _percent(found["top5"]), f"{found['loss']:.4f}"
+        yield name, _percent(found["top1"]), _percent(found["top5"]), _number(found["loss"])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _percent(share: float) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -101,7 +102,7 @@ class Run:
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Add an epoch's metrics to those of the run, and to TensorBoard's."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite(metrics)) + "\n")
         with (self.folder / EVENTS).open("ab") as events:
             if not events.tell():
                 events.write(_record(file_version="brain.Event:2"))
@@ -154,7 +155,7 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write what the run came to; it has come to its end then."""
-        write_json(self.folder / RESULT, result)
+        write_json(self.folder / RESULT, finite(result))
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
@@ -263,6 +264,13 @@ def _surroundings() -> dict[str, Any]:
     }  # fmt: skip
     began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"versions": versions, "machine": machine, "began": began, "arguments": sys.argv[1:]}
+
+
+def finite(value: Any) -> Any:
+    """Return numbers, nested in dicts, with None for those that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(**event: Any) -> bytes:

@@ -272,8 +272,9 @@ class Done(NamedTuple):
     failed: str | None
 
     def curve(self, name: str) -> list[float]:
-        """Return a measure after each epoch."""
-        return [float(metrics[name]) for metrics in self.metrics]
+        """Return a measure after each epoch; NaN where it was not finite."""
+        values = (metrics[name] for metrics in self.metrics)
+        return [math.nan if value is None else float(value) for value in values]
 
 
 def read(task: Task) -> Done:
