@@ -30,6 +30,7 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
     DOSeparableConv1D,
     DOSeparableConv2D,
 )
+from doconv_tf.devices import cluster_scope  # noqa: E402
 from doconv_tf.dgc import (  # noqa: E402
     DGConv2D,
     ProgressCallback,
@@ -71,6 +72,7 @@ __all__ = [
     "add_orthonormality",
     "add_saliency_lasso",
     "build",
+    "cluster_scope",
     "deploy",
     "evaluate",
     "export_state",

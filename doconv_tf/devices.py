@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ from doconv_core.maths.numeric import Array
 from doconv_tf.private import strategy_of
 
 CLUSTER = "TF_CONFIG"
-SCOPE = "tf.distribute.MultiWorkerMirroredStrategy().scope()"
+JOBS = ("chief", "worker")  # of processes that train, the first of which is the one that writes
 
 
 class Devices:
@@ -43,7 +44,7 @@ class Devices:
         resolver = self.strategy.cluster_resolver
         spec = None if resolver is None else resolver.cluster_spec()
         if spec:
-            jobs = [job for job in ("chief", "worker") if job in spec.jobs]
+            jobs = [job for job in JOBS if job in spec.jobs]
             tasks = [(job, task) for job in jobs for task in range(spec.num_tasks(job))]
             self.processes = len(tasks)
             self.process = tasks.index((resolver.task_type, resolver.task_id))
@@ -123,7 +124,11 @@ def devices_for(model: keras.Layer, devices: str | int | None) -> Devices:
                 f"devices out; received devices={devices!r}."
             )
         return Devices(made_in)
-    _check_alone()
+    if _workers() > 1:
+        raise ValueError(
+            f"{CLUSTER} tells of {_workers()} processes, and the model was not made for them: make "
+            "it in the scope of doconv_tf.cluster_scope(), at the start of the program."
+        )
     names = _names(devices)
     if len(names) < 2 and not isinstance(devices, str):
         return Devices()
@@ -132,15 +137,29 @@ def devices_for(model: keras.Layer, devices: str | int | None) -> Devices:
     return Devices(tf.distribute.MirroredStrategy(names))
 
 
-def _check_alone() -> None:
-    """Raise ValueError where there are other processes, of which the model does not know."""
+def cluster_scope() -> AbstractContextManager[Any]:
+    """Return the scope in which a model is made that TF_CONFIG's processes are to train.
+
+    Where there is one process alone it changes nothing. It must be the first thing that TensorFlow
+    does in each process, which waits in it for the others.
+
+    >>> with cluster_scope():
+    ...     model = get_model("tutorial_tf")
+    >>> model.output_shape
+    (None, 10)
+    """
+    scope: AbstractContextManager[Any] = nullcontext()
+    if _workers() > 1:
+        import tensorflow as tf
+
+        scope = tf.distribute.MultiWorkerMirroredStrategy().scope()
+    return scope
+
+
+def _workers() -> int:
+    """Return of how many processes TF_CONFIG tells."""
     cluster = json.loads(os.environ.get(CLUSTER, "{}")).get("cluster", {})
-    workers = sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
-    if workers > 1:
-        raise ValueError(
-            f"{CLUSTER} tells of {workers} processes, and the model was not made for them: make it "
-            f"in the scope of their strategy, with {SCOPE}, at the start of the program."
-        )
+    return sum(len(cluster.get(job, ())) for job in JOBS)
 
 
 def _names(devices: str | int | None) -> list[str]:

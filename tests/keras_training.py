@@ -130,8 +130,10 @@ def results(scope=nullcontext, devices=None):
 def main(file, how):
     import tensorflow as tf
 
+    from doconv_tf.devices import cluster_scope
+
     if how == "worker":
-        found = results(tf.distribute.MultiWorkerMirroredStrategy().scope)
+        found = results(cluster_scope)
     else:
         (cpu,) = tf.config.list_physical_devices("CPU")
         logical = [tf.config.LogicalDeviceConfiguration()] * 2

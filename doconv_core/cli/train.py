@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +206,9 @@ def _train(
     with refused():
         data = open_data(job.data, job.data_dir, max_broken=job.max_broken)
         backend = available_backends()[job.backend].load()
-        model = _model(backend, job, recipe, data, fresh=not resume)
+        # What a framework may need around a model that several processes are to train.
+        with getattr(backend, "cluster_scope", nullcontext)():
+            model = _model(backend, job, recipe, data, fresh=not resume)
     with refused(ValueError), told_of_run():
         backend.train(
             model, recipe, data, run=out, seed=job.seed, resume=resume, force=force,

@@ -33,7 +33,7 @@ class Display:
             )
 
             columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
                 TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
             )  # fmt: skip
             self.bar = Progress(*columns, transient=True)
