@@ -11,7 +11,7 @@ from mxnet.gluon import Block, Parameter
 
 from doconv_core.models.received import no_model
 from doconv_core.networks.names import known_name
-from doconv_core.state.exchange import Holder, Kept, export_from, load_into
+from doconv_core.state.exchange import Holder, Kept, dropped_by, export_from, load_into
 from doconv_core.state.file import Array, State
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match
@@ -70,6 +70,7 @@ class _Blocks(Holder):
         self.network = known_name(getattr(model, "network_name", None))
         check_axes(model)
         self._blocks = {path: block for path, block in walk(model) if own_parameters(block)}
+        self.dropped = dropped_by(self._blocks)
         forms = {path: form_of(path, block) for path, block in self._blocks.items()}
         last = any(layout_of(block) in LAST for block in self._blocks.values())
         self.layers = suspect_flattening(forms, forms if last else ())

@@ -11,7 +11,7 @@ from keras import ops
 from doconv_core.kinds.base import Array
 from doconv_core.models.received import no_model
 from doconv_core.networks.names import known_name
-from doconv_core.state.exchange import Holder, Kept, export_from, load_into
+from doconv_core.state.exchange import Holder, Kept, dropped_by, export_from, load_into
 from doconv_core.state.file import State, entry
 from doconv_core.state.layers import suspect_flattening
 from doconv_core.state.match import Assignment, Match
@@ -62,7 +62,8 @@ class _Layers(Holder):
     framework, version = "keras", keras.__version__
 
     def __init__(self, model: keras.Layer) -> None:
-        self._parts = _parts(model)
+        layers = _layers(model)
+        self._parts, self.dropped = _parts(model, layers), dropped_by(layers)
         self.network = known_name(model.name)
         self.layers = {path: part.form for path, part in self._parts.items()}
 
@@ -84,8 +85,7 @@ class _Layers(Holder):
         assignment.parameter.assign(ops.cast(assignment.array, assignment.dtype))
 
 
-def _parts(model: keras.Layer) -> dict[str, Part]:
-    layers = _layers(model)
+def _parts(model: keras.Layer, layers: dict[str, keras.Layer]) -> dict[str, Part]:
     around = surroundings(model)
     parts, unseen = {}, set()
     for path, layer in layers.items():

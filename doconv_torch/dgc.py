@@ -112,7 +112,8 @@ class DynamicHeads2d(nn.Module):
         gate = self.gate(saliency).to(z.dtype)
         heads, batch = self.spec.heads, z.shape[0]
         per_kernel = self.spec.out_channels * self.spec.conv.taps
-        if batch and per_kernel < heads * z.shape[2] * z.shape[3]:
+        # A number of groups that is not known cannot be exported to ONNX.
+        if isinstance(batch, int) and batch and per_kernel < heads * z.shape[2] * z.shape[3]:
             weight = self.weight.unflatten(0, (heads, -1)).transpose(0, 1)  # (O/h, h, C, k, k)
             kernels = weight * gate[:, None, :, :, None, None]
             y = self._convolve(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 2), batch)

@@ -9,7 +9,7 @@ from contract_dgc import CASES, WEIGHT, gap, make_problem, solve
 from equal import assert_close, assert_same
 from frameworks import BACKENDS, adapter_of
 
-from doconv_core import read_state, write_state
+from doconv_core import StateError, read_state, write_state
 from doconv_core.kinds.dgc import inactive_channels
 
 
@@ -108,6 +108,27 @@ def test_a_finished_layer_begins_where_its_progress_is_set(adapter):
     for progress, expected in ((1, 12), (0.05, 0), (0.5, 8)):
         adapter.package.set_progress(layer, progress)
         assert inactive_of(adapter, layer) == expected
+
+
+def test_a_folded_layer_takes_a_state_of_another_progress_or_refuses_it(adapter):
+    case = CASES[0]
+    problem = make_problem(case)
+    layer = built(adapter, case, problem)
+    adapter.package.set_progress(layer, 1)
+    adapter.forward(layer, problem.x)  # in evaluation mode, as what is folded should be
+    folded = adapter.package.fold(layer).model
+    adapter.package.set_progress(layer, 0.5)
+    state = adapter.package.export_state(layer)
+    if adapter.package.__name__ == "doconv_torch":
+        adapter.package.load_state(folded, state)
+        assert folded.dropped == 8  # for what is exported
+        assert_close(adapter.forward(folded, problem.x), adapter.forward(layer, problem.x))
+        return
+    message = "'heads' was folded to drop 12 channels; received a state in which it drops 8: load"
+    before = snapshot(adapter.package, folded).arrays
+    with pytest.raises(StateError, match=message):
+        adapter.package.load_state(folded, state)
+    assert_same(snapshot(adapter.package, folded).arrays, before)
 
 
 def test_what_gives_no_layer_is_refused(adapter):

@@ -169,10 +169,11 @@ def test_what_has_no_numbers_and_what_is_differentiated_forwards(form):
 
 # PyTorch's own exporter still asks in a way that PyTorch has deprecated.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-def test_a_folded_model_is_exported_for_any_batch(tmp_path):
+@pytest.mark.parametrize("folds", [True, False])
+def test_a_model_is_exported_for_any_batch(folds, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 32, 3), made((32, 64, 3, 2, 1, 1, 4, 0.25))[0]).eval()
-    folded, x = fold(model).model, torch.randn(3, 3, 12, 12)
-    assert isinstance(folded[1], SkippingDGConv2d)
+    folded, x = fold(model).model if folds else model, torch.randn(3, 3, 12, 12)
+    assert isinstance(folded[1], SkippingDGConv2d) == folds
     expected = model(x).detach()
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(folded, (x[:2],), dynamic_shapes=shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from doconv_core.maths.layout import (
@@ -12,7 +13,7 @@ from doconv_core.maths.layout import (
     to_canonical,
     to_channels_first,
 )
-from doconv_core.state.file import Array, State, entry, origin_of
+from doconv_core.state.file import Array, State, StateError, entry, origin_of
 from doconv_core.state.layers import LayerForm, Shape
 from doconv_core.state.match import Assignment, Match, check_assignments, fit_state
 
@@ -37,12 +38,14 @@ class Holder(ABC):
 
     framework, version: what it is made with, as in `State.origin`. network: its name, if it is one
     that `describe` knows. layers: the form of each layer that holds something, by path, in order.
+    dropped: how many channels those drop that were folded to do so, by path.
     """
 
     framework: str
     version: str
     network: str | None
     layers: Mapping[str, LayerForm]
+    dropped: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def kept(self, path: str, name: str) -> Kept:
@@ -55,6 +58,12 @@ class Holder(ABC):
     @abstractmethod
     def put(self, assignment: Assignment) -> None:
         """Change the model."""
+
+
+def dropped_by(layers: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many channels folded layers drop, of these by path, as a `Holder` says it."""
+    numbers = {path: getattr(layer, "dropped", None) for path, layer in layers.items()}
+    return {path: number for path, number in numbers.items() if number is not None}
 
 
 def export_from(holder: Holder) -> State:
@@ -92,6 +101,13 @@ def load_into(
         for name, array in arrays.items()
     ]
     check_assignments(assignments)
+    for path, dropped in holder.dropped.items():
+        given = fitted[path]["inactive"]
+        if given != dropped:
+            raise StateError(
+                f"layer {path!r} was folded to drop {dropped} channels; received a state in which "
+                f"it drops {given:g}: load it into the model that is to be folded, and fold that."
+            )
     for assignment in assignments:
         holder.put(assignment)
 
