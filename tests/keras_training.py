@@ -14,6 +14,7 @@ import numpy as np
 
 from doconv_core import State, recipe
 from doconv_core.kinds.base import recipe as kind
+from doconv_core.networks.evaluate import evaluate
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.nodes import (
     Activation,
@@ -27,8 +28,9 @@ from doconv_core.networks.nodes import (
     Network,
     sequence,
 )
+from doconv_core.training import reference
 from doconv_core.training.engine import Batch, Step
-from doconv_core.training.loss import targets
+from doconv_core.training.loss import cross_entropy, targets
 from doconv_core.training.optimizer import trained
 
 CLASSES, SHAPE = 7, (2, 7, 6)
@@ -48,6 +50,18 @@ def network(*more):
             ("s", Conv(8, (3, 3), kind=BSCONVS)),
             ("heads", DynamicHeads(8, (3, 3), heads=2, squeeze_rate=4, gate_factor=0.5)),
             ("pool", GlobalPool()), ("flatten", Flatten()), ("fc", Linear(CLASSES)),
+        ),
+        SHAPE,
+    )  # fmt: skip
+
+
+def tiny(*more):
+    """Return a network of few layers, where it does not matter of which."""
+    return Network(
+        "tiny",
+        sequence(
+            ("conv", Conv(4, (3, 3), kind=DOCONV)), *more, ("pool", GlobalPool()),
+            ("flatten", Flatten()), ("fc", Linear(CLASSES)),
         ),
         SHAPE,
     )  # fmt: skip
@@ -107,23 +121,54 @@ def train(engine, **part):
     return engine.taken()
 
 
+EVALUATED = (5, 1)  # rows of the batches
+GIVEN = {"clip_norm": 0.5, "accumulate": 2, "average": 0.5, "decay_exempt": ("biases",)}
+
+
+def channels_first(given):
+    for step, made in given:
+        yield step, made._replace(images=np.moveaxis(made.images, -1, 1))
+
+
+def expected():
+    """Return what `results` returns, by the core; of sums, those of the losses."""
+    net = network()
+    found = reference.train(net, state_of(net), recipe_of(**GIVEN), channels_first(steps()))
+    logits = [
+        evaluate(net, found.averaged, made.images.astype(np.float64))
+        for _, made in channels_first((None, batch(rows, rows)) for rows in EVALUATED)
+    ]
+    loss = sum(
+        cross_entropy(each, batch(rows, rows).targets).sum()
+        for each, rows in zip(logits, EVALUATED, strict=True)
+    )
+    states = {"averaged": found.averaged, "weights": found.state}
+    return {
+        "losses": found.losses * ROWS, "images": np.array(ROWS),
+        "evaluated": np.array([loss, sum(EVALUATED)]),
+        **{f"{name}.{n}": a for name, s in states.items() for n, a in s.arrays.items()},
+    }  # fmt: skip
+
+
 def results(scope=nullcontext, devices=None):
     """Return what a training of all of it comes to: sums of all processes, weights, averages."""
     import doconv_tf
 
-    net, given = network(), recipe_of(clip_norm=0.5, accumulate=2, average=0.5)
+    net, given = network(), recipe_of(**GIVEN)
     with scope():
         model = model_of(net)
     engine = engine_of(net, given, model, devices=devices)
     part = {"process": engine.process, "processes": engine.processes}
     taken = [engine.total(sums) for sums in train(engine, **part)]
-    batches = (batch(rows, rows, **part) for rows in (5, 1))
+    batches = (batch(rows, rows, **part) for rows in EVALUATED)
     evaluated = engine.total(engine.evaluate(each for each in batches if len(each.images)))
     states = {"averaged": engine.export_state()}
     engine.close()
     states["weights"] = doconv_tf.export_state(model)
     return {
-        "taken": np.array(taken), "evaluated": np.array(evaluated),
+        "losses": np.array([sums.loss for sums in taken]),
+        "images": np.array([sums.images for sums in taken]),
+        "evaluated": np.array([evaluated.loss, evaluated.images]),
         **{f"{name}.{n}": a for name, s in states.items() for n, a in s.arrays.items()},
     }  # fmt: skip
 
