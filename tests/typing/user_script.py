@@ -30,6 +30,7 @@ from doconv_torch import (
     build,
     composed_once,
     deploy,
+    evaluate,
     export_state,
     fold,
     get_model,
@@ -41,6 +42,7 @@ from doconv_torch import (
     saliency_lasso,
     set_progress,
     to_bsconv,
+    train,
     verify,
 )
 
@@ -103,6 +105,9 @@ def convert(images: torch.Tensor) -> State:
     state: State = export_state(model)
     write_state(state, "model.safetensors")
     load_state(model, read_state("model.safetensors"), match="order", ignore="geometry")
+    lines: list[dict[str, object]] = train(model, "digits", quiet=True).metrics
+    found: dict[str, float] = evaluate(model, "digits")
+    assert lines and found
     return state
 
 
