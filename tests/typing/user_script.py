@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from typing_extensions import assert_type
@@ -64,7 +66,7 @@ class Classifier(nn.Module):
         return torch.as_tensor(self.linear(features.mean((2, 3))))
 
 
-def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+def one_step(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Take one step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with composed_once(model):
@@ -105,9 +107,10 @@ def convert(images: torch.Tensor) -> State:
     state: State = export_state(model)
     write_state(state, "model.safetensors")
     load_state(model, read_state("model.safetensors"), match="order", ignore="geometry")
-    lines: list[dict[str, object]] = train(model, "digits", quiet=True).metrics
+    lines: list[dict[str, Any]] = train(model, "digits", quiet=True).metrics
     found: dict[str, float] = evaluate(model, "digits")
-    assert lines and found
+    assert lines
+    assert found
     return state
 
 
