@@ -49,6 +49,13 @@ class Devices:
             self.processes = len(tasks)
             self.process = tasks.index((resolver.task_type, resolver.task_id))
 
+    @property
+    def version(self) -> str:
+        """TensorFlow's."""
+        import tensorflow as tf
+
+        return f"tensorflow {tf.__version__}"
+
     def scope(self) -> Any:
         """Return the scope in which variables are made."""
         import tensorflow as tf
@@ -88,6 +95,10 @@ class Devices:
             return [variable.value.read_value()]
         local = self.strategy.experimental_local_results(variable.value)
         return [each.read_value() for each in local]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether it is so in any of the processes."""
+        return self.total([float(flag)])[0] > 0
 
     def total(self, numbers: Iterable[float]) -> list[float]:
         """Return the sums of numbers over the processes, in float64."""

@@ -21,6 +21,7 @@ from doconv_core.training.fields import KERNELS
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.schedule import parts
 from doconv_tf.composed import ComposedConv
+from doconv_tf.devices import Devices
 from doconv_tf.optimizer import RecipeOptimizer
 from doconv_tf.ordinary import first_occurrences, put
 from doconv_tf.orthonormal import wide
@@ -191,14 +192,19 @@ class Feed:
     """The parts of steps, for data sets, which draw ahead, and begin anew where they please.
 
     A data set draws in a thread of TensorFlow's, where an error would lose its type: it ends there,
-    and `close` raises it. Each time that it is gone through, it begins with the part that was not
-    begun yet.
+    and leaving the feed's context raises it. Each time that it is gone through, it begins with the
+    first part that is not done. recipe: of a training, which may divide batches into parts; None in
+    evaluation, where a process that has no more batches goes on with blank ones for the others.
     """
 
     def __init__(
-        self, steps: Iterable[tuple[Step | None, Batch]], recipe: Recipe | None, replicas: int
+        self,
+        steps: Iterable[tuple[Step | None, Batch]],
+        devices: Devices,
+        recipe: Recipe | None = None,
     ) -> None:
-        self._parts = _divided(steps, recipe, replicas)
+        self._parts = _divided(steps, devices, recipe)
+        self._endless = recipe is None and devices.processes > 1
         self._held: deque[Part] = deque()  # from the one that is computed now on
         self._first = 0  # the number of the first of them
         self._begun = 0  # how many were begun
@@ -220,14 +226,17 @@ class Feed:
                 try:
                     self._held.append(next(self._parts))
                 except StopIteration:
-                    return None
+                    if not (self._endless and self._held):
+                        return None
+                    self._held.append(_blank(self._held[-1]))
                 except BaseException as error:
                     self._error, self._open = error, False
             return self._held[number - self._first] if self._open else None
 
     def has_any(self) -> bool:
-        """Return whether there is a part to begin."""
-        return self._part(self._begun) is not None
+        """Return whether there is a part to begin, of this process's own."""
+        part = self._part(self._begun)
+        return part is not None and (part.rows > 0 or not self._endless)
 
     def begin(self) -> Part:
         """Return the part that is begun now: `fit` says so before it asks for its pieces."""
@@ -258,15 +267,18 @@ class Feed:
 
 
 def _divided(
-    steps: Iterable[tuple[Step | None, Batch]], recipe: Recipe | None, replicas: int
+    steps: Iterable[tuple[Step | None, Batch]], devices: Devices, recipe: Recipe | None
 ) -> Iterator[Part]:
     """Yield the parts of each step, each divided among the replicas. None: whole ones."""
     for step, batch in steps:
         rows = len(batch.images)
-        slices = [slice(0, rows)] if recipe is None else [*parts(recipe, rows)] or [slice(0, 0)]
+        slices = [slice(0, rows)]
+        if recipe is not None:  # as many in each process as in the one with the most rows
+            most = len(list(parts(recipe, -(-batch.total // devices.processes))))
+            slices = [*parts(recipe, rows), *[slice(rows, rows)] * most][:most]
         for rows_of in slices:
             arrays = (batch.images[rows_of], batch.targets[rows_of], batch.labels[rows_of])
-            divided = (np.array_split(each, replicas) for each in arrays)
+            divided = (np.array_split(each, devices.replicas) for each in arrays)
             pieces = [_piece(batch.total, *each) for each in zip(*divided, strict=True)]
             yield Part(step, rows_of is slices[-1], batch.total, len(arrays[0]), pieces)
 
@@ -280,14 +292,27 @@ def _piece(total: int, images: Array, targets: Array, labels: Array) -> Any:
     return images, {"targets": targets, "labels": labels}, weights
 
 
+def _blank(part: Part) -> Part:
+    """Return a part like this one, without images."""
+    pieces = keras.tree.map_structure(np.zeros_like, part.pieces)
+    return part._replace(rows=0, pieces=pieces)
+
+
 class Told(keras.callbacks.Callback):
-    """Tells of each part before and after its call, in training and in evaluation."""
+    """Tells of each part before and after its call, in training and in evaluation.
+
+    are_left: whether there are parts of any process, as this one has some or not.
+    """
 
     def __init__(
-        self, feed: Feed, before: Callable[[Part], None], after: Callable[[Part], None]
+        self,
+        feed: Feed,
+        before: Callable[[Part], None],
+        after: Callable[[Part], None],
+        are_left: Callable[[bool], bool] = bool,
     ) -> None:
         super().__init__()
-        self._feed, self._before, self._after = feed, before, after
+        self._feed, self._before, self._after, self._are_left = feed, before, after, are_left
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Begin a part."""
@@ -297,6 +322,7 @@ class Told(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """End a part; after the last one, let Keras know, which would warn that there is none."""
         self._after(self._part)
-        self.model.stop_training = self.model.stop_evaluating = not self._feed.has_any()
+        ends = not self._are_left(self._feed.has_any())
+        self.model.stop_training = self.model.stop_evaluating = ends
 
     on_test_batch_begin, on_test_batch_end = on_train_batch_begin, on_train_batch_end

@@ -157,6 +157,7 @@ class KerasEngine(Engine):
         self.model, self.recipe = model, recipe
         self.described = {
             "precision": precision, "devices": self.devices.names, "jit_compile": jit_compile,
+            "backend": self.devices.version,
         }  # fmt: skip
         layers = [layer for _, layer in first_occurrences(model)]
         self._heads: Any = [each for each in layers if isinstance(each, DynamicHeads2D)]
@@ -189,7 +190,7 @@ class KerasEngine(Engine):
                 self._part_sums = []
                 after(part.step)
 
-        with Feed(steps, self.recipe, self.devices.replicas) as feed:
+        with Feed(steps, self.devices, self.recipe) as feed:
             if feed.has_any():
                 told = Told(feed, self._begin, ended)
                 data = self.devices.dataset(feed)
@@ -223,9 +224,9 @@ class KerasEngine(Engine):
             found.append((self.devices.of_replicas(self.fitted.sums), part))
 
         steps = ((None, batch) for batch in batches)
-        with self._averaged(), Feed(steps, None, self.devices.replicas) as feed:
+        with self._averaged(), Feed(steps, self.devices) as feed:
             if feed.has_any():
-                told = Told(feed, lambda part: None, ended)
+                told = Told(feed, lambda part: None, ended, self.devices.any)
                 self.fitted.evaluate(self.devices.dataset(feed), verbose=0, callbacks=[told])
         return reduce(Sums.plus, (_added(*part) for part in found), Sums())
 

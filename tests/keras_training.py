@@ -32,7 +32,7 @@ from doconv_core.training.loss import targets
 from doconv_core.training.optimizer import trained
 
 CLASSES, SHAPE = 7, (2, 7, 6)
-ROWS = (6, 6, 5, 1)  # of each step's batch: the last ones are not to be divided evenly
+ROWS = (6, 5, 3, 1)  # of each step's batch: the last ones are not to be divided evenly
 RATES = (0.02, 0.01, 0.04, 0.002)
 # As the weights are, in each step a half of them is dropped; all that is added to the loss.
 LOSSES = {"orthonormality": 0.1, "lasso": 0.05}
@@ -117,7 +117,8 @@ def results(scope=nullcontext, devices=None):
     engine = engine_of(net, given, model, devices=devices)
     part = {"process": engine.process, "processes": engine.processes}
     taken = [engine.total(sums) for sums in train(engine, **part)]
-    evaluated = engine.total(engine.evaluate([batch(5, 9, **part), batch(1, 8, **part)]))
+    batches = (batch(rows, rows, **part) for rows in (5, 1))
+    evaluated = engine.total(engine.evaluate(each for each in batches if len(each.images)))
     states = {"averaged": engine.export_state()}
     engine.close()
     states["weights"] = doconv_tf.export_state(model)

@@ -90,6 +90,8 @@ def test_the_rows_of_processes_are_the_whole_batch(processes, training):
     parts = [
         drawn(WHOLE, training, seed=3, process=n, processes=processes) for n in range(processes)
     ]
+    if training:  # where each process has each step
+        assert {len(part) for part in parts} == {len(whole)}
     for number, batch in enumerate(whole):
         rows = [part[number] for part in parts if number < len(part)]
         for name in ("images", "targets", "labels"):

@@ -89,9 +89,10 @@ def batches(
 
     training: shuffled, augmented, smoothed and mixed; else in order, each image once. start: how
     many of the epoch's steps are left out. process, processes: this one gets its part of each
-    batch, as even as can be. layout: of the images. workers: processes that read and prepare,
-    started for this epoch and ended with it; 0 for threads of this one. An image that cannot be
-    read is named in a warning, and the next one takes its place. Raises BrokenImages where there
+    batch, as even as can be; of a short one it may be no row in training, and no batch else.
+    layout: of the images. workers: processes that read and prepare, started for this epoch and
+    ended with it; 0 for threads of this one. An image that cannot be read is named in a warning,
+    and the next one takes its place. Raises BrokenImages where there
     are more than the source's `max_broken`; DataError where images of a batch differ in size or
     channels, or in channels from what the recipe normalizes; ValueError for other arguments that
     can't be; ImportError without grain.
@@ -152,7 +153,8 @@ def _drawn(made: _Maker, steps: range, workers: int) -> Generator[Batch, None, N
             images, wanted, labels = arrays
             batch = Batch(images, wanted, labels, int(found["total"]))
             del found, arrays
-            if len(labels):  # or this process has no part in a last short batch
+            # Of a last short batch this process may have no part. In training it takes the step.
+            if len(labels) or made.shuffled:
                 yield batch
     finally:
         iterator.close()
@@ -213,6 +215,7 @@ class _Maker:
         total = min(self.batch_size, len(self.source) - first)
         own = np.array_split(np.arange(total), self.processes)[self.process]
         broken: dict[str, str] = {}
+        rows, own = len(own), own if len(own) else np.arange(1)  # of none: one tells the shape
         images, labels = self._images(first + own, broken)
         wanted = targets(labels, self.classes, self.smoothing)
         if self.mixup:
@@ -224,7 +227,8 @@ class _Maker:
             images = mixed(images, other, share)
             wanted = mixed(wanted, targets(other_labels, self.classes, self.smoothing), share)
         return {
-            "images": images, "targets": wanted, "labels": labels, "total": total,
+            "images": images[:rows], "targets": wanted[:rows], "labels": labels[:rows],
+            "total": total,
             "names": list(broken), "errors": list(broken.values()),
         }  # fmt: skip
 
