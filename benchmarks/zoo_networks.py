@@ -117,7 +117,7 @@ PYTORCHCV = (
     Network("fractalnet_cifar10", (3, 32, 32), failure=_DROPPED),
     Network("resnet20_cifar10", (3, 32, 32), quick=True),
     # segmentation
-    Network("deeplabv3_resnetd50b_voc", (3, 64, 64), {"in_size": (64, 64)}, quick=True),
+    Network("deeplabv3_resnetd50b_voc", (3, 64, 64), {"in_size": (64, 64)}),
     *(_segmentation(64, n) for n in ("fcn8sd_resnetd50b_voc", "danet_resnetd50b_cityscapes")),
     *(_segmentation(96, n) for n in ("pspnet_resnetd50b_voc", "icnet_resnetd50b_cityscapes")),
     *(_segmentation(128, n) for n in ("fastscnn_cityscapes", "bisenet_resnet18_celebamaskhq")),
@@ -171,7 +171,7 @@ KERAS = (
     *_keras(64, "MobileNetV3Large ConvNeXtTiny", **_PIXELS),
     # At 64 their last batch norms see so few points that they amplify every rounding.
     *_keras(128, "EfficientNetB0 EfficientNetB1 EfficientNetV2B0 EfficientNetV2S", **_PIXELS),
-    *_keras(64, "MobileNetV2", quick=True),
+    *_keras(64, "MobileNetV2"),
     *_keras(64, "MobileNetV3Small", quick=True, **_PIXELS),
     *_keras(75, "InceptionV3 InceptionResNetV2 Xception"),
     Network(

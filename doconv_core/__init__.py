@@ -81,6 +81,7 @@ from doconv_core.state.layers import (
     TransposedConvSpec,
 )
 from doconv_core.state.match import fit_state
+from doconv_core.training.recipe import Recipe, recipe, recipes
 
 __all__ = [
     "BSConvCost",
@@ -116,6 +117,7 @@ __all__ = [
     "NotFoldable",
     "PReLUSpec",
     "Pointwise",
+    "Recipe",
     "Report",
     "Selection",
     "State",
@@ -157,6 +159,8 @@ __all__ = [
     "pad_gradient",
     "read_state",
     "read_upstream",
+    "recipe",
+    "recipes",
     "require_framework",
     "to_canonical",
     "write_state",

@@ -26,6 +26,7 @@ from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: 
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_mx.realize import build, get_model  # noqa: E402
 from doconv_mx.state import export_state, load_state  # noqa: E402
+from doconv_mx.train import evaluate, train  # noqa: E402
 from doconv_mx.verify import verify  # noqa: E402
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "add_saliency_lasso",
     "build",
     "deploy",
+    "evaluate",
     "export_state",
     "fold",
     "get_model",
@@ -56,5 +58,6 @@ __all__ = [
     "over_parameterize",
     "set_progress",
     "to_bsconv",
+    "train",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 from mxnet import autograd, init
@@ -17,6 +18,9 @@ from doconv_core.models.separable import HOOKED
 from doconv_mx.ordinary import require_values
 from doconv_mx.private import forget_graph, is_hooked
 from doconv_mx.tree import check_model, is_replaced, walk
+
+# The lassos of the layers that the running `WithLasso` has called; None where none is running.
+_told: ContextVar[list[Any] | None] = ContextVar("told", default=None)
 
 
 class DynamicHeads2D(HybridBlock):
@@ -96,7 +100,11 @@ class DynamicHeads2D(HybridBlock):
     def _lasso(self, F: Any, saliency: Any) -> Any:
         """Return zeros, whose gradient is that of each image's lasso, whatever comes back to it."""
         each = F.sum(F.mean(saliency, axis=2), axis=1, keepdims=True)
-        return F.expand_dims(F.MakeLoss(each, grad_scale=self.lasso), axis=2) * 0
+        each = F.MakeLoss(each, grad_scale=self.lasso)
+        told = _told.get()
+        if told is not None:
+            told.append(F.BlockGrad(each) * self.lasso)
+        return F.expand_dims(each, axis=2) * 0
 
     def skips(self) -> bool:
         """Return whether to multiply only what is kept, as `skipping_pays`."""
@@ -207,6 +215,26 @@ class SkippingDGConv2D(DGConv2D):
     >>> skips(mx.nd.ones((1, 64, 14, 14))).shape
     (1, 64, 14, 14)
     """
+
+
+class WithLasso(HybridBlock):
+    """A model that also returns each image's lasso, `(B, 1)`, which else is in no number.
+
+    Hybridized as the model is, or both are not.
+    """
+
+    def __init__(self, model: HybridBlock) -> None:
+        super().__init__()
+        self.model = model
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        """Return the model's output, and the lassos of its layers, added up."""
+        token = _told.set([])
+        try:
+            y = self.model(x)
+            return y, F.add_n(*(_told.get() or ()))
+        finally:
+            _told.reset(token)
 
 
 class DGConvs(DynamicLayers):

@@ -8,7 +8,7 @@ from mxnet.gluon import Block, Parameter
 from mxnet.ndarray import NDArray
 
 from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
-from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted, marked
 from doconv_mx.kinds import LAYER_KINDS
 from doconv_mx.ordinary import channels_per_group, require_values
 from doconv_mx.parameter import native
@@ -55,6 +55,11 @@ def orthonormality_loss(
     for norm in norms[1:]:
         total = total + norm.as_in_context(total.context)
     return native(alpha * total)
+
+
+def has_orthonormal(model: Block) -> bool:
+    """Return whether a model has a weight that `orthonormality_loss` counts."""
+    return bool(marked((block for _, block in walk(model)), LAYER_KINDS, Conv))
 
 
 def mark_orthonormal(conv: Conv) -> Conv:

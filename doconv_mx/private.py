@@ -19,7 +19,7 @@ from mxnet.gluon import Block, HybridBlock, Parameter, ParameterDict, nn
 from mxnet.gluon.block import _BlockScope
 from mxnet.gluon.nn.basic_layers import _BatchNorm as BatchNorm
 from mxnet.gluon.nn.conv_layers import _Conv as Conv
-from mxnet.ndarray import NDArray
+from mxnet.ndarray import NDArray, waitall
 from mxnet.util import is_np_array
 
 # The bases of all batch norms, and of all convolutions, transposed ones too, have no other names.
@@ -226,6 +226,29 @@ def trainer_of(parameter: Parameter) -> weakref.ref[Any] | None:
 def is_dense(parameter: Parameter) -> bool:
     """Return whether a parameter's arrays are ordinary ones."""
     return bool(parameter._stype == "default")
+
+
+def as_updated(array: NDArray) -> None:
+    """Let a trainer take the gradient of an array for new, as one that was set to zero is."""
+    array._fresh_grad = True
+
+
+def begin_store(trainer: Any, store: Any) -> None:
+    """Give all processes the first one's weights, and wait until each of them has them.
+
+    A trainer does it on its first step, and waits for nothing: where one process is ahead, its
+    first gradient comes before another's weights.
+    """
+    trainer._init_kvstore()
+    trainer._init_params()
+    waitall()
+    store._barrier()
+
+
+def saved_names(block: Block) -> dict[str, Parameter]:
+    """Return the parameters as `save_parameters` writes them, by its names."""
+    found: dict[str, Parameter] = block._collect_params_with_prefix()
+    return found
 
 
 def options_of(parameter: Parameter) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
 
 
 def get_model(
-    name: str,
+    name: str | nodes.Network,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
@@ -49,9 +49,10 @@ def get_model(
 ) -> Network:
     """Return a network by name, on the CPU, with the weights that it starts to train from.
 
-    name: one of `list_models()`. num_classes: None for as many as the network was designed for.
-    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
-    None for the network's own. seed: of the weights, which are the same in every framework.
+    name: one of `list_models()`, or a description, which tells its own classes and channels.
+    num_classes: None for as many as the network was designed for. in_channels: None for the
+    network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`; None for the network's own.
+    seed: of the weights, which are the same in every framework.
     `collect_params().reset_ctx()` puts it elsewhere.
     options: the sizes that some families take, as `doconv_core.describe` does.
     Raises ValueError for a name, or a size, of which there is no network.

@@ -30,6 +30,7 @@ from doconv_tf.depthwise_conv import (  # noqa: E402
     DOSeparableConv1D,
     DOSeparableConv2D,
 )
+from doconv_tf.devices import cluster_scope  # noqa: E402
 from doconv_tf.dgc import (  # noqa: E402
     DGConv2D,
     ProgressCallback,
@@ -46,6 +47,7 @@ from doconv_tf.orthonormal import (  # noqa: E402
 )
 from doconv_tf.realize import build, get_model  # noqa: E402
 from doconv_tf.state import export_state, load_state  # noqa: E402
+from doconv_tf.train import evaluate, train  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
 
 __all__ = [
@@ -70,7 +72,9 @@ __all__ = [
     "add_orthonormality",
     "add_saliency_lasso",
     "build",
+    "cluster_scope",
     "deploy",
+    "evaluate",
     "export_state",
     "fold",
     "get_model",
@@ -81,5 +85,6 @@ __all__ = [
     "over_parameterize",
     "set_progress",
     "to_bsconv",
+    "train",
     "verify",
 ]

@@ -198,8 +198,7 @@ def strategy_scope(layer: keras.Layer) -> AbstractContextManager[Any]:
 
     Keras asks TensorFlow for the strategy of now alone, and variables of two do not mix.
     """
-    found = (getattr(variable.value, "_distribute_strategy", None) for variable in layer.weights)
-    strategy = next((each for each in found if each is not None), None)
+    strategy = strategy_of(layer.weights)
     scope: AbstractContextManager[Any] = nullcontext() if strategy is None else strategy.scope()
     return scope
 
@@ -244,3 +243,66 @@ def has_onednn() -> bool:
 
     found: bool = _pywrap_util_port.IsMklEnabled()
     return found
+
+
+class SummedFirst(keras.optimizers.Optimizer):
+    """An optimizer that is given the gradients of all replicas together before it does anything.
+
+    Keras clips gradients before it adds up those of the replicas, and has no public place between
+    that and the update of each variable.
+    """
+
+    def prepared(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        """Return the gradients to update by, of the sums over replicas, in a replica's context."""
+        return gradients
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[tuple[Any, Any]]:
+        pairs = super()._all_reduce_sum_gradients(grads_and_vars)
+        gradients, variables = map(list, zip(*pairs, strict=True))
+        return list(zip(self.prepared(gradients, variables), variables, strict=True))
+
+
+class BuiltModel(keras.Model):
+    """A model that is built, and that `fit` does not try to build.
+
+    In a strategy's scope it draws a batch for that, and takes the mean of what replicas get, which
+    is not there where they get different numbers of images.
+    """
+
+    def _maybe_symbolic_build(self, *args: Any, **options: Any) -> None:
+        pass
+
+
+def strategy_of(variables: list[Any]) -> Any:
+    """Return the distribution strategy in whose scope one of the variables was made; else None."""
+    found = (getattr(each.value, "_distribute_strategy", None) for each in variables)
+    return next((each for each in found if each is not None), None)
+
+
+def made_anew(variable: Any) -> Any:
+    """Give a variable a value of TensorFlow's own, made in the strategy of now; return the former.
+
+    A variable of Keras' holds one of TensorFlow's, which belongs to the strategy of when it was
+    made.
+    """
+    former = variable._value
+    variable._initialize(former.numpy())
+    return former
+
+
+def exchange(variable: Any, value: Any) -> Any:
+    """Let a variable hold this one of TensorFlow's, with the values of now; return the former."""
+    former = variable._value
+    value.assign(former.read_value())
+    variable._value = value
+    return former
+
+
+def output_layer(model: keras.Layer) -> Any:
+    """Return the layer that makes the only output of a model that is a graph; None of others."""
+    graph = graph_of(model)
+    outputs = [] if graph is None else keras.tree.flatten(graph.outputs)
+    if len(outputs) != 1 or not has_maker(outputs[0]):
+        return None
+    last = maker_of(outputs[0]).operation
+    return output_layer(last) or last

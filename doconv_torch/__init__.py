@@ -22,6 +22,7 @@ from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noq
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_torch.realize import build, get_model  # noqa: E402
 from doconv_torch.state import export_state, load_state  # noqa: E402
+from doconv_torch.train import evaluate, train  # noqa: E402
 from doconv_torch.verify import verify  # noqa: E402
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "build",
     "composed_once",
     "deploy",
+    "evaluate",
     "export_state",
     "fold",
     "get_model",
@@ -52,5 +54,6 @@ __all__ = [
     "saliency_lasso",
     "set_progress",
     "to_bsconv",
+    "train",
     "verify",
 ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
-from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted
+from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted, marked
 from doconv_core.models.received import no_model
 from doconv_torch.kinds import LAYER_KINDS
 
@@ -47,6 +47,11 @@ def orthonormality_loss(model: nn.Module, alpha: float = ALPHA) -> Tensor:
     return alpha * total
 
 
+def has_orthonormal(model: nn.Module) -> bool:
+    """Return whether a model has a weight that `orthonormality_loss` counts."""
+    return bool(marked(model.modules(), LAYER_KINDS, _ConvNd))
+
+
 def mark_orthonormal(conv: Conv) -> Conv:
     """Let `orthonormality_loss` count this convolution's weight; return the convolution.
 
@@ -70,7 +75,8 @@ def mark_orthonormal(conv: Conv) -> Conv:
 
 def _norm(weight: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
-        w = weight.flatten(1)
+        given: Any = weight  # where fully_shard has divided it, each process needs the whole
+        w: Tensor = (given.full_tensor() if hasattr(weight, "full_tensor") else weight).flatten(1)
         check_rows(*w.shape)
         w = w.float() if w.dtype.itemsize < 4 else w
         excess = w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device)

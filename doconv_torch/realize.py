@@ -37,7 +37,7 @@ def build(network: nodes.Network, *, input_shape: tuple[int, int, int] | None = 
 
 
 def get_model(
-    name: str,
+    name: str | nodes.Network,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
@@ -47,9 +47,10 @@ def get_model(
 ) -> Network:
     """Return a network by name, in training mode, with the weights that it starts to train from.
 
-    name: one of `list_models()`. num_classes: None for as many as the network was designed for.
-    in_channels: None for the network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`;
-    None for the network's own. seed: of the weights, which are the same in every framework.
+    name: one of `list_models()`, or a description, which tells its own classes and channels.
+    num_classes: None for as many as the network was designed for. in_channels: None for the
+    network's own (3, or 1 for the tutorials). input_shape: `(C, H, W)`; None for the network's own.
+    seed: of the weights, which are the same in every framework.
     options: the sizes that some families take, as `doconv_core.describe` does.
     Raises ValueError for a name, or a size, of which there is no network.
 

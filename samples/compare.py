@@ -1,8 +1,9 @@
 """Compare DO-Conv in every framework that is here: with the core, and so with each other.
 
 Runs the samples once and briefly, then gives one network, one canonical initial state and one
-sequence of batches to each framework and to the NumPy core in float64. Prints how far the
-frameworks' results lie from the core's, writes `report.html`, and fails if a tolerance is exceeded.
+sequence of batches to each framework and to the NumPy core in float64; then another to the trainers
+of each, by every recipe that has a name. Prints how far the frameworks' results lie from the
+core's, writes `report.html`, and fails if a tolerance is exceeded.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import needed  # noqa: F401  # first, as it says what to install
 # isort: split
 import compare_core
 import compare_files
+import compare_recipes
 import numpy as np
 from compare_files import ComparisonError, Recorded
 from compare_problem import ONE_PASS, TRAINED, Answer, Problem, make_problem
 from compare_report import write_report
 from tqdm import tqdm
 
-from doconv_core import available_backends, difference
+from doconv_core import available_backends, difference, recipes
 
 HERE = Path(__file__).parent
 
@@ -94,14 +96,17 @@ def run(options: argparse.Namespace, problem: Problem, recorded: list[Recorded])
     samples = run_samples(here, options.out / "brief") if options.samples else {}
     core = compare_core.run(problem, steps("NumPy core", problem))
     given = len(recorded)
+    titles = {
+        name: f"{f.title} {importlib.metadata.version(f.package)}" for name, f in here.items()
+    }
     for name, framework in here.items():
         module = importlib.import_module(framework.module)
         answer = module.run(problem, steps(framework.title, problem))
-        version = importlib.metadata.version(framework.package)
-        recorded.append(Recorded(name, f"{framework.title} {version}", answer))
+        recorded.append(Recorded(name, titles[name], answer))
     itself = difference(core.folded_output, core.output)
     rows = [Row("NumPy core, float64", "folded output", *itself, ONE_PASS)]
     rows += [row for record in recorded for row in compare(record, core)]
+    rows += by_recipe(titles)
     print("\n" + table(rows) + "\n")
     report = options.out / "report.html"
     write_report(report, rows, core, recorded, samples)
@@ -157,16 +162,31 @@ def compare(record: Recorded, core: Answer) -> list[Row]:
     answer, title = record.answer, record.title
     slopes = {"input": answer.input_gradient, **answer.gradients}
     expected = {"input": core.input_gradient, **core.gradients}
-    curve = np.abs(answer.losses - core.losses)
     return [
         Row(title, "output", *difference(answer.output, core.output), ONE_PASS),
         worst(title, "gradient", slopes, expected, ONE_PASS),
         Row(title, "folded output", *difference(answer.folded_output, core.output), ONE_PASS),
-        Row(
-            title, "loss, step by step", curve.max(), (curve / np.abs(core.losses)).max(), TRAINED
-        ),
+        of_losses(title, "loss, step by step", answer.losses, core.losses),
         worst(title, "folded after training", answer.folded, core.folded, TRAINED),
     ]  # fmt: skip
+
+
+def by_recipe(titles: Mapping[str, str]) -> list[Row]:
+    """Return how far the losses of each framework's trainer lie from the core's, by each recipe."""
+    rows = []
+    for name in tqdm(recipes() if titles else (), desc="By recipe ", unit="recipe", disable=None):
+        problem = compare_recipes.make_problem(name)
+        core = compare_recipes.core(problem)
+        for backend, title in titles.items():
+            losses, _ = compare_recipes.framework(backend, problem)
+            rows.append(of_losses(title, f"loss by {name}", losses, core.losses))
+    return sorted(rows, key=lambda row: list(titles.values()).index(row.framework))
+
+
+def of_losses(title: str, result: str, found: np.ndarray, expected: np.ndarray) -> Row:
+    """Return the row of the step whose loss lies the farthest from the core's."""
+    curve = np.abs(found - expected)
+    return Row(title, result, curve.max(), (curve / np.abs(expected)).max(), TRAINED)
 
 
 def worst(

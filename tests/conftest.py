@@ -13,6 +13,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="also run the long tail: other Keras backends, import orders, sweeps, memory",
     )
+    parser.addoption("--every", type=int, default=1, help="run every N-th of the tests alone")
 
 
 def pytest_configure(config):
@@ -26,6 +27,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out the long tail unless it is asked for; it is deselected, so that none is skipped."""
+    items[:] = items[:: config.getoption("--every")]
     if config.getoption("--exhaustive"):
         return
     tail = [item for item in items if item.get_closest_marker("exhaustive")]

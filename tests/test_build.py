@@ -191,6 +191,15 @@ def test_a_model_by_name_starts_from_its_seed(adapter, named):
     )
 
 
+def test_a_model_of_a_description_starts_from_its_seed(adapter):
+    network, get_model = NETWORKS["vectors1.0"], adapter.package.get_model
+    arrays = adapter.package.export_state(get_model(network, seed=3)).arrays
+    for name, array in initialize(network, 3).arrays.items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    with pytest.raises(TypeError, match="has its own num_classes; received num_classes=7"):
+        get_model(network, num_classes=7)
+
+
 def test_a_model_by_name_has_the_sizes_of_its_options(adapter):
     sizes = {"num_classes": 3, "stages": (2, 1), "growth": (4, 8), "heads": 2}
     model = adapter.package.get_model("cifar_dydensenet86", input_shape=(3, 8, 8), **sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import compare
 import compare_core
@@ -13,6 +14,8 @@ from compare_files import ComparisonError, Recorded
 from compare_problem import answer_shapes, make_problem
 from compare_report import draw_losses, write_report
 from safetensors.numpy import save_file
+
+from doconv_core import recipes
 
 STEPS = 3
 
@@ -55,6 +58,26 @@ def test_a_wrong_entry_is_found_and_named(core, value):
     losses[1] *= 1.01
     rows = compare.compare(recorded(core, losses=losses), core)
     assert [row.result for row in rows if not row.passed] == ["loss, step by step"]
+
+
+def test_each_recipe_is_a_row_of_each_framework(monkeypatch):
+    seen = []
+
+    def framework(backend, problem):
+        seen.append((backend, problem.recipe.name, len(problem.steps)))
+        wrong = (backend, problem.recipe.name) == ("mx", "digits")
+        return core_of(problem).losses * (1.01 if wrong else 1), None
+
+    core_of = compare.compare_recipes.core
+    few = partial(compare.compare_recipes.make_problem, steps=2)
+    monkeypatch.setattr(compare.compare_recipes, "make_problem", few)
+    monkeypatch.setattr(compare.compare_recipes, "framework", framework)
+    rows = compare.by_recipe({"mx": "MXNet 1", "tf": "Keras 3"})
+    assert sorted(seen) == sorted((b, name, 2) for b in ("mx", "tf") for name in recipes())
+    expected = [(t, f"loss by {name}") for t in ("MXNet 1", "Keras 3") for name in recipes()]
+    assert [(row.framework, row.result) for row in rows] == expected
+    failed = [(row.framework, row.result) for row in rows if not row.passed]
+    assert failed == [("MXNet 1", "loss by digits")]
 
 
 def test_report_is_one_file_with_tables_and_plots(core, tmp_path):

@@ -34,12 +34,12 @@ def bsconv(kind, **options):
         (recipe("bsconvu", with_bn=True), {"pointwise": Conv(8), "batch_norm": BatchNorm()}),
         (
             recipe("bsconvs", p=0.5, min_mid_channels=1),
-            {"pointwise1": Conv(3), "pointwise2": Conv(8)},
+            {"pointwise1": Conv(3, orthonormal=True), "pointwise2": Conv(8)},
         ),
         (
             recipe("bsconvs", with_bn=True),
             {
-                "pointwise1": Conv(4),
+                "pointwise1": Conv(4, orthonormal=True),
                 "batch_norm1": BatchNorm(),
                 "pointwise2": Conv(8),
                 "batch_norm2": BatchNorm(),

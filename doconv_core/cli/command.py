@@ -41,6 +41,7 @@ BAD_FILE: Final = 3
 IMPOSSIBLE: Final = 4
 TARGET: Final = 5
 MISSING: Final = 6
+DIVERGED: Final = 7
 CRASH: Final = 70  # as sysexits.h has it: an error of the software itself
 INTERRUPTED: Final = 128 + 2
 PIPE: Final = 128 + 13
@@ -290,7 +291,9 @@ def number(value: int | None) -> str:
 
 
 # Each lives in the module of its name, which is imported when it is asked for.
-SUBCOMMANDS = ("inspect", "fold", "convert", "cost", "verify")
+SUBCOMMANDS = (
+    "inspect", "fold", "convert", "cost", "verify", "recipes", "train", "evaluate", "study",
+)  # fmt: skip
 
 
 class Doconv(click.Group):

@@ -144,7 +144,7 @@ def convert(
         images = Images(flattened, ignored="flattening" in ignore)
         if like is None:
             framework, write = _target(target, name)
-            found = _flattenings(contents, contents, [(x, x) for x in layers], framework, images)
+            found = flattenings(contents, contents, [(x, x) for x in layers], framework, images)
             conversion = Conversion(contents, folded, found, keras=False)
             plan = conversion.by_names(framework, layers, keep, drop)
             required = required_of_target(contents, layers)
@@ -153,7 +153,7 @@ def convert(
             check_form(target, template.checkpoint.module)
             paired = _paired(contents, _unsettled(layers, drop), template, match)
             framework = template.framework
-            found = _flattenings(contents, template, paired.both, framework, images)
+            found = flattenings(contents, template, paired.both, framework, images)
             conversion = Conversion(contents, folded, found, keras=framework == KERAS)
             plan = conversion.like(template, paired)
             ignored = "geometry" in ignore
@@ -237,9 +237,14 @@ def _unsettled(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
 
 
 def _paired(contents: Contents, layers: Sequence[Layer], template: Contents, match: str) -> Paired:
-    there = template.copy_of_model(None)
     if match == "name":
-        return pair_by_name(layers, there)
+        return pair_by_name(layers, template.copy_of_model(None))
+    return paired_by_order(contents, layers, template)
+
+
+def paired_by_order(contents: Contents, layers: Sequence[Layer], template: Contents) -> Paired:
+    """Return the layers of two files paired by order; Failure, with both, where they differ."""
+    there = template.copy_of_model(None)
     paired = pair_by_order(contents, layers, template, there)
     if paired.different is not None:
         number, text = paired.different
@@ -251,7 +256,7 @@ def _paired(contents: Contents, layers: Sequence[Layer], template: Contents, mat
     return paired
 
 
-def _flattenings(
+def flattenings(
     contents: Contents,
     template: Contents,
     pairs: Sequence[tuple[Layer, Layer]],

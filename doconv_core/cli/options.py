@@ -97,6 +97,21 @@ def _image(text: str) -> tuple[int, ...] | None:
     return None if size is None or len(size) == 1 else size
 
 
+class ChangeType(click.ParamType):  # type: ignore[type-arg]  # of newer versions
+    """The type of an option such as `--set epochs=20`: a field and what it is to be."""
+
+    name = "change"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return both texts."""
+        field, equals, text = value.partition("=")
+        if not equals:
+            self.fail(f"{value!r} changes nothing; write it as epochs=20.", param, ctx)
+        return field.strip(), text
+
+
 places_type = PatternType(
     _place,
     "gives no output size; write it as 'GLOB=56x56', or as 'GLOB=/4' for a quarter of the input's.",
@@ -116,6 +131,10 @@ kernel_size_option = click.option(
     type=PatternType(parse_size, "gives no size; write it as 'GLOB=3x3', or 3x3 for all layers."),
     help="Kernel size of the layers that GLOB matches, such as 'layer1.*=3x3', where the file "
     "does not tell it. May be repeated; the first that matches counts.",
+)  # fmt: skip
+set_option = click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", type=ChangeType(),
+    help="Another value for a field of the recipe. May be repeated.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 force_option = click.option("--force", is_flag=True, help="Replace OUT where it exists.")

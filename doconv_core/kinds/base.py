@@ -48,12 +48,14 @@ class Recipe:
 class PartConv(NamedTuple):
     """An ordinary convolution that a layer is made of. depthwise: the one with the layer's taps.
 
-    Any other is pointwise, without bias.
+    Any other is pointwise, without bias. orthonormal: whether training is to keep its weight's rows
+    orthonormal.
     """
 
     name: str
     channels: int
     depthwise: bool = False
+    orthonormal: bool = False
 
 
 class PartNorm(NamedTuple):

@@ -155,7 +155,7 @@ class BSConvSpec:
         numbers = ("",) if self.variant == "u" else ("1", "2")
         found: list[PartConv | PartNorm] = []
         for number, (channels, _) in zip(numbers, self.pointwise_shapes, strict=True):
-            found.append(PartConv(f"pointwise{number}", channels))
+            found.append(PartConv(f"pointwise{number}", channels, orthonormal=number == "1"))
             if self.with_bn:
                 found.append(PartNorm(f"batch_norm{number}"))
         return (*found, PartConv("depthwise", self.out_channels, depthwise=True))

@@ -14,8 +14,19 @@ def counted(
 ) -> list[Any]:
     """Return the layers whose weights count, each once; ValueError where there is none.
 
+    types: as `none_counted` takes them; the rest as `marked` does.
+    """
+    found = marked(layers, layer_kinds, convolution)
+    if not found:
+        raise none_counted(model, types)
+    return found
+
+
+def marked(layers: Iterable[Any], layer_kinds: LayerKinds, convolution: type) -> list[Any]:
+    """Return the layers whose weights count, each once; there may be none.
+
     These are parts of kinds' layers, and convolutions with the mark. layers: all of the model's.
-    convolution: what the framework's all are. types: as `none_counted` takes them.
+    convolution: what the framework's all are.
     """
     found: dict[int, Any] = {}
     for layer in layers:
@@ -23,8 +34,6 @@ def counted(
         if isinstance(layer, convolution) and getattr(layer, "orthonormal", False) is True:
             parts.append(layer)
         found |= {id(part): part for part in parts if part is not None}
-    if not found:
-        raise none_counted(model, types)
     return list(found.values())
 
 

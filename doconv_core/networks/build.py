@@ -37,7 +37,7 @@ def layer_type(
 def get_model(
     build: Callable[[Network], Model],
     load_state: Callable[[Model, State], None],
-    name: str,
+    name: str | Network,
     *,
     num_classes: int | None,
     in_channels: int | None,
@@ -45,8 +45,15 @@ def get_model(
     seed: int,
     options: Mapping[str, Any],
 ) -> Model:
-    """Return the network of this name. build, load_state: the framework's own."""
-    described = describe(name, num_classes=num_classes, in_channels=in_channels, **options)
+    """Return the network of this name, or described so. build, load_state: the framework's own."""
+    if isinstance(name, Network):
+        given = {"num_classes": num_classes, "in_channels": in_channels, **options}
+        for option, value in given.items():
+            if value is not None:
+                raise TypeError(f"a description has its own {option}; received {option}={value!r}.")
+        described = name
+    else:
+        described = describe(name, num_classes=num_classes, in_channels=in_channels, **options)
     network = for_input(described, input_shape)
     state = initialize(network, seed)
     model = build(network)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from doconv_core.maths.numeric import as_floats
 from doconv_core.networks.lowering import layers, lowered
-from doconv_core.networks.nodes import Arrays, Block, Network, Node, Pass
+from doconv_core.networks.nodes import Arrays, BatchNorm, Block, DynamicHeads, Network, Node, Pass
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.match import fit_state
 
@@ -28,6 +30,25 @@ class NetworkGradients(NamedTuple):
     x: Array
 
 
+class TrainingPass(NamedTuple):
+    """What a network makes of a batch in training.
+
+    output: as of `evaluate`. lasso: the sum over dynamic heads of their saliencies' lasso. running:
+    the running statistics after the batch, by entry of the state. back: from the loss's gradient in
+    the output to all of its gradients, which have those of the lasso by the nodes' own weight.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> network = describe("cifar_resnet20")
+    >>> training_pass(network, initialize(network), np.ones((2, 3, 32, 32))).lasso
+    0.0
+    """
+
+    output: Array
+    lasso: float
+    running: dict[str, Array]
+    back: Callable[[Array], NetworkGradients]
+
+
 def evaluate(network: Network, state: State, x: ArrayLike, *, training: bool = False) -> Array:
     """Return the network's output for `x`, `(B, C, H, W)`, in x's dtype: float32 or float64.
 
@@ -42,7 +63,7 @@ def evaluate(network: Network, state: State, x: ArrayLike, *, training: bool = F
     (2, 100)
     """
     x = _checked(x)
-    return _passed(network, state, x, training, keep=False)[0].output
+    return _passed(network, state, x, training, keep=False).output
 
 
 def gradients(
@@ -66,13 +87,25 @@ def gradients(
     array([0., 0., 0.])
     """
     x = _checked(x)
-    (output, back), found = _passed(network, state, x, training, keep=True)
-    dy = as_floats("output_gradient", output_gradient)
-    if dy.shape != output.shape:
-        raise ValueError(f"output_gradient must have shape {output.shape}; received {dy.shape}.")
-    dx = back(dy.astype(x.dtype))
-    named = ((path, *each) for path, arrays in found.items() for each in arrays.items())
-    return NetworkGradients({entry(path, name): array for path, name, array in named}, dx)
+    found = _passed(network, state, x, training, keep=True)
+    dy, shape = as_floats("output_gradient", output_gradient), found.output.shape
+    if dy.shape != shape:
+        raise ValueError(f"output_gradient must have shape {shape}; received {dy.shape}.")
+    return found.back(dy.astype(x.dtype))
+
+
+def training_pass(network: Network, state: State, x: ArrayLike) -> TrainingPass:
+    """Return what a network makes of a batch in training, with the way back.
+
+    The arguments, and the errors, are those of `evaluate`. The state is left as it is.
+
+    >>> from doconv_core.networks.initialize import initialize
+    >>> network = describe("cifar_resnet20")
+    >>> found = training_pass(network, initialize(network), np.ones((2, 3, 32, 32)))
+    >>> found.running["input_bn.running_mean"]
+    array([0.1, 0.1, 0.1])
+    """
+    return _passed(network, state, _checked(x), True, keep=True)
 
 
 def _checked(x: ArrayLike) -> Array:
@@ -86,14 +119,16 @@ def _checked(x: ArrayLike) -> Array:
 
 def _passed(
     network: Network, state: State, x: Array, training: bool, *, keep: bool
-) -> tuple[Pass, dict[str, Arrays]]:
-    """Return what the network makes of `x`, and where its `back` puts gradients of the arrays.
+) -> TrainingPass:
+    """Return what the network makes of `x`.
 
     keep: whether there is a way back, which holds on to every layer's input.
     """
     shape = x.shape[1:]
     fitted = fit_state(state, layers(network, shape), network=network.name, stacklevel=4)
     found: dict[str, Arrays] = {path: {} for path in fitted}
+    running: dict[str, Arrays] = {}
+    lassos = []
 
     def step(path: str, node: Node, x: Array) -> Pass:
         if isinstance(node, Block):
@@ -101,9 +136,24 @@ def _passed(
         else:
             arrays = {name: each.astype(x.dtype) for name, each in fitted.get(path, {}).items()}
             output, back = node.step(x, arrays, found.get(path, {}), training)
+            if training and isinstance(node, BatchNorm):
+                running[path] = node.running(x, arrays)
+            if training and isinstance(node, DynamicHeads):
+                lassos.append(float(node.passed(x, arrays).lasso))
         return Pass(output, back if keep else _no_way_back)
 
-    return step("", lowered(network, shape).body, x), found
+    output, way_back = step("", lowered(network, shape).body, x)
+
+    def back(dy: Array) -> NetworkGradients:
+        dx = way_back(dy)
+        return NetworkGradients(_by_entry(found), dx)
+
+    return TrainingPass(output, math.fsum(lassos), _by_entry(running), back)
+
+
+def _by_entry(arrays: dict[str, Arrays]) -> dict[str, Array]:
+    named = ((path, *each) for path, own in arrays.items() for each in own.items())
+    return {entry(path, name): array for path, name, array in named}
 
 
 def _no_way_back(dy: Array) -> Array:

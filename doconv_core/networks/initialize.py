@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
 from doconv_core.networks.lowering import layers
-from doconv_core.networks.nodes import FAN_OUT, Network
+from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Network, Residual
+from doconv_core.networks.shapes import infer
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.layers import LayerForm, LinearSpec, Shape
 
@@ -52,6 +54,37 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
         for name, array in _arrays(path, form, seed, network.start).items()
     }
     return State(forms, arrays)
+
+
+def with_zero_gammas(state: State, network: Network) -> State:
+    """Return a network's state in which each residual unit starts as its shortcut.
+
+    Gamma of the unit's last batch norm is zero. Raises ValueError for a network without such a
+    unit. Source: arXiv 1706.02677, section 5.1; GluonCV, for units that end in a convolution.
+
+    >>> from doconv_core.networks.initialize import initialize, with_zero_gammas
+    >>> network = describe("cifar_resnet20")
+    >>> with_zero_gammas(initialize(network), network).arrays["stage1.unit1.bn2.gamma"].max()
+    0.0
+    """
+    placed = infer(network)
+    last = {
+        unit: entry(path, "gamma")
+        for unit, each in placed.items()
+        if isinstance(each.node, Residual)
+        for path, child in placed.items()
+        if isinstance(child.node, BatchNorm) and child.node.affine and _in_body(unit, path)
+    }
+    if not last:
+        raise ValueError(f"{network.name} has no residual unit with a batch norm that scales.")
+    zeros = {name: np.zeros_like(state.arrays[name]) for name in last.values()}
+    return replace(state, arrays={**state.arrays, **zeros})
+
+
+def _in_body(unit: str, path: str) -> bool:
+    """Return whether a node is in a residual unit, but not in its shortcut."""
+    below = path.removeprefix(entry(unit, "")) if unit else path
+    return (below != path or not unit) and below.split(".")[0] != SHORTCUT
 
 
 def _arrays(path: str, form: LayerForm, seed: int, start: str) -> dict[str, Array]:

@@ -69,6 +69,8 @@ def parts(path: str, conv: Conv, before: Shape) -> Node:
     def node(part: PartConv | PartNorm) -> Node:
         if isinstance(part, PartNorm):
             return BatchNorm()
-        return replace(conv, groups=0, kind=ORDINARY) if part.depthwise else Conv(part.channels)
+        if part.depthwise:
+            return replace(conv, groups=0, kind=ORDINARY)
+        return Conv(part.channels, orthonormal=part.orthonormal)
 
     return sequence(*((part.name, node(part)) for part in found))

@@ -79,6 +79,16 @@ def known_name(name: object) -> str | None:
     return name
 
 
+def options_of(name: str) -> tuple[str, ...]:
+    """Return the options that `describe` takes of this network; ValueError as there.
+
+    >>> options_of("cifar_densenet86")
+    ('stages', 'growth', 'bottleneck', 'group_3x3')
+    """
+    describe(name)
+    return _parsed(name)[0].options
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that match, family by family.
 

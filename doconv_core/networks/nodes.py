@@ -17,7 +17,14 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 
 from doconv_core.kinds.base import Recipe, composed_by, recipe
-from doconv_core.kinds.dgc import GATE_FACTOR, HEADS, SQUEEZE_RATE, DGConvSpec, dynamic_heads
+from doconv_core.kinds.dgc import (
+    GATE_FACTOR,
+    HEADS,
+    SQUEEZE_RATE,
+    DGConvSpec,
+    HeadsPass,
+    dynamic_heads,
+)
 from doconv_core.maths.convolve import (
     convolve,
     convolve_gradient,
@@ -229,8 +236,7 @@ class DynamicHeads(Leaf):
 
     def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Let each head choose its channels and convolve them."""
-        how: Any = {"stride": self.stride, "padding": self.conv.pads}
-        found = dynamic_heads(x, arrays, self.spec(x.shape[1:]), **how)
+        found = self.passed(x, arrays)
 
         def back(dy: Array) -> Array:
             dx, own = found.back(dy, self.lasso)
@@ -238,6 +244,11 @@ class DynamicHeads(Leaf):
             return dx
 
         return Pass(found.output, back)
+
+    def passed(self, x: Array, arrays: Arrays) -> HeadsPass:
+        """Return what the heads make of `x`, and how salient channels are."""
+        how: Any = {"stride": self.stride, "padding": self.conv.pads}
+        return dynamic_heads(x, arrays, self.spec(x.shape[1:]), **how)
 
 
 @dataclass(frozen=True)
@@ -282,6 +293,16 @@ class BatchNorm(Leaf):
             return dx * factor
 
         return Pass(output, back)
+
+    def running(self, x: Array, arrays: Arrays) -> Arrays:
+        """Return the running statistics after a batch, as PyTorch has them: unbiased variance."""
+        axes, count = (0, *range(2, x.ndim)), x.size // x.shape[1]
+        unbiased = count / max(count - 1, 1)
+        new = {"running_mean": x.mean(axes), "running_var": x.var(axes) * unbiased}
+        return {
+            name: (1 - self.momentum) * arrays[name] + self.momentum * each
+            for name, each in new.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -630,13 +651,13 @@ def numbered(nodes: Iterable[Node]) -> Sequence:
     return Sequence(tuple((str(n), node) for n, node in enumerate(nodes, 1)))
 
 
-def replaced(node: Any, change: Callable[[Conv], Node]) -> Any:
-    """Return the node with every convolution in it exchanged for what `change` returns of it."""
-    if isinstance(node, Conv):
+def replaced(node: Any, change: Callable[[Any], Node], of: type[Leaf] = Conv) -> Any:
+    """Return the node with every leaf `of` a type exchanged for what `change` returns of it."""
+    if isinstance(node, of):
         return change(node)
     if isinstance(node, Sequence):
-        children = ((name, replaced(child, change)) for name, child in node.children)
+        children = ((name, replaced(child, change, of)) for name, child in node.children)
         return type(node)(tuple(children))
     if isinstance(node, Leaf):
         return node
-    return type(node)(*(replaced(getattr(node, each.name), change) for each in fields(node)))
+    return type(node)(*(replaced(getattr(node, each.name), change, of) for each in fields(node)))

@@ -7,7 +7,7 @@ of a step, its learning rate, and how far the training has come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +78,12 @@ class Verified(NamedTuple):
 class Engine(ABC):
     """A model in a framework, with its optimizer, as a session trains it.
 
-    framework: as in "torch"; version: the framework's. layout: of the images that it takes, "NCHW"
-    or "NHWC". process, processes: which of how many this is; the first writes the files.
-    model: the framework's own. Every process calls every method.
+    framework: the backend's name, as in "torch"; version: the framework's. layout: of the images
+    that it takes, "NCHW" or "NHWC". process, processes: which of how many this is; the first writes
+    the files.
+    model: the framework's own. described: what `run.json` says of it besides, such as its precision
+    and devices. Every process calls every method, but for `folded_state` and `write_folded`. Of a
+    disk that takes no more, what writes raises OSError.
     """
 
     framework: str
@@ -89,6 +92,7 @@ class Engine(ABC):
     process: int = 0
     processes: int = 1
     model: Any
+    described: Mapping[str, Any] = {}
 
     def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
         """Train on each step's batch in turn, and call `after` when it is done.
@@ -99,6 +103,9 @@ class Engine(ABC):
         for step, batch in steps:
             self.train_step(step, batch)
             after(step)
+
+    def close(self) -> None:
+        """Give the model back to whoever has made the engine; there may be nothing to do."""
 
     @abstractmethod
     def train_step(self, step: Step, batch: Batch) -> None:
@@ -130,6 +137,10 @@ class Engine(ABC):
     @abstractmethod
     def export_state(self) -> State:
         """Return the model's canonical state, of the averaged weights if the recipe averages."""
+
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Take up a canonical state's weights before the first step; averages begin with them."""
 
     @abstractmethod
     def fold(self) -> Converted[Any]:

@@ -1,0 +1,78 @@
+"""What a network starts from that is given by a file: of any format, as a state of the network."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from doconv_core.cli.command import opened
+from doconv_core.cli.contents import Contents
+from doconv_core.cli.convert import flattenings, paired_by_order
+from doconv_core.cli.flattening import Images
+from doconv_core.cli.pairing import Paired, compare_metadata, pair_by_name
+from doconv_core.cli.plan import Conversion
+from doconv_core.files.checkpoint import check_heads
+from doconv_core.files.entries import STATE
+from doconv_core.state.file import State, write_state
+from doconv_core.training import run as runs
+
+
+class Initial(NamedTuple):
+    """state: of the network. kept: the layer of other classes that the file had no arrays for."""
+
+    state: State
+    kept: str | None
+
+
+def state_from(file: Path, fresh: State) -> Initial:
+    """Return the state of a network with the arrays of a file, which may be one of an ordinary one.
+
+    fresh: the network's, as initialised. Its last layer stays so where the file's is one of other
+    classes. A folder of a run stands for its last checkpoint. Raises what reading and converting
+    the file does.
+    """
+    source = checkpoint_of(file)
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        like = Path(folder) / "network.safetensors"
+        write_state(fresh, like)
+        contents = Contents(stack.enter_context(opened(source, ())))
+        template = Contents(stack.enter_context(opened(like, ())))
+        template.path = Path(fresh.origin.get("network", "the network"))  # in messages
+        layers = contents.copy_of_model(None)
+        check_heads(source, layers)
+        contents.check_plain(layers, ())
+        paired = pair_by_name(layers, template.copy_of_model(None))
+        if paired.first or paired.second:
+            paired = paired_by_order(contents, layers, template)
+        paired, kept = _without_classifier(paired)
+        found = flattenings(contents, template, paired.both, STATE, Images(()))
+        fold = not any(layer.over_parameterized for layer in template.layers)
+        conversion = Conversion(contents, fold, found, keras=False)
+        plan = conversion.like(template, paired)
+        compare_metadata(contents, template, paired.both, False)
+        arrays = {e.name: e.values().astype(fresh.arrays[e.name].dtype) for e in plan}
+        return Initial(State(fresh.layers, {**fresh.arrays, **arrays}, fresh.origin), kept)
+
+
+def checkpoint_of(file: Path, best: bool = False) -> Path:
+    """Return a file, or of a run's folder the state in its last checkpoint, or in its best."""
+    if not (file / runs.DESCRIBED).is_file():
+        return file
+    run = runs.open_run(file)
+    folder = run.best if best else run.last
+    run.position()  # which refuses a run without checkpoints
+    assert folder is not None
+    return folder / runs.STATE
+
+
+def _without_classifier(paired: Paired) -> tuple[Paired, str | None]:
+    """Leave out the last pair of layers where they differ in nothing but their classes."""
+    *others, (layer, other) = paired.both
+    theirs, ours = layer.kernel_shape, other.kernel_shape
+    if theirs is None or ours is None or layer.kind != other.kind:
+        return paired, None
+    if theirs[0] == ours[0] or theirs[1:] != ours[1:]:
+        return paired, None
+    return paired._replace(both=others), other.path

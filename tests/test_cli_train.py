@@ -1,0 +1,158 @@
+"""`doconv train` and `doconv evaluate`: what they print, leave, take up and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from command_line import BAD_FILE, IMPOSSIBLE, TARGET, USAGE, doconv
+from contract_train import TRAINED
+from equal import assert_same
+from frameworks import need
+
+from doconv_core import read_state
+from doconv_core.cli.command import DIVERGED, INTERRUPTED
+from doconv_core.training import session
+from doconv_core.training.run import begin, open_run
+
+NETWORK = "tutorial_pt_doconv"
+SMALL = ("--set", "epochs=2", "--set", "batch_size=400")
+
+
+@pytest.fixture(params=TRAINED)
+def backend(request):
+    need(request.param)
+    return request.param
+
+
+def train(out, *arguments, network=NETWORK, backend="torch", **expected):
+    return doconv("train", network, "--backend", backend, "--out", out, *SMALL, *arguments,
+                  **expected)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of PyTorch on the digits."""
+    need("torch")
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(folder)
+    return folder
+
+
+def arrays(file):
+    return dict(read_state(file).arrays)
+
+
+def test_a_network_is_trained_resumed_and_evaluated(backend, tmp_path):
+    run = tmp_path / "run"
+    lines = train(run, "--seed", 1, backend=backend).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert "trained" in lines[2]
+    assert lines[3].startswith(f"{run}: folded.")
+    assert all((run / name).exists() for name in lines[3].split(": ")[1].split(", "))
+
+    before = arrays(run / "folded.safetensors")
+    (run / "folded.safetensors").unlink()
+    assert doconv("train", "--resume", "--out", run).stdout.splitlines() == lines[2:]
+    assert_same(arrays(run / "folded.safetensors"), before)
+
+    told = json.loads(doconv("evaluate", run, "--json").stdout)
+    assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
+    assert (told["images"], told["network"], told["data"]) == (360, NETWORK, "digits")
+    for other in TRAINED:
+        found = doconv("evaluate", run / "folded.safetensors", "--backend", other, "--json")
+        assert json.loads(found.stdout)["top1"] == pytest.approx(told["top1"], abs=1 / 360)
+    line = doconv("evaluate", run, "--best").stdout
+    assert f"{NETWORK} on digits, 360 images: top-1 " in line
+    assert line.endswith(" images per second\n")
+
+
+def test_a_run_starts_from_any_file_of_the_network(trained, tmp_path):
+    """From a run, a folded file of another format, and of an ordinary network by order."""
+    last = arrays(open_run(trained).last / "state.safetensors")
+    params, pt = tmp_path / "folded.params", tmp_path / "folded.pt"
+    doconv("convert", trained / "folded.safetensors", params)
+    doconv("convert", trained / "folded.safetensors", pt)
+    kernels = arrays(trained / "folded.safetensors")
+    for number, (file, network) in enumerate(
+        [(trained, NETWORK), (params, NETWORK), (pt, NETWORK), (params, "tutorial_pt"),
+         (trained / "folded.pt", "tutorial_pt")]
+    ):  # fmt: skip
+        run = tmp_path / f"run{number}"
+        train(run, "--from", file, "--set", "learning_rate=1e-20", network=network)
+        found = arrays(open_run(run).last / "state.safetensors")
+        assert_same(arrays(run / "folded.safetensors"), kernels)
+        if file == trained:
+            assert_same(found, last)
+
+
+def test_other_classes_begin_with_a_last_layer_of_their_own(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(30, 28, 28, 1), dtype=np.uint8), np.arange(30) % 3
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    data = ("--data", "npz", "--data-dir", tmp_path / "data.npz")
+    run = tmp_path / "run"
+    done = train(run, *data, "--from", trained, "--set", "learning_rate=1e-20")
+    assert done.stdout.startswith(f"{trained} is of other classes: the layer 'conv3' starts anew\n")
+    found = arrays(open_run(run).last / "state.safetensors")
+    assert found["conv3.weight"].shape[0] == 3
+    assert_same(found["conv2.weight"], arrays(open_run(trained).last / "state.safetensors")
+                ["conv2.weight"])  # fmt: skip
+    refused = "is of another number of classes than the 3 of the data"
+    doconv("evaluate", trained, *data, code=USAGE, error=refused)
+
+
+def test_what_cannot_be_is_refused_in_one_line(trained, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "file.pt"
+    file.write_bytes(b"no file")
+    mine = tmp_path / "mine"
+    begin(mine, {"notes": {}})
+
+    def refused(error, *arguments, code=USAGE, **options):
+        train(out, *arguments, code=code, error=error, **options)
+        assert not out.exists()
+
+    refused("'cifar_resnet21' is no network", network="cifar_resnet21")
+    refused("'bsconv' is no recipe", "--recipe", "bsconv")
+    refused("a recipe has no field 'epoch'; the nearest are epochs", "--set", "epoch=3")
+    refused("'epochs'", "--set", "epochs")
+    refused("epochs must be an integer; received epochs='x'", "--set", "epochs=x")
+    refused("data must be one of digits", "--data", "cifar")
+    refused("there is no device 'cuda:9' here", "--devices", "cuda:9")
+    refused("nothing is trained in float16", "--precision", "float16")
+    refused("takes no options; received heads=4", "--heads", 4)
+    refused("no checkpoint that is known here", "--from", file, code=BAD_FILE)
+    refused("differs: conv1, convolution .* in cifar_resnet20", "--from", trained, code=IMPOSSIBLE,
+            network="cifar_resnet20", listing=True)  # fmt: skip
+    doconv("train", NETWORK, "--out", out, code=USAGE, error="--backend is missing")
+    doconv("train", "--backend", "torch", "--out", out, code=USAGE, error="NETWORK is missing")
+    doconv("train", "--resume", "--out", out, code=TARGET, error="is no run folder")
+    doconv("train", "--resume", "--out", trained, "--seed", 1, code=USAGE,
+           error="--resume takes all from the run but")  # fmt: skip
+    doconv("train", "--resume", "--out", mine, code=TARGET, error="was not begun by doconv train")
+    train(trained, code=TARGET, error="holds a run already; resume it")
+    state = open_run(trained).folder / "folded.pt"
+    doconv("evaluate", state, "--backend", "torch", code=USAGE, error="give it with --network")
+    doconv("evaluate", state, "--network", NETWORK, code=USAGE, error="--backend is missing")
+    assert not out.exists()
+
+
+def test_runs_that_end_early_say_how_by_their_exit_codes(tmp_path, monkeypatch):
+    need("torch")
+    train(tmp_path / "wild", "--set", "learning_rate=1e30", code=DIVERGED, error="the run diverged")
+    former = session.Session._after
+
+    def patched(self, step):
+        if step.number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        former(self, step)
+
+    monkeypatch.setattr(session.Session, "_after", patched)
+    run = tmp_path / "asked"
+    train(run, code=INTERRUPTED, error="was interrupted in epoch 1 of 2; the last checkpoint is")
+    monkeypatch.setattr(session.Session, "_after", former)
+    lines = doconv("train", "--resume", "--out", run, "--workers", 0).stdout.splitlines()
+    assert lines[0].startswith("epoch 1 of 2")

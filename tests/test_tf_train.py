@@ -1,0 +1,319 @@
+"""Keras' training: its steps against the core's, on one device, two, and in two processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import one_test, refuses
+from equal import assert_close, assert_same
+from frameworks import fresh, need
+
+need("tf")
+
+import keras  # noqa: E402
+import keras_training as small  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from keras_training import (  # noqa: E402
+    DROPOUT,
+    NORM,
+    batch,
+    engine_of,
+    network,
+    recipe_of,
+    steps,
+    train,
+)
+
+from doconv_core.training import reference  # noqa: E402
+from doconv_core.training.optimizer import Moments, clipped, update  # noqa: E402
+from doconv_tf import add_orthonormality, build, export_state  # noqa: E402
+from doconv_tf.optimizer import RecipeOptimizer  # noqa: E402
+from doconv_tf.orthonormal import is_marked  # noqa: E402
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+# Of a dozen roundings of float32 in a step, and four steps.
+ROUNDED = 2e-5
+NAMES = {  # what variables of these roles are called in Keras
+    "conv.weight": "kernel", "conv.bias": "bias", "bn.gamma": "gamma", "bn.beta": "beta",
+    "conv.depthwise_weight": "d_kernel", "heads.saliency_bias": "saliency_bias",
+}  # fmt: skip
+
+
+@one_test
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_decay": 0.1},
+        {"optimizer": "nesterov", "weight_decay": 0.1, "decay_exempt": ("norms",)},
+        {"momentum": 0, "weight_decay": 0.1, "decay_exempt": ("biases", "depthwise")},
+        {"optimizer": "adamw", "weight_decay": 0.1, "clip_norm": 0.5, "momentum": 0},
+        {"optimizer": "adamw", "beta2": 0.9, "epsilon": 0.1, "decay_exempt": ("biases",)},
+    ],
+    ids=str,
+)
+def test_the_updates_are_the_cores_as_the_rate_changes(changes):
+    given, rng = recipe_of(**changes), np.random.default_rng(0)
+    weights = {name: rng.standard_normal(3) for name in NAMES}
+    variables = [keras.Variable(weights[n], "float32", name=NAMES[n]) for n in weights]
+    optimizer, moments = RecipeOptimizer.of(given), Moments()
+    config = keras.optimizers.serialize(optimizer)
+    optimizer = keras.optimizers.deserialize(config)
+    assert keras.optimizers.serialize(optimizer) == config
+    for rate in (0.1, 0.1, 0.01, 0.3):
+        gradients = {name: rng.standard_normal(3) for name in weights}
+        optimizer.learning_rate = rate
+        optimizer.apply([keras.ops.cast(g, "float32") for g in gradients.values()], variables)
+        gradients = clipped(gradients, given.clip_norm)
+        weights, moments = update(given, weights, gradients, moments, rate)
+    found = {n: keras.ops.convert_to_numpy(v) for n, v in zip(weights, variables, strict=True)}
+    assert_close(found, weights, 1e-6)
+
+
+CASES = {
+    "sgd": {"clip_norm": 0.5, "decay_exempt": ("norms", "depthwise")},
+    "nesterov": {"optimizer": "nesterov", "accumulate": 3, "average": 0.5},
+    "adamw": {"optimizer": "adamw", "accumulate": 2, "average": 0.5, "average_of": "kernels"},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_steps_are_the_cores_with_all_that_is_added_to_the_loss(changes):
+    net, given = network(NORM), recipe_of(**changes)
+    engine = engine_of(net, given)
+    taken = train(engine)
+    expected = reference.train(net, small.state_of(net), given, channels_first(steps()))
+    assert [sums.images for sums in taken] == list(small.ROWS)
+    losses = np.array([sums.loss / sums.images for sums in taken])
+    assert_close(losses, expected.losses, ROUNDED)
+    assert_close(arrays_of(engine.export_state()), arrays_of(expected.averaged), ROUNDED)
+    engine.close()
+    assert_close(arrays_of(export_state(engine.model)), arrays_of(expected.state), ROUNDED)
+
+
+def arrays_of(state):
+    """Return a state's arrays but for running variances, which are biased in Keras alone."""
+    return {name: array for name, array in state.arrays.items() if "running_var" not in name}
+
+
+def channels_first(given):
+    for step, made in given:
+        yield step, made._replace(images=np.moveaxis(made.images, -1, 1))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device comes to, of what the others compute."""
+    return small.results()
+
+
+def test_two_devices_come_to_what_one_does(alone, tmp_path):
+    fresh(TESTS / "keras_training.py", tmp_path / "two.npz", "devices", environment=ENVIRONMENT)
+    check(tmp_path / "two.npz", alone)
+
+
+def test_two_processes_come_to_what_one_does(alone, tmp_path):
+    ports = [free_port() for _ in range(2)]
+    cluster = {"worker": [f"localhost:{port}" for port in ports]}
+    started = []
+    for index in range(2):
+        config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        command = [sys.executable, TESTS / "keras_training.py", tmp_path / f"{index}.npz", "worker"]
+        environment = {**os.environ, **ENVIRONMENT, "TF_CONFIG": json.dumps(config)}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    told = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    for index in range(2):
+        check(tmp_path / f"{index}.npz", alone)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def check(file, expected):
+    with np.load(file) as found:
+        assert_close(dict(found), expected, ROUNDED)
+
+
+def kept(engine):
+    return {name: keras.ops.convert_to_numpy(each) for name, each in engine._kept().items()}
+
+
+def test_what_is_saved_goes_on_to_the_same_bits(tmp_path):
+    net, given = network(NORM, DROPOUT), recipe_of("nesterov", accumulate=2, average=0.5)
+    whole, first = engine_of(net, given, seed=3), engine_of(net, given, seed=3)
+    taken = train(whole)
+    first.run_epoch(itertools.islice(steps(), 2), lambda step: None)
+    assert first.taken() == taken[:2]
+    first.save(None)
+    first.save(tmp_path)
+    second = engine_of(net, given, build(net))
+    second.load(tmp_path)
+    assert train(second, first=2) == taken[2:]
+    assert_same(kept(second), kept(whole))
+    other = engine_of(net, recipe_of("nesterov", accumulate=2))
+    with pytest.raises(ValueError, match=r"keras\.npz is of another model or recipe"):
+        other.load(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_layers_compute_in_half_precision_while_they_are_trained(precision):
+    """To the digits that it has; weights, the folded model and the given one are of float32."""
+    net, given = network(NORM), recipe_of(average=0.5)
+    engine, expected = engine_of(net, given, precision=precision), engine_of(net, given)
+    assert engine.model(batch(1, 0).images).dtype.name == precision
+    engine.fitted.rules.scale.assign(2.0**6)  # with which nothing overflows here
+    losses = [np.array([sums.loss for sums in train(each)]) for each in (engine, expected)]
+    assert_close(*losses, 2e-2 if precision == "bfloat16" else 3e-3)
+    assert {variable.dtype for variable in engine.model.trainable_variables} == {"float32"}
+    folded, batches = engine.fold().model, [batch(4, 8), batch(3, 9)]
+    assert {layer.compute_dtype for layer in folded._flatten_layers()} == {"float32"}
+    verified = engine.verify(folded, batches)
+    assert verified.relative < 1e-5
+    assert engine.model(batch(1, 0).images).dtype.name == precision
+    assert engine.evaluate(batches).loss == pytest.approx(verified.before.loss, rel=2e-2)
+    engine.close()
+    assert {layer.compute_dtype for layer in engine.model._flatten_layers()} == {"float32"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_whose_gradient_overflows_is_left_out(accumulate):
+    engine = engine_of(network(), recipe_of(accumulate=accumulate), precision="float16")
+    rules, weights = engine.fitted.rules, engine.model.trainable_variables
+    before = [keras.ops.convert_to_numpy(each) for each in weights]
+    rules.scale.assign(2.0**127)
+    train(engine, rows=(4,))
+    assert_same([keras.ops.convert_to_numpy(each) for each in weights], before)
+    assert (float(rules.scale.numpy()), float(rules.steps.numpy())) == (2.0**126, 0)
+    rules.scale.assign(2.0**8)
+    train(engine, rows=(4,))
+    assert not any(np.array_equal(a, v.numpy()) for a, v in zip(before, weights, strict=True))
+    assert float(rules.steps.numpy()) == 1
+    assert float(rules.scale.numpy()) == 2.0**8
+
+
+def test_a_model_is_given_back_as_it_was_but_for_its_weights():
+    model = small.model_of(network(NORM))
+    model.compile("adam", "mse")
+    add_orthonormality(model, 0.25)
+    optimizer, held = model.optimizer, [variable.value for variable in model.variables]
+    engine = engine_of(None, recipe_of(), model, devices="CPU:0", precision="bfloat16")
+    assert engine.devices.strategy is not None
+    assert model.variables[0].value is not held[0]
+    train(engine)
+    trained = kept(engine)
+    engine.close()
+    engine.close()  # as often as one likes
+    assert model.optimizer is optimizer
+    assert not optimizer.variables or int(optimizer.iterations.numpy()) == 0
+    assert all(v.value is former for v, former in zip(model.variables, held, strict=True))
+    assert_same(
+        [v.numpy() for v in model.weights],
+        [trained[f"model.{n}"] for n in range(len(model.weights))],
+    )
+    assert {layer.dtype_policy.name for layer in model._flatten_layers()} == {"float32"}
+    assert model.get_layer("heads").lasso == 1e-5
+    alphas = {
+        layer.kernel_regularizer.alpha for layer in model._flatten_layers() if is_marked(layer)
+    }
+    assert alphas == {0.25}
+    model.fit(batch(4, 0).images, np.zeros((4, small.CLASSES)), verbose=0)
+
+
+class Stop(Exception):
+    """A user's own error."""
+
+
+def test_errors_of_data_and_callers_come_through_and_nothing_more_is_drawn():
+    drawn, done = [], []
+
+    def given(fails):
+        for step, made in steps((4,) * 4):
+            if step.number == fails:
+                raise Stop("broken image")
+            drawn.append(step.number)
+            yield step, made
+
+    def after(step):
+        done.append(step.number)
+        if step.number == 1:
+            raise Stop("enough")
+
+    engine = engine_of(network(), recipe_of())
+    with pytest.raises(Stop, match="broken image"):
+        engine.run_epoch(given(1), after)
+    assert done == [0]
+    del drawn[:], done[:]
+    running = given(9)
+    with pytest.raises(Stop, match="enough"):
+        engine.run_epoch(running, after)
+    assert done == [0, 1]
+    running.close()  # which no thread is in any more
+    number = len(drawn)
+    engine.run_epoch(iter(()), after)
+    assert len(drawn) == number
+
+
+SOFTMAX = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax", name="last")])
+
+
+def in_a_scope():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        return build(network())
+
+
+test_what_cannot_be_trained_is_refused = refuses(
+    lambda given: engine_of(None, recipe_of(), given[0](), **given[1]),
+    ((lambda: keras.Sequential([keras.layers.Dense(3)]), {}), ValueError, "is not built"),
+    ((lambda: 3, {}), TypeError, "must be a keras.Layer; received int"),
+    (
+        (lambda: SOFTMAX, {}),
+        ValueError, "must give logits, .*; 'last', its last layer, is a softmax",
+    ),
+    ((lambda: build(network()), {"precision": "half"}), ValueError, "received precision='half'"),
+    ((lambda: build(network()), {"devices": 0}), ValueError, "from 1 to 1, .* cpu:0; received"),
+    ((lambda: build(network()), {"devices": "tpu:0"}), ValueError, "no device 'tpu:0' here; there"),
+    ((in_a_scope, {"devices": 1}), ValueError, "has its devices: leave devices out; received"),
+)  # fmt: skip
+
+
+def test_processes_that_the_model_was_not_made_for_are_refused(monkeypatch):
+    cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    with pytest.raises(
+        ValueError, match=r"TF_CONFIG tells of 2 processes, .* make it in the scope"
+    ):
+        engine_of(network(), recipe_of())
+
+
+def test_logits_of_other_classes_are_refused():
+    engine = engine_of(network(), recipe_of())
+    more = batch(2, 0)
+    with pytest.raises(ValueError, match=r"with 8 classes for these data; it gave \(None, 7\)"):
+        engine.evaluate([more._replace(targets=np.ones((2, 8), np.float32))])
+
+
+JAX = """
+import keras, doconv_tf
+model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+try:
+    doconv_tf.train(model, "digits", quiet=True)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_another_backend_of_keras_is_refused():
+    told = fresh("-c", JAX, environment={"KERAS_BACKEND": "jax", **ENVIRONMENT}).stdout
+    assert "Keras runs on jax; set KERAS_BACKEND=tensorflow" in told

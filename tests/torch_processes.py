@@ -1,0 +1,77 @@
+"""A program for torchrun: what several processes come to, written to the folder that it is given.
+
+Steps of small networks, of which each process has a part of the images; then a run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from contract_train import NETWORKS, recipe, smooth
+from torch import distributed, nn
+
+from doconv_core.networks.initialize import initialize
+from doconv_core.state.file import write_state
+from doconv_core.training.engine import Batch, Step
+from doconv_core.training.loss import targets
+from doconv_torch import build, export_state, load_state, train
+from doconv_torch.train import TorchEngine
+
+ROWS = (5, 4)  # images of the batches, which the processes cannot always divide evenly
+
+
+def network(name):
+    """Return one of the contract's networks, without norms, which see a process's images alone."""
+    model = build(smooth(NETWORKS[name]))
+    load_state(model, initialize(smooth(NETWORKS[name])))
+    for module in model.modules():
+        for child, part in module.named_children():
+            if isinstance(part, nn.BatchNorm2d):
+                setattr(module, child, nn.Identity())
+    return model
+
+
+def steps(process=0, processes=1):
+    """Yield steps, with what a process has of their batches."""
+    rng = np.random.default_rng(0)
+    for number, rows in enumerate(ROWS):
+        images = rng.standard_normal((rows, 1, 8, 8)).astype(np.float32)
+        labels = rng.integers(10, size=rows)
+        own = np.array_split(np.arange(rows), processes)[process]
+        told = targets(labels, 10)[own]
+        yield Step(number, 0, 0.1, 0.5), Batch(images[own], told, labels[own], rows)
+
+
+def stepped(name, **options):
+    """Return the weights after the steps, and the sums of the losses of all processes."""
+    made = recipe(orthonormality=0.3, lasso=0.1, average=None, clip_norm=1.0, accumulate=2)
+    engine = TorchEngine(network(name), made, **options)
+    for step, batch in steps(engine.process, engine.processes):
+        engine.train_step(step, batch)
+    sums = [engine.total(sums) for sums in engine.taken()]
+    model = engine._evaluated()
+    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}, sums
+
+
+def main(folder):
+    distributed.init_process_group("gloo")
+    for name in NETWORKS:
+        for sharded in (False, True):
+            arrays, sums = stepped(name, sharded=sharded)
+            if distributed.get_rank() == 0:
+                losses = {f"loss{n}": np.array([*each]) for n, each in enumerate(sums)}
+                np.savez(folder / f"{name}-{sharded}.npz", **arrays, **losses)
+    for sharded in (False, True):
+        trained = train(
+            build(NETWORKS["lasso"]), recipe(average=0.5), "digits", run=folder / f"run-{sharded}",
+            quiet=True, checkpoint_every=3, sharded=sharded,
+        )  # fmt: skip
+        if distributed.get_rank() == 0:
+            write_state(export_state(trained.folded), folder / f"folded-{sharded}.safetensors")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
