@@ -133,10 +133,7 @@ def tuning(name: str) -> Planned:
 
 
 def planned(rates: Mapping[str, float]) -> list[Planned]:
-    """Return the studies, the most telling first. rates: of the baselines, by name.
-
-    Those of the dynamic network are left out while its baseline has no rate.
-    """
+    """Return the studies, the most telling first. rates: of the baselines, by name."""
     return [
         *_tutorials(rates, "torch", SETS), *_small(rates), *_decay(rates), *_kinds(rates),
         *_tutorials(rates, "tf", SETS), *_tutorials(rates, "mx", SETS),
@@ -186,8 +183,6 @@ def _kinds(rates: Mapping[str, float]) -> Iterator[Planned]:
     arms = [Arm(f"{RESNET}{kind}", named(f"{RESNET}{kind}", SMALL_SIZE), trained) for kind in KINDS]
     study = Study(arms, FEWER, "torch", "fashion")
     yield Planned(f"{RESNET}-fashion-torch", "kinds", "fashion", study)
-    if f"{DENSENET} fashion" not in rates:
-        return
     trained = SETTINGS[DENSENET].at(rates[f"{DENSENET} fashion"])
     arms = [
         Arm(name, named(name, SMALL_SIZE, **DENSE), trained, DENSE) for name in (DENSENET, DYNAMIC)
