@@ -87,6 +87,9 @@ def _chosen(options: argparse.Namespace) -> list[Planned]:
         every = [tuning(name) for name in baselines()]
     elif RATES.exists():
         told = json.loads(RATES.read_text(encoding="utf-8"))
+        missing = [name for name in baselines() if name not in told]
+        if missing:
+            raise ValueError(f"{RATES} lacks {', '.join(missing)}; make it with --tune.")
         every = planned({name: entry["rate"] for name, entry in told.items()})
     else:
         raise ValueError(f"{RATES} is missing; make it with --tune.")

@@ -62,7 +62,7 @@ SETTINGS = {
     "tutorial_gluon": Setting(
         "tutorial_gluon", {**PLAIN, "epochs": 3}, (0.0125, 0.025, 0.05, 0.1, 0.2)
     ),
-    "small": Setting("gluoncv_cifar", {**SHORT, "epochs": 5}, DOUBLED),
+    "small": Setting("gluoncv_cifar", {**SHORT, "epochs": 5}, (0.1, 0.2, 0.4, 0.8, 1.6)),
     RESNET: Setting("bsconv_cifar", {**SHORT, "epochs": 4}, DOUBLED),
     DENSENET: Setting("dgc_cifar", {**SHORT, "epochs": 4}, DOUBLED),
 }

@@ -9,21 +9,12 @@ from typing import Any, cast
 from mxnet import autograd, init
 from mxnet.gluon import Block, HybridBlock, nn
 
-from doconv_core.kinds.dgc import (
-    GATE_FACTOR,
-    HEADS,
-    LASSO,
-    SQUEEZE_RATE,
-    DGConvSpec,
-    as_lasso,
-    skipping_pays,
-)
+from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.report import REPLACED
 from doconv_core.models.separable import HOOKED
-from doconv_core.models.view import Site
 from doconv_mx.ordinary import require_values
 from doconv_mx.private import forget_graph, is_hooked
 from doconv_mx.tree import check_model, is_replaced, walk
@@ -39,33 +30,18 @@ class DynamicHeads2D(HybridBlock):
     dropped: int | None = None  # of a layer that skips: so many channels
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: Any,
-        strides: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        *,
-        heads: int = HEADS,
-        squeeze_rate: int = SQUEEZE_RATE,
-        gate_factor: float = GATE_FACTOR,
-        lasso: float = LASSO,
-        prefix: str | None = None,
-        params: Any = None,
-    ) -> None:
+        self, in_channels: int, channels: int, kernel_size: Any, strides: Any = 1, padding: Any = 0,
+        dilation: Any = 1, *, lasso: float = LASSO, prefix: str | None = None, params: Any = None,
+        **sizes: Any,
+    ) -> None:  # fmt: skip
         size = as_tuple("kernel_size", kernel_size, 2)
-        spec = DGConvSpec(in_channels, channels, size, heads, squeeze_rate, gate_factor)
+        spec = DGConvSpec(in_channels, channels, size, **sizes)
         self.strides = as_tuple("strides", strides, 2)
-        options = {
-            "kernel": size,
-            "stride": self.strides,
-            "dilate": as_tuple("dilation", dilation, 2),
-            "pad": as_tuple("padding", padding, 2, least=0),
-        }
+        options = {"kernel": size, "stride": self.strides, "layout": "NCHW"}
+        options["dilate"] = as_tuple("dilation", dilation, 2)
+        options["pad"] = as_tuple("padding", padding, 2, least=0)
         super().__init__(prefix=prefix, params=params)
-        self.spec, self._kwargs = spec, {**options, "layout": "NCHW"}
-        self.lasso = as_lasso("lasso", lasso)
+        self.spec, self._kwargs, self.lasso = spec, options, as_lasso("lasso", lasso)
         starts: dict[str, Any] = {
             "squeeze_weight": init.Normal((2 / spec.in_channels) ** 0.5),
             "saliency_weight": init.Normal((2 / spec.squeezed) ** 0.5),
@@ -184,18 +160,16 @@ class DynamicHeads2D(HybridBlock):
 class DGConv2D(HybridBlock):
     """A dynamic group convolution: a batch norm, ReLU, and heads that choose their channels.
 
-    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` rates all
-    input channels of each image, keeps the more salient ones and multiplies them by their saliency,
-    and convolves them to its share of the output channels. How many are kept is the model's
-    progress in training, which `set_progress` sets: all at the start, `gate_factor` of them from
-    three quarters on.
+    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` convolves
+    the input channels that it finds more salient in an image, multiplied by their saliency, to its
+    share of the output channels. `set_progress` says how many it keeps: all at the start, from
+    three quarters of the training on `gate_factor` of them.
 
-    in_channels, channels: divisible by heads. kernel_size, strides, padding, dilation: integers or
-    pairs. squeeze_rate: how many channels a head squeezes into one feature, of which half, where
-    there are fewer than 80. lasso: what the loss of each image, an entry of a loss of Gluon's, has
-    in it of that image's saliencies, their means over channels summed over heads; their gradient
-    comes with each backward pass through the layer, hybridized or not, and is in no number that is
-    printed. Input `(B, C, H, W)`, output `(B, O, H', W')`.
+    in_channels, channels, kernel_size, strides, padding, dilation: integers or pairs. heads,
+    squeeze_rate, gate_factor: those of `DGConvSpec`. lasso: what the loss of each image, an entry
+    of a loss of Gluon's, has in it of that image's saliencies, their means over channels summed
+    over heads; their gradient comes with each backward pass through the layer, hybridized or not,
+    and is in no number that is printed. Input `(B, C, H, W)`, output `(B, O, H', W')`.
     Raises TypeError or ValueError for sizes that give no layer.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
@@ -229,10 +203,9 @@ class DGConv2D(HybridBlock):
 class SkippingDGConv2D(DGConv2D):
     """A dynamic group convolution that multiplies only what it keeps, as `fold` makes it.
 
-    The same parts and parameters as of the `DGConv2D`, whose output in evaluation it has up to
-    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
-    that alone, where `doconv_core.kinds.dgc.skipping_pays`; as many as when it was folded. Under
-    `autograd.train_mode()` it is a `DGConv2D`.
+    It has a `DGConv2D`'s parts and, up to rounding, output; in `autograd.train_mode()` it is one.
+    What belongs to the kept channels is gathered for each image and head and multiplied, where
+    `doconv_core.kinds.dgc.skipping_pays`; as many as when it was folded.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
     >>> layer = DGConv2D(64, 64, 3, padding=1)
@@ -276,11 +249,10 @@ class DGConvs(DynamicLayers):
             return REPLACED
         return HOOKED if any(map(is_hooked, parts)) else None
 
-    def skip(self, site: Site) -> None:
-        """Make a layer one that skips."""
-        site.layer.__class__ = SkippingDGConv2D
-        site.layer.heads.dropped = int(site.layer.heads.inactive.list_data()[0].asscalar())
-        forget_graph(site.layer)
+    def skip(self, layer: Any) -> None:
+        """Note what is dropped."""
+        layer.heads.dropped = int(layer.heads.inactive.list_data()[0].asscalar())
+        forget_graph(layer)
 
 
 DG_CONVS = DGConvs()
@@ -289,11 +261,10 @@ DG_CONVS = DGConvs()
 def set_progress(model: Block, progress: float) -> None:
     """Let a model's dynamic group convolutions drop as many channels as at this point of training.
 
-    progress: the share of the training that is done, 0 to 1; give it before each step. None are
-    dropped up to a twelfth, from where their number grows evenly until three quarters. It is in the
-    model's parameters, so that an evaluation, or a training that goes on, begins with what was set
-    last. Raises ValueError for a model without such layers and for another progress, TypeError for
-    no number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+    progress: the share of the training that is done, 0 to 1; give it before each step. Their number
+    follows by `doconv_core.kinds.dgc.inactive_channels`, and is in the model's parameters. Raises
+    ValueError for a model without such layers and for another progress, TypeError for no number.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 
     >>> layer = DGConv2D(64, 64, 3)
     >>> layer.initialize()

@@ -77,7 +77,13 @@ class Devices:
 
         def made(context: Any = None) -> Any:
             drawn = tf.data.Dataset.from_generator(lambda: iter(pieces), output_signature=signature)
-            return drawn.prefetch(self.replicas)
+            if self.strategy is not None:
+                return drawn.prefetch(self.replicas)
+            # Nothing is drawn in a thread of its own: where Python's garbage collection takes such
+            # a data set away while the thread waits for Python, both wait for ever.
+            options = tf.data.Options()
+            options.experimental_optimization.inject_prefetch = False
+            return drawn.with_options(options)
 
         if self.strategy is None:
             return made()

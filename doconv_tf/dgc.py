@@ -17,13 +17,12 @@ from doconv_core.kinds.dgc import (
     DGConvSpec,
     as_lasso,
     skipping_pays,
-)
+)  # fmt: skip
 from doconv_core.maths.spec import as_integer, as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
 from doconv_core.models.report import REPLACED
-from doconv_core.models.view import Site
 from doconv_core.networks.nodes import BatchNorm
 from doconv_tf.ordinary import first_occurrences, is_replaced
 from doconv_tf.orthonormal import wide
@@ -48,24 +47,12 @@ class DynamicHeads2D(keras.layers.Layer):
     dropped: int | None = None  # of a layer that skips: so many channels
 
     def __init__(
-        self,
-        filters: int,
-        kernel_size: Any,
-        strides: Any = (1, 1),
-        padding: str = "valid",
-        data_format: str | None = None,
-        dilation_rate: Any = (1, 1),
-        *,
-        heads: int = HEADS,
-        squeeze_rate: int = SQUEEZE_RATE,
-        gate_factor: float = GATE_FACTOR,
-        lasso: float = LASSO,
-        around: Any = 0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        **options: Any,
-    ) -> None:
+        self, filters: int, kernel_size: Any, strides: Any = (1, 1), padding: str = "valid",
+        data_format: str | None = None, dilation_rate: Any = (1, 1), *, heads: int = HEADS,
+        squeeze_rate: int = SQUEEZE_RATE, gate_factor: float = GATE_FACTOR, lasso: float = LASSO,
+        around: Any = 0, kernel_initializer: Any = "glorot_uniform", kernel_regularizer: Any = None,
+        kernel_constraint: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
         spec = DGConvSpec(  # of channels that fit, as they are not known yet
             as_integer("heads", heads) * as_integer("squeeze_rate", squeeze_rate), filters,
             as_tuple("kernel_size", kernel_size, 2), heads, squeeze_rate, gate_factor,
@@ -83,10 +70,9 @@ class DynamicHeads2D(keras.layers.Layer):
                 f"around={zeros}, padding={conv.padding!r}."
             )
         super().__init__(**options)
-        for name in ARGUMENTS:
-            setattr(self, name, getattr(conv, name))
-        for name in ("heads", "squeeze_rate", "gate_factor"):
-            setattr(self, name, getattr(spec, name))
+        for names, whose in ((ARGUMENTS, conv), (OWN[:3], spec)):
+            for name in names:
+                setattr(self, name, getattr(whose, name))
         self.lasso, self.around = as_lasso("lasso", lasso), zeros
         self._last = self.data_format == "channels_last"
         self.input_spec = keras.InputSpec(ndim=4)
@@ -153,39 +139,32 @@ class DynamicHeads2D(keras.layers.Layer):
         saliency = self.saliency(z)
         if training and self.lasso:
             self.add_loss(self.lasso * ops.sum(ops.mean(saliency, (0, 2))))
-        height, width = z.shape[1:3]
-        known = height is not None and width is not None
-        per_kernel = self.filters * self.spec.conv.taps
+        known, per_kernel = None not in z.shape[1:3], self.filters * self.spec.conv.taps
+        places = math.prod(z.shape[1:3]) if known else 0
         if any(self.around):
             z = ops.pad(z, ((0, 0), *((n, n) for n in self.around), (0, 0)))
         gate = ops.cast(self.gate(saliency), z.dtype)
-        if known and self._skips(z, training):
-            y = self._skip(z, gate)
-        elif known and per_kernel < self.heads * height * width:
+        positions = math.prod(z.shape[1:3]) // math.prod(self.strides) if known else 0  # padded
+        dropped = None if training or not known else self.dropped
+        if dropped is not None and skipping_pays(self.spec, dropped, 1, positions, columns=True):
+            y = self._skip(z, gate, dropped)
+        elif per_kernel < self.heads * places:
             y = self._fold(z, ops.transpose(gate, (0, 2, 1)))
         else:
             y = self._mask(z, ops.transpose(gate, (0, 2, 1)))
         return y if self._last else ops.transpose(y, (0, 3, 1, 2))
 
-    def _skips(self, z: Any, training: bool | None) -> bool:
-        """Return whether to multiply only what is kept, as `skipping_pays`."""
-        if self.dropped is None or training:
-            return False
-        positions = math.prod(z.shape[1:3]) // math.prod(self.strides)
-        return skipping_pays(self.spec, self.dropped, 1, positions, columns=True)
-
-    def _skip(self, z: Any, gate: Any) -> Any:
+    def _skip(self, z: Any, gate: Any, dropped: int) -> Any:
         """Gather the maps and kernels of the channels that are kept, and multiply those."""
         heads, channels, taps = self.heads, self.spec.in_channels, self.spec.conv.taps
-        kept, batch = max(1, channels - cast(int, self.dropped)), ops.shape(z)[0]
+        kept, batch = max(1, channels - dropped), ops.shape(z)[0]
         gate, index = ops.top_k(gate, kept)  # (B, h, K)
         index = ops.cast(index, "int32")
-        rows = ops.arange(taps)[:, None] * channels + index[..., None, :]
-        rows = rows * heads + ops.arange(heads)[:, None, None]  # (B, h, M, K)
+        places = ops.arange(taps)[:, None] * channels + index[..., None, :]  # (B, h, M, K)
+        rows = places * heads + ops.arange(heads)[:, None, None]
         kernel = ops.reshape(ops.convert_to_tensor(self.kernel), (taps * channels * heads, -1))
         kernels = ops.take(ops.cast(kernel, z.dtype), rows, 0) * gate[:, :, None, :, None]
         patches, out = self._patches(z)
-        places = ops.arange(taps)[:, None] * channels + index[..., None, :]
         x = ops.transpose(ops.reshape(patches, (-1, math.prod(out), taps * channels)), (0, 2, 1))
         places = places + (ops.arange(batch) * taps * channels)[:, None, None, None]
         x = ops.take(ops.reshape(x, (-1, math.prod(out))), places, 0)
@@ -258,20 +237,16 @@ class DynamicHeads2D(keras.layers.Layer):
 class DGConv2D(keras.layers.Layer):
     """A dynamic group convolution: a batch norm, ReLU, and heads that choose their channels.
 
-    Takes the place of a norm, a ReLU and a `keras.layers.Conv2D` without bias. Each of the `heads`
-    rates all input channels of each image, keeps the more salient ones and multiplies them by their
-    saliency, and convolves them to its share of the output channels. How many are kept is the
-    model's progress in training, which `ProgressCallback` or `set_progress` sets: all at the start,
-    `gate_factor` of them from three quarters on.
+    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` convolves
+    the input channels that it finds more salient in an image, multiplied by their saliency, to its
+    share of the output channels. `ProgressCallback` or `set_progress` says how many it keeps: all
+    at the start, from three quarters of the training on `gate_factor` of them.
 
     Takes `keras.layers.Conv2D`'s arguments up to `dilation_rate`, and by keyword only those about
-    the kernel and these: heads, of which input channels and filters are multiples; squeeze_rate:
-    how many channels a head squeezes into one feature, of which half, where there are fewer than
-    80; gate_factor; lasso: the weight in the model's losses, and so in `fit`, of the saliencies'
-    sum over heads of their mean, which makes them sparse; around: zeros that are added on every
-    side behind the ReLU, with padding="valid".
-    `(B, H, W, C)` becomes `(B, H', W', O)`, or with channels first `(B, C, H, W)` becomes
-    `(B, O, H', W')`.
+    the kernel and heads, squeeze_rate and gate_factor of `DGConvSpec`; lasso: the weight in the
+    model's losses, and so in `fit`, of the saliencies' sum over heads of their mean, which makes
+    them sparse; around: zeros that are added on every side behind the ReLU, with padding="valid".
+    `(B, H, W, C)` becomes `(B, H', W', O)`, or channels are first in both.
     Raises TypeError or ValueError for sizes that give no layer.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
@@ -313,10 +288,9 @@ class DGConv2D(keras.layers.Layer):
 class SkippingDGConv2D(DGConv2D):
     """A dynamic group convolution that multiplies only what it keeps, as `fold` makes it.
 
-    The same parts and variables as of the `DGConv2D`, whose output in evaluation it has up to
-    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
-    that alone, where `doconv_core.kinds.dgc.skipping_pays`. dropped: how many channels each head
-    drops, as many as when it was folded; the rest as of a `DGConv2D`, which it is in training.
+    It has a `DGConv2D`'s parts and, up to rounding, output; in training it is one. What belongs to
+    the kept channels is gathered for each image and head and multiplied, where
+    `doconv_core.kinds.dgc.skipping_pays`. dropped: how many channels each head drops.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
     >>> layer = SkippingDGConv2D(64, 3, padding="same", dropped=48)
@@ -343,10 +317,9 @@ class DGConvs(DynamicLayers):
         parts = (layer.norm, layer.relu, layer.heads)
         return REPLACED if any(map(is_replaced, (layer, *parts))) else None
 
-    def skip(self, site: Site) -> None:
-        """Make a layer one that skips."""
-        site.layer.__class__ = SkippingDGConv2D
-        site.layer.heads.dropped = int(ops.convert_to_numpy(site.layer.heads.inactive))
+    def skip(self, layer: Any) -> None:
+        """Note what is dropped."""
+        layer.heads.dropped = int(ops.convert_to_numpy(layer.heads.inactive))
 
 
 DG_CONVS = DGConvs()
@@ -355,13 +328,11 @@ DG_CONVS = DGConvs()
 def set_progress(model: keras.Layer, progress: float) -> None:
     """Let a model's dynamic group convolutions drop as many channels as at this point of training.
 
-    progress: the share of the training that is done, 0 to 1. None are dropped up to a twelfth, from
-    where their number grows evenly until three quarters. It is a variable of the model's, saved
-    with it, so that an evaluation, or a training that goes on, begins with what was set last.
-    Compiled functions read it anew. In `fit`, `ProgressCallback` does it.
-    Raises ValueError for a model without such layers, one that is not built, and for another
-    progress, TypeError for no number. Source: Dynamic Group Convolution, arXiv 2007.04242,
-    section 4.
+    progress: the share of the training that is done, 0 to 1. Their number follows by
+    `doconv_core.kinds.dgc.inactive_channels`, and is a variable that is saved with the model and
+    read anew by compiled functions. In `fit`, `ProgressCallback` does it. Raises ValueError for a
+    model without such layers, one that is not built, and for another progress, TypeError for no
+    number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 
     >>> layer = DGConv2D(64, 3)
     >>> layer.build((None, 8, 8, 64))

@@ -10,21 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from doconv_core.kinds.dgc import (
-    GATE_FACTOR,
-    HEADS,
-    LASSO,
-    SQUEEZE_RATE,
-    DGConvSpec,
-    as_lasso,
-    skipping_pays,
-)  # fmt: skip
+from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
 from doconv_core.models.separable import HOOKED
-from doconv_core.models.view import Site
 from doconv_torch import skipping
 from doconv_torch.compose import without_autocast
 from doconv_torch.ordinary import HOOKS
@@ -34,41 +25,27 @@ from doconv_torch.surgery import ordinary_tensors
 class DynamicHeads2d(nn.Module):
     """The heads of a `DGConv2d`, which takes the same arguments: they see its normalized input."""
 
-    weight: nn.Parameter
-    squeeze_weight: nn.Parameter
-    saliency_weight: nn.Parameter
-    saliency_bias: nn.Parameter
+    weight: Tensor
+    squeeze_weight: Tensor
+    saliency_weight: Tensor
+    saliency_bias: Tensor
     inactive: Tensor
     transposed, padding_mode = False, "zeros"  # as of an ordinary convolution
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        *,
-        heads: int = HEADS,
-        squeeze_rate: int = SQUEEZE_RATE,
-        gate_factor: float = GATE_FACTOR,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, *, device: Any = None, dtype: Any = None, **sizes: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
-        size = as_tuple("kernel_size", kernel_size, 2)
-        spec = DGConvSpec(in_channels, out_channels, size, heads, squeeze_rate, gate_factor)
-        self.spec, self.kernel_size = spec, size
+        self.kernel_size = as_tuple("kernel_size", kernel_size, 2)
+        self.spec = spec = DGConvSpec(in_channels, out_channels, self.kernel_size, **sizes)
         self.stride = as_tuple("stride", stride, 2)
         self.padding = as_tuple("padding", padding, 2, least=0)
         self.dilation = as_tuple("dilation", dilation, 2)
-        shapes = {**spec.shapes, "weight": spec.conv.kernel_shape}
-        del shapes["inactive"]
-        for name, shape in shapes.items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            )
+        for name, shape in {**spec.shapes, "weight": spec.kernel_shape}.items():
+            if name != "inactive":
+                values = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(name, nn.Parameter(values))
         self.register_buffer("inactive", torch.zeros((), dtype=torch.int64, device=device))
         self.lasso: Tensor | None = None
         self.reset_parameters()
@@ -133,15 +110,13 @@ class DynamicHeads2d(nn.Module):
 class DGConv2d(nn.Module):
     """A dynamic group convolution: a batch norm, ReLU, and heads that choose their channels.
 
-    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` rates all
-    input channels of each image, keeps the more salient ones and multiplies them by their saliency,
-    and convolves them to its share of the output channels. How many are kept is the model's
-    progress in training, which `set_progress` sets: all at the start, `gate_factor` of them from
-    three quarters on. The loss gets `saliency_lasso` of the model.
+    Takes the place of a norm, a ReLU and a convolution without bias. Each of the `heads` convolves
+    the input channels that it finds more salient in an image, multiplied by their saliency, to its
+    share of the output channels. `set_progress` says how many it keeps: all at the start, from
+    three quarters of the training on `gate_factor` of them. The loss gets `saliency_lasso`.
 
-    in_channels, out_channels: divisible by heads. kernel_size, stride, padding, dilation: integers
-    or pairs. squeeze_rate: how many channels a head squeezes into one feature, of which half, where
-    there are fewer than 80. Input `(B, C, H, W)`, output `(B, O, H', W')`.
+    Takes `nn.Conv2d`'s sizes, integers or pairs, and by keyword heads, squeeze_rate and gate_factor
+    of `DGConvSpec`, device and dtype. Input `(B, C, H, W)`, output `(B, O, H', W')`.
     Raises TypeError or ValueError for sizes that give no layer.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
@@ -174,12 +149,12 @@ class DGConv2d(nn.Module):
 class SkippingDGConv2d(DGConv2d):
     """A dynamic group convolution whose dropped channels cost nothing, as `fold` makes it.
 
-    The same parts and parameters as of the `DGConv2d`, whose output in evaluation it has up to
-    rounding. For each image and head it gathers what belongs to the kept channels, and multiplies
-    that alone: on the CPU in float32 by compiled code, where the package was installed with a
-    compiler and no gradient is asked for, as under `torch.inference_mode()`; else in PyTorch's
-    operations, where `doconv_core.kinds.dgc.skipping_pays`. In training it is a `DGConv2d`. What is
-    compiled or exported drops as many channels as when it was folded.
+    It has a `DGConv2d`'s parts and, up to rounding, output; in training it is one. What belongs to
+    the kept channels is gathered for each image and head and multiplied: on the CPU in float32 by
+    compiled code, where there is some and no gradient is asked for, as under
+    `torch.inference_mode()`; else in PyTorch's operations, where
+    `doconv_core.kinds.dgc.skipping_pays`. What is compiled or exported drops as many channels as
+    when it was folded, or as in the state that `load_state` put into it.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 3.
 
     >>> layer = DGConv2d(64, 64, 3, padding=1).eval()
@@ -223,13 +198,11 @@ class DGConvs(DynamicLayers):
         watched = any(getattr(part, hooks) for part in parts.values() for hooks in HOOKS)
         return HOOKED if watched else None
 
-    def skip(self, site: Site) -> None:
-        """Make a layer one that skips, and lay its kernel out for that."""
-        layer, heads = site.layer, site.layer.heads
-        layer.__class__ = SkippingDGConv2d
-        layer.dropped = int(heads.inactive)
+    def skip(self, layer: Any) -> None:
+        """Note what is dropped, and lay the kernel out for that."""
+        layer.dropped = int(layer.heads.inactive)
         with ordinary_tensors():
-            heads.weight.data = skipping.rearranged(heads.weight.data)
+            layer.heads.weight.data = skipping.rearranged(layer.heads.weight.data)
 
 
 DG_CONVS = DGConvs()
@@ -238,11 +211,10 @@ DG_CONVS = DGConvs()
 def set_progress(model: nn.Module, progress: float) -> None:
     """Let a model's dynamic group convolutions drop as many channels as at this point of training.
 
-    progress: the share of the training that is done, 0 to 1; give it before each step. None are
-    dropped up to a twelfth, from where their number grows evenly until three quarters. It is in the
-    model's state, so that an evaluation, or a training that goes on, begins with what was set last.
-    Raises ValueError for a model without such layers and for another progress, TypeError for no
-    number. Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
+    progress: the share of the training that is done, 0 to 1; give it before each step. Their number
+    follows by `doconv_core.kinds.dgc.inactive_channels`, and is in the model's state. Raises
+    ValueError for a model without such layers and for another progress, TypeError for no number.
+    Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 
     >>> layer = DGConv2d(64, 64, 3)
     >>> set_progress(layer, 1)
@@ -255,11 +227,10 @@ def set_progress(model: nn.Module, progress: float) -> None:
 def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
     """Return the mean saliencies of the model's last pass in training, to add to the loss.
 
-    `weight` times the sum over all heads of all its dynamic group convolutions; it makes saliencies
-    sparse. Call it once after each forward pass in training, on the model that was called; each
-    process of `DistributedDataParallel` has that of its own part of the batch.
-    Raises ValueError where there is no such layer, or no pass whose saliencies were not yet taken,
-    as under `DataParallel`, whose replicas are not the model; TypeError for what is not a module.
+    `weight` times the sum over all heads, which makes saliencies sparse. Call it once after each
+    forward pass in training; each process of `DistributedDataParallel` has that of its own part of
+    the batch. Raises ValueError where there is no such layer, or no pass whose saliencies were not
+    yet taken, as under `DataParallel`, whose replicas are not the model; TypeError for no module.
     Source: Dynamic Group Convolution, arXiv 2007.04242, section 4.
 
     >>> layer = DGConv2d(16, 8, 1)

@@ -12,7 +12,6 @@ from doconv_core.maths.orthonormal import ALPHA, as_weight, check_rows
 from doconv_core.models.orthonormal import check_convolution, check_pointwise, counted, marked
 from doconv_core.models.received import no_model
 from doconv_torch.kinds import LAYER_KINDS
-from doconv_torch.ordinary import is_sharded
 
 Conv = TypeVar("Conv", bound=_ConvNd)
 
@@ -77,7 +76,7 @@ def mark_orthonormal(conv: Conv) -> Conv:
 def _norm(weight: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         given: Any = weight  # where fully_shard has divided it, each process needs the whole
-        w: Tensor = (given.full_tensor() if is_sharded(weight) else weight).flatten(1)
+        w: Tensor = (given.full_tensor() if hasattr(weight, "full_tensor") else weight).flatten(1)
         check_rows(*w.shape)
         w = w.float() if w.dtype.itemsize < 4 else w
         excess = w @ w.T - torch.eye(len(w), dtype=w.dtype, device=w.device)

@@ -92,8 +92,8 @@ def _kernels(heads: Any, index: Tensor) -> Tensor:
         index, of_heads = torch.add(steps, index[..., None], alpha=taps), of_heads[..., None]
     rows = torch.add(of_heads, index, alpha=count).flatten()
     weight = heads.weight.permute(order).reshape(heads.spec.in_channels * pieces * count, -1)
-    shape = (-1, pieces, weight.shape[1] * pieces // taps, taps // pieces)
-    kernels: Tensor = weight.index_select(0, rows).view(shape)
+    sizes = -1, pieces, heads.spec.out_channels // count, taps // pieces
+    kernels: Tensor = weight.index_select(0, rows).view(sizes)
     return kernels
 
 

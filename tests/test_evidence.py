@@ -131,6 +131,9 @@ def test_what_is_asked_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RATES", tmp_path / "rates.json")
     with pytest.raises(SystemExit, match=r"rates\.json is missing; make it with --tune"):
         evidence.main(["--left"])
+    (tmp_path / "rates.json").write_text('{"tutorial_pt fashion": {"rate": 0.1}}')
+    with pytest.raises(SystemExit, match=r"lacks tutorial_tf fashion, .*; make it with --tune"):
+        evidence.main(["--left"])
     with pytest.raises(SystemExit, match="no study matches 'x'; there are tuning/tutorial_pt"):
         evidence.main(["--tune", "--left", "--only", "x"])
     with pytest.raises(ValueError, match="has no marks <!-- begin: a -->"):

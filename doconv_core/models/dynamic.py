@@ -63,15 +63,16 @@ class DynamicLayers(LayerKind):
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Let layers skip, in place."""
         for site, _ in planned:
-            self.skip(site)
+            site.layer.__class__ = self.skipping
+            self.skip(site.layer)
 
     @abstractmethod
     def changed(self, layer: Any) -> str | None:
         """Return why a layer may compute something else than its type does; None if not."""
 
     @abstractmethod
-    def skip(self, site: Site) -> None:
-        """Put the layer that skips in a layer's place."""
+    def skip(self, layer: Any) -> None:
+        """Note in a layer that has become one that skips how many channels it drops."""
 
 
 def set_progress(heads: Sequence[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:

@@ -31,7 +31,7 @@ def moved(state: State) -> dict[str, dict[str, float]]:
     for path, form in state.layers.items():
         if form.composed is not DO_CONV or not isinstance(form.spec, ConvSpec):
             continue
-        array = state.arrays.get(entry(path, "depthwise_weight"))
+        array = state.arrays.get(entry(path, DO_CONV.names[1]))
         if array is None:
             continue
         depthwise = array.astype(np.float64)

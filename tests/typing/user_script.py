@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from typing_extensions import assert_type
@@ -30,6 +32,7 @@ from doconv_torch import (
     build,
     composed_once,
     deploy,
+    evaluate,
     export_state,
     fold,
     get_model,
@@ -41,6 +44,7 @@ from doconv_torch import (
     saliency_lasso,
     set_progress,
     to_bsconv,
+    train,
     verify,
 )
 
@@ -62,7 +66,7 @@ class Classifier(nn.Module):
         return torch.as_tensor(self.linear(features.mean((2, 3))))
 
 
-def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+def one_step(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Take one step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with composed_once(model):
@@ -103,6 +107,10 @@ def convert(images: torch.Tensor) -> State:
     state: State = export_state(model)
     write_state(state, "model.safetensors")
     load_state(model, read_state("model.safetensors"), match="order", ignore="geometry")
+    lines: list[dict[str, Any]] = train(model, "digits", quiet=True).metrics
+    found: dict[str, float] = evaluate(model, "digits")
+    assert lines
+    assert found
     return state
 
 
