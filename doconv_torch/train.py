@@ -256,7 +256,8 @@ class TorchEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = step.learning_rate
         tensors = self._placed(batch)
-        slices = list(parts(self.recipe, len(batch.images)))
+        # Of a short batch there may be no image here; the other processes wait for this one's step.
+        slices = list(parts(self.recipe, len(batch.images))) or [slice(0, 0)]
         found = []
         for rows in slices:
             last = rows is slices[-1]
@@ -278,7 +279,7 @@ class TorchEngine(Engine):
             outputs = self.wrapped(images)
         outputs, rows = outputs.float(), len(images)
         summed = f.cross_entropy(outputs, targets, reduction="sum")
-        if self.is_dynamic and self.recipe.lasso:
+        if self.is_dynamic and self.recipe.lasso and rows:
             summed = summed + rows * saliency_lasso(self.model, self.recipe.lasso)
         loss, told = summed * (self.processes / total), summed.detach()
         if last and self.is_orthonormal and self.recipe.orthonormality:

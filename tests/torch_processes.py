@@ -19,7 +19,7 @@ from doconv_core.training.loss import targets
 from doconv_torch import build, export_state, load_state, train
 from doconv_torch.train import TorchEngine
 
-ROWS = (5, 4)  # images of the batches, which the processes cannot always divide evenly
+ROWS = (5, 4, 1)  # images of the batches, of the last of which one process has none
 
 
 def network(name):
