@@ -126,7 +126,7 @@ def evaluate(
     """
 
     def make(recipe: Recipe) -> Engine:
-        return KerasEngine(model, recipe, precision=precision, devices=devices)
+        return KerasEngine(model, recipe, seed=None, precision=precision, devices=devices)
 
     return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
 
@@ -134,8 +134,9 @@ def evaluate(
 class KerasEngine(Engine):
     """A Keras model with its optimizer, as `doconv_core.training.session` trains it.
 
-    Takes what `train` does. `close` gives the model back: until then, its layers compute in the
-    precision, and its variables belong to the devices, of the training.
+    Takes what `train` does; seed: None to let layers draw on. `close` gives the model back: until
+    then, its layers compute in the precision, and its variables belong to the devices, of the
+    training.
     """
 
     framework, version, layout = "tf", keras.__version__, "NHWC"
@@ -145,7 +146,7 @@ class KerasEngine(Engine):
         model: keras.Layer,
         recipe: Recipe,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         precision: str = "float32",
         devices: str | int | None = None,
         jit_compile: bool | str = "auto",
@@ -167,7 +168,7 @@ class KerasEngine(Engine):
             with self.devices.scope():
                 self.fitted = Fitted(model, recipe, self._lent.is_scaled())
                 self.fitted.compile(self.fitted.rules, jit_compile=jit_compile)
-            for number, state in enumerate(self._seeds):
+            for number, state in enumerate(self._seeds if seed is not None else ()):
                 state.assign([zlib.crc32(f"{seed} {number}".encode()), 0])
         except BaseException:
             self.close()

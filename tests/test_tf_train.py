@@ -35,7 +35,7 @@ from keras_training import (  # noqa: E402
 
 from doconv_core.training import reference  # noqa: E402
 from doconv_core.training.optimizer import Moments, clipped, update  # noqa: E402
-from doconv_tf import add_orthonormality, build  # noqa: E402
+from doconv_tf import add_orthonormality, build, evaluate  # noqa: E402
 from doconv_tf.optimizer import RecipeOptimizer  # noqa: E402
 from doconv_tf.orthonormal import is_marked  # noqa: E402
 
@@ -202,6 +202,15 @@ def test_a_model_is_given_back_as_it_was_but_for_its_weights():
     }
     assert alphas == {0.25}
     model.fit(batch(4, 0).images, np.zeros((4, small.CLASSES)), verbose=0)
+
+
+def test_an_evaluation_changes_nothing():
+    model, rng = small.model_of(tiny(DROPOUT)), np.random.default_rng(0)
+    before = [keras.ops.convert_to_numpy(each) for each in model.variables]
+    data = rng.random((10, *small.SHAPE[1:], 2), np.float32), np.arange(10) % small.CLASSES
+    found = evaluate(model, recipe_of(train_images=(), eval_images=()), data)
+    assert (found["images"], found["top1"] <= found["top5"]) == (2, True)
+    assert_same([keras.ops.convert_to_numpy(each) for each in model.variables], before)
 
 
 class Stop(Exception):
