@@ -140,7 +140,9 @@ class ComposedKind(Kind):
         except (TypeError, ValueError):
             return None
         expected = self.entries(spec)
-        fits = all(shapes[name] == expected.get(name) for name in self.names[1:])
+        fits = shapes.keys() == expected.keys() and all(
+            shapes[name] == expected[name] for name in self.names[1:]
+        )
         return spec if fits and prod(shapes["weight"]) == prod(expected["weight"]) else None
 
     def composition_macs(self, spec: Any) -> int:
