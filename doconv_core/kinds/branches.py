@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from doconv_core.kinds.base import Array, Shape, register
-from doconv_core.kinds.rule import KERNEL, Rule, RuleSpec, Step, Term
+from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
 from doconv_core.maths.spec import ConvSpec, is_sequence
 
 KXK, IDENTITY, CHAIN = "kxk", "identity", "1x1-kxk"
@@ -143,16 +143,14 @@ class BranchesKind(Rule):
                 found[_entry("weight", branch)] = "goi"
         return {name: found[name] for name in self.names if name in found}
 
-    def fixed(self, spec: BranchesSpec) -> dict[str, tuple[str, Array]]:
-        """Return the taps of each smaller kernel, and the identity where it is."""
-        found, sizes = {}, spec.sizes
-        for branch in {"1x1", *spec.branches} - {KXK, IDENTITY, CHAIN}:
+    def fixed(self, spec: BranchesSpec) -> dict[str, Fixed]:
+        """Return the taps of each smaller kernel, and the identity."""
+        found = {"one": Fixed("oi")} if IDENTITY in spec.branches else {}
+        for branch in ("1x1", *spec.branches):
             taps, letter = taps_of(branch, spec.kernel_size), ASYMMETRIC.get(branch)
-            assert taps is not None  # as the spec has it
-            found[f"taps_{branch}"] = (f"{letter}m", taps) if letter else ("m", taps[0])
-        if IDENTITY in spec.branches:
-            shape = sizes["g"], sizes["o"], sizes["i"]
-            found["one"] = "goi", np.broadcast_to(np.eye(sizes["o"]), shape)
+            if branch not in (KXK, CHAIN) and taps is not None:
+                values = taps if letter else taps[0]
+                found[f"taps_{branch}"] = Fixed(f"{letter or ''}m", values=values.tolist())
         return found
 
     def steps(self, spec: BranchesSpec) -> tuple[Step, ...]:
@@ -163,7 +161,7 @@ class BranchesKind(Rule):
             if branch == "1x1":
                 centre.append(Term("go,goi->goi", pair))
             elif branch == IDENTITY:
-                centre.append(Term("go,goi->goi", (pair[0], "one")))
+                centre.append(Term("go,oi->goi", (pair[0], "one")))
             elif branch == CHAIN:
                 steps.append(Step(branch, (Term("go,gohm->gohm", pair),)))
                 kernel.append(Term("gohm->goim", (branch,)))

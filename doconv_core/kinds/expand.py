@@ -1,10 +1,10 @@
 """Expansion: a kernel composed of a chain of wider convolutions, `K = R · Q · P`.
 
 `P` is a 1×1 convolution to `r` times the input channels, `Q` one of the kernel's size, `R` a 1×1
-convolution from `r` times the output channels. `W`, the trained kernel, is the first block of `Q`,
-whose others start at zero; `P` and `R` start as an identity above `r - 1` scaled ones, of which the
+convolution from `r` times the output channels. The first block of `Q` is the trained kernel, its
+other blocks start at zero. `P` and `R` start as an identity above `r - 1` scaled ones, of which the
 residuals are trained. So a layer starts as the ordinary one. Without `P` it is the collapsible
-block of SESR, whose identity is a part of `W` here.
+block of SESR, whose identity is a part of the kernel here.
 Source: ExpandNets, arXiv 1811.10495; SESR, arXiv 2103.09404.
 """
 
@@ -15,23 +15,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
-from doconv_core.kinds.base import Array, Shape, register
-from doconv_core.kinds.rule import KERNEL, Rule, RuleSpec, Step, Term
+from doconv_core.kinds.base import Shape, register
+from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
 from doconv_core.maths.spec import ConvSpec, as_integer
 
+# Blocks of Q: weight reads the first hidden inputs for the first hidden outputs. n and k count the
+# other blocks of hidden inputs and outputs. first, last: residuals of P's and R's first block.
 ENTRIES = {
-    "weight": "goim",
-    "first": "ghi",  # of P, its residual around the identity
-    "last": "gop",  # of R
-    "outer_inputs": "goam",  # of Q, what reads the further hidden inputs
-    "outer_outputs": "gbim",  # what makes the further hidden outputs
-    "outer": "gbam",  # both
-    "first_outer": "gai",
-    "last_outer": "gob",
-}
-ON_INPUTS = ("first", "outer_inputs", "outer", "first_outer")
+    "weight": "goim", "last": "gop", "last_more": "gkop", "weight_out": "gkpim",
+    "first": "ghi", "first_more": "gnhi", "weight_in": "gnphm", "weight_both": "gnkphm",
+}  # fmt: skip
+ON_INPUTS = ("first", "first_more", "weight_in", "weight_both")
 
 
 @dataclass(frozen=True)
@@ -49,15 +43,12 @@ class ExpandSpec(RuleSpec):
         super().__post_init__()
         object.__setattr__(self, "ratio", as_integer("ratio", self.ratio, least=2))
         if not isinstance(self.expand_inputs, bool):
-            raise TypeError(
-                f"expand_inputs must be True or False; received {self.expand_inputs!r}."
-            )
+            raise TypeError(f"expand_inputs must be a boolean; received {self.expand_inputs!r}.")
 
     @property
     def sizes(self) -> dict[str, int]:
         """The length of each axis by its letter."""
-        known, more = super().sizes, self.ratio - 1
-        return {**known, "a": more * known["i"], "b": more * known["o"]}
+        return {**super().sizes, "n": self.ratio - 1, "k": self.ratio - 1}
 
 
 class ExpandKind(Rule):
@@ -72,44 +63,46 @@ class ExpandKind(Rule):
         left = () if spec.expand_inputs else ON_INPUTS
         return {name: letters for name, letters in ENTRIES.items() if name not in left}
 
-    def fixed(self, spec: ExpandSpec) -> dict[str, tuple[str, Array]]:
-        """Return what the further blocks of P and R start as."""
-        sizes, scale = spec.sizes, spec.ratio**-0.5
-        inputs = scale * np.tile(np.eye(sizes["i"]), (spec.groups, spec.ratio - 1, 1))
-        outputs = scale * np.tile(np.eye(sizes["o"]), (spec.groups, 1, spec.ratio - 1))
-        return {"start_in": ("gai", inputs), "start_out": ("gob", outputs)}
+    def fixed(self, spec: ExpandSpec) -> dict[str, Fixed]:
+        """Return what each further block of P and R starts as."""
+        scale = spec.ratio**-0.5
+        return {"start_first": Fixed("hi", scale), "start_last": Fixed("op", scale)}
 
     def steps(self, spec: ExpandSpec) -> tuple[Step, ...]:
         """Return the formula: Q by P, then R by that."""
-        inner, outer = [Term("gpim->gpim", ("weight",))], [Term("gbim->gbim", ("outer_outputs",))]
-        steps = []
+        inner, outer = [Term("goim->gpim", ("weight",))], [Term("gkpim->gkpim", ("weight_out",))]
+        steps = [_sum("by_last", "gkop", "last_more", "op", "start_last")]
         if spec.expand_inputs:
-            steps = [Step("by_first", (Term("gai->gai", ("first_outer",)),
-                                       Term("gai->gai", ("start_in",))))]  # fmt: skip
+            steps.append(_sum("by_first", "gnhi", "first_more", "hi", "start_first"))
             inner += [Term("gphm,ghi->gpim", ("weight", "first")),
-                      Term("gpam,gai->gpim", ("outer_inputs", "by_first"))]  # fmt: skip
-            outer += [Term("gbhm,ghi->gbim", ("outer_outputs", "first")),
-                      Term("gbam,gai->gbim", ("outer", "by_first"))]  # fmt: skip
-        return (
-            *steps, Step("inner", tuple(inner)), Step("outer_rows", tuple(outer)),
-            Step("by_last", (Term("gob->gob", ("last_outer",)), Term("gob->gob", ("start_out",)))),
-            Step(KERNEL, (Term("goim->goim", ("inner",)), Term("gop,gpim->goim", ("last", "inner")),
-                          Term("gob,gbim->goim", ("by_last", "outer_rows")))),
+                      Term("gnphm,gnhi->gpim", ("weight_in", "by_first"))]  # fmt: skip
+            outer += [Term("gkphm,ghi->gkpim", ("weight_out", "first")),
+                      Term("gnkphm,gnhi->gkpim", ("weight_both", "by_first"))]  # fmt: skip
+        kernel = (
+            Term("gpim->goim", ("inner",)), Term("gop,gpim->goim", ("last", "inner")),
+            Term("gkop,gkpim->goim", ("by_last", "outer")),
         )  # fmt: skip
+        return (*steps, Step("inner", (*inner,)), Step("outer", (*outer,)), Step(KERNEL, kernel))
 
     def recognised(self, shapes: Mapping[str, Shape]) -> Any:
         """Return the sizes of a layer of which a file tells shapes alone; None for no such layer.
 
-        The groups follow from `last`, `(O, O/g)`, the ratio from `outer_outputs`.
+        The groups follow from `last`, `(O, O/g)`, the ratio from `weight_out`.
         """
-        if not {"last", "outer_outputs"} <= shapes.keys():
+        if not {"last", "weight_out"} <= shapes.keys():
             return None
         outputs, inputs, *size = shapes["weight"]
-        groups, more = outputs // shapes["last"][1], shapes["outer_outputs"][0] // outputs
+        groups = outputs // shapes["last"][1]
         conv = ConvSpec(inputs * groups, outputs, tuple(size), groups)
-        spec = self.spec(conv, ratio=more + 1, expand_inputs="first" in shapes)
-        own = {**self.entries(spec), "weight": shapes["weight"]}
+        ratio = shapes["weight_out"][0] // groups + 1
+        spec = self.spec(conv, ratio=ratio, expand_inputs="first" in shapes)
+        own = {**self.entries(spec), "weight": tuple(shapes["weight"])}
         return spec if own == {name: tuple(shape) for name, shape in shapes.items()} else None
+
+
+def _sum(name: str, letters: str, entry: str, of_start: str, start: str) -> Step:
+    terms = Term(f"{letters}->{letters}", (entry,)), Term(f"{of_start}->{letters}", (start,))
+    return Step(name, terms)
 
 
 EXPAND = register(ExpandKind())

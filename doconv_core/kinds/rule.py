@@ -1,7 +1,7 @@
 """Kinds whose kernel is a formula of their entries: sums of products, written once as data.
 
 Axis letters as everywhere in this project, and those of hidden channels: g group, o and i output
-and input channel in the group, p, b and h, a hidden output and input channels, m kernel tap, t
+and input channel in the group, p and h hidden output and input channels, n copies of them, m kernel tap, t
 and s taps of smaller kernels. An entry has the letters of its axes, and keeps the first two as one axis where
 the first is g: weight, "goim", is `(O, I/g, M)`.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from doconv_core.maths.numeric import shaped, widened
 from doconv_core.maths.spec import ConvSpec
 
 KERNEL = "kernel"  # the last step's name
-ORDER = "gopbhaitsm"  # in which canonical axes stand
-KERAS_ORDER = "tsmhaigopb"
+ORDER = "gnkophitsm"  # in which canonical axes stand
+KERAS_ORDER = "tsmhignkop"
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,23 @@ class RuleSpec:
 class Term(NamedTuple):
     """A product. subscripts: as of `einsum`, of one or two factors. names: of the factors.
 
-    A letter that the result lacks is summed over; of one factor, letters are renamed alone.
+    A letter that the result lacks is summed over. One factor alone is broadcast to letters that it
+    lacks, or has other letters of the same sizes.
     """
 
     subscripts: str
     names: tuple[str, ...]
+
+
+class Fixed(NamedTuple):
+    """A constant of a formula: an identity of two axes, scaled, or a small array.
+
+    letters: of its axes. scale: of the identity. values: the array, nested tuples, for another.
+    """
+
+    letters: str
+    scale: float = 1.0
+    values: tuple[Any, ...] | None = None
 
 
 class Step(NamedTuple):
@@ -95,9 +108,17 @@ class Rule(ComposedKind):
     def steps(self, spec: Any) -> tuple[Step, ...]:
         """Return the formula; the last step is the kernel, "goim"."""
 
-    def fixed(self, spec: Any) -> dict[str, tuple[str, Array]]:
-        """Return the constants of the formula by name, with the letters of their axes."""
+    def fixed(self, spec: Any) -> dict[str, Fixed]:
+        """Return the constants of the formula by name."""
         return {}
+
+    def told(self, ordinary: str) -> str:
+        """Return the docstring of a layer that stands in for `ordinary`."""
+        options = ", ".join(self.options)
+        return (
+            f"A `{ordinary}` whose kernel is composed, to be folded into one after training.\n\n"
+            f"    Takes `{ordinary}`'s arguments, and by keyword only {options}. {self.__doc__}"
+        )
 
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return that a kernel of one tap has nothing to over-parameterize."""
@@ -148,13 +169,15 @@ class Rule(ComposedKind):
         if len(values) == 1:
             return {"weight": given.reshape(entries["weight"].shape)}
         known = self._evaluated(values, spec)
-        sums = {name: np.zeros_like(value) for name, value in known.items()}
+        sums = {n: np.zeros_like(a) for n, a in known.items() if n not in self.fixed(spec)}
         sums[KERNEL] = widened(given).reshape(known[KERNEL].shape)
         for step in reversed(self.steps(spec)):
             for subscripts, names in step.terms:
                 inputs, result = subscripts.split("->")
                 letters = inputs.split(",")
                 for at, name in enumerate(names):
+                    if name not in sums:
+                        continue
                     if len(names) == 1:
                         sums[name] += sums[step.name]
                         continue
@@ -173,7 +196,8 @@ class Rule(ComposedKind):
 
     def _evaluated(self, values: Mapping[str, Array], spec: Any) -> dict[str, Array]:
         dtype = values["weight"].dtype
-        return evaluated(self, values, spec, np_product, lambda array: array.astype(dtype))
+        made = partial(np.eye, dtype=dtype), partial(np.asarray, dtype=dtype)
+        return evaluated(self, values, spec, np_product, *made)
 
     def _values(self, entries: Mapping[str, Array], spec: Any) -> dict[str, Array]:
         """Return the entries with all their axes; ValueError for one that is of another shape."""
@@ -192,18 +216,23 @@ def evaluated(
     values: Mapping[str, Any],
     spec: Any,
     product: Product,
-    constant: Callable[[Array], Any],
+    identity: Callable[[int], Any],
+    array: Callable[[Array], Any],
     order: str = ORDER,
 ) -> dict[str, Any]:
     """Return the values and what every step is, by name.
 
-    product: is called with subscripts, the sizes by letter, and one or two factors. constant: makes
-    a value of an array of the formula. order: in which the axes of all values and results stand.
+    product: is called with subscripts, the sizes by letter, and one or two factors. identity,
+    array: return a unit matrix of a size, a value of a small array. order: in which the axes of all
+    values and results stand.
     """
     known = dict(values)
-    for name, (letters, array) in rule.fixed(spec).items():
-        axes = sorted(range(len(letters)), key=lambda axis: order.index(letters[axis]))
-        known[name] = constant(array.transpose(axes))
+    for name, (letters, scale, given) in rule.fixed(spec).items():
+        if given is None:
+            known[name] = scale * identity(spec.sizes[letters[0]])
+        else:
+            axes = sorted(range(len(letters)), key=lambda axis: order.index(letters[axis]))
+            known[name] = array(np.array(given).transpose(axes))
     for name, terms in rule.steps(spec):
         total = None
         for subscripts, factors in terms:
@@ -232,11 +261,18 @@ def broadcast(subscripts: str, sizes: Mapping[str, int]) -> list[list[int]] | No
     [[1, 2, 1, 1], [1, 2, 3, 9]]
     """
     inputs, result = subscripts.split("->")
+    parts = inputs.split(",")
+    if len(parts) == 1 and len(inputs) == len(result):
+        return [[sizes[x] for x in result]]
     if not set(inputs) - {","} <= set(result):
         return None
-    return [[sizes[x] if x in part else 1 for x in result] for part in inputs.split(",")]
+    return [[sizes[x] if x in part else 1 for x in result] for part in parts]
 
 
 def np_product(subscripts: str, sizes: Mapping[str, int], *factors: Array) -> Array:
-    """Return a product of arrays, or a single factor as it is."""
-    return factors[0] if len(factors) == 1 else np.einsum(subscripts, *factors, optimize=True)
+    """Return a product of arrays, or a single factor that is broadcast."""
+    shapes = broadcast(subscripts, sizes)
+    if shapes is None:
+        return np.einsum(subscripts, *factors, optimize=True)  # type: ignore[no-any-return]
+    first, *rest = (each.reshape(shape) for each, shape in zip(factors, shapes, strict=True))
+    return first * rest[0] if rest else first
