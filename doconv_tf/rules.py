@@ -1,0 +1,73 @@
+"""The layers of Keras whose kernel is a formula of the core: one line for each such kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import keras
+from keras import ops
+
+from doconv_core.kinds.branches import BRANCHED
+from doconv_core.kinds.expand import EXPAND
+from doconv_core.kinds.rule import KERAS_ORDER, KERNEL, Rule, broadcast, evaluated
+from doconv_tf.composed import ComposedConv, ComposedLayers, Ordinary
+
+HALF = ("float16", "bfloat16")
+
+
+class RuleConv(ComposedConv[Ordinary]):
+    """What the layers of every such kind and rank share. Variables: the kind's entries; `bias`."""
+
+    kind: Rule
+
+    def compose(self, entries: Mapping[str, Any]) -> Any:
+        """Return the kernel; of half types it is composed in float32 and rounded once."""
+        spec, dtype = self.spec, keras.backend.standardize_dtype(entries["weight"].dtype)
+        values, computed = {}, "float32" if dtype in HALF else dtype
+        for name, letters in self.kind.axes(spec).items():
+            value = ops.cast(ops.convert_to_tensor(entries[name]), computed)
+            if name == "weight":
+                letters = "".join(sorted(letters, key=KERAS_ORDER.index))
+            value = ops.reshape(value, [spec.sizes[axis] for axis in letters])
+            axes = sorted(range(len(letters)), key=lambda n: KERAS_ORDER.index(letters[n]))
+            in_order = axes == list(range(len(letters)))
+            values[name] = value if in_order else ops.transpose(value, axes)
+        made = partial(ops.eye, dtype=computed), partial(ops.convert_to_tensor, dtype=computed)
+        found = evaluated(self.kind, values, spec, _product, *made, order=KERAS_ORDER)
+        return ops.cast(found[KERNEL], dtype)
+
+
+def _product(subscripts: str, sizes: Mapping[str, int], *factors: Any) -> Any:
+    """Return a product of tensors, or a single one that is broadcast."""
+    shapes = broadcast(subscripts, sizes)
+    if shapes is None:
+        return ops.einsum(subscripts, *factors)
+    first, *rest = (ops.reshape(f, shape) for f, shape in zip(factors, shapes, strict=True))
+    return first * rest[0] if rest else first
+
+
+def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
+    """Return a kind's layers in the places of `Conv1D`, `Conv2D`, …, which begin with this word."""
+    base = type(f"_{word}", (RuleConv,), {"kind": kind, "__module__": __name__})
+    depthwise = {"layout": "*CN", "prefixes": {"weight": "depthwise"}}
+    made = []
+    for name, rank in (("Conv1D", 1), ("Conv2D", 2), ("Conv3D", 3),
+                       ("DepthwiseConv1D", 1), ("DepthwiseConv2D", 2)):  # fmt: skip
+        ordinary = getattr(keras.layers, name)
+        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__}
+        about |= {"__doc__": kind.told(f"keras.layers.{name}")}
+        about |= depthwise if name.startswith("Depthwise") else {}
+        cls = type(f"{word}{name}", (base, ordinary), about)
+        made.append(keras.saving.register_keras_serializable("doconv")(cls))
+    return tuple(made)
+
+
+_branches, _expand = _layers(BRANCHED, "Branches"), _layers(EXPAND, "Expand")
+(BranchesConv1D, BranchesConv2D, BranchesConv3D,
+ BranchesDepthwiseConv1D, BranchesDepthwiseConv2D) = _branches  # fmt: skip
+(ExpandConv1D, ExpandConv2D, ExpandConv3D,
+ ExpandDepthwiseConv1D, ExpandDepthwiseConv2D) = _expand  # fmt: skip
+
+BRANCHES, EXPANSIONS = ComposedLayers(*_branches), ComposedLayers(*_expand)
