@@ -11,6 +11,7 @@ and the gradient read the same steps, so a rule is its formula, its sizes and it
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -219,12 +220,13 @@ def evaluated(
     identity: Callable[[int], Any],
     array: Callable[[Array], Any],
     order: str = ORDER,
+    add: Callable[[Any, Any], Any] = operator.add,
 ) -> dict[str, Any]:
     """Return the values and what every step is, by name.
 
     product: is called with subscripts, the sizes by letter, and one or two factors. identity,
     array: return a unit matrix of a size, a value of a small array. order: in which the axes of all
-    values and results stand.
+    values and results stand. add: two values, of which one may be broadcast.
     """
     known = dict(values)
     for name, (letters, scale, given) in rule.fixed(spec).items():
@@ -238,7 +240,7 @@ def evaluated(
         for subscripts, factors in terms:
             told = in_order(subscripts, order)
             each = product(told, spec.sizes, *(known[factor] for factor in factors))
-            total = each if total is None else total + each
+            total = each if total is None else add(total, each)
         known[name] = total
     return known
 
