@@ -116,18 +116,22 @@ def _entry(what: str, branch: str) -> str:
 
 
 class BranchesKind(Rule):
-    """A sum of branches: weight, "kxk"; `weight_…` and `scale_…` of each; `first_1x1_kxk`.
+    """A sum of branches: weight, "kxk"; `weight_…` and `scale_…` of each; `weight_front_1x1_kxk`.
 
     The last is a residual around the identity, of the 1×1 kernel in front of the other.
     """
 
     name = "branches"
     spec_type = BranchesSpec
+    variants = MappingProxyType(
+        {"branches": {}, "orepa": {"branches": "orepa"}, "ecb": {"branches": "ecb"}}
+        | {f"branches_{name}": {"branches": name} for name in ("acnet", "dbb", "repvgg")}
+    )
     constants = MappingProxyType(
         {_entry("scale", KXK): 1.0}
         | {_entry("weight", b): 0.0 for b in BRANCHES if b not in (KXK, IDENTITY)}
         | {_entry("scale", b): float(b != IDENTITY) for b in BRANCHES[1:]}
-        | {_entry("first", CHAIN): 0.0}
+        | {_entry("weight_front", CHAIN): 0.0}
     )
 
     def axes(self, spec: BranchesSpec) -> dict[str, str]:
@@ -136,7 +140,7 @@ class BranchesKind(Rule):
         for branch in spec.branches:
             found[_entry("scale", branch)] = "go"
             if branch == CHAIN:
-                found |= {_entry("weight", branch): "gohm", _entry("first", branch): "ghi"}
+                found |= {_entry("weight", branch): "gohm", _entry("weight_front", branch): "ghi"}
             elif branch in ASYMMETRIC:
                 found[_entry("weight", branch)] = f"goi{ASYMMETRIC[branch]}"
             elif branch not in (KXK, IDENTITY):
@@ -165,7 +169,7 @@ class BranchesKind(Rule):
             elif branch == CHAIN:
                 steps.append(Step(branch, (Term("go,gohm->gohm", pair),)))
                 kernel.append(Term("gohm->goim", (branch,)))
-                kernel.append(Term("gohm,ghi->goim", (branch, _entry("first", branch))))
+                kernel.append(Term("gohm,ghi->goim", (branch, _entry("weight_front", branch))))
             elif branch != KXK:
                 axes = f"goi{ASYMMETRIC.get(branch, '')}"
                 steps.append(Step(branch, (Term(f"go,{axes}->{axes}", pair),)))
@@ -183,7 +187,7 @@ class BranchesKind(Rule):
         """
         outputs, inputs, *size = shapes["weight"]
         square = IDENTITY if _entry("scale", IDENTITY) in shapes else CHAIN
-        rows = shapes.get(_entry("first", CHAIN), (inputs,))[0]
+        rows = shapes.get(_entry("weight_front", CHAIN), (inputs,))[0]
         groups = (outputs if square == IDENTITY else rows) // inputs or 1
         there = [b for b in BRANCHES if _entry("scale", b) in shapes]
         try:

@@ -20,12 +20,14 @@ from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
 from doconv_core.maths.spec import ConvSpec, as_integer
 
 # Blocks of Q: weight reads the first hidden inputs for the first hidden outputs. n and k count the
-# other blocks of hidden inputs and outputs. first, last: residuals of P's and R's first block.
+# other blocks of hidden inputs and outputs. front, back:
+# residuals of P's and R's blocks.
 ENTRIES = {
-    "weight": "goim", "last": "gop", "last_more": "gkop", "weight_out": "gkpim",
-    "first": "ghi", "first_more": "gnhi", "weight_in": "gnphm", "weight_both": "gnkphm",
+    "weight": "goim", "weight_back": "gop", "weight_back_more": "gkop", "weight_out": "gkpim",
+    "weight_front": "ghi", "weight_front_more": "gnhi", "weight_in": "gnphm",
+    "weight_both": "gnkphm",
 }  # fmt: skip
-ON_INPUTS = ("first", "first_more", "weight_in", "weight_both")
+ON_INPUTS = ("weight_front", "weight_front_more", "weight_in", "weight_both")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ExpandSpec(RuleSpec):
     expand_inputs: whether the inputs are expanded too, as in ExpandNets, and not in SESR.
     """
 
-    ratio: int = 4
+    ratio: int = 2
     expand_inputs: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class ExpandKind(Rule):
 
     name = "expand"
     spec_type = ExpandSpec
+    variants = MappingProxyType({"expand": {}, "sesr": {"expand_inputs": False}})
     constants = MappingProxyType(dict.fromkeys(list(ENTRIES)[1:], 0.0))
 
     def axes(self, spec: ExpandSpec) -> dict[str, str]:
@@ -71,15 +74,15 @@ class ExpandKind(Rule):
     def steps(self, spec: ExpandSpec) -> tuple[Step, ...]:
         """Return the formula: Q by P, then R by that."""
         inner, outer = [Term("goim->gpim", ("weight",))], [Term("gkpim->gkpim", ("weight_out",))]
-        steps = [_sum("by_last", "gkop", "last_more", "op", "start_last")]
+        steps = [_sum("by_last", "gkop", "weight_back_more", "op", "start_last")]
         if spec.expand_inputs:
-            steps.append(_sum("by_first", "gnhi", "first_more", "hi", "start_first"))
-            inner += [Term("gphm,ghi->gpim", ("weight", "first")),
+            steps.append(_sum("by_first", "gnhi", "weight_front_more", "hi", "start_first"))
+            inner += [Term("gphm,ghi->gpim", ("weight", "weight_front")),
                       Term("gnphm,gnhi->gpim", ("weight_in", "by_first"))]  # fmt: skip
-            outer += [Term("gkphm,ghi->gkpim", ("weight_out", "first")),
+            outer += [Term("gkphm,ghi->gkpim", ("weight_out", "weight_front")),
                       Term("gnkphm,gnhi->gkpim", ("weight_both", "by_first"))]  # fmt: skip
         kernel = (
-            Term("gpim->goim", ("inner",)), Term("gop,gpim->goim", ("last", "inner")),
+            Term("gpim->goim", ("inner",)), Term("gop,gpim->goim", ("weight_back", "inner")),
             Term("gkop,gkpim->goim", ("by_last", "outer")),
         )  # fmt: skip
         return (*steps, Step("inner", (*inner,)), Step("outer", (*outer,)), Step(KERNEL, kernel))
@@ -87,15 +90,15 @@ class ExpandKind(Rule):
     def recognised(self, shapes: Mapping[str, Shape]) -> Any:
         """Return the sizes of a layer of which a file tells shapes alone; None for no such layer.
 
-        The groups follow from `last`, `(O, O/g)`, the ratio from `weight_out`.
+        The groups follow from `weight_back`, `(O, O/g)`, the ratio from `weight_out`.
         """
-        if not {"last", "weight_out"} <= shapes.keys():
+        if not {"weight_back", "weight_out"} <= shapes.keys():
             return None
         outputs, inputs, *size = shapes["weight"]
-        groups = outputs // shapes["last"][1]
+        groups = outputs // shapes["weight_back"][1]
         conv = ConvSpec(inputs * groups, outputs, tuple(size), groups)
         ratio = shapes["weight_out"][0] // groups + 1
-        spec = self.spec(conv, ratio=ratio, expand_inputs="first" in shapes)
+        spec = self.spec(conv, ratio=ratio, expand_inputs="weight_front" in shapes)
         own = {**self.entries(spec), "weight": tuple(shapes["weight"])}
         return spec if own == {name: tuple(shape) for name, shape in shapes.items()} else None
 

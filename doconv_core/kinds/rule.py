@@ -1,9 +1,9 @@
 """Kinds whose kernel is a formula of their entries: sums of products, written once as data.
 
 Axis letters as everywhere in this project, and those of hidden channels: g group, o and i output
-and input channel in the group, p and h hidden output and input channels, n copies of them, m kernel tap, t
-and s taps of smaller kernels. An entry has the letters of its axes, and keeps the first two as one axis where
-the first is g: weight, "goim", is `(O, I/g, M)`.
+and input channel in the group, p and h hidden output and input channels, k and n copies of them,
+m kernel tap, t and s taps of smaller kernels. An entry has the letters of its axes, and keeps the
+first two as one axis where the first is g: weight, "goim", is `(O, I/g, M)`.
 
 A formula is a few steps, each a sum of products of what stands before it. NumPy, every framework
 and the gradient read the same steps, so a rule is its formula, its sizes and its starting values.
