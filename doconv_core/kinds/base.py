@@ -136,6 +136,13 @@ class ComposedKind(Kind):
         self.check_taken(options)
         return ComposedRecipe(word, *args, options=tuple(sorted(options.items())))
 
+    def kept(self, options: Mapping[str, Any], spec: Any) -> dict[str, Any]:
+        """Return the options that a layer keeps whose input channels are not known yet.
+
+        spec: its sizes with other input channels.
+        """
+        return {name: getattr(spec, name) for name in options}
+
     def spec_by(self, recipe: Recipe, conv: ConvSpec) -> Any:
         """Return the sizes of a layer that a recipe of this kind says."""
         return self.spec(conv, **dict(getattr(recipe, "options", ())))

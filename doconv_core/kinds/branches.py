@@ -37,6 +37,8 @@ PRESETS = {
     "orepa": (KXK, "1x1", IDENTITY, CHAIN, "1x1-avg"),
 }
 
+DEFAULT = PRESETS["repvgg"]
+
 
 def taps_of(branch: str, kernel_size: tuple[int, ...]) -> Array | None:
     """Return which taps of the kernel each tap of a branch becomes, `(T, M)`.
@@ -70,6 +72,28 @@ def taps_of(branch: str, kernel_size: tuple[int, ...]) -> Array | None:
     return np.eye(taps)[kept.reshape(-1)]
 
 
+def as_names(branches: Any) -> tuple[str, ...]:
+    """Return the branches, in the order of `BRANCHES`, that a preset or names of them stand for.
+
+    Raises ValueError for what is neither, and without the trained kernel.
+
+    >>> as_names("acnet")
+    ('kxk', '1xk', 'kx1')
+    """
+    names = PRESETS.get(branches) if isinstance(branches, str) else branches
+    if names is None or not is_sequence(names) or not {*names} <= {*BRANCHES}:
+        raise ValueError(
+            f"branches must be one of {', '.join(map(repr, PRESETS))}, or some of "
+            f"{', '.join(map(repr, BRANCHES))}; received {branches!r}."
+        )
+    if KXK not in names or len({*names}) < len(names):
+        raise ValueError(
+            f"branches must have {KXK!r}, which is the trained kernel, and each name once; "
+            f"received {branches!r}."
+        )
+    return tuple(name for name in BRANCHES if name in names)
+
+
 @dataclass(frozen=True)
 class BranchesSpec(RuleSpec):
     """The sizes, and branches: names of `BRANCHES`, "kxk" among them, or one of `PRESETS`.
@@ -79,24 +103,12 @@ class BranchesSpec(RuleSpec):
     Laplace but in two dimensions of three taps or more.
     """
 
-    branches: tuple[str, ...] = PRESETS["repvgg"]
+    branches: tuple[str, ...] = DEFAULT
 
     def __post_init__(self) -> None:
         """Check the options; TypeError or ValueError for those that give no layer."""
         super().__post_init__()
-        given: Any = self.branches
-        names = PRESETS.get(given) if isinstance(given, str) else given
-        if names is None or not is_sequence(names) or not {*names} <= {*BRANCHES}:
-            raise ValueError(
-                f"branches must be one of {', '.join(map(repr, PRESETS))}, or some of "
-                f"{', '.join(map(repr, BRANCHES))}; received {given!r}."
-            )
-        if KXK not in names or len({*names}) < len(names):
-            raise ValueError(
-                f"branches must have {KXK!r}, which is the trained kernel, and each name once; "
-                f"received {given!r}."
-            )
-        there = tuple(name for name in BRANCHES if name in names and self._suits(name))
+        there = tuple(name for name in as_names(self.branches) if self._suits(name))
         object.__setattr__(self, "branches", there)
 
     @property
@@ -133,6 +145,10 @@ class BranchesKind(Rule):
         | {_entry("scale", b): float(b != IDENTITY) for b in BRANCHES[1:]}
         | {_entry("weight_front", CHAIN): 0.0}
     )
+
+    def kept(self, options: Mapping[str, Any], spec: BranchesSpec) -> dict[str, Any]:
+        """Return the branches that are asked for: what suits is known with the channels."""
+        return {"branches": as_names(options.get("branches") or DEFAULT)}
 
     def axes(self, spec: BranchesSpec) -> dict[str, str]:
         """Return the letters of each entry."""
