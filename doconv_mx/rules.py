@@ -49,10 +49,8 @@ class RuleConv(ComposedConv[Ordinary]):
                 value = F.transpose(value, axes=(0, 2, 1))
             values[name] = F.reshape(value, shape=[spec.sizes[axis] for axis in letters])
         operators = _Operators(F, values["weight"])
-        found = evaluated(
-            self.kind, values, spec, operators.product, operators.identity, operators.array,
-            add=F.broadcast_add,
-        )  # fmt: skip
+        made = operators.add_product, operators.identity, operators.array
+        found = evaluated(self.kind, values, spec, *made)
         kernel, shape = found[KERNEL], self.kind.conv(spec).kernel_shape
         if last:
             kernel = F.reshape(kernel, shape=(shape[0], shape[1], -1))
@@ -78,7 +76,14 @@ class _Operators:
         numbers = [self._one * float(value) for value in values.reshape(-1)]
         return self._f.reshape(self._f.concat(*numbers, dim=0), shape=values.shape)
 
-    def product(self, subscripts: str, sizes: Mapping[str, int], *factors: Any) -> Any:
+    def add_product(
+        self, total: Any, subscripts: str, sizes: Mapping[str, int], *factors: Any
+    ) -> Any:
+        """Return the sum and a product."""
+        product = self._product(subscripts, sizes, *factors)
+        return product if total is None else self._f.broadcast_add(total, product)
+
+    def _product(self, subscripts: str, sizes: Mapping[str, int], *factors: Any) -> Any:
         """Return a product, as a batch of matrices where letters are summed over."""
         shapes = broadcast(subscripts, sizes)
         if shapes is not None:

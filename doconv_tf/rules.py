@@ -35,17 +35,19 @@ class RuleConv(ComposedConv[Ordinary]):
             in_order = axes == list(range(len(letters)))
             values[name] = value if in_order else ops.transpose(value, axes)
         made = partial(ops.eye, dtype=computed), partial(ops.convert_to_tensor, dtype=computed)
-        found = evaluated(self.kind, values, spec, _product, *made, order=KERAS_ORDER)
+        found = evaluated(self.kind, values, spec, _add_product, *made, order=KERAS_ORDER)
         return ops.cast(found[KERNEL], dtype)
 
 
-def _product(subscripts: str, sizes: Mapping[str, int], *factors: Any) -> Any:
-    """Return a product of tensors, or a single one that is broadcast."""
+def _add_product(total: Any, subscripts: str, sizes: Mapping[str, int], *factors: Any) -> Any:
+    """Return the sum and a product of tensors, or a single one that is broadcast."""
     shapes = broadcast(subscripts, sizes)
     if shapes is None:
-        return ops.einsum(subscripts, *factors)
-    first, *rest = (ops.reshape(f, shape) for f, shape in zip(factors, shapes, strict=True))
-    return first * rest[0] if rest else first
+        product = ops.einsum(subscripts, *factors)
+    else:
+        first, *rest = (ops.reshape(f, shape) for f, shape in zip(factors, shapes, strict=True))
+        product = first * rest[0] if rest else first
+    return product if total is None else total + product
 
 
 def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:

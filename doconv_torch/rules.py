@@ -35,7 +35,7 @@ class RuleConv(ComposedConv[Ordinary]):
             return weight
         like = {"dtype": weight.dtype, "device": weight.device}
         made = partial(torch.eye, **like), partial(torch.tensor, **like)
-        found = evaluated(self.kind, values, self.spec, _product, *made)
+        found = evaluated(self.kind, values, self.spec, _add_product, *made)
         kernel: Tensor = found[KERNEL].reshape(self.kind.conv(self.spec).kernel_shape)
         return kernel
 
@@ -45,13 +45,22 @@ class RuleConv(ComposedConv[Ordinary]):
         return ", ".join([super().extra_repr(), *told])  # type: ignore[no-untyped-call]
 
 
-def _product(subscripts: str, sizes: Mapping[str, int], *factors: Tensor) -> Tensor:
-    """Return a product of tensors, or a single one that is broadcast."""
+def _add_product(
+    total: Tensor | None, subscripts: str, sizes: Mapping[str, int], *factors: Tensor
+) -> Tensor:
+    """Return the sum and a product of tensors, or a single one that is broadcast."""
+    if total is not None and len(factors) == 2 and factors[1].ndim < 3 <= factors[0].ndim:
+        # Smaller kernels by their taps: one pass over the kernel, and in backward a product.
+        taps = factors[1].reshape(-1, factors[1].shape[-1])
+        product = torch.addmm(total.flatten(0, -2), factors[0].reshape(-1, len(taps)), taps)
+        return product.reshape(total.shape)
     shapes = broadcast(subscripts, sizes)
     if shapes is None:
-        return torch.einsum(subscripts, *factors)
-    first, *rest = (each.reshape(shape) for each, shape in zip(factors, shapes, strict=True))
-    return first * rest[0] if rest else first
+        product = torch.einsum(subscripts, *factors)
+    else:
+        first, *rest = (each.reshape(shape) for each, shape in zip(factors, shapes, strict=True))
+        product = first * rest[0] if rest else first
+    return product if total is None else total + product
 
 
 def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:

@@ -11,7 +11,6 @@ and the gradient read the same steps, so a rule is its formula, its sizes and it
 
 from __future__ import annotations
 
-import operator
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -85,7 +84,8 @@ class Step(NamedTuple):
     terms: tuple[Term, ...]
 
 
-Product = Callable[..., Any]
+# Adds a product to a sum, which is None at first: (sum, subscripts, sizes by letter, *factors).
+AddProduct = Callable[..., Any]
 
 
 class Rule(ComposedKind):
@@ -198,7 +198,7 @@ class Rule(ComposedKind):
     def _evaluated(self, values: Mapping[str, Array], spec: Any) -> dict[str, Array]:
         dtype = values["weight"].dtype
         made = partial(np.eye, dtype=dtype), partial(np.asarray, dtype=dtype)
-        return evaluated(self, values, spec, np_product, *made)
+        return evaluated(self, values, spec, _add_product, *made)
 
     def _values(self, entries: Mapping[str, Array], spec: Any) -> dict[str, Array]:
         """Return the entries with all their axes; ValueError for one that is of another shape."""
@@ -216,17 +216,15 @@ def evaluated(
     rule: Rule,
     values: Mapping[str, Any],
     spec: Any,
-    product: Product,
+    add_product: AddProduct,
     identity: Callable[[int], Any],
     array: Callable[[Array], Any],
     order: str = ORDER,
-    add: Callable[[Any, Any], Any] = operator.add,
 ) -> dict[str, Any]:
     """Return the values and what every step is, by name.
 
-    product: is called with subscripts, the sizes by letter, and one or two factors. identity,
-    array: return a unit matrix of a size, a value of a small array. order: in which the axes of all
-    values and results stand. add: two values, of which one may be broadcast.
+    identity, array: return a unit matrix of a size, a value of a small array. order: in which the
+    axes of all values and results stand.
     """
     known = dict(values)
     for name, (letters, scale, given) in rule.fixed(spec).items():
@@ -239,8 +237,7 @@ def evaluated(
         total = None
         for subscripts, factors in terms:
             told = in_order(subscripts, order)
-            each = product(told, spec.sizes, *(known[factor] for factor in factors))
-            total = each if total is None else add(total, each)
+            total = add_product(total, told, spec.sizes, *(known[factor] for factor in factors))
         known[name] = total
     return known
 
@@ -271,10 +268,14 @@ def broadcast(subscripts: str, sizes: Mapping[str, int]) -> list[list[int]] | No
     return [[sizes[x] if x in part else 1 for x in result] for part in parts]
 
 
-def np_product(subscripts: str, sizes: Mapping[str, int], *factors: Array) -> Array:
-    """Return a product of arrays, or a single factor that is broadcast."""
+def _add_product(
+    total: Array | None, subscripts: str, sizes: Mapping[str, int], *factors: Array
+) -> Array:
+    """Return the sum and a product of arrays, or a single one that is broadcast."""
     shapes = broadcast(subscripts, sizes)
     if shapes is None:
-        return np.einsum(subscripts, *factors, optimize=True)  # type: ignore[no-any-return]
-    first, *rest = (each.reshape(shape) for each, shape in zip(factors, shapes, strict=True))
-    return first * rest[0] if rest else first
+        product = np.einsum(subscripts, *factors, optimize=True)
+    else:
+        parts = [each.reshape(shape) for each, shape in zip(factors, shapes, strict=True)]
+        product = parts[0] * parts[1] if parts[1:] else parts[0]
+    return product if total is None else total + product
