@@ -125,9 +125,11 @@ def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
     base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": __name__})
     made = []
     for rank, ordinary in enumerate((nn.Conv1D, nn.Conv2D, nn.Conv3D), 1):
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__}
-        about["__doc__"] = kind.told(f"mxnet.gluon.nn.Conv{rank}D")
-        made.append(type(f"{word}Conv{rank}D", (base, ordinary), about))
+        name = f"{word}Conv{rank}D"
+        text = kind.told(name, f"mxnet.gluon.nn.Conv{rank}D", "4, 4, 3")
+        text = text.replace(">>> type", ">>> layer.initialize()\n    >>> type")
+        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
+        made.append(type(name, (base, ordinary), about))
     return tuple(made)
 
 

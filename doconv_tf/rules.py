@@ -58,8 +58,10 @@ def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
     for name, rank in (("Conv1D", 1), ("Conv2D", 2), ("Conv3D", 3),
                        ("DepthwiseConv1D", 1), ("DepthwiseConv2D", 2)):  # fmt: skip
         ordinary = getattr(keras.layers, name)
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__}
-        about |= {"__doc__": kind.told(f"keras.layers.{name}")}
+        example = "3" if name.startswith("Depthwise") else "4, 3"
+        text = kind.told(f"{word}{name}", f"keras.layers.{name}", example)
+        text = text.replace(">>> type", f">>> layer.build({(1, *(8,) * rank, 4)})\n    >>> type")
+        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
         about |= depthwise if name.startswith("Depthwise") else {}
         cls = type(f"{word}{name}", (base, ordinary), about)
         made.append(keras.saving.register_keras_serializable("doconv")(cls))

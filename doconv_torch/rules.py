@@ -64,13 +64,14 @@ def _add_product(
 
 
 def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
-    """Return a kind's layers of each rank, which begin with this word, and let the tools know."""
+    """Return a kind's layers of each rank, which begin with this word."""
     base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": __name__})
     made = []
     for rank, ordinary in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__}
-        about["__doc__"] = kind.told(f"torch.nn.Conv{rank}d")
-        made.append(type(f"{word}Conv{rank}d", (base, ordinary), about))
+        name = f"{word}Conv{rank}d"
+        text = kind.told(name, f"torch.nn.Conv{rank}d", "4, 4, 3")
+        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
+        made.append(type(name, (base, ordinary), about))
     return tuple(made)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from doconv_core.kinds.base import Array, Shape, register
 from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
-from doconv_core.maths.spec import ConvSpec, is_sequence
+from doconv_core.maths.spec import is_sequence
 
 KXK, IDENTITY, CHAIN = "kxk", "identity", "1x1-kxk"
 SOBEL = np.array([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
@@ -134,6 +134,12 @@ class BranchesKind(Rule):
     """
 
     name = "branches"
+    about = "a sum of scaled smaller ones"
+    arguments = (
+        f"branches: one of {', '.join(PRESETS)}, or names of branches, kxk among them: ",
+        f"{', '.join(BRANCHES[:7])},",
+        f"{', '.join(BRANCHES[7:])}. The default is kxk, 1x1, identity.",
+    )
     spec_type = BranchesSpec
     variants = MappingProxyType(
         {"branches": {}, "orepa": {"branches": "orepa"}, "ecb": {"branches": "ecb"}}
@@ -201,18 +207,12 @@ class BranchesKind(Rule):
 
         Its branches are those of which it has entries.
         """
-        outputs, inputs, *size = shapes["weight"]
-        square = IDENTITY if _entry("scale", IDENTITY) in shapes else CHAIN
-        rows = shapes.get(_entry("weight_front", CHAIN), (inputs,))[0]
-        groups = (outputs if square == IDENTITY else rows) // inputs or 1
+        outputs, inputs = shapes["weight"][:2]
+        groups = shapes.get(_entry("weight_front", CHAIN), (inputs,))[0] // inputs
+        if _entry("scale", IDENTITY) in shapes:
+            groups = outputs // inputs
         there = [b for b in BRANCHES if _entry("scale", b) in shapes]
-        try:
-            spec = self.spec(ConvSpec(inputs * groups, outputs, (*size,), groups), branches=there)
-        except (TypeError, ValueError):
-            return None
-        own = self.entries(spec)
-        fits = all(tuple(shapes[n]) == own.get(n) for n in shapes if n != "weight")
-        return spec if fits and shapes.keys() == own.keys() else None
+        return self.spec_of_shapes(shapes, groups, branches=there)
 
 
 BRANCHED = register(BranchesKind())

@@ -17,7 +17,7 @@ from typing import Any
 
 from doconv_core.kinds.base import Shape, register
 from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
-from doconv_core.maths.spec import ConvSpec, as_integer
+from doconv_core.maths.spec import as_integer
 
 # Blocks of Q: weight reads the first hidden inputs for the first hidden outputs. n and k count the
 # other blocks of hidden inputs and outputs. front, back:
@@ -57,6 +57,11 @@ class ExpandKind(Rule):
     """Expansion: weight, and the further blocks of Q, the residuals of P and R."""
 
     name = "expand"
+    about = "that of a chain of wider ones"
+    arguments = (
+        "ratio: how many times the channels the chain has inside, an integer of at least 2.",
+        "expand_inputs: whether the inputs are expanded too, as in ExpandNets; not so in SESR.",
+    )
     spec_type = ExpandSpec
     variants = MappingProxyType({"expand": {}, "sesr": {"expand_inputs": False}})
     constants = MappingProxyType(dict.fromkeys(list(ENTRIES)[1:], 0.0))
@@ -94,13 +99,9 @@ class ExpandKind(Rule):
         """
         if not {"weight_back", "weight_out"} <= shapes.keys():
             return None
-        outputs, inputs, *size = shapes["weight"]
-        groups = outputs // shapes["weight_back"][1]
-        conv = ConvSpec(inputs * groups, outputs, tuple(size), groups)
-        ratio = shapes["weight_out"][0] // groups + 1
-        spec = self.spec(conv, ratio=ratio, expand_inputs="weight_front" in shapes)
-        own = {**self.entries(spec), "weight": tuple(shapes["weight"])}
-        return spec if own == {name: tuple(shape) for name, shape in shapes.items()} else None
+        groups = shapes["weight"][0] // shapes["weight_back"][1]
+        ratio, expand_inputs = shapes["weight_out"][0] // groups + 1, "weight_front" in shapes
+        return self.spec_of_shapes(shapes, groups, ratio=ratio, expand_inputs=expand_inputs)
 
 
 def _sum(name: str, letters: str, entry: str, of_start: str, start: str) -> Step:

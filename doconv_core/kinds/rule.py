@@ -91,10 +91,13 @@ AddProduct = Callable[..., Any]
 class Rule(ComposedKind):
     """A kind whose kernel is what its `steps` say. The spec is a `RuleSpec`.
 
-    constants: of all entries but weight, what they start as, in the order of their names.
+    constants: of all entries but weight, what they start as, in the order of their names. about,
+    arguments: what a layer's docstring says of its kernel, and of the options.
     """
 
     spec_type: type[RuleSpec]
+    about: str
+    arguments: tuple[str, ...]
 
     def __init__(self) -> None:
         self.names = ("weight", *self.constants)
@@ -113,13 +116,24 @@ class Rule(ComposedKind):
         """Return the constants of the formula by name."""
         return {}
 
-    def told(self, ordinary: str) -> str:
-        """Return the docstring of a layer that stands in for `ordinary`."""
-        options = ", ".join(self.options)
-        return (
-            f"A `{ordinary}` whose kernel is composed, to be folded into one after training.\n\n"
-            f"    Takes `{ordinary}`'s arguments, and by keyword only {options}. {self.__doc__}"
+    def told(self, name: str, ordinary: str, example: str) -> str:
+        """Return the docstring of a layer of this name that stands in for an ordinary one.
+
+        example: makes one of 4 channels and folds it.
+        """
+        lines = (
+            f"A `{ordinary}` whose kernel is {self.about}, to be folded into one.",
+            "",
+            f"Takes `{ordinary}`'s arguments, and by keyword only:",
+            *self.arguments,
+            "Raises TypeError or ValueError for arguments that give no layer, before anything is",
+            "created.",
+            "",
+            f">>> layer = {name}({example})",
+            ">>> type(layer.fold()).__name__",
+            f"'{ordinary.rpartition('.')[2]}'",
         )
+        return "\n    ".join(lines) + "\n    "
 
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return that a kernel of one tap has nothing to over-parameterize."""
@@ -187,6 +201,21 @@ class Rule(ComposedKind):
                     factors = [known[names[n]] for n in others]
                     sums[name] += np.einsum(back, sums[step.name], *factors)
         return {n: sums[n].reshape(e.shape).astype(e.dtype) for n, e in entries.items()}
+
+    def spec_of_shapes(
+        self, shapes: Mapping[str, Shape], groups: int, **options: Any
+    ) -> Any | None:
+        """Return the sizes with these groups and options, if the entries' shapes are theirs.
+
+        shapes: as of `recognised`.
+        """
+        outputs, inputs, *size = shapes["weight"]
+        try:
+            spec = self.spec(ConvSpec(inputs * groups, outputs, (*size,), groups), **options)
+        except (TypeError, ValueError):
+            return None
+        own = {**self.entries(spec), "weight": tuple(shapes["weight"])}
+        return spec if own == {name: tuple(shape) for name, shape in shapes.items()} else None
 
     def composition_macs(self, spec: Any) -> int:
         """Return the multiply-accumulates of all products of two factors."""
