@@ -208,9 +208,9 @@ class BranchesKind(Rule):
         Its branches are those of which it has entries.
         """
         outputs, inputs = shapes["weight"][:2]
-        groups = shapes.get(_entry("weight_front", CHAIN), (inputs,))[0] // inputs
+        groups = shapes.get(_entry("weight_front", CHAIN), (inputs,))[0] // inputs or 1
         if _entry("scale", IDENTITY) in shapes:
-            groups = outputs // inputs
+            groups = outputs // inputs or 1
         there = [b for b in BRANCHES if _entry("scale", b) in shapes]
         return self.spec_of_shapes(shapes, groups, branches=there)
 

@@ -99,7 +99,7 @@ class ExpandKind(Rule):
         """
         if not {"weight_back", "weight_out"} <= shapes.keys():
             return None
-        groups = shapes["weight"][0] // shapes["weight_back"][1]
+        groups = shapes["weight"][0] // shapes["weight_back"][1] or 1
         ratio, expand_inputs = shapes["weight_out"][0] // groups + 1, "weight_front" in shapes
         return self.spec_of_shapes(shapes, groups, ratio=ratio, expand_inputs=expand_inputs)
 
