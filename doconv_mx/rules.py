@@ -120,21 +120,24 @@ class RuleLayers(ComposedLayers):
         return super().prepare(view, layer, options)
 
 
-def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
-    """Return a kind's layers of each rank, which begin with this word."""
-    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": __name__})
+def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any], ...]:
+    """Return a kind's layers of each rank, whose names begin with this word.
+
+    module: in which they will have these names.
+    """
+    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": module})
     made = []
     for rank, ordinary in enumerate((nn.Conv1D, nn.Conv2D, nn.Conv3D), 1):
         name = f"{word}Conv{rank}D"
         text = kind.told(name, f"mxnet.gluon.nn.Conv{rank}D", "4, 4, 3")
         text = text.replace(">>> type", ">>> layer.initialize()\n    >>> type")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
+        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
         made.append(type(name, (base, ordinary), about))
     return tuple(made)
 
 
-BranchesConv1D, BranchesConv2D, BranchesConv3D = _layers(BRANCHED, "Branches")
-ExpandConv1D, ExpandConv2D, ExpandConv3D = _layers(EXPAND, "Expand")
+BranchesConv1D, BranchesConv2D, BranchesConv3D = rule_layers(BRANCHED, "Branches")
+ExpandConv1D, ExpandConv2D, ExpandConv3D = rule_layers(EXPAND, "Expand")
 
 BRANCHES = RuleLayers(BranchesConv1D, BranchesConv2D, BranchesConv3D)
 EXPANSIONS = RuleLayers(ExpandConv1D, ExpandConv2D, ExpandConv3D)

@@ -50,9 +50,12 @@ def _add_product(total: Any, subscripts: str, sizes: Mapping[str, int], *factors
     return product if total is None else total + product
 
 
-def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
-    """Return a kind's layers in the places of `Conv1D`, `Conv2D`, …, which begin with this word."""
-    base = type(f"_{word}", (RuleConv,), {"kind": kind, "__module__": __name__})
+def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any], ...]:
+    """Return a kind's layers of each ordinary type, whose names begin with this word.
+
+    module: in which they will have these names.
+    """
+    base = type(f"_{word}", (RuleConv,), {"kind": kind, "__module__": module})
     depthwise = {"layout": "*CN", "prefixes": {"weight": "depthwise"}}
     made = []
     for name, rank in (("Conv1D", 1), ("Conv2D", 2), ("Conv3D", 3),
@@ -61,14 +64,14 @@ def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
         example = "3" if name.startswith("Depthwise") else "4, 3"
         text = kind.told(f"{word}{name}", f"keras.layers.{name}", example)
         text = text.replace(">>> type", f">>> layer.build({(1, *(8,) * rank, 4)})\n    >>> type")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
+        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
         about |= depthwise if name.startswith("Depthwise") else {}
         cls = type(f"{word}{name}", (base, ordinary), about)
         made.append(keras.saving.register_keras_serializable("doconv")(cls))
     return tuple(made)
 
 
-_branches, _expand = _layers(BRANCHED, "Branches"), _layers(EXPAND, "Expand")
+_branches, _expand = rule_layers(BRANCHED, "Branches"), rule_layers(EXPAND, "Expand")
 (BranchesConv1D, BranchesConv2D, BranchesConv3D,
  BranchesDepthwiseConv1D, BranchesDepthwiseConv2D) = _branches  # fmt: skip
 (ExpandConv1D, ExpandConv2D, ExpandConv3D,

@@ -63,20 +63,23 @@ def _add_product(
     return product if total is None else total + product
 
 
-def _layers(kind: Rule, word: str) -> tuple[type[Any], ...]:
-    """Return a kind's layers of each rank, which begin with this word."""
-    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": __name__})
+def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any], ...]:
+    """Return a kind's layers of each rank, whose names begin with this word.
+
+    module: in which they will have these names.
+    """
+    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": module})
     made = []
     for rank, ordinary in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
         name = f"{word}Conv{rank}d"
         text = kind.told(name, f"torch.nn.Conv{rank}d", "4, 4, 3")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": __name__, "__doc__": text}
+        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
         made.append(type(name, (base, ordinary), about))
     return tuple(made)
 
 
-BranchesConv1d, BranchesConv2d, BranchesConv3d = _layers(BRANCHED, "Branches")
-ExpandConv1d, ExpandConv2d, ExpandConv3d = _layers(EXPAND, "Expand")
+BranchesConv1d, BranchesConv2d, BranchesConv3d = rule_layers(BRANCHED, "Branches")
+ExpandConv1d, ExpandConv2d, ExpandConv3d = rule_layers(EXPAND, "Expand")
 
 BRANCHES = ComposedLayers(BranchesConv1d, BranchesConv2d, BranchesConv3d)
 EXPANSIONS = ComposedLayers(ExpandConv1d, ExpandConv2d, ExpandConv3d)
