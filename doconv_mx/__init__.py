@@ -25,6 +25,14 @@ from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_mx.realize import build, get_model  # noqa: E402
+from doconv_mx.rules import (  # noqa: E402
+    BranchesConv1D,
+    BranchesConv2D,
+    BranchesConv3D,
+    ExpandConv1D,
+    ExpandConv2D,
+    ExpandConv3D,
+)
 from doconv_mx.state import export_state, load_state  # noqa: E402
 from doconv_mx.train import evaluate, train  # noqa: E402
 from doconv_mx.verify import verify  # noqa: E402
@@ -38,10 +46,16 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "BranchesConv1D",
+    "BranchesConv2D",
+    "BranchesConv3D",
     "DGConv2D",
     "DOConv1D",
     "DOConv2D",
     "DOConv3D",
+    "ExpandConv1D",
+    "ExpandConv2D",
+    "ExpandConv3D",
     "SkippingDGConv2D",
     "add_saliency_lasso",
     "build",

@@ -46,6 +46,18 @@ from doconv_tf.orthonormal import (  # noqa: E402
     orthonormality_loss,
 )
 from doconv_tf.realize import build, get_model  # noqa: E402
+from doconv_tf.rules import (  # noqa: E402
+    BranchesConv1D,
+    BranchesConv2D,
+    BranchesConv3D,
+    BranchesDepthwiseConv1D,
+    BranchesDepthwiseConv2D,
+    ExpandConv1D,
+    ExpandConv2D,
+    ExpandConv3D,
+    ExpandDepthwiseConv1D,
+    ExpandDepthwiseConv2D,
+)
 from doconv_tf.state import export_state, load_state  # noqa: E402
 from doconv_tf.train import evaluate, train  # noqa: E402
 from doconv_tf.verify import verify  # noqa: E402
@@ -59,6 +71,11 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "BranchesConv1D",
+    "BranchesConv2D",
+    "BranchesConv3D",
+    "BranchesDepthwiseConv1D",
+    "BranchesDepthwiseConv2D",
     "DGConv2D",
     "DOConv1D",
     "DOConv2D",
@@ -67,6 +84,11 @@ __all__ = [
     "DODepthwiseConv2D",
     "DOSeparableConv1D",
     "DOSeparableConv2D",
+    "ExpandConv1D",
+    "ExpandConv2D",
+    "ExpandConv3D",
+    "ExpandDepthwiseConv1D",
+    "ExpandDepthwiseConv2D",
     "ProgressCallback",
     "SkippingDGConv2D",
     "add_orthonormality",

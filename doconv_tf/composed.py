@@ -86,8 +86,8 @@ class ComposedConv(StandIn, Unquantized, Generic[Ordinary]):
                 f"{type(self).__name__}: {constraint} {ONE_WEIGHT}. Leave it out, or use a "
                 f"keras.layers.{self.ordinary.__name__}."
             )
-        for name in options:
-            setattr(self, self._option(name), getattr(spec, name))
+        for name, value in self.kind.kept(options, spec).items():
+            setattr(self, self._option(name), value)
         for name, value in own.items():
             setattr(self, name, _module_of(name).get(value))
 

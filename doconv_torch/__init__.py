@@ -21,6 +21,14 @@ from doconv_torch.kernel_cache import composed_once  # noqa: E402
 from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_torch.realize import build, get_model  # noqa: E402
+from doconv_torch.rules import (  # noqa: E402
+    BranchesConv1d,
+    BranchesConv2d,
+    BranchesConv3d,
+    ExpandConv1d,
+    ExpandConv2d,
+    ExpandConv3d,
+)
 from doconv_torch.state import export_state, load_state  # noqa: E402
 from doconv_torch.train import evaluate, train  # noqa: E402
 from doconv_torch.verify import verify  # noqa: E402
@@ -34,10 +42,16 @@ __all__ = [
     "BSConvU1d",
     "BSConvU2d",
     "BSConvU3d",
+    "BranchesConv1d",
+    "BranchesConv2d",
+    "BranchesConv3d",
     "DGConv2d",
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
+    "ExpandConv1d",
+    "ExpandConv2d",
+    "ExpandConv3d",
     "SkippingDGConv2d",
     "build",
     "composed_once",

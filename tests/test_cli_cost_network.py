@@ -127,7 +127,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
         (["plain18", "--classes", "0"], "'--classes'.*0 is not in the range"),
         (["plain18", "--at", "conv1=/2"], "'plain18' is no file, as --at, --kernel-size and"),
         (["plain18", "--kernel-size", "3x3"], "'plain18' is no file, as --at, --kernel-size and"),
-        (["64,64,3x3", "--input", "9x9", "--classes", "3"], "--classes, --plot and --force are"),
+        (["64,64,3x3", "--input", "9x9", "--classes", "3"], "--classes, --plot, --kind and"),
         (["64,64,3x3", "--input", "9x9", "--plot", "a.png"], "are for networks, given by name"),
         (["64,64,3x3", "--input", "9x9", "--force"], "are for networks, given by name"),
         (["plain18", "--plot", "plot.txt"], "OUT must end in .png, .svg or .pdf; received 'plot.t"),

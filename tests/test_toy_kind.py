@@ -264,7 +264,8 @@ def test_nobody_outside_a_kinds_own_files_names_its_weights():
 
     marks = {n for k in kinds().values() if isinstance(k, ComposedKind) for n in k.names[1:]}
     own = re.compile(
-        r"(do_conv|depthwise_conv|over_parameterized|compose|kernel_cache|convolve)\.py"
+        r"(do_conv|depthwise_conv|over_parameterized|compose|kernel_cache|convolve|branches|expand)"
+        r"\.py"
     )
     found = []
     for package in PACKAGES:

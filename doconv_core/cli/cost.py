@@ -87,6 +87,7 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
       doconv cost model.pt
       doconv cost model.pt --input 224x224 --at 'conv1=/2' --at 'layer1.*=/4'
       doconv cost cifar_resnet20_bsconvu --input 3x32x32 --classes 100 --plot cost.png
+      doconv cost resnet18_v1b --kind orepa --input 224x224
       doconv cost cifar_dydensenet86 --stages 14-14-14 --growth 8-16-32 --gate-factor 0.25
     """,
 )
@@ -110,6 +111,11 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
     "--plot", type=target_argument, metavar="OUT",
     help="Draw the cost of each layer of a NETWORK to OUT, such as cost.png or cost.svg.",
 )  # fmt: skip
+@click.option(
+    "--kind",
+    metavar="KIND",
+    help="Of the convolutions of a NETWORK, as the ending of its name has it: doconv, orepa, …",
+)
 @network_options
 @force_option
 @kernel_size_option
@@ -122,6 +128,7 @@ def cost(
     batch: int,
     classes: int | None,
     plot: Path | None,
+    kind: str | None,
     force: bool,
     kernel_sizes: KernelSizes,
     allow: Sequence[str],
@@ -136,10 +143,13 @@ def cost(
                 f"{subject!r} is no file, as --at, --kernel-size and --allow need one."
             )
         given = {name: value for name, value in options.items() if value is not None}
-        cost_network(subject, input_size, classes, batch, plot, force, as_json, given)
+        name = subject if kind is None else f"{subject}_{kind}"
+        cost_network(name, input_size, classes, batch, plot, force, as_json, given)
         return
-    if classes is not None or plot is not None or force:
-        raise click.UsageError("--classes, --plot and --force are for networks, given by name.")
+    if any(value is not None for value in (classes, plot, kind)) or force:
+        raise click.UsageError(
+            "--classes, --plot, --kind and --force are for networks, given by name."
+        )
     for name, value in options.items():
         if value is not None:
             flag = f"--{name.replace('_', '-')}"

@@ -451,7 +451,7 @@ def other_kinds() -> list[ComposedKind]:
 def composed_by(kind: ComposedKind, layer: Layer, shapes: Mapping[str, Entry]) -> Layer | None:
     """Return a convolution as one whose kernel a kind composes, or None where it is none such."""
     own = {role: shapes[name].shape for role, name in layer.entries.items() if role != "bias"}
-    if {*own} != {*kind.names} or not 3 <= len(own["weight"]) <= MAX_RANK + 2:
+    if not {"weight"} < {*own} <= {*kind.names} or not 3 <= len(own["weight"]) <= MAX_RANK + 2:
         return None
     if not all(shapes[name].dtype in FLOATS for name in layer.entries.values()):
         return None

@@ -8,5 +8,7 @@ kind whose layers may be parts of another's layers comes before that.
 from doconv_core.kinds import do_conv
 from doconv_core.kinds import bsconv
 from doconv_core.kinds import dgc
+from doconv_core.kinds import branches
+from doconv_core.kinds import expand
 
-__all__ = ["bsconv", "dgc", "do_conv"]
+__all__ = ["branches", "bsconv", "dgc", "do_conv", "expand"]

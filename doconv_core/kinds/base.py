@@ -45,6 +45,13 @@ class Recipe:
     name: str = "conv"
 
 
+@dataclass(frozen=True)
+class ComposedRecipe(Recipe):
+    """How a convolution is made whose kernel is composed. options: of its kind, by name."""
+
+    options: tuple[tuple[str, Any], ...] = ()
+
+
 class PartConv(NamedTuple):
     """An ordinary convolution that a layer is made of. depthwise: the one with the layer's taps.
 
@@ -68,13 +75,15 @@ class Kind(ABC):
     """A kind of layer, as data and rules.
 
     name: its word, as in `over_parameterize(kind=…)` and `fold(form={name: …})`. words: its words
-    in networks, where it has several variants. forms: what it can be folded to, the default first.
+    in networks, where it has several variants. variants: further words, which no list of networks
+    has, with the options that they stand for. forms: what it can be folded to, the default first.
     exact: whether a layer that takes an ordinary one's place computes the same; instead: what to do
     where it does not. options: of `over_parameterize`, what it takes.
     """
 
     name: str
     words: tuple[str, ...] = ()
+    variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     forms: tuple[str, ...] = (DENSE,)
     exact: bool = True
     instead: str = ""
@@ -83,6 +92,22 @@ class Kind(ABC):
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return why an ordinary convolution of these sizes is left; None where it is not."""
         return None
+
+    def check_taken(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError for options that the kind does not take, or that are none of their type.
+
+        Raises ValueError for a value that suits no layer.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                raise TypeError(
+                    f"over_parameterize of kind {self.name!r} takes "
+                    f"{', '.join(self.options) or 'no options'}; received {name}={value!r}."
+                )
+        self.check_options(options)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for options that suit no layer."""
 
     def recipe(self, word: str, *args: Any, **options: Any) -> Recipe:
         """Return how a network's convolution of this kind is made; TypeError for other options."""
@@ -103,8 +128,24 @@ class ComposedKind(Kind):
     names: tuple[str, ...] = ("weight",)
     constants: Mapping[str, float] = MappingProxyType({})
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError for options that suit no layer."""
+    def recipe(self, word: str, *args: Any, **options: Any) -> Recipe:
+        """Return how a network's convolution of this kind is made; TypeError for other options."""
+        options = {**self.variants.get(word, {}), **options}
+        if not options:
+            return super().recipe(word, *args)
+        self.check_taken(options)
+        return ComposedRecipe(word, *args, options=tuple(sorted(options.items())))
+
+    def kept(self, options: Mapping[str, Any], spec: Any) -> dict[str, Any]:
+        """Return the options that a layer keeps whose input channels are not known yet.
+
+        spec: its sizes with other input channels.
+        """
+        return {name: getattr(spec, name) for name in options}
+
+    def spec_by(self, recipe: Recipe, conv: ConvSpec) -> Any:
+        """Return the sizes of a layer that a recipe of this kind says."""
+        return self.spec(conv, **dict(getattr(recipe, "options", ())))
 
     @abstractmethod
     def spec(self, conv: ConvSpec, **options: Any) -> Any:
@@ -140,7 +181,9 @@ class ComposedKind(Kind):
         except (TypeError, ValueError):
             return None
         expected = self.entries(spec)
-        fits = all(shapes[name] == expected.get(name) for name in self.names[1:])
+        fits = shapes.keys() == expected.keys() and all(
+            shapes[name] == expected[name] for name in self.names[1:]
+        )
         return spec if fits and prod(shapes["weight"]) == prod(expected["weight"]) else None
 
     def composition_macs(self, spec: Any) -> int:
@@ -192,7 +235,7 @@ AnyKind = TypeVar("AnyKind", bound=Kind)
 
 def register(kind: AnyKind) -> AnyKind:
     """Let the tools know a kind; return it. Raises ValueError for a word that is another's."""
-    for word in (kind.name, *kind.words):
+    for word in (kind.name, *kind.words, *kind.variants):
         other = of_word(word)
         if other is not None and other is not kind:
             raise ValueError(f"{word!r} is the word of {other!r}; a kind needs one of its own.")
@@ -216,7 +259,8 @@ def kind_named(name: Any) -> Kind:
 
 def of_word(word: str) -> Kind | None:
     """Return the kind that has this word, its name or its word in networks; None for none."""
-    return next((k for k in _KINDS.values() if word == k.name or word in k.words), None)
+    known = _KINDS.values()
+    return next((k for k in known if word in (k.name, *k.words, *k.variants)), None)
 
 
 def composed_by(recipe: Recipe, conv: ConvSpec) -> ComposedKind | None:
@@ -238,6 +282,6 @@ def recipe(word: str = "conv", /, *args: Any, **options: Any) -> Recipe:
     if word == "conv" and not (args or options):
         return Recipe()
     kind = of_word(word)
-    if kind is None or word not in kind.words:
+    if kind is None or word not in (*kind.words, *kind.variants):
         raise ValueError(f"name must be one of {', '.join(words())}; received {word!r}.")
     return kind.recipe(word, *args, **options)

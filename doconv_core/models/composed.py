@@ -40,7 +40,7 @@ class ComposedLayers(LayerKind):
         """Return the type of layer for a network's convolution, and what it takes more."""
         if ordinary not in self.types:
             return super().realize(ordinary, recipe)
-        return self.types[ordinary], {}
+        return self.types[ordinary], dict(getattr(recipe, "options", ()))
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""

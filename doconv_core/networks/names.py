@@ -1,7 +1,8 @@
 """Networks by name: what `describe` and `list_models` of every package know.
 
 A name is a family's own, then `_bsconvu` or `_bsconvs_pXdY` for a BSConv network, or `_doconv` for
-one whose convolutions of more than one tap are over-parameterized.
+one whose convolutions of more than one tap are over-parameterized. Behind other words, such as
+`_branches`, `_orepa` or `_expand`, they are of another kind; no list has such names.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class _Unknown(Exception):
 def _parsed(name: str) -> tuple[Family, Callable[..., Sequence]]:
     """Return a name's family, and what builds the network, of the number of classes."""
     # The word of the kind that composes all kernels, if the name ends with one.
-    word = next((word for word in _composed_words() if name.endswith(f"_{word}")), None)
+    known = sorted(_composed_words(listed=False), key=len, reverse=True)
+    word = next((word for word in known if name.endswith(f"_{word}")), None)
     plain = name if word is None else name.removesuffix(f"_{word}")
     suffix = BSCONV.fullmatch(plain)
     base = suffix[1] if suffix else plain
@@ -171,10 +173,10 @@ def _kind(family: Family, suffix: re.Match[str]) -> Recipe:
     return recipe("bsconvs", p=int(suffix[3]) / int(suffix[4]), with_bn=True)
 
 
-def _composed_words() -> tuple[str, ...]:
-    return tuple(
-        word for kind in kinds().values() if isinstance(kind, ComposedKind) for word in kind.words
-    )
+def _composed_words(*, listed: bool = True) -> tuple[str, ...]:
+    composed = [kind for kind in kinds().values() if isinstance(kind, ComposedKind)]
+    more = () if listed else (word for kind in composed for word in kind.variants)
+    return (*(word for kind in composed for word in kind.words), *more)
 
 
 def _names_of(family: Family) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ class Conv(Leaf):
         kind = composed_by(self.kind, spec)
         if kind is None:
             return LayerForm(spec, bias=self.bias, geometry=geometry)
-        return LayerForm(kind.spec(spec), kind.name, self.bias, geometry=geometry)
+        return LayerForm(kind.spec_by(self.kind, spec), kind.name, self.bias, geometry=geometry)
 
     def step(self, x: Array, arrays: Arrays, gradients: Arrays, training: bool) -> Pass:
         """Convolve with the kernel, which a composed layer composes of its weights."""
@@ -179,7 +179,7 @@ class Conv(Leaf):
         if kind is None:
             kernel = weights["weight"].reshape(conv.kernel_shape)
         else:
-            kernel = kind.compose(weights, kind.spec(conv))
+            kernel = kind.compose(weights, kind.spec_by(self.kind, conv))
         how: Any = {"stride": self.stride, "padding": self.pads, "groups": conv.groups}
 
         def back(dy: Array) -> Array:
@@ -187,7 +187,7 @@ class Conv(Leaf):
             if kind is None:
                 gradients["weight"] = dkernel.reshape(weights["weight"].shape)
             else:
-                gradients.update(kind.gradient(weights, dkernel, kind.spec(conv)))
+                gradients.update(kind.gradient(weights, dkernel, kind.spec_by(self.kind, conv)))
             if "bias" in arrays:
                 gradients["bias"] = dbias
             return dx

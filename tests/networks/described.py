@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from doconv_core.kinds.base import recipe
+from doconv_core.kinds.branches import BRANCHES
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
@@ -125,6 +126,22 @@ def _strided_kinds():
     return sequence(("stem", Conv(6, (3, 3))), ("kinds", Concat(branches)))
 
 
+RULES = (
+    recipe("branches", branches=BRANCHES), recipe("orepa"), recipe("expand", ratio=3),
+    recipe("sesr"),
+)  # fmt: skip
+
+
+def _rules():
+    return sequence(
+        ("stem", Conv(8, (3, 3))),
+        *((f"{kind.name}", unit(8, kind=kind, groups=2)) for kind in RULES),
+        ("depthwise", unit(8, kind=recipe("orepa"), groups=0, stride=2)),
+        ("rectangular", Conv(4, (1, 3), bias=True, kind=recipe("branches"))),
+        ("wide", Conv(8, (5, 3), kind=recipe("branches", branches=BRANCHES))),
+    )
+
+
 NETWORKS = {
     name: Network(name, body, SHAPE)
     for name, body in {
@@ -135,6 +152,7 @@ NETWORKS = {
         "vectors1.0": _vectors(),
         "kinds": _kinds(1),
         "strided_kinds": _strided_kinds(),
+        "rules": _rules(),
     }.items()
 }
 

@@ -1,0 +1,101 @@
+"""The table of `docs/kinds.md`: every kind, what it computes, costs and gains.
+
+Run: python benchmarks/kinds_table.py
+
+What is measured comes from `docs/kinds_cost.json`, which `kinds_step.py` writes, and from
+`docs/kinds_study.json`, which `evidence.py` writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from step_report import DOCS, put
+
+COSTS, STUDY, PAGE = DOCS / "kinds_cost.json", DOCS / "kinds_study.json", DOCS / "kinds.md"
+
+
+class Described(NamedTuple):
+    """A row. call: of over_parameterize. published: the gain that a paper tells, and where."""
+
+    call: str
+    formula: str
+    exact: str
+    published: str
+    options: dict[str, Any] | None = None
+
+
+ALWAYS, IN_EVALUATION = "always", "in evaluation"
+ROWS = {
+    "doconv": Described(
+        'kind="doconv"', "`K = W·(E + D)ᵀ`", ALWAYS,
+        "ResNet-50 + 0.6, CIFAR-100 up to + 1.6 (2006.12030)", {"kind": "doconv"},
+    ),
+    "branches": Described(
+        'kind="branches"', "`K = s·W + s₁·pad(W₁) + s₀·I`", ALWAYS, "none of its own",
+        {"kind": "branches"},
+    ),
+    "acnet": Described(
+        'kind="branches", branches="acnet"', "`s·W + s₁·pad(W₁ₖ) + s₂·pad(Wₖ₁)`", ALWAYS,
+        "with norms: see below", {"kind": "branches", "branches": "acnet"},
+    ),
+    "dbb": Described(
+        'kind="branches", branches="dbb"', "`s·W + s₁·pad(W₁) + s₂·U·V + s₃·avg(A)`", ALWAYS,
+        "with norms: see below", {"kind": "branches", "branches": "dbb"},
+    ),
+    "orepa": Described(
+        'kind="branches", branches="orepa"', "DBB's sum + `s₀·I`", ALWAYS,
+        "ResNet-18 + 0.9, up to + 0.6 over DBB (2204.00826)",
+        {"kind": "branches", "branches": "orepa"},
+    ),
+    "ecb": Described(
+        'kind="branches", branches="ecb"', "`s·W + s₁·U·V + Σ sᵢ·Aᵢ·Sobelᵢ`", ALWAYS,
+        "super-resolution, ECBSR", {"kind": "branches", "branches": "ecb"},
+    ),
+    "expand": Described(
+        'kind="expand"', "`K = R·Q·P`", ALWAYS, "MobileNet + 1 to + 4 (1811.10495)",
+        {"kind": "expand"},
+    ),
+    "sesr": Described(
+        'kind="expand", expand_inputs=False', "`K = R·Q`", ALWAYS,
+        "super-resolution, SESR (2103.09404)", {"kind": "expand", "expand_inputs": False},
+    ),
+}  # fmt: skip
+MEASURED = {name: row.options for name, row in ROWS.items() if row.options is not None}
+HEAD = ("kind", "kernel", "folds exactly", "step", "memory", "folded", "published", "our study")
+
+
+def table() -> str:
+    """Return the table as Markdown."""
+    costs, study = _read(COSTS).get("rows", {}), _read(STUDY)
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'-|' * len(HEAD)}"]
+    for name, row in ROWS.items():
+        cost = costs.get(name)
+        step = _figure(cost, "step"), _figure(cost, "memory"), _figure(cost, "folded")
+        cells = [f"`{row.call}`", row.formula, row.exact, *step, row.published]
+        lines.append(f"| {' | '.join([*cells, study.get(name, '')])} |")
+    for name, cost in costs.items():
+        if name.startswith("features: "):
+            step = _figure(cost, "step"), _figure(cost, "memory"), ""
+            told = f"the branches of `{name.partition(': ')[2]}` on features, without norms"
+            lines.append(f"| {' | '.join([told, '', '', *step, '', ''])} |")
+    return "\n".join(lines)
+
+
+def _figure(cost: dict[str, float] | None, name: str) -> str:
+    return f"{cost[name]:.2f}" if cost and name in cost else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def write() -> None:
+    """Write the table into the page."""
+    put(PAGE, table())
+
+
+if __name__ == "__main__":
+    write()

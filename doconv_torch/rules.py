@@ -1,0 +1,85 @@
+"""The layers of PyTorch whose kernel is a formula of the core: one line for each such kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doconv_core.kinds.branches import BRANCHED
+from doconv_core.kinds.expand import EXPAND
+from doconv_core.kinds.rule import KERNEL, Rule, broadcast, evaluated
+from doconv_torch.composed import ComposedConv, ComposedLayers, Ordinary
+
+
+class RuleConv(ComposedConv[Ordinary]):
+    """What the layers of every such kind and rank share. Parameters: the kind's entries; `bias`."""
+
+    kind: Rule
+
+    def composed_kernel(self) -> Tensor:
+        """Return the kernel that the layer convolves with, `(O, I/g, *kernel_size)`.
+
+        It is composed in the parameters' dtype, and differentiable. A kernel of one tap is `weight`
+        itself.
+        """
+        weight, sizes = self.weight, self.spec.sizes
+        values = {
+            name: entry.reshape([sizes[axis] for axis in self.kind.axes(self.spec)[name]])
+            for name, entry in self.entries().items()
+        }
+        if len(values) == 1:
+            return weight
+        like = {"dtype": weight.dtype, "device": weight.device}
+        made = partial(torch.eye, **like), partial(torch.tensor, **like)
+        found = evaluated(self.kind, values, self.spec, _add_product, *made)
+        kernel: Tensor = found[KERNEL].reshape(self.kind.conv(self.spec).kernel_shape)
+        return kernel
+
+    def extra_repr(self) -> str:
+        """Return the ordinary layer's description, with the options."""
+        told = [f"{name}={getattr(self.spec, name)!r}" for name in self.kind.options]
+        return ", ".join([super().extra_repr(), *told])  # type: ignore[no-untyped-call]
+
+
+def _add_product(
+    total: Tensor | None, subscripts: str, sizes: Mapping[str, int], *factors: Tensor
+) -> Tensor:
+    """Return the sum and a product of tensors, or a single one that is broadcast."""
+    if total is not None and len(factors) == 2 and factors[1].ndim < 3 <= factors[0].ndim:
+        # Smaller kernels by their taps: one pass over the kernel, and in backward a product.
+        taps = factors[1].reshape(-1, factors[1].shape[-1])
+        product = torch.addmm(total.flatten(0, -2), factors[0].reshape(-1, len(taps)), taps)
+        return product.reshape(total.shape)
+    shapes = broadcast(subscripts, sizes)
+    if shapes is None:
+        product = torch.einsum(subscripts, *factors)
+    else:
+        first, *rest = (each.reshape(shape) for each, shape in zip(factors, shapes, strict=True))
+        product = first * rest[0] if rest else first
+    return product if total is None else total + product
+
+
+def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any], ...]:
+    """Return a kind's layers of each rank, whose names begin with this word.
+
+    module: in which they will have these names.
+    """
+    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": module})
+    made = []
+    for rank, ordinary in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+        name = f"{word}Conv{rank}d"
+        text = kind.told(name, f"torch.nn.Conv{rank}d", "4, 4, 3")
+        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
+        made.append(type(name, (base, ordinary), about))
+    return tuple(made)
+
+
+BranchesConv1d, BranchesConv2d, BranchesConv3d = rule_layers(BRANCHED, "Branches")
+ExpandConv1d, ExpandConv2d, ExpandConv3d = rule_layers(EXPAND, "Expand")
+
+BRANCHES = ComposedLayers(BranchesConv1d, BranchesConv2d, BranchesConv3d)
+EXPANSIONS = ComposedLayers(ExpandConv1d, ExpandConv2d, ExpandConv3d)
