@@ -304,7 +304,8 @@ class PyTorchCheckpoint(Checkpoint):
         assert output.layer is not None  # as the caller has checked
         sources = [self._tensors[name] for role, name in output.layer.entries.items()
                    if role in ("weight", *output.layer.gone)]  # fmt: skip
-        shared = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
+        places = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
+        shared = (output.shape, *places)
         if shared not in done:
             old = self._tensors[output.source]
             kernel = folded_kernel(self, output.layer, output.shape)
