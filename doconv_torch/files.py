@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from doconv_core.files.branched import with_blocks
 from doconv_core.files.checkpoint import (
     Checkpoint,
     Output,
@@ -161,7 +162,7 @@ class PyTorchCheckpoint(Checkpoint):
         found: dict[str, int] = {}
         for path, arrays, in_optimizer in self._states.outside():
             named = {k: _entry_of(k, v) for k, v in arrays if isinstance(k, str)}
-            layers_ = find_layers(named, without_wrappers([*named]), Sizes({}))
+            layers_ = with_blocks(find_layers(named, without_wrappers([*named]), Sizes({})), named)
             told = {tuple(v.shape) for k, v in arrays if not in_optimizer or is_average(k)}
             if any(map(seems_over_parameterized, layers_)) or not told.isdisjoint(shapes):
                 where = path.rpartition("/")[0] if in_optimizer else path

@@ -70,15 +70,14 @@ FAMILIES = (
     Family("large kernel", ("large_conv", "small_conv"), "", "reparam_conv",
            ("large_conv.conv", "small_conv.conv")),
     Family("large kernel", ("lkb_origin", "small_conv?"), "", "lkb_reparam", ("lkb_origin",)),
-    Family("position encoding", ("pos_enc",), "", "reparam_conv", parts=("", ""), plain=True,
-           beside="RepMixer"),
+    *(Family("position encoding", (name,), "", "reparam_conv", parts=("", ""), plain=True,
+             beside="RepMixer") for name in ("pos_enc", "pe")),
     Family("LCNetV2", ("dw_conv_list.*",), "", "dw_conv"),
-    Family("GhostNetV3", ("primary_rpr_conv.*", "primary_rpr_scale?"), "primary_rpr_skip",
-           "primary_conv.0", parts=("conv", "bn1")),
-    Family("GhostNetV3", ("cheap_rpr_conv.*", "cheap_rpr_scale?"), "cheap_rpr_skip",
-           "cheap_operation.0", parts=("conv", "bn1")),
-    Family("GhostNetV3", ("dw_rpr_conv.*", "dw_rpr_scale?"), "dw_rpr_skip", "conv_dw",
-           parts=("conv", "bn1")),
+    *(Family("GhostNetV3", (f"{name}_rpr_conv.*", f"{name}_rpr_scale?"), f"{name}_rpr_skip",
+             folded, (f"{name}_rpr_conv.*.{norm}",), ("conv", norm))
+      for name, folded in (("primary", "primary_conv.0"), ("cheap", "cheap_operation.0"),
+                           ("dw", "conv_dw"))
+      for norm in ("bn", "bn1")),
     Family("RepGhost", ("cheap_operation",), "fusion_bn.0", "cheap_operation", ("fusion_bn.0",),
            parts=("0", "1")),
 )  # fmt: skip
@@ -113,6 +112,13 @@ class Block(Layer):
     def gone(self) -> tuple[str, ...]:
         """All its roles: the convolution that it becomes is another layer."""
         return tuple(self.entries)
+
+    @property
+    def convolution(self) -> Block:
+        """It under the path, and with the roles, of the convolution that it becomes."""
+        path = f"{self.path}.{self.family.folded}".lstrip(".")
+        entries = dict(zip(("weight", "bias"), self.sources, strict=True))
+        return dataclasses.replace(self, path=path, kind=CONVOLUTION, entries=entries)
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:

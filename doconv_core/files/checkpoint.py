@@ -243,6 +243,11 @@ class Checkpoint(ABC):
             weight = from_storage(weight)
         return weight.reshape(layer.kernel_shape)
 
+    def added_up(self, block: Block) -> tuple[Array, Array]:
+        """Return the kernel and the bias that a block of branches adds up to, in float64."""
+        with np.errstate(all="ignore"):  # what overflows is in the result
+            return fold_block(block, self.read, partial(self.kernel, exact=True))
+
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
         """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
         kind = layer.composed or DO_CONV
@@ -531,11 +536,10 @@ def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
     """
     if isinstance(layer, Block):
         is_bias = len(shape) == 1
-        with np.errstate(all="ignore"):  # what overflows is in the result
-            found = fold_block(layer, checkpoint.read, partial(checkpoint.kernel, exact=True))
-            dtype = checkpoint.entries[layer.sources[is_bias]].dtype
-            stored = check_finite(layer, to_storage(found[is_bias], dtype))
-        return stored if is_bias else layer.stored(stored)
+        with np.errstate(over="ignore"):  # what overflows is in the result
+            array = checkpoint.added_up(layer)[is_bias]
+            stored = to_storage(array, checkpoint.entries[layer.sources[is_bias]].dtype)
+        return check_finite(layer, stored)
     composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
     return layer.stored(composed).reshape(shape)
 
@@ -616,8 +620,9 @@ def _words(layer: Layer) -> tuple[str, str]:
     assert layer.kernel_shape is not None  # as the caller has checked
     size = "×".join(map(str, layer.kernel_shape[2:]))
     if isinstance(layer, Block):
-        count = f"{len(layer.branches)} branches"
-        return f"{layer.family.name} block, {count}", f"convolution {layer.family.folded}, {size}"
+        count = len(layer.branches)
+        before = f"{layer.family.name} block of {count} branch{'es' if count > 1 else ''}"
+        return before, f"convolution {layer.family.folded}, {size}"
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.composed not in (None, DO_CONV):
