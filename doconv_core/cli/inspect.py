@@ -46,7 +46,8 @@ def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json
 
     |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
     input channels, condition the ratio of its largest singular value to its smallest, of the median
-    and of the worst channel.
+    and of the worst channel. A block of branches, such as RepVGG's, is one layer, with the name of
+    the convolution that it is to be.
 
     \b
     Examples:

@@ -129,18 +129,20 @@ class Block(Layer):
 
 def with_blocks(layers: Sequence[Layer], entries: Mapping[str, Entry]) -> tuple[Layer, ...]:
     """Return layers, in their order, with those of each block as one, a `Block`."""
-    left, blocks = list(layers), list[Block]()
+    left, blocks, known = list(layers), list[Block](), set[tuple[str, str]]()
     for family in FAMILIES:
         found: dict[tuple[str, str], dict[str, Layer]] = {}
+        taken: set[int] = set()
         for layer in left:
             path = _place(family, layer)
             if path is not None:
                 found.setdefault((layer.part, path[0]), {})[path[1]] = layer
         for (part, path), own in found.items():
-            beside = {b.family.name for b in blocks if b.part == part} | {""}
-            if all(_under(mark, own) for mark in family.marks) and family.beside in beside:
+            is_told = not family.beside or (part, family.beside) in known
+            if is_told and all(_under(mark, own) for mark in family.marks):
                 blocks.append(_block(family, part, path, own, entries))
-        taken = {id(layer) for block in blocks for layer in block.layers}
+                known.add((part, family.name))
+                taken |= set(map(id, own.values()))
         left = [layer for layer in left if id(layer) not in taken]
     place = {id(layer): number for number, layer in enumerate(layers)}
     first = {id(block): id(block.layers[0]) for block in blocks}
@@ -163,7 +165,7 @@ def _pattern(family: Family) -> re.Pattern[str]:
 
 
 def _regex(name: str) -> str:
-    return re.escape(name.rstrip("?")).replace(r"\*", r"\d+")
+    return re.escape(name.rstrip("?")).replace(r"\*", "[0-9]+")
 
 
 def _under(name: str, own: Mapping[str, Layer]) -> set[str]:

@@ -593,6 +593,9 @@ def report_on(checkpoint: Checkpoint) -> Report:
     Parameters are the elements of the first copy of the model, without its batch norms' statistics.
     """
     check_understood(checkpoint.path, checkpoint.layers)
+    for layer in checkpoint.layers:
+        if is_folded(layer) and layer.kernel_shape is None:
+            raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
     changed, left = [], []
     first = checkpoint.parts[0] if checkpoint.parts else ""
     before = after = 0
@@ -600,8 +603,6 @@ def report_on(checkpoint: Checkpoint) -> Report:
         if isinstance(layer, Block) and layer.note:
             raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
         if is_folded(layer):
-            if layer.kernel_shape is None:
-                raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
             changed.append(Change(layer.name, *_words(layer)))
         elif layer.note:
             left.append(Left(layer.name, layer.kind, layer.note))
@@ -646,14 +647,17 @@ def fold_checkpoint(
 
     Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
     entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
-    ordinary one of the framework, and its `W` is named `weight`. Returns what was done; a layer's
-    path there is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
+    ordinary one of the framework, and its `W` is named `weight`. A block of branches of a training
+    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has. Returns
+    what was done; a layer's path there is its `Layer.name`. `target` is written whole or not at
+    all, and may be `source`.
 
     kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
-    called with the number of layers folded and of layers to fold.
+    called with the number of arrays folded and of those to fold.
     Raises FileExistsError; ValueError for a suffix of `target` that says another format;
     NotFoldable, before anything is written, for a layer that cannot be folded exactly or whose
-    kernel is not finite; and what `open_checkpoint` raises.
+    kernel is not finite; CheckpointError for a block of branches whose entries make none; and what
+    `open_checkpoint` raises.
 
     >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
     >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}
