@@ -134,9 +134,9 @@ def with_blocks(layers: Sequence[Layer], entries: Mapping[str, Entry]) -> tuple[
         found: dict[tuple[str, str], dict[str, Layer]] = {}
         taken: set[int] = set()
         for layer in left:
-            path = _place(family, layer)
-            if path is not None:
-                found.setdefault((layer.part, path[0]), {})[path[1]] = layer
+            at = _place(family, layer)
+            if at is not None:
+                found.setdefault((layer.part, at[0]), {})[at[1]] = layer
         for (part, path), own in found.items():
             is_told = not family.beside or (part, family.beside) in known
             if is_told and all(_under(mark, own) for mark in family.marks):
