@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from doconv_core.files.branched import with_blocks
 from doconv_core.files.checkpoint import (
     Checkpoint,
     Output,
@@ -161,7 +162,7 @@ class PyTorchCheckpoint(Checkpoint):
         found: dict[str, int] = {}
         for path, arrays, in_optimizer in self._states.outside():
             named = {k: _entry_of(k, v) for k, v in arrays if isinstance(k, str)}
-            layers_ = find_layers(named, without_wrappers([*named]), Sizes({}))
+            layers_ = with_blocks(find_layers(named, without_wrappers([*named]), Sizes({})), named)
             told = {tuple(v.shape) for k, v in arrays if not in_optimizer or is_average(k)}
             if any(map(seems_over_parameterized, layers_)) or not told.isdisjoint(shapes):
                 where = path.rpartition("/")[0] if in_optimizer else path
@@ -304,7 +305,8 @@ class PyTorchCheckpoint(Checkpoint):
         assert output.layer is not None  # as the caller has checked
         sources = [self._tensors[name] for role, name in output.layer.entries.items()
                    if role in ("weight", *output.layer.gone)]  # fmt: skip
-        shared = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
+        places = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources)
+        shared = (output.shape, *places)
         if shared not in done:
             old = self._tensors[output.source]
             kernel = folded_kernel(self, output.layer, output.shape)

@@ -122,10 +122,12 @@ def test_the_keys_of_json_are_told(row, args, tmp_path, monkeypatch):
     write_state(initialize(describe("tutorial_pt")), "state")
     found = all_keys(json.loads(doconv(*args, "--json").stdout))
     # What folding leaves has a reason where there is any, and what a network must have has keys
-    # where files tell any; of costs, the forms are told once.
+    # where files tell any; blocks of branches have theirs (tests/test_branched_files.py); of costs,
+    # the forms are told once.
     told = keys_of(row) | (keys_of("`cost` of a layer") if "cost" in row else set())
     assert found <= told
-    assert keys_of(row) - found <= {"kind", "reason", "network", "what", "layers"}
+    only_where_any = {"kind", "reason", "network", "what", "layers", "family", "folds_to"}
+    assert keys_of(row) - found <= only_where_any
 
 
 def test_the_readme_shows_networks_by_name(tmp_path, monkeypatch):

@@ -47,13 +47,16 @@ def fold(
     """Write to OUT what is in IN, with every over-parameterized layer folded.
 
     Names, order and everything else in the file stay. OUT has the format of IN, and may be IN, with
-    --force. A kernel that is not finite is refused.
+    --force. A kernel that is not finite is refused. Blocks of branches in training checkpoints of
+    RepVGG, MobileOne, FastViT and others of timm's networks become the convolutions that their
+    deployed networks have.
 
     \b
     Examples:
       doconv fold model.pt folded.pt
       doconv fold model.pt model.pt --force
       doconv fold reference.pt folded.pt --kernel-size 'conv1*=1x3'
+      doconv fold repvgg-train.pth repvgg-deploy.pth
     """  # noqa: D301
     check_target(target, force)
     before = source.stat().st_size  # IN may be OUT

@@ -27,6 +27,7 @@ from doconv_core.cli.options import (
     kernel_size_option,
     source_argument,
 )
+from doconv_core.files.branched import Block
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import OTHER, D, Layer
 from doconv_core.kinds.do_conv import DO_CONV, identity
@@ -45,7 +46,8 @@ def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json
 
     |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
     input channels, condition the ratio of its largest singular value to its smallest, of the median
-    and of the worst channel.
+    and of the worst channel. A block of branches, such as RepVGG's, is one layer, with the name of
+    the convolution that it is to be.
 
     \b
     Examples:
@@ -53,8 +55,10 @@ def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json
       doconv inspect model.safetensors --json
     """  # noqa: D301
     with opened(file, kernel_sizes, allow) as checkpoint:
-        layers = checkpoint.in_order
-        over_parameterized = [x for x in layers if x.over_parameterized and D in x.entries]
+        layers = checkpoint.with_blocks(checkpoint.in_order)
+        over_parameterized = [
+            x for x in checkpoint.in_order if x.over_parameterized and D in x.entries
+        ]
         measures = {}
         with progress("measuring") as step:
             for done, layer in enumerate(over_parameterized):
@@ -85,6 +89,13 @@ def _as_object(
 def _layer_object(
     checkpoint: Checkpoint, layer: Layer, measures: dict[str, Measures]
 ) -> dict[str, Any]:
+    block = None
+    if isinstance(layer, Block):
+        block = {
+            "family": layer.family.name,
+            "folds_to": layer.folded,
+            "layers": [_layer_object(checkpoint, each, measures) for each in layer.layers],
+        }
     found = measures.get(layer.name) if layer.over_parameterized else None
     entries = {}
     for role, name in layer.entries.items():
@@ -101,6 +112,7 @@ def _layer_object(
         "parameters": checkpoint.parameters(layer),
         "parameters_folded": checkpoint.folded_parameters(layer),
         "depthwise": None if found is None else found._asdict(),
+        "block": block,
         "note": note_of(layer),
     }
 
@@ -122,9 +134,12 @@ def _totals(checkpoint: Checkpoint, layers: Sequence[Layer]) -> dict[str, Any]:
 
 def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, Measures]) -> None:
     totals = _totals(checkpoint, layers)
+    inner = [each for x in layers for each in (x.layers if isinstance(x, Block) else (x,))]
+    blocks = sum(isinstance(layer, Block) for layer in layers)
     say(
-        f"{checkpoint.path}: {checkpoint.format}, {counted(len(layers), 'layer')}, "
-        f"{sum(layer.over_parameterized for layer in layers)} of them over-parameterized"
+        f"{checkpoint.path}: {checkpoint.format}, {counted(len(inner), 'layer')}, "
+        f"{sum(layer.over_parameterized for layer in inner)} of them over-parameterized"
+        + (f", {counted(blocks, 'block')} of branches" if blocks else "")
     )
     rows = [_layer_row(checkpoint, layer) for layer in layers]
     total = ["total", "", "", "", *map(number, totals.values())]
@@ -136,7 +151,7 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
         click.echo()
         print_table(
             ["over-parameterized", "D", "|D|/|E|", "max |D|", "rank", "condition", "worst"],
-            [_measures_row(checkpoint, layer, measures) for layer in layers
+            [_measures_row(checkpoint, layer, measures) for layer in inner
              if D in layer.entries and layer.name in measures],
         )  # fmt: skip
     notes = [f"{layer.name}: {note_of(layer)}" for layer in layers if layer.note]
@@ -155,6 +170,8 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
         kind = "DO-Conv" if layer.composed is DO_CONV else layer.composed.name
     if layer.origin.startswith("reference"):
         kind = f"{kind}, {layer.origin}"
+    if isinstance(layer, Block):
+        kind = f"{layer.family.name} block, to be {layer.family.folded}"
     shape = layer.kernel_shape or entries[0].shape
     return [
         layer.name or "(the model itself)",

@@ -36,6 +36,7 @@ from doconv_core.cli.options import (
     source_argument,
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
+from doconv_core.files.branched import Block
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.dynamic import NAMES
 from doconv_core.files.entries import KERAS, compose_blocks
@@ -144,7 +145,22 @@ def _open(
         sized = stack.enter_context(opened(file.path, sizes, allow)) if sizes else file
         require_kernel_sizes(sized, sized.layers)
         both.append(Contents(sized))
+    views = _as_in(both[0], both[1]), _as_in(both[1], both[0])
+    both[0].layers, both[1].layers = views
     return both[0], both[1]
+
+
+def _as_in(file: Contents, other: Contents) -> tuple[Layer, ...]:
+    """Return a file's layers, with a block of branches as the convolution that the other has."""
+    there = {layer.name for layer in other.layers}
+    layers: list[Layer] = []
+    for layer in file.checkpoint.with_blocks(file.layers):
+        if isinstance(layer, Block):
+            is_folded = layer.folded and layer.convolution.name in there
+            layers += [layer.convolution] if is_folded else layer.layers
+        else:
+            layers.append(layer)
+    return tuple(layers)
 
 
 def _known_images(
@@ -269,7 +285,8 @@ def compare(
     if _last(first) != _last(second):
         size = matching(a.name, flattened)
         size = images.get(a.name) if size is None else size
-    composed = a.over_parameterized or b.over_parameterized
+    added_up = isinstance(a, Block) or isinstance(b, Block)
+    composed = a.over_parameterized or b.over_parameterized or added_up
     if a.kind == b.kind == DYNAMIC:
         for name in NAMES:
             x, y = (file.checkpoint.heads(layer, name) for file, layer in ((first, a), (second, b)))
@@ -283,7 +300,7 @@ def compare(
                 alone = first if there[0] else second
                 yield f"{entry(a.name, role)} is in {alone.path} only"
             continue
-        kernel = role == "weight" and a.kind == b.kind == CONVOLUTION
+        kernel = (role == "weight" or added_up) and a.kind == b.kind == CONVOLUTION
         x, y = _array(first, a, role, size), _array(second, b, role, size)
         allowed = tolerance
         if allowed is None:
@@ -292,7 +309,8 @@ def compare(
                 for file, layer in ((first, a), (second, b))
             ]
             allowed = COMPOSED_ROUNDINGS * max(epsilons) if kernel and composed else 0.0
-        found = _compared(a.name, "kernel" if kernel and composed else role, x, y, allowed)
+        own = "kernel" if kernel and composed and role == "weight" else role
+        found = _compared(a.name, own, x, y, allowed)
         relative = None if found.equal else found.relative
         if kernel and composed and tolerance is None and relative is not None:
             # Where what is added nearly cancels, its roundings are large beside the sum.
@@ -328,6 +346,8 @@ def _last(file: Contents) -> bool:
 
 def _array(file: Contents, layer: Layer, role: str, size: tuple[int, ...] | None) -> Array:
     """Return one of a layer's arrays, canonical; for W, the kernel."""
+    if isinstance(layer, Block):
+        return file.checkpoint.added_up(layer)[role == "bias"]
     if role == "weight" and layer.kind == CONVOLUTION:
         return file.checkpoint.kernel(layer)
     if role == "weight" and layer.kind in (LINEAR, TRANSPOSED):

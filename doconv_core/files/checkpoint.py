@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,10 @@ import numpy as np
 
 from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
 from doconv_core.files import dynamic
+from doconv_core.files.branched import Block, fold_block, with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
+    PYTORCH,
     Allowed,
     AllowError,
     Array,
@@ -114,17 +116,23 @@ class Checkpoint(ABC):
         """The layers in the model's order, as far as that is told."""
         return self.layers
 
+    def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        """Return layers with those of each block of branches as one; of PyTorch's files alone."""
+        return with_blocks(layers, self.entries) if self.framework == PYTORCH else (*layers,)
+
     def group(self, layer: Layer) -> str:
         """Return the group by which `nodes` has a layer's config."""
         raise LookupError(f"{self.path} has no groups.")  # nor has it `nodes`
 
     def parameters(self, layer: Layer) -> int:
         """Return how many numbers of the layer are trained; not statistics and the identity."""
-        kept = (name for role, name in layer.entries.items() if role not in UNTRAINED)
-        return sum(self.entries[name].size for name in kept)
+        own = ((role.rpartition(".")[2], name) for role, name in layer.entries.items())
+        return sum(self.entries[name].size for role, name in own if role not in UNTRAINED)
 
     def folded_parameters(self, layer: Layer) -> int | None:
         """Return how many of its parameters remain when it is folded; None where M is not known."""
+        if isinstance(layer, Block):
+            return sum(map(prod, layer.shapes)) if layer.folded else None
         if not layer.over_parameterized or layer.kernel_shape is None:
             return None if layer.over_parameterized else self.parameters(layer)
         gone = {"weight", *layer.gone} - UNTRAINED
@@ -166,7 +174,7 @@ class Checkpoint(ABC):
         if self.module is not None:
             check_suffix(target, self.module.NAME, self.module.SUFFIXES)
         report = report_on(self)
-        done, total = 0, len(report.changed)
+        done, total = 0, sum(output.layer is not None for output in outputs(self))
 
         def count() -> None:
             nonlocal done
@@ -215,24 +223,30 @@ class Checkpoint(ABC):
         assert layer.kernel_shape is not None  # as of all heads
         return layer.canonical(array).reshape(layer.kernel_shape) if name == "weight" else array
 
-    def kernel(self, layer: Layer, *, as_stored: bool = False) -> Array:
+    def kernel(self, layer: Layer, *, as_stored: bool = False, exact: bool = False) -> Array:
         """Return the kernel that a convolution convolves with, `(O, I/g, *kernel_size)`.
 
         Composed where the layer is over-parameterized, by the reference implementation's own
         arithmetic where it is one of its layers. Of a linear layer: `(out, in)`. In the dtype of
-        `read`; as_stored: one of bfloat16 as `read_stored` has it, rounded once. Raises
-        CheckpointError where the kernel size is not known.
+        `read`; as_stored: one of bfloat16 as `read_stored` has it, rounded once; exact: computed in
+        float64, and left so. Raises CheckpointError where the kernel size is not known.
         """
         if layer.kernel_shape is None:
             problem = layer.note or f"its kind, {layer.kind}, has no kernel"
             raise CheckpointError(f"{self.path}: layer {layer.name!r}: {problem}.")
         weight = layer.canonical(self.read_stored(layer.entries["weight"]))
+        weight = from_storage(weight).astype(np.float64) if exact else weight
         if layer.over_parameterized:
             with np.errstate(all="ignore"):  # what overflows is in the result
                 weight = self._composed(layer, weight, as_stored)
         elif not as_stored:
             weight = from_storage(weight)
         return weight.reshape(layer.kernel_shape)
+
+    def added_up(self, block: Block) -> tuple[Array, Array]:
+        """Return the kernel and the bias that a block of branches adds up to, in float64."""
+        with np.errstate(all="ignore"):  # what overflows is in the result
+            return fold_block(block, self.read, partial(self.kernel, exact=True))
 
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
         """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
@@ -241,6 +255,8 @@ class Checkpoint(ABC):
             shapes = kind.entries(layer.spec)
             weights = {r: self.read(layer.entries[r]) for r in kind.names[1:] if r in shapes}
             weights["weight"] = from_storage(weight).reshape(shapes["weight"])
+            if weight.dtype == np.float64:  # of all that it is composed with
+                weights = {role: array.astype(np.float64) for role, array in weights.items()}
             kernel = kind.compose(weights, layer.spec)
             stored = self.entries[layer.entries["weight"]].dtype
             return to_storage(kernel, stored) if as_stored else kernel
@@ -482,7 +498,8 @@ class Output:
 
 def is_folded(layer: Layer) -> bool:
     """Return whether folding changes the layer: a reference layer of one tap has another shape."""
-    return layer.over_parameterized or (layer.origin.startswith(ORIGIN) and layer.kind != DYNAMIC)
+    is_reference = layer.origin.startswith(ORIGIN) and layer.kind != DYNAMIC
+    return layer.over_parameterized or is_reference or isinstance(layer, Block)
 
 
 def seems_over_parameterized(layer: Layer) -> bool:
@@ -513,7 +530,16 @@ def check_finite(layer: Layer, kernel: Array) -> Array:
 
 
 def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
-    """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite."""
+    """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite.
+
+    Of a block of branches, its bias where the shape is that of one.
+    """
+    if isinstance(layer, Block):
+        is_bias = len(shape) == 1
+        with np.errstate(over="ignore"):  # what overflows is in the result
+            array = checkpoint.added_up(layer)[is_bias]
+            stored = to_storage(array, checkpoint.entries[layer.sources[is_bias]].dtype)
+        return check_finite(layer, stored)
     composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
     return layer.stored(composed).reshape(shape)
 
@@ -522,8 +548,12 @@ def outputs(checkpoint: Checkpoint) -> list[Output]:
     """Return the entries of the folded file, in their order."""
     folded: dict[str, Output] = {}
     dropped: set[str] = set()
-    for layer in checkpoint.layers:
-        if is_folded(layer):
+    for layer in checkpoint.with_blocks(checkpoint.layers):
+        if isinstance(layer, Block):
+            for name, source, shape in zip(layer.folded, layer.sources, layer.shapes, strict=True):
+                folded[source] = Output(name, source, shape, layer)
+            dropped |= {*layer.entries.values()} - {*layer.sources}
+        elif is_folded(layer):
             assert layer.kernel_shape is not None  # as `report_on` has checked
             source = layer.entries["weight"]
             name = folded_name(layer)
@@ -563,13 +593,16 @@ def report_on(checkpoint: Checkpoint) -> Report:
     Parameters are the elements of the first copy of the model, without its batch norms' statistics.
     """
     check_understood(checkpoint.path, checkpoint.layers)
+    for layer in checkpoint.layers:
+        if is_folded(layer) and layer.kernel_shape is None:
+            raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
     changed, left = [], []
     first = checkpoint.parts[0] if checkpoint.parts else ""
     before = after = 0
-    for layer in checkpoint.layers:
+    for layer in checkpoint.with_blocks(checkpoint.layers):
+        if isinstance(layer, Block) and layer.note:
+            raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
         if is_folded(layer):
-            if layer.kernel_shape is None:
-                raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
             changed.append(Change(layer.name, *_words(layer)))
         elif layer.note:
             left.append(Left(layer.name, layer.kind, layer.note))
@@ -587,6 +620,10 @@ def _words(layer: Layer) -> tuple[str, str]:
     """Return what a layer was, and what it has become."""
     assert layer.kernel_shape is not None  # as the caller has checked
     size = "×".join(map(str, layer.kernel_shape[2:]))
+    if isinstance(layer, Block):
+        count = len(layer.branches)
+        before = f"{layer.family.name} block of {count} branch{'es' if count > 1 else ''}"
+        return before, f"convolution {layer.family.folded}, {size}"
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.composed not in (None, DO_CONV):
@@ -610,14 +647,17 @@ def fold_checkpoint(
 
     Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
     entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
-    ordinary one of the framework, and its `W` is named `weight`. Returns what was done; a layer's
-    path there is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
+    ordinary one of the framework, and its `W` is named `weight`. A block of branches of a training
+    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has. Returns
+    what was done; a layer's path there is its `Layer.name`. `target` is written whole or not at
+    all, and may be `source`.
 
     kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
-    called with the number of layers folded and of layers to fold.
+    called with the number of arrays folded and of those to fold.
     Raises FileExistsError; ValueError for a suffix of `target` that says another format;
     NotFoldable, before anything is written, for a layer that cannot be folded exactly or whose
-    kernel is not finite; and what `open_checkpoint` raises.
+    kernel is not finite; CheckpointError for a block of branches whose entries make none; and what
+    `open_checkpoint` raises.
 
     >>> form = LayerForm(ConvSpec(1, 1, (2,)), "doconv", bias=False)
     >>> arrays = {"conv.weight": np.ones((1, 1, 2)), "conv.depthwise_weight": np.zeros((1, 2, 2))}

@@ -1,0 +1,303 @@
+"""Blocks of branches in training checkpoints of others, and the convolution that each adds up to.
+
+RepVGG, MobileOne, FastViT and others train a block as a sum of convolutions, each with a batch
+norm, and of its own input; in inference it is one convolution, which deployed networks have. A
+family of blocks is a row of `FAMILIES`; its blocks are told by the names of their branches.
+Sources: RepVGG, arXiv 2101.03697; MobileOne, 2206.04040; RepLKNet, 2203.06717; FastViT, 2303.14189;
+RepGhost, 2211.06088; GhostNetV3, 2404.11202; the names are their implementations' and timm's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from doconv_core.files.entries import FLOATS, Array, Entry
+from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, OTHER, Layer, Shape
+from doconv_core.maths.branches import Term, add_branches, margins, unit_centre, unit_kernel
+
+BRANCHES = "branches"  # the kind of a block
+EPSILON = 1e-5  # of the norms, which files do not tell: PyTorch's own, as these networks have it
+NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
+COUNT = "num_batches_tracked"
+# The roles that a layer of each kind has to have, and one that it may have beside them.
+ROLES = {CONVOLUTION: (("weight",), "bias"), BATCH_NORM: ((*NORM.values(),), COUNT)}
+
+
+class Family(NamedTuple):
+    """Blocks whose branches have these names; each is the path of a module below the block's.
+
+    kernels: the branches with a convolution and its norm; `*` stands for numbers from 0 on, a `?`
+    behind for what need not be there. norm: that of the input, of which there is none where the
+    numbers of channels or the stride differ. folded: the convolution of the deployed network.
+    marks: names of which all must be there, where others have some of a block's too. parts: what
+    the convolution and its norm are called in a branch. subtracted: a norm of the input that is
+    taken away. scale: what all these are multiplied with, one number a channel. plain: whether the
+    input itself is added at last. beside: a family without which in the same model it is none.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    norm: str
+    folded: str
+    marks: tuple[str, ...] = ()
+    parts: tuple[str, str] = ("conv", "bn")
+    subtracted: str = ""
+    scale: str = ""
+    plain: bool = False
+    beside: str = ""
+
+
+FAMILIES = (
+    Family("RepMixer", ("mixer.conv_kxk.*", "mixer.conv_scale?"), "mixer.identity", "reparam_conv",
+           ("mixer.conv_kxk.*", "norm.identity"), subtracted="norm.identity", scale="layer_scale",
+           plain=True),
+    Family("RepMixer", ("mixer.rbr_conv.*", "mixer.rbr_scale?"), "mixer.rbr_skip", "reparam_conv",
+           ("mixer.rbr_conv.*", "norm.rbr_skip"), subtracted="norm.rbr_skip", scale="layer_scale",
+           plain=True),
+    Family("RepVGG", ("rbr_dense", "rbr_1x1"), "rbr_identity", "rbr_reparam"),
+    Family("RepVGG", ("conv_kxk", "conv_1x1"), "identity", "reparam_conv",
+           ("conv_kxk.conv", "conv_1x1.conv")),
+    Family("MobileOne", ("rbr_conv.*", "rbr_scale?"), "rbr_skip", "reparam_conv"),
+    Family("MobileOne", ("conv_kxk.*", "conv_scale?"), "identity", "reparam_conv",
+           ("conv_kxk.*",)),
+    Family("large kernel", ("large_conv", "small_conv"), "", "reparam_conv",
+           ("large_conv.conv", "small_conv.conv")),
+    Family("large kernel", ("lkb_origin", "small_conv?"), "", "lkb_reparam", ("lkb_origin",)),
+    *(Family("position encoding", (name,), "", "reparam_conv", parts=("", ""), plain=True,
+             beside="RepMixer") for name in ("pos_enc", "pe")),
+    Family("LCNetV2", ("dw_conv_list.*",), "", "dw_conv"),
+    *(Family("GhostNetV3", (f"{name}_rpr_conv.*", f"{name}_rpr_scale?"), f"{name}_rpr_skip",
+             folded, (f"{name}_rpr_conv.*.{norm}",), ("conv", norm))
+      for name, folded in (("primary", "primary_conv.0"), ("cheap", "cheap_operation.0"),
+                           ("dw", "conv_dw"))
+      for norm in ("bn", "bn1")),
+    Family("RepGhost", ("cheap_operation",), "fusion_bn.0", "cheap_operation", ("fusion_bn.0",),
+           parts=("0", "1")),
+)  # fmt: skip
+
+
+class Branch(NamedTuple):
+    """A term of a block: a convolution, or the input where there is none, and its norm, if any."""
+
+    conv: Layer | None
+    norm: Layer | None
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Block(Layer):
+    """The layers of a block as one; its entries by their names below the block's path.
+
+    family: what kind of block. layers: those that it is made of. branches: what is added up. scale:
+    the entry that they are multiplied with, "" for none. folded: the names of the weight and bias
+    that it becomes; sources: the entries in whose places and types they are. kernel_shape: that of
+    the sum. A block with a note is none that can be folded.
+    """
+
+    family: Family = field(kw_only=True)
+    layers: tuple[Layer, ...] = field(kw_only=True)
+    branches: tuple[Branch, ...] = field(default=(), kw_only=True)
+    scale: str = field(default="", kw_only=True)
+    folded: tuple[str, ...] = field(default=(), kw_only=True)
+    sources: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """All its roles: the convolution that it becomes is another layer."""
+        return tuple(self.entries)
+
+    @property
+    def convolution(self) -> Block:
+        """It under the path, and with the roles, of the convolution that it becomes."""
+        path = f"{self.path}.{self.family.folded}".lstrip(".")
+        entries = dict(zip(("weight", "bias"), self.sources, strict=True))
+        return dataclasses.replace(self, path=path, kind=CONVOLUTION, entries=entries)
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """The shapes of the weight and the bias that it becomes."""
+        assert self.kernel_shape is not None  # as of one that can be folded
+        return self.kernel_shape, self.kernel_shape[:1]
+
+
+def with_blocks(layers: Sequence[Layer], entries: Mapping[str, Entry]) -> tuple[Layer, ...]:
+    """Return layers, in their order, with those of each block as one, a `Block`."""
+    left, blocks, known = list(layers), list[Block](), set[tuple[str, str]]()
+    for family in FAMILIES:
+        found: dict[tuple[str, str], dict[str, Layer]] = {}
+        taken: set[int] = set()
+        for layer in left:
+            at = _place(family, layer)
+            if at is not None:
+                found.setdefault((layer.part, at[0]), {})[at[1]] = layer
+        for (part, path), own in found.items():
+            is_told = not family.beside or (part, family.beside) in known
+            if is_told and all(_under(mark, own) for mark in family.marks):
+                blocks.append(_block(family, part, path, own, entries))
+                known.add((part, family.name))
+                taken |= set(map(id, own.values()))
+        left = [layer for layer in left if id(layer) not in taken]
+    place = {id(layer): number for number, layer in enumerate(layers)}
+    first = {id(block): id(block.layers[0]) for block in blocks}
+    return tuple(sorted([*left, *blocks], key=lambda x: place[first.get(id(x), id(x))]))
+
+
+def _place(family: Family, layer: Layer) -> tuple[str, str] | None:
+    """Return the path of the block that a layer may be of, and its own below that."""
+    if [*layer.entries] == [family.scale]:  # a parameter of the block itself
+        return layer.path, family.scale
+    match = _pattern(family).fullmatch(layer.path)
+    return None if match is None else (match["block"] or "", match["own"])
+
+
+@cache
+def _pattern(family: Family) -> re.Pattern[str]:
+    names = (*family.kernels, family.norm, family.subtracted, family.scale)
+    branches = "|".join(_regex(name) for name in names if name)
+    return re.compile(rf"(?:(?P<block>.+)\.)?(?P<own>(?:{branches})(?:\..+)?)", re.DOTALL)
+
+
+def _regex(name: str) -> str:
+    return re.escape(name.rstrip("?")).replace(r"\*", "[0-9]+")
+
+
+def _under(name: str, own: Mapping[str, Layer]) -> set[str]:
+    """Return the names of the branches, or of what is in them, that are so called."""
+    matches = (re.match(rf"{_regex(name)}(?=\.|\Z)", path) for path in own if name)
+    return {match[0] for match in matches if match}
+
+
+def _block(
+    family: Family, part: str, path: str, own: Mapping[str, Layer], entries: Mapping[str, Entry]
+) -> Block:
+    """Return the block of these layers, by their paths in it; with a note where they make none."""
+    roles = {f"{at}.{role}": x.entries[role] for at, x in own.items() for role in x.entries}
+    block = Block(path, BRANCHES, roles, part=part, family=family, layers=(*own.values(),))
+    paths = _branches(family, own)
+    shape = _shape([own[conv] for conv, _, _ in paths if conv in own])
+    kinds = {conv: CONVOLUTION for conv, _, _ in paths if conv}
+    kinds |= {norm: BATCH_NORM for _, norm, _ in paths if norm}
+    kinds |= {family.scale: OTHER} if family.scale in own else {}
+    problem = next(_problems(kinds, own, shape, entries), None)
+    if problem is None and (family.plain or any(not conv for conv, _, _ in paths)):
+        problem = _unlike_input(shape)
+    if problem is not None:
+        return dataclasses.replace(block, note=f"named like a {family.name} block, but {problem}")
+    branches = [Branch(own.get(conv), own.get(norm), sign) for conv, norm, sign in paths]
+    conv, norm, _ = branches[0]
+    assert conv is not None  # as every family has a branch with one
+    sources = conv.entries["weight"], (norm or conv).entries["bias"]
+    before = sources[0][: sources[0].rfind(f"{paths[0][0].partition('.')[0]}.")]
+    return dataclasses.replace(
+        block, branches=tuple(branches), sources=sources, kernel_shape=shape,
+        folded=tuple(f"{before}{family.folded}.{role}" for role in ("weight", "bias")),
+        scale="".join(own[family.scale].entries.values()) if family.scale in own else "",
+    )  # fmt: skip
+
+
+def _branches(family: Family, own: Mapping[str, Layer]) -> list[tuple[str, str, int]]:
+    """Return the paths of the convolution and the norm of each branch, and its sign; "" for none.
+
+    Those that have to be there are among them, there or not.
+    """
+    found = []
+    for name in family.kernels:
+        there = _under(name, own)
+        if there or not name.endswith("?"):
+            numbers = range(max(len(there), 1)) if "*" in name else range(1)
+            for branch in (name.rstrip("?").replace("*", str(n)) for n in numbers):
+                conv, norm = family.parts
+                found.append((f"{branch}.{conv}".rstrip("."), norm and f"{branch}.{norm}", 1))
+    if _under(family.norm, own):
+        found.append(("", family.norm, 1))
+    if family.subtracted:
+        found.append(("", family.subtracted, -1))
+    return found
+
+
+def _shape(convs: Sequence[Layer]) -> Shape:
+    """Return the shape of the sum of kernels: of the first, and as large as the largest."""
+    shapes = [conv.kernel_shape for conv in convs if conv.kernel_shape]
+    if not shapes or len({len(shape) for shape in shapes}) > 1:
+        return ()
+    return (*shapes[0][:2], *(max(sizes) for sizes in list(zip(*shapes, strict=True))[2:]))
+
+
+def _problems(
+    kinds: Mapping[str, str], own: Mapping[str, Layer], shape: Shape, entries: Mapping[str, Entry]
+) -> Iterator[str]:
+    """Yield why these layers make no block. kinds: of those that it has; shape: of the kernel."""
+    yield from (f"it has no {at}" for at in kinds if at not in own)
+    yield from (f"it has {at} besides" for at in own if at not in kinds)
+    for at, kind in kinds.items():
+        layer = own[at]
+        needed, beside = ROLES.get(kind, ((), ""))
+        known = {*needed, beside, *layer.gone} if needed else {*layer.entries}
+        yield from (f"it has no {at}.{role}" for role in needed if role not in layer.entries)
+        yield from (f"it has {at}.{role} besides" for role in layer.entries if role not in known)
+        if kind == CONVOLUTION:
+            yield from _misfits(at, layer, shape)
+        for role in layer.entries if kind != CONVOLUTION else {*layer.entries} & {"bias"}:
+            entry = entries[layer.entries[role]]
+            if role != COUNT and (entry.size != shape[0] or entry.dtype not in FLOATS):
+                given = f"{at}.{role} {entry.shape} of {entry.dtype}"
+                yield f"it has {given}, where {shape[0]} floats belong"
+
+
+def _misfits(at: str, layer: Layer, shape: Shape) -> Iterator[str]:
+    """Yield why the kernel of a convolution is none of a block's whose sum has this shape."""
+    own = layer.kernel_shape
+    if layer.kind != CONVOLUTION:
+        yield f"{at} is no convolution"
+    elif own is None:
+        yield f"of {at}, {layer.note}"
+    elif own[:2] != shape[:2]:
+        yield f"the kernel {own} of {at} does not fit the others"
+    else:
+        try:
+            margins(own[2:], shape[2:])
+        except ValueError as error:
+            yield f"of {at}, {error}"
+
+
+def _unlike_input(shape: Shape) -> str | None:
+    """Return why the input cannot be one of the branches; None where it can."""
+    try:
+        unit_centre(shape)
+    except ValueError as error:
+        return f"its input is added, and {error}"
+    return None
+
+
+def fold_block(
+    block: Block, read: Callable[[str], Array], kernel_of: Callable[[Layer], Array]
+) -> tuple[Array, Array]:
+    """Return the kernel and the bias of the convolution that a block adds up to, in float64.
+
+    read: gives an entry's values. kernel_of: the canonical kernel of a convolution, in float64.
+    """
+    shape, _ = block.shapes
+
+    def term(branch: Branch) -> Term:
+        conv, norm, sign = branch
+        bias = None if conv is None else conv.entries.get("bias")
+        return Term(
+            None if conv is None else kernel_of(conv),
+            None if bias is None else read(bias),
+            None if norm is None else {key: read(norm.entries[role]) for key, role in NORM.items()},
+            sign,
+        )
+
+    kernel, bias = add_branches(map(term, block.branches), shape, epsilon=EPSILON)
+    if block.scale:
+        factor = read(block.scale).astype(np.float64).reshape(-1)
+        kernel *= factor.reshape(-1, *(1,) * (kernel.ndim - 1))
+        bias *= factor
+    return kernel + unit_kernel(shape) if block.family.plain else kernel, bias
