@@ -23,7 +23,9 @@ from doconv_core.cli.train import (
     refused,
     told_of_run,
 )
-from doconv_core.networks.names import describe, options_of
+from doconv_core.kinds.base import kind_named
+from doconv_core.kinds.base import kinds as all_kinds
+from doconv_core.networks.names import describe, known_name, options_of
 from doconv_core.networks.shapes import for_input
 from doconv_core.training import study as studies
 from doconv_core.training.data import ImageData, open_data
@@ -41,9 +43,10 @@ CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
     short_help="Compare networks, kinds or recipes over many seeds.",
     help="""Compare what is trained with the same seeds, and tell what it gains and what it costs.
 
-    Each NETWORK is a name, with a recipe or changes of it behind an @ where it has its own. The
-    first is the baseline. Runs of one seed begin with the same weights in the layers that they have
-    in common, and see the same batches, so that each difference is that of a pair.
+    Each NETWORK is a name, with a +KIND behind it for over_parameterize of it, and a recipe or
+    changes of it behind an @ where it has its own. The first is the baseline. Runs of one seed
+    begin with the same weights in the layers that they have in common, and see the same batches,
+    so that each difference is that of a pair.
 
     Every run has a folder in DIR. The command goes on with what is not finished there, and several
     may work in one DIR, on one machine or on many that share it. Whatever is finished is in
@@ -56,6 +59,7 @@ CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
       doconv study cifar_resnet20 --kinds plain,doconv,bsconvu --backend torch --out DIR
       doconv study cifar_resnet20 cifar_resnet20@average=0.999 --backend torch --out DIR
       doconv study tutorial_pt_doconv tutorial_pt_doconv@mine.toml --backend tf --out DIR
+      doconv study cifar_resnet20 --kinds plain,orepa,expand,repvgg --backend torch --out DIR
       doconv study --out DIR --processes 2
     """,
 )
@@ -68,8 +72,9 @@ CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
 @data_dir_option
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 30]")
 @click.option(
-    "--kinds", metavar="K,K", help=f"Of one NETWORK: {PLAIN}, or what follows its name after an _."
-)
+    "--kinds", metavar="K,K",
+    help=f"Of one NETWORK: {PLAIN}, what follows its name after an _, or what may after a +.",
+)  # fmt: skip
 @recipe_option
 @set_option
 @precision_option
@@ -165,7 +170,15 @@ def _of_kinds(networks: Sequence[str], kinds: str | None) -> list[str]:
         raise click.UsageError(f"--kinds is of one NETWORK; received {', '.join(networks)}.")
     name, at, rest = networks[0].partition("@")
     words = [word.strip() for word in kinds.split(",")]
-    return [f"{name}{'' if word == PLAIN else f'_{word}'}{at}{rest}" for word in words]
+    return [f"{_of_kind(name, word)}{at}{rest}" for word in words]
+
+
+def _of_kind(name: str, word: str) -> str:
+    """Return what a network of a kind is called: by its own name, if there is one."""
+    if word == PLAIN:
+        return name
+    own = known_name(f"{name}_{word}") is None and word in all_kinds()
+    return f"{name}+{word}" if own else f"{name}_{word}"
 
 
 def made_arms(texts: Sequence[str], data: ImageData, given: Mapping[str, Any]) -> list[Arm]:
@@ -174,7 +187,7 @@ def made_arms(texts: Sequence[str], data: ImageData, given: Mapping[str, Any]) -
     Without a recipe of its own or for all, an arm has that of the first's family.
     Raises ValueError for what is none.
     """
-    names = [text.partition("@")[0] for text in texts]
+    names = [text.partition("@")[0].partition("+")[0] for text in texts]
     taken = {name: {*options_of(name)} for name in names}
     options = {n: given[n] for n in OPTIONS if given[n] is not None}
     for option in options:
@@ -208,7 +221,10 @@ def made_arm(
 ) -> Arm:
     """Return an arm of a network by its name, for the images that the recipe makes of the data."""
     network = describe(name, num_classes=len(data.classes), in_channels=data.channels, **options)
-    return Arm(text, for_input(network, image_shape(data, made)), made, options)
+    kind = text.partition("@")[0].partition("+")[2]
+    if kind:
+        kind_named(kind)
+    return Arm(text, for_input(network, image_shape(data, made)), made, options, kind)
 
 
 def _share(out: Path, data_dir: Path | None, processes: int) -> None:

@@ -50,7 +50,8 @@ class Arm:
     """One of what is compared: a network, of a name or one's own, and how it is trained.
 
     name: in tables, and of the folder of its runs. options: of the network's family, as `describe`
-    takes them, by which another process makes it again.
+    takes them, by which another process makes it again. kind: for which `over_parameterize` is
+    called with the network first, if that is not none.
 
     >>> from doconv_core.training.recipe import recipe
     >>> Arm("plain", describe("tutorial_pt"), recipe("tutorial_pt")).folder
@@ -61,6 +62,7 @@ class Arm:
     network: Network
     recipe: Recipe
     options: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
     @property
     def folder(self) -> str:
@@ -77,6 +79,7 @@ class Arm:
             "input": list(self.network.input_shape),
             "digest": _digest(repr(self.network)),
             "recipe": to_json(self.recipe),
+            **({"kind": self.kind} if self.kind else {}),
         }
 
 
@@ -150,6 +153,8 @@ def trainer(study: Study, data: ImageData) -> Train:
 
     def train(task: Task, after: Callable[..., None]) -> None:
         model = backend.get_model(task.arm.network, seed=task.seed)
+        if task.arm.kind:
+            model, _ = backend.over_parameterize(model, kind=task.arm.kind)
         begun = (task.folder / DESCRIBED).is_file() and open_run(task.folder).last is not None
         backend.train(
             model, task.arm.recipe, data, run=task.folder, seed=task.seed, resume=begun,
@@ -209,7 +214,7 @@ def _check_same(folder: Path, there: dict[str, Any], given: dict[str, Any]) -> N
         before = arms.get(arm["name"], arm)
         if before == arm:
             continue
-        names = [name for name, value in arm.items() if value != before[name]]
+        names = [name for name, value in arm.items() if value != before.get(name)]
         raise StudyError(
             f"{folder} has another arm of the name {arm['name']!r}: {' and '.join(names)} differ; "
             "name another folder."
@@ -353,7 +358,7 @@ def _arm_findings(arm: Arm, runs: Mapping[int, Done], base: Mapping[int, Done]) 
 
 
 def _cost(arm: Arm, ended: Mapping[int, Done]) -> dict[str, Any]:
-    cost = count(arm.network)
+    cost = count(arm.network, kind=arm.kind or None)
     seconds = [run.seconds for run in ended.values()]
     return {
         "parameters": cost.parameters, "training_parameters": cost.training_parameters,
