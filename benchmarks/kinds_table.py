@@ -28,6 +28,15 @@ class Described(NamedTuple):
 
 
 ALWAYS, IN_EVALUATION = "always", "in evaluation"
+WITH_NORMS = {
+    "repvgg": ("`BN(W) + BN(W₁) + BN(I)`", "+ 1 to + 2 over a plain network (2101.03697)"),
+    "mobileone": ("`Σ BN(Wⱼ) + BN(W₁) + BN(I)`", "up to + 2 (2206.04040)"),
+    "acnet": ("`BN(W) + BN(W₁ₖ) + BN(Wₖ₁)`", "ResNet-18 + 0.8 (1908.03930)"),
+    "dbb": ("`BN(W) + BN(W₁) + BN(U BN(V)) + BN(avg BN(A))`", "ResNet-18 + 1.4 (2103.13425)"),
+    "qarepvgg": ("`BN(BN(W) + W₁ + I)`", "as RepVGG; - 0.4 quantized instead of - 20 (2212.01593)"),
+    "replknet": ("`BN(W) + BN(small)`", "large kernels (2203.06717)"),
+    "unireplknet": ("`BN(W) + Σ BN(dilated)`", "large kernels (2311.15599)"),
+}
 ROWS = {
     "doconv": Described(
         'kind="doconv"', "`K = W·(E + D)ᵀ`", ALWAYS,
@@ -37,13 +46,13 @@ ROWS = {
         'kind="branches"', "`K = s·W + s₁·pad(W₁) + s₀·I`", ALWAYS, "none of its own",
         {"kind": "branches"},
     ),
-    "acnet": Described(
+    "branches_acnet": Described(
         'kind="branches", branches="acnet"', "`s·W + s₁·pad(W₁ₖ) + s₂·pad(Wₖ₁)`", ALWAYS,
-        "with norms: see below", {"kind": "branches", "branches": "acnet"},
+        "none without norms", {"kind": "branches", "branches": "acnet"},
     ),
-    "dbb": Described(
+    "branches_dbb": Described(
         'kind="branches", branches="dbb"', "`s·W + s₁·pad(W₁) + s₂·U·V + s₃·avg(A)`", ALWAYS,
-        "with norms: see below", {"kind": "branches", "branches": "dbb"},
+        "none without norms", {"kind": "branches", "branches": "dbb"},
     ),
     "orepa": Described(
         'kind="branches", branches="orepa"', "DBB's sum + `s₀·I`", ALWAYS,
@@ -62,6 +71,13 @@ ROWS = {
         'kind="expand", expand_inputs=False', "`K = R·Q`", ALWAYS,
         "super-resolution, SESR (2103.09404)", {"kind": "expand", "expand_inputs": False},
     ),
+    **{
+        name: Described(
+            f'kind="{name}"', formula, IN_EVALUATION, published,
+            None if name.endswith("lknet") else {"kind": name},
+        )
+        for name, (formula, published) in WITH_NORMS.items()
+    },
 }  # fmt: skip
 MEASURED = {name: row.options for name, row in ROWS.items() if row.options is not None}
 HEAD = ("kind", "kernel", "folds exactly", "step", "memory", "folded", "published", "our study")
