@@ -8,5 +8,6 @@ kind whose layers may be parts of another's layers comes before that.
 from doconv_core.kinds import do_conv
 from doconv_core.kinds import bsconv
 from doconv_core.kinds import dgc
+from doconv_core.kinds import normed
 
-__all__ = ["bsconv", "dgc", "do_conv"]
+__all__ = ["bsconv", "dgc", "do_conv", "normed"]

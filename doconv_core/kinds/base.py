@@ -80,6 +80,10 @@ class Kind(ABC):
     instead: str = ""
     options: tuple[str, ...] = ()
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for options that suit no layer."""
+        return None
+
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return why an ordinary convolution of these sizes is left; None where it is not."""
         return None
@@ -102,9 +106,6 @@ class ComposedKind(Kind):
     spec_type: type[Any] = ConvSpec
     names: tuple[str, ...] = ("weight",)
     constants: Mapping[str, float] = MappingProxyType({})
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError for options that suit no layer."""
 
     @abstractmethod
     def spec(self, conv: ConvSpec, **options: Any) -> Any:

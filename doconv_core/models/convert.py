@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from doconv_core.kinds.base import ComposedKind, kind_named
+from doconv_core.kinds.base import kind_named
 from doconv_core.models.report import (
     NOT_SELECTED,
     BSConvReport,
@@ -54,8 +54,7 @@ def over_parameterize(
                 f"over_parameterize of kind {kind!r} takes "
                 f"{', '.join(known.options) or 'no options'}; received {name}={options[name]!r}."
             )
-    if isinstance(known, ComposedKind):
-        known.check_options(options)
+    known.check_options(options)
     layers = of_kind(layer_kinds, kind)
     target, chosen, parts, uncounted = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
