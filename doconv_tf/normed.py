@@ -299,10 +299,7 @@ class _Branched(StandIn, keras.layers.Layer):
             for variable in part.trainable_variables:
                 variable.trainable = conv.kernel.trainable
             if isinstance(made, Norm):
-                statistics = {
-                    "moving_mean": norm.moving_mean,
-                    "moving_variance": norm.moving_variance,
-                }
+                mean, variance = norm.moving_mean, norm.moving_variance
                 if role == ZERO:
                     part.gamma.assign(ops.zeros_like(part.gamma))
                 elif role == PASSING:
