@@ -6,6 +6,7 @@ from doconv_core.models.view import LayerKinds
 from doconv_mx.bsconv import BSCONVS
 from doconv_mx.dgc import DG_CONVS
 from doconv_mx.do_conv import DO_CONVS
+from doconv_mx.normed import LAYERS
 
 LAYER_KINDS = LayerKinds()
 register = LAYER_KINDS.register
@@ -13,3 +14,5 @@ register = LAYER_KINDS.register
 register(DO_CONVS)  # first: parts of the others' layers may be these
 register(BSCONVS)
 register(DG_CONVS)
+for layers in LAYERS.values():
+    register(layers)
