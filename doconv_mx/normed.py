@@ -133,13 +133,14 @@ class _Branched(StandIn, HybridBlock):
         return SUM_NORM in self.spec.parts
 
     def _branch(self, F: Any, pieces: tuple[Piece, ...], x: Any) -> Any:
-        norm = None
+        zero = None
         for piece in pieces:
             if isinstance(piece, Norm):
                 norm = private.children(self)[piece.name]
+                zero = _zero(F, norm, x) if piece.inner else None  # of the batches before this one
                 x = self._normed(F, norm, x)
                 continue
-            x = self._around(F, x, piece.around, norm)
+            x = self._around(F, x, piece.around, zero)
             if isinstance(piece, Mean):
                 sizes = {"kernel": piece.kernel_size, "stride": piece.stride, "pool_type": "avg"}
                 x = native(F.Pooling(x.as_nd_ndarray(), **sizes))
@@ -151,19 +152,16 @@ class _Branched(StandIn, HybridBlock):
         guarded = self.rank != 2 and isinstance(norm, private.BatchNorm)
         return reordered(F, norm(reordered(F, x))) if guarded else norm(x)
 
-    def _around(self, F: Any, x: Any, pairs: Pairs, norm: Any) -> Any:
-        """Return a value with more positions around, of what `norm` makes of zero; or with fewer.
-
-        There are more behind a batch norm alone.
-        """
+    def _around(self, F: Any, x: Any, pairs: Pairs, zero: Any) -> Any:
+        """Return a value with more positions around, of these values; or with fewer."""
         if not any(map(any, pairs)):
             return x
         x = x.as_nd_ndarray()
-        if norm is None:
+        if zero is None:
             for axis, (before, after) in enumerate(pairs, self._layout.find("W") + 1 - self.rank):
                 x = F.slice_axis(x, axis=axis, begin=-before, end=after or None)
             return native(x)
-        zero = _zero(F, norm, x).reshape((1, -1, *(1,) * self.rank))
+        zero = zero.reshape((1, -1, *(1,) * self.rank))
         x = F.broadcast_sub(x, zero)
         flat = [number for pair in pairs for number in pair]
         if self.rank == 1:  # MXNet pads no fewer than two dimensions
@@ -217,19 +215,15 @@ class _Branched(StandIn, HybridBlock):
             if parameter.grad_req != "null":  # as a running mean's is
                 parameter.grad_req = weight.grad_req
             parameter.lr_mult, parameter.wd_mult = weight.lr_mult, weight.wd_mult
-            initialize(parameter, weight)
         for name, role in self.spec.roles.items():
             part, is_norm = private.children(self)[name], isinstance(self.spec.parts[name], Norm)
             if role == ZERO:
                 entry = part.gamma if is_norm else part.weight
                 put(entry, dict.fromkeys(held, np.zeros(entry.shape, np.dtype(entry.dtype))))
             elif role == PASSING:
-                for new, old in (
-                    ("running_mean",) * 2,
-                    ("running_var",) * 2,
-                    ("beta", "running_mean"),
-                ):
-                    _copy(getattr(part, new), getattr(norm, old))
+                _copy(part.running_mean, norm.running_mean)
+                _copy(part.running_var, norm.running_var)
+                _copy(part.beta, norm.running_mean)
                 _copy(part.gamma, norm.running_var, private.settings(norm)["eps"])
             elif role == TRAINED and is_norm:
                 private.settings(part).update(private.settings(norm))
@@ -240,6 +234,9 @@ class _Branched(StandIn, HybridBlock):
                 _put_kernel(part, {c: self.spec.start(_kernel(conv, c)) for c in held})
                 if conv.bias is not None:
                     _copy(part.bias, conv.bias)
+        for parameter in tree.parameters(self):
+            if not private.has_values(parameter):
+                initialize(parameter, weight)
 
 
 def _zero(F: Any, norm: Any, x: Any) -> Any:

@@ -173,13 +173,14 @@ class _Branched(StandIn, keras.layers.Layer):
         return y
 
     def _branch(self, pieces: tuple[Piece, ...], x: Any, training: bool | None) -> Any:
-        norm = None
+        zero = None
         for piece in pieces:
             if isinstance(piece, Norm):
                 norm = self._part(piece.name)
+                zero = _zero(norm) if piece.inner else None  # before the batch is in its statistics
                 x = norm(x, training=training)
                 continue
-            x = self._around(x, piece.around, norm)
+            x = self._around(x, piece.around, zero)
             if isinstance(piece, Mean):
                 x = ops.average_pool(x, piece.kernel_size, piece.stride, "valid", self.data_format)
             else:
@@ -188,11 +189,8 @@ class _Branched(StandIn, keras.layers.Layer):
                 x = self._part(piece.name)(x)
         return x
 
-    def _around(self, x: Any, pairs: Pairs, norm: Any) -> Any:
-        """Return a value with more positions around, of what `norm` makes of zero; or with fewer.
-
-        Without a batch norm, more are zeros.
-        """
+    def _around(self, x: Any, pairs: Pairs, zero: Any) -> Any:
+        """Return a value with more positions around, of these values, or zeros; or with fewer."""
         if not any(map(any, pairs)):
             return x
         first = 1 if self._channel_axis() == -1 else 2
@@ -201,14 +199,8 @@ class _Branched(StandIn, keras.layers.Layer):
         x = x[tuple(cut)]
         zeros = [[0, 0]] * (self.rank + 2)
         zeros[first : first + self.rank] = [[max(b, 0), max(a, 0)] for b, a in pairs]
-        if norm is None:
+        if zero is None:
             return ops.pad(x, zeros)
-        mean, variance = (
-            ops.convert_to_tensor(v) for v in (norm.moving_mean, norm.moving_variance)
-        )
-        factor = ops.rsqrt(variance + norm.epsilon)
-        factor = factor if norm.gamma is None else factor * norm.gamma
-        zero = -mean * factor if norm.beta is None else norm.beta - mean * factor
         shape = [1] * (self.rank + 2)
         shape[self._channel_axis()] = -1
         zero = ops.cast(ops.reshape(zero, shape), x.dtype)
@@ -314,6 +306,14 @@ class _Branched(StandIn, keras.layers.Layer):
             elif role == TRAINED:
                 start = self.spec.start(as_array(conv.kernel, _layout(conv)))
                 _put_kernel(part, start, made.groups)
+
+
+def _zero(norm: Any) -> Any:
+    """Return what a batch norm makes of zero in inference, `(C,)`."""
+    mean, variance = map(ops.convert_to_tensor, (norm.moving_mean, norm.moving_variance))
+    factor = ops.rsqrt(variance + norm.epsilon)
+    factor = factor if norm.gamma is None else factor * norm.gamma
+    return -mean * factor if norm.beta is None else norm.beta - mean * factor
 
 
 def _put(part: Any, **values: Any) -> None:

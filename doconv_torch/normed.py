@@ -120,16 +120,18 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
         return self.norm(y) if "norm" in self._modules else y
 
     def _branch(self, pieces: tuple[Piece, ...], x: Tensor) -> Tensor:
-        norm: Any = None
+        zero = None
         for piece in pieces:
-            if not isinstance(piece, Norm):
-                x = _around(x, piece.around, norm)
+            if isinstance(piece, Norm):
+                norm: Any = self._modules[piece.name]
+                zero = _zero(norm) if piece.inner else None  # before the batch is in its statistics
+                x = norm(x)
+                continue
+            x = _around(x, piece.around, zero)
             if isinstance(piece, Mean):
                 x = _MEANS[self.rank - 1](x, piece.kernel_size, piece.stride)
-                continue
-            part = self._modules[piece.name]
-            assert part is not None
-            x, norm = part(x), part
+            else:
+                x = self._modules[piece.name](x)  # type: ignore[misc]
         return x
 
     def fold(self) -> Ordinary:
@@ -212,17 +214,21 @@ def _put(part: Any, **values: Tensor) -> None:
         getattr(part, name).copy_(value)
 
 
-def _around(x: Tensor, pairs: Pairs, norm: Any) -> Tensor:
-    """Return a value with more positions around, of what `norm` makes of zero; or with fewer."""
+def _zero(norm: Any) -> Tensor:
+    """Return what a batch norm makes of zero in evaluation, `(C,)`."""
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    factor = factor if norm.weight is None else factor * norm.weight
+    zero = -norm.running_mean.clone() * factor  # of which the next batch changes the values
+    return zero if norm.bias is None else zero + norm.bias
+
+
+def _around(x: Tensor, pairs: Pairs, zero: Tensor | None) -> Tensor:
+    """Return a value with more positions around, of these values; or with fewer."""
     if not any(map(any, pairs)):
         return x
     flat = [number for pair in reversed(pairs) for number in pair]
-    if norm is None:
+    if zero is None:
         return functional.pad(x, flat)
-    factor = torch.rsqrt(norm.running_var + norm.eps)
-    factor = factor if norm.weight is None else factor * norm.weight
-    zero = -norm.running_mean * factor
-    zero = zero if norm.bias is None else zero + norm.bias
     zero = zero.to(x.dtype).reshape(-1, *(1,) * len(pairs))
     return functional.pad(x - zero, flat) + zero
 

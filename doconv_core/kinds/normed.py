@@ -112,10 +112,15 @@ class Conv(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm in a branch, or behind the sum."""
+    """A batch norm in a branch, or behind the sum.
+
+    inner: whether what it makes of zero, by its statistics before the batch, is to stand around
+    what it makes of the input.
+    """
 
     name: str
     channels: int
+    inner: bool = False
 
 
 class Mean(NamedTuple):
@@ -296,20 +301,20 @@ class BranchedSpec:
             return f"{name}_{word}{count[word] if count[word] > 1 else ''}"
 
         for number, word in enumerate(words):
+            inner = not {KERNEL, MEAN}.isdisjoint(words[number + 1 :])  # at each position alone
             if word == NORM:
-                yield Norm(part("norm"), channels)
+                yield Norm(part("norm"), channels, inner)
                 continue
             if word == MEAN:
                 yield Mean(conv.kernel_size, geometry.stride, self._pads(conv.kernel_size))
                 continue
             own = {KERNEL: conv.kernel_size, SMALLER: size}.get(word, ones)
             dilation = ones if own == ones else tuple(d * step for d in geometry.dilation)
-            last = not {KERNEL, MEAN} & {*words[number + 1 :]}  # or it looks at each position
-            pads = self._pads(own, step) if last else none
+            pads = none if inner else self._pads(own, step)
             padding = none if number else tuple((max(0, b), max(0, a)) for b, a in pads)
             around = tuple((b - p, a - q) for (b, a), (p, q) in zip(pads, padding, strict=True))
             after = channels if word == INNER else conv.out_channels
-            stride = geometry.stride if last else ones
+            stride = ones if inner else geometry.stride
             yield Conv(
                 part("conv"), channels, after, own, conv.groups, stride, dilation, padding, around
             )
