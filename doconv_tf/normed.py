@@ -212,9 +212,9 @@ class _Branched(StandIn, keras.layers.Layer):
         around: those before the layer. They are as of one that pads by itself.
         """
         made, none = self.spec.parts[part], ((0, 0),) * self.rank
-        first = any(each[:1] == (made,) for each in self.spec.pieces.values())
-        inner = made.kernel_size != self.kernel_size and part == "sequence_conv"
-        if not first or inner or not isinstance(made, Conv):
+        branches = self.spec.pieces.values()
+        seeing = ([each for each in row if not isinstance(each, Norm)] for row in branches)
+        if not isinstance(made, Conv) or [made] not in seeing:  # alone in its branch
             return set()
         own = none if _is_same(made) else made.padding
         found = set()
