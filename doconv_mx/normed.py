@@ -252,7 +252,8 @@ def _zero(F: Any, norm: Any, x: Any) -> Any:
 
     factor = F.rsqrt(value("running_var") + private.settings(norm)["eps"])
     factor = factor if private.settings(norm)["fix_gamma"] else factor * value("gamma")
-    return value("beta") - value("running_mean") * factor
+    # The operator that copies: autograd keeps the array, of which the batch changes the values.
+    return value("beta") - F.BlockGrad(value("running_mean")) * factor
 
 
 def _copy(new: Any, old: Any, epsilon: float | None = None) -> None:

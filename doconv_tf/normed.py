@@ -182,11 +182,25 @@ class _Branched(StandIn, keras.layers.Layer):
                 continue
             x = self._around(x, piece.around, zero)
             if isinstance(piece, Mean):
-                x = ops.average_pool(x, piece.kernel_size, piece.stride, "valid", self.data_format)
+                x = self._mean(x, piece)
             else:
                 if not _is_same(piece):
                     x = self._around(x, piece.padding, None)
                 x = self._part(piece.name)(x)
+        return x
+
+    def _mean(self, x: Any, piece: Mean) -> Any:
+        """Return the means of windows, of any dtype and data format, as no pooling of Keras' does.
+
+        One axis after the other, each as a sum of what its taps see.
+        """
+        first = 1 if self._channel_axis() == -1 else 2
+        for axis, (size, stride) in enumerate(
+            zip(piece.kernel_size, piece.stride, strict=True), first
+        ):
+            before = (slice(None),) * axis
+            taps = (slice(n, n + 1 - size or None, stride) for n in range(size))
+            x = reduce(add, (x[(*before, tap)] for tap in taps)) / size
         return x
 
     def _around(self, x: Any, pairs: Pairs, zero: Any) -> Any:
