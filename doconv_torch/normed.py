@@ -15,6 +15,7 @@ from doconv_core.kinds.bsconv import WEIGHT_BOUND, batch_norm_options
 from doconv_core.kinds.normed import (
     KINDS,
     PASSING,
+    SUM_NORM,
     TRAINED,
     ZERO,
     BranchedSpec,
@@ -116,8 +117,8 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of what the branches make of `x`, `(B, I, *spatial)`."""
         made = [self._branch(pieces, x) for pieces in self.spec.pieces.values()]
-        y = reduce(torch.add, made)
-        return self.norm(y) if "norm" in self._modules else y
+        y, norm = reduce(torch.add, made), self._modules.get(SUM_NORM)
+        return y if norm is None else norm(y)
 
     def _branch(self, pieces: tuple[Piece, ...], x: Tensor) -> Tensor:
         zero = None
@@ -193,7 +194,7 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
             elif role == PASSING:
                 _put(part, running_mean=mean, running_var=variance)
                 _put(part, weight=(variance + part.eps).sqrt(), bias=mean)
-            elif role == TRAINED and part is self._modules[self._trained_norm]:
+            elif role == TRAINED and name == self._trained_norm:
                 part._parameters = {n: _cloned(p) for n, p in norm._parameters.items()}
                 part._buffers = {n: b if b is None else b.clone() for n, b in norm._buffers.items()}
                 part.affine = norm.affine
@@ -218,7 +219,7 @@ def _zero(norm: Any) -> Tensor:
     """Return what a batch norm makes of zero in evaluation, `(C,)`."""
     factor = torch.rsqrt(norm.running_var + norm.eps)
     factor = factor if norm.weight is None else factor * norm.weight
-    zero = -norm.running_mean.clone() * factor  # of which the next batch changes the values
+    zero: Tensor = -norm.running_mean.clone() * factor  # the next batch changes the values
     return zero if norm.bias is None else zero + norm.bias
 
 
@@ -343,7 +344,7 @@ class BranchedLayers(NormedLayers):
     def _convolution(self, layer: Any, values: Mapping[Any, Folded]) -> nn.Module:
         (kernel, bias), spec, first = values[None], layer.spec, next(layer.children())
         pads = tuple(before for before, _ in spec.geometry.padding)
-        conv: nn.Module = layer.ordinary(
+        conv: Any = layer.ordinary(
             spec.conv.in_channels, spec.conv.out_channels, spec.conv.kernel_size,
             spec.geometry.stride, pads, spec.geometry.dilation, spec.conv.groups, True,
             first.padding_mode, "meta", first.weight.dtype,
@@ -352,7 +353,8 @@ class BranchedLayers(NormedLayers):
         for name, value in (("weight", kernel), ("bias", bias)):
             tensor = as_tensor(value, first.weight)
             setattr(conv, name, nn.Parameter(tensor, requires_grad=trainable))
-        return conv.to(memory_format=memory_format(first.weight))
+        made: nn.Module = conv.to(memory_format=memory_format(first.weight))
+        return made
 
     def _become(self, layer: Any, new: Any) -> None:
         become(layer, new)

@@ -373,7 +373,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def _identity(conv: ConvSpec) -> Array:
     """Return the kernel of one tap that passes its input on, `(I, I/g, 1, …)`."""
-    found = np.eye(conv.in_channels).reshape(conv.in_channels, conv.groups, -1).sum(1)
+    found: Array = np.eye(conv.in_channels).reshape(conv.in_channels, conv.groups, -1).sum(1)
     return found.reshape(*found.shape, *(1,) * conv.rank)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from doconv_core.kinds.base import Array
 from doconv_core.kinds.bsconv import SHARES
 from doconv_core.kinds.normed import (
     BranchedKind,
@@ -110,7 +109,7 @@ class NormedLayers(LayerKind):
         """Return a batch norm's values, in float64."""
 
     @abstractmethod
-    def _matrix(self, conv: Any, context: Any) -> tuple[Array, Array | None]:
+    def _matrix(self, conv: Any, context: Any) -> tuple[Any, Any]:
         """Return a convolution's kernel, canonical, and bias, in float64."""
 
     @abstractmethod
