@@ -361,16 +361,13 @@ class BranchedLayers(NormedLayers):
             if role != TRAINED:
                 continue
             if isinstance(part, private.BatchNorm):
-                old, names = norm, NORM_ENTRIES
+                taken = {entry: getattr(norm, entry) for entry in NORM_ENTRIES}
             else:
-                kept = all(
-                    (part.weight.data(c) == conv.weight.data(c)).asnumpy().all()
-                    for c in conv.weight.list_ctx()
-                )  # or it is less a branch that passes its input on
-                old, names = conv, ("weight",) * kept + ("bias",) * (conv.bias is not None)
-            for entry in names:
+                taken = {} if conv.bias is None else {"bias": conv.bias}
+                taken |= {"weight": conv.weight} if new.spec.keeps_kernel else {}
+            for entry, parameter in taken.items():
                 remove_parameter(part, entry)
-                set_parameter(part, entry, getattr(old, entry))
+                set_parameter(part, entry, parameter)
         become(conv, new)
         for name in list(private.registered(norm)):
             remove_parameter(norm, name)
@@ -410,8 +407,7 @@ class BranchedLayers(NormedLayers):
             parameter.grad_req = request
             parameter.lr_mult, parameter.wd_mult = like.lr_mult, like.wd_mult
         _put_kernel(conv, {context: value.kernel for context, value in values.items()})
-        dtype = np.dtype(like.dtype)
-        put(conv.bias, {context: value.bias.astype(dtype) for context, value in values.items()})
+        put(conv.bias, {c: np.asarray(v.bias, np.dtype(like.dtype)) for c, v in values.items()})
         return private.hybridize_like(conv, layer)
 
 

@@ -197,17 +197,21 @@ class BranchedSpec:
         found |= {end.name: ZERO for end in ends if not isinstance(end, Mean)}
         return found | ({norm: PASSING, SUM_NORM: TRAINED} if self.rule in SUMMED else {})
 
+    @property
+    def keeps_kernel(self) -> bool:
+        """Whether a trained kernel is the first branch's as it is."""
+        return all(self.pieces.values())
+
     def start(self, kernel: Array) -> Array:
         """Return the first branch's kernel where the whole is to compute what this kernel does.
 
         kernel: `(O, I/g, *kernel_size)`. That is the kernel itself, but where a branch passes its
         input on without a batch norm: less that branch.
         """
-        if all(self.pieces.values()):
+        if self.keeps_kernel:
             return kernel
-        rest: Array = kernel.astype(np.float64) - self._placed(
-            _identity(self.conv), (1,) * self.conv.rank
-        )
+        passed = self._placed(_identity(self.conv), (1,) * self.conv.rank)
+        rest: Array = kernel.astype(np.float64) - passed
         return rest.astype(kernel.dtype)
 
     def fold(self, values: Mapping[str, Kernel | Normalization]) -> Folded:
