@@ -266,7 +266,7 @@ def _whole(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> 
     for each, told in found:
         if each.section == section:
             rows = [
-                [*row[:5], *row[6:], cost[1], cost[3], cost[5]]
+                [*row[:5], *row[6:], cost[1], cost[3], cost[-1]]
                 for row, cost in zip(results(told), costs(told), strict=True)
             ]
             tables.append(_markdown(head, rows, 1))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doconv_core.kinds.base import ONE_TAP, Array, Kind, register
+from doconv_core.kinds.base import ONE_TAP, Array, Cost, Kind, register
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable, fuse_batchnorm
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.separable import Folded, Normalization
@@ -401,6 +401,24 @@ class BranchedKind(Kind):
 
     def __init__(self, name: str) -> None:
         self.name, self.options = name, OPTIONS.get(name, ())
+
+    def training_cost(self, conv: ConvSpec, geometry: Geometry, positions: int) -> Cost | None:
+        """Return what the parts of a layer cost in a convolution's place; None where it is left.
+
+        positions: output positions of all images. Parameters are those of the batch norms too.
+        """
+        if obstacle(conv, geometry, self.name) is not None:
+            return None
+        parameters = macs = 0
+        for part in BranchedSpec(conv, geometry, self.name).parts.values():
+            if isinstance(part, Norm):
+                parameters += 2 * part.channels
+                continue
+            weights = prod(part.spec.kernel_shape)
+            parameters += weights
+            finer = prod(geometry.stride) // prod(part.stride)  # before the stride
+            macs += weights * positions * finer
+        return Cost(parameters, macs)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for options that suit no layer."""
