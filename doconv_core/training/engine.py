@@ -7,7 +7,7 @@ of a step, its learning rate, and how far the training has come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,16 +93,6 @@ class Engine(ABC):
     processes: int = 1
     model: Any
     described: Mapping[str, Any] = {}
-
-    def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
-        """Train on each step's batch in turn, and call `after` when it is done.
-
-        A framework with a loop of its own overrides this. What is drawn ahead of `after` is drawn
-        for nothing where the run ends there, and does no harm. `after` may raise, to end the run.
-        """
-        for step, batch in steps:
-            self.train_step(step, batch)
-            after(step)
 
     def close(self) -> None:
         """Give the model back to whoever has made the engine; there may be nothing to do."""
