@@ -262,15 +262,20 @@ class GluonEngine(Engine):
         trained = {name: p for name, p in self.named.items() if p.grad_req != "null"}
         if self.recipe.average_of != KERNELS:
             return {name: _data(p, first) for name, p in trained.items()}
-        composed: dict[int, tuple[str, Any]] = {}  # one layer of those that share a weight
-        for path, layer in walk(self.model):
-            if isinstance(layer, ComposedConv):
-                composed.setdefault(id(layer.weight), (path, layer))
-        entries = {id(p) for _, layer in composed.values() for p in layer.entries().values()}
+        composed = self._composed()
+        entries = {id(p) for layer in composed.values() for p in layer.entries().values()}
         found = {name: _data(p, first) for name, p in trained.items() if id(p) not in entries}
-        for path, layer in composed.values():
+        for path, layer in composed.items():
             found[entry(path, "weight")] = layer.composed_kernel(first).as_nd_ndarray()
         return found
+
+    def _composed(self) -> dict[str, ComposedConv[Any]]:
+        """Return the layers that compose kernels, one of those that share a weight, by path."""
+        found: dict[int, tuple[str, ComposedConv[Any]]] = {}
+        for path, layer in walk(self.model):
+            if isinstance(layer, ComposedConv):
+                found.setdefault(id(layer.weight), (path, layer))
+        return dict(found.values())
 
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
@@ -389,11 +394,15 @@ class GluonEngine(Engine):
         self._share_statistics()
         if self.recipe.average is None:
             return self.model
-        averages_kernels = self.recipe.average_of == KERNELS
-        other = fold(self.model).model if averages_kernels else copied(self.model)
+        other, arrays = copied(self.model), dict(self.average)
         parameters_of = named(other)
         with autograd.pause():
-            for name, array in self.average.items():
+            if self.recipe.average_of == KERNELS:
+                for path, layer in self._composed().items():
+                    kernel = arrays[entry(path, "weight")]
+                    started = layer.start(kernel)
+                    arrays |= {entry(path, name): array for name, array in started.items()}
+            for name, array in arrays.items():
                 parameters_of[name].set_data(native(array))
         return other
 

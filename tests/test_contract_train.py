@@ -275,8 +275,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_training_is_the_cores(package, name):
-    """The losses and the weights of eight steps, and what is folded, which may be averaged."""
+def test_training_is_the_cores(package, name, tmp_path):
+    """The losses and the weights of eight steps, and what is folded, which may be averaged.
+
+    And the state of the last checkpoint: of averaged kernels, as layers start from them.
+    """
     made = recipe(**{"average": None, **RECIPES[name]})
     network = smooth(NETWORKS.get(name, NETWORK))
     state, data = initialize(network), open_data("digits")
@@ -292,7 +295,7 @@ def test_training_is_the_cores(package, name):
     ]
     steps = list(zip(numbers, drawn, strict=True))
     expected = reference.train(network, state, made, steps)
-    found = package.train(model_of(package, network), made, data, quiet=True)
+    found = package.train(model_of(package, network), made, data, run=tmp_path, quiet=True)
     for epoch, metrics in enumerate(found.metrics):
         own = slice(epoch * per, (epoch + 1) * per)
         sizes = [len(batch.images) for _, batch in steps[own]]
@@ -302,6 +305,10 @@ def test_training_is_the_cores(package, name):
     for entry, array in expected.state.arrays.items():
         if is_trained(entry):
             assert_close(arrays[entry], array, tolerance=1e-4)
+    evaluated = read_state(open_run(tmp_path).last / "state.safetensors")
+    for entry, array in expected.averaged.arrays.items():
+        if is_trained(entry):
+            assert_close(evaluated.arrays[entry], array, tolerance=1e-4)
     kernels = composed(expected.averaged)
     for entry, array in package.export_state(found.folded).arrays.items():
         if is_trained(entry):

@@ -98,6 +98,13 @@ def test_other_ways_to_compute_come_to_the_same(options, monkeypatch):
         assert_close(a, b, tolerance=1e-4)  # eight steps of float32
 
 
+def test_an_average_of_a_kernel_that_cannot_be_set_is_refused():
+    model = model_of(doconv_torch)
+    nn.utils.parametrizations.weight_norm(model.get_submodule("conv1"))
+    with pytest.raises(ValueError, match=r"that of 'conv1' is parametrized; remove the param"):
+        doconv_torch.train(model, recipe(average=0.5, average_of="kernels"), quiet=True)
+
+
 def test_roles_of_parameters():
     shared = nn.Linear(2, 2)
     shared.weight.requires_grad_(False)
