@@ -181,6 +181,27 @@ def test_broken_images_are_named_and_others_take_their_place(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "kept"),
+    [
+        ({}, [[0, 2, 3], [6, 7], [8, 9, 10, 11]]),
+        ({"process": 0, "processes": 2}, [[0], [8, 9]]),  # of one batch it has broken ones alone
+        ({"process": 1, "processes": 2}, [[2, 3], [6, 7], [10, 11]]),
+    ],
+)
+def test_broken_images_do_not_count_in_an_evaluation(part, kept, tmp_path):
+    broken = ("train/a/1.PNG", "train/a/4.PNG", "train/a/5.PNG")
+    torn = open_data("folder", broken_folder(tmp_path / "torn", broken), max_broken=3)
+    whole = open_data("folder", broken_folder(tmp_path / "whole", ()))
+    (expected,) = drawn({**SQUARE, "batch_size": 12}, training=False, of=whole.train)
+    warned = pytest.warns(UserWarning, match=r"could not be read \(.*\); it does not count$")
+    with warned if part.get("process") != 1 else nullcontext():
+        found = drawn(SQUARE, training=False, of=torn.train, **part)
+    for batch, rows in zip(found, kept, strict=True):
+        for name in ("images", "targets", "labels"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(expected, name)[rows])
+
+
+@pytest.mark.parametrize(
     ("allowed", "said"),
     [
         (0, r"\d.PNG could not be read \(.*\); 0 may be. Replace or remove the files, or allow"),
