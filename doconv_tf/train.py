@@ -21,8 +21,7 @@ from doconv_core.models import dynamic
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
 from doconv_core.training import session
-from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
-from doconv_core.training.loss import cross_entropy
+from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified, verified
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.session import Callback, Trained
 from doconv_tf.devices import devices_for
@@ -218,7 +217,8 @@ class KerasEngine(Engine):
     def evaluate(self, batches: Iterable[Batch]) -> Sums:
         """Return what the model reaches in evaluation mode, averaged if the recipe averages."""
         drawn = (part for batch in batches for part in divided(batch, self.devices))
-        found, held = [], None
+        found: list[Pending] = []
+        held: Any = None
         self.fitted.make_test_function()
         with self._averaged():
             # Those that have no more go on with blank ones, as all of them compute together.
@@ -299,17 +299,9 @@ class KerasEngine(Engine):
 
     def verify(self, folded: Any, batches: Iterable[Batch]) -> Verified:
         """Compare the model with the folded one on all of the batches, in their own precision."""
-        before, after, absolute, largest = Sums(), Sums(), 0.0, 0.0
         with self._lent.left(), self._averaged():
-            call = [_called(self.model), _called(folded)]
-            for batch in batches:
-                if not len(batch.images):
-                    continue
-                a, b = (each(batch.images) for each in call)
-                before, after = before.plus(_sums(a, batch)), after.plus(_sums(b, batch))
-                absolute = max(absolute, float(np.abs(b - a).max()))
-                largest = max(largest, float(np.abs(a).max()))
-        return Verified(before, after, absolute, absolute / largest if largest else 0.0)
+            trained, other = _called(self.model), _called(folded)
+            return verified((trained(b.images), other(b.images), b) for b in batches)
 
     def write_folded(self, folded: Any, folder: Path) -> Path:
         """Write a folded model's weights, as Keras does; return the file."""
@@ -330,15 +322,6 @@ def _called(model: keras.Layer) -> Callable[[Array], Array]:
     """Return a function of images that returns a model's logits, compiled without changing it."""
     calling = Calling(model)
     return lambda images: np.asarray(calling.predict_on_batch(images), np.float64)
-
-
-def _sums(logits: Array, batch: Batch) -> Sums:
-    """Return what an evaluation of a batch came to; of equal logits the first is the larger."""
-    own, classes = logits[np.arange(len(logits)), batch.labels][:, None], np.arange(logits.shape[1])
-    equal = (logits == own) & (classes < batch.labels[:, None])
-    rank = ((logits > own) | np.isnan(logits) | equal).sum(1)
-    loss = float(cross_entropy(logits, batch.targets).sum())
-    return Sums(loss, int((rank < 1).sum()), int((rank < 5).sum()), len(logits))
 
 
 def _check_output(model: keras.Layer) -> None:
