@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
 import tally
 from cases import one_test, refuses
-
-from dataclasses import replace
 
 from doconv_core import ConvSpec, Cost, LayerCost, count, layer_cost
 from doconv_core.kinds.base import recipe
