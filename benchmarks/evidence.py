@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence_sets
+import kinds_table
 import numpy as np
 from evidence_studies import CLASSES, Planned, baselines, planned, tuning
 from step_report import DOCS
@@ -183,9 +184,11 @@ def _tell(chosen: Sequence[Planned], options: argparse.Namespace) -> None:
     ]
     tables = {
         "tutorials": _compared(found, "tutorials"),
+        "gentler": _compared(found, "gentler"),
         "small": _compared(found, "small"),
         "decay": _whole(found, "decay"),
         "kinds": _whole(found, "kinds"),
+        "rules": _whole(found, "rules"),
         "rates": _rates(),
     }
     if options.docs:
@@ -193,6 +196,8 @@ def _tell(chosen: Sequence[Planned], options: argparse.Namespace) -> None:
         for name, table in tables.items():
             text = put(text, name, table)
         write_text(PAGE, text)
+        write_json(kinds_table.STUDY, _gains(found))
+        kinds_table.write()
         return
     for name, table in tables.items():
         print(f"## {name}\n\n{table}\n")
@@ -238,6 +243,18 @@ def _verdict(verdicts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) ->
     )
 
 
+def _gains(found: Sequence[tuple[Planned, Mapping[str, Any]]]) -> dict[str, str]:
+    """Return what each rule gains on each set of images, in points, by the rule's name."""
+    gains: dict[str, list[str]] = {}
+    for each, told in found:
+        if each.section != "rules":
+            continue
+        for arm, row in zip(told["arms"], results(told), strict=True):
+            if arm["against"] is not None:
+                gains.setdefault(arm["name"], []).append(f"{row[3]} {each.images}")
+    return {name: ", ".join(texts) for name, texts in gains.items()}
+
+
 def _whole(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> str:
     """Return the results and costs of each study of a section."""
     head = (
@@ -249,7 +266,7 @@ def _whole(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> 
     for each, told in found:
         if each.section == section:
             rows = [
-                [*row[:5], *row[6:], cost[1], cost[3], cost[5]]
+                [*row[:5], *row[6:], cost[1], cost[3], cost[-1]]
                 for row, cost in zip(results(told), costs(told), strict=True)
             ]
             tables.append(_markdown(head, rows, 1))

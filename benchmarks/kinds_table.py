@@ -28,40 +28,59 @@ class Described(NamedTuple):
 
 
 ALWAYS, IN_EVALUATION = "always", "in evaluation"
+WITH_NORMS = {
+    "repvgg": (
+        "`BN(W) + BN(W₁) + BN(I)`",
+        "ImageNet, RepVGG-B0 72.4 to 75.1 (2101.03697, ablation)",
+    ),
+    "mobileone": ("`Σ BN(Wⱼ) + BN(W₁) + BN(I)`", "ImageNet, of whole networks (2206.04040)"),
+    "acnet": ("`BN(W) + BN(W₁ₖ) + BN(Wₖ₁)`", "CIFAR and ImageNet, of whole networks (1908.03930)"),
+    "dbb": ("`BN(W) + BN(W₁) + BN(U BN(V)) + BN(avg BN(A))`", "ImageNet, up to + 1.9 (2103.13425)"),
+    "qarepvgg": ("`BN(BN(W) + W₁ + I)`", "as RepVGG, and quantized (2212.01593)"),
+    "replknet": ("`BN(W) + BN(small)`", "large kernels (2203.06717)"),
+    "unireplknet": ("`BN(W) + Σ BN(dilated)`", "large kernels (2311.15599)"),
+}
 ROWS = {
     "doconv": Described(
         'kind="doconv"', "`K = W·(E + D)ᵀ`", ALWAYS,
-        "ResNet-50 + 0.6, CIFAR-100 up to + 1.6 (2006.12030)", {"kind": "doconv"},
+        "[on ImageNet and CIFAR](data/README.md) (2006.12030)", {"kind": "doconv"},
     ),
     "branches": Described(
-        'kind="branches"', "`K = s·W + s₁·pad(W₁) + s₀·I`", ALWAYS, "none of its own",
+        'kind="branches"', "`K = s·W + s₁·pad(W₁) + s₀·I`", ALWAYS, "none without norms",
         {"kind": "branches"},
     ),
-    "acnet": Described(
+    "branches_acnet": Described(
         'kind="branches", branches="acnet"', "`s·W + s₁·pad(W₁ₖ) + s₂·pad(Wₖ₁)`", ALWAYS,
-        "with norms: see below", {"kind": "branches", "branches": "acnet"},
+        "none without norms", {"kind": "branches", "branches": "acnet"},
     ),
-    "dbb": Described(
+    "branches_dbb": Described(
         'kind="branches", branches="dbb"', "`s·W + s₁·pad(W₁) + s₂·U·V + s₃·avg(A)`", ALWAYS,
-        "with norms: see below", {"kind": "branches", "branches": "dbb"},
+        "none without norms", {"kind": "branches", "branches": "dbb"},
     ),
     "orepa": Described(
         'kind="branches", branches="orepa"', "DBB's sum + `s₀·I`", ALWAYS,
-        "ResNet-18 + 0.9, up to + 0.6 over DBB (2204.00826)",
+        "ImageNet, up to + 0.6 over branches on features (2204.00826)",
         {"kind": "branches", "branches": "orepa"},
     ),
     "ecb": Described(
         'kind="branches", branches="ecb"', "`s·W + s₁·U·V + Σ sᵢ·Aᵢ·Sobelᵢ`", ALWAYS,
-        "super-resolution, ECBSR", {"kind": "branches", "branches": "ecb"},
+        "super-resolution (ECBSR)", {"kind": "branches", "branches": "ecb"},
     ),
     "expand": Described(
-        'kind="expand"', "`K = R·Q·P`", ALWAYS, "MobileNet + 1 to + 4 (1811.10495)",
+        'kind="expand"', "`K = R·Q·P`", ALWAYS, "small networks, without one figure (1811.10495)",
         {"kind": "expand"},
     ),
     "sesr": Described(
         'kind="expand", expand_inputs=False', "`K = R·Q`", ALWAYS,
-        "super-resolution, SESR (2103.09404)", {"kind": "expand", "expand_inputs": False},
+        "super-resolution (2103.09404)", {"kind": "expand", "expand_inputs": False},
     ),
+    **{
+        name: Described(
+            f'kind="{name}"', formula, IN_EVALUATION, published,
+            None if name.endswith("lknet") else {"kind": name},
+        )
+        for name, (formula, published) in WITH_NORMS.items()
+    },
 }  # fmt: skip
 MEASURED = {name: row.options for name, row in ROWS.items() if row.options is not None}
 HEAD = ("kind", "kernel", "folds exactly", "step", "memory", "folded", "published", "our study")

@@ -23,6 +23,7 @@ from doconv_mx.bsconv import (  # noqa: E402
 from doconv_mx.dgc import DGConv2D, SkippingDGConv2D, add_saliency_lasso, set_progress  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_mx.normed import BranchedConv1D, BranchedConv2D, BranchedConv3D  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_mx.realize import build, get_model  # noqa: E402
 from doconv_mx.rules import (  # noqa: E402
@@ -46,6 +47,9 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "BranchedConv1D",
+    "BranchedConv2D",
+    "BranchedConv3D",
     "BranchesConv1D",
     "BranchesConv2D",
     "BranchesConv3D",

@@ -123,7 +123,7 @@ class _BSConv(StandIn, nn.HybridSequential):
         """Return what the parts make of `x`, one after the other."""
         for part in private.children(self).values():
             guarded = self.rank != 2 and isinstance(part, private.BatchNorm)
-            x = _reordered(F, part(_reordered(F, x))) if guarded else part(x)
+            x = reordered(F, part(reordered(F, x))) if guarded else part(x)
         return x
 
     def __getitem__(self, key: Any) -> Any:
@@ -230,12 +230,12 @@ class _BSConv(StandIn, nn.HybridSequential):
             fill(bias, conv.bias, lambda values: values)
         for parameter in tree.parameters(self):
             if not private.has_values(parameter) and parameter is not bias:
-                _initialize(parameter, weight)
+                initialize(parameter, weight)
 
     def _take_blueprints(self, conv: private.Conv) -> None:
         """Take the blueprints of a trained kernel."""
         held, dtype = conv.weight.list_ctx(), np.dtype(conv.weight.dtype)
-        kernel = to_canonical(as_array(conv.weight, held[0]), _layout_of(conv))
+        kernel = to_canonical(as_array(conv.weight, held[0]), layout_of(conv))
         found = blueprints(kernel, self.spec)
         values = iter((*found.pointwise, found.depthwise))
         for part in private.children(self).values():
@@ -255,7 +255,7 @@ def _kernel(part: private.Conv, ctx: mx.Context | None) -> NDArray:
     return kernel.as_nd_ndarray()
 
 
-def _reordered(F: Any, x: Any) -> Any:
+def reordered(F: Any, x: Any) -> Any:
     """Return `x` as it is, in the usual memory layout, and so its gradient.
 
     On the CPU, MXNet 1.9 cannot read the gradients of a convolution of one or three dimensions and
@@ -264,7 +264,7 @@ def _reordered(F: Any, x: Any) -> Any:
     return native(F.slice_axis(x.as_nd_ndarray(), axis=0, begin=0, end=None))
 
 
-def _initialize(parameter: Parameter, old: Parameter) -> None:
+def initialize(parameter: Parameter, old: Parameter) -> None:
     """Initialize a parameter where the old one is, or as the old one is going to be."""
     if private.has_values(old):
         parameter.initialize(ctx=old.list_ctx())
@@ -518,7 +518,7 @@ class BSConvLayers(SeparableLayers):
         for parameter in (p for p in (conv.weight, conv.bias) if p is not None):
             parameter.grad_req = request
             parameter.lr_mult, parameter.wd_mult = like.lr_mult, like.wd_mult
-        dtype, layout = np.dtype(like.dtype), _layout_of(conv)
+        dtype, layout = np.dtype(like.dtype), layout_of(conv)
         kernels = {c: v.kernel.reshape(channels, in_channels, *size) for c, v in values.items()}
         put(conv.weight, {c: from_canonical(k, layout).astype(dtype) for c, k in kernels.items()})
         biases = {c: v.bias.astype(dtype) for c, v in values.items() if v.bias is not None}
@@ -542,7 +542,8 @@ def as_array(parameter: Parameter | None, ctx: mx.Context) -> Any:
         return parameter.data(ctx).asnumpy().astype(np.float64)
 
 
-def _layout_of(conv: private.Conv) -> str:
+def layout_of(conv: private.Conv) -> str:
+    """Return the core's word for the layout of a convolution's weight."""
     return "O*I" if is_channels_last(conv) else "OI*"
 
 

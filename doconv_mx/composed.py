@@ -139,6 +139,15 @@ class ComposedConv(StandIn, Conv, Generic[Ordinary]):
         """Return what `weight` is for an ordinary kernel; an array of another shape as it is."""
         return kernel
 
+    def start(self, kernel: NDArray) -> dict[str, NDArray]:
+        """Return the entries with which the layer has this kernel."""
+        constants = {
+            name: mx.nd.full(p.shape, self.kind.constants[name], dtype=p.dtype)
+            for name, p in self.entries().items()
+            if name in self.kind.constants
+        }
+        return {"weight": self.as_weight(kernel), **constants}
+
     def composed_kernel(self, ctx: mx.Context | None = None) -> NDArray:
         """Return the kernel that the layer convolves with: `(O, I/g, *kernel_size)`, or
         `(O, *kernel_size, I/g)` in a channels-last layout.

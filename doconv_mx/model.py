@@ -41,6 +41,10 @@ def over_parameterize(
     kind that changes no output. options: the kind's, for all of them; of "doconv" depth_multiplier,
     S, or None for each layer's taps M. inplace: change the model itself, not a copy; then a layer
     stays the object it was, and where `S == M` its weight too.
+    "repvgg", "mobileone" (with `branches`, 4), "acnet", "dbb", "qarepvgg", "replknet" (with
+    `small`, 5) and "unireplknet" take each convolution with the batch norm that alone follows it:
+    parallel branches with a batch norm in each, whose sum in inference is the same. The trained
+    kernel and batch norm go on in the first; an `nn.Dropout` of rate 0 takes its place.
     The output does not change, in float32 where `S == M` not by one bit. What the layers share
     stays shared; names, order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization
     are kept. Layers that are left are in the report, with the reason; also those whose weight the
@@ -82,6 +86,8 @@ def fold(
     exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
     Merging makes two pointwise convolutions one with more operations where the channels between
     are few; dense has about as many times more as the kernel has taps.
+    Layers of branches, `BranchedConv1D` to `BranchedConv3D`, become one convolution with bias, of
+    the same function in inference.
     fuse_batchnorm: also make batch norms part of the convolution, transposed convolution or dense
     layer before them, or of a convolution behind them that pads with nothing, for inference: in
     training a batch norm computes something else. inplace: change the model itself,

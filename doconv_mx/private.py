@@ -28,7 +28,7 @@ __all__ = ["BatchNorm", "Conv"]
 # What Gluon's convolutions and BSConvs make, and layers of another type may lack.
 MADE = (
     "_channels", "_in_channels", "_op_name", "_kwargs", "act", "weight", "bias", "_outline",
-    "_layout", "_deferred", "explained",
+    "_layout", "_deferred", "explained", "spec",
 )  # fmt: skip
 # What a block is besides a layer of its type.
 KEPT = (

@@ -23,9 +23,8 @@ from doconv_core.maths.numeric import Array
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State, entry
 from doconv_core.training import session
-from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
+from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified, sums_of, verified
 from doconv_core.training.fields import BIASES, DEPTHWISE, KERNELS, NORMS
-from doconv_core.training.loss import cross_entropy
 from doconv_core.training.optimizer import TINY
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.schedule import parts
@@ -262,15 +261,20 @@ class GluonEngine(Engine):
         trained = {name: p for name, p in self.named.items() if p.grad_req != "null"}
         if self.recipe.average_of != KERNELS:
             return {name: _data(p, first) for name, p in trained.items()}
-        composed: dict[int, tuple[str, Any]] = {}  # one layer of those that share a weight
-        for path, layer in walk(self.model):
-            if isinstance(layer, ComposedConv):
-                composed.setdefault(id(layer.weight), (path, layer))
-        entries = {id(p) for _, layer in composed.values() for p in layer.entries().values()}
+        composed = self._composed()
+        entries = {id(p) for layer in composed.values() for p in layer.entries().values()}
         found = {name: _data(p, first) for name, p in trained.items() if id(p) not in entries}
-        for path, layer in composed.values():
+        for path, layer in composed.items():
             found[entry(path, "weight")] = layer.composed_kernel(first).as_nd_ndarray()
         return found
+
+    def _composed(self) -> dict[str, ComposedConv[Any]]:
+        """Return the layers that compose kernels, one of those that share a weight, by path."""
+        found: dict[int, tuple[str, ComposedConv[Any]]] = {}
+        for path, layer in walk(self.model):
+            if isinstance(layer, ComposedConv):
+                found.setdefault(id(layer.weight), (path, layer))
+        return dict(found.values())
 
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
@@ -389,11 +393,15 @@ class GluonEngine(Engine):
         self._share_statistics()
         if self.recipe.average is None:
             return self.model
-        averages_kernels = self.recipe.average_of == KERNELS
-        other = fold(self.model).model if averages_kernels else copied(self.model)
+        other, arrays = copied(self.model), dict(self.average)
         parameters_of = named(other)
         with autograd.pause():
-            for name, array in self.average.items():
+            if self.recipe.average_of == KERNELS:
+                for path, layer in self._composed().items():
+                    kernel = arrays[entry(path, "weight")]
+                    started = layer.start(kernel)
+                    arrays |= {entry(path, name): array for name, array in started.items()}
+            for name, array in arrays.items():
                 parameters_of[name].set_data(native(array))
         return other
 
@@ -479,15 +487,12 @@ class GluonEngine(Engine):
 
     def verify(self, folded: Any, batches: Iterable[Batch]) -> Verified:
         """Compare the model with the folded one on all of the batches."""
-        models = self._evaluated(), folded
-        before, after, absolute, largest = Sums(), Sums(), 0.0, 0.0
-        for batch in batches:
-            calls = [self._call(model, batch) for model in models]
-            before, after = before.plus(_sums(calls[0])), after.plus(_sums(calls[1]))
-            a, b = map(_outputs, calls)
-            absolute = max(absolute, float(np.abs(b - a).max(initial=0)))
-            largest = max(largest, float(np.abs(a).max(initial=0)))
-        return Verified(before, after, absolute, absolute / largest if largest else 0.0)
+        model = self._evaluated()
+
+        def called(of: Block, batch: Batch) -> Array:
+            return _outputs(self._call(of, batch))
+
+        return verified((called(model, each), called(folded, each), each) for each in batches)
 
     def write_folded(self, folded: Any, folder: Path) -> Path:
         """Write a folded model's weights as `save_parameters` does; return the file."""
@@ -565,14 +570,9 @@ def _outputs(call: Pending) -> Array:
 
 
 def _sums(call: Pending) -> Sums:
-    """Return what a call came to; of equal outputs the first counts as the larger."""
-    logits, labels = _outputs(call), call.labels[:, None]
-    own, classes = np.take_along_axis(logits, labels, 1), np.arange(logits.shape[1])
-    equal = (logits == own) & (classes < labels)
-    rank = ((logits > own) | np.isnan(logits) | equal).sum(1)
-    loss = float(cross_entropy(logits.astype(np.float64), call.targets).sum())
-    loss += sum(float(lasso.asnumpy().sum()) for lasso in call.lasso)
-    return Sums(loss, int((rank < 1).sum()), int((rank < 5).sum()), len(logits))
+    """Return what a call came to."""
+    sums = sums_of(_outputs(call), call.targets, call.labels)
+    return sums._replace(loss=sums.loss + sum(float(x.asnumpy().sum()) for x in call.lasso))
 
 
 def _step_sums(step: PendingStep) -> Sums:

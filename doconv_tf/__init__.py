@@ -40,6 +40,13 @@ from doconv_tf.dgc import (  # noqa: E402
 )
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_tf.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
+from doconv_tf.normed import (  # noqa: E402
+    BranchedConv1D,
+    BranchedConv2D,
+    BranchedConv3D,
+    BranchedDepthwiseConv1D,
+    BranchedDepthwiseConv2D,
+)
 from doconv_tf.orthonormal import (  # noqa: E402
     add_orthonormality,
     mark_orthonormal,
@@ -71,6 +78,11 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
+    "BranchedConv1D",
+    "BranchedConv2D",
+    "BranchedConv3D",
+    "BranchedDepthwiseConv1D",
+    "BranchedDepthwiseConv2D",
     "BranchesConv1D",
     "BranchesConv2D",
     "BranchesConv3D",

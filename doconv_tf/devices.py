@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,32 +62,43 @@ class Devices:
 
         return (self.strategy or tf.distribute.get_strategy()).scope()
 
-    def dataset(self, pieces: Iterable[Any]) -> Any:
-        """Return a data set of what is yielded, one piece for each replica in turn.
+    def compiled(self, function: Callable[[Iterator[Any]], Any], pieces: list[Any]) -> Any:
+        """Return a function of such pieces, which lets Keras' own take them, one in each replica.
 
-        pieces: nested arrays, all of the same shapes but for the first axis. It may be gone through
-        several times, from where the training stands.
+        function: `train_function` or `test_function` of a model. pieces: nested arrays for each
+        replica; it is compiled once for all lengths of the first axis.
+        The thread that calls hands them over. A data set would be drawn in a thread of TensorFlow's
+        own: where Python's garbage collection takes the data set away while that thread waits for
+        Python, both wait for ever.
         """
         import tensorflow as tf
 
         def spec(array: Array) -> Any:
             return tf.TensorSpec((None, *array.shape[1:]), array.dtype)
 
-        signature = keras.tree.map_structure(spec, next(iter(pieces)))
+        def call(*given: Any) -> None:
+            if self.strategy is None:
+                (values,) = given
+            else:
+                values = self.strategy.experimental_distribute_values_from_function(
+                    lambda context: given[context.replica_id_in_sync_group % self.replicas]
+                )
+            function(iter([values]))
 
-        def made(context: Any = None) -> Any:
-            drawn = tf.data.Dataset.from_generator(lambda: iter(pieces), output_signature=signature)
-            if self.strategy is not None:
-                return drawn.prefetch(self.replicas)
-            # Nothing is drawn in a thread of its own: where Python's garbage collection takes such
-            # a data set away while the thread waits for Python, both wait for ever.
-            options = tf.data.Options()
-            options.experimental_optimization.inject_prefetch = False
-            return drawn.with_options(options)
+        signature = keras.tree.map_structure(spec, tuple(pieces))
+        return tf.function(call, input_signature=signature, autograph=False)
+
+    def placed(self, pieces: list[Any]) -> list[Any]:
+        """Return the pieces as tensors, each on the device of its replica."""
+        import tensorflow as tf
 
         if self.strategy is None:
-            return made()
-        return self.strategy.distribute_datasets_from_function(made)
+            return pieces
+        found = []
+        for name, piece in zip(self.names, pieces, strict=True):
+            with tf.device(name):
+                found.append(keras.tree.map_structure(tf.convert_to_tensor, piece))
+        return found
 
     def of_replicas(self, variable: Any) -> list[Any]:
         """Return what a variable is in each of this process's replicas; does not wait for it."""
@@ -129,7 +140,7 @@ def devices_for(model: keras.Layer, devices: str | int | None) -> Devices:
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "train goes through tf.distribute and fit on TensorFlow, and Keras runs on "
+            "train goes through tf.distribute and tf.function, and Keras runs on "
             f"{keras.backend.backend()}; set KERAS_BACKEND=tensorflow before Keras is imported, or "
             "fit the model yourself."
         )

@@ -1,14 +1,11 @@
-"""What Keras' `fit` is called on: a model around the one that is trained, its data, and callbacks.
+"""What Keras trains: a model around the given one, and the parts of batches that it takes.
 
 So nothing of the user's model is compiled, and what it was compiled with stays as it is.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -16,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from doconv_core.maths.numeric import Array
-from doconv_core.training.engine import Batch, Step
+from doconv_core.training.engine import Batch
 from doconv_core.training.fields import KERNELS
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.schedule import parts
@@ -25,10 +22,9 @@ from doconv_tf.devices import Devices
 from doconv_tf.optimizer import RecipeOptimizer
 from doconv_tf.ordinary import first_occurrences, put
 from doconv_tf.orthonormal import wide
-from doconv_tf.private import BuiltModel
 
 
-class Calling(BuiltModel):
+class Calling(keras.Model):
     """A model around another, the net, so that what is compiled for a call is not the net's."""
 
     def __init__(self, net: keras.Layer, name: str = "calling") -> None:
@@ -175,116 +171,34 @@ def _right(logits: Any, labels: Any, weights: Any) -> list[Any]:
 
 
 class Part(NamedTuple):
-    """A part of a batch, which one call of the train step takes.
+    """A part of a batch, which one call of Keras' step takes.
 
-    step: None in evaluation. is_last: of the batch's parts. total: images of the batch in all
-    processes; rows: of this part. pieces: for each replica images, targets and labels, and weights.
+    is_last: of the batch's parts. total: images of the batch in all processes; rows: of this part.
+    pieces: for each replica images, targets and labels, and weights.
     """
 
-    step: Step | None
     is_last: bool
     total: int
     rows: int
     pieces: list[Any]
 
 
-class Feed:
-    """The parts of steps, for data sets, which draw ahead, and begin anew where they please.
-
-    A data set draws in a thread of TensorFlow's, where an error would lose its type: it ends there,
-    and leaving the feed's context raises it. Each time that it is gone through, it begins with the
-    first part that is not done. recipe: of a training, which may divide batches into parts; None in
-    evaluation, where a process that has no more batches goes on with blank ones for the others.
-    """
-
-    def __init__(
-        self,
-        steps: Iterable[tuple[Step | None, Batch]],
-        devices: Devices,
-        recipe: Recipe | None = None,
-    ) -> None:
-        self._parts = _divided(steps, devices, recipe)
-        self._endless = recipe is None and devices.processes > 1
-        self._held: deque[Part] = deque()  # from the one that is computed now on
-        self._first = 0  # the number of the first of them
-        self._begun = 0  # how many were begun
-        self._lock = threading.Lock()
-        self._error: BaseException | None = None
-        self._open = True
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the pieces of each part, one for each replica."""
-        number = self._first
-        while (part := self._part(number)) is not None:
-            yield from part.pieces
-            number += 1
-
-    def _part(self, number: int) -> Part | None:
-        """Return the part of this number, if there is one; draw it, if it was not drawn yet."""
-        with self._lock:
-            while self._open and number >= self._first + len(self._held):
-                try:
-                    self._held.append(next(self._parts))
-                except StopIteration:
-                    if not (self._endless and self._held):
-                        return None
-                    self._held.append(_blank(self._held[-1]))
-                except BaseException as error:
-                    self._error, self._open = error, False
-            return self._held[number - self._first] if self._open else None
-
-    def has_any(self) -> bool:
-        """Return whether there is a part to begin, of this process's own."""
-        part = self._part(self._begun)
-        return part is not None and (part.rows > 0 or not self._endless)
-
-    def begin(self) -> Part:
-        """Return the part that is begun now: `fit` says so before it asks for its pieces."""
-        part = self._part(self._begun)
-        assert part is not None  # as `has_any` was asked
-        with self._lock:
-            while self._first < self._begun:
-                self._held.popleft()
-                self._first += 1
-            self._begun += 1
-        return part
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Draw no more; raise what went wrong on drawing."""
-        with self._lock:
-            self._open = False
-            self._held.clear()
-        if error is None and self._error is not None:
-            raise self._error
-
-
-def _divided(
-    steps: Iterable[tuple[Step | None, Batch]], devices: Devices, recipe: Recipe | None
-) -> Iterator[Part]:
-    """Yield the parts of each step, each divided among the replicas. None: whole ones."""
-    for step, batch in steps:
-        rows = len(batch.images)
-        slices = [slice(0, rows)]
-        if recipe is not None:  # as many in each process as in the one with the most rows
-            most = len(list(parts(recipe, -(-batch.total // devices.processes))))
-            slices = [*parts(recipe, rows), *[slice(rows, rows)] * most][:most]
-        for rows_of in slices:
-            arrays = (batch.images[rows_of], batch.targets[rows_of], batch.labels[rows_of])
-            divided = (np.array_split(each, devices.replicas) for each in arrays)
-            pieces = [_piece(batch.total, *each) for each in zip(*divided, strict=True)]
-            yield Part(step, rows_of is slices[-1], batch.total, len(arrays[0]), pieces)
+def divided(batch: Batch, devices: Devices, recipe: Recipe | None = None) -> Iterator[Part]:
+    """Yield the parts of a batch, each divided among the replicas. None: it is one."""
+    rows = len(batch.images)
+    slices = [slice(0, rows)]
+    if recipe is not None:  # as many in each process as in the one with the most rows
+        most = len(list(parts(recipe, -(-batch.total // devices.processes))))
+        slices = [*parts(recipe, rows), *[slice(rows, rows)] * most][:most]
+    for rows_of in slices:
+        arrays = (batch.images[rows_of], batch.targets[rows_of], batch.labels[rows_of])
+        split = (np.array_split(each, devices.replicas) for each in arrays)
+        pieces = [_piece(batch.total, *each) for each in zip(*split, strict=True)]
+        yield Part(rows_of is slices[-1], batch.total, len(arrays[0]), pieces)
 
 
 def _piece(total: int, images: Array, targets: Array, labels: Array) -> Any:
-    """Return what `fit` takes; where there is no image, one of zeros with no weight."""
+    """Return what Keras takes; where there is no image, one of zeros with no weight."""
     weights = np.full(len(images), 1 / total, np.float32)
     if not len(images):
         given = images, targets, labels, weights
@@ -292,37 +206,7 @@ def _piece(total: int, images: Array, targets: Array, labels: Array) -> Any:
     return images, {"targets": targets, "labels": labels}, weights
 
 
-def _blank(part: Part) -> Part:
+def blank(part: Part) -> Part:
     """Return a part like this one, without images."""
     pieces = keras.tree.map_structure(np.zeros_like, part.pieces)
     return part._replace(rows=0, pieces=pieces)
-
-
-class Told(keras.callbacks.Callback):
-    """Tells of each part before and after its call, in training and in evaluation.
-
-    are_left: whether there are parts of any process, as this one has some or not.
-    """
-
-    def __init__(
-        self,
-        feed: Feed,
-        before: Callable[[Part], None],
-        after: Callable[[Part], None],
-        are_left: Callable[[bool], bool] = bool,
-    ) -> None:
-        super().__init__()
-        self._feed, self._before, self._after, self._are_left = feed, before, after, are_left
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Begin a part."""
-        self._part = self._feed.begin()
-        self._before(self._part)
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """End a part; after the last one, let Keras know, which would warn that there is none."""
-        self._after(self._part)
-        ends = not self._are_left(self._feed.has_any())
-        self.model.stop_training = self.model.stop_evaluating = ends
-
-    on_test_batch_begin, on_test_batch_end = on_train_batch_begin, on_train_batch_end

@@ -93,6 +93,13 @@ class Graph:
         self._consumers: dict[int, list[Any]] = {}
         self._fed_by: dict[int, list[Any]] = {}
         self.layers = [layer for _, layer in first_occurrences(model)]
+        # Layers that say themselves what comes before their parts, by the parts' ids.
+        self._parts_of: dict[int, Any] = {
+            id(part): layer
+            for layer in self.layers
+            if hasattr(layer, "zeros_before")
+            for part in children(layer)
+        }
         for function in filter(None, map(graph_of, self.layers)):
             for node in nodes_of(function):
                 self._add(node)
@@ -125,6 +132,10 @@ class Graph:
 
     def zeros_before(self, layer: keras.Layer) -> set[Extra]:
         """Return the zero padding that comes directly before a layer, for each of its calls."""
+        whole = self._parts_of.get(id(layer))
+        if whole is not None:
+            known: set[Extra] = whole.zeros_before(layer.name, self.zeros_before(whole))
+            return known
         found: set[Extra] = set()
         for call in self.calls(layer):
             found |= self._zeros(call.input_tensors[0])

@@ -48,6 +48,10 @@ def over_parameterize(
     layers hold is asked for by each path.
     kind: what they become; "doconv", or another registered kind that changes no output. options:
     the kind's, for all of them; of "doconv" depth_multiplier, S, or None for each one's taps M.
+    "repvgg", "mobileone" (with `branches`, 4), "acnet", "dbb", "qarepvgg", "replknet" (with
+    `small`, 5) and "unireplknet" take each convolution with the batch norm that alone follows it:
+    parallel branches with a batch norm in each, whose sum in inference is the same.
+    The trained kernel and batch norm go on in the first; a `keras.layers.Identity` takes its place.
     inplace: change the model itself, whose layers stay the objects they were; otherwise a copy is
     made, and `model` stays as it was.
 
@@ -88,6 +92,9 @@ def fold(
     Every DO layer becomes exactly the Keras layer that it stands in for, with the composed kernel;
     nothing of this package is left in the model, in its configuration or in its files, no
     orthonormality loss either. A model without such layers is returned as it is.
+
+    Layers of branches, such as `BranchedConv2D`, become one convolution with bias, of the same
+    function in inference.
 
     form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
     it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):

@@ -262,17 +262,6 @@ class SummedFirst(keras.optimizers.Optimizer):
         return list(zip(self.prepared(gradients, variables), variables, strict=True))
 
 
-class BuiltModel(keras.Model):
-    """A model that is built, and that `fit` does not try to build.
-
-    In a strategy's scope it draws a batch for that, and takes the mean of what replicas get, which
-    is not there where they get different numbers of images.
-    """
-
-    def _maybe_symbolic_build(self, *args: Any, **options: Any) -> None:
-        pass
-
-
 def strategy_of(variables: list[Any]) -> Any:
     """Return the distribution strategy in whose scope one of the variables was made; else None."""
     found = (getattr(each.value, "_distribute_strategy", None) for each in variables)

@@ -1,4 +1,4 @@
-"""Training in Keras: its engine for a run, over `fit`, on one device, several, or machines."""
+"""Training in Keras: its engine for a run, on one device, several, or machines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -21,13 +21,12 @@ from doconv_core.models import dynamic
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
 from doconv_core.training import session
-from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
-from doconv_core.training.loss import cross_entropy
+from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified, verified
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.session import Callback, Trained
 from doconv_tf.devices import devices_for
 from doconv_tf.dgc import DynamicHeads2D
-from doconv_tf.fitted import Calling, Feed, Fitted, Part, Told
+from doconv_tf.fitted import Calling, Fitted, Part, blank, divided
 from doconv_tf.lent import Lent
 from doconv_tf.model import fold
 from doconv_tf.ordinary import first_occurrences, require_built
@@ -131,6 +130,14 @@ def evaluate(
     return session.evaluate(make, recipe, data, workers=workers, data_dir=data_dir)
 
 
+class Pending(NamedTuple):
+    """What a call came to in each replica, which may still be computed; of how many images."""
+
+    replicas: list[Any]
+    total: int
+    rows: int
+
+
 class KerasEngine(Engine):
     """A Keras model with its optimizer, as `doconv_core.training.session` trains it.
 
@@ -173,63 +180,52 @@ class KerasEngine(Engine):
         except BaseException:
             self.close()
             raise
-        self._steps: list[list[tuple[list[Any], Part]]] = []
-        self._part_sums: list[tuple[list[Any], Part]] = []
+        self._steps: list[list[Pending]] = []
+        self._compiled: dict[Any, Any] = {}
 
     def close(self) -> None:
         """Give the model back as it was, with what was trained."""
         self._lent.back()
 
-    def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
-        """Let `fit` train on each step's batch in turn, and call `after` when it is done."""
-        self._part_sums = []
-
-        def ended(part: Part) -> None:
-            self._part_sums.append((self.devices.of_replicas(self.fitted.sums), part))
-            if part.is_last and part.step is not None:
-                self._steps.append(self._part_sums)
-                self._part_sums = []
-                after(part.step)
-
-        with Feed(steps, self.devices, self.recipe) as feed:
-            if feed.has_any():
-                told = Told(feed, self._begin, ended)
-                data = self.devices.dataset(feed)
-                self.fitted.fit(data, shuffle=False, verbose=0, callbacks=[told])
-
-    def _begin(self, part: Part) -> None:
-        """Tell the compiled step the numbers of this one."""
-        step, rules = part.step, self.fitted.rules
-        if step is None:
-            return
-        rules.learning_rate = step.learning_rate
-        if rules.parts:
-            rules.last.assign(float(part.is_last))
-        if self._heads:
-            dynamic.set_progress(self._heads, step.progress, lambda e, n: e.inactive.assign(n))
-
     def train_step(self, step: Step, batch: Batch) -> None:
         """Update the weights by one batch, in parts where the recipe accumulates."""
-        self.run_epoch(iter([(step, batch)]), lambda step: None)
+        rules, pending = self.fitted.rules, []
+        rules.learning_rate = step.learning_rate
+        if self._heads:
+            dynamic.set_progress(self._heads, step.progress, lambda e, n: e.inactive.assign(n))
+        self.fitted.make_train_function()
+        for part in divided(batch, self.devices, self.recipe):
+            if rules.parts:
+                rules.last.assign(float(part.is_last))
+            pending.append(self._call(self.fitted.train_function, part))
+        self._steps.append(pending)
+
+    def _call(self, function: Any, part: Part) -> Pending:
+        """Let Keras' function of a step take a part, by what is compiled for arrays like these."""
+        arrays = keras.tree.flatten(part.pieces)
+        key = (function, *((each.shape[1:], each.dtype) for each in arrays))
+        if key not in self._compiled:
+            self._compiled[key] = self.devices.compiled(function, part.pieces)
+        self._compiled[key](*self.devices.placed(part.pieces))
+        return Pending(self.devices.of_replicas(self.fitted.sums), part.total, part.rows)
 
     def taken(self) -> list[Sums]:
         """Return what each step since the last call came to, in this process; waits for them."""
         steps, self._steps = self._steps, []
-        return [reduce(Sums.plus, (_added(*part) for part in step)) for step in steps]
+        return [reduce(Sums.plus, map(_added, step)) for step in steps]
 
     def evaluate(self, batches: Iterable[Batch]) -> Sums:
         """Return what the model reaches in evaluation mode, averaged if the recipe averages."""
-        found = []
-
-        def ended(part: Part) -> None:
-            found.append((self.devices.of_replicas(self.fitted.sums), part))
-
-        steps = ((None, batch) for batch in batches)
-        with self._averaged(), Feed(steps, self.devices) as feed:
-            if feed.has_any():
-                told = Told(feed, lambda part: None, ended, self.devices.any)
-                self.fitted.evaluate(self.devices.dataset(feed), verbose=0, callbacks=[told])
-        return reduce(Sums.plus, (_added(*part) for part in found), Sums())
+        drawn = (part for batch in batches for part in divided(batch, self.devices))
+        found: list[Pending] = []
+        held: Any = None
+        self.fitted.make_test_function()
+        with self._averaged():
+            # Those that have no more go on with blank ones, as all of them compute together.
+            while self.devices.any((part := next(drawn, None)) is not None):
+                held = part or blank(held)
+                found.append(self._call(self.fitted.test_function, held))
+        return reduce(Sums.plus, map(_added, found), Sums())
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -303,17 +299,9 @@ class KerasEngine(Engine):
 
     def verify(self, folded: Any, batches: Iterable[Batch]) -> Verified:
         """Compare the model with the folded one on all of the batches, in their own precision."""
-        before, after, absolute, largest = Sums(), Sums(), 0.0, 0.0
         with self._lent.left(), self._averaged():
-            call = [_called(self.model), _called(folded)]
-            for batch in batches:
-                if not len(batch.images):
-                    continue
-                a, b = (each(batch.images) for each in call)
-                before, after = before.plus(_sums(a, batch)), after.plus(_sums(b, batch))
-                absolute = max(absolute, float(np.abs(b - a).max()))
-                largest = max(largest, float(np.abs(a).max()))
-        return Verified(before, after, absolute, absolute / largest if largest else 0.0)
+            trained, other = _called(self.model), _called(folded)
+            return verified((trained(b.images), other(b.images), b) for b in batches)
 
     def write_folded(self, folded: Any, folder: Path) -> Path:
         """Write a folded model's weights, as Keras does; return the file."""
@@ -323,25 +311,17 @@ class KerasEngine(Engine):
         return file
 
 
-def _added(replicas: list[Any], part: Part) -> Sums:
-    """Return what a call came to, of what it came to in each replica."""
-    loss, top1, top5 = np.sum([np.asarray(each, np.float64) for each in replicas], 0).tolist()
-    return Sums(loss * part.total, round(top1), round(top5), part.rows)
+def _added(call: Pending) -> Sums:
+    """Return what a call came to, of what it came to in each replica; waits for it."""
+    replicas = [np.asarray(each, np.float64) for each in call.replicas]
+    loss, top1, top5 = np.sum(replicas, 0).tolist()
+    return Sums(loss * call.total, round(top1), round(top5), call.rows)
 
 
 def _called(model: keras.Layer) -> Callable[[Array], Array]:
     """Return a function of images that returns a model's logits, compiled without changing it."""
     calling = Calling(model)
     return lambda images: np.asarray(calling.predict_on_batch(images), np.float64)
-
-
-def _sums(logits: Array, batch: Batch) -> Sums:
-    """Return what an evaluation of a batch came to; of equal logits the first is the larger."""
-    own, classes = logits[np.arange(len(logits)), batch.labels][:, None], np.arange(logits.shape[1])
-    equal = (logits == own) & (classes < batch.labels[:, None])
-    rank = ((logits > own) | np.isnan(logits) | equal).sum(1)
-    loss = float(cross_entropy(logits, batch.targets).sum())
-    return Sums(loss, int((rank < 1).sum()), int((rank < 5).sum()), len(logits))
 
 
 def _check_output(model: keras.Layer) -> None:

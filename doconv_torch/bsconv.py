@@ -188,7 +188,7 @@ class _BSConv(StandIn, nn.Sequential, Generic[Ordinary]):
         for name, parameter in layer.named_parameters():
             if name != "depthwise.bias":
                 parameter.requires_grad_(weight.requires_grad)
-        made: Self = layer.to(memory_format=_memory_format(weight)).train(conv.training)
+        made: Self = layer.to(memory_format=memory_format(weight)).train(conv.training)
         return made
 
     @torch.no_grad()
@@ -205,7 +205,8 @@ class _BSConv(StandIn, nn.Sequential, Generic[Ordinary]):
         self.explained = found.explained
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """Return the memory format of a weight, as `to` takes it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
     if last and weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
         return last

@@ -49,6 +49,10 @@ def over_parameterize(
     layer), as `doconv_core.Selection` takes it. A layer that is at several paths is asked for each.
     kind: what they become; "doconv", or another registered kind that changes no output. options:
     the kind's, for all of them; of "doconv" depth_multiplier, S, or None for each one's taps M.
+    "repvgg", "mobileone" (with `branches`, 4), "acnet", "dbb", "qarepvgg", "replknet" (with
+    `small`, 5) and "unireplknet" take each convolution with the batch norm that alone follows it:
+    parallel branches with a batch norm in each, whose sum in evaluation mode is the same.
+    The trained kernel and batch norm go on in the first; a `torch.nn.Identity` takes its place.
     inplace: convert the model itself; otherwise a deep copy is, and `model` stays as it was.
 
     In place, layers stay the same objects, with their hooks, names, order and attributes; where
@@ -103,6 +107,9 @@ def fold(
     Every DO layer becomes a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, exactly, with the composed
     kernel; nothing of this package is left in the model, in its state dict or in its file. There
     may be none: folding twice is the same as once.
+
+    Layers of branches, `BranchedConv1d` to `BranchedConv3d`, become one convolution with bias, of
+    the same function in evaluation mode; in training mode they raise NotFoldable.
 
     form: what layers become whose kind leaves a choice: a name, for every kind that has a form of
     it, or a mapping from kinds to names, such as `{"bsconv": "dense"}`. Of BSConvs, "keep" (None):

@@ -18,12 +18,13 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as f
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from doconv_core.atomic import replacing
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.models.report import Converted
-from doconv_core.state.file import State
+from doconv_core.state.file import State, entry
 from doconv_core.training import session
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
 from doconv_core.training.fields import ADAMW, BIASES, DEPTHWISE, KERNELS, NESTEROV, NORMS
@@ -178,6 +179,7 @@ class TorchEngine(Engine):
             "channels_last": channels_last, "sharded": sharded,
         }  # fmt: skip
         torch.manual_seed(seed + self.process)
+        self.composed = self._composed()
         self.other = self._other()  # before the model is wrapped or divided
         self.wrapped = self._wrapped(compile)
         self.optimizer = self._optimizer()
@@ -193,22 +195,34 @@ class TorchEngine(Engine):
         """
         if self.recipe.average is None and not self.sharded:
             return None
-        model = self.model.eval()
-        other = fold(model).model if self._averages_kernels else copy.deepcopy(model)
-        return other.requires_grad_(False)
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def _composed(self) -> dict[str, ComposedConv[Any]]:
+        """Return the layers whose kernels are averaged, one of those that share a weight, by path.
+
+        Raises ValueError for one that cannot be given a kernel, as its weight is computed.
+        """
+        found: dict[int, tuple[str, ComposedConv[Any]]] = {}
+        if self.recipe.average is None or self.recipe.average_of != KERNELS:
+            return {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, ComposedConv):
+                if parametrize.is_parametrized(layer):
+                    raise ValueError(
+                        f"average_of={KERNELS!r} gives a layer the kernel as its weight, and that "
+                        f"of {path!r} is parametrized; remove the parametrization, or average "
+                        "weights."
+                    )
+                found.setdefault(id(layer.weight), (path, layer))
+        return dict(found.values())
 
     def _begin_average(self) -> None:
         """Let the averages, if there are any, begin with the weights of now."""
         self.average: dict[str, Tensor] = {}
-        if self.recipe.average is not None and self.other is not None:
+        if self.recipe.average is not None:
             with torch.no_grad():
                 now = self._averaged_now()
-            names = dict(self.other.named_parameters())
-            self.average = {name: now[name].detach().clone() for name in names}
-
-    @property
-    def _averages_kernels(self) -> bool:
-        return self.recipe.average is not None and self.recipe.average_of == KERNELS
+            self.average = {name: value.detach().clone() for name, value in now.items()}
 
     def _wrapped(self, compile: bool) -> Callable[[Tensor], Tensor]:
         """Return what the training calls."""
@@ -303,12 +317,23 @@ class TorchEngine(Engine):
                 average(list(self.average.values()), [now[name] for name in self.average], None)
 
     def _averaged_now(self) -> dict[str, Tensor]:
-        """Return what is averaged as it is now, by its name in the module that is evaluated."""
-        found: dict[str, Tensor] = dict(self.model.named_parameters())
-        if self._averages_kernels:
-            for path, module in self.model.named_modules():
-                if isinstance(module, ComposedConv):
-                    found[f"{path}.weight" if path else "weight"] = module.composed_kernel()
+        """Return what is averaged as it is now: parameters, or the kernels that some compose."""
+        inside = {id(p) for layer in self.composed.values() for p in layer.entries().values()}
+        named = self.model.named_parameters()
+        found: dict[str, Tensor] = {name: p for name, p in named if id(p) not in inside}
+        for path, layer in self.composed.items():
+            found[entry(path, "weight")] = layer.composed_kernel()
+        return found
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the parameters that are evaluated; of a kernel's average, those it starts from."""
+        if self.recipe.average is None:
+            return dict(self.model.named_parameters())
+        found = dict(self.average)
+        for path, layer in self.composed.items():
+            kernel = _whole(found[entry(path, "weight")])
+            started = layer.start(kernel, layer.spec)
+            found |= {entry(path, name): value for name, value in started.items()}
         return found
 
     def _placed(self, batch: Batch) -> list[Tensor]:
@@ -359,7 +384,7 @@ class TorchEngine(Engine):
                 distributed.broadcast(buffer, 0)
         if self.other is None:
             return self.model.eval()
-        weights = self.average or dict(self.model.named_parameters())
+        weights = self._weights()
         buffers = dict(self.model.named_buffers())
         with torch.no_grad():
             for name, parameter in self.other.named_parameters():

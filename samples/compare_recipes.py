@@ -83,7 +83,8 @@ def framework(backend: str, problem: Problem) -> tuple[np.ndarray, State]:
         model.initialize()
     package.load_state(model, problem.state)
     engine = engine_type(model, problem.recipe, devices="cpu" if backend == "torch" else None)
-    engine.run_epoch(_placed(problem, engine.layout), lambda step: None)
+    for step, batch in _placed(problem, engine.layout):
+        engine.train_step(step, batch)
     losses = [sums.loss / sums.images for sums in engine.taken()]
     return np.array(losses), engine.export_state()
 

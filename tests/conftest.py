@@ -20,20 +20,25 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "exhaustive: of the long tail, which --exhaustive and CI run too"
     )
+    config.addinivalue_line(
+        "markers", "brief: the beginning of a case of the long tail, which runs in its place there"
+    )
     examples = 200 if config.getoption("--exhaustive") else 50
     settings.register_profile("properties", max_examples=examples, deadline=None)
     settings.load_profile("properties")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the long tail unless it is asked for; it is deselected, so that none is skipped."""
+    """Leave out the long tail unless it is asked for, or else what it has at greater length.
+
+    What is left out is deselected, so that none is skipped.
+    """
     items[:] = items[:: config.getoption("--every")]
-    if config.getoption("--exhaustive"):
-        return
-    tail = [item for item in items if item.get_closest_marker("exhaustive")]
-    if tail:
-        config.hook.pytest_deselected(items=tail)
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    marker = "brief" if config.getoption("--exhaustive") else "exhaustive"
+    left = [item for item in items if item.get_closest_marker(marker)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ from doconv_core.training.optimizer import trained
 
 # Each optimizer, schedule and loss of a kind in its first steps, and all recipes over all steps.
 CASES = [
-    *((name, 10) for name in ("bsconv_cifar", "gluoncv_imagenet", "dgc_cifar", "tutorial_tf")),
+    *(
+        pytest.param(name, 10, marks=pytest.mark.brief)
+        for name in ("bsconv_cifar", "gluoncv_imagenet", "dgc_cifar", "tutorial_tf")
+    ),
     *(pytest.param(n, compare_recipes.STEPS, marks=pytest.mark.exhaustive) for n in recipes()),
 ]
 

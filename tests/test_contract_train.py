@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from doconv_core import open_checkpoint, read_state
 from doconv_core.networks.initialize import initialize
 from doconv_core.training import reference, session
 from doconv_core.training.data import batches, open_data
+from doconv_core.training.data.sources import Arrays
 from doconv_core.training.engine import Step
 from doconv_core.training.optimizer import trained as is_trained
 from doconv_core.training.run import RunError, open_run
@@ -260,6 +262,29 @@ def test_what_cannot_be_is_refused_before_anything_is_written(package, tmp_path)
     assert not run.exists()
 
 
+class Torn(Arrays):
+    """Images of which one cannot be read."""
+
+    def image(self, index):
+        if index == 3:
+            raise OSError("torn")
+        return super().image(index)
+
+
+def test_an_image_that_cannot_be_read_does_not_count_in_an_evaluation(package):
+    data, model = open_data("digits"), model_of(package)
+    pixels, labels = data.val.images[:9], data.val.labels[:9]
+    kept = np.arange(9) != 3
+    torn, whole = Torn(pixels, labels), Arrays(pixels[kept], labels[kept])
+    torn.max_broken = 1
+    expected = package.evaluate(model, recipe(), replace(data, val=whole))
+    with pytest.warns(UserWarning, match=r"could not be read \(torn\); it does not count$"):
+        found = package.evaluate(model, recipe(), replace(data, val=torn))
+    assert found["images"] == 8
+    assert_close(found["loss"], expected["loss"])
+    assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
+
+
 RECIPES = {
     "sgd": {"optimizer": "sgd", "decay_exempt": ("norms", "biases"), "schedule": "steps",
             "milestones": (1,)},
@@ -275,8 +300,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_training_is_the_cores(package, name):
-    """The losses and the weights of eight steps, and what is folded, which may be averaged."""
+def test_training_is_the_cores(package, name, tmp_path):
+    """The losses and the weights of eight steps, and what is folded, which may be averaged.
+
+    And the state of the last checkpoint: of averaged kernels, as layers start from them.
+    """
     made = recipe(**{"average": None, **RECIPES[name]})
     network = smooth(NETWORKS.get(name, NETWORK))
     state, data = initialize(network), open_data("digits")
@@ -292,7 +320,7 @@ def test_training_is_the_cores(package, name):
     ]
     steps = list(zip(numbers, drawn, strict=True))
     expected = reference.train(network, state, made, steps)
-    found = package.train(model_of(package, network), made, data, quiet=True)
+    found = package.train(model_of(package, network), made, data, run=tmp_path, quiet=True)
     for epoch, metrics in enumerate(found.metrics):
         own = slice(epoch * per, (epoch + 1) * per)
         sizes = [len(batch.images) for _, batch in steps[own]]
@@ -302,6 +330,10 @@ def test_training_is_the_cores(package, name):
     for entry, array in expected.state.arrays.items():
         if is_trained(entry):
             assert_close(arrays[entry], array, tolerance=1e-4)
+    evaluated = read_state(open_run(tmp_path).last / "state.safetensors")
+    for entry, array in expected.averaged.arrays.items():
+        if is_trained(entry):
+            assert_close(evaluated.arrays[entry], array, tolerance=1e-4)
     kernels = composed(expected.averaged)
     for entry, array in package.export_state(found.folded).arrays.items():
         if is_trained(entry):

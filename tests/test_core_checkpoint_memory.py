@@ -17,10 +17,10 @@ from doconv_core.files.gluon import write_params
 from doconv_core.files.safetensors import DTYPES
 
 # A single layer takes more than many of the same size, as W, D and the kernel are there at once.
-WIDE = 1 << 17
+WIDE = 1 << 16
 NETWORKS = {
-    "one": lambda twice: {"large": ConvSpec(twice * 1536, 2560, (3, 3))},
-    "many": lambda twice: {f"layer{n}": ConvSpec(512, 512, (3, 3)) for n in range(14 * twice)},
+    "one": lambda twice: {"large": ConvSpec(twice * 1024, 1920, (3, 3))},
+    "many": lambda twice: {f"layer{n}": ConvSpec(512, 512, (3, 3)) for n in range(7 * twice)},
     "depthwise": lambda twice: {
         f"layer{n}": ConvSpec(WIDE, WIDE, (3, 3), WIDE) for n in range(3 * twice)
     },
@@ -136,7 +136,7 @@ def test_peak_memory_is_under_two_and_a_half_times_the_file(kind, network, dtype
     write(kind, source, NETWORKS[network](1 if dtype == "float32" else 2), dtype)
     write(kind, small, {"a": ConvSpec(4, 4, (3, 3))}, dtype)
     size = source.stat().st_size
-    assert size > 100e6
+    assert size > 60e6
     command = [sys.executable, "-c", MEASURE, source, small, tmp_path / "target"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

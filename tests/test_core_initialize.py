@@ -7,7 +7,7 @@ from doconv_core import ConvSpec, compose
 from doconv_core.kinds.base import recipe
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.lowering import layers
-from doconv_core.networks.nodes import Conv, Flatten, Linear, Network, sequence
+from doconv_core.networks.nodes import Conv, DynamicHeads, Flatten, Linear, Network, sequence
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -87,6 +87,14 @@ def test_the_same_seed_gives_the_same_state_and_another_another(kind):
         assert np.array_equal(array, again.arrays[entry])
         if entry.endswith(".weight") and "depthwise_weight" not in entry:
             assert not np.array_equal(array, other.arrays[entry])
+
+
+def test_arrays_come_in_the_order_of_the_layers_and_their_shapes():
+    """Which the seed of Python's hashes does not change."""
+    heads = [(f"heads{n}", DynamicHeads(48, heads=2, squeeze_rate=4)) for n in range(8)]
+    state = initialize(many(("conv", Conv(48, (3, 3), kind=recipe("doconv"), bias=True)), *heads))
+    shapes = [(path, name) for path, form in state.layers.items() for name in form.shapes]
+    assert list(state.arrays) == [f"{path}.{name}" for path, name in shapes]
 
 
 def test_no_two_arrays_are_alike():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -301,3 +302,26 @@ def test_a_network_of_one_layer_costs_what_the_layer_does():
         ordinary=Cost(114, 6912), kernel_composed=Cost(438, 6912 + 972),
         feature_composed=Cost(438, 4 * 9 * 9 * 64 + 6912), folded=Cost(114, 6912),
     )  # fmt: skip
+
+
+def test_kinds_are_counted_in_the_places_of_a_networks_convolutions():
+    plain = count("cifar_resnet20")
+    assert count("cifar_resnet20", kind="orepa") == replace(
+        count("cifar_resnet20_orepa"), name="cifar_resnet20"
+    )
+    found = count("cifar_resnet20", kind="repvgg")
+    assert (found.parameters, found.macs) == (plain.parameters, plain.macs)
+    stem = next(layer for layer in found.layers if layer.kind == "repvgg")
+    # 3 to 16 channels: a 1x1 kernel with its norm more than the convolution and its own.
+    assert stem.training_parameters == 16 * 3 * 9 + 16 * 3 + 2 * 16
+    assert stem.branch_macs == 16 * 3 * 32 * 32
+    by_path = {layer.path: layer for layer in found.layers}
+    unit = by_path["stage1.unit1.conv1"]  # 16 to 16: an identity's norm, too
+    assert unit.training_parameters == 16 * 16 * 10 + 2 * 2 * 16
+    strided = by_path["stage2.unit1.conv1"]  # 16 to 32: none
+    assert strided.training_parameters == 16 * 32 * 10 + 2 * 32
+    kernel = 16 * 32 * 9
+    block = {e.path: e for e in count("cifar_resnet20", kind="dbb").layers}["stage2.unit1.conv1"]
+    # 1x1; 1x1 within the inputs before the stride, and 3x3; 1x1 before the average's stride.
+    own = 16 * 32 * 256 + 16 * 16 * 1024 + kernel * 256 + 16 * 32 * 1024
+    assert block.branch_macs == own

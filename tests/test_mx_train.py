@@ -333,6 +333,22 @@ def test_what_is_right_is_counted():
     assert engine.evaluate([]) == Sums()
 
 
+def test_a_batch_without_images_is_a_step_and_nothing_to_evaluate():
+    """As of a short batch, of which other processes have the images."""
+    mine = recipe(weight_decay=0.1)
+    engine, moments, none = GluonEngine(network(), mine), Moments(), batch(0, total=8)
+    expected = weights(engine)
+    for number, each in enumerate((batch(), none)):
+        engine.train_step(step(number), each)
+        found = gradients(engine, 8)
+        assert any(array.any() for array in found.values()) == bool(len(each.images))
+        expected, moments = update(mine, expected, found, moments, 0.1)
+    assert_close(weights(engine), expected, ADDED)
+    assert engine.taken()[1] == Sums()
+    assert engine.evaluate([none, batch(3), none]) == engine.evaluate([batch(3)])
+    assert engine.verify(engine.fold().model, [none, batch(3)]).before.images == 3
+
+
 def test_folded_weights_load_as_parameters_do(tmp_path):
     engine = GluonEngine(network(), recipe())
     folded = engine.fold().model

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from contract_train import NETWORK, NETWORKS, model_of, recipe, smooth, trained
+from contract_train import NETWORK, NETWORKS, bits, model_of, recipe, smooth, trained
 from equal import assert_close, assert_same
 from frameworks import fresh, need
 
@@ -14,7 +14,7 @@ need("torch")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from torch_processes import stepped  # noqa: E402
+from torch_processes import CASES, stepped  # noqa: E402
 
 import doconv_torch  # noqa: E402
 from doconv_core import read_state  # noqa: E402
@@ -23,24 +23,24 @@ from doconv_torch import DGConv2d, DOConv2d, export_state  # noqa: E402
 from doconv_torch.train import TorchEngine, device_of, roles  # noqa: E402
 
 
-def torchrun(program, folder, processes=2):
-    """Run a program in processes that torchrun begins, at a port that is free."""
+def torchrun(*arguments, status=0):
+    """Run the program in two processes that torchrun begins, at a port that is free."""
     fresh(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, program,
-        folder, environment={"OMP_NUM_THREADS": "1"},
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+        "tests/torch_processes.py", *arguments, environment={"OMP_NUM_THREADS": "1"}, status=status,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The folder of what two processes have come to."""
+    """The folder of what two processes have come to, which are killed in their last run."""
     folder = tmp_path_factory.mktemp("processes")
-    torchrun("tests/torch_processes.py", folder)
+    torchrun(folder, status=1)
     return folder
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_take_the_steps_of_one(together, name, sharded):
     """With the losses of kinds, gradients that are clipped, parts of batches, and uneven ones."""
     arrays, sums = stepped(name)
@@ -65,6 +65,15 @@ def test_a_run_of_two_processes(together, sharded):
         dict(engine.export_state().arrays),
         dict(read_state(run.last / "state.safetensors").arrays),
     )
+
+
+@pytest.mark.exhaustive
+def test_a_run_of_two_processes_that_were_killed_goes_on_to_the_same_bits(together):
+    """Each of which has a part of each weight, and of the optimizer."""
+    folder = together / "killed"
+    assert open_run(folder).last.name == "epoch-0001"  # of four steps; the fifth is lost
+    torchrun(together, "resume")
+    assert bits(folder) == bits(together / "run-True")
 
 
 def test_sharded_without_processes_is_refused(tmp_path):
@@ -96,6 +105,13 @@ def test_other_ways_to_compute_come_to_the_same(options, monkeypatch):
     )
     for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         assert_close(a, b, tolerance=1e-4)  # eight steps of float32
+
+
+def test_an_average_of_a_kernel_that_cannot_be_set_is_refused():
+    model = model_of(doconv_torch)
+    nn.utils.parametrizations.weight_norm(model.get_submodule("conv1"))
+    with pytest.raises(ValueError, match=r"that of 'conv1' is parametrized; remove the param"):
+        doconv_torch.train(model, recipe(average=0.5, average_of="kernels"), quiet=True)
 
 
 def test_roles_of_parameters():

@@ -18,7 +18,11 @@ ALLOWED = compare_problem.TRAINED
 
 
 @pytest.fixture(
-    scope="module", params=[20, pytest.param(compare_problem.STEPS, marks=pytest.mark.exhaustive)]
+    scope="module",
+    params=[
+        pytest.param(20, marks=pytest.mark.brief),
+        pytest.param(compare_problem.STEPS, marks=pytest.mark.exhaustive),
+    ],
 )
 def problem(request):
     """The problem in its first steps, in which any other arithmetic shows, or in all of them."""

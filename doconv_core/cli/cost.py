@@ -114,7 +114,7 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--kind",
     metavar="KIND",
-    help="Of the convolutions of a NETWORK, as the ending of its name has it: doconv, orepa, …",
+    help="Of layers in the places of a NETWORK's convolutions: doconv, branches, orepa, repvgg, …",
 )
 @network_options
 @force_option
@@ -143,8 +143,8 @@ def cost(
                 f"{subject!r} is no file, as --at, --kernel-size and --allow need one."
             )
         given = {name: value for name, value in options.items() if value is not None}
-        name = subject if kind is None else f"{subject}_{kind}"
-        cost_network(name, input_size, classes, batch, plot, force, as_json, given)
+        given |= {"kind": kind} if kind is not None else {}
+        cost_network(subject, input_size, classes, batch, plot, force, as_json, given)
         return
     if any(value is not None for value in (classes, plot, kind)) or force:
         raise click.UsageError(

@@ -25,7 +25,7 @@ from doconv_core.networks.cost import NO_HEADS, CountedLayer, NetworkCost, count
 from doconv_core.networks.families import enumerated
 from doconv_core.networks.names import describe
 
-PER_IMAGE = ("flops", "macs", "dgc_flops")
+PER_IMAGE = ("flops", "macs", "dgc_flops", "branch_macs")
 PLOTS = (".png", ".svg", ".pdf")
 MOST_NAMES = 60  # beside a plot; more could not be read
 
@@ -116,7 +116,12 @@ def _totals(found: NetworkCost, batch: int) -> list[tuple[str, Any]]:
     if found.training_parameters != found.parameters:
         totals[0] = ("parameters, folded", found.parameters)
         totals.insert(1, ("parameters in training", found.training_parameters))
-        totals.append(("multiply-accumulates of composing the kernels", found.composition_macs))
+        if found.composition_macs:
+            totals.append(("multiply-accumulates of composing the kernels", found.composition_macs))
+        if found.branch_macs:
+            totals.append(
+                ("multiply-accumulates of branches in training", batch * found.branch_macs)
+            )
     heads = found.heads
     if heads != NO_HEADS:
         totals += [
@@ -145,8 +150,9 @@ def _print_json(found: NetworkCost, batch: int) -> None:
     def scaled(cost: dict[str, Any]) -> dict[str, Any]:
         told = {key: batch * cost[key] if key in PER_IMAGE else cost[key] for key in cost}
         by_dgc, heads = told.pop("dgc_flops"), told.pop("heads")
-        more = {"dgc_flops": by_dgc, "heads": heads and heads._asdict()}
-        return {**told, **more} if dynamic else told
+        branches = told.pop("branch_macs")
+        told |= {"dgc_flops": by_dgc, "heads": heads and heads._asdict()} if dynamic else {}
+        return {**told, "branch_macs": branches} if found.branch_macs else told
 
     total = {
         key: getattr(found, key)

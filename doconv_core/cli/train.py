@@ -55,7 +55,7 @@ data_dir_option = click.option(
 )
 broken_option = click.option(
     "--max-broken", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
-    help="How many unreadable images may be replaced by others.",
+    help="How many unreadable images may be left out, in training for others.",
 )  # fmt: skip
 recipe_option = click.option(
     "--recipe", "recipe_name", metavar="NAME|FILE",

@@ -6,9 +6,10 @@ kind whose layers may be parts of another's layers comes before that.
 
 # isort: off
 from doconv_core.kinds import do_conv
-from doconv_core.kinds import bsconv
-from doconv_core.kinds import dgc
 from doconv_core.kinds import branches
 from doconv_core.kinds import expand
+from doconv_core.kinds import bsconv
+from doconv_core.kinds import dgc
+from doconv_core.kinds import normed
 
-__all__ = ["branches", "bsconv", "dgc", "do_conv", "expand"]
+__all__ = ["branches", "bsconv", "dgc", "do_conv", "expand", "normed"]

@@ -283,5 +283,7 @@ def recipe(word: str = "conv", /, *args: Any, **options: Any) -> Recipe:
         return Recipe()
     kind = of_word(word)
     if kind is None or word not in (*kind.words, *kind.variants):
-        raise ValueError(f"name must be one of {', '.join(words())}; received {word!r}.")
+        variants = (variant for each in _KINDS.values() for variant in each.variants)
+        known = ", ".join((*words(), *variants))
+        raise ValueError(f"name must be one of {known}; received {word!r}.")
     return kind.recipe(word, *args, **options)

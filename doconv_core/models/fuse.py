@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from doconv_core.models.report import (
@@ -13,7 +13,7 @@ from doconv_core.models.report import (
     Left,
     fused_into,
 )
-from doconv_core.models.view import Flow, ModelView
+from doconv_core.models.view import Flow, ModelView, Site
 
 
 def fuse_batchnorms(view: ModelView) -> tuple[list[Change], list[Left]]:
@@ -38,6 +38,20 @@ def fuse_batchnorms(view: ModelView) -> tuple[list[Change], list[Left]]:
         else:
             left.append(Left(path, kind, reason))
     return changed, left
+
+
+def norms_behind(view: ModelView, sites: Sequence[Site]) -> tuple[dict[int, tuple[Any, int]], Flow]:
+    """Return what alone follows convolutions directly: by their ids, batch norms; and the flow.
+
+    Each with its index among the sites. Whether such a pair can be one layer is not asked.
+    """
+    flow, found = view.flow(), {}
+    for index, (_, _, norm, owner) in enumerate(sites):
+        if owner is None and view.is_batch_norm(norm):
+            conv, _ = _source(view, flow, norm)
+            if conv is not None:
+                found[id(conv)] = (norm, index)
+    return found, flow
 
 
 def _behind(view: ModelView, flow: Flow, norm: Any) -> tuple[Any, str | None]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import fsum, prod
 from typing import Any
 
-from doconv_core.kinds.base import Cost
+from doconv_core.kinds.base import Cost, of_word
 from doconv_core.kinds.dgc import DGConvCost, dgc_cost
+from doconv_core.kinds.normed import BranchedKind
 from doconv_core.maths.spec import as_integer, is_sequence
 from doconv_core.networks.lowering import lowered
-from doconv_core.networks.names import describe
+from doconv_core.networks.names import describe, of_kind
 from doconv_core.networks.nodes import (
     BatchNorm,
     Conv,
@@ -35,7 +37,8 @@ class CountedLayer:
     image. kernel_size: of what has a kernel. parameters: what is trained; of a DO-Conv layer,
     once it is folded. flops: by BSConv's rule. macs: multiply-accumulates of convolutions and
     linear layers, without biases. training_parameters: with the D of a DO-Conv layer and its W.
-    composition_macs: of composing its kernel once, for a whole batch. dgc_flops: by the rule of
+    composition_macs: of composing its kernel once, for a whole batch. branch_macs: of further
+    branches, while it trains. dgc_flops: by the rule of
     DGC's tables. heads: of dynamic group convolutions, what they really run.
 
     >>> layer = count("cifar_resnet20").layers[0]
@@ -53,6 +56,7 @@ class CountedLayer:
     macs: int = 0
     training_parameters: int = 0
     composition_macs: int = 0
+    branch_macs: int = 0
     dgc_flops: float = 0
     heads: DGConvCost | None = None
 
@@ -97,6 +101,11 @@ class NetworkCost:
         return sum(layer.composition_macs for layer in self.layers)
 
     @property
+    def branch_macs(self) -> int:
+        """Multiply-accumulates of further branches for one image, while it trains."""
+        return sum(layer.branch_macs for layer in self.layers)
+
+    @property
     def dgc_flops(self) -> float:
         """Multiply-accumulates for one image, by DGC's rule; see `count`."""
         return fsum(layer.dgc_flops for layer in self.layers)
@@ -115,13 +124,17 @@ def count(
     name_or_description: str | Network,
     input_shape: Sequence[int] | None = None,
     num_classes: int | None = None,
+    *,
+    kind: str | None = None,
     **options: Any,
 ) -> NetworkCost:
     """Return what a network costs for one image, with no framework.
 
     input_shape: `(C, H, W)`. num_classes: of a network given by name; a description has its own.
     None stands for the data set that the network is for, as for `doconv cost`. options: of the
-    family, as `describe` takes them.
+    family, as `describe` takes them. kind: of over-parameterized layers in the places of the
+    network's convolutions, as its word has it; those with batch norms in their branches take that
+    behind a convolution.
     Operations are counted by the rule of BSConv's tables: a convolution takes its weight's entries
     at every output position, and with a bias one more for each output; a linear layer inputs times
     outputs, and outputs for a bias; a batch norm twice its inputs; a ReLU its outputs; pooling its
@@ -147,10 +160,15 @@ def count(
         if shape is not None:
             _check_order(shape, network.input_shape[0])
             network = replace(network, input_shape=(shape[0], shape[1], shape[2]))
+    branched = None if kind is None else of_word(kind)
+    if kind is not None and not isinstance(branched, BranchedKind):
+        network, branched = of_kind(network, kind), None
     network = for_input(network, shape)
     described, placed = infer(network), infer(lowered(network))
     leaves = (at for at in placed.values() if isinstance(at.node, Leaf))
     layers = tuple(_counted(at, described) for at in leaves)
+    if branched is not None:
+        layers = _with_branches(branched, layers, placed)
     return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
 
 
@@ -205,6 +223,24 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
         dgc_flops=_by_dgc(at, macs, biases) if heads is None else heads.counted,
         heads=heads,
     )  # fmt: skip
+
+
+def _with_branches(
+    kind: BranchedKind, layers: tuple[CountedLayer, ...], placed: Mapping[str, Placed]
+) -> tuple[CountedLayer, ...]:
+    """Return the costs with a kind's layers in the places of convolutions and their batch norms."""
+    found = list(layers)
+    for at, (conv, norm) in enumerate(pairwise(layers)):
+        form = placed[conv.path].form
+        if not isinstance(placed[conv.path].node, Conv) or norm.kind != "batch_norm":
+            continue
+        assert form is not None  # as every convolution has, and its geometry
+        assert form.geometry is not None
+        own = kind.training_cost(form.spec, form.geometry, prod(conv.after[1:]))
+        if form.composed is None and own is not None:
+            trained, more = own.parameters - norm.parameters, own.macs - conv.macs
+            found[at] = replace(conv, kind=kind.name, training_parameters=trained, branch_macs=more)
+    return tuple(found)
 
 
 def _by_dgc(at: Placed, macs: int, biases: int) -> int:

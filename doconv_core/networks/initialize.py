@@ -36,8 +36,9 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     b, `b = 1 / sqrt(fan_in)`; and selectors of variance `2 / fan_in`, whose last biases are 1.
 
     seed: an integer of at least 0. Each array has random numbers of its own, from the seed and the
-    array's name: another layer changes none of the others. input_shape: `(C, H, W)`; None for the
-    network's own. Raises TypeError or ValueError for another seed.
+    array's name: another layer changes none of the others. Arrays come in the order of the layers,
+    and of each layer's shapes. input_shape: `(C, H, W)`; None for the network's own. Raises
+    TypeError or ValueError for another seed.
     Source: the networks of BSConv, arXiv 2003.13549; Kaiming, arXiv 1502.01852; Xavier, Glorot and
     Bengio 2010.
 
@@ -47,12 +48,10 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     array([1., 1., 1.], dtype=float32)
     """
     seed = as_integer("seed", seed, least=0)
-    forms = layers(network, input_shape)
-    arrays = {
-        entry(path, name): array
-        for path, form in forms.items()
-        for name, array in _arrays(path, form, seed, network.start).items()
-    }
+    forms, arrays = layers(network, input_shape), dict[str, Array]()
+    for path, form in forms.items():
+        made = _arrays(path, form, seed, network.start)
+        arrays |= {entry(path, name): made[name] for name in form.shapes}
     return State(forms, arrays)
 
 

@@ -105,6 +105,19 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _all_names() if fnmatchcase(name, pattern)]
 
 
+def of_kind(network: Network, word: str) -> Network:
+    """Return a network whose convolutions of more than one tap have their kernels composed.
+
+    word: a kind's, as `recipe` takes it.
+    """
+    kind = recipe(word)
+
+    def change(conv: Conv) -> Conv:
+        return replace(conv, kind=kind) if prod(conv.kernel_size) > 1 else conv
+
+    return replace(network, body=replaced(network.body, change))
+
+
 def _built(build: Build, kind: Recipe, word: str | None, classes: int, **options: Any) -> Sequence:
     """Return the nodes; with a word, every convolution of more than one tap is of its kind."""
 

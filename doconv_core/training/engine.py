@@ -7,13 +7,16 @@ of a step, its learning rate, and how far the training has come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from doconv_core.maths.numeric import Array
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
+from doconv_core.training.loss import cross_entropy
 
 
 class Batch(NamedTuple):
@@ -75,6 +78,38 @@ class Verified(NamedTuple):
     relative: float
 
 
+def sums_of(logits: Array, targets: Array, labels: Array) -> Sums:
+    """Return what a model's outputs for some images, `(B, classes)`, come to.
+
+    Of equal outputs the first counts as the larger, and none is larger than one that is no number.
+
+    >>> logits, labels = np.array([[1.0, 3.0], [2.0, 2.0]]), np.array([1, 1])
+    >>> sums_of(logits, np.eye(2)[labels], labels)[1:]
+    (1, 2, 2)
+    """
+    own, classes = logits[np.arange(len(logits)), labels][:, None], np.arange(logits.shape[1])
+    equal = (logits == own) & (classes < labels[:, None])
+    rank = ((logits > own) | np.isnan(logits) | equal).sum(1)
+    loss = float(cross_entropy(logits.astype(np.float64), targets).sum())
+    return Sums(loss, int((rank < 1).sum()), int((rank < 5).sum()), len(logits))
+
+
+def verified(calls: Iterable[tuple[Array, Array, Batch]]) -> Verified:
+    """Return how the outputs of two models for the same batches compare.
+
+    >>> batch = Batch(np.zeros((1, 1, 2, 2)), np.eye(2)[:1], np.zeros(1, int), 1)
+    >>> verified([(np.array([[2.0, 1.0]]), np.array([[2.0, 1.5]]), batch)]).relative
+    0.25
+    """
+    before, after, absolute, largest = Sums(), Sums(), 0.0, 0.0
+    for a, b, batch in calls:
+        before = before.plus(sums_of(a, batch.targets, batch.labels))
+        after = after.plus(sums_of(b, batch.targets, batch.labels))
+        absolute = max(absolute, float(np.abs(b - a).max(initial=0)))
+        largest = max(largest, float(np.abs(a).max(initial=0)))
+    return Verified(before, after, absolute, absolute / largest if largest else 0.0)
+
+
 class Engine(ABC):
     """A model in a framework, with its optimizer, as a session trains it.
 
@@ -93,16 +128,6 @@ class Engine(ABC):
     processes: int = 1
     model: Any
     described: Mapping[str, Any] = {}
-
-    def run_epoch(self, steps: Iterator[tuple[Step, Batch]], after: Callable[[Step], None]) -> None:
-        """Train on each step's batch in turn, and call `after` when it is done.
-
-        A framework with a loop of its own overrides this. What is drawn ahead of `after` is drawn
-        for nothing where the run ends there, and does no harm. `after` may raise, to end the run.
-        """
-        for step, batch in steps:
-            self.train_step(step, batch)
-            after(step)
 
     def close(self) -> None:
         """Give the model back to whoever has made the engine; there may be nothing to do."""

@@ -283,7 +283,9 @@ class Session:
         epoch, start = self.position.epoch, self.position.done
         if start < self.per_epoch:
             self.display.epoch(epoch, self.recipe.epochs, self.per_epoch)
-            self.engine.run_epoch(self._steps(epoch, start), self._after)
+            for step, batch in self._steps(epoch, start):
+                self.engine.train_step(step, batch)
+                self._after(step)
             self._look()
 
     def _steps(self, epoch: int, start: int) -> Iterator[tuple[Step, Batch]]:

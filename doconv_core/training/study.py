@@ -363,6 +363,7 @@ def _cost(arm: Arm, ended: Mapping[int, Done]) -> dict[str, Any]:
     return {
         "parameters": cost.parameters, "training_parameters": cost.training_parameters,
         "macs": cost.macs, "composition_macs": cost.composition_macs,
+        "branch_macs": cost.branch_macs,
         "seconds": median(seconds) if seconds else None,
     }  # fmt: skip
 

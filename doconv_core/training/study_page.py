@@ -26,7 +26,7 @@ RESULTS = (
     "of the baseline's", "epochs to its loss",
 )  # fmt: skip
 COSTS = (
-    "", "parameters, folded", "in training", "multiply-accumulates", "of composing",
+    "", "parameters, folded", "in training", "multiply-accumulates", "of composing", "of branches",
     "seconds of a run",
 )  # fmt: skip
 
@@ -121,7 +121,8 @@ def costs(found: Mapping[str, Any]) -> list[list[str]]:
     for arm in found["arms"]:
         cost = arm["cost"]
         cells = [f"{cost[n]:,}" for n in ("parameters", "training_parameters", "macs")]
-        rows.append([arm["name"], *cells, f"{cost['composition_macs']:,}", _seconds(cost, base)])
+        more = [f"{cost[n]:,}" for n in ("composition_macs", "branch_macs")]
+        rows.append([arm["name"], *cells, *more, _seconds(cost, base)])
     return rows
 
 
@@ -171,7 +172,8 @@ def page(found: Mapping[str, Any]) -> str:
         "<h2>Cost</h2>",
         table(COSTS, costs(found)),
         "<p>Of one image: multiply-accumulates of convolutions and linear layers once folded; "
-        "composing the kernels is done once for a batch in training. Seconds are the median run's, "
+        "composing the kernels is done once for a batch in training, what further branches compute "
+        "for every image. Seconds are the median run's, "
         "on the machines that took part.</p>",
         "<h2>Recipes</h2>",
         table(("field", *(arm["name"] for arm in arms)), _recipes(arms), numeric=False),

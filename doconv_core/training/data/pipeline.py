@@ -91,11 +91,11 @@ def batches(
     many of the epoch's steps are left out. process, processes: this one gets its part of each
     batch, as even as can be; of a short one it may be no row in training, and no batch else.
     layout: of the images. workers: processes that read and prepare, started for this epoch and
-    ended with it; 0 for threads of this one. An image that cannot be read is named in a warning,
-    and the next one takes its place. Raises BrokenImages where there
-    are more than the source's `max_broken`; DataError where images of a batch differ in size or
-    channels, or in channels from what the recipe normalizes; ValueError for other arguments that
-    can't be; ImportError without grain.
+    ended with it; 0 for threads of this one. An image that cannot be read is named in a warning; in
+    training the next one takes its place, in evaluation none does, and it does not count. Raises
+    BrokenImages where there are more than the source's `max_broken`; DataError where images of a
+    batch differ in size or channels, or in channels from what the recipe normalizes; ValueError for
+    other arguments that can't be; ImportError without grain.
 
     >>> from doconv_core.training.data import open_data
     >>> from doconv_core.training.recipe import recipe
@@ -146,7 +146,7 @@ def _drawn(made: _Maker, steps: range, workers: int) -> Generator[Batch, None, N
     try:
         for _ in steps:
             found = next(iterator)
-            _tell(broken, dict(zip(found["names"], found["errors"], strict=True)), made.source)
+            _tell(broken, dict(zip(found["names"], found["errors"], strict=True)), made)
             arrays = [found[name] for name in ("images", "targets", "labels")]
             if workers:  # memory that is shared, and is given back as soon as it is copied
                 arrays = [np.array(array) for array in arrays]
@@ -175,19 +175,20 @@ def _prepared(made: _Maker, steps: range, workers: int) -> Any:
     return drawn.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def _tell(known: dict[str, str], found: dict[str, str], source: Source) -> None:
+def _tell(known: dict[str, str], found: dict[str, str], made: _Maker) -> None:
     """Warn of images that could not be read, or raise BrokenImages where they are too many."""
+    becomes = "the next takes its place" if made.shuffled else "it does not count"
     for name, error in found.items():
         if name in known:
             continue
         known[name] = error
-        if len(known) > source.max_broken:
+        if len(known) > made.source.max_broken:
             others = f" and {len(known) - 1} before it" if len(known) > 1 else ""
             raise BrokenImages(
-                f"{name}{others} could not be read ({error}); {source.max_broken} may be. Replace "
-                "or remove the files, or allow more by max_broken."
+                f"{name}{others} could not be read ({error}); {made.source.max_broken} may be. "
+                "Replace or remove the files, or allow more by max_broken."
             )
-        warnings.warn(f"{name} could not be read ({error}); the next takes its place", stacklevel=1)
+        warnings.warn(f"{name} could not be read ({error}); {becomes}", stacklevel=1)
 
 
 @dataclass
@@ -234,30 +235,35 @@ class _Maker:
 
     def _images(self, places: Array, broken: dict[str, str]) -> tuple[Array, Array]:
         """Return the images and labels at places in the epoch's order."""
-        indices = self._order[places] if self.shuffled else places.copy()
-        images = np.empty((0,) * 4, np.float32)
-        for n, index in enumerate(indices):
-            image, indices[n], scale, shift = self._image(int(index), broken)
-            if not n:
+        indices = self._order[places] if self.shuffled else places
+        images, own = np.empty((0,) * 4, np.float32), list[int]()
+        for found in (self._image(int(index), broken) for index in indices):
+            if found is None:
+                continue
+            image, index, scale, shift = found
+            if not own:
                 height, width, channels = image.shape
                 nchw = self.layout == "NCHW"
                 shape = (channels, height, width) if nchw else (height, width, channels)
                 images = np.empty((len(indices), *shape), np.float32)
-            view = images[n] if self.layout == "NHWC" else images[n].transpose(1, 2, 0)
+            view = images[len(own)]
+            view = view if self.layout == "NHWC" else view.transpose(1, 2, 0)
+            own.append(index)
             if image.shape != view.shape:
                 raise DataError(
-                    f"{self.source.name(int(indices[n]))} is {_size(image)}, and others of its "
+                    f"{self.source.name(index)} is {_size(image)}, and others of its "
                     f"batch are {_size(view)}; let the recipe resize or crop."
                 )
             _write(image, scale, shift, view)
-        return images, self.source.labels[indices]
+        return images[: len(own)], self.source.labels[np.array(own, np.int64)]
 
-    def _image(self, index: int, broken: dict[str, str]) -> tuple[Array, int, Array, Array]:
+    def _image(self, index: int, broken: dict[str, str]) -> tuple[Array, int, Array, Array] | None:
         """Return an image, or the next for one that is broken; its place; and how it is written.
 
-        That is a number for each channel to multiply with, and one to add.
+        That is a number for each channel to multiply with, and one to add. In evaluation none takes
+        another's place: None for one that is broken.
         """
-        for at in range(index, index + len(self.source)):
+        for at in range(index, index + (len(self.source) if self.shuffled else 1)):
             place = at % len(self.source)
             rng = self._random(place, 1) if self._draws else _NONE
             try:
@@ -271,6 +277,8 @@ class _Maker:
                 broken[self.source.name(place)] = str(error).rstrip(".") or type(error).__name__
             else:
                 return image, place, *self._affine(image, rng)
+        if not self.shuffled:
+            return None
         raise BrokenImages(f"none of {len(self.source)} images could be read.")
 
     def _affine(self, image: Array, rng: np.random.Generator) -> tuple[Array, Array]:

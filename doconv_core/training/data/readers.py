@@ -35,9 +35,9 @@ def open_data(
     each class, as of ImageNet; "dogs" Stanford Dogs' `Images` and lists; "mnist" four idx files,
     gzipped or not, as of Fashion-MNIST, too; "npz" a file of NumPy's with x_train, y_train, x_test,
     y_test; "parquet" files such as `train-00000-of-00001.parquet`, as Hugging Face writes them.
-    max_broken: how many images may be unreadable in an epoch before that is an error; the next
-    ones take their place. Raises DataError for a name that is none, and for what is not there, with
-    where to put it.
+    max_broken: how many images may be unreadable in an epoch before that is an error; in training
+    the next ones take their place, in evaluation they do not count. Raises DataError for a name
+    that is none, and for what is not there, with where to put it.
 
     >>> data = open_data("digits")
     >>> len(data.train), len(data.val), data.channels

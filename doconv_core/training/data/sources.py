@@ -33,7 +33,8 @@ class Source(ABC):
     """A sequence of images.
 
     labels: `(N,)`, integers from 0. channels: of each image. max_broken: how many images may be
-    unreadable in an epoch before that is an error; the next ones take their place.
+    unreadable in an epoch before that is an error; in training the next ones take their place, in
+    evaluation they do not count.
     """
 
     labels: Array

@@ -1,0 +1,180 @@
+"""Branches with batch norms in Keras alone: depthwise layers, padding, dtypes, `fit` and files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from equal import assert_close, assert_same
+from frameworks import need
+
+need("tf")
+
+import keras  # noqa: E402
+from keras import layers  # noqa: E402
+
+import doconv_tf as package  # noqa: E402
+from doconv_core import NotFoldable  # noqa: E402
+from doconv_core.kinds.normed import BY_INPUT  # noqa: E402
+from doconv_core.models.normed import NO_LAYER, NO_NORM  # noqa: E402
+from doconv_tf.bsconv import CONSTRAINED  # noqa: E402
+from doconv_tf.normed import NORM_BOUND, STRIDED  # noqa: E402
+
+
+def model_of(*parts, size=(9, 8), channels=4):
+    """Return a functional model, with values as after training, and an input."""
+    x = y = keras.Input((*size, channels))
+    for part in parts:
+        y = part(y)
+    model, rng = keras.Model(x, y), np.random.default_rng(0)
+    for part in model.layers:
+        if isinstance(part, layers.BatchNormalization):
+            part.moving_variance.assign(rng.uniform(0.5, 2, part.moving_variance.shape))
+            for variable in (part.moving_mean, part.beta, part.gamma):
+                if variable is not None:
+                    variable.assign(rng.standard_normal(variable.shape))
+    return model, rng.standard_normal((2, *size, channels)).astype("f4")
+
+
+def pair(conv=None, **norm):
+    conv = conv or layers.Conv2D(4, 3, padding="same", name="conv")
+    return conv, layers.BatchNormalization(name="norm", **norm), layers.ReLU(name="relu")
+
+
+def over(model, kind, **options):
+    """Return what takes a model's place, of which something was replaced."""
+    made, report = package.over_parameterize(model, kind=kind, **options)
+    assert report.changed
+    return made
+
+
+def reason(kind, *parts):
+    with pytest.warns(UserWarning, match="no convolution that could be replaced"):
+        report = package.over_parameterize(model_of(*parts)[0], kind=kind).report
+    (left,) = report.left
+    return left.reason
+
+
+@pytest.mark.parametrize("kind", ["repvgg", "mobileone", "acnet", "dbb", "qarepvgg"])
+def test_depthwise_convolutions_become_depthwise_layers(kind, tmp_path):
+    conv = layers.DepthwiseConv2D(3, strides=2, depth_multiplier=2, name="conv")
+    model, x = model_of(layers.ZeroPadding2D(1), *pair(conv))
+    made = over(model, kind)
+    layer = made.get_layer("conv")
+    assert type(layer) is package.BranchedDepthwiseConv2D
+    assert type(made.get_layer("norm")) is layers.Identity
+    output = made(x)
+    assert_close(output, model(x))
+    state = package.export_state(made)
+    geometry = {name: form.geometry for name, form in state.layers.items() if form.geometry}
+    assert geometry["conv.dense0_conv" if kind == "mobileone" else "conv.dense_conv"].padding == (
+        (1, 1), (1, 1),
+    )  # fmt: skip
+    assert kind == "acnet" or geometry["conv.pointwise_conv"].padding == ((0, 0), (0, 0))
+    made.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(loaded(x), output)
+    folded = package.fold(loaded).model
+    assert type(folded.get_layer("conv")) is layers.DepthwiseConv2D
+    assert_close(folded(x), output)
+
+    line, x = model_of(*pair(layers.DepthwiseConv1D(3, padding="same", name="conv")), size=(9,))
+    made = over(line, "dbb")
+    assert type(made.get_layer("conv")) is package.BranchedDepthwiseConv1D
+    assert_close(package.fold(made).model(x), line(x))
+
+
+def test_causal_padding_and_channels_first():
+    line, x = model_of(*pair(layers.Conv1D(6, 3, padding="causal", name="conv")), size=(9,))
+    made = over(line, "dbb")
+    made.get_layer("conv").sequence_norm2.gamma.assign(np.arange(6.0))
+    made.get_layer("conv").average_norm2.gamma.assign(np.arange(6.0))
+    assert_close(package.fold(made).model(x), made(x))
+    assert type(package.fold(made).model.get_layer("conv")) is layers.Conv1D
+
+    layer = package.BranchedConv2D(6, 3, padding="same", data_format="channels_first", rule="dbb")
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype("f4")
+    assert tuple(layer(x).shape) == (2, 6, 6, 5)
+    assert layer.compute_output_shape((2, 4, 6, 5)) == (2, 6, 6, 5)
+    assert_close(layer.fold()(x), layer(x))
+
+
+def test_what_is_left_and_why():
+    conv, norm = layers.Conv2D, layers.BatchNormalization
+    assert reason("repvgg", *pair(conv(4, 3, strides=2, padding="same"))) == BY_INPUT
+    assert reason("unireplknet", *pair(conv(4, 5, strides=2))) == STRIDED
+    assert reason("repvgg", *pair(layers.SeparableConv2D(4, 3))) == NO_LAYER
+    assert CONSTRAINED in reason("acnet", *pair(conv(4, 3, kernel_constraint="max_norm")))
+    assert NORM_BOUND in reason("acnet", conv(4, 3), norm(gamma_regularizer="l2"))
+    assert "has an activation before it" in reason("acnet", conv(4, 3, activation="relu"), norm())
+    assert "normalizes another axis" in reason("acnet", conv(4, 3), norm(1))
+    assert reason("acnet", conv(4, 3), layers.ReLU(), norm()) == NO_NORM
+
+
+def test_a_batch_norm_without_gamma_and_beta_gets_fixed_ones():
+    model, x = model_of(*pair(center=False, scale=False))
+    for kind in ("repvgg", "qarepvgg"):
+        made = over(model, kind)
+        layer = made.get_layer("conv")
+        norm = layer.norm if kind == "qarepvgg" else layer.dense_norm
+        assert not norm.gamma.trainable
+        assert not norm.beta.trainable
+        assert_close(made(x), model(x))
+        assert_close(package.fold(made).model(x), model(x))
+
+
+def test_layers_are_trained_by_fit_and_regularized_as_the_convolution_is():
+    conv = layers.Conv2D(4, 3, padding="same", kernel_regularizer="l2", name="conv")
+    model, x = model_of(*pair(conv), layers.GlobalAveragePooling2D())
+    made = over(model, "dbb")
+    made.compile("sgd", "mse")
+    before = [np.array(variable) for variable in made.trainable_variables]
+    made.fit(x, np.ones((2, 4)), epochs=2, verbose=0)  # the first changes gammas of zero
+    assert len(made.losses) == 5  # one for each kernel
+    for variable, values in zip(made.trainable_variables, before, strict=True):
+        # A factor before a batch norm, with nothing but a mean between, takes no part in training.
+        free = variable.path == "conv/average_norm/gamma"
+        assert free or not np.array_equal(variable, values), variable.path
+    assert_close(package.fold(made).model(x), made(x))
+
+
+def test_mixed_precision_keeps_its_policy():
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, x = model_of(*pair())
+        made = over(model, "repvgg")
+    finally:
+        keras.config.set_dtype_policy(policy)
+    layer = made.get_layer("conv")
+    assert {part.dtype_policy.name for part in (layer, layer.dense_conv)} == {"mixed_float16"}
+    assert_close(made(x), model(x), 2e-3)
+    folded = package.fold(made).model.get_layer("conv")
+    assert (folded.dtype_policy.name, str(folded.kernel.dtype)) == ("mixed_float16", "float32")
+
+
+def test_what_was_changed_is_not_folded():
+    def relu(layer):
+        layer.pointwise_conv.activation = keras.activations.relu
+
+    def axis(layer):
+        layer.dense_norm.axis = 1
+
+    def watched(layer):
+        layer.dense_norm.activity_regularizer = keras.regularizers.L2(0.1)
+
+    for change, message in (
+        (relu, "its pointwise_conv is not as its rule makes it"),
+        (axis, "its dense_norm cannot be folded: normalizes another axis"),
+        (watched, "its dense_norm has an activity regularizer"),
+    ):
+        layer = package.BranchedConv2D(4, 3, rule="repvgg")
+        layer.build((None, 8, 8, 4))
+        change(layer)
+        with pytest.raises(NotFoldable, match=message):
+            layer.fold()
+    with pytest.raises(ValueError, match=r"is not built; call it, or its build\(\), first"):
+        package.BranchedConv2D(4, 3).fold()
+    with pytest.raises(ValueError, match="takes no activation, which would stand before its batch"):
+        package.BranchedConv2D(4, 3, activation="relu")
+    with pytest.raises(ValueError, match="input channels must be known; received the input shape"):
+        package.BranchedConv2D(4, 3).build((None, 8, 8, None))
