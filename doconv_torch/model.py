@@ -81,6 +81,7 @@ def fold(
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
+    merge_branches: bool = False,
     inplace: bool = False,
 ) -> Converted[Ordinary]: ...
 @overload
@@ -89,6 +90,7 @@ def fold(
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
+    merge_branches: bool = False,
     inplace: bool = False,
 ) -> Converted[Model]: ...
 def fold(
@@ -96,6 +98,7 @@ def fold(
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
+    merge_branches: bool = False,
     inplace: bool = False,
 ) -> Converted[Any]:
     """Return the model with ordinary convolutions for its DO and BSConv layers, and a report.
@@ -137,8 +140,9 @@ def fold(
     known = former_parameters.of(model, inplace)
     with ordinary_tensors():
         converted = fold_layers(
-            view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
-        )
+            view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm,
+            merge_branches=merge_branches, inplace=inplace,
+        )  # fmt: skip
     return former_parameters.watched(converted, known, "fold")
 
 

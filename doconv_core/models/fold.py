@@ -8,6 +8,7 @@ from typing import Any
 from doconv_core.kinds.base import Kind
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.fuse import fuse_batchnorms
+from doconv_core.models.merge import merge_branches as merge
 from doconv_core.models.report import Change, Choice, Converted, FoldReport, Left, Report, place
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 
@@ -54,6 +55,7 @@ def fold(
     *,
     form: Any,
     fuse_batchnorm: bool,
+    merge_branches: bool,
     inplace: bool,
 ) -> Converted[Any]:
     """Return the model with ordinary layers for those of every kind, as `fold` of a backend says.
@@ -80,9 +82,9 @@ def fold(
         layers.fold(target, [(twins[index], folding) for index, folding in planned[name].items()])
     settled = target.settle()
     order = {site.path: index for index, site in reversed([*enumerate(sites)])}
-    if fuse_batchnorm:
-        fused, kept = fuse_batchnorms(target)
-        changed |= {order.get(each.path, len(order) + n): each for n, each in enumerate(fused)}
+    for asked, tool in ((merge_branches, lambda view: merge(view.parts())), (fuse_batchnorm, fuse_batchnorms)):
+        made, kept = tool(target) if asked else ([], [])
+        changed |= {order.get(each.path, len(order) + n): each for n, each in enumerate(made)}
         left += kept
     target.finish(changed=bool(changed) or settled)
     there = {site.path for site in target.sites()}  # parts of what is one layer now are not

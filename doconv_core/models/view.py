@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.merge import Part
 from doconv_core.models.own_methods import deploying_method, fusing_methods
 from doconv_core.models.report import (
     ALREADY,
@@ -168,6 +169,10 @@ class ModelView(ABC):
 
         Raises NotFoldable where the method does.
         """
+
+    def parts(self) -> Sequence[Part]:
+        """Return what has a forward pass of its own, those inside others before them."""
+        raise NotImplementedError  # of a backend that refuses to merge branches
 
     # The rest is what batch-norm fusion asks.
 

@@ -1,0 +1,357 @@
+"""A PyTorch model's parts, told step by step, and made simpler where branches are one convolution.
+
+Each module's own code is traced alone, with the modules that it calls as single steps. So a part
+that cannot be traced hides nothing of those inside it, and what is replaced is the innermost module
+that holds the branches.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from doconv_core.maths.linear import Taps
+from doconv_core.models.merge import Merge, Node, Part, Step
+from doconv_core.models.report import HOOKED, NOT_FINITE, READ, SEVERAL, SHARED, Change
+from doconv_torch import pieces
+from doconv_torch.graph import Tracer, Uses, ghost_of, proxies, pythons_random, touched_by
+from doconv_torch.ordinary import (
+    ORDINARY,
+    is_batch_norm,
+    is_convolution,
+    is_hooked,
+    is_replaced,
+    kind_of,
+    memory,
+    owners,
+)
+from doconv_torch.surgery import become
+
+TRAINING = "in training mode"
+UNLIKE = "its parameters are of several types or devices, or have no values"
+CHANGED = "what its branches take is changed in place"
+LOPSIDED = "it would have to be padded differently at both ends"
+BYPASSED = "a part of it is called by another module's code"
+UNSAVED = "its code takes a buffer that is not saved, which its traced form would save"
+EXACT = 1e-9  # of the largest output, in float64
+
+
+class _OwnCode(Tracer):
+    """Traces one module's own code: whatever it calls is one step, and buffers are values."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__(set(), [])
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class _Model:
+    """What is seen of a whole model. calls: how often each module is called, by all code.
+
+    bypassed: modules of which a part is called from outside. touched: parameters that are read.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: Counter[nn.Module] = Counter()
+        self.bypassed: set[nn.Module] = set()
+        self.touched: set[Any] = set()
+        self.owners = owners(model)
+
+
+def parts(model: nn.Module) -> list[ModulePart]:
+    """Return the modules whose own code can be traced, those inside others before them."""
+    seen, uses, found = _Model(model), Uses(), []
+    ghost = ghost_of(model)
+    modules = dict(model.named_modules())
+    originals = {shadow: modules[path] for path, shadow in ghost.named_modules()}
+    with torch.random.fork_rng([]), pythons_random(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path, shadow in reversed([*ghost.named_modules()]):
+            module = originals[shadow]
+            if not _has_code(module):
+                continue
+            inside = {m: originals[m] for m in shadow.modules()}
+            tracer = _OwnCode()
+            try:
+                with uses.noted(shadow, inside, tracer):
+                    graph = tracer.trace(shadow)
+            except Exception:  # whatever the model's code raises when it meets a proxy
+                continue
+            seen.touched |= touched_by(graph, shadow, inside)
+            for target in (str(node.target) for node in graph.nodes if node.op == "call_module"):
+                seen.calls[module.get_submodule(target)] += 1
+                names = target.split(".")[:-1]
+                seen.bypassed |= {
+                    module.get_submodule(".".join(names[: n + 1])) for n in range(len(names))
+                }
+            if not tracer.given:
+                kept = proxies([vars(each) for each in shadow.modules()])
+                found.append(ModulePart(path, module, graph, {n for n in kept}, seen))
+    seen.touched |= uses.touched
+    return found
+
+
+def _has_code(module: nn.Module) -> bool:
+    """Return whether a module's own code is to be looked at, as no more is known of it."""
+    own = type(module).forward
+    plain = isinstance(module, torch.jit.ScriptModule) or is_replaced(module)
+    known = type(module).__module__.startswith("torch.") and own is not nn.Sequential.forward
+    listing = own is nn.Module.forward
+    return not (plain or known or listing or is_convolution(module) or is_batch_norm(module))
+
+
+class ModulePart(Part):
+    """A module, with the graph of its own code. kept: results that the code keeps somewhere."""
+
+    def __init__(
+        self, path: str, module: nn.Module, graph: fx.Graph, kept: set[fx.Node], seen: _Model
+    ) -> None:
+        self.path, self.kind, self.layer = path, kind_of(module), module
+        self._graph, self._seen = graph, seen
+        self._kept = kept & {*graph.nodes}
+        self._told: dict[fx.Node, Step] = {}
+
+    def steps(self, known: Mapping[int, Node]) -> tuple[list[Step], Any]:
+        """Return the steps of the module's own code, and the result that it returns."""
+        reader = pieces.Reader(self.layer, known)
+        self._told = {}
+        end: Any = None
+        for node in self._graph.nodes:
+            if node.op == "output":
+                end = node
+            elif node.op != "placeholder" and (step := reader.step(node)) is not None:
+                self._told[node] = step
+        steps = [*self._told.values()]
+        returned = end.args[0]
+        if not isinstance(returned, fx.Node) or returned in reader.constants:
+            returned = None
+            steps.append(Step(end, tuple(end.all_input_nodes)))
+        return [*steps, *(Step((node, "kept"), (node,)) for node in self._kept)], returned
+
+    def obstacle(self, merge: Merge) -> str | None:
+        """Return why steps cannot become one convolution in this model; None where they can."""
+        for node in merge.nodes:
+            reason = self._obstacle(node) or self._unequal(node)
+            if reason is not None:
+                return reason
+        if self._is_whole(merge) or self._is_chain(merge):
+            return None
+        if self.layer in self._seen.bypassed:
+            return BYPASSED
+        for each in self._graph.nodes:
+            if each.op == "get_attr":
+                owner, _, name = str(each.target).rpartition(".")
+                if name in self.layer.get_submodule(owner)._non_persistent_buffers_set:
+                    return UNSAVED
+        return None
+
+    def _obstacle(self, node: Node) -> str | None:
+        modules = [m for called in self._called(node).values() for m in called.modules()]
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        if self.layer.training or any(module.training for module in modules):
+            return TRAINING
+        if any(map(is_hooked, modules)):
+            return HOOKED
+        if any(self._seen.calls[module] > 1 for module in modules):
+            return SEVERAL
+        if any(len(self._seen.owners.get(memory(p), ())) > 1 for p in parameters):
+            return SHARED
+        if any((m, name) in self._seen.touched for m in modules for name in m._parameters):
+            return READ
+        tensors = [*parameters, *(b for m in modules for b in m._buffers.values() if b is not None)]
+        floats = [t for t in tensors if t.is_floating_point()]
+        if len({(t.dtype, t.device) for t in floats}) != 1 or floats[0].is_meta:
+            return UNLIKE
+        if any(_in_place(user, self.layer) for user in node.source.users if user not in node.steps):
+            return CHANGED
+        taps = _taps(node)
+        if any(before != after for before, after in taps.geometry.padding):
+            return LOPSIDED
+        conv = self._conv(node)
+        finite = conv.weight.isfinite().all() and (conv.bias is None or conv.bias.isfinite().all())
+        return None if finite else NOT_FINITE
+
+    def _unequal(self, node: Node) -> str | None:
+        """Return how far the convolution is from the steps on random values; None where equal."""
+        try:
+            before = copy.deepcopy(fx.GraphModule(self.layer, self._alone(node))).double().cpu()
+            after, taps = self._conv(node).cpu(), _taps(node)
+            _fill(after.double(), taps)
+            generator = torch.Generator().manual_seed(0)
+            for more in (2, 3):
+                sizes = [e + more * s for e, s in zip(taps.extent, taps.geometry.stride, strict=True)]
+                x = torch.randn(2, taps.channels[0], *sizes, generator=generator).double()
+                expected = before(x)
+                difference = (after(x) - expected).abs().max() / expected.abs().max()
+                if not difference <= EXACT:
+                    return f"tried on random values, it differs by {float(difference):.1g}"
+        except Exception as error:  # whatever the model's own code raises
+            return f"tried on random values, it raised {type(error).__name__}: {error}"
+        return None
+
+    def _alone(self, node: Node) -> fx.Graph:
+        """Return the graph of a node's steps alone."""
+        graph, needed = fx.Graph(), {node.key}
+        copies = {node.source: graph.placeholder("x")}
+        for each in reversed(self._graph.nodes):
+            if each in needed and each is not node.source:
+                needed |= {*each.all_input_nodes}
+        for each in self._graph.nodes:
+            if each in needed and each is not node.source:
+                copies[each] = graph.node_copy(each, copies.__getitem__)
+        graph.output(copies[node.key])
+        return graph
+
+    def _called(self, node: Node) -> dict[str, nn.Module]:
+        """Return the modules that steps call, by their names here."""
+        targets = [str(n.target) for n in self._graph.nodes if n in node.steps and _calls(n)]
+        return {target: self.layer.get_submodule(target) for target in targets}
+
+    def _main(self, node: Node) -> str:
+        """Return the name of the module whose place the convolution takes."""
+        named = {n: self._told[n].node for n in self._graph.nodes if n in node.steps and _calls(n)}
+        sizes = {str(n.target): each.piece.macs for n, each in named.items() if each is not None}
+        return max(sizes, key=lambda target: sizes[target]) if any(sizes.values()) else "conv"
+
+    def _conv(self, node: Node) -> Any:
+        """Return the convolution that steps are."""
+        parameters = [p for m in self._called(node).values() for p in m.parameters()]
+        taps = _taps(node)
+        geometry, cls = taps.geometry, ORDINARY[len(taps.size) - 1]
+        like = next(p for p in [*parameters, *self.layer.parameters()] if p.is_floating_point())
+        conv: Any = nn.utils.skip_init(
+            cls, *taps.channels, taps.size, stride=geometry.stride,
+            padding=tuple(before for before, _ in geometry.padding), dilation=geometry.dilation,
+            groups=taps.groups, bias=taps.bias is not None, padding_mode=geometry.padding_mode,
+            device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+        _fill(conv, taps)
+        trained = any(p.requires_grad for p in parameters)
+        return conv.requires_grad_(trained).train(self.layer.training)
+
+    def replace(self, merges: list[Merge]) -> list[Change]:
+        """Let the module compute these convolutions in place of their steps."""
+        convs = {node: self._conv(node) for merge in merges for node in merge.nodes}
+        names = {node: self._main(node) for node in convs}
+        told = {node: self._told_of(node) for node in convs}
+        if len(merges) == 1 and self._is_whole(merges[0]):
+            (conv,) = convs.values()
+            become(self.layer, conv)
+            return [Change(self.path, self.kind, told[node]) for node in convs]
+        if all(map(self._is_chain, merges)):
+            for node, conv in convs.items():
+                for name, module in self._called(node).items():
+                    become(module, conv if name == names[node] else nn.Identity().eval())
+        elif merges:
+            self._rewrite(merges, convs, names)
+        dot = "." if self.path else ""
+        final = {node: self._renamed.get(name, name) for node, name in names.items()}
+        return [Change(f"{self.path}{dot}{final[n]}", self.kind, told[n]) for n in convs]
+
+    _renamed: Mapping[str, str] = {}
+
+    def _told_of(self, node: Node) -> str:
+        taps = _taps(node)
+        return f"Conv{len(taps.size)}d of {', '.join(self._called(node))}"
+
+    def _is_whole(self, merge: Merge) -> bool:
+        """Return whether the module computes nothing else, of the first value that it is given."""
+        (end,) = (node for node in self._graph.nodes if node.op == "output")
+        sources = [node.source for node in merge.nodes]
+        given = [node for node in self._graph.nodes if node.op == "placeholder"]
+        return end.args[0] is merge.key and len(merge.terms) == 1 and sources == given
+
+    def _is_chain(self, merge: Merge) -> bool:
+        """Return whether steps are calls of modules in a row, each of which can be an identity."""
+        return all(
+            not node.sums and all(map(_calls, node.steps)) and self._main(node) != "conv"
+            for node in merge.nodes
+        ) and len(merge.nodes) == len(merge.terms)
+
+    def _rewrite(
+        self, merges: list[Merge], convs: Mapping[Node, nn.Module], names: Mapping[Node, str]
+    ) -> None:
+        """Make the module what its graph says, with convolutions in place of steps."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self._graph, copies))
+        values = dict(copies)
+        order = [*self._graph.nodes]
+        for merge in sorted(merges, key=lambda merge: order.index(merge.key)):
+            old = values[merge.key]
+            with graph.inserting_before(old):
+                terms = [
+                    (t.sign, values[t.key] if t.node is None
+                     else graph.call_module(names[t.node], (values[t.node.source],)))
+                    for t in sorted(merge.terms, key=lambda term: -term.sign)
+                ]  # fmt: skip
+                total = terms[0][1] if terms[0][0] > 0 else graph.call_function(operator.neg, (terms[0][1],))
+                for sign, value in terms[1:]:
+                    function = operator.add if sign > 0 else operator.sub
+                    total = graph.call_function(function, (total, value))
+            old.replace_all_uses_with(total)
+            values[merge.key] = total
+        for each, node in reversed([*copies.items()]):
+            if each.op != "placeholder" and each.users and not node.users:
+                graph.erase_node(node)
+        for node, conv in convs.items():
+            for name in self._called(node):
+                owner, _, last = name.rpartition(".")
+                del self.layer.get_submodule(owner)._modules[last]
+            owner, _, last = names[node].rpartition(".")
+            self.layer.get_submodule(owner)._modules[last] = conv
+        row = _row(graph)
+        if row is None:
+            become(self.layer, fx.GraphModule(self.layer, graph, kind_of(self.layer)))
+            self.layer.graph = graph  # type: ignore[assignment]  # whose owner the module is now
+            return
+        short = {name: name.rpartition(".")[2] for name in row}
+        if len({*short.values()}) == len(row):
+            self._renamed = short
+        else:
+            self._renamed = {name: name.replace(".", "_") for name in row}
+        made = OrderedDict((self._renamed[n], self.layer.get_submodule(n)) for n in row)
+        become(self.layer, nn.Sequential(made).eval())
+
+
+def _taps(node: Node) -> Taps:
+    assert isinstance(node.piece, Taps)  # as that is what steps are merged to
+    return node.piece
+
+
+def _calls(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _fill(conv: Any, taps: Taps) -> None:
+    conv.weight.copy_(torch.from_numpy(taps.kernel))
+    if taps.bias is not None:
+        conv.bias.copy_(torch.from_numpy(taps.bias.copy()))
+
+
+def _row(graph: fx.Graph) -> list[str] | None:
+    """Return the names of the modules that a graph calls one after the other, if it is no more."""
+    nodes = [*graph.nodes]
+    if nodes[0].op != "placeholder" or nodes[-1].args[0] is not nodes[-2]:
+        return None
+    for before, node in zip(nodes, nodes[1:-1], strict=False):
+        if not _calls(node) or node.args != (before,) or node.kwargs:
+            return None
+    names = [str(node.target) for node in nodes[1:-1]]
+    return names if len({*names}) == len(names) else None
+
+
+def _in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Return whether a step changes what it takes."""
+    if _calls(node):
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    return pieces.changes(node)
