@@ -56,16 +56,36 @@ class _OwnCode(Tracer):
 
 
 class _Model:
-    """What is seen of a whole model. calls: how often each module is called, by all code.
+    """What is seen of a whole model.
 
-    bypassed: modules of which a part is called from outside. touched: parameters that are read.
+    targets: of each module whose own code is known, what it calls. touched: parameters that code
+    reads. calls: how often each module is called. bypassed: modules of which a part is called by
+    other code than their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model, self.owners = model, owners(model)
+        self.targets: dict[nn.Module, list[str]] = {}
+        self.touched: set[Any] = set()
         self.calls: Counter[nn.Module] = Counter()
         self.bypassed: set[nn.Module] = set()
-        self.touched: set[Any] = set()
-        self.owners = owners(model)
+
+    def count(self) -> set[nn.Module]:
+        """Count the calls in a forward pass, and return which modules are called."""
+        waiting, met = [self.model], {self.model}
+        while waiting:
+            module = waiting.pop()
+            called = [*module.children()]  # of code that is not known
+            if module in self.targets:
+                called = [module.get_submodule(target) for target in self.targets[module]]
+                self.calls.update(called)
+                for names in (target.split(".")[:-1] for target in self.targets[module]):
+                    self.bypassed |= {
+                        module.get_submodule(".".join(names[: n + 1])) for n in range(len(names))
+                    }
+            waiting += {*called} - met
+            met |= {*called}
+        return met
 
 
 def parts(model: nn.Module) -> list[ModulePart]:
@@ -88,17 +108,13 @@ def parts(model: nn.Module) -> list[ModulePart]:
             except Exception:  # whatever the model's code raises when it meets a proxy
                 continue
             seen.touched |= touched_by(graph, shadow, inside)
-            for target in (str(node.target) for node in graph.nodes if node.op == "call_module"):
-                seen.calls[module.get_submodule(target)] += 1
-                names = target.split(".")[:-1]
-                seen.bypassed |= {
-                    module.get_submodule(".".join(names[: n + 1])) for n in range(len(names))
-                }
+            seen.targets[module] = [str(node.target) for node in graph.nodes if _calls(node)]
             if not tracer.given:
                 kept = proxies([vars(each) for each in shadow.modules()])
                 found.append(ModulePart(path, module, graph, {n for n in kept}, seen))
     seen.touched |= uses.touched
-    return found
+    called = seen.count()
+    return [part for part in found if part.layer in called]
 
 
 def _has_code(module: nn.Module) -> bool:
@@ -190,7 +206,7 @@ class ModulePart(Part):
             generator = torch.Generator().manual_seed(0)
             for more in (2, 3):
                 sizes = [e + more * s for e, s in zip(taps.extent, taps.geometry.stride, strict=True)]
-                x = torch.randn(2, taps.channels[0], *sizes, generator=generator).double()
+                x = torch.randn(1, taps.channels[0], *sizes, generator=generator).double()
                 expected = before(x)
                 difference = (after(x) - expected).abs().max() / expected.abs().max()
                 if not difference <= EXACT:
@@ -314,11 +330,7 @@ class ModulePart(Part):
             become(self.layer, fx.GraphModule(self.layer, graph, kind_of(self.layer)))
             self.layer.graph = graph  # type: ignore[assignment]  # whose owner the module is now
             return
-        short = {name: name.rpartition(".")[2] for name in row}
-        if len({*short.values()}) == len(row):
-            self._renamed = short
-        else:
-            self._renamed = {name: name.replace(".", "_") for name in row}
+        self._renamed = {name: name.replace(".", "_") for name in row}
         made = OrderedDict((self._renamed[n], self.layer.get_submodule(n)) for n in row)
         become(self.layer, nn.Sequential(made).eval())
 

@@ -24,6 +24,10 @@ STRIDES = "their strides differ"
 SIZES = "their outputs have different sizes"
 CHANNELS = "they have different numbers of channels"
 MODES = "they pad with different values"
+COSTLIER = "one convolution would compute more than what it would replace"
+
+# Of so many entries, a kernel that costs more than two in a row is not even tried.
+LARGE = 2**22
 
 
 class NotOne(Exception):
@@ -290,8 +294,11 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
     ]
     groups = gcd(a.groups, b.groups)
     inputs, outputs = a.channels[0], b.channels[1]
+    macs = outputs * inputs // groups * prod(size)
+    if macs > max(LARGE, macs_in_a_row(a.macs, b) + b.macs):
+        raise NotOne(COSTLIER)
     left = _regrouped(b, groups).reshape(groups, outputs // groups, -1, *b.size)
-    right = _regrouped(a, groups).reshape(groups, left.shape[2], inputs // groups, *a.size)
+    right = _regrouped(a, groups).reshape(groups, left.shape[2], -1)
     kernel = np.zeros((groups, outputs // groups, inputs // groups, *size))
     tap: Any
     for tap in np.ndindex(*b.size):
@@ -299,12 +306,12 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
             slice(t * e // s, t * e // s + (k - 1) * (d // s) + 1, max(d // s, 1))
             for t, (k, d, _, e), s in zip(tap, dims, step, strict=True)
         )
-        part = left[(..., *tap)]
-        kernel[(..., *where)] += np.einsum("gom,gmi...->goi...", part, right)
+        part = np.ascontiguousarray(left[(..., *tap)]) @ right
+        kernel[(..., *where)] += part.reshape(*kernel.shape[:3], *a.size)
     bias = b.bias
     if a.bias is not None:
         summed = left.reshape(*left.shape[:3], -1).sum(3)
-        bias = _sum(bias, np.einsum("gom,gm->go", summed, a.bias.reshape(groups, -1)).reshape(-1))
+        bias = _sum(bias, (summed @ a.bias.reshape(groups, -1, 1)).reshape(-1))
     padding = tuple(
         (p[0] + s * q[0], p[1] + s * q[1])
         for p, q, s in zip(

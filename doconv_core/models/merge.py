@@ -12,13 +12,22 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from doconv_core.maths.linear import UNIT, NotOne, Piece, Scale, Taps, macs_in_a_row, plus, then
+from doconv_core.maths.linear import (
+    COSTLIER,
+    UNIT,
+    NotOne,
+    Piece,
+    Scale,
+    Taps,
+    macs_in_a_row,
+    plus,
+    then,
+)
 from doconv_core.models.report import Change, Left
 
 Key: TypeAlias = Hashable
 
 # Why branches are left that look like some.
-COSTLIER = "one convolution would compute more than what it would replace"
 APART = "its terms begin at different values: something that is not linear stands in between"
 USED = "the result of a branch is used elsewhere too"
 
@@ -215,7 +224,7 @@ class _Search:
             try:
                 piece = then(before.piece, node.piece)
             except NotOne as reason:
-                if before.convolutions and node.convolutions:
+                if before.convolutions and node.convolutions and str(reason) != COSTLIER:
                     self._refuse(node.key, before.steps | node.steps, str(reason))
             else:
                 macs = macs_in_a_row(before.best, node.piece) + node.best
@@ -324,7 +333,7 @@ class _Search:
         if node.is_one:
             yield Merge(node.key, (Term(1, None, node),))
             return
-        if node.piece.macs > node.macs and sum(part.convolutions > 0 for part in node.parts) > 1:
+        if node.piece.macs > node.macs and node.sums:
             self._refuse(node.key, node.steps, COSTLIER)
         for part in node.parts:
             yield from self._chosen(part)
