@@ -21,7 +21,7 @@ from doconv_core.maths.linear import Taps
 from doconv_core.models.merge import Merge, Node, Part, Step
 from doconv_core.models.report import HOOKED, NOT_FINITE, READ, SEVERAL, SHARED, Change
 from doconv_torch import pieces
-from doconv_torch.graph import Tracer, Uses, ghost_of, proxies, pythons_random, touched_by
+from doconv_torch.graph import Tracer, Uses, Value, ghost_of, proxies, pythons_random, touched_by
 from doconv_torch.ordinary import (
     ORDINARY,
     is_batch_norm,
@@ -39,14 +39,36 @@ UNLIKE = "its parameters are of several types or devices, or have no values"
 CHANGED = "what its branches take is changed in place"
 LOPSIDED = "it would have to be padded differently at both ends"
 BYPASSED = "a part of it is called by another module's code"
-UNSAVED = "its code takes a buffer that is not saved, which its traced form would save"
+UNSAVED = "its code takes a tensor that is not saved, which its traced form would save"
 EXACT = 1e-9  # of the largest output, in float64
+
+
+class _Result(Value):
+    """A result of which code can be told that it is changed in place, as by `x += y`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed(operator.itruediv, other)
+
+    def _changed(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 class _OwnCode(Tracer):
     """Traces one module's own code: whatever it calls is one step, and buffers are values."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Result(node, self)
 
     def __init__(self) -> None:
         super().__init__(set(), [])
@@ -160,16 +182,22 @@ class ModulePart(Part):
             reason = self._obstacle(node) or self._unequal(node)
             if reason is not None:
                 return reason
-        if self._is_whole(merge) or self._is_chain(merge):
+        if self._is_chain(merge) and not self._is_whole(merge):
             return None
         if self.layer in self._seen.bypassed:
             return BYPASSED
+        return None if self._is_whole(merge) or self._is_saved() else UNSAVED
+
+    def _is_saved(self) -> bool:
+        """Return whether a state dict has all tensors of the code, as that of a graph would."""
         for each in self._graph.nodes:
             if each.op == "get_attr":
                 owner, _, name = str(each.target).rpartition(".")
-                if name in self.layer.get_submodule(owner)._non_persistent_buffers_set:
-                    return UNSAVED
-        return None
+                module = self.layer.get_submodule(owner)
+                buffers = module._buffers.keys() - module._non_persistent_buffers_set
+                if name not in module._parameters and name not in buffers:
+                    return False
+        return True
 
     def _obstacle(self, node: Node) -> str | None:
         modules = [m for called in self._called(node).values() for m in called.modules()]
@@ -184,8 +212,9 @@ class ModulePart(Part):
             return SHARED
         if any((m, name) in self._seen.touched for m in modules for name in m._parameters):
             return READ
-        tensors = [*parameters, *(b for m in modules for b in m._buffers.values() if b is not None)]
-        floats = [t for t in tensors if t.is_floating_point()]
+        if any((self.layer, name) in self._seen.touched for name in self._own_names(node)):
+            return READ
+        floats = self._floats(node)
         if len({(t.dtype, t.device) for t in floats}) != 1 or floats[0].is_meta:
             return UNLIKE
         if any(_in_place(user, self.layer) for user in node.source.users if user not in node.steps):
@@ -205,7 +234,9 @@ class ModulePart(Part):
             _fill(after.double(), taps)
             generator = torch.Generator().manual_seed(0)
             for more in (2, 3):
-                sizes = [e + more * s for e, s in zip(taps.extent, taps.geometry.stride, strict=True)]
+                sizes = [
+                    e + more * s for e, s in zip(taps.extent, taps.geometry.stride, strict=True)
+                ]
                 x = torch.randn(1, taps.channels[0], *sizes, generator=generator).double()
                 expected = before(x)
                 difference = (after(x) - expected).abs().max() / expected.abs().max()
@@ -233,32 +264,44 @@ class ModulePart(Part):
         targets = [str(n.target) for n in self._graph.nodes if n in node.steps and _calls(n)]
         return {target: self.layer.get_submodule(target) for target in targets}
 
+    def _floats(self, node: Node) -> list[Tensor]:
+        """Return the parameters and buffers that steps compute with."""
+        found: list[Tensor] = []
+        for each in self._own_names(node):
+            owner, _, name = each.rpartition(".")
+            found.append(getattr(self.layer.get_submodule(owner), name))
+        for module in self._called(node).values():
+            found += [*module.parameters(), *module.buffers()]
+        return [tensor for tensor in found if tensor.is_floating_point()]
+
+    def _own_names(self, node: Node) -> list[str]:
+        """Return the names of the tensors that steps of the module's own code compute with."""
+        return [str(each.target) for each in self._alone(node).nodes if each.op == "get_attr"]
+
     def _main(self, node: Node) -> str:
-        """Return the name of the module whose place the convolution takes."""
+        """Return the name of the module whose place the convolution takes; "" for a new one."""
         named = {n: self._told[n].node for n in self._graph.nodes if n in node.steps and _calls(n)}
         sizes = {str(n.target): each.piece.macs for n, each in named.items() if each is not None}
-        return max(sizes, key=lambda target: sizes[target]) if any(sizes.values()) else "conv"
+        return max(sizes, key=lambda target: sizes[target]) if any(sizes.values()) else ""
 
     def _conv(self, node: Node) -> Any:
         """Return the convolution that steps are."""
-        parameters = [p for m in self._called(node).values() for p in m.parameters()]
-        taps = _taps(node)
+        floats, taps = self._floats(node), _taps(node)
         geometry, cls = taps.geometry, ORDINARY[len(taps.size) - 1]
-        like = next(p for p in [*parameters, *self.layer.parameters()] if p.is_floating_point())
         conv: Any = nn.utils.skip_init(
             cls, *taps.channels, taps.size, stride=geometry.stride,
             padding=tuple(before for before, _ in geometry.padding), dilation=geometry.dilation,
             groups=taps.groups, bias=taps.bias is not None, padding_mode=geometry.padding_mode,
-            device=like.device, dtype=like.dtype,
+            device=floats[0].device, dtype=floats[0].dtype,
         )  # fmt: skip
         _fill(conv, taps)
-        trained = any(p.requires_grad for p in parameters)
+        trained = any(tensor.requires_grad for tensor in floats)
         return conv.requires_grad_(trained).train(self.layer.training)
 
     def replace(self, merges: list[Merge]) -> list[Change]:
         """Let the module compute these convolutions in place of their steps."""
         convs = {node: self._conv(node) for merge in merges for node in merge.nodes}
-        names = {node: self._main(node) for node in convs}
+        names = {node: self._main(node) or self._new(n) for n, node in enumerate(convs)}
         told = {node: self._told_of(node) for node in convs}
         if len(merges) == 1 and self._is_whole(merges[0]):
             (conv,) = convs.values()
@@ -276,9 +319,16 @@ class ModulePart(Part):
 
     _renamed: Mapping[str, str] = {}
 
+    def _new(self, number: int) -> str:
+        name = f"merged{number or ''}"
+        while hasattr(self.layer, name):
+            name += "_"
+        return name
+
     def _told_of(self, node: Node) -> str:
         taps = _taps(node)
-        return f"Conv{len(taps.size)}d of {', '.join(self._called(node))}"
+        of = ", ".join(self._called(node)) or "its own parameters"
+        return f"Conv{len(taps.size)}d of {of}"
 
     def _is_whole(self, merge: Merge) -> bool:
         """Return whether the module computes nothing else, of the first value that it is given."""
@@ -290,7 +340,7 @@ class ModulePart(Part):
     def _is_chain(self, merge: Merge) -> bool:
         """Return whether steps are calls of modules in a row, each of which can be an identity."""
         return all(
-            not node.sums and all(map(_calls, node.steps)) and self._main(node) != "conv"
+            not node.sums and all(map(_calls, node.steps)) and bool(self._main(node))
             for node in merge.nodes
         ) and len(merge.nodes) == len(merge.terms)
 
@@ -310,7 +360,11 @@ class ModulePart(Part):
                      else graph.call_module(names[t.node], (values[t.node.source],)))
                     for t in sorted(merge.terms, key=lambda term: -term.sign)
                 ]  # fmt: skip
-                total = terms[0][1] if terms[0][0] > 0 else graph.call_function(operator.neg, (terms[0][1],))
+                total = (
+                    terms[0][1]
+                    if terms[0][0] > 0
+                    else graph.call_function(operator.neg, (terms[0][1],))
+                )
                 for sign, value in terms[1:]:
                     function = operator.add if sign > 0 else operator.sub
                     total = graph.call_function(function, (total, value))

@@ -407,14 +407,14 @@ class Tracer(fx.Tracer):
             self._running.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
         # First, as the tracer's own questions to a value are not the model's.
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
-class _Value(fx.Proxy):
+class Value(fx.Proxy):
     """A proxy that answers `isinstance`, by which a model asks whether a value is a tensor.
 
     Which that is, a proxy cannot know. `isinstance` asks an object's `__class__` where its type is
@@ -439,7 +439,7 @@ class _Value(fx.Proxy):
         return fx.Proxy.__torch_function__(*args, **kwargs)
 
 
-class _Attribute(fx.proxy.Attribute, _Value):
+class _Attribute(fx.proxy.Attribute, Value):
     """An attribute of a value, which is asked as a value is."""
 
 

@@ -13,7 +13,7 @@ from doconv_core.maths.linear import UNIT, Scale, Taps
 from doconv_core.models.merge import Node, Step, atom
 from doconv_torch import affine
 from doconv_torch.batchnorm import any_norm_obstacle
-from doconv_torch.ordinary import is_batch_norm, is_convolution, is_hooked, obstacle
+from doconv_torch.ordinary import is_batch_norm, is_convolution, obstacle
 
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -179,7 +179,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def layer_node(layer: Any) -> Node | None:
     """Return what one of PyTorch's own layers, or a batch norm, is; None for what is not linear."""
-    if is_hooked(layer) or any(p.is_meta for p in layer._parameters.values() if p is not None):
+    if any(p.is_meta for p in layer._parameters.values() if p is not None):
         return None
     if is_convolution(layer):
         if obstacle(layer) is not None:

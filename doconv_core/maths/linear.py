@@ -138,7 +138,9 @@ def plus(one: Piece, other: Piece) -> Piece:
         raise NotOne(STRIDES)
     mode, pads = _mode(a, b), list(zip(a.geometry.padding, b.geometry.padding, strict=True))
     padding: Any = tuple((max(p[0], q[0]), max(p[1], q[1])) for p, q in pads)
-    sizes = [[e - sum(p) for e, p in zip(x.extent, x.geometry.padding, strict=True)] for x in (a, b)]
+    sizes = [
+        [e - sum(p) for e, p in zip(x.extent, x.geometry.padding, strict=True)] for x in (a, b)
+    ]
     if sizes[0] != sizes[1]:
         raise NotOne(SIZES)
     # The taps of both lie on a grid of this step around the same position of the input.
@@ -314,15 +316,11 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
         bias = _sum(bias, (summed @ a.bias.reshape(groups, -1, 1)).reshape(-1))
     padding = tuple(
         (p[0] + s * q[0], p[1] + s * q[1])
-        for p, q, s in zip(
-            a.geometry.padding, b.geometry.padding, a.geometry.stride, strict=True
-        )  # type: ignore[operator]
+        for p, q, s in zip(a.geometry.padding, b.geometry.padding, a.geometry.stride, strict=True)  # type: ignore[operator]
     )
     stride = tuple(s * t for s, t in zip(a.geometry.stride, b.geometry.stride, strict=True))
     geometry = Geometry(stride, tuple(step), padding, mode)
-    return Taps(
-        kernel.reshape(outputs, inputs // groups, *size), bias, geometry, groups, a.alike
-    )
+    return Taps(kernel.reshape(outputs, inputs // groups, *size), bias, geometry, groups, a.alike)
 
 
 def macs_in_a_row(first: float, second: Piece) -> float:

@@ -68,9 +68,9 @@ def fold(
     view.warn_of_training(stacklevel=4)
     before = view.count()
     changed = {
-        index: Change(sites[index].path, view.name_of(sites[index].layer), folding.after)
+        sites[i].path: Change(sites[i].path, view.name_of(sites[i].layer), folding.after)
         for each in planned.values()
-        for index, folding in each.items()
+        for i, folding in each.items()
     }
     if inplace:
         view.check_inplace()
@@ -81,15 +81,17 @@ def fold(
     for name, layers in layer_kinds.items():  # an inner kind first: parts of its layers are others'
         layers.fold(target, [(twins[index], folding) for index, folding in planned[name].items()])
     settled = target.settle()
-    order = {site.path: index for index, site in reversed([*enumerate(sites)])}
-    for asked, tool in ((merge_branches, lambda view: merge(view.parts())), (fuse_batchnorm, fuse_batchnorms)):
+    for asked, tool in (
+        (merge_branches, lambda view: merge(view.parts())),
+        (fuse_batchnorm, fuse_batchnorms),
+    ):
         made, kept = tool(target) if asked else ([], [])
-        changed |= {order.get(each.path, len(order) + n): each for n, each in enumerate(made)}
+        changed |= {each.path: each for each in made}
         left += kept
     target.finish(changed=bool(changed) or settled)
-    there = {site.path for site in target.sites()}  # parts of what is one layer now are not
-    told = tuple(changed[index] for index in sorted(changed) if changed[index].path in there)
-    parts = told, tuple(left), before, target.count()
+    there = {site.path: n for n, site in enumerate(target.sites())}  # parts of one layer are not
+    told = sorted((c for c in changed.values() if c.path in there), key=lambda c: there[c.path])
+    parts = tuple(told), tuple(left), before, target.count()
     uncounted = target.uncounted()
     if not choices:
         return Converted(target.model, Report("folded", *parts, uncounted=uncounted))

@@ -146,7 +146,7 @@ def merge_branches(parts: Sequence[Part]) -> tuple[list[Change], list[Left]]:
     parts: those inside others before them.
     """
     known: dict[int, Node] = {}
-    changed, left = [], dict[Left, None]()
+    changed, left, planned = list[Change](), list[Left](), list[tuple[Part, list[Merge]]]()
     for part in parts:
         found, merges = search(*part.steps(known)), []
         reasons = [refusal.reason for refusal in found.refusals]
@@ -158,9 +158,11 @@ def merge_branches(parts: Sequence[Part]) -> tuple[list[Change], list[Left]]:
                 reasons.append(reason)
         if found.whole is not None:
             known[id(part.layer)] = found.whole
-        left |= dict.fromkeys(Left(part.path, part.kind, reason) for reason in reasons)
-        changed += part.replace(merges)
-    return changed, [*left]
+        left = [*(Left(part.path, part.kind, each) for each in dict.fromkeys(reasons)), *left]
+        planned.append((part, merges))
+    for part, merges in planned:  # in which nothing is rounded until all is known
+        changed = [*part.replace(merges), *changed]
+    return changed, left
 
 
 def search(steps: Sequence[Step], output: Key) -> Found:
