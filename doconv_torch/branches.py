@@ -1,17 +1,15 @@
 """A PyTorch model's parts, told step by step, and made simpler where branches are one convolution.
 
-Each module's own code is traced alone, with the modules that it calls as single steps. So a part
-that cannot be traced hides nothing of those inside it, and what is replaced is the innermost module
-that holds the branches.
+What is replaced is the innermost module that holds the branches.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,18 +18,8 @@ from torch import Tensor, fx, nn
 from doconv_core.maths.linear import Taps
 from doconv_core.models.merge import Merge, Node, Part, Step
 from doconv_core.models.report import HOOKED, NOT_FINITE, READ, SEVERAL, SHARED, Change
-from doconv_torch import pieces
-from doconv_torch.graph import Tracer, Uses, Value, ghost_of, proxies, pythons_random, touched_by
-from doconv_torch.ordinary import (
-    ORDINARY,
-    is_batch_norm,
-    is_convolution,
-    is_hooked,
-    is_replaced,
-    kind_of,
-    memory,
-    owners,
-)
+from doconv_torch import own_code, pieces
+from doconv_torch.ordinary import ORDINARY, is_hooked, kind_of, memory
 from doconv_torch.surgery import become
 
 TRAINING = "in training mode"
@@ -43,120 +31,18 @@ UNSAVED = "its code takes a tensor that is not saved, which its traced form woul
 EXACT = 1e-9  # of the largest output, in float64
 
 
-class _Result(Value):
-    """A result of which code can be told that it is changed in place, as by `x += y`."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._changed(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._changed(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._changed(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._changed(operator.itruediv, other)
-
-    def _changed(self, function: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-class _OwnCode(Tracer):
-    """Traces one module's own code: whatever it calls is one step, and buffers are values."""
-
-    proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Result(node, self)
-
-    def __init__(self) -> None:
-        super().__init__(set(), [])
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-class _Model:
-    """What is seen of a whole model.
-
-    targets: of each module whose own code is known, what it calls. touched: parameters that code
-    reads. calls: how often each module is called. bypassed: modules of which a part is called by
-    other code than their own.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.owners = model, owners(model)
-        self.targets: dict[nn.Module, list[str]] = {}
-        self.touched: set[Any] = set()
-        self.calls: Counter[nn.Module] = Counter()
-        self.bypassed: set[nn.Module] = set()
-
-    def count(self) -> set[nn.Module]:
-        """Count the calls in a forward pass, and return which modules are called."""
-        waiting, met = [self.model], {self.model}
-        while waiting:
-            module = waiting.pop()
-            called = [*module.children()]  # of code that is not known
-            if module in self.targets:
-                called = [module.get_submodule(target) for target in self.targets[module]]
-                self.calls.update(called)
-                for names in (target.split(".")[:-1] for target in self.targets[module]):
-                    self.bypassed |= {
-                        module.get_submodule(".".join(names[: n + 1])) for n in range(len(names))
-                    }
-            waiting += {*called} - met
-            met |= {*called}
-        return met
-
-
 def parts(model: nn.Module) -> list[ModulePart]:
     """Return the modules whose own code can be traced, those inside others before them."""
-    seen, uses, found = _Model(model), Uses(), []
-    ghost = ghost_of(model)
-    modules = dict(model.named_modules())
-    originals = {shadow: modules[path] for path, shadow in ghost.named_modules()}
-    with torch.random.fork_rng([]), pythons_random(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for path, shadow in reversed([*ghost.named_modules()]):
-            module = originals[shadow]
-            if not _has_code(module):
-                continue
-            inside = {m: originals[m] for m in shadow.modules()}
-            tracer = _OwnCode()
-            try:
-                with uses.noted(shadow, inside, tracer):
-                    graph = tracer.trace(shadow)
-            except Exception:  # whatever the model's code raises when it meets a proxy
-                continue
-            seen.touched |= touched_by(graph, shadow, inside)
-            seen.targets[module] = [str(node.target) for node in graph.nodes if _calls(node)]
-            if not tracer.given:
-                kept = proxies([vars(each) for each in shadow.modules()])
-                found.append(ModulePart(path, module, graph, {n for n in kept}, seen))
-    seen.touched |= uses.touched
-    called = seen.count()
-    return [part for part in found if part.layer in called]
-
-
-def _has_code(module: nn.Module) -> bool:
-    """Return whether a module's own code is to be looked at, as no more is known of it."""
-    own = type(module).forward
-    plain = isinstance(module, torch.jit.ScriptModule) or is_replaced(module)
-    known = type(module).__module__.startswith("torch.") and own is not nn.Sequential.forward
-    listing = own is nn.Module.forward
-    return not (plain or known or listing or is_convolution(module) or is_batch_norm(module))
+    seen = own_code.seen(model)
+    return [ModulePart(traced, seen) for traced in seen.traced]
 
 
 class ModulePart(Part):
-    """A module, with the graph of its own code. kept: results that the code keeps somewhere."""
+    """A module of which the own code was traced."""
 
-    def __init__(
-        self, path: str, module: nn.Module, graph: fx.Graph, kept: set[fx.Node], seen: _Model
-    ) -> None:
-        self.path, self.kind, self.layer = path, kind_of(module), module
-        self._graph, self._seen = graph, seen
-        self._kept = kept & {*graph.nodes}
+    def __init__(self, traced: own_code.Traced, seen: own_code.Seen) -> None:
+        self.path, self.layer, self._graph, self._kept = traced
+        self.kind, self._seen = kind_of(self.layer), seen
         self._told: dict[fx.Node, Step] = {}
 
     def steps(self, known: Mapping[int, Node]) -> tuple[list[Step], Any]:
@@ -409,7 +295,7 @@ def _row(graph: fx.Graph) -> list[str] | None:
     nodes = [*graph.nodes]
     if nodes[0].op != "placeholder" or nodes[-1].args[0] is not nodes[-2]:
         return None
-    for before, node in zip(nodes, nodes[1:-1], strict=False):
+    for before, node in pairwise(nodes[:-1]):
         if not _calls(node) or node.args != (before,) or node.kwargs:
             return None
     names = [str(node.target) for node in nodes[1:-1]]

@@ -72,6 +72,7 @@ def flow(model: nn.Module) -> Flow:
 
 @contextmanager
 def pythons_random() -> Iterator[None]:
+    """Leave Python's random numbers as they are."""
     state = random.getstate()
     try:
         yield
@@ -389,6 +390,7 @@ class Tracer(fx.Tracer):
         return self.given[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is not looked into."""
         # Of a convolution or norm of one's own it is told what it is, not what it is made of.
         known = m in self._opaque or is_convolution(m) or is_batch_norm(m)
         return known or super().is_leaf_module(m, module_qualified_name)
@@ -400,6 +402,7 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Trace a module's call, and know meanwhile whose code runs."""
         self._running.append(m)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -407,9 +410,11 @@ class Tracer(fx.Tracer):
             self._running.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a value that answers questions."""
         return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        """Return what stands for a value in the graph."""
         # First, as the tracer's own questions to a value are not the model's.
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 

@@ -108,33 +108,34 @@ class Reader:
     def _computed(self, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Step:
         """Return what an operation is."""
         kind, args = _NAMES.get(name_of(node)), node.args
-        whole = Step(node, inputs)
-        if kind in ("+", "-") and len(args) == 2 and not node.kwargs:
-            if all(isinstance(each, fx.Node) and each not in self.constants for each in args):
-                return Step(node, args, None, (1, 1 if kind == "+" else -1))
+        two = len(args) == 2 and not node.kwargs
+        if two and kind in ("+", "-") and not any(map(self._is_constant, args)):
+            return Step(node, args, None, (1, 1 if kind == "+" else -1))  # type: ignore[arg-type]
         if len(inputs) != 1:
-            return whole
-        if kind in ("+", "-", "*", "/") and len(args) == 2 and not node.kwargs:
+            return Step(node, inputs)
+        if kind == "pool":
+            rank = int(name_of(node)[-2])
+            pool: Any = POOLS[rank - 1]
+            return Step(node, inputs, layer_node(pool(*args[1:], **node.kwargs)))
+        if kind == "conv":
+            return Step(node, inputs, self._convolution(node))
+        scale = None
+        if kind in ("+", "-", "*", "/") and two:
             scale = self._arithmetic(kind, *args)
         elif kind == "neg":
             scale = Scale(-UNIT.factor)
-        elif kind == "pass" and len(args) == 1:
+        elif (kind == "pass" and len(args) == 1) or (
+            kind == "dropout" and (args[2:3] or (node.kwargs.get("training"),)) == (False,)
+        ):
             scale = UNIT
-        elif kind == "dropout" and (args[2:3] or (node.kwargs.get("training"),)) == (False,):
-            scale = UNIT
-        elif kind == "pool":
-            rank = int(name_of(node)[-2])
-            pool = POOLS[rank - 1](*args[1:], **node.kwargs)  # type: ignore[arg-type, operator]
-            return Step(node, inputs, layer_node(pool))
-        elif kind == "conv":
-            return Step(node, inputs, self._convolution(node))
-        else:
-            scale = None
-        return whole if scale is None else Step(node, inputs, atom(scale))
+        return Step(node, inputs, None if scale is None else atom(scale))
+
+    def _is_constant(self, value: Any) -> bool:
+        return not isinstance(value, fx.Node) or value in self.constants
 
     def _arithmetic(self, kind: str, a: Any, b: Any) -> Scale | None:
         """Return a value and a constant, in either order, as a scale."""
-        ahead = isinstance(a, fx.Node) and a not in self.constants
+        ahead = not self._is_constant(a)
         constant = self._by_channel(b if ahead else a)
         if constant is None or (kind == "/" and not ahead):
             return None
