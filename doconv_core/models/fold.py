@@ -62,6 +62,8 @@ def fold(
 
     Everything is checked before anything is changed.
     """
+    if merge_branches:
+        view.check_parts()
     forms = forms_of(form, {name: layers.kind for name, layers in layer_kinds.items()})
     sites = view.sites()
     planned, left, choices = _planned(view, sites, layer_kinds, forms)

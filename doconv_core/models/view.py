@@ -52,6 +52,13 @@ class Flow:
     unseen: dict[int, str] = field(default_factory=dict)
 
 
+NO_PARTS = (
+    "merge_branches=True is there in PyTorch alone. Here, call the method by which the model itself "
+    "makes one convolution of its branches, as deploy() does; or take its weights to PyTorch by "
+    "export_state and load_state, and merge there."
+)
+
+
 class ModelView(ABC):
     """A model as the tools see it, made of a model; TypeError for what is none.
 
@@ -170,9 +177,14 @@ class ModelView(ABC):
         Raises NotFoldable where the method does.
         """
 
+    def check_parts(self) -> None:
+        """Raise NotImplementedError where a backend does not tell a model's `parts`."""
+        if type(self).parts is ModelView.parts:
+            raise NotImplementedError(NO_PARTS)
+
     def parts(self) -> Sequence[Part]:
         """Return what has a forward pass of its own, those inside others before them."""
-        raise NotImplementedError  # of a backend that refuses to merge branches
+        raise NotImplementedError(NO_PARTS)
 
     # The rest is what batch-norm fusion asks.
 
