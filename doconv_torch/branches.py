@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -92,7 +92,7 @@ class ModulePart(Part):
             return TRAINING
         if any(map(is_hooked, modules)):
             return HOOKED
-        if any(self._seen.calls[module] > 1 for module in modules):
+        if any(self._seen.calls[m] > 1 and (m._parameters or m._buffers) for m in modules):
             return SEVERAL
         if any(len(self._seen.owners.get(memory(p), ())) > 1 for p in parameters):
             return SHARED
@@ -103,10 +103,11 @@ class ModulePart(Part):
         floats = self._floats(node)
         if len({(t.dtype, t.device) for t in floats}) != 1 or floats[0].is_meta:
             return UNLIKE
-        if any(_in_place(user, self.layer) for user in node.source.users if user not in node.steps):
+        source: Any = node.source
+        if any(_in_place(user, self.layer) for user in source.users if user not in node.steps):
             return CHANGED
         taps = _taps(node)
-        if any(before != after for before, after in taps.geometry.padding):
+        if any(pad[0] != pad[1] for pad in taps.geometry.padding):
             return LOPSIDED
         conv = self._conv(node)
         finite = conv.weight.isfinite().all() and (conv.bias is None or conv.bias.isfinite().all())
@@ -176,7 +177,7 @@ class ModulePart(Part):
         geometry, cls = taps.geometry, ORDINARY[len(taps.size) - 1]
         conv: Any = nn.utils.skip_init(
             cls, *taps.channels, taps.size, stride=geometry.stride,
-            padding=tuple(before for before, _ in geometry.padding), dilation=geometry.dilation,
+            padding=tuple(pad[0] for pad in geometry.padding), dilation=geometry.dilation,
             groups=taps.groups, bias=taps.bias is not None, padding_mode=geometry.padding_mode,
             device=floats[0].device, dtype=floats[0].dtype,
         )  # fmt: skip
@@ -184,7 +185,7 @@ class ModulePart(Part):
         trained = any(tensor.requires_grad for tensor in floats)
         return conv.requires_grad_(trained).train(self.layer.training)
 
-    def replace(self, merges: list[Merge]) -> list[Change]:
+    def replace(self, merges: Sequence[Merge]) -> list[Change]:
         """Let the module compute these convolutions in place of their steps."""
         convs = {node: self._conv(node) for merge in merges for node in merge.nodes}
         names = {node: self._main(node) or self._new(n) for n, node in enumerate(convs)}
@@ -225,54 +226,56 @@ class ModulePart(Part):
 
     def _is_chain(self, merge: Merge) -> bool:
         """Return whether steps are calls of modules in a row, each of which can be an identity."""
-        return all(
-            not node.sums and all(map(_calls, node.steps)) and bool(self._main(node))
-            for node in merge.nodes
-        ) and len(merge.nodes) == len(merge.terms)
+        (node, *others) = merge.nodes
+        once = all(self._seen.calls[module] == 1 for module in self._called(node).values())
+        steps: Any = node.steps
+        alone = not (node.sums or others or merge.terms[1:])
+        return alone and once and all(map(_calls, steps)) and bool(self._main(node))
 
     def _rewrite(
-        self, merges: list[Merge], convs: Mapping[Node, nn.Module], names: Mapping[Node, str]
+        self, merges: Sequence[Merge], convs: Mapping[Node, nn.Module], names: Mapping[Node, str]
     ) -> None:
-        """Make the module what its graph says, with convolutions in place of steps."""
+        """Make the module what its code is with convolutions in place of steps."""
+        graph = self._rewritten(merges, names)
+        kept = {str(node.target) for node in graph.nodes if _calls(node)} - {*names.values()}
+        for target in {name for node in convs for name in self._called(node)} - kept:
+            owner, _, last = target.rpartition(".")
+            del self.layer.get_submodule(owner)._modules[last]
+        for merged, conv in convs.items():
+            owner, _, last = names[merged].rpartition(".")
+            self.layer.get_submodule(owner)._modules[last] = conv
+        row = _row(graph)
+        if row is None:
+            become(self.layer, fx.GraphModule(self.layer, graph, kind_of(self.layer)))
+            self.layer.graph = graph  # whose owner the module is now
+            return
+        self._renamed = {name: name.replace(".", "_") for name in row}
+        made = OrderedDict((self._renamed[n], self.layer.get_submodule(n)) for n in row)
+        become(self.layer, nn.Sequential(made).eval())
+
+    def _rewritten(self, merges: Sequence[Merge], names: Mapping[Node, str]) -> fx.Graph:
+        """Return the graph that calls modules of these names in place of steps."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         graph.output(graph.graph_copy(self._graph, copies))
-        values = dict(copies)
-        order = [*self._graph.nodes]
+        values, order = dict(copies), [*self._graph.nodes]
         for merge in sorted(merges, key=lambda merge: order.index(merge.key)):
-            old = values[merge.key]
+            old, total = values[merge.key], None
             with graph.inserting_before(old):
-                terms = [
-                    (t.sign, values[t.key] if t.node is None
-                     else graph.call_module(names[t.node], (values[t.node.source],)))
-                    for t in sorted(merge.terms, key=lambda term: -term.sign)
-                ]  # fmt: skip
-                total = (
-                    terms[0][1]
-                    if terms[0][0] > 0
-                    else graph.call_function(operator.neg, (terms[0][1],))
-                )
-                for sign, value in terms[1:]:
-                    function = operator.add if sign > 0 else operator.sub
-                    total = graph.call_function(function, (total, value))
+                for term in sorted(merge.terms, key=lambda term: -term.sign):  # a new one is first
+                    if term.node is None:
+                        value = values[term.key]
+                    else:
+                        value = graph.call_module(names[term.node], (values[term.node.source],))
+                    function = operator.add if term.sign > 0 else operator.sub
+                    both = (total, value)
+                    total = value if total is None else graph.call_function(function, both)
+            assert total is not None  # as no merge is without terms
             old.replace_all_uses_with(total)
             values[merge.key] = total
         for each, node in reversed([*copies.items()]):
             if each.op != "placeholder" and each.users and not node.users:
                 graph.erase_node(node)
-        for node, conv in convs.items():
-            for name in self._called(node):
-                owner, _, last = name.rpartition(".")
-                del self.layer.get_submodule(owner)._modules[last]
-            owner, _, last = names[node].rpartition(".")
-            self.layer.get_submodule(owner)._modules[last] = conv
-        row = _row(graph)
-        if row is None:
-            become(self.layer, fx.GraphModule(self.layer, graph, kind_of(self.layer)))
-            self.layer.graph = graph  # type: ignore[assignment]  # whose owner the module is now
-            return
-        self._renamed = {name: name.replace(".", "_") for name in row}
-        made = OrderedDict((self._renamed[n], self.layer.get_submodule(n)) for n in row)
-        become(self.layer, nn.Sequential(made).eval())
+        return graph
 
 
 def _taps(node: Node) -> Taps:

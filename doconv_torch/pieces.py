@@ -83,12 +83,12 @@ class Reader:
         given = node.all_input_nodes
         if not given or name_of(node) not in _PURE or not all(n in self.constants for n in given):
             return None
-        args, kwargs = (
-            fx.node.map_arg(each, self.constants.__getitem__) for each in (node.args, node.kwargs)
-        )
-        if isinstance(node.target, str):
-            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[no-any-return]
-        return node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+        args: Any = fx.node.map_arg(node.args, self.constants.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self.constants.__getitem__)
+        function: Any = node.target
+        if isinstance(function, str):
+            function, args = getattr(args[0], function), args[1:]
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
 
     def _called(self, node: fx.Node) -> Node | None:
         module = self._module.get_submodule(str(node.target))
@@ -99,10 +99,12 @@ class Reader:
     def _is_own(self, node: fx.Node) -> bool:
         """Return whether a result is nobody else's, so that it may be changed."""
         while len(node.users) == 1 and node in self._steps:
-            known = self._steps[node].node
-            if known is None or not isinstance(known.piece, Scale) or not known.piece.passes:
+            step = self._steps[node]
+            if step.node is None:  # an operation may be a view of what it takes
+                return bool(step.signs) or node.op == "call_module"
+            if not isinstance(step.node.piece, Scale) or not step.node.piece.passes:
                 return True
-            node = self._steps[node].inputs[0]  # type: ignore[assignment]
+            node = step.inputs[0]
         return False
 
     def _computed(self, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Step:
@@ -110,7 +112,7 @@ class Reader:
         kind, args = _NAMES.get(name_of(node)), node.args
         two = len(args) == 2 and not node.kwargs
         if two and kind in ("+", "-") and not any(map(self._is_constant, args)):
-            return Step(node, args, None, (1, 1 if kind == "+" else -1))  # type: ignore[arg-type]
+            return Step(node, args, None, (1, 1 if kind == "+" else -1))
         if len(inputs) != 1:
             return Step(node, inputs)
         if kind == "pool":
@@ -164,13 +166,20 @@ class Reader:
     def _convolution(self, node: fx.Node) -> Node | None:
         """Return a convolution that the code itself computes with constants."""
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        given: dict[str, Any] = {
+            "bias": None,
+            "stride": 1,
+            "padding": 0,
+            "dilation": 1,
+            "groups": 1,
+        }
         given.update(zip(names, node.args, strict=False))
         given.update(node.kwargs)
         weight, bias = (self.constants.get(given[name]) for name in ("weight", "bias"))
         if weight is None or (bias is None) != (given["bias"] is None):
             return None
-        return atom(_taps(weight, bias, *(given[name] for name in names[3:]), "zeros"))
+        stride, padding, dilation, groups = (given[name] for name in names[3:])
+        return atom(_taps(weight, bias, stride, padding, dilation, groups, "zeros"))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -91,6 +91,12 @@ class Taps:
         return self.bias is not None and bool(self.bias.any())
 
     @property
+    def pads(self) -> tuple[tuple[int, int], ...]:
+        """How much is padded at both ends of each dimension."""
+        pairs: Any = self.geometry.padding  # of which none is in words
+        return pairs  # type: ignore[no-any-return]
+
+    @property
     def extent(self) -> tuple[int, ...]:
         """How many positions the kernel covers."""
         pairs = zip(self.size, self.geometry.dilation, strict=True)
@@ -136,11 +142,9 @@ def plus(one: Piece, other: Piece) -> Piece:
         raise NotOne(CHANNELS)
     if a.geometry.stride != b.geometry.stride:
         raise NotOne(STRIDES)
-    mode, pads = _mode(a, b), list(zip(a.geometry.padding, b.geometry.padding, strict=True))
+    mode, pads = _mode(a, b), list(zip(a.pads, b.pads, strict=True))
     padding: Any = tuple((max(p[0], q[0]), max(p[1], q[1])) for p, q in pads)
-    sizes = [
-        [e - sum(p) for e, p in zip(x.extent, x.geometry.padding, strict=True)] for x in (a, b)
-    ]
+    sizes = [[e - sum(p) for e, p in zip(x.extent, x.pads, strict=True)] for x in (a, b)]
     if sizes[0] != sizes[1]:
         raise NotOne(SIZES)
     # The taps of both lie on a grid of this step around the same position of the input.
@@ -152,10 +156,10 @@ def plus(one: Piece, other: Piece) -> Piece:
     size = tuple((s + sum(p) - 1) // d + 1 for s, p, d in zip(sizes[0], padding, step, strict=True))
     kernel = np.zeros((a.channels[1], a.channels[0] // groups, *size))
     for each in (a, b):
-        where = tuple(
+        where: Any = tuple(
             slice((p - q) // d, (p - q) // d + (k - 1) * (e // d) + 1, max(e // d, 1))
             for (p, _), (q, _), d, e, k in zip(
-                padding, each.geometry.padding, step, each.geometry.dilation, each.size,
+                padding, each.pads, step, each.geometry.dilation, each.size,
                 strict=True,
             )
         )  # fmt: skip
@@ -176,7 +180,7 @@ def _steps(a: Taps, b: Taps) -> list[tuple[tuple[int, int], ...]]:
 
 def _mode(a: Taps, b: Taps) -> str:
     """Return with what both pad; where one of them does not, what the other one does."""
-    modes = [t.geometry.padding_mode for t in (a, b) if any(map(any, t.geometry.padding))]
+    modes = [t.geometry.padding_mode for t in (a, b) if any(map(any, t.pads))]
     if len(set(modes)) > 1:
         raise NotOne(MODES)
     return modes[0] if modes else "zeros"
@@ -238,12 +242,13 @@ def _regrouped(taps: Taps, groups: int) -> Array:
     return wide.reshape(kernel.shape[0], parts * inputs, *taps.size)
 
 
-def _scaled(first: Any, second: Scale) -> Piece:
+def _scaled(first: Piece, second: Scale) -> Piece:
     """Return a piece whose result is scaled."""
     factor = second.factor
     if isinstance(first, Scale):
         offset = None if first.offset is None else first.offset * factor
         return Scale(first.factor * factor, _sum(offset, second.offset))
+    assert isinstance(first, Taps)  # as there is no third kind
     bias = None if first.bias is None else first.bias * factor
     channels = first.kernel.shape[0]
     if second.offset is not None:
@@ -254,7 +259,7 @@ def _scaled(first: Any, second: Scale) -> Piece:
 
 def _scaled_before(first: Scale, second: Taps) -> Taps:
     """Return a convolution whose input is scaled."""
-    zeros = second.geometry.padding_mode == "zeros" and any(map(any, second.geometry.padding))
+    zeros = second.geometry.padding_mode == "zeros" and any(map(any, second.pads))
     if zeros and first.shifts:
         raise NotOne(SHIFTED)
     inputs, outputs = second.channels
@@ -275,15 +280,13 @@ def _scaled_before(first: Scale, second: Taps) -> Taps:
 
 def _in_a_row(a: Taps, b: Taps) -> Taps:
     """Return the convolution that one after the other is."""
-    for k, pad, own, stride in zip(
-        a.size, b.geometry.padding, a.geometry.padding, a.geometry.stride, strict=True
-    ):
+    for k, pad, own, stride in zip(a.size, b.pads, a.pads, a.geometry.stride, strict=True):
         if any(pad):
             if k > 1 or any(own):
                 raise NotOne(TWICE)
             if b.geometry.padding_mode != "zeros" and stride > 1:
                 raise NotOne(SUBSAMPLED)
-    padded = any(map(any, b.geometry.padding))
+    padded = any(map(any, b.pads))
     if padded and b.geometry.padding_mode == "zeros" and a.shifts:
         raise NotOne(SHIFTED)
     mode = _mode(a, b)
@@ -304,7 +307,7 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
     kernel = np.zeros((groups, outputs // groups, inputs // groups, *size))
     tap: Any
     for tap in np.ndindex(*b.size):
-        where = tuple(
+        where: Any = tuple(
             slice(t * e // s, t * e // s + (k - 1) * (d // s) + 1, max(d // s, 1))
             for t, (k, d, _, e), s in zip(tap, dims, step, strict=True)
         )
@@ -316,10 +319,10 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
         bias = _sum(bias, (summed @ a.bias.reshape(groups, -1, 1)).reshape(-1))
     padding = tuple(
         (p[0] + s * q[0], p[1] + s * q[1])
-        for p, q, s in zip(a.geometry.padding, b.geometry.padding, a.geometry.stride, strict=True)  # type: ignore[operator]
+        for p, q, s in zip(a.pads, b.pads, a.geometry.stride, strict=True)
     )
-    stride = tuple(s * t for s, t in zip(a.geometry.stride, b.geometry.stride, strict=True))
-    geometry = Geometry(stride, tuple(step), padding, mode)
+    strides = tuple(s * t for s, t in zip(a.geometry.stride, b.geometry.stride, strict=True))
+    geometry = Geometry(strides, tuple(step), padding, mode)
     return Taps(kernel.reshape(outputs, inputs // groups, *size), bias, geometry, groups, a.alike)
 
 

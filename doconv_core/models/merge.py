@@ -8,7 +8,7 @@ is worth it is chosen in the end, so that nothing costs more multiply-accumulate
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,7 +25,7 @@ from doconv_core.maths.linear import (
 )
 from doconv_core.models.report import Change, Left
 
-Key: TypeAlias = Hashable
+Key: TypeAlias = Any  # of a result: whatever can be a key of a dict
 
 # Why branches are left that look like some.
 APART = "its terms begin at different values: something that is not linear stands in between"
