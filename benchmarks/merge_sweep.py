@@ -147,8 +147,9 @@ def tried(name: str) -> Row:
 
 def _images(model: Any) -> tuple[Tensor, Tensor]:
     """Return an image, small where the network takes such, and its output."""
-    channels, size, _ = model.default_cfg["input_size"]
-    if not model.default_cfg.get("fixed_input_size"):
+    config = model.default_cfg
+    channels, size, _ = config["input_size"]
+    if not config.get("fixed_input_size") and not config.get("min_input_size"):
         size = min(size, SMALL)
     x = torch.randn(1, channels, size, size)
     return x, output(model, x)
