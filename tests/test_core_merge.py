@@ -300,6 +300,14 @@ def test_another_value_stays_a_term():
     assert reasons(steps, "d") == {"c": APART, "d": APART}
 
 
+def test_a_sum_that_is_used_twice_is_one_for_itself():
+    steps = [
+        Step("r", ("x",)), step("a", "x", DENSE), step("b", "x", BIASED), add("c", "r", "a"),
+        add("d", "c", "b"), add("e", "d", "d"), Step("out", ("e",)),
+    ]  # fmt: skip
+    assert merges(steps, "out") == {"d": [(1, "r"), (1, "ab")]}
+
+
 def test_what_is_used_elsewhere_is_no_part():
     steps = [step("a", "x", DENSE), step("b", "x", BIASED), add("c", "a", "b"), Step("r", ("a",))]
     assert merges([*steps, Step("out", ("c", "r"))], None) == {}

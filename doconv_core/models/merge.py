@@ -247,7 +247,7 @@ class _Search:
 
     def _sum(self, step: Step) -> Node | None:
         """Return a sum as one piece; or None, and what is left of its terms is in `sums`."""
-        inner = frozenset({step.key, *(k for k in step.inputs if k in self.sums)})
+        inner = frozenset({step.key, *(k for k in step.inputs if self._is_inner(k, step))})
         by_source: dict[Key, list[tuple[int, Node]]] = {}
         for sign, node in self._terms(step):
             by_source.setdefault(node.source, []).append((sign, node))
@@ -272,20 +272,23 @@ class _Search:
             self._refuse(step.key, frozenset({step.key}), USED if shared else APART)
         return None
 
+    def _is_inner(self, key: Key, step: Step) -> bool:
+        """Return whether a result is a sum that is no more than a part of this one."""
+        return key in self.sums and self.users[key] == [step.key]
+
     def _terms(self, step: Step) -> Iterator[tuple[int, Node]]:
         """Yield a sum's terms, those of a sum among them that nobody else uses; with their signs.
 
         What is no piece, or is used elsewhere too, is the identity of itself.
         """
         for sign, key in zip(step.signs, step.inputs, strict=True):
-            alone = self.users[key] == [step.key]
-            if alone and key in self.sums:
+            if self._is_inner(key, step):
                 for term in self.sums[key]:
                     known = term.node or self.nodes.get(term.key)
                     if known is None or (term.node is None and len(self.users[term.key]) > 1):
                         known = Node(term.key, term.key, UNIT)
                     yield sign * term.sign, known
-            elif alone and key in self.nodes:
+            elif key in self.nodes and self.users[key] == [step.key]:
                 yield sign, self.nodes[key]
             else:
                 yield sign, Node(key, key, UNIT)
