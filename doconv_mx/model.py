@@ -74,6 +74,7 @@ def fold(
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
+    merge_branches: bool = False,
     inplace: bool = False,
 ) -> Converted[Model]:
     """Make the model's DO-Conv and BSConv layers ordinary ones that compute the same; return it and
@@ -90,8 +91,9 @@ def fold(
     the same function in inference.
     fuse_batchnorm: also make batch norms part of the convolution, transposed convolution or dense
     layer before them, or of a convolution behind them that pads with nothing, for inference: in
-    training a batch norm computes something else. inplace: change the model itself,
-    not a copy.
+    training a batch norm computes something else. merge_branches: refused with NotImplementedError,
+    which says what to do instead; in PyTorch it makes one convolution of branches. inplace: change
+    the model itself, not a copy.
     Nothing of this package is left in the model, its parameters or its files. The kernels are new
     parameters, for which a trainer is to be created anew. What is shared stays shared; names,
     order, contexts, dtypes, `grad_req`, multipliers, hooks and hybridization are kept. A batch norm
@@ -112,7 +114,12 @@ def fold(
     True
     """
     return fold_layers(
-        View(model), LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
+        View(model),
+        LAYER_KINDS,
+        form=form,
+        fuse_batchnorm=fuse_batchnorm,
+        merge_branches=merge_branches,
+        inplace=inplace,
     )
 
 

@@ -85,6 +85,7 @@ def fold(
     *,
     form: str | Mapping[str, str] | None = None,
     fuse_batchnorm: bool = False,
+    merge_branches: bool = False,
     inplace: bool = False,
 ) -> Converted[Model]:
     """Return the model with ordinary layers for its DO and BSConv layers, and a report.
@@ -111,6 +112,8 @@ def fold(
     same name takes its place. What follows what is known in functional and sequential models, and
     in those inside one another, but not inside subclassed ones. Batch norms that are left are in
     the report, with the reason.
+    merge_branches: refused with NotImplementedError, which says what to do instead; in PyTorch it
+    makes one convolution of branches.
     inplace, and what is kept: as in `over_parameterize`.
     Keras has no training mode, so that there is none to be warned of: compare with
     `training=False`, which is what calling, `predict` and `verify` do.
@@ -126,7 +129,12 @@ def fold(
     """
     view, former = View(model), Former(model, inplace)
     converted = fold_layers(
-        view, LAYER_KINDS, form=form, fuse_batchnorm=fuse_batchnorm, inplace=inplace
+        view,
+        LAYER_KINDS,
+        form=form,
+        fuse_batchnorm=fuse_batchnorm,
+        merge_branches=merge_branches,
+        inplace=inplace,
     )
     former.settle()
     return converted

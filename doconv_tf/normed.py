@@ -324,8 +324,8 @@ class _Branched(StandIn, keras.layers.Layer):
 
 def _zero(norm: Any) -> Any:
     """Return what a batch norm makes of zero in inference, `(C,)`."""
-    mean, variance = map(ops.convert_to_tensor, (norm.moving_mean, norm.moving_variance))
-    factor = ops.rsqrt(variance + norm.epsilon)
+    mean = ops.copy(norm.moving_mean)  # on PyTorch the next batch changes the values themselves
+    factor = ops.rsqrt(ops.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     factor = factor if norm.gamma is None else factor * norm.gamma
     return -mean * factor if norm.beta is None else norm.beta - mean * factor
 

@@ -54,7 +54,7 @@ def flow(model: nn.Module) -> Flow:
     """
     parts, seen = _Parts(), _Seen()
     # Where a model draws random numbers or warns, it does so when it is traced.
-    with torch.random.fork_rng([]), _pythons_random(), warnings.catch_warnings():
+    with torch.random.fork_rng([]), pythons_random(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts.of(model).values():
             seen.add(part)
@@ -71,7 +71,8 @@ def flow(model: nn.Module) -> Flow:
 
 
 @contextmanager
-def _pythons_random() -> Iterator[None]:
+def pythons_random() -> Iterator[None]:
+    """Leave Python's random numbers as they are."""
     state = random.getstate()
     try:
         yield
@@ -111,7 +112,7 @@ class _Parts:
 
     def __init__(self) -> None:
         self.untraced: dict[nn.Module, str] = {}
-        self.uses = _Uses()
+        self.uses = Uses()
         self._asking: set[nn.Module] = set()
         self._known: dict[nn.Module, dict[nn.Module, _Seen]] = {}
 
@@ -174,10 +175,10 @@ class _Parts:
         found: _Seen | None = None
         answers: list[bool] | None = []
         while answers is not None:
-            ghost = _ghost(part)
+            ghost = ghost_of(part)
             originals = _originals(ghost, part)
             opaque = {m for m, original in originals.items() if self._is_opaque(original, part)}
-            tracer = _Tracer(opaque, answers)
+            tracer = Tracer(opaque, answers)
             try:
                 with self.uses.noted(ghost, originals, tracer):
                     graph = tracer.trace(ghost, arguments)
@@ -223,7 +224,7 @@ def _ways_to_call(part: nn.Module) -> Iterator[dict[str, Any] | None]:
         yield defaults
 
 
-def _ghost(part: nn.Module) -> nn.Module:
+def ghost_of(part: nn.Module) -> nn.Module:
     """Return a copy whose parameters take no memory, without hooks."""
     memo: dict[int, Any] = {id(p): _weightless(p) for p in part.parameters()}
     # What modules keep of an earlier call, such as a weight that a hook computed, is not copied.
@@ -272,7 +273,7 @@ _IDENTITY = nn.Identity()
 _LISTING = frozenset(["parameters", "named_parameters", "buffers", "named_buffers", "state_dict"])
 
 
-class _Uses:
+class Uses:
     """What code does with a model's layers other than calling them; as `Flow` has it."""
 
     def __init__(self) -> None:
@@ -298,7 +299,7 @@ class _Uses:
                 yield
         except Exception:
             if hasattr(tracer, "graph"):
-                self.touched |= _touched(tracer.graph, ghost, originals)
+                self.touched |= touched_by(tracer.graph, ghost, originals)
             raise
 
 
@@ -365,7 +366,7 @@ class _TooMany(Exception):
     """A pass asks about more values than `QUESTIONS`."""
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Traces a module, and answers its questions whether values are tensors.
 
     opaque: modules that are not looked into. answers: those to the first questions; every further
@@ -389,6 +390,7 @@ class _Tracer(fx.Tracer):
         return self.given[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is not looked into."""
         # Of a convolution or norm of one's own it is told what it is, not what it is made of.
         known = m in self._opaque or is_convolution(m) or is_batch_norm(m)
         return known or super().is_leaf_module(m, module_qualified_name)
@@ -400,6 +402,7 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Trace a module's call, and know meanwhile whose code runs."""
         self._running.append(m)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -407,21 +410,23 @@ class _Tracer(fx.Tracer):
             self._running.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        """Return a value that answers questions."""
+        return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        """Return what stands for a value in the graph."""
         # First, as the tracer's own questions to a value are not the model's.
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
-class _Value(fx.Proxy):
+class Value(fx.Proxy):
     """A proxy that answers `isinstance`, by which a model asks whether a value is a tensor.
 
     Which that is, a proxy cannot know. `isinstance` asks an object's `__class__` where its type is
     no answer, as it does of the objects of `unittest.mock`.
     """
 
-    tracer: _Tracer
+    tracer: Tracer
     _is_param = _is_buffer = False  # which `isinstance` asks of a tensor for PyTorch's subclasses
 
     @property  # type: ignore[misc]  # an object's own can be assigned
@@ -439,14 +444,14 @@ class _Value(fx.Proxy):
         return fx.Proxy.__torch_function__(*args, **kwargs)
 
 
-class _Attribute(fx.proxy.Attribute, _Value):
+class _Attribute(fx.proxy.Attribute, Value):
     """An attribute of a value, which is asked as a value is."""
 
 
 def _read(graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]) -> _Seen:
     """Return what a graph says of the modules."""
-    seen = _Seen(touched=_touched(graph, ghost, originals))
-    kept = set(_proxies([vars(module) for module in ghost.modules()]))
+    seen = _Seen(touched=touched_by(graph, ghost, originals))
+    kept = set(proxies([vars(module) for module in ghost.modules()]))
 
     def called(node: Any) -> nn.Module | None:
         if not isinstance(node, fx.Node) or node.op != "call_module":
@@ -505,11 +510,11 @@ def _is_flat(node: Any, ghost: nn.Module) -> bool:
     return name in _KEEPING_CALLS and all(_is_flat(each, ghost) for each in inner)
 
 
-def _touched(
+def touched_by(
     graph: fx.Graph, ghost: nn.Module, originals: dict[nn.Module, nn.Module]
 ) -> set[Parameter]:
     """Return the parameters that a graph uses itself, but those of the part whose graph it is."""
-    kept, found = set(_proxies([vars(module) for module in ghost.modules()])), set()
+    kept, found = set(proxies([vars(module) for module in ghost.modules()])), set()
     for node in graph.nodes:
         if node.op == "get_attr":
             path, _, name = str(node.target).rpartition(".")
@@ -530,13 +535,13 @@ def _only_argument(node: fx.Node) -> Any:
     return arguments[0] if len(arguments) == 1 else None
 
 
-def _proxies(value: Any) -> Iterator[fx.Node]:
+def proxies(value: Any) -> Iterator[fx.Node]:
     """Yield the nodes of what a forward pass keeps in its modules."""
     if isinstance(value, fx.Proxy):
         yield value.node
     elif isinstance(value, dict):
         for inner in value.values():
-            yield from _proxies(inner)
+            yield from proxies(inner)
     elif type(value) in (list, tuple, set):
         for inner in value:
-            yield from _proxies(inner)
+            yield from proxies(inner)

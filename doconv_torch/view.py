@@ -15,7 +15,7 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
 from doconv_core.models.report import READ, place
 from doconv_core.models.view import Flow, ModelView, Site
-from doconv_torch import batchnorm, graph
+from doconv_torch import batchnorm, branches, graph
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.ordinary import (
     check_model,
@@ -130,6 +130,10 @@ class View(ModelView):
             else:
                 self.model = made
         return made
+
+    def parts(self) -> list[branches.ModulePart]:
+        """Return the modules whose own code can be traced."""
+        return branches.parts(self.model)
 
     def takes_norm(self, layer: Any) -> bool:
         """Return whether a batch norm behind a layer can become a part of it."""

@@ -71,13 +71,15 @@ def test_in_training_a_layer_and_its_gradients_are_numpys(adapter, case):
     arrays, x = wide(make_arrays(case, layer.spec)), given(adapter, case, x).astype(adapter.DOUBLE)
     put(adapter, layer, arrays)
     found = adapter.gradients(layer, x, dy.astype(adapter.DOUBLE), training=True)
-    assert_close(found.output, forward(layer.spec, arrays, x, training=True), 1e-9, "output")
+    output = forward(layer.spec, arrays, x.astype(np.float64), training=True)
+    assert_close(found.output, output, max(adapter.EXACT, 1e-9), "output")
 
     rng, step = np.random.default_rng(1), 1e-6
+    allowed = 1e-5 if adapter.DOUBLE == "float64" else 1e-3
 
     def slope(name, direction):
         def loss(sign):
-            values = dict(arrays, x=x)
+            values = dict(arrays, x=x.astype(np.float64))
             values[name] = values[name] + sign * step * direction
             return (forward(layer.spec, values, values["x"], training=True) * dy).sum()
 
@@ -89,7 +91,7 @@ def test_in_training_a_layer_and_its_gradients_are_numpys(adapter, case):
         direction = rng.standard_normal(gradient.shape)
         expected = slope(name, direction)
         error = abs((gradient * direction).sum() - expected)
-        assert error < 1e-5 * max(1, abs(expected), np.abs(gradient).max()), name
+        assert error < allowed * max(1, abs(expected), np.abs(gradient).max()), name
 
 
 def unit(channels, size=3, groups=1, stride=1, **options):

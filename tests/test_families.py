@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from contract_bsconv import adapter_of
@@ -71,12 +72,25 @@ def adapter(request):
     return adapter_of(request.param)
 
 
-@pytest.fixture(scope="module", params=tail(CASES, OFTEN))
-def problem(request):
+def turns():
+    """Return each case with each framework, or of the long tail with one of them, by turns.
+
+    What is of a family alone is its description, which all three build of the same nodes.
+    """
+    found = []
+    for number, name in enumerate(CASES):
+        often = name in OFTEN
+        for backend in BACKENDS if often else [[*BACKENDS][number % len(BACKENDS)]]:
+            marks = () if often else pytest.mark.exhaustive
+            found.append(pytest.param(name, backend, id=f"{name}-{backend}", marks=marks))
+    return found
+
+
+@cache
+def problem_of_case(name):
     """Return the problem of a case, of its network without dropout, which is random."""
-    shape, seed = CASES[request.param]
-    options = OPTIONS.get(request.param, {})
-    network = describe(request.param, num_classes=CLASSES, **options)
+    shape, seed = CASES[name]
+    network = describe(name, num_classes=CLASSES, **OPTIONS.get(name, {}))
     children = tuple(
         (child, Dropout(0.0) if isinstance(node, Dropout) else node)
         for child, node in network.body.children
@@ -95,8 +109,9 @@ def test_every_family_and_every_kind_of_convolution_is_here():
     assert kinds == {"", "_doconv", *(kind for kinds in LISTED.values() for kind in kinds)}
 
 
-def test_outputs_and_gradients_are_the_cores(problem, adapter):
-    check_network(adapter, problem, TOLERANCE)
+@pytest.mark.parametrize(("name", "backend"), turns())
+def test_outputs_and_gradients_are_the_cores(name, backend):
+    check_network(adapter_of(backend), problem_of_case(name), TOLERANCE)
 
 
 def check_parameters(adapter, names):

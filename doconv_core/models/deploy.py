@@ -29,7 +29,9 @@ def deploy(
     Layers of kinds are folded first, as a model's own methods read weights; these methods next, as
     they expect the batch norms that they know; then what is left of batch norms is fused.
     """
-    folded = fold(view, layer_kinds, form=form, fuse_batchnorm=False, inplace=False)
+    folded = fold(
+        view, layer_kinds, form=form, fuse_batchnorm=False, merge_branches=False, inplace=False
+    )
     made = type(view)(folded.model)  # type: ignore[call-arg]  # a view is made of a model
     called = made.call_fusing()
     fused, left = fuse_batchnorms(made)

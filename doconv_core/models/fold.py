@@ -8,6 +8,7 @@ from typing import Any
 from doconv_core.kinds.base import Kind
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.fuse import fuse_batchnorms
+from doconv_core.models.merge import merge_branches as merge
 from doconv_core.models.report import Change, Choice, Converted, FoldReport, Left, Report, place
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 
@@ -54,21 +55,24 @@ def fold(
     *,
     form: Any,
     fuse_batchnorm: bool,
+    merge_branches: bool,
     inplace: bool,
 ) -> Converted[Any]:
     """Return the model with ordinary layers for those of every kind, as `fold` of a backend says.
 
     Everything is checked before anything is changed.
     """
+    if merge_branches:
+        view.check_parts()
     forms = forms_of(form, {name: layers.kind for name, layers in layer_kinds.items()})
     sites = view.sites()
     planned, left, choices = _planned(view, sites, layer_kinds, forms)
     view.warn_of_training(stacklevel=4)
     before = view.count()
     changed = {
-        index: Change(sites[index].path, view.name_of(sites[index].layer), folding.after)
+        sites[i].path: Change(sites[i].path, view.name_of(sites[i].layer), folding.after)
         for each in planned.values()
-        for index, folding in each.items()
+        for i, folding in each.items()
     }
     if inplace:
         view.check_inplace()
@@ -79,15 +83,17 @@ def fold(
     for name, layers in layer_kinds.items():  # an inner kind first: parts of its layers are others'
         layers.fold(target, [(twins[index], folding) for index, folding in planned[name].items()])
     settled = target.settle()
-    order = {site.path: index for index, site in reversed([*enumerate(sites)])}
-    if fuse_batchnorm:
-        fused, kept = fuse_batchnorms(target)
-        changed |= {order.get(each.path, len(order) + n): each for n, each in enumerate(fused)}
+    for asked, tool in (
+        (merge_branches, lambda view: merge(view.parts())),
+        (fuse_batchnorm, fuse_batchnorms),
+    ):
+        made, kept = tool(target) if asked else ([], [])
+        changed |= {each.path: each for each in made}
         left += kept
     target.finish(changed=bool(changed) or settled)
-    there = {site.path for site in target.sites()}  # parts of what is one layer now are not
-    told = tuple(changed[index] for index in sorted(changed) if changed[index].path in there)
-    parts = told, tuple(left), before, target.count()
+    there = {site.path: n for n, site in enumerate(target.sites())}  # parts of one layer are not
+    told = sorted((c for c in changed.values() if c.path in there), key=lambda c: there[c.path])
+    parts = tuple(told), tuple(left), before, target.count()
     uncounted = target.uncounted()
     if not choices:
         return Converted(target.model, Report("folded", *parts, uncounted=uncounted))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from doconv_core.kinds.base import Kind, Recipe
 from doconv_core.maths.spec import ConvSpec
+from doconv_core.models.merge import Part
 from doconv_core.models.own_methods import deploying_method, fusing_methods
 from doconv_core.models.report import (
     ALREADY,
@@ -49,6 +50,13 @@ class Flow:
     before: dict[int, list[Any]] = field(default_factory=dict)
     after: dict[int, list[Any]] = field(default_factory=dict)
     unseen: dict[int, str] = field(default_factory=dict)
+
+
+NO_PARTS = (
+    "merge_branches=True is there in PyTorch alone. Here, call the method by which the model "
+    "itself makes one convolution of branches, as deploy() does; or take its weights to PyTorch by "
+    "export_state and load_state, and merge there."
+)
 
 
 class ModelView(ABC):
@@ -168,6 +176,15 @@ class ModelView(ABC):
 
         Raises NotFoldable where the method does.
         """
+
+    def check_parts(self) -> None:
+        """Raise NotImplementedError where a backend does not tell a model's `parts`."""
+        if type(self).parts is ModelView.parts:
+            raise NotImplementedError(NO_PARTS)
+
+    def parts(self) -> Sequence[Part]:
+        """Return what has a forward pass of its own, those inside others before them."""
+        raise NotImplementedError(NO_PARTS)
 
     # The rest is what batch-norm fusion asks.
 
