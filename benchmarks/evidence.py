@@ -181,7 +181,9 @@ def _tell(chosen: Sequence[Planned], options: argparse.Namespace) -> None:
         (each, studies.findings(options.out / each.key, each.study))
         for each in chosen
         if (options.out / each.key / studies.PLAN).exists()
+        and not (options.docs and studies.left(options.out / each.key, each.study)[0])
     ]
+    missing = [each.key for each in chosen if each not in [known for known, _ in found]]
     tables = {
         "tutorials": _compared(found, "tutorials"),
         "gentler": _compared(found, "gentler"),
@@ -189,7 +191,9 @@ def _tell(chosen: Sequence[Planned], options: argparse.Namespace) -> None:
         "decay": _whole(found, "decay"),
         "kinds": _whole(found, "kinds"),
         "rules": _whole(found, "rules"),
+        "gentler rules": _whole(found, "gentler rules"),
         "rates": _rates(),
+        "missing": f"Not finished yet: {', '.join(missing)}." if missing else "All are finished.",
     }
     if options.docs:
         text = PAGE.read_text(encoding="utf-8")
@@ -247,12 +251,13 @@ def _gains(found: Sequence[tuple[Planned, Mapping[str, Any]]]) -> dict[str, str]
     """Return what each rule gains on each set of images, in points, by the rule's name."""
     gains: dict[str, list[str]] = {}
     for each, told in found:
-        if each.section != "rules":
+        if each.section not in ("rules", "gentler rules"):
             continue
+        where = f"{each.images}{', a quarter of the rate' if each.section != 'rules' else ''}"
         for arm, row in zip(told["arms"], results(told), strict=True):
             if arm["against"] is not None:
-                gains.setdefault(arm["name"], []).append(f"{row[3]} {each.images}")
-    return {name: ", ".join(texts) for name, texts in gains.items()}
+                gains.setdefault(arm["name"], []).append(f"{row[3]} ({where})")
+    return {name: "; ".join(texts) for name, texts in gains.items()}
 
 
 def _whole(found: Sequence[tuple[Planned, Mapping[str, Any]]], section: str) -> str:

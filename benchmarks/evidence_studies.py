@@ -209,15 +209,14 @@ def _kinds(rates: Mapping[str, float]) -> Iterator[Planned]:
 def _rules(rates: Mapping[str, float]) -> Iterator[Planned]:
     """Yield what compares all rules that over-parameterize, on two sets."""
     name = small_name(*RULED)
-    for images, rate in (
-        ("fashion", rates[f"{name} fashion"]),
-        ("digits", rates[f"{name} digits"]),
-    ):
-        trained, plain = SETTINGS["small"].at(rate), small(*RULED)
+    for images, part in (("fashion", 1), ("fashion", GENTLER), ("digits", 1), ("digits", GENTLER)):
+        trained = SETTINGS["small"].at(rates[f"{name} {images}"] / part)
+        plain, section = small(*RULED), "rules" if part == 1 else "gentler rules"
         arms = [Arm("plain", plain, trained), Arm(DOCONV, small(*RULED, DOCONV), trained)]
         for rule in RULES:
             known = of_word(rule)
             composed = isinstance(known, ComposedKind)
             network = small(*RULED, rule) if composed else plain
             arms.append(Arm(rule, network, trained, kind="" if composed else rule))
-        yield Planned(f"rules-{images}-torch", "rules", images, Study(arms, SEEDS, "torch", images))
+        key = f"rules-{images}-torch{'' if part == 1 else '-gentler'}"
+        yield Planned(key, section, images, Study(arms, SEEDS, "torch", images))

@@ -307,7 +307,7 @@ class _Branched(StandIn, keras.layers.Layer):
             if isinstance(made, Norm):
                 mean, variance = norm.moving_mean, norm.moving_variance
                 if role == ZERO:
-                    part.gamma.assign(ops.zeros_like(part.gamma))
+                    part.gamma.assign(ops.zeros(part.gamma.shape))
                 elif role == PASSING:
                     _put(part, moving_mean=mean, moving_variance=variance, beta=mean)
                     part.gamma.assign(ops.sqrt(variance + norm.epsilon))
@@ -316,7 +316,7 @@ class _Branched(StandIn, keras.layers.Layer):
                     _put(part, gamma=norm.gamma, beta=norm.beta)
                     part.trainable = norm.trainable
             elif role == ZERO:
-                part.kernel.assign(ops.zeros_like(part.kernel))
+                part.kernel.assign(ops.zeros(part.kernel.shape))
             elif role == TRAINED:
                 start = self.spec.start(as_array(conv.kernel, _layout(conv)))
                 _put_kernel(part, start, made.groups)

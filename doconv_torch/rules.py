@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class RuleConv(ComposedConv[Ordinary]):
         }
         if len(values) == 1:
             return weight
-        like = {"dtype": weight.dtype, "device": weight.device}
-        made = partial(torch.eye, **like), partial(torch.tensor, **like)
+        like: Any = {"dtype": weight.dtype, "device": weight.device}
+        made = partial(torch.eye, **like), lambda array: torch.tensor(array.tolist(), **like)
         found = evaluated(self.kind, values, self.spec, _add_product, *made)
         kernel: Tensor = found[KERNEL].reshape(self.kind.conv(self.spec).kernel_shape)
         return kernel
@@ -49,10 +50,13 @@ def _add_product(
     total: Tensor | None, subscripts: str, sizes: Mapping[str, int], *factors: Tensor
 ) -> Tensor:
     """Return the sum and a product of tensors, or a single one that is broadcast."""
-    if total is not None and len(factors) == 2 and factors[1].ndim < 3 <= factors[0].ndim:
+    # Ranks and sizes are read of the letters: what traces symbolically knows no others.
+    left, *right = subscripts.split("->")[0].split(",")
+    if total is not None and right and len(right[0]) < 3 <= len(left):
         # Smaller kernels by their taps: one pass over the kernel, and in backward a product.
-        taps = factors[1].reshape(-1, factors[1].shape[-1])
-        product = torch.addmm(total.flatten(0, -2), factors[0].reshape(-1, len(taps)), taps)
+        *rows, columns = (sizes[letter] for letter in right[0])
+        taps = factors[1].reshape(prod(rows), columns)
+        product = torch.addmm(total.flatten(0, -2), factors[0].reshape(-1, prod(rows)), taps)
         return product.reshape(total.shape)
     shapes = broadcast(subscripts, sizes)
     if shapes is None:

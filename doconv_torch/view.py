@@ -167,9 +167,10 @@ def _check_no_entries(site: Site) -> None:
         return
     for kind, layers in LAYER_KINDS.items():
         names = layers.kind.names if isinstance(layers.kind, ComposedKind) else ()
-        if len(names) > 1 and all(site.layer._parameters.get(n) is not None for n in names):
+        there = [name for name in names if site.layer._parameters.get(name) is not None]
+        if len(there) > 1:
             raise NotFoldable(
-                f"{place(site.path)} has the parameters {' and '.join(names)} of a layer of kind "
+                f"{place(site.path)} has the parameters {' and '.join(there)} of a layer of kind "
                 f"{kind!r} that became a part of a traced or exported graph; fold the model first, "
                 "and trace or export it afterwards."
             )

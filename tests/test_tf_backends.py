@@ -45,7 +45,7 @@ def need_backend(backend):
 def test_contract_and_layer_tests_pass(backend):
     need_backend(backend)
     files = [str(TESTS / name) for name in FILES]
-    # JAX compiles each operation of each size: a sixth of the cases takes as long as half elsewhere.
+    # JAX compiles each operation of each size: a sixth of the cases takes long enough.
     every = {"jax": 6}.get(backend, 1)
     chosen = ["-k", "tf and not saved_model", "--every", str(every)]
     done = run(backend, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, *files)

@@ -134,7 +134,7 @@ class ComposedKind(Kind):
         if not options:
             return super().recipe(word, *args)
         self.check_taken(options)
-        return ComposedRecipe(word, *args, options=tuple(sorted(options.items())))
+        return ComposedRecipe(word, tuple(sorted(options.items())), *args)
 
     def kept(self, options: Mapping[str, Any], spec: Any) -> dict[str, Any]:
         """Return the options that a layer keeps whose input channels are not known yet.

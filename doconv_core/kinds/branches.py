@@ -69,7 +69,8 @@ def taps_of(branch: str, kernel_size: tuple[int, ...]) -> Array | None:
             kept &= middle.reshape(-1, *(1,) * (rank - 1 - axis))
     if whole and not 1 < kept.sum() < taps:
         return None
-    return np.eye(taps)[kept.reshape(-1)]
+    chosen: Array = np.eye(taps)[kept.reshape(-1)]
+    return chosen
 
 
 def as_names(branches: Any) -> tuple[str, ...]:

@@ -307,4 +307,5 @@ def _add_product(
     else:
         parts = [each.reshape(shape) for each, shape in zip(factors, shapes, strict=True)]
         product = parts[0] * parts[1] if parts[1:] else parts[0]
-    return product if total is None else total + product
+    found: Array = product if total is None else total + product
+    return found

@@ -160,9 +160,10 @@ def count(
         if shape is not None:
             _check_order(shape, network.input_shape[0])
             network = replace(network, input_shape=(shape[0], shape[1], shape[2]))
-    branched = None if kind is None else of_word(kind)
-    if kind is not None and not isinstance(branched, BranchedKind):
-        network, branched = of_kind(network, kind), None
+    known = None if kind is None else of_word(kind)
+    branched = known if isinstance(known, BranchedKind) else None
+    if kind is not None and branched is None:
+        network = of_kind(network, kind)
     network = for_input(network, shape)
     described, placed = infer(network), infer(lowered(network))
     leaves = (at for at in placed.values() if isinstance(at.node, Leaf))
