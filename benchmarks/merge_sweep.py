@@ -42,6 +42,7 @@ PAGE = DOCS / "merging.md"
 OWN = re.compile(r"def (fuse|reparameterize|switch_to_deploy)\(")
 SMALL = 96  # rows and columns of an image, where a network takes any size
 ALLOWED = 1e-5
+ROUNDING = 1e-7  # of an input, in float32
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Row:
 
     convolutions: of it, of it folded, of timm's form. differences: of the two forms' outputs from
     its own, relative to the largest. merged: how many convolutions were made of branches. left: why
-    others were not, and how often.
+    others were not, and how often. wide: whether that is in float64, as rounding in float32 alone
+    moves the output by more than is allowed.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     merged: int
     seconds: float
     left: dict[str, int] = field(default_factory=dict)
+    wide: bool = False
 
     @property
     def holds(self) -> bool:
@@ -118,8 +121,8 @@ def _parameters(name: str) -> int:
         return sum(p.numel() for p in timm.create_model(name).parameters())
 
 
-def tried(name: str) -> Row:
-    """Return what becomes of a network."""
+def tried(name: str, wide: bool = False) -> Row:
+    """Return what becomes of a network. wide: whether it is to be computed in float64."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     for module in model.modules():
@@ -130,6 +133,11 @@ def tried(name: str) -> Row:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.1)
     x, expected = _images(model)
+    if not wide and relative(output(model, x * (1 + ROUNDING)), expected) > ALLOWED:
+        return tried(name, True)
+    if wide:
+        model, x = model.double(), x.double()
+        expected = output(model, x)
     begin = time.perf_counter()
     folded, report = fold(model, merge_branches=True)
     seconds = time.perf_counter() - begin
@@ -141,7 +149,7 @@ def tried(name: str) -> Row:
         name, x.shape[-1], (before, ours, convolutions(theirs)),
         tuple(relative(each, expected) for each in (found, output(theirs, x))),
         sum(change.after.startswith("Conv") for change in report.changed), seconds,
-        dict(Counter(each.reason for each in report.left)),
+        dict(Counter(each.reason for each in report.left)), wide,
     )  # fmt: skip
 
 
@@ -189,7 +197,8 @@ def document(rows: Sequence[Row]) -> str:
     head = "network, image, convolutions, folded, timm's, merged, difference, timm's, seconds"
     cells = [
         [
-            row.name, f"{row.size}²", *map(str, row.convolutions), str(row.merged),
+            f"{row.name}{' (float64)' * row.wide}", f"{row.size}²",
+            *map(str, row.convolutions), str(row.merged),
             *(f"{each:.1e}" for each in row.differences), f"{row.seconds:.1f}",
         ]
         for row in sorted(rows, key=lambda row: row.name)

@@ -23,7 +23,7 @@ from doconv_mx.bsconv import (  # noqa: E402
 from doconv_mx.dgc import DGConv2D, SkippingDGConv2D, add_saliency_lasso, set_progress  # noqa: E402
 from doconv_mx.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_mx.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
-from doconv_mx.normed import BranchedConv1D, BranchedConv2D, BranchedConv3D  # noqa: E402
+from doconv_mx.normed import NormedConv1D, NormedConv2D, NormedConv3D  # noqa: E402
 from doconv_mx.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_mx.realize import build, get_model  # noqa: E402
 from doconv_mx.rules import (  # noqa: E402
@@ -47,9 +47,6 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
-    "BranchedConv1D",
-    "BranchedConv2D",
-    "BranchedConv3D",
     "BranchesConv1D",
     "BranchesConv2D",
     "BranchesConv3D",
@@ -60,6 +57,9 @@ __all__ = [
     "ExpandConv1D",
     "ExpandConv2D",
     "ExpandConv3D",
+    "NormedConv1D",
+    "NormedConv2D",
+    "NormedConv3D",
     "SkippingDGConv2D",
     "add_saliency_lasso",
     "build",

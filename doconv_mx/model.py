@@ -87,7 +87,7 @@ def fold(
     exact, but none is always fastest: the report, a `FoldReport`, has the cost of all three.
     Merging makes two pointwise convolutions one with more operations where the channels between
     are few; dense has about as many times more as the kernel has taps.
-    Layers of branches, `BranchedConv1D` to `BranchedConv3D`, become one convolution with bias, of
+    Layers of branches, `NormedConv1D` to `NormedConv3D`, become one convolution with bias, of
     the same function in inference.
     fuse_batchnorm: also make batch norms part of the convolution, transposed convolution or dense
     layer before them, or of a convolution behind them that pads with nothing, for inference: in

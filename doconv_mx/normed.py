@@ -277,12 +277,12 @@ def _put_kernel(conv: Any, kernels: Mapping[mx.Context, Any]) -> None:
     put(conv.weight, {c: from_canonical(k, layout).astype(dtype) for c, k in kernels.items()})
 
 
-class BranchedConv1D(_Branched):
-    """As `BranchedConv2D`, in the place of a `mxnet.gluon.nn.Conv1D` and its batch norm.
+class NormedConv1D(_Branched):
+    """As `NormedConv2D`, in the place of a `mxnet.gluon.nn.Conv1D` and its batch norm.
 
     `(B, I, W)` becomes `(B, O, W')`.
 
-    >>> layer = BranchedConv1D(4, 8, 3, rule="mobileone", branches=2)
+    >>> layer = NormedConv1D(4, 8, 3, rule="mobileone", branches=2)
     >>> layer.initialize()
     >>> layer(mx.nd.ones((1, 4, 6))).shape
     (1, 8, 4)
@@ -291,7 +291,7 @@ class BranchedConv1D(_Branched):
     ordinary, rank = nn.Conv1D, 1
 
 
-class BranchedConv2D(_Branched):
+class NormedConv2D(_Branched):
     """Parallel branches with batch norms, in the place of a `mxnet.gluon.nn.Conv2D` and its norm.
 
     Takes `in_channels`, which cannot be inferred, then `mxnet.gluon.nn.Conv2D`'s arguments in their
@@ -303,7 +303,7 @@ class BranchedConv2D(_Branched):
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: RepVGG, arXiv 2101.03697; the others are in `doconv_core.kinds.normed`.
 
-    >>> layer = BranchedConv2D(4, 4, 3, padding=1, rule="repvgg")
+    >>> layer = NormedConv2D(4, 4, 3, padding=1, rule="repvgg")
     >>> layer.initialize()
     >>> layer(mx.nd.ones((1, 4, 6, 6))).shape
     (1, 4, 6, 6)
@@ -314,12 +314,12 @@ class BranchedConv2D(_Branched):
     ordinary, rank = nn.Conv2D, 2
 
 
-class BranchedConv3D(_Branched):
-    """As `BranchedConv2D`, in the place of a `mxnet.gluon.nn.Conv3D` and its batch norm.
+class NormedConv3D(_Branched):
+    """As `NormedConv2D`, in the place of a `mxnet.gluon.nn.Conv3D` and its batch norm.
 
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
 
-    >>> layer = BranchedConv3D(4, 8, 3, rule="acnet")
+    >>> layer = NormedConv3D(4, 8, 3, rule="acnet")
     >>> layer.initialize()
     >>> layer(mx.nd.ones((1, 4, 6, 6, 6))).shape
     (1, 8, 4, 4, 4)
@@ -332,7 +332,7 @@ class BranchedLayers(NormedLayers):
     """The layers of one rule in Gluon."""
 
     base, composed, batch_norm = _Branched, ComposedConv, private.BatchNorm
-    types = {cls.ordinary: cls for cls in (BranchedConv1D, BranchedConv2D, BranchedConv3D)}  # noqa: RUF012
+    types = {cls.ordinary: cls for cls in (NormedConv1D, NormedConv2D, NormedConv3D)}  # noqa: RUF012
     methods = ("forward", "__call__", "hybrid_forward")
     is_replaced = staticmethod(tree.is_replaced)
     # Parts are read as those of BSConvs are.

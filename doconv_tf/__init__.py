@@ -41,11 +41,11 @@ from doconv_tf.dgc import (  # noqa: E402
 from doconv_tf.do_conv import DOConv1D, DOConv2D, DOConv3D  # noqa: E402
 from doconv_tf.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
 from doconv_tf.normed import (  # noqa: E402
-    BranchedConv1D,
-    BranchedConv2D,
-    BranchedConv3D,
-    BranchedDepthwiseConv1D,
-    BranchedDepthwiseConv2D,
+    NormedConv1D,
+    NormedConv2D,
+    NormedConv3D,
+    NormedDepthwiseConv1D,
+    NormedDepthwiseConv2D,
 )
 from doconv_tf.orthonormal import (  # noqa: E402
     add_orthonormality,
@@ -78,11 +78,6 @@ __all__ = [
     "BSConvU1D",
     "BSConvU2D",
     "BSConvU3D",
-    "BranchedConv1D",
-    "BranchedConv2D",
-    "BranchedConv3D",
-    "BranchedDepthwiseConv1D",
-    "BranchedDepthwiseConv2D",
     "BranchesConv1D",
     "BranchesConv2D",
     "BranchesConv3D",
@@ -101,6 +96,11 @@ __all__ = [
     "ExpandConv3D",
     "ExpandDepthwiseConv1D",
     "ExpandDepthwiseConv2D",
+    "NormedConv1D",
+    "NormedConv2D",
+    "NormedConv3D",
+    "NormedDepthwiseConv1D",
+    "NormedDepthwiseConv2D",
     "ProgressCallback",
     "SkippingDGConv2D",
     "add_orthonormality",

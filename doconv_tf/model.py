@@ -94,7 +94,7 @@ def fold(
     nothing of this package is left in the model, in its configuration or in its files, no
     orthonormality loss either. A model without such layers is returned as it is.
 
-    Layers of branches, such as `BranchedConv2D`, become one convolution with bias, of the same
+    Layers of branches, such as `NormedConv2D`, become one convolution with bias, of the same
     function in inference.
 
     form: what layers become whose kind leaves a choice: a name, for every kind that has a form of

@@ -357,7 +357,7 @@ def _is_same(part: Conv) -> bool:
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BranchedConv2D(_Branched):
+class NormedConv2D(_Branched):
     """Parallel branches with batch norms, in the place of a `keras.layers.Conv2D` and its norm.
 
     Takes `keras.layers.Conv2D`'s arguments, without bias where not asked for and without
@@ -370,7 +370,7 @@ class BranchedConv2D(_Branched):
     Raises TypeError or ValueError for arguments that give no layer.
     Source: RepVGG, arXiv 2101.03697; the others are in `doconv_core.kinds.normed`.
 
-    >>> layer = BranchedConv2D(4, 3, padding="same", rule="repvgg")
+    >>> layer = NormedConv2D(4, 3, padding="same", rule="repvgg")
     >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
     (2, 10, 10, 4)
     >>> list(layer.spec.parts)
@@ -381,12 +381,12 @@ class BranchedConv2D(_Branched):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BranchedConv1D(_Branched):
-    """As `BranchedConv2D`, in the place of a `keras.layers.Conv1D` and its batch norm.
+class NormedConv1D(_Branched):
+    """As `NormedConv2D`, in the place of a `keras.layers.Conv1D` and its batch norm.
 
     `(B, L, I)` becomes `(B, L', O)`, or with channels first `(B, I, L)` becomes `(B, O, L')`.
 
-    >>> layer = BranchedConv1D(8, 3, rule="mobileone", branches=2)
+    >>> layer = NormedConv1D(8, 3, rule="mobileone", branches=2)
     >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
     (2, 8, 8)
     """
@@ -395,12 +395,12 @@ class BranchedConv1D(_Branched):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BranchedConv3D(_Branched):
-    """As `BranchedConv2D`, in the place of a `keras.layers.Conv3D` and its batch norm.
+class NormedConv3D(_Branched):
+    """As `NormedConv2D`, in the place of a `keras.layers.Conv3D` and its batch norm.
 
     `(B, D, H, W, I)` becomes `(B, D', H', W', O)`, or with channels first as it is there.
 
-    >>> layer = BranchedConv3D(8, 3, rule="acnet")
+    >>> layer = NormedConv3D(8, 3, rule="acnet")
     >>> tuple(layer(keras.ops.ones((1, 6, 6, 6, 4))).shape)
     (1, 4, 4, 4, 8)
     """
@@ -409,10 +409,10 @@ class BranchedConv3D(_Branched):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BranchedDepthwiseConv2D(_Branched):
-    """As `BranchedConv2D`, in the place of a `keras.layers.DepthwiseConv2D` and its batch norm.
+class NormedDepthwiseConv2D(_Branched):
+    """As `NormedConv2D`, in the place of a `keras.layers.DepthwiseConv2D` and its batch norm.
 
-    >>> layer = BranchedDepthwiseConv2D(3, padding="same", rule="mobileone", branches=2)
+    >>> layer = NormedDepthwiseConv2D(3, padding="same", rule="mobileone", branches=2)
     >>> tuple(layer(keras.ops.ones((2, 10, 10, 4))).shape)
     (2, 10, 10, 4)
     """
@@ -421,10 +421,10 @@ class BranchedDepthwiseConv2D(_Branched):
 
 
 @keras.saving.register_keras_serializable(package="doconv")
-class BranchedDepthwiseConv1D(_Branched):
-    """As `BranchedConv1D`, in the place of a `keras.layers.DepthwiseConv1D` and its batch norm.
+class NormedDepthwiseConv1D(_Branched):
+    """As `NormedConv1D`, in the place of a `keras.layers.DepthwiseConv1D` and its batch norm.
 
-    >>> layer = BranchedDepthwiseConv1D(3, padding="same", rule="repvgg")
+    >>> layer = NormedDepthwiseConv1D(3, padding="same", rule="repvgg")
     >>> tuple(layer(keras.ops.ones((2, 10, 4))).shape)
     (2, 10, 4)
     """
@@ -439,8 +439,8 @@ class BranchedLayers(NormedLayers):
     types = {  # noqa: RUF012
         cls.ordinary: cls
         for cls in (
-            BranchedConv1D, BranchedConv2D, BranchedConv3D, BranchedDepthwiseConv1D,
-            BranchedDepthwiseConv2D,
+            NormedConv1D, NormedConv2D, NormedConv3D, NormedDepthwiseConv1D,
+            NormedDepthwiseConv2D,
         )
     }  # fmt: skip
     methods = ("call",)

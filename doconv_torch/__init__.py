@@ -19,7 +19,7 @@ from doconv_torch.dgc import DGConv2d, SkippingDGConv2d, saliency_lasso, set_pro
 from doconv_torch.do_conv import DOConv1d, DOConv2d, DOConv3d  # noqa: E402
 from doconv_torch.kernel_cache import composed_once  # noqa: E402
 from doconv_torch.model import deploy, fold, over_parameterize, to_bsconv  # noqa: E402
-from doconv_torch.normed import BranchedConv1d, BranchedConv2d, BranchedConv3d  # noqa: E402
+from doconv_torch.normed import NormedConv1d, NormedConv2d, NormedConv3d  # noqa: E402
 from doconv_torch.orthonormal import mark_orthonormal, orthonormality_loss  # noqa: E402
 from doconv_torch.realize import build, get_model  # noqa: E402
 from doconv_torch.rules import (  # noqa: E402
@@ -43,9 +43,6 @@ __all__ = [
     "BSConvU1d",
     "BSConvU2d",
     "BSConvU3d",
-    "BranchedConv1d",
-    "BranchedConv2d",
-    "BranchedConv3d",
     "BranchesConv1d",
     "BranchesConv2d",
     "BranchesConv3d",
@@ -56,6 +53,9 @@ __all__ = [
     "ExpandConv1d",
     "ExpandConv2d",
     "ExpandConv3d",
+    "NormedConv1d",
+    "NormedConv2d",
+    "NormedConv3d",
     "SkippingDGConv2d",
     "build",
     "composed_once",

@@ -111,7 +111,7 @@ def fold(
     kernel; nothing of this package is left in the model, in its state dict or in its file. There
     may be none: folding twice is the same as once.
 
-    Layers of branches, `BranchedConv1d` to `BranchedConv3d`, become one convolution with bias, of
+    Layers of branches, `NormedConv1d` to `NormedConv3d`, become one convolution with bias, of
     the same function in evaluation mode; in training mode they raise NotFoldable.
 
     form: what layers become whose kind leaves a choice: a name, for every kind that has a form of

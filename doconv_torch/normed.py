@@ -245,12 +245,12 @@ def _geometry(
     return Geometry(stride, dilation, pads, mode)
 
 
-class BranchedConv1d(_Branched[nn.Conv1d]):
-    """As `BranchedConv2d`, in the place of a `torch.nn.Conv1d` and its batch norm.
+class NormedConv1d(_Branched[nn.Conv1d]):
+    """As `NormedConv2d`, in the place of a `torch.nn.Conv1d` and its batch norm.
 
     `(B, I, L)` becomes `(B, O, L')`.
 
-    >>> layer = BranchedConv1d(4, 4, 3, padding=1, rule="mobileone", branches=2)
+    >>> layer = NormedConv1d(4, 4, 3, padding=1, rule="mobileone", branches=2)
     >>> layer(torch.zeros(2, 4, 8)).shape
     torch.Size([2, 4, 8])
     """
@@ -258,7 +258,7 @@ class BranchedConv1d(_Branched[nn.Conv1d]):
     ordinary, norm_type, rank = nn.Conv1d, nn.BatchNorm1d, 1
 
 
-class BranchedConv2d(_Branched[nn.Conv2d]):
+class NormedConv2d(_Branched[nn.Conv2d]):
     """Parallel branches with batch norms, in the place of a `torch.nn.Conv2d` and its batch norm.
 
     Takes `torch.nn.Conv2d`'s arguments, without bias where not asked for; `rule`, "repvgg",
@@ -270,7 +270,7 @@ class BranchedConv2d(_Branched[nn.Conv2d]):
     Raises TypeError or ValueError for arguments that give no layer, before anything is created.
     Source: RepVGG, arXiv 2101.03697; the others are in `doconv_core.kinds.normed`.
 
-    >>> layer = BranchedConv2d(4, 4, 3, padding=1, rule="repvgg")
+    >>> layer = NormedConv2d(4, 4, 3, padding=1, rule="repvgg")
     >>> layer(torch.zeros(2, 4, 8, 8)).shape
     torch.Size([2, 4, 8, 8])
     >>> layer.eval().fold()
@@ -280,12 +280,12 @@ class BranchedConv2d(_Branched[nn.Conv2d]):
     ordinary, norm_type, rank = nn.Conv2d, nn.BatchNorm2d, 2
 
 
-class BranchedConv3d(_Branched[nn.Conv3d]):
-    """As `BranchedConv2d`, in the place of a `torch.nn.Conv3d` and its batch norm.
+class NormedConv3d(_Branched[nn.Conv3d]):
+    """As `NormedConv2d`, in the place of a `torch.nn.Conv3d` and its batch norm.
 
     `(B, I, D, H, W)` becomes `(B, O, D', H', W')`.
 
-    >>> layer = BranchedConv3d(4, 8, 3, padding=1, rule="acnet")
+    >>> layer = NormedConv3d(4, 8, 3, padding=1, rule="acnet")
     >>> layer(torch.zeros(2, 4, 8, 8, 8)).shape
     torch.Size([2, 8, 8, 8, 8])
     """
@@ -297,7 +297,7 @@ class BranchedLayers(NormedLayers):
     """The layers of one rule in PyTorch."""
 
     base, composed, batch_norm = _Branched, ComposedConv, _BatchNorm
-    types = {cls.ordinary: cls for cls in (BranchedConv1d, BranchedConv2d, BranchedConv3d)}  # noqa: RUF012
+    types = {cls.ordinary: cls for cls in (NormedConv1d, NormedConv2d, NormedConv3d)}  # noqa: RUF012
     is_replaced = staticmethod(ordinary.is_replaced)
     # Parts are read as those of BSConvs are.
     _parts, _watcher = BSConvLayers._parts, BSConvLayers._watcher

@@ -60,7 +60,7 @@ CASES = (
 def layer_of(adapter: Any, case: NormedCase, dtype: str = "float32") -> Any:
     """Return the case's layer, of which the input may have to be padded before."""
     conv = case.conv
-    cls = getattr(adapter.package, say(adapter, f"BranchedConv{conv.spec.rank}{{d}}"))
+    cls = getattr(adapter.package, say(adapter, f"NormedConv{conv.spec.rank}{{d}}"))
     of_torch = adapter.package.__name__ == "doconv_torch"  # where it weighs the new batch
     norms = {adapter.WORDS["eps"]: EPSILON, "momentum": 0.1 if of_torch else 0.9}
     kind = partial(cls, rule=case.rule, bn_options=norms, **case.options)

@@ -245,7 +245,7 @@ def test_what_may_compute_something_else_is_not_folded(adapter):
 def test_arguments_that_give_no_layer_are_refused(adapter):
     model, _ = trained(adapter)
     over = partial(adapter.package.over_parameterize, model)
-    cls = getattr(adapter.package, say(adapter, "BranchedConv2{d}"))
+    cls = getattr(adapter.package, say(adapter, "NormedConv2{d}"))
 
     def made(**options):
         return lambda: adapter.make(cls, 4, 4, options.pop("kernel", 3), **options)

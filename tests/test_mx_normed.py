@@ -164,7 +164,7 @@ def test_fixed_gammas_and_other_dtypes():
 def test_what_was_exchanged_is_not_folded():
     def exchanged(name, part):
         part.initialize()
-        layer = package.BranchedConv2D(4, 4, 3, padding=1)
+        layer = package.NormedConv2D(4, 4, 3, padding=1)
         layer.initialize()
         layer.register_child(part, name)
         vars(layer)[name] = part
@@ -183,9 +183,9 @@ def test_what_was_exchanged_is_not_folded():
     ):  # fmt: skip
         with pytest.raises(NotFoldable, match=message):
             exchanged(name, part).fold()
-    with pytest.raises(ValueError, match=r"BranchedConv2D\.fold needs the values of "):
-        package.BranchedConv2D(4, 4, 3).fold()
-    with pytest.raises(ValueError, match="in_channels of a BranchedConv2D must be given"):
-        package.BranchedConv2D(0, 4, 3)
+    with pytest.raises(ValueError, match=r"NormedConv2D\.fold needs the values of "):
+        package.NormedConv2D(4, 4, 3).fold()
+    with pytest.raises(ValueError, match="in_channels of a NormedConv2D must be given"):
+        package.NormedConv2D(0, 4, 3)
     with pytest.raises(ValueError, match="takes no activation, which would stand before"):
-        package.BranchedConv2D(4, 4, 3, activation="relu")
+        package.NormedConv2D(4, 4, 3, activation="relu")

@@ -60,7 +60,7 @@ def test_depthwise_convolutions_become_depthwise_layers(kind, tmp_path):
     model, x = model_of(layers.ZeroPadding2D(1), *pair(conv))
     made = over(model, kind)
     layer = made.get_layer("conv")
-    assert type(layer) is package.BranchedDepthwiseConv2D
+    assert type(layer) is package.NormedDepthwiseConv2D
     assert type(made.get_layer("norm")) is layers.Identity
     output = made(x)
     assert_close(output, model(x))
@@ -79,7 +79,7 @@ def test_depthwise_convolutions_become_depthwise_layers(kind, tmp_path):
 
     line, x = model_of(*pair(layers.DepthwiseConv1D(3, padding="same", name="conv")), size=(9,))
     made = over(line, "dbb")
-    assert type(made.get_layer("conv")) is package.BranchedDepthwiseConv1D
+    assert type(made.get_layer("conv")) is package.NormedDepthwiseConv1D
     assert_close(package.fold(made).model(x), line(x))
 
 
@@ -91,7 +91,7 @@ def test_causal_padding_and_channels_first():
     assert_close(package.fold(made).model(x), made(x))
     assert type(package.fold(made).model.get_layer("conv")) is layers.Conv1D
 
-    layer = package.BranchedConv2D(6, 3, padding="same", data_format="channels_first", rule="dbb")
+    layer = package.NormedConv2D(6, 3, padding="same", data_format="channels_first", rule="dbb")
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype("f4")
     assert tuple(layer(x).shape) == (2, 6, 6, 5)
     assert layer.compute_output_shape((2, 4, 6, 5)) == (2, 6, 6, 5)
@@ -167,14 +167,14 @@ def test_what_was_changed_is_not_folded():
         (axis, "its dense_norm cannot be folded: normalizes another axis"),
         (watched, "its dense_norm has an activity regularizer"),
     ):
-        layer = package.BranchedConv2D(4, 3, rule="repvgg")
+        layer = package.NormedConv2D(4, 3, rule="repvgg")
         layer.build((None, 8, 8, 4))
         change(layer)
         with pytest.raises(NotFoldable, match=message):
             layer.fold()
     with pytest.raises(ValueError, match=r"is not built; call it, or its build\(\), first"):
-        package.BranchedConv2D(4, 3).fold()
+        package.NormedConv2D(4, 3).fold()
     with pytest.raises(ValueError, match="takes no activation, which would stand before its batch"):
-        package.BranchedConv2D(4, 3, activation="relu")
+        package.NormedConv2D(4, 3, activation="relu")
     with pytest.raises(ValueError, match="input channels must be known; received the input shape"):
-        package.BranchedConv2D(4, 3).build((None, 8, 8, None))
+        package.NormedConv2D(4, 3).build((None, 8, 8, None))

@@ -167,7 +167,7 @@ def test_layers_are_copied_pickled_traced_compiled_and_in_other_formats():
 
 
 def test_a_layer_of_its_own_begins_as_published():
-    layer = package.BranchedConv2d(4, 4, 3, padding=1, bn_options={"eps": 1e-3, "momentum": 0.2})
+    layer = package.NormedConv2d(4, 4, 3, padding=1, bn_options={"eps": 1e-3, "momentum": 0.2})
     assert layer.dense_conv.bias is None
     assert repr(layer).splitlines()[1].strip() == "rule='repvgg'"
     assert (layer.identity_norm.eps, layer.pointwise_norm.momentum) == (1e-3, 0.2)
@@ -179,8 +179,8 @@ def test_a_layer_of_its_own_begins_as_published():
 
 def test_a_convolution_that_cannot_be_taken_over_is_refused():
     conv, norm = nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4)
-    with pytest.raises(TypeError, match=r"BranchedConv2d.from_conv takes over a torch.nn.Conv2d"):
-        package.BranchedConv2d.from_conv(conv, norm, rule="repvgg")
+    with pytest.raises(TypeError, match=r"NormedConv2d.from_conv takes over a torch.nn.Conv2d"):
+        package.NormedConv2d.from_conv(conv, norm, rule="repvgg")
 
 
 def test_deploy_folds_and_verifies():
