@@ -3,7 +3,7 @@
 Run: python benchmarks/evidence.py --data-dir D --out DIR [--processes 2] [--only GLOB]
 
 Small networks on images that come inside packages, baseline against DO-Conv and other kinds over
-30 paired seeds: an hour or so of two cores. It goes on with what DIR has; several processes, on
+30 paired seeds: a few hours of two cores. It goes on with what DIR has; several processes, on
 other machines too, may work in one DIR. Every study has its page in DIR/NAME/study.html.
 
 Before, once: --tune, which tunes the learning rate of each baseline on a part of its training
