@@ -73,8 +73,9 @@ class _Operators:
 
     def array(self, values: Any) -> Any:
         """Return a small array, number by number: a symbol has no other constants."""
-        numbers = [self._one * float(value) for value in values.reshape(-1)]
-        return self._f.reshape(self._f.concat(*numbers, dim=0), shape=values.shape)
+        array = np.array(values)
+        numbers = [self._one * float(value) for value in array.reshape(-1)]
+        return self._f.reshape(self._f.concat(*numbers, dim=0), shape=array.shape)
 
     def add_product(
         self, total: Any, subscripts: str, sizes: Mapping[str, int], *factors: Any

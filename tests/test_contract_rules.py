@@ -107,6 +107,7 @@ IMPOSSIBLE = (
     ("branches", {"branches": ("1x1",)}, ValueError, "branches must have 'kxk'"),
     ("branches", {"branches": ("kxk", "1x1", "1x1")}, ValueError, "each name once"),
     ("branches", {"branches": 3}, ValueError, "received 3"),
+    ("branches", {"branches": [["kxk"]]}, ValueError, r"or some of .* received \[\['kxk'\]\]"),
     ("expand", {"ratio": 1}, ValueError, "ratio must be at least 2; received ratio=1"),
     ("expand", {"ratio": 2.5}, TypeError, "ratio must be an integer"),
     ("expand", {"expand_inputs": 1}, TypeError, "expand_inputs must be a boolean; received 1"),
@@ -118,6 +119,11 @@ IMPOSSIBLE = (
 def test_options_that_give_no_layer_are_refused(word, options, error, message):
     with pytest.raises(error, match=message):
         recipe(word, **options)
+
+
+def test_a_layer_of_another_kinds_options_is_refused():
+    with pytest.raises(TypeError, match="of kind 'branches' takes branches; received ratio=2"):
+        BRANCHED.spec(ConvSpec(1, 1, (3, 3)), ratio=2)
 
 
 WORDS = {
