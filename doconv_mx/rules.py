@@ -114,6 +114,8 @@ class _Operators:
 class RuleLayers(ComposedLayers):
     """The layers of such a kind. Their input channels must be known."""
 
+    operators = frozenset({"Cast"})
+
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have; `Leave` where they are not known."""
         if not channels_per_group(layer):
