@@ -114,7 +114,7 @@ class _Operators:
 class RuleLayers(ComposedLayers):
     """The layers of such a kind. Their input channels must be known."""
 
-    operators = frozenset({"Cast"})
+    operators = frozenset({"Reshape"})  # behind the cast, which is looked through
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have; `Leave` where they are not known."""
