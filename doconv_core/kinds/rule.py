@@ -319,7 +319,7 @@ def _add_product(
     """Return the sum and a product of arrays, or a single one that is broadcast."""
     shapes = broadcast(subscripts, sizes)
     if shapes is None:
-        product = np.einsum(subscripts, *factors, optimize=True)
+        product: Array = np.einsum(subscripts, *factors, optimize=True)
     else:
         parts = [each.reshape(shape) for each, shape in zip(factors, shapes, strict=True)]
         product = parts[0] * parts[1] if parts[1:] else parts[0]
