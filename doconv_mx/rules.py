@@ -73,8 +73,9 @@ class _Operators:
 
     def array(self, values: Any) -> Any:
         """Return a small array, number by number: a symbol has no other constants."""
-        numbers = [self._one * float(value) for value in values.reshape(-1)]
-        return self._f.reshape(self._f.concat(*numbers, dim=0), shape=values.shape)
+        array = np.array(values)
+        numbers = [self._one * float(value) for value in array.reshape(-1)]
+        return self._f.reshape(self._f.concat(*numbers, dim=0), shape=array.shape)
 
     def add_product(
         self, total: Any, subscripts: str, sizes: Mapping[str, int], *factors: Any
@@ -112,6 +113,8 @@ class _Operators:
 
 class RuleLayers(ComposedLayers):
     """The layers of such a kind. Their input channels must be known."""
+
+    operators = frozenset({"Reshape"})  # behind the cast, which is looked through
 
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return the sizes that the layer will have; `Leave` where they are not known."""

@@ -34,8 +34,8 @@ class RuleConv(ComposedConv[Ordinary]):
         }
         if len(values) == 1:
             return weight
-        like: Any = {"dtype": weight.dtype, "device": weight.device}
-        made = partial(torch.eye, **like), lambda array: torch.tensor(array.tolist(), **like)
+        like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        made = partial(torch.eye, **like), partial(torch.tensor, **like)
         found = evaluated(self.kind, values, self.spec, _add_product, *made)
         kernel: Tensor = found[KERNEL].reshape(self.kind.conv(self.spec).kernel_shape)
         return kernel

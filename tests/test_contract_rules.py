@@ -107,6 +107,7 @@ IMPOSSIBLE = (
     ("branches", {"branches": ("1x1",)}, ValueError, "branches must have 'kxk'"),
     ("branches", {"branches": ("kxk", "1x1", "1x1")}, ValueError, "each name once"),
     ("branches", {"branches": 3}, ValueError, "received 3"),
+    ("branches", {"branches": [["kxk"]]}, ValueError, r"or some of .* received \[\['kxk'\]\]"),
     ("expand", {"ratio": 1}, ValueError, "ratio must be at least 2; received ratio=1"),
     ("expand", {"ratio": 2.5}, TypeError, "ratio must be an integer"),
     ("expand", {"expand_inputs": 1}, TypeError, "expand_inputs must be a boolean; received 1"),
@@ -118,6 +119,11 @@ IMPOSSIBLE = (
 def test_options_that_give_no_layer_are_refused(word, options, error, message):
     with pytest.raises(error, match=message):
         recipe(word, **options)
+
+
+def test_a_layer_of_another_kinds_options_is_refused():
+    with pytest.raises(TypeError, match="of kind 'branches' takes branches; received ratio=2"):
+        BRANCHED.spec(ConvSpec(1, 1, (3, 3)), ratio=2)
 
 
 WORDS = {
@@ -193,3 +199,49 @@ def test_pytorchs_files_are_folded_and_told_of(tmp_path):
         x = torch.randn(2, 4, 9, 9)
         with torch.no_grad():
             assert_close(ordinary(x).numpy(), model(x).numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_keras_files_of_depthwise_layers_are_folded(multiplier, tmp_path):
+    need("tf")
+    import keras
+
+    from doconv_tf import over_parameterize, verify
+
+    def network():
+        layer = keras.layers.DepthwiseConv2D(3, depth_multiplier=multiplier)
+        return keras.Sequential([keras.Input((9, 9, 4)), layer])
+
+    for options in (*WORDS.values(), {"kind": "branches", "branches": "acnet"}):
+        model, _ = over_parameterize(network(), **options)
+        rng = np.random.default_rng(1)
+        model.set_weights([0.3 * rng.standard_normal(w.shape) for w in model.weights])
+        for ending in (".keras", ".weights.h5"):
+            file, plain = tmp_path / f"model{ending}", tmp_path / f"plain{ending}"
+            (model.save if ending == ".keras" else model.save_weights)(file)
+            done = doconv("fold", file, plain, "--force")
+            assert done.exit_code == 0, done.output
+            folded = network()
+            folded.load_weights(plain)
+            assert verify(folded, model, np.ones((1, 9, 9, 4), "f4")).relative <= 1e-5
+
+
+def test_gluon_does_not_fold_a_symbol_that_composes(tmp_path):
+    need("mx")
+    from doconv_core import NotFoldable
+    from doconv_mx import fold, over_parameterize  # before MXNet, which needs its repairs
+
+    import mxnet as mx  # isort: skip
+    from mxnet.gluon import SymbolBlock, nn  # isort: skip
+
+    for options in WORDS.values():
+        plain = nn.Conv2D(4, 3, in_channels=4)
+        plain.initialize()
+        model, _ = over_parameterize(plain, **options)
+        model.hybridize()
+        model(mx.nd.ones((1, 4, 9, 9))).asnumpy()
+        model.export(str(tmp_path / "model"))
+        symbol = mx.sym.load(str(tmp_path / "model-symbol.json"))
+        traced = SymbolBlock(symbol, mx.sym.var("data", dtype="float32"))
+        with pytest.raises(NotFoldable, match="a symbol that composes kernels"):
+            fold(traced)

@@ -191,7 +191,7 @@ class KerasLayers:
         if D_ENTRY in roles and "0" in roles:
             found = _over_parameterized(path, stem, roles, shapes, config, sizes)
         elif not {*roles} <= DIGITS:
-            found = _of_other_kind(path, roles, shapes)
+            found = _of_other_kind(path, stem, roles, shapes)
         if found is not None:
             foreign = self._foreign(group)
             return _not_ours(found, foreign) if foreign else found
@@ -282,21 +282,30 @@ def _over_parameterized(
         told = depthwise[1:2]
     # Where nothing tells, "*IO" will do unless the bias tells better: an ungrouped layer and a
     # depthwise one compose alike.
-    layouts = ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
     layer = Layer(path, CONVOLUTION, names, "doconv", composed=DO_CONV)
-    for layout in layouts:
+    for layout in _layouts(ordinary):
         found = over_parameterized(layer, shapes, layout, sizes, told)
         if found is not None and _is_of_rank(found, ordinary):
             return found
     return None
 
 
-def _of_other_kind(path: str, roles: dict[str, str], shapes: Mapping[str, Entry]) -> Layer | None:
+def _of_other_kind(
+    path: str, stem: str, roles: dict[str, str], shapes: Mapping[str, Entry]
+) -> Layer | None:
     """Return the layer of another kind that composes its kernel, by the names of its entries."""
     names = {{"0": "weight", "1": "bias"}.get(role, role): name for role, name in roles.items()}
-    layer = Layer(path, CONVOLUTION, names, "doconv", layout="*IO")
-    found = (composed_by(kind, layer, shapes) for kind in other_kinds())
-    return next(filter(None, found), None)
+    for layout in _layouts(STEMS.get(stem, "")):
+        layer = Layer(path, CONVOLUTION, names, "doconv", layout=layout)
+        found = next(filter(None, (composed_by(k, layer, shapes) for k in other_kinds())), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _layouts(ordinary: str) -> tuple[str, ...]:
+    """Return the layouts that a kernel may have, of a layer of this class, or an unknown one."""
+    return ("*CN",) if ordinary in DEPTHWISE else ("*IO",) if ordinary else ("*IO", "*CN")
 
 
 def _is_of_rank(layer: Layer, stem: str) -> bool:

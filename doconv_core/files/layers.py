@@ -100,7 +100,7 @@ class Layer:
 
     def stored(self, weight: Array) -> Array:
         """Return a canonical weight in the order of the file's own."""
-        groups = self.spec.groups if isinstance(self.spec, ConvSpec) else 1
+        groups = getattr(self.spec, "groups", 1)
         return weight if self.layout == CANONICAL else from_canonical(weight, self.layout, groups)
 
     def stored_shape(self, shape: Shape) -> Shape:
@@ -456,6 +456,12 @@ def composed_by(kind: ComposedKind, layer: Layer, shapes: Mapping[str, Entry]) -
     if not all(shapes[name].dtype in FLOATS for name in layer.entries.values()):
         return None
     spec = kind.recognised(own | {"weight": canonical_shape(own["weight"], layer.layout)})
+    if spec is not None and layer.layout == "*CN":  # which tells the groups where no entry does
+        conv, channels = kind.conv(spec), own["weight"][-2]
+        told = {name: getattr(spec, name) for name in kind.options}
+        spec = kind.spec(ConvSpec(channels, conv.out_channels, conv.kernel_size, channels), **told)
+        shaped = kind.entries(spec)
+        spec = spec if all(own[n] == shaped.get(n) for n in own if n != "weight") else None
     if spec is None:
         return None
     shape = kind.conv(spec).kernel_shape

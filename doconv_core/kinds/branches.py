@@ -14,18 +14,15 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
-from doconv_core.kinds.base import Array, Shape, register
+from doconv_core.kinds.base import Shape, register
 from doconv_core.kinds.rule import KERNEL, Fixed, Rule, RuleSpec, Step, Term
 from doconv_core.maths.spec import is_sequence
 
 KXK, IDENTITY, CHAIN = "kxk", "identity", "1x1-kxk"
-SOBEL = np.array([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 FILTERS = {
-    "1x1-sobelx": SOBEL,
-    "1x1-sobely": SOBEL.T,
-    "1x1-laplacian": np.array([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]),
+    "1x1-sobelx": ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0)),
+    "1x1-sobely": ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0)),
+    "1x1-laplacian": ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
 }
 ASYMMETRIC = {"1xk": "t", "kx1": "s"}  # the letters of their taps
 BRANCHES = (KXK, "1x1", IDENTITY, "1xk", "kx1", CHAIN, "1x1-avg", *FILTERS)
@@ -40,37 +37,38 @@ PRESETS = {
 DEFAULT = PRESETS["repvgg"]
 
 
-def taps_of(branch: str, kernel_size: tuple[int, ...]) -> Array | None:
+def taps_of(branch: str, kernel_size: tuple[int, ...]) -> list[list[float]] | None:
     """Return which taps of the kernel each tap of a branch becomes, `(T, M)`.
 
     None where a kernel of this size has no such branch. The centre of an even size is the tap that
-    "same" padding puts on the position.
+    "same" padding puts on the position. Layers ask while they compute, and torch.compile follows
+    numbers, not arrays of NumPy.
 
-    >>> taps_of("kx1", (3, 3)).sum(0).reshape(3, 3)
-    array([[0., 1., 0.],
-           [0., 1., 0.],
-           [0., 1., 0.]])
+    >>> taps_of("kx1", (2, 2))
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
     """
     rank, taps = len(kernel_size), prod(kernel_size)
+    centre = [(size - 1) // 2 for size in kernel_size]
     if branch in FILTERS:
         if rank != 2 or min(kernel_size) < 3:
             return None
-        filled = np.zeros(kernel_size)
-        rows, columns = ((size - 1) // 2 - 1 for size in kernel_size)
-        filled[rows : rows + 3, columns : columns + 3] = FILTERS[branch]
-        return filled.reshape(1, taps)
+        row, column, values = centre[0] - 1, centre[1] - 1, FILTERS[branch]
+        filled = [0.0] * taps
+        for y in range(3):
+            for x in range(3):
+                filled[(row + y) * kernel_size[1] + column + x] = values[y][x]
+        return [filled]
     if branch == "1x1-avg":
-        return np.full((1, taps), 1 / taps)
-    whole = {"1xk": range(1, rank), "kx1": (0,)}.get(branch, ())
-    kept = np.ones(kernel_size, bool)
-    for axis, size in enumerate(kernel_size):
-        if axis not in whole:
-            middle = np.arange(size) == (size - 1) // 2
-            kept &= middle.reshape(-1, *(1,) * (rank - 1 - axis))
-    if whole and not 1 < kept.sum() < taps:
+        return [[1 / taps] * taps]
+    whole = {"1xk": range(1, rank), "kx1": range(1)}.get(branch, range(0))
+    kept = [0]  # the numbers of the taps, in their order
+    for axis in range(rank):
+        size = kernel_size[axis]
+        there = range(size) if axis in whole else range(centre[axis], centre[axis] + 1)
+        kept = [at * size + place for at in kept for place in there]
+    if len(whole) and not 1 < len(kept) < taps:
         return None
-    chosen: Array = np.eye(taps)[kept.reshape(-1)]
-    return chosen
+    return [[float(at == place) for place in range(taps)] for at in kept]
 
 
 def as_names(branches: Any) -> tuple[str, ...]:
@@ -82,7 +80,7 @@ def as_names(branches: Any) -> tuple[str, ...]:
     ('kxk', '1xk', 'kx1')
     """
     names = PRESETS.get(branches) if isinstance(branches, str) else branches
-    if names is None or not is_sequence(names) or not {*names} <= {*BRANCHES}:
+    if names is None or not is_sequence(names) or any(n not in BRANCHES for n in names):
         raise ValueError(
             f"branches must be one of {', '.join(map(repr, PRESETS))}, or some of "
             f"{', '.join(map(repr, BRANCHES))}; received {branches!r}."
@@ -112,11 +110,10 @@ class BranchesSpec(RuleSpec):
         there = tuple(name for name in as_names(self.branches) if self._suits(name))
         object.__setattr__(self, "branches", there)
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The length of each axis by its letter."""
+    def own_sizes(self) -> dict[str, int]:
+        """Return the taps of the smaller kernels."""
         first, *rest = self.kernel_size
-        return {**super().sizes, "t": prod(rest), "s": first}
+        return {"t": prod(rest), "s": first}
 
     def _suits(self, branch: str) -> bool:
         if branch == IDENTITY:
@@ -177,7 +174,7 @@ class BranchesKind(Rule):
             taps, letter = taps_of(branch, spec.kernel_size), ASYMMETRIC.get(branch)
             if branch not in (KXK, CHAIN) and taps is not None:
                 values = taps if letter else taps[0]
-                found[f"taps_{branch}"] = Fixed(f"{letter or ''}m", values=values.tolist())
+                found[f"taps_{branch}"] = Fixed(f"{letter or ''}m", values=values)
         return found
 
     def steps(self, spec: BranchesSpec) -> tuple[Step, ...]:

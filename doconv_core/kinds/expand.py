@@ -47,10 +47,9 @@ class ExpandSpec(RuleSpec):
         if not isinstance(self.expand_inputs, bool):
             raise TypeError(f"expand_inputs must be a boolean; received {self.expand_inputs!r}.")
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The length of each axis by its letter."""
-        return {**super().sizes, "n": self.ratio - 1, "k": self.ratio - 1}
+    def own_sizes(self) -> dict[str, int]:
+        """Return how many further copies of the channels there are inside."""
+        return {"n": self.ratio - 1, "k": self.ratio - 1}
 
 
 class ExpandKind(Rule):
@@ -99,8 +98,9 @@ class ExpandKind(Rule):
         """
         if not {"weight_back", "weight_out"} <= shapes.keys():
             return None
-        groups = shapes["weight"][0] // shapes["weight_back"][1] or 1
-        ratio, expand_inputs = shapes["weight_out"][0] // groups + 1, "weight_front" in shapes
+        outputs = shapes["weight"][0]
+        groups = outputs // shapes["weight_back"][1] or 1
+        ratio, expand_inputs = shapes["weight_out"][0] // outputs + 1, "weight_front" in shapes
         return self.spec_of_shapes(shapes, groups, ratio=ratio, expand_inputs=expand_inputs)
 
 

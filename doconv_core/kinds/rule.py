@@ -2,8 +2,9 @@
 
 Axis letters as everywhere in this project, and those of hidden channels: g group, o and i output
 and input channel in the group, p and h hidden output and input channels, k and n copies of them,
-m kernel tap, t and s taps of smaller kernels. An entry has the letters of its axes, and keeps the
-first two as one axis where the first is g: weight, "goim", is `(O, I/g, M)`.
+m kernel tap, t and s taps of smaller kernels. An entry has the letters of its axes, and where the
+first is g, keeps the first two as one axis, and more so that there are three at most, as orders in
+memory such as PyTorch's channels_last are of kernels alone: weight, "goim", is `(O, I/g, M)`.
 
 A formula is a few steps, each a sum of products of what stands before it. NumPy, every framework
 and the gradient read the same steps, so a rule is its formula, its sizes and its starting values.
@@ -12,7 +13,7 @@ and the gradient read the same steps, so a rule is its formula, its sizes and it
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from math import prod
@@ -51,8 +52,14 @@ class RuleSpec:
     def sizes(self) -> dict[str, int]:
         """The length of each axis by its letter."""
         outputs, inputs = self.out_channels // self.groups, self.in_channels // self.groups
-        taps = prod(self.kernel_size)
-        return {"g": self.groups, "o": outputs, "p": outputs, "i": inputs, "h": inputs, "m": taps}
+        taps, own = prod(self.kernel_size), self.own_sizes()
+        known = {"g": self.groups, "o": outputs, "p": outputs, "i": inputs, "h": inputs, "m": taps}
+        return {**known, **own}
+
+    def own_sizes(self) -> dict[str, int]:
+        """Return the length of each further axis that a rule has."""
+        # A method, as torch.compile cannot follow a property of super().
+        return {}
 
 
 class Term(NamedTuple):
@@ -69,12 +76,13 @@ class Term(NamedTuple):
 class Fixed(NamedTuple):
     """A constant of a formula: an identity of two axes, scaled, or a small array.
 
-    letters: of its axes. scale: of the identity. values: the array, nested tuples, for another.
+    letters: of its axes. scale: of the identity. values: the array, nested lists, for another; its
+    axes stand in the order of `ORDER` and of `KERAS_ORDER`.
     """
 
     letters: str
     scale: float = 1.0
-    values: tuple[Any, ...] | None = None
+    values: Sequence[Any] | None = None
 
 
 class Step(NamedTuple):
@@ -145,6 +153,14 @@ class Rule(ComposedKind):
 
     def spec(self, conv: ConvSpec, **options: Any) -> Any:
         """Return the sizes of a layer in the place of `conv`. None is an option's default."""
+        unknown = [
+            f"{name}={value!r}" for name, value in options.items() if name not in self.options
+        ]
+        if unknown:
+            raise TypeError(
+                f"a layer of kind {self.name!r} takes {', '.join(self.options) or 'no options'}; "
+                f"received {', '.join(unknown)}."
+            )
         given = {name: value for name, value in options.items() if value is not None}
         return self.spec_type(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, **given
@@ -157,7 +173,8 @@ class Rule(ComposedKind):
         found = {}
         for name, letters in self.axes(spec).items():
             shape = tuple(spec.sizes[letter] for letter in letters)
-            found[name] = (shape[0] * shape[1], *shape[2:]) if letters[0] == "g" else shape
+            first = max(2, len(shape) - 2) if letters[0] == "g" else 1
+            found[name] = (prod(shape[:first]), *shape[first:])
         return found
 
     def start(self, kernel: Array, spec: Any) -> dict[str, Array]:
@@ -247,12 +264,12 @@ def evaluated(
     spec: Any,
     add_product: AddProduct,
     identity: Callable[[int], Any],
-    array: Callable[[Array], Any],
+    array: Callable[[Sequence[Any]], Any],
     order: str = ORDER,
 ) -> dict[str, Any]:
     """Return the values and what every step is, by name.
 
-    identity, array: return a unit matrix of a size, a value of a small array. order: in which the
+    identity, array: return a unit matrix of a size, a value of nested lists. order: in which the
     axes of all values and results stand.
     """
     known = dict(values)
@@ -260,8 +277,7 @@ def evaluated(
         if given is None:
             known[name] = scale * identity(spec.sizes[letters[0]])
         else:
-            axes = sorted(range(len(letters)), key=lambda axis: order.index(letters[axis]))
-            known[name] = array(np.array(given).transpose(axes))
+            known[name] = array(given)
     for name, terms in rule.steps(spec):
         total = None
         for subscripts, factors in terms:
@@ -303,7 +319,7 @@ def _add_product(
     """Return the sum and a product of arrays, or a single one that is broadcast."""
     shapes = broadcast(subscripts, sizes)
     if shapes is None:
-        product = np.einsum(subscripts, *factors, optimize=True)
+        product: Array = np.einsum(subscripts, *factors, optimize=True)
     else:
         parts = [each.reshape(shape) for each, shape in zip(factors, shapes, strict=True)]
         product = parts[0] * parts[1] if parts[1:] else parts[0]
