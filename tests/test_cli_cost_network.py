@@ -51,6 +51,20 @@ def test_json(name, options, shape, classes, batch):
         assert row == told | {"flops": batch * layer.flops, "macs": batch * layer.macs}
 
 
+def test_a_kind_in_the_places_of_convolutions_is_counted():
+    found = json.loads(
+        doconv("cost", "cifar_resnet20", "--kind", "repvgg", "--batch", 2, "--json").stdout
+    )
+    expected = count("cifar_resnet20", kind="repvgg")
+    assert found["total"]["branch_macs"] == 2 * expected.branch_macs > 0
+    assert found["total"]["training_parameters"] == expected.training_parameters
+    assert [row["kind"] for row in found["layers"]].count("repvgg") == 19
+    told = doconv("cost", "cifar_resnet20", "--kind", "orepa").stdout
+    assert f"{count('cifar_resnet20_orepa').composition_macs:,}" in told
+    refused = doconv("cost", "cifar_resnet20", "--kind", "vgg", code=USAGE, error="received 'vgg'")
+    assert not refused.stdout
+
+
 def test_dynamic_groups_are_counted_as_in_their_tables_and_as_they_run():
     sizes = ("--classes", 10, "--stages", "2-2-2", "--growth", "4-8-16")
     cost = count("cifar_dydensenet86", None, 10, stages=(2, 2, 2), growth=(4, 8, 16))

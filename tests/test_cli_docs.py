@@ -126,7 +126,9 @@ def test_the_keys_of_json_are_told(row, args, tmp_path, monkeypatch):
     # the forms are told once.
     told = keys_of(row) | (keys_of("`cost` of a layer") if "cost" in row else set())
     assert found <= told
+    # branch_macs is with --kind (tests/test_cli_cost_network.py).
     only_where_any = {"kind", "reason", "network", "what", "layers", "family", "folds_to"}
+    only_where_any |= {"branch_macs"}
     assert keys_of(row) - found <= only_where_any
 
 
