@@ -139,8 +139,41 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
     return tuple(made)
 
 
-BranchesConv1D, BranchesConv2D, BranchesConv3D = rule_layers(BRANCHED, "Branches")
-ExpandConv1D, ExpandConv2D, ExpandConv3D = rule_layers(EXPAND, "Expand")
+_BRANCHES = rule_layers(BRANCHED, "Branches")
+BranchesConv1D = _BRANCHES[0]
+"""As `BranchesConv2D`, in one dimension."""
+BranchesConv2D = _BRANCHES[1]
+"""Layers of `mxnet.gluon.nn` whose kernel is a sum of scaled smaller ones, to be folded.
 
-BRANCHES = RuleLayers(BranchesConv1D, BranchesConv2D, BranchesConv3D)
-EXPANSIONS = RuleLayers(ExpandConv1D, ExpandConv2D, ExpandConv3D)
+They take the ordinary layer's arguments, and by keyword only `branches`: one of repvgg, acnet, dbb,
+ecb, orepa, or names of branches, kxk among them, as the guide to kinds of layers lists them.
+Source: OREPA, arXiv 2204.00826.
+
+>>> layer = BranchesConv2D(4, 4, 3, branches="dbb")
+>>> layer.initialize()
+>>> layer(mx.nd.ones((1, 4, 8, 8))).shape
+(1, 4, 6, 6)
+"""
+BranchesConv3D = _BRANCHES[2]
+"""As `BranchesConv2D`, in three dimensions."""
+
+_EXPAND = rule_layers(EXPAND, "Expand")
+ExpandConv1D = _EXPAND[0]
+"""As `ExpandConv2D`, in one dimension."""
+ExpandConv2D = _EXPAND[1]
+"""Layers of `mxnet.gluon.nn` whose kernel is that of a chain of wider ones, to be folded.
+
+They take the ordinary layer's arguments, and by keyword only `ratio`: how many times the channels
+the chain has inside, at least 2; `expand_inputs`: whether the inputs are expanded too.
+Source: ExpandNets, arXiv 1811.10495; SESR, arXiv 2103.09404.
+
+>>> layer = ExpandConv2D(4, 4, 3, ratio=3)
+>>> layer.initialize()
+>>> layer(mx.nd.ones((1, 4, 8, 8))).shape
+(1, 4, 6, 6)
+"""
+ExpandConv3D = _EXPAND[2]
+"""As `ExpandConv2D`, in three dimensions."""
+
+
+BRANCHES, EXPANSIONS = (RuleLayers(*layers) for layers in (_BRANCHES, _EXPAND))

@@ -71,10 +71,47 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
     return tuple(made)
 
 
-_branches, _expand = rule_layers(BRANCHED, "Branches"), rule_layers(EXPAND, "Expand")
-(BranchesConv1D, BranchesConv2D, BranchesConv3D,
- BranchesDepthwiseConv1D, BranchesDepthwiseConv2D) = _branches  # fmt: skip
-(ExpandConv1D, ExpandConv2D, ExpandConv3D,
- ExpandDepthwiseConv1D, ExpandDepthwiseConv2D) = _expand  # fmt: skip
+_BRANCHES = rule_layers(BRANCHED, "Branches")
+BranchesConv1D = _BRANCHES[0]
+"""As `BranchesConv2D`, in one dimension."""
+BranchesConv2D = _BRANCHES[1]
+"""Layers of `keras.layers` whose kernel is a sum of scaled smaller ones, to be folded.
 
-BRANCHES, EXPANSIONS = ComposedLayers(*_branches), ComposedLayers(*_expand)
+They take the ordinary layer's arguments, and by keyword only `branches`: one of repvgg, acnet, dbb,
+ecb, orepa, or names of branches, kxk among them, as the guide to kinds of layers lists them.
+Source: OREPA, arXiv 2204.00826.
+
+>>> layer = BranchesConv2D(4, 3, branches="dbb")
+>>> tuple(layer(keras.ops.ones((1, 8, 8, 4))).shape)
+(1, 6, 6, 4)
+"""
+BranchesConv3D = _BRANCHES[2]
+"""As `BranchesConv2D`, in three dimensions."""
+BranchesDepthwiseConv1D = _BRANCHES[3]
+"""As `BranchesConv2D`, in one dimension, depthwise."""
+BranchesDepthwiseConv2D = _BRANCHES[4]
+"""As `BranchesConv2D`, in two dimensions, depthwise."""
+
+_EXPAND = rule_layers(EXPAND, "Expand")
+ExpandConv1D = _EXPAND[0]
+"""As `ExpandConv2D`, in one dimension."""
+ExpandConv2D = _EXPAND[1]
+"""Layers of `keras.layers` whose kernel is that of a chain of wider ones, to be folded.
+
+They take the ordinary layer's arguments, and by keyword only `ratio`: how many times the channels
+the chain has inside, at least 2; `expand_inputs`: whether the inputs are expanded too.
+Source: ExpandNets, arXiv 1811.10495; SESR, arXiv 2103.09404.
+
+>>> layer = ExpandConv2D(4, 3, ratio=3)
+>>> tuple(layer(keras.ops.ones((1, 8, 8, 4))).shape)
+(1, 6, 6, 4)
+"""
+ExpandConv3D = _EXPAND[2]
+"""As `ExpandConv2D`, in three dimensions."""
+ExpandDepthwiseConv1D = _EXPAND[3]
+"""As `ExpandConv2D`, in one dimension, depthwise."""
+ExpandDepthwiseConv2D = _EXPAND[4]
+"""As `ExpandConv2D`, in two dimensions, depthwise."""
+
+
+BRANCHES, EXPANSIONS = (ComposedLayers(*layers) for layers in (_BRANCHES, _EXPAND))

@@ -82,8 +82,37 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
     return tuple(made)
 
 
-BranchesConv1d, BranchesConv2d, BranchesConv3d = rule_layers(BRANCHED, "Branches")
-ExpandConv1d, ExpandConv2d, ExpandConv3d = rule_layers(EXPAND, "Expand")
+_BRANCHES = rule_layers(BRANCHED, "Branches")
+BranchesConv1d = _BRANCHES[0]
+"""As `BranchesConv2d`, in one dimension."""
+BranchesConv2d = _BRANCHES[1]
+"""Layers of `torch.nn` whose kernel is a sum of scaled smaller ones, to be folded.
 
-BRANCHES = ComposedLayers(BranchesConv1d, BranchesConv2d, BranchesConv3d)
-EXPANSIONS = ComposedLayers(ExpandConv1d, ExpandConv2d, ExpandConv3d)
+They take the ordinary layer's arguments, and by keyword only `branches`: one of repvgg, acnet, dbb,
+ecb, orepa, or names of branches, kxk among them, as the guide to kinds of layers lists them.
+Source: OREPA, arXiv 2204.00826.
+
+>>> BranchesConv2d(4, 4, 3, branches="dbb").fold()
+Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1))
+"""
+BranchesConv3d = _BRANCHES[2]
+"""As `BranchesConv2d`, in three dimensions."""
+
+_EXPAND = rule_layers(EXPAND, "Expand")
+ExpandConv1d = _EXPAND[0]
+"""As `ExpandConv2d`, in one dimension."""
+ExpandConv2d = _EXPAND[1]
+"""Layers of `torch.nn` whose kernel is that of a chain of wider ones, to be folded.
+
+They take the ordinary layer's arguments, and by keyword only `ratio`: how many times the channels
+the chain has inside, at least 2; `expand_inputs`: whether the inputs are expanded too.
+Source: ExpandNets, arXiv 1811.10495; SESR, arXiv 2103.09404.
+
+>>> ExpandConv2d(4, 4, 3, ratio=3).fold()
+Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1))
+"""
+ExpandConv3d = _EXPAND[2]
+"""As `ExpandConv2d`, in three dimensions."""
+
+
+BRANCHES, EXPANSIONS = (ComposedLayers(*layers) for layers in (_BRANCHES, _EXPAND))
