@@ -114,9 +114,9 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
         """Return the rule."""
         return f"rule={self.rule!r}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of what the branches make of `x`, `(B, I, *spatial)`."""
-        made = [self._branch(pieces, x) for pieces in self.spec.pieces.values()]
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the sum of what the branches make of `input`, `(B, I, *spatial)`."""
+        made = [self._branch(pieces, input) for pieces in self.spec.pieces.values()]
         y, norm = reduce(torch.add, made), self._modules.get(SUM_NORM)
         return y if norm is None else norm(y)
 

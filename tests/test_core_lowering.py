@@ -147,7 +147,7 @@ test_nodes_that_compute_nothing_are_refused = refuses(
     (
         lambda: recipe("bsconv"),
         ValueError,
-        "name must be one of conv, doconv, bsconvu, bsconvs; received",
+        "name must be one of conv, doconv, bsconvu, bsconvs, branches, .*; received 'bsconv'",
     ),
     (
         lambda: Activation("swish"),
