@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import kinds_table
+import step_measure
 import torch
 from pytorchcv import model_provider
 from step_measure import measure
@@ -126,9 +127,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=60, help="seconds for each row")
+    parser.add_argument("--rounds", type=int, default=7, help="at least, for each row")
     parser.add_argument("--docs", action="store_true", help="write docs/kinds.md's table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    step_measure.least_rounds = options.rounds
     case, found = Case(options.batch, options.size), {}
     for name, make in ways().items():
         if options.only and name not in options.only:
