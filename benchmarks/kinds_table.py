@@ -31,7 +31,7 @@ ALWAYS, IN_EVALUATION = "always", "in evaluation"
 WITH_NORMS = {
     "repvgg": (
         "`BN(W) + BN(W₁) + BN(I)`",
-        "ImageNet, RepVGG-B0 72.4 to 75.1 (2101.03697, ablation)",
+        "ImageNet, of whole networks (2101.03697)",
     ),
     "mobileone": ("`Σ BN(Wⱼ) + BN(W₁) + BN(I)`", "ImageNet, of whole networks (2206.04040)"),
     "acnet": ("`BN(W) + BN(W₁ₖ) + BN(Wₖ₁)`", "CIFAR and ImageNet, of whole networks (1908.03930)"),
