@@ -128,15 +128,12 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
 
     module: in which they will have these names.
     """
-    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": module})
-    made = []
-    for rank, ordinary in enumerate((nn.Conv1D, nn.Conv2D, nn.Conv3D), 1):
-        name = f"{word}Conv{rank}D"
-        text = kind.told(name, f"mxnet.gluon.nn.Conv{rank}D", "4, 4, 3")
-        text = text.replace(">>> type", ">>> layer.initialize()\n    >>> type")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
-        made.append(type(name, (base, ordinary), about))
-    return tuple(made)
+    base, told = (
+        kind.base(RuleConv, word, module),
+        ("mxnet.gluon.nn", "4, 4, 3", "layer.initialize()"),
+    )
+    ordinary = enumerate((nn.Conv1D, nn.Conv2D, nn.Conv3D), 1)
+    return tuple(kind.layer(base, cls, *told, rank=rank) for rank, cls in ordinary)
 
 
 _BRANCHES = rule_layers(BRANCHED, "Branches")

@@ -55,18 +55,16 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
 
     module: in which they will have these names.
     """
-    base = type(f"_{word}", (RuleConv,), {"kind": kind, "__module__": module})
-    depthwise = {"layout": "*CN", "prefixes": {"weight": "depthwise"}}
-    made = []
+    base, made = kind.base(RuleConv, word, module), []
     for name, rank in (("Conv1D", 1), ("Conv2D", 2), ("Conv3D", 3),
                        ("DepthwiseConv1D", 1), ("DepthwiseConv2D", 2)):  # fmt: skip
-        ordinary = getattr(keras.layers, name)
-        example = "3" if name.startswith("Depthwise") else "4, 3"
-        text = kind.told(f"{word}{name}", f"keras.layers.{name}", example)
-        text = text.replace(">>> type", f">>> layer.build({(1, *(8,) * rank, 4)})\n    >>> type")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
-        about |= depthwise if name.startswith("Depthwise") else {}
-        cls = type(f"{word}{name}", (base, ordinary), about)
+        own: dict[str, Any] = {"rank": rank}
+        arguments = "4, 3"
+        if name.startswith("Depthwise"):
+            own |= {"layout": "*CN", "prefixes": {"weight": "depthwise"}}
+            arguments = "3"
+        told = "keras.layers", arguments, f"layer.build({(1, *(8,) * rank, 4)})"
+        cls = kind.layer(base, getattr(keras.layers, name), *told, **own)
         made.append(keras.saving.register_keras_serializable("doconv")(cls))
     return tuple(made)
 

@@ -72,14 +72,9 @@ def rule_layers(kind: Rule, word: str, module: str = __name__) -> tuple[type[Any
 
     module: in which they will have these names.
     """
-    base = type(f"_{word}Conv", (RuleConv,), {"kind": kind, "__module__": module})
-    made = []
-    for rank, ordinary in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
-        name = f"{word}Conv{rank}d"
-        text = kind.told(name, f"torch.nn.Conv{rank}d", "4, 4, 3")
-        about = {"ordinary": ordinary, "rank": rank, "__module__": module, "__doc__": text}
-        made.append(type(name, (base, ordinary), about))
-    return tuple(made)
+    base, told = kind.base(RuleConv, word, module), ("torch.nn", "4, 4, 3")
+    ordinary = enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)
+    return tuple(kind.layer(base, cls, *told, rank=rank) for rank, cls in ordinary)
 
 
 _BRANCHES = rule_layers(BRANCHED, "Branches")

@@ -124,10 +124,10 @@ class Rule(ComposedKind):
         """Return the constants of the formula by name."""
         return {}
 
-    def told(self, name: str, ordinary: str, example: str) -> str:
+    def told(self, name: str, ordinary: str, example: str, prepared: str = "") -> str:
         """Return the docstring of a layer of this name that stands in for an ordinary one.
 
-        example: makes one of 4 channels and folds it.
+        example: the arguments of one that is folded. prepared: what is done to it before.
         """
         lines = (
             f"A `{ordinary}` whose kernel is {self.about}, to be folded into one.",
@@ -138,10 +138,30 @@ class Rule(ComposedKind):
             "created.",
             "",
             f">>> layer = {name}({example})",
+            *([f">>> {prepared}"] if prepared else []),
             ">>> type(layer.fold()).__name__",
             f"'{ordinary.rpartition('.')[2]}'",
         )
         return "\n    ".join(lines) + "\n    "
+
+    def base(self, shared: type[Any], word: str, module: str) -> type[Any]:
+        """Return what a framework's layers of the kind share, whose names begin with this word.
+
+        shared: what its layers of all such kinds do. module: in which they will have these names.
+        """
+        return type(f"_{word}", (shared,), {"kind": self, "__module__": module})
+
+    def layer(
+        self, base: type[Any], ordinary: type[Any], package: str, *told: str, **own: Any
+    ) -> type[Any]:
+        """Return the layer that stands in for an ordinary one. base: what `base` made.
+
+        package: the ordinary one's. told: an example's parts, as of `told`. own: its attributes.
+        """
+        name = f"{base.__name__[1:]}{ordinary.__name__}"
+        text = self.told(name, f"{package}.{ordinary.__name__}", *told)
+        about = {"ordinary": ordinary, "__module__": base.__module__, "__doc__": text}
+        return type(name, (base, ordinary), {**about, **own})
 
     def obstacle(self, conv: ConvSpec) -> str | None:
         """Return that a kernel of one tap has nothing to over-parameterize."""
