@@ -24,6 +24,7 @@ from doconv_core.models.composed import PLAIN, READ_IN_FORWARD
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
 from doconv_torch.arguments import StandIn
+from doconv_torch.convolve import Form, convolve
 from doconv_torch.ordinary import (
     GATHER,
     Owners,
@@ -110,7 +111,16 @@ class ComposedConv(StandIn, _ConvNd, Generic[Ordinary]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`, `(B, I, *spatial)`, with the composed kernel."""
+        # Asked first, so that no compiler follows the rest. What is parametrized is computed once.
+        own = torch.compiler.is_compiling() or self._modules
+        form = None if own else self.form(input)
+        if form is not None and _computes_as_told(self):
+            return convolve(self, input, form)
         return self._conv_forward(input, self.composed_kernel(), self.bias)
+
+    def form(self, input: Tensor) -> Form | None:
+        """Return the form for `convolve`, which needs less memory; None where it does not suit."""
+        return None
 
     @abstractmethod
     def composed_kernel(self) -> Tensor:
@@ -312,6 +322,16 @@ def _base_of(cls: type[ComposedConv[Any]]) -> type[ComposedConv[Any]]:
 
 def _base(layer: ComposedConv[Any]) -> type[ComposedConv[Any]]:
     return _base_of(type(layer))
+
+
+def _computes_as_told(layer: ComposedConv[Any]) -> bool:
+    """Return whether neither the layer nor its class has another way to compose or to convolve."""
+    cls = type(layer)
+    return (
+        cls._conv_forward is layer.ordinary._conv_forward
+        and cls.composed_kernel is _base(layer).composed_kernel
+        and vars(layer).keys().isdisjoint(("_conv_forward", "composed_kernel"))
+    )
 
 
 def check_ordinary(cls: Any, conv: Any) -> None:

@@ -2,19 +2,20 @@
 
 Autograd would keep every layer's kernel beside its W until the backward pass, as much memory again
 as the weights take. Where composing it once more is cheap beside the convolution, that is done
-instead. The kernel's gradient becomes that of W in its place. Values and gradients are the same,
-bit for bit.
+instead. What a composition computes on its way is never kept. The kernel's gradient becomes that of
+W in its place. Values are the same, bit for bit; of W and D gradients too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from doconv_core.maths.spec import ConvSpec
 from doconv_torch import matrix_products
 from doconv_torch.compose import compose, gradients, is_transformed
 
@@ -23,28 +24,96 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     2: nn.functional.conv2d,
     3: nn.functional.conv3d,
 }
-# Composing costs as many operations as the convolution at `taps` positions of its output, of which
-# there are three passes: at this many times as many positions, half a hundredth of them.
+# Composing costs as many operations as the convolution at a number of positions of its output, of
+# which there are three passes: at this many times as many positions, half a hundredth of them.
 POSITIONS = 64
 
 
-def form_for(layer: Any, x: Tensor) -> matrix_products.Compiled | None:
-    """Return the form for `convolve`, where it does what the layer does in less memory; or None.
+class Form(Protocol):
+    """How a kernel is composed of a layer's entries, and its gradient becomes theirs."""
 
-    layer: a DO layer that has a D, with a `forward` of its own. Where x is not what the layer takes
-    there is none, and the ordinary convolution raises its error.
+    @property
+    def conv(self) -> ConvSpec:
+        """The sizes of the kernel."""
+
+    @property
+    def cost(self) -> float:
+        """What composing it costs, in positions of the output of a convolution with it."""
+
+    def kernel(self, *entries: Tensor) -> Tensor:
+        """Return the kernel where nothing is recorded."""
+
+    def recorded(self, *entries: Tensor) -> Tensor:
+        """Return the kernel by operations that are differentiable."""
+
+    def gradients(
+        self, by_kernel: Tensor, entries: Sequence[Tensor], needed: Sequence[bool], recorded: bool
+    ) -> Sequence[Tensor | None]:
+        """Return the entries' gradients from the kernel's; None for what is not needed.
+
+        recorded: whether by operations that are differentiable. Else the memory of the kernel's
+        gradient may be taken.
+        """
+
+
+class DepthwiseForm(NamedTuple):
+    """That of W and D."""
+
+    compiled: matrix_products.Compiled
+
+    @property
+    def conv(self) -> ConvSpec:
+        """The sizes of the kernel."""
+        return self.compiled.spec
+
+    @property
+    def cost(self) -> float:
+        """As many positions as the kernel has taps."""
+        return self.conv.taps
+
+    def kernel(self, *entries: Tensor) -> Tensor:
+        """Return the kernel where nothing is recorded."""
+        return self.compiled.kernel(*entries)
+
+    def recorded(self, *entries: Tensor) -> Tensor:
+        """Return the kernel by operations that are differentiable."""
+        weight, depthwise = entries
+        return compose(weight, depthwise, self.conv)
+
+    def gradients(
+        self, by_kernel: Tensor, entries: Sequence[Tensor], needed: Sequence[bool], recorded: bool
+    ) -> Sequence[Tensor | None]:
+        """Return W's and D's gradients from the kernel's; None for what is not needed."""
+        weight, depthwise = entries
+        if recorded:
+            return gradients(weight, depthwise, self.conv, by_kernel, needed)
+        return self.compiled.gradients(by_kernel, weight, depthwise, needed, owned=True)
+
+
+def depthwise_form(layer: Any, x: Tensor) -> DepthwiseForm | None:
+    """Return the form for `convolve`, where it does what a DO layer does in less memory; or None.
+
+    layer: one that has a D.
     """
     if not torch.is_grad_enabled():
         return None
-    weight, depthwise = layer.weight, layer.depthwise_weight
     # First, so that what records operations does not come upon the rest.
-    form = matrix_products.form(weight, depthwise, layer.spec)
-    if not isinstance(form, matrix_products.Compiled):
+    form = matrix_products.form(layer.weight, layer.depthwise_weight, layer.spec)
+    if not isinstance(form, matrix_products.Compiled) or not may_convolve(layer, x):
         return None
-    taken = (
-        (weight.requires_grad or depthwise.requires_grad)
-        and type(x) is Tensor
-        and x.dim() == weight.dim()
+    return DepthwiseForm(form)
+
+
+def may_convolve(layer: Any, x: Tensor) -> bool:
+    """Return whether `convolve` does what a layer with a `forward` of its own does.
+
+    Where x is not what the layer takes it does not, and the ordinary convolution raises its error.
+    """
+    entries, weight = layer.entries(), layer.weight
+    return (
+        type(x) is Tensor  # before all else: symbolic tracing gives proxies
+        and any(entry.requires_grad for entry in entries.values())
+        and x.dim() == layer.rank + 2
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.shape[1] > 0
@@ -52,16 +121,19 @@ def form_for(layer: Any, x: Tensor) -> matrix_products.Compiled | None:
         and layer.groups == layer.spec.groups
         # The ordinary convolution also takes a number, or "same" of padding.
         and all(type(each) in (tuple, list) for each in _geometry(layer))
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not is_transformed()
     )
-    return form if taken else None
 
 
-def convolve(layer: Any, x: Tensor, form: matrix_products.Compiled) -> Tensor:
+def is_cheap(form: Form, x: Tensor, stride: Sequence[int]) -> bool:
+    """Return whether composing the kernel once more is nothing beside the convolution."""
+    return x.numel() >= POSITIONS * form.cost * x.shape[1] * prod(stride)
+
+
+def convolve(layer: Any, x: Tensor, form: Form) -> Tensor:
     """Return the convolution of `x` with the layer's composed kernel, in the form that applies."""
-    parameters = layer.weight, layer.depthwise_weight, layer.bias
-    arguments = x, *parameters, form, *_geometry(layer)
+    arguments = x, layer.bias, form, _geometry(layer), *layer.entries().values()
     output: Tensor = _Convolution.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
@@ -73,41 +145,32 @@ def _geometry(layer: Any) -> tuple[Any, Any, Any]:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        depthwise: Tensor,
-        bias: Tensor | None,
-        form: matrix_products.Compiled,
-        *geometry: Sequence[int],
+        ctx: Any, x: Tensor, bias: Tensor | None, form: Form, geometry: Any, *entries: Tensor
     ) -> Tensor:
-        spec, kernel = form.spec, form.kernel(weight, depthwise)
-        positions = x.numel() // (x.shape[1] * prod(geometry[0]))
-        kept = () if positions >= POSITIONS * spec.taps else (kernel,)
-        ctx.save_for_backward(x, weight, depthwise, *kept)
-        ctx.form, ctx.geometry = form, geometry
-        return _CONVOLUTIONS[spec.rank](x, kernel, bias, *geometry, spec.groups)
+        conv, kernel = form.conv, form.kernel(*entries)
+        kept = () if is_cheap(form, x, geometry[0]) else (kernel,)
+        ctx.save_for_backward(x, *entries, *kept)
+        ctx.form, ctx.geometry, ctx.entries = form, geometry, len(entries)
+        return _CONVOLUTIONS[conv.rank](x, kernel, bias, *geometry, conv.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, depthwise, *kept = ctx.saved_tensors
-        form, spec, needed = ctx.form, ctx.form.spec, ctx.needs_input_grad
+        x, *entries = ctx.saved_tensors
+        entries, kept = entries[: ctx.entries], entries[ctx.entries :]
+        form, conv = ctx.form, ctx.form.conv
+        by_x, by_bias, _, _, *needed = ctx.needs_input_grad
         # Recorded for a second derivative, or by a compiler: then the kernel must come of W and D.
         recorded = torch.is_grad_enabled() or type(gradient) is not Tensor
         if recorded:
-            kernel = compose(weight, depthwise, spec)
+            kernel = form.recorded(*entries)
         else:
-            kernel = kept.pop() if kept else form.kernel(weight, depthwise)
-        by_x, by_kernel, by_bias = torch.ops.aten.convolution_backward(
-            gradient, x, kernel, [spec.out_channels], *ctx.geometry, False, [0] * spec.rank,
-            spec.groups, [needed[0], needed[1] or needed[2], needed[3]],
+            kernel = kept.pop() if kept else form.kernel(*entries)
+        of_x, by_kernel, of_bias = torch.ops.aten.convolution_backward(
+            gradient, x, kernel, [conv.out_channels], *ctx.geometry, False, [0] * conv.rank,
+            conv.groups, [by_x, any(needed), by_bias],
         )  # fmt: skip
-        del kernel, kept  # before the gradients of W and D need memory
-        by_weight = by_depthwise = None
-        if by_kernel is not None and recorded:
-            by_weight, by_depthwise = gradients(weight, depthwise, spec, by_kernel, needed[1:3])
-        elif by_kernel is not None:
-            by_weight, by_depthwise = form.gradients(
-                by_kernel, weight, depthwise, needed[1:3], owned=True
-            )
-        return by_x, by_weight, by_depthwise, by_bias, None, None, None, None
+        del kernel, kept  # before the entries' gradients need memory
+        found: Sequence[Tensor | None] = [None] * len(entries)
+        if by_kernel is not None:
+            found = form.gradients(by_kernel, entries, needed, recorded)
+        return of_x, of_bias, None, None, *found

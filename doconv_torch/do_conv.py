@@ -10,7 +10,7 @@ from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_torch.compose import as_weight
 from doconv_torch.composed import ComposedConv, ComposedLayers, Ordinary
-from doconv_torch.convolve import convolve, form_for
+from doconv_torch.convolve import Form, depthwise_form
 from doconv_torch.kernel_cache import composed, composed_anew, may_reuse
 
 if TYPE_CHECKING:
@@ -49,18 +49,11 @@ class _DOConv(ComposedConv[Ordinary]):
             padding_mode, device, dtype, depth_multiplier=depth_multiplier,
         )  # fmt: skip
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of `input`, `(B, I, *spatial)`, with the composed kernel."""
-        if self.depthwise_weight is not None and not may_reuse(self):
-            cls, form = type(self), form_for(self, input)
-            if (
-                form is not None
-                and cls._conv_forward is self.ordinary._conv_forward
-                and cls.composed_kernel is _DOConv.composed_kernel
-                and vars(self).keys().isdisjoint(("_conv_forward", "composed_kernel"))
-            ):
-                return convolve(self, input, form)
-        return self._conv_forward(input, self.composed_kernel(), self.bias)
+    def form(self, input: Tensor) -> Form | None:
+        """Return the form for `convolve`; None where that is not what the layer does."""
+        if self.depthwise_weight is None or may_reuse(self):
+            return None
+        return depthwise_form(self, input)
 
     def composed_kernel(self) -> Tensor:
         """Return the kernel that the layer convolves with, `(O, I/g, *kernel_size)`.

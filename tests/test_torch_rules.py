@@ -1,5 +1,7 @@
 """Kinds whose kernel is a formula, in what only PyTorch has."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -55,3 +57,73 @@ def test_they_take_other_orders_in_memory(conv, order, options):
     expected = model(x).detach()
     torch.testing.assert_close(model.to(memory_format=order)(x), expected)
     assert fold(model)[0][0].weight.is_contiguous(memory_format=order)
+
+
+def two_ways(options, dtype=torch.float32):
+    """Return a layer, and its copy that composes and convolves separately."""
+    plain = nn.Conv2d(4, 4, 3, groups=2, padding=1, stride=(2, 1), dtype=dtype)
+    layer = trained(nn.Sequential(plain), **options)[0]
+    other = copy.deepcopy(layer)
+    other.composed_kernel = lambda: type(layer).composed_kernel(other)
+    return layer, other
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize("size", [6, 40])
+def test_what_a_composition_needs_is_not_kept(options, size):
+    layer, other = two_ways(options)
+    x, kept = torch.rand(2, 4, size, size, requires_grad=True), []
+    outputs, found = [], []
+    for way in (layer, other):
+        held = {p.data_ptr() for p in way.parameters()} | {x.data_ptr()}
+        more = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, more=more, held=held: more.append(t.data_ptr() not in held) or t, lambda t: t
+        ):
+            outputs.append(way(x))
+        kept.append(sum(more))
+        inputs = (x, *way.parameters())
+        found.append(torch.autograd.grad(outputs[-1].square().sum(), inputs))
+    assert torch.equal(*outputs)
+    assert kept == [0 if size == 40 else kept[1], max(kept[1], 1)]
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * two.abs().max().item())
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_gradients_are_differentiable_and_those_of_what_is_trained_alone(options):
+    layer, other = two_ways(options, torch.float64)
+    x = torch.rand(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    for without in ("", "weight", "scale_kxk", "bias"):
+        found = []
+        for way in (layer, other):
+            trainable = []
+            for name, parameter in way.named_parameters():
+                if name != without:
+                    trainable.append(parameter)
+                parameter.requires_grad_(name != without)
+            output = way(x).square().sum()
+            first = torch.autograd.grad(output, (x, *trainable), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, *trainable))
+            found.append((*first, *second))
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_transforms_of_functions_and_other_ways_to_compute(options):
+    layer, other = two_ways(options)
+    x = torch.rand(2, 4, 40, 40)
+    expected = other(x)
+    torch.testing.assert_close(torch.vmap(layer)(torch.stack([x, x]))[1], expected)
+    _, tangent = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(tangent, expected - other(0 * x), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu"):
+        assert layer(x).dtype == torch.bfloat16
+    output = layer(x).sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+    with pytest.raises(RuntimeError, match="expected input"):
+        layer(x[:, :3])

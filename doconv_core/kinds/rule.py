@@ -13,7 +13,7 @@ and the gradient read the same steps, so a rule is its formula, its sizes and it
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from math import prod
@@ -220,24 +220,11 @@ class Rule(ComposedKind):
         given = shaped("kernel_gradient", kernel_gradient, self.conv(spec).kernel_shape)
         if len(values) == 1:
             return {"weight": given.reshape(entries["weight"].shape)}
-        known = self._evaluated(values, spec)
-        sums = {n: np.zeros_like(a) for n, a in known.items() if n not in self.fixed(spec)}
-        sums[KERNEL] = widened(given).reshape(known[KERNEL].shape)
-        for step in reversed(self.steps(spec)):
-            for subscripts, names in step.terms:
-                inputs, result = subscripts.split("->")
-                letters = inputs.split(",")
-                for at, name in enumerate(names):
-                    if name not in sums:
-                        continue
-                    if len(names) == 1:
-                        sums[name] += sums[step.name]
-                        continue
-                    others = [n for n in range(len(names)) if n != at]
-                    back = ",".join([result, *(letters[n] for n in others)]) + f"->{letters[at]}"
-                    factors = [known[names[n]] for n in others]
-                    sums[name] += np.einsum(back, sums[step.name], *factors)
-        return {n: sums[n].reshape(e.shape).astype(e.dtype) for n, e in entries.items()}
+        known = self._evaluated(values, spec, kernel=False)
+        letters = self.axes(spec)["weight"]
+        toward = widened(given).reshape([spec.sizes[letter] for letter in letters])
+        found = gradients(self, known, toward, spec, partial(np.einsum, optimize=True))
+        return {n: found[n].reshape(e.shape).astype(e.dtype) for n, e in entries.items()}
 
     def spec_of_shapes(
         self, shapes: Mapping[str, Shape], groups: int, **options: Any
@@ -261,10 +248,12 @@ class Rule(ComposedKind):
         two = [t for s in self.steps(spec) for t in s.terms if len(t.names) == 2]
         return sum(prod(spec.sizes[x] for x in {*t.subscripts} - {*",->"}) for t in two)
 
-    def _evaluated(self, values: Mapping[str, Array], spec: Any) -> dict[str, Array]:
+    def _evaluated(
+        self, values: Mapping[str, Array], spec: Any, kernel: bool = True
+    ) -> dict[str, Array]:
         dtype = values["weight"].dtype
         made = partial(np.eye, dtype=dtype), partial(np.asarray, dtype=dtype)
-        return evaluated(self, values, spec, _add_product, *made)
+        return evaluated(self, values, spec, _add_product, *made, kernel=kernel)
 
     def _values(self, entries: Mapping[str, Array], spec: Any) -> dict[str, Array]:
         """Return the entries with all their axes; ValueError for one that is of another shape."""
@@ -286,11 +275,12 @@ def evaluated(
     identity: Callable[[int], Any],
     array: Callable[[Sequence[Any]], Any],
     order: str = ORDER,
+    kernel: bool = True,
 ) -> dict[str, Any]:
     """Return the values and what every step is, by name.
 
     identity, array: return a unit matrix of a size, a value of nested lists. order: in which the
-    axes of all values and results stand.
+    axes of all values and results stand. kernel: whether the last step is computed too.
     """
     known = dict(values)
     for name, (letters, scale, given) in rule.fixed(spec).items():
@@ -299,12 +289,44 @@ def evaluated(
         else:
             known[name] = array(given)
     for name, terms in rule.steps(spec):
+        if name == KERNEL and not kernel:
+            break
         total = None
         for subscripts, factors in terms:
             told = in_order(subscripts, order)
             total = add_product(total, told, spec.sizes, *(known[factor] for factor in factors))
         known[name] = total
     return known
+
+
+def gradients(
+    rule: Rule,
+    known: Mapping[str, Any],
+    gradient: Any,
+    spec: Any,
+    einsum: Callable[..., Any],
+    without: Container[str] = (),
+) -> dict[str, Any]:
+    """Return the entries' gradients from the kernel's, "goim": each product's, back by the steps.
+
+    known: as of `evaluated`; the kernel itself is not asked for. without: entries whose gradients
+    are not needed.
+    """
+    sums, constant = {KERNEL: gradient}, rule.fixed(spec)
+    for step, terms in reversed(rule.steps(spec)):
+        given = sums.pop(step)
+        for subscripts, factors in terms:
+            inputs, result = in_order(subscripts, ORDER).split("->")
+            letters = inputs.split(",")
+            for at, name in enumerate(factors):
+                if name in constant or name in without:
+                    continue
+                part = given
+                if len(factors) == 2:
+                    back = f"{result},{letters[1 - at]}->{letters[at]}"
+                    part = einsum(back, given, known[factors[1 - at]])
+                sums[name] = sums[name] + part if name in sums else part
+    return sums
 
 
 def in_order(subscripts: str, order: str) -> str:
