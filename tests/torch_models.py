@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-import doconv_torch.do_conv
+import doconv_torch.composed
 import doconv_torch.kernel_cache
 from doconv_torch import DOConv2d
 
@@ -112,7 +112,7 @@ def gradients(model):
 def compositions():
     """Count how often a layer composes its kernel for a forward pass."""
     calls = []
-    places = (doconv_torch.kernel_cache, "compose"), (doconv_torch.do_conv, "convolve")
+    places = (doconv_torch.kernel_cache, "compose"), (doconv_torch.composed, "convolve")
     with ExitStack() as stack:
         for module, name in places:
             original = getattr(module, name)
