@@ -34,7 +34,10 @@ WITH_NORMS = {
         "ImageNet, of whole networks (2101.03697)",
     ),
     "mobileone": ("`Σ BN(Wⱼ) + BN(W₁) + BN(I)`", "ImageNet, of whole networks (2206.04040)"),
-    "acnet": ("`BN(W) + BN(W₁ₖ) + BN(Wₖ₁)`", "CIFAR and ImageNet, of whole networks (1908.03930)"),
+    "acnet": (
+        "`BN(W) + BN(W₁ₖ) + BN(Wₖ₁)`",
+        "CIFAR-10, + 0.3 to + 0.9 in its authors' repository (1908.03930)",
+    ),
     "dbb": ("`BN(W) + BN(W₁) + BN(U BN(V)) + BN(avg BN(A))`", "ImageNet, up to + 1.9 (2103.13425)"),
     "qarepvgg": ("`BN(BN(W) + W₁ + I)`", "as RepVGG, and quantized (2212.01593)"),
     "replknet": ("`BN(W) + BN(small)`", "large kernels (2203.06717)"),
