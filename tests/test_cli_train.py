@@ -13,8 +13,10 @@ from contract_train import TRAINED
 from equal import assert_same
 from frameworks import need
 
-from doconv_core import read_state
+from doconv_core import describe, read_state, write_state
 from doconv_core.cli.command import DIVERGED, INTERRUPTED
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.shapes import for_input
 from doconv_core.training import session
 from doconv_core.training.run import begin, open_run
 
@@ -68,6 +70,27 @@ def test_a_network_is_trained_resumed_and_evaluated(backend, tmp_path):
     line = doconv("evaluate", run, "--best").stdout
     assert f"{NETWORK} on digits, 360 images: top-1 " in line
     assert line.endswith(" images per second\n")
+
+
+@pytest.mark.parametrize(("backend", "kind", "entry"), [
+    *((each, "repvgg", "pointwise_conv") for each in TRAINED), ("torch", "orepa", "weight_1x1_kxk"),
+])  # fmt: skip
+def test_a_network_is_trained_with_layers_of_a_kind(backend, kind, entry, tmp_path):
+    """Begun from a file of the ordinary network, gone on with, folded to one, and evaluated."""
+    need(backend)
+    start, run, network = tmp_path / "plain.safetensors", tmp_path / "run", "cifar_resnet20"
+    images = for_input(describe(network, num_classes=10, in_channels=1), (1, 8, 8))
+    write_state(initialize(images, seed=5), start)
+    small = "epochs=1", "batch_size=720", "train_images=resize 8 8", "eval_images=resize 8 8"
+    given = *(text for one in small for text in ("--set", one)), "--kind", kind, "--from", start
+    lines = train(run, *given, network=network, backend=backend).stdout.splitlines()
+    told = json.loads(doconv("evaluate", run, "--json").stdout)
+    assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
+    folded = arrays(run / "folded.safetensors")
+    assert doconv("train", "--resume", "--out", run).stdout.splitlines() == lines[1:]
+    assert_same(arrays(run / "folded.safetensors"), folded)
+    assert any(entry in name for name in arrays(open_run(run).last / "state.safetensors"))
+    assert not any(entry in name for name in folded)
 
 
 def test_a_run_starts_from_any_file_of_the_network(trained, tmp_path):

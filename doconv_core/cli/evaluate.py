@@ -19,12 +19,14 @@ from doconv_core.cli.train import (
     devices_option,
     image_shape,
     load_file,
+    of_kind,
     precision_option,
     recipe_option,
     refused,
     workers_option,
 )
 from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.state.file import read_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import open_data
 from doconv_core.training.recipe import DIGITS, Recipe, changed, default_recipe, from_json
@@ -69,7 +71,12 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
             **job.options,
         )  # fmt: skip
         file = checkpoint_of(subject, best)
-        kept = load_file(backend, model, file, job.network, image, data, job.options)
+        kept = None
+        if job.kind is None:
+            kept = load_file(backend, model, file, job.network, image, data, job.options)
+        else:
+            model = of_kind(backend, model, job.network, job.kind)
+            backend.load_state(model, read_state(file))
         if kept is not None:
             raise click.UsageError(
                 f"{file} is of another number of classes than the {len(data.classes)} of the data."
@@ -104,6 +111,7 @@ class Job(NamedTuple):
     data: str
     data_dir: Any
     recipe: Recipe
+    kind: str | None = None
 
 
 def _is_run(subject: Path) -> bool:
@@ -124,7 +132,7 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
         network, _options(given) or described["notes"].get("options", {}),
         given["backend"] or described["framework"], given["data"] or described["data"]["name"],
         given["data_dir"] or told.get("data_dir"),
-        changed(recipe, dict(given["changes"])),
+        changed(recipe, dict(given["changes"])), told.get("kind"),
     )  # fmt: skip
 
 

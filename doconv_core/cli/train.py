@@ -68,6 +68,10 @@ precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True,
     help="What is computed in; weights stay in float32.",
 )  # fmt: skip
+kind_option = click.option(
+    "--kind", metavar="KIND",
+    help="Of layers in the places of NETWORK's convolutions: doconv, branches, orepa, repvgg, …",
+)  # fmt: skip
 workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True,
     help="Processes that read images.",
@@ -88,6 +92,7 @@ workers_option = click.option(
     "--from", "start", type=source_argument, metavar="FILE|RUN",
     help="Start from the weights in a file, in place of new ones.",
 )  # fmt: skip
+@kind_option
 @recipe_option
 @set_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
@@ -117,6 +122,7 @@ def train(ctx: click.Context, /, **given: Any) -> None:
     Examples:
       doconv train cifar_resnet20_doconv --backend torch --out run
       doconv train cifar_resnet20_doconv --backend tf --data cifar100 --data-dir cifar --out run
+      doconv train cifar_resnet20 --kind repvgg --backend torch --from plain.pt --out run
       doconv train --resume --out run
       doconv train resnet18_v1b_doconv --backend torch --data folder --data-dir imagenet
         --precision bfloat16 --workers 8 --set epochs=90 --out run
@@ -153,6 +159,7 @@ class Job(NamedTuple):
     precision: str
     checkpoint_every: int | None
     workers: int
+    kind: str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Job:
@@ -229,6 +236,14 @@ def _model(backend: Any, job: Job, recipe: Recipe, data: ImageData, *, fresh: bo
         kept = load_file(backend, model, start, job.network, image, data, job.options)
         if kept is not None:
             say(f"{start} is of other classes: the layer {kept!r} starts anew")
+    return model if job.kind is None else of_kind(backend, model, job.network, job.kind)
+
+
+def of_kind(backend: Any, model: Any, network: str, kind: str) -> Any:
+    """Return a network with layers of a kind; ValueError where none of its layers becomes one."""
+    model, report = backend.over_parameterize(model, kind=kind, inplace=True)
+    if not report.changed:
+        raise ValueError(f"{network} has no layer that becomes one of kind {kind!r}.")
     return model
 
 

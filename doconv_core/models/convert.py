@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from doconv_core.kinds.base import kind_named
+from doconv_core.kinds.base import kind_named, of_word
 from doconv_core.models.report import (
     NOT_SELECTED,
     BSConvReport,
@@ -39,9 +39,13 @@ def over_parameterize(
 ) -> Converted[Any]:
     """Return the model with layers of a kind for its convolutions; it computes the same.
 
-    As every backend's `over_parameterize` says. options: the kind's own. Raises ValueError for a
-    kind that is not known or changes what a model computes, TypeError for options of another.
+    As every backend's `over_parameterize` says. kind: its name, or one of its `variants`, whose
+    options those that are given come before. options: the kind's own. Raises ValueError for a kind
+    that is not known or changes what a model computes, TypeError for options of another.
     """
+    variant = of_word(kind) if isinstance(kind, str) else None
+    if variant is not None and kind in variant.variants:
+        kind, options = variant.name, {**variant.variants[kind], **options}
     known = kind_named(kind)
     if not known.exact:
         raise ValueError(
