@@ -13,14 +13,15 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from typing import NamedTuple
 
 import numpy as np
 
 from doconv_core.files.entries import FLOATS, Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, OTHER, Layer, Shape
-from doconv_core.maths.branches import Term, add_branches, margins, unit_centre, unit_kernel
+from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.linear import UNIT, Piece, Scale, Taps, centred, normalizing, plus, then
 
 BRANCHES = "branches"  # the kind of a block
 EPSILON = 1e-5  # of the norms, which files do not tell: PyTorch's own, as these networks have it
@@ -260,20 +261,18 @@ def _misfits(at: str, layer: Layer, shape: Shape) -> Iterator[str]:
         yield f"of {at}, {layer.note}"
     elif own[:2] != shape[:2]:
         yield f"the kernel {own} of {at} does not fit the others"
-    else:
-        try:
-            margins(own[2:], shape[2:])
-        except ValueError as error:
-            yield f"of {at}, {error}"
+    elif any(n > whole or (whole - n) % 2 for n, whole in zip(own, shape, strict=True)):
+        fit = f"a kernel of {own[2:]} taps has no place in the middle of one of {shape[2:]}"
+        yield f"of {at}, {fit}"
 
 
 def _unlike_input(shape: Shape) -> str | None:
     """Return why the input cannot be one of the branches; None where it can."""
-    try:
-        unit_centre(shape)
-    except ValueError as error:
-        return f"its input is added, and {error}"
-    return None
+    outputs, channels, *size = shape
+    if channels and outputs % channels == 0 and all(n % 2 for n in size):
+        return None
+    reason = f"no kernel of shape {shape} gives each channel of its input back"
+    return f"its input is added, and {reason}"
 
 
 def fold_block(
@@ -283,21 +282,27 @@ def fold_block(
 
     read: gives an entry's values. kernel_of: the canonical kernel of a convolution, in float64.
     """
-    shape, _ = block.shapes
+    (outputs, channels, *size), _ = block.shapes
+    ones, none = (1,) * len(size), ((0, 0),) * len(size)
+    channels = max(channels, 1)
+    groups = 1 if outputs % channels else outputs // channels  # if there are as many inputs
 
-    def term(branch: Branch) -> Term:
+    def piece(branch: Branch) -> Piece:
         conv, norm, sign = branch
-        bias = None if conv is None else conv.entries.get("bias")
-        return Term(
-            None if conv is None else kernel_of(conv),
-            None if bias is None else read(bias),
-            None if norm is None else {key: read(norm.entries[role]) for key, role in NORM.items()},
-            sign,
-        )
+        made: Piece = UNIT
+        if conv is not None:
+            bias = conv.entries.get("bias")
+            shift = None if bias is None else read(bias).astype(np.float64).reshape(-1)
+            made = centred(Taps(kernel_of(conv), shift, Geometry(ones, ones, none), groups))
+        if norm is not None:
+            values = {key: read(norm.entries[role]).reshape(-1) for key, role in NORM.items()}
+            made = then(made, normalizing(outputs, epsilon=EPSILON, **values))
+        return then(made, Scale(UNIT.factor * sign))
 
-    kernel, bias = add_branches(map(term, block.branches), shape, epsilon=EPSILON)
+    whole = reduce(plus, map(piece, block.branches))
     if block.scale:
-        factor = read(block.scale).astype(np.float64).reshape(-1)
-        kernel *= factor.reshape(-1, *(1,) * (kernel.ndim - 1))
-        bias *= factor
-    return kernel + unit_kernel(shape) if block.family.plain else kernel, bias
+        whole = then(whole, Scale(read(block.scale).astype(np.float64).reshape(-1)))
+    whole = plus(whole, UNIT) if block.family.plain else whole
+    assert isinstance(whole, Taps)  # as the first branch is
+    assert whole.bias is not None  # as `sources` has one
+    return whole.kernel, whole.bias
