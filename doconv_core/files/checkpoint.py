@@ -23,7 +23,8 @@ import numpy as np
 
 from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
 from doconv_core.files import dynamic
-from doconv_core.files.branched import Block, fold_block, with_blocks
+from doconv_core.files.blocks import Block
+from doconv_core.files.branched import with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
     PYTORCH,
@@ -246,7 +247,7 @@ class Checkpoint(ABC):
     def added_up(self, block: Block) -> tuple[Array, Array]:
         """Return the kernel and the bias that a block of branches adds up to, in float64."""
         with np.errstate(all="ignore"):  # what overflows is in the result
-            return fold_block(block, self.read, partial(self.kernel, exact=True))
+            return block.added_up(self.read, partial(self.kernel, exact=True))
 
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
         """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
@@ -621,9 +622,9 @@ def _words(layer: Layer) -> tuple[str, str]:
     assert layer.kernel_shape is not None  # as the caller has checked
     size = "×".join(map(str, layer.kernel_shape[2:]))
     if isinstance(layer, Block):
-        count = len(layer.branches)
-        before = f"{layer.family.name} block of {count} branch{'es' if count > 1 else ''}"
-        return before, f"convolution {layer.family.folded}, {size}"
+        branches = f"{layer.count} branch{'es' if layer.count > 1 else ''}"
+        after = f"convolution {layer.becomes}" if layer.becomes else "ordinary convolution"
+        return f"{layer.family} block of {branches}", f"{after}, {size}"
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.composed not in (None, DO_CONV):
