@@ -135,12 +135,17 @@ class FamilyBlock(Block):
         return whole.kernel, whole.bias
 
 
-def with_blocks(layers: Sequence[Layer], entries: Mapping[str, Entry]) -> tuple[Layer, ...]:
-    """Return layers, in their order, with those of each block as one, a `Block`."""
+def with_blocks(
+    layers: Sequence[Layer], entries: Mapping[str, Entry], families: Sequence[Family] = FAMILIES
+) -> tuple[Layer, ...]:
+    """Return layers, in their order, with those of each block as one, a `Block`.
+
+    families: of others' blocks; this package's layers of branches are blocks in any case.
+    """
     blocks, known = find_normed(layers, entries), set[tuple[str, str]]()
     taken = {id(layer) for block in blocks for layer in block.layers}
     left = [layer for layer in layers if id(layer) not in taken]
-    for family in FAMILIES:
+    for family in families:
         found: dict[tuple[str, str], dict[str, Layer]] = {}
         taken = set()
         for layer in left:

@@ -27,6 +27,7 @@ from doconv_core.files.blocks import Block
 from doconv_core.files.branched import with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
+    GLUON,
     PYTORCH,
     Allowed,
     AllowError,
@@ -118,7 +119,12 @@ class Checkpoint(ABC):
         return self.layers
 
     def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        """Return layers with those of each block of branches as one; of PyTorch's files alone."""
+        """Return layers with those of each block of branches as one.
+
+        This package's are told in PyTorch's and Gluon's files, those of others in PyTorch's.
+        """
+        if self.framework == GLUON:
+            return with_blocks(layers, self.entries, ())
         return with_blocks(layers, self.entries) if self.framework == PYTORCH else (*layers,)
 
     def group(self, layer: Layer) -> str:
