@@ -30,12 +30,11 @@ from doconv_core.maths.separable import Folded
 from doconv_core.maths.spec import ConvSpec, as_tuple
 from doconv_core.models.normed import NormedLayers
 from doconv_core.models.report import REPLACED, SUBCLASS
-from doconv_torch import ordinary
 from doconv_torch.affine import BATCHNORMS
 from doconv_torch.arguments import StandIn
 from doconv_torch.batchnorm import ATTRIBUTES
-from doconv_torch.bsconv import BN_OPTIONS, BSConvLayers, as_array, as_tensor, memory_format
-from doconv_torch.composed import ComposedConv, Ordinary, check_ordinary
+from doconv_torch.bsconv import BN_OPTIONS, Parts, as_array, as_tensor, memory_format
+from doconv_torch.composed import Ordinary, check_ordinary
 from doconv_torch.ordinary import is_bound, is_replaced, spec_of
 from doconv_torch.surgery import become, ordinary_tensors
 
@@ -293,17 +292,11 @@ class NormedConv3d(_Branched[nn.Conv3d]):
     ordinary, norm_type, rank = nn.Conv3d, nn.BatchNorm3d, 3
 
 
-class BranchedLayers(NormedLayers):
+class BranchedLayers(Parts, NormedLayers):
     """The layers of one rule in PyTorch."""
 
-    base, composed, batch_norm = _Branched, ComposedConv, _BatchNorm
+    base = _Branched
     types = {cls.ordinary: cls for cls in (NormedConv1d, NormedConv2d, NormedConv3d)}  # noqa: RUF012
-    is_replaced = staticmethod(ordinary.is_replaced)
-    # Parts are read as those of BSConvs are.
-    _parts, _watcher = BSConvLayers._parts, BSConvLayers._watcher
-    _norm_obstacle, _conv_obstacle = BSConvLayers._norm_obstacle, BSConvLayers._conv_obstacle
-    _normalization, _matrix = BSConvLayers._normalization, BSConvLayers._matrix
-    _folded_part = BSConvLayers._ordinary
 
     def _geometry(self, conv: Any) -> Geometry:
         return _geometry(
