@@ -20,6 +20,7 @@ from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from doconv_core.kinds.base import ONE_TAP, Array, Cost, Kind, register
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
@@ -139,8 +140,8 @@ Piece: TypeAlias = "Conv | Norm | Mean"
 class Kernel(NamedTuple):
     """What a convolution computes with. weight: `(O, I/g, *kernel_size)`. bias: `(O,)`, or None."""
 
-    weight: Array
-    bias: Array | None = None
+    weight: ArrayLike
+    bias: ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,8 @@ class BranchedSpec:
     ) -> Linear:
         """Return a branch as one piece, around the same centre as the others."""
         row = (self._linear(each, values) for each in pieces)
-        whole = reduce(partial(then, any_cost=True), row, UNIT)
+        start: Linear = UNIT
+        whole = reduce(partial(then, any_cost=True), row, start)
         return centred(whole) if isinstance(whole, Taps) else whole
 
     def _linear(self, piece: Piece, values: Mapping[str, Kernel | Normalization]) -> Linear:
@@ -253,8 +255,9 @@ class BranchedSpec:
         if isinstance(piece, Mean):
             kernel = np.full((1, 1, *piece.kernel_size), 1 / prod(piece.kernel_size))
             return Taps(kernel, None, Geometry(piece.stride, ones, none), alike=True)
-        weight, bias = values[piece.name]
-        kernel = np.asarray(weight, np.float64).reshape(piece.spec.kernel_shape)
+        given: Any = values[piece.name]
+        kernel = np.asarray(given.weight, np.float64).reshape(piece.spec.kernel_shape)
+        bias = None if given.bias is None else np.asarray(given.bias, np.float64)
         return Taps(kernel, bias, Geometry(piece.stride, piece.dilation, none), piece.groups)
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
