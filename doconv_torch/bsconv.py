@@ -28,14 +28,14 @@ from doconv_core.kinds.bsconv import (
     check_kernel,
     obstacle,
 )
-from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models.parted import HOOKED, PartedLayers
 from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_torch import ordinary
-from doconv_torch.arguments import StandIn
+from doconv_torch.arguments import StandIn, as_places, pads_of
 from doconv_torch.batchnorm import norm_obstacle
 from doconv_torch.composed import ComposedConv, Ordinary, check_ordinary
 from doconv_torch.ordinary import HOOKS, is_bound, kind_of, spec_of
@@ -84,10 +84,7 @@ class _BSConv(StandIn, nn.Sequential, Generic[Ordinary]):
         rank, factory = self.rank, {"device": device, "dtype": dtype}
         spec = BSConvSpec(before, after, as_tuple("kernel_size", size, rank), self.variant, **own)
         check_groups(type(self).__name__, groups)
-        as_tuple("stride", stride, rank)
-        as_tuple("dilation", dilation, rank)
-        if not isinstance(padding, str):
-            as_tuple("padding", padding, rank, least=0)
+        as_places(rank, stride, padding, dilation)
         options = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
         ordinary: Any = self.ordinary
         channels = spec.in_channels
@@ -455,11 +452,7 @@ class BSConvLayers(Parts, SeparableLayers):
 
     def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
         stride, dilation = depthwise.stride, depthwise.dilation
-        if depthwise.padding == "same":
-            pads = same(depthwise.kernel_size, stride, dilation)
-        else:
-            valid = depthwise.padding == "valid"
-            pads = symmetric([0] * len(stride) if valid else depthwise.padding)
+        pads = pads_of(depthwise.kernel_size, stride, depthwise.padding, dilation)
         return Geometry(stride, dilation, pads, depthwise.padding_mode)
 
     def _convolution(
