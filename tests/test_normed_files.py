@@ -16,7 +16,7 @@ from frameworks import need
 from safetensors.numpy import load_file, save_file
 
 from doconv_core import CheckpointError, fold_checkpoint
-from doconv_core.files.normed import UNTOLD
+from doconv_core.files.normed import TOLD_BY, UNTOLD
 from doconv_core.kinds.normed import RULES
 
 need("torch")
@@ -86,7 +86,7 @@ def test_a_file_is_folded_as_the_layer_is(case, tmp_path):
 
 
 def test_all_rules_are_among_these():
-    assert {case.rule for case in TOLD} == {*RULES}
+    assert {case.rule for case in TOLD} == {*TOLD_BY.values()} == {*RULES}
 
 
 def test_a_layer_alone_a_wrapped_one_and_one_of_half_precision(tmp_path):

@@ -429,9 +429,9 @@ def fold_checkpoint(
     Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
     entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
     ordinary one of the framework, and its `W` is named `weight`. A block of branches of a training
-    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has. Returns
-    what was done; a layer's path there is its `Layer.name`. `target` is written whole or not at
-    all, and may be `source`.
+    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has; a layer of
+    branches of this package's becomes an ordinary one. Returns what was done; a layer's path there
+    is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
 
     kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
     called with the number of arrays folded and of those to fold.
