@@ -28,8 +28,9 @@ from doconv_core.kinds.bsconv import (
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.separable import Folded, Normalization, Pointwise
+from doconv_core.models.parted import HOOKED, PartedLayers
 from doconv_core.models.report import AXIS
-from doconv_core.models.separable import HOOKED, SeparableLayers
+from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_mx import ordinary, private, tree
 from doconv_mx.arguments import StandIn
@@ -380,12 +381,50 @@ class BSConvS3D(_BSConvS):
     ordinary, rank = nn.Conv3D, 3
 
 
-class BSConvLayers(SeparableLayers):
-    """The BSConv layers of Gluon."""
+class Parts(PartedLayers):
+    """How parts of layers, ordinary layers of Gluon, are read."""
 
-    composed, sequence, batch_norm = ComposedConv, nn.HybridSequential, private.BatchNorm
+    composed, batch_norm = ComposedConv, private.BatchNorm
     methods = ("forward", "__call__", "hybrid_forward")
     is_replaced = staticmethod(tree.is_replaced)
+
+    def _parts(self, layer: Block) -> dict[str, Block]:
+        return private.children(layer)
+
+    def _watcher(self, part: Block) -> str | None:
+        return HOOKED if private.is_hooked(part) else None
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        axis = private.settings(norm).get("axis", 1) % (layer.rank + 2)
+        return norm_obstacle(norm) or (None if axis == layer._layout.find("C") else AXIS)
+
+    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
+        kind = layer.ordinary
+        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {type(part).__name__}"
+        if reason is None and private.settings(part)["layout"] != layer._layout:
+            reason = f"its layout is {private.settings(part)['layout']}"
+        expected = f"mxnet.gluon.nn.{kind.__name__} of layout {layer._layout}"
+        return reason and f"{reason}; expected a {expected}"
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        weight = as_array(conv.weight, context)
+        return Pointwise(weight.reshape(len(weight), -1), as_array(conv.bias, context))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        options = private.settings(norm)
+        values = (norm.running_mean, norm.running_var, norm.gamma, norm.beta)
+        mean, variance, scale, offset = (as_array(parameter, context) for parameter in values)
+        scale = None if options["fix_gamma"] else scale
+        return Normalization(mean, variance, options["eps"], scale, offset)
+
+    def _ordinary(self, part: Any) -> Any:
+        return part.fold() if isinstance(part, ComposedConv) else copied(part)
+
+
+class BSConvLayers(Parts, SeparableLayers):
+    """The BSConv layers of Gluon."""
+
+    sequence = nn.HybridSequential
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution cannot become a BSConv."""
@@ -411,9 +450,6 @@ class BSConvLayers(SeparableLayers):
                 new.depthwise = site.layer.depthwise
             become(site.layer, new)
 
-    def _parts(self, layer: Block) -> dict[str, Block]:
-        return private.children(layer)
-
     def _names(self, layer: Any) -> tuple[str, ...]:
         names: tuple[str, ...] = layer._outline.names
         return names
@@ -433,21 +469,6 @@ class BSConvLayers(SeparableLayers):
     def _passes_on(self, part: Block) -> bool:
         return type(part) is nn.Dropout and not private.setting(part, "rate")
 
-    def _watcher(self, part: Block) -> str | None:
-        return HOOKED if private.is_hooked(part) else None
-
-    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
-        axis = private.settings(norm).get("axis", 1) % (layer.rank + 2)
-        return norm_obstacle(norm) or (None if axis == layer._layout.find("C") else AXIS)
-
-    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
-        kind = layer.ordinary
-        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {type(part).__name__}"
-        if reason is None and private.settings(part)["layout"] != layer._layout:
-            reason = f"its layout is {private.settings(part)['layout']}"
-        expected = f"mxnet.gluon.nn.{kind.__name__} of layout {layer._layout}"
-        return reason and f"{reason}; expected a {expected}"
-
     def _is_pointwise(self, conv: Any) -> bool:
         options = private.settings(conv)
         ones = {*options["kernel"], *options["stride"], options["num_group"]}
@@ -457,23 +478,9 @@ class BSConvLayers(SeparableLayers):
         groups, channels = (private.settings(conv)[name] for name in ("num_group", "num_filter"))
         return bool(groups == channels == channels_per_group(conv) * groups)
 
-    def _matrix(self, conv: Any, context: Any) -> Pointwise:
-        weight = as_array(conv.weight, context)
-        return Pointwise(weight.reshape(len(weight), -1), as_array(conv.bias, context))
-
-    def _normalization(self, norm: Any, context: Any) -> Normalization:
-        options = private.settings(norm)
-        values = (norm.running_mean, norm.running_var, norm.gamma, norm.beta)
-        mean, variance, scale, offset = (as_array(parameter, context) for parameter in values)
-        scale = None if options["fix_gamma"] else scale
-        return Normalization(mean, variance, options["eps"], scale, offset)
-
     def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
         options = private.settings(depthwise)
         return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))
-
-    def _ordinary(self, part: Any) -> Any:
-        return part.fold() if isinstance(part, ComposedConv) else copied(part)
 
     def _kept_parts(self, layer: Any) -> HybridBlock:
         new = copied(layer)  # which may have no values yet

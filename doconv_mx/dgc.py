@@ -13,8 +13,8 @@ from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
+from doconv_core.models.parted import HOOKED
 from doconv_core.models.report import REPLACED
-from doconv_core.models.separable import HOOKED
 from doconv_mx.ordinary import require_values
 from doconv_mx.private import forget_graph, is_hooked
 from doconv_mx.tree import check_model, is_replaced, walk

@@ -30,7 +30,7 @@ from doconv_core.kinds.normed import (
 )
 from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.layout import from_canonical, to_canonical
-from doconv_core.maths.separable import Folded
+from doconv_core.maths.separable import Folded, Pointwise
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.normed import NormedLayers
 from doconv_core.models.report import SUBCLASS
@@ -41,13 +41,12 @@ from doconv_mx.batchnorm import norm_obstacle
 from doconv_mx.bsconv import (
     BN_OPTIONS,
     IN_A_SYMBOL,
-    BSConvLayers,
+    Parts,
     as_array,
     initialize,
     layout_of,
     reordered,
 )
-from doconv_mx.composed import ComposedConv
 from doconv_mx.ordinary import (
     channels_per_group,
     check_ordinary,
@@ -328,17 +327,11 @@ class NormedConv3D(_Branched):
     ordinary, rank = nn.Conv3D, 3
 
 
-class BranchedLayers(NormedLayers):
+class BranchedLayers(Parts, NormedLayers):
     """The layers of one rule in Gluon."""
 
-    base, composed, batch_norm = _Branched, ComposedConv, private.BatchNorm
+    base = _Branched
     types = {cls.ordinary: cls for cls in (NormedConv1D, NormedConv2D, NormedConv3D)}  # noqa: RUF012
-    methods = ("forward", "__call__", "hybrid_forward")
-    is_replaced = staticmethod(tree.is_replaced)
-    # Parts are read as those of BSConvs are.
-    _parts, _watcher = BSConvLayers._parts, BSConvLayers._watcher
-    _norm_obstacle, _conv_obstacle = BSConvLayers._norm_obstacle, BSConvLayers._conv_obstacle
-    _normalization, _folded_part = BSConvLayers._normalization, BSConvLayers._ordinary
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""
@@ -382,8 +375,8 @@ class BranchedLayers(NormedLayers):
         held: list[mx.Context] = first.weight.list_ctx()
         return held
 
-    def _matrix(self, conv: Any, context: Any) -> tuple[Any, Any]:
-        return _kernel(conv, context), as_array(conv.bias, context)
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        return Pointwise(_kernel(conv, context), as_array(conv.bias, context))
 
     def _is_as_made(self, conv: Any, made: Conv) -> bool:
         options = private.settings(conv)

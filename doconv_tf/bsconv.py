@@ -29,6 +29,7 @@ from doconv_core.maths.layout import from_canonical, to_canonical
 from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.maths.spec import as_tuple
+from doconv_core.models.parted import PartedLayers
 from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_core.networks.nodes import BatchNorm
@@ -472,18 +473,57 @@ class BSConvS3D(_BSConvS):
     ordinary, rank = keras.layers.Conv3D, 3
 
 
-class BSConvLayers(SeparableLayers):
+class Parts(PartedLayers):
+    """How parts of layers, ordinary layers of Keras, are read."""
+
+    composed, batch_norm = ComposedConv, keras.layers.BatchNormalization
+    methods = ("call",)
+    is_replaced = staticmethod(ordinary.is_replaced)
+
+    def _watcher(self, part: keras.Layer) -> str | None:
+        if part.activity_regularizer is None or part.name == "depthwise":
+            return None
+        return "an activity regularizer, which would see other values; remove it first"
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        return norm_obstacle(norm) or axis_obstacle(layer, norm)
+
+    def _conv_obstacle(self, layer: Any, name: str, part: keras.Layer) -> str | None:
+        known = [layer.ordinary]
+        if name == "depthwise" and layer.rank in DEPTHWISE:
+            known.append(DEPTHWISE[layer.rank])
+        if type(part) in known:
+            reason = ordinary.obstacle(part)
+        else:
+            reason = f"it is a {type(part).__name__}"
+        names = " or a ".join(f"keras.layers.{cls.__name__}" for cls in known)
+        return reason and f"{reason}; expected a {names}"
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        kernel = as_array(conv.kernel, _layout(conv))
+        return Pointwise(kernel.reshape(len(kernel), -1), as_array(conv.bias))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        variables = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
+        mean, variance, scale, offset = map(as_array, variables)
+        return Normalization(mean, variance, norm.epsilon, scale, offset)
+
+    def _ordinary(self, part: keras.Layer) -> keras.Layer:
+        new = part.fold() if isinstance(part, ComposedConv) else copied(part)
+        unmark(new)
+        return new
+
+
+class BSConvLayers(Parts, SeparableLayers):
     """The BSConv layers of Keras."""
 
-    composed, sequence = ComposedConv, keras.Sequential
-    batch_norm = keras.layers.BatchNormalization
+    sequence = keras.Sequential
     bn_options: ClassVar[Mapping[str, Any]] = {
         "momentum": 1 - NORM.momentum,
         "epsilon": NORM.epsilon,
     }
-    methods, linear = ("call",), "of stride 1 without activation"
+    linear = "of stride 1 without activation"
     padding = (PADDING,)
-    is_replaced = staticmethod(ordinary.is_replaced)
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution cannot become a BSConv."""
@@ -519,25 +559,6 @@ class BSConvLayers(SeparableLayers):
     def _passes_on(self, part: keras.Layer) -> bool:
         return type(part) is keras.layers.Identity
 
-    def _watcher(self, part: keras.Layer) -> str | None:
-        if part.activity_regularizer is None or part.name == "depthwise":
-            return None
-        return "an activity regularizer, which would see other values; remove it first"
-
-    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
-        return norm_obstacle(norm) or axis_obstacle(layer, norm)
-
-    def _conv_obstacle(self, layer: Any, name: str, part: keras.Layer) -> str | None:
-        known = [layer.ordinary]
-        if name == "depthwise" and layer.rank in DEPTHWISE:
-            known.append(DEPTHWISE[layer.rank])
-        if type(part) in known:
-            reason = ordinary.obstacle(part)
-        else:
-            reason = f"it is a {type(part).__name__}"
-        names = " or a ".join(f"keras.layers.{cls.__name__}" for cls in known)
-        return reason and f"{reason}; expected a {names}"
-
     def _is_pointwise(self, conv: Any) -> bool:
         sizes = {*conv.kernel_size, *conv.strides, conv.groups}
         return sizes == {1} and conv.activation in _LINEAR
@@ -547,23 +568,9 @@ class BSConvLayers(SeparableLayers):
             return bool(conv.filters == conv.groups)
         return bool(conv.depth_multiplier == 1)
 
-    def _matrix(self, conv: Any, context: Any) -> Pointwise:
-        kernel = as_array(conv.kernel, _layout(conv))
-        return Pointwise(kernel.reshape(len(kernel), -1), as_array(conv.bias))
-
-    def _normalization(self, norm: Any, context: Any) -> Normalization:
-        variables = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
-        mean, variance, scale, offset = map(as_array, variables)
-        return Normalization(mean, variance, norm.epsilon, scale, offset)
-
     def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
         around = symmetric(layer.around) if any(layer.around) else pads(depthwise)
         return Geometry(depthwise.strides, depthwise.dilation_rate, around)
-
-    def _ordinary(self, part: keras.Layer) -> keras.Layer:
-        new = part.fold() if isinstance(part, ComposedConv) else copied(part)
-        unmark(new)
-        return new
 
     def _convolution(
         self, layer: Any, values: Mapping[Any, Folded], depthwise: Any = None

@@ -34,11 +34,9 @@ from doconv_core.maths.separable import Folded
 from doconv_core.maths.spec import ConvSpec, check_choice
 from doconv_core.models.normed import NormedLayers
 from doconv_core.models.view import ModelView
-from doconv_tf import ordinary
 from doconv_tf.arguments import StandIn
 from doconv_tf.batchnorm import norm_obstacle
-from doconv_tf.bsconv import BN_OPTIONS, CONSTRAINED, BSConvLayers, as_array
-from doconv_tf.composed import ComposedConv
+from doconv_tf.bsconv import BN_OPTIONS, CONSTRAINED, Parts, as_array
 from doconv_tf.ordinary import DEPTHWISE_CONVS, check_ordinary, like, pads, policy_of, put, spec_of
 from doconv_tf.surgery import become
 
@@ -432,10 +430,10 @@ class NormedDepthwiseConv1D(_Branched):
     ordinary, rank = keras.layers.DepthwiseConv1D, 1
 
 
-class BranchedLayers(NormedLayers):
+class BranchedLayers(Parts, NormedLayers):
     """The layers of one rule in Keras."""
 
-    base, composed, batch_norm = _Branched, ComposedConv, keras.layers.BatchNormalization
+    base = _Branched
     types = {  # noqa: RUF012
         cls.ordinary: cls
         for cls in (
@@ -443,11 +441,6 @@ class BranchedLayers(NormedLayers):
             NormedDepthwiseConv2D,
         )
     }  # fmt: skip
-    methods = ("call",)
-    is_replaced = staticmethod(ordinary.is_replaced)
-    # Parts are read as those of BSConvs are.
-    _norm_obstacle, _normalization = BSConvLayers._norm_obstacle, BSConvLayers._normalization
-    _matrix, _folded_part = BSConvLayers._matrix, BSConvLayers._ordinary
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""
@@ -478,17 +471,6 @@ class BranchedLayers(NormedLayers):
 
     def _parts(self, layer: Any) -> dict[str, Any]:
         return {part.name: part for part in layer._flatten_layers(False, False)}
-
-    def _watcher(self, part: Any) -> str | None:
-        if part.activity_regularizer is None:
-            return None
-        return "an activity regularizer, which would see other values; remove it first"
-
-    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
-        kind = layer.ordinary
-        same_type = type(part) is kind
-        reason = ordinary.obstacle(part) if same_type else f"it is a {type(part).__name__}"
-        return reason and f"{reason}; expected a keras.layers.{kind.__name__}"
 
     def _is_as_made(self, conv: Any, made: Conv) -> bool:
         sizes = (conv.strides, conv.dilation_rate, conv.padding, conv.activation)

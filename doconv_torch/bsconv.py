@@ -28,13 +28,14 @@ from doconv_core.kinds.bsconv import (
     check_kernel,
     obstacle,
 )
-from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.separable import Folded, Normalization, Pointwise
 from doconv_core.maths.spec import as_tuple
-from doconv_core.models.separable import HOOKED, SeparableLayers
+from doconv_core.models.parted import HOOKED, PartedLayers
+from doconv_core.models.separable import SeparableLayers
 from doconv_core.models.view import Folding, ModelView, Site
 from doconv_torch import ordinary
-from doconv_torch.arguments import StandIn
+from doconv_torch.arguments import StandIn, as_places, pads_of
 from doconv_torch.batchnorm import norm_obstacle
 from doconv_torch.composed import ComposedConv, Ordinary, check_ordinary
 from doconv_torch.ordinary import HOOKS, is_bound, kind_of, spec_of
@@ -83,10 +84,7 @@ class _BSConv(StandIn, nn.Sequential, Generic[Ordinary]):
         rank, factory = self.rank, {"device": device, "dtype": dtype}
         spec = BSConvSpec(before, after, as_tuple("kernel_size", size, rank), self.variant, **own)
         check_groups(type(self).__name__, groups)
-        as_tuple("stride", stride, rank)
-        as_tuple("dilation", dilation, rank)
-        if not isinstance(padding, str):
-            as_tuple("padding", padding, rank, least=0)
+        as_places(rank, stride, padding, dilation)
         options = batch_norm_options(spec.with_bn, bn_options, BN_OPTIONS)
         ordinary: Any = self.ordinary
         channels = spec.in_channels
@@ -372,11 +370,46 @@ class BSConvS3d(_BSConvS[nn.Conv3d]):
     ordinary, norm, rank = nn.Conv3d, nn.BatchNorm3d, 3
 
 
-class BSConvLayers(SeparableLayers):
+class Parts(PartedLayers):
+    """How parts of layers, ordinary layers of PyTorch, are read."""
+
+    composed, batch_norm = ComposedConv, _BatchNorm
+    is_replaced = staticmethod(ordinary.is_replaced)
+
+    def _parts(self, layer: nn.Module) -> dict[str, nn.Module]:
+        return dict(layer.named_children())
+
+    def _watcher(self, part: nn.Module) -> str | None:
+        return HOOKED if any(getattr(part, hooks) for hooks in HOOKS) else None
+
+    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
+        reason = norm_obstacle(norm)
+        return f"{reason}; call model.eval() first" if reason and norm.training else reason
+
+    def _conv_obstacle(self, layer: Any, name: str, part: nn.Module) -> str | None:
+        kind = layer.ordinary
+        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {kind_of(part)}"
+        if reason is None and "bias" in vars(part):
+            reason = "its bias is computed before each call"
+        return reason and f"{reason}; expected a torch.nn.{kind.__name__}"
+
+    def _matrix(self, conv: Any, context: Any) -> Pointwise:
+        weight = as_array(conv.weight).reshape(conv.out_channels, -1)
+        return Pointwise(weight, as_array(conv.bias))
+
+    def _normalization(self, norm: Any, context: Any) -> Normalization:
+        values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        mean, variance, scale, offset = map(as_array, values)
+        return Normalization(mean, variance, norm.eps, scale, offset)
+
+    def _ordinary(self, part: nn.Module) -> nn.Module:
+        return part.fold() if isinstance(part, ComposedConv) else copy.deepcopy(part)
+
+
+class BSConvLayers(Parts, SeparableLayers):
     """The BSConv layers of PyTorch."""
 
-    composed, sequence, batch_norm = ComposedConv, nn.Sequential, _BatchNorm
-    is_replaced = staticmethod(ordinary.is_replaced)
+    sequence = nn.Sequential
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution cannot become a BSConv."""
@@ -402,29 +435,12 @@ class BSConvLayers(SeparableLayers):
                 new.depthwise = layer.depthwise
             become(layer, new)
 
-    def _parts(self, layer: nn.Module) -> dict[str, nn.Module]:
-        return dict(layer.named_children())
-
     def _strides(self, layer: Any) -> Sequence[int] | None:
         found = isinstance(layer._modules.get("depthwise"), _ConvNd)
         return layer.stride if found else None
 
     def _passes_on(self, part: nn.Module) -> bool:
         return type(part) is nn.Identity
-
-    def _watcher(self, part: nn.Module) -> str | None:
-        return HOOKED if any(getattr(part, hooks) for hooks in HOOKS) else None
-
-    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
-        reason = norm_obstacle(norm)
-        return f"{reason}; call model.eval() first" if reason and norm.training else reason
-
-    def _conv_obstacle(self, layer: Any, name: str, part: nn.Module) -> str | None:
-        kind = layer.ordinary
-        reason = ordinary.obstacle(part) if type(part) is kind else f"it is a {kind_of(part)}"
-        if reason is None and "bias" in vars(part):
-            reason = "its bias is computed before each call"
-        return reason and f"{reason}; expected a torch.nn.{kind.__name__}"
 
     def _is_pointwise(self, conv: Any) -> bool:
         padded = not isinstance(conv.padding, str) and any(conv.padding)
@@ -434,26 +450,10 @@ class BSConvLayers(SeparableLayers):
     def _is_depthwise(self, conv: Any) -> bool:
         return bool(conv.groups == conv.in_channels == conv.out_channels)
 
-    def _matrix(self, conv: Any, context: Any) -> Pointwise:
-        weight = as_array(conv.weight).reshape(conv.out_channels, -1)
-        return Pointwise(weight, as_array(conv.bias))
-
-    def _normalization(self, norm: Any, context: Any) -> Normalization:
-        values = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        mean, variance, scale, offset = map(as_array, values)
-        return Normalization(mean, variance, norm.eps, scale, offset)
-
     def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
         stride, dilation = depthwise.stride, depthwise.dilation
-        if depthwise.padding == "same":
-            pads = same(depthwise.kernel_size, stride, dilation)
-        else:
-            valid = depthwise.padding == "valid"
-            pads = symmetric([0] * len(stride) if valid else depthwise.padding)
+        pads = pads_of(depthwise.kernel_size, stride, depthwise.padding, dilation)
         return Geometry(stride, dilation, pads, depthwise.padding_mode)
-
-    def _ordinary(self, part: nn.Module) -> nn.Module:
-        return part.fold() if isinstance(part, ComposedConv) else copy.deepcopy(part)
 
     def _convolution(
         self, layer: Any, values: Mapping[Any, Folded], depthwise: Any = None

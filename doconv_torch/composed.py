@@ -23,7 +23,7 @@ from doconv_core.models import composed
 from doconv_core.models.composed import PLAIN, READ_IN_FORWARD
 from doconv_core.models.report import own_method
 from doconv_core.models.view import Folding, Leave, ModelView, Site
-from doconv_torch.arguments import StandIn
+from doconv_torch.arguments import StandIn, as_places
 from doconv_torch.convolve import Form, convolve
 from doconv_torch.ordinary import (
     GATHER,
@@ -74,10 +74,7 @@ class ComposedConv(StandIn, _ConvNd, Generic[Ordinary]):
         kernel_size = as_tuple("kernel_size", kernel_size, rank)
         conv = ConvSpec(in_channels, out_channels, kernel_size, groups)
         spec = self.kind.spec(conv, **options)
-        as_tuple("stride", stride, rank)
-        as_tuple("dilation", dilation, rank)
-        if not isinstance(padding, str):
-            as_tuple("padding", padding, rank, least=0)
+        as_places(rank, stride, padding, dilation)
         # The ordinary layer's arguments: what stands behind `_ConvNd` among the bases takes them.
         arguments: tuple[Any, ...] = (
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,

@@ -14,8 +14,8 @@ from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
 from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
+from doconv_core.models.parted import HOOKED
 from doconv_core.models.received import no_model
-from doconv_core.models.separable import HOOKED
 from doconv_torch import skipping
 from doconv_torch.compose import without_autocast
 from doconv_torch.ordinary import HOOKS

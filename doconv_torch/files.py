@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doconv_core.files.branched import with_blocks
-from doconv_core.files.checkpoint import (
-    Checkpoint,
-    Output,
-    folded_kernel,
-    outputs,
-    seems_over_parameterized,
-)
+from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import (
     AVERAGED,
     BITS,
@@ -36,6 +30,7 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
+from doconv_core.files.folding import Output, folded_kernel, outputs, seems_over_parameterized
 from doconv_core.files.inert import Inert, NotReadError
 from doconv_core.files.layers import Layer, Sizes, find_layers
 from doconv_core.files.pickles import SUSPECT, check_calls

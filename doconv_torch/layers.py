@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from doconv_core.maths.geometry import Extra, Geometry, Pad, padded, same, symmetric
+from doconv_core.maths.geometry import Extra, Geometry, padded
 from doconv_core.models.report import REPLACED
 from doconv_core.state.file import entry
 from doconv_core.state.layers import (
@@ -31,6 +31,7 @@ from doconv_core.state.reading import (
     read_layer,
 )
 from doconv_torch.affine import BATCHNORMS
+from doconv_torch.arguments import pads_of
 from doconv_torch.composed import ComposedConv
 from doconv_torch.kinds import LAYER_KINDS
 from doconv_torch.ordinary import DTYPES, ORDINARY, is_replaced, spec_of
@@ -129,16 +130,11 @@ def _form(module: Any, uses: Uses) -> LayerForm:
 
 def _geometry(module: Any, uses: Uses) -> Geometry:
     stride, dilation, size = module.stride, module.dilation, module.kernel_size
-    pads: Sequence[Pad]
     if module.transposed:
         pads = [(p, p - o) for p, o in zip(module.padding, module.output_padding, strict=True)]
         return Geometry(stride, dilation, padded(pads, in_outputs(uses, stride)))
-    if module.padding == "same":
-        pads = same(size, stride, dilation)
-    else:
-        pads = symmetric([0] * len(size) if module.padding == "valid" else module.padding)
-    mode = module.padding_mode
-    return Geometry(stride, dilation, padded(pads, uses, mode), mode)
+    own, mode = pads_of(size, stride, module.padding, dilation), module.padding_mode
+    return Geometry(stride, dilation, padded(own, uses, mode), mode)
 
 
 def _transposed(module: Any) -> TransposedConvSpec:

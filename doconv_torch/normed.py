@@ -25,17 +25,16 @@ from doconv_core.kinds.normed import (
     Pairs,
     Piece,
 )
-from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.separable import Folded
 from doconv_core.maths.spec import ConvSpec, as_tuple
 from doconv_core.models.normed import NormedLayers
 from doconv_core.models.report import REPLACED, SUBCLASS
-from doconv_torch import ordinary
 from doconv_torch.affine import BATCHNORMS
-from doconv_torch.arguments import StandIn
+from doconv_torch.arguments import StandIn, as_places, pads_of
 from doconv_torch.batchnorm import ATTRIBUTES
-from doconv_torch.bsconv import BN_OPTIONS, BSConvLayers, as_array, as_tensor, memory_format
-from doconv_torch.composed import ComposedConv, Ordinary, check_ordinary
+from doconv_torch.bsconv import BN_OPTIONS, Parts, as_array, as_tensor, memory_format
+from doconv_torch.composed import Ordinary, check_ordinary
 from doconv_torch.ordinary import is_bound, is_replaced, spec_of
 from doconv_torch.surgery import become, ordinary_tensors
 
@@ -79,9 +78,7 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
         conv = ConvSpec(
             in_channels, out_channels, as_tuple("kernel_size", kernel_size, rank), groups
         )
-        stride, dilation = as_tuple("stride", stride, rank), as_tuple("dilation", dilation, rank)
-        if not isinstance(padding, str):
-            padding = as_tuple("padding", padding, rank, least=0)
+        stride, padding, dilation = as_places(rank, stride, padding, dilation)
         geometry = _geometry(conv.kernel_size, stride, padding, dilation, padding_mode)
         norms = batch_norm_options(True, bn_options, BN_OPTIONS)
         spec = BranchedSpec(conv, geometry, rule, **options)
@@ -238,11 +235,7 @@ def _geometry(
     size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, mode: str
 ) -> Geometry:
     """Return where the taps of a convolution with these arguments meet its input."""
-    if padding == "same":
-        pads = same(size, stride, dilation)
-    else:
-        pads = symmetric([0] * len(size) if padding == "valid" else padding)
-    return Geometry(stride, dilation, pads, mode)
+    return Geometry(stride, dilation, pads_of(size, stride, padding, dilation), mode)
 
 
 class NormedConv1d(_Branched[nn.Conv1d]):
@@ -293,17 +286,11 @@ class NormedConv3d(_Branched[nn.Conv3d]):
     ordinary, norm_type, rank = nn.Conv3d, nn.BatchNorm3d, 3
 
 
-class BranchedLayers(NormedLayers):
+class BranchedLayers(Parts, NormedLayers):
     """The layers of one rule in PyTorch."""
 
-    base, composed, batch_norm = _Branched, ComposedConv, _BatchNorm
+    base = _Branched
     types = {cls.ordinary: cls for cls in (NormedConv1d, NormedConv2d, NormedConv3d)}  # noqa: RUF012
-    is_replaced = staticmethod(ordinary.is_replaced)
-    # Parts are read as those of BSConvs are.
-    _parts, _watcher = BSConvLayers._parts, BSConvLayers._watcher
-    _norm_obstacle, _conv_obstacle = BSConvLayers._norm_obstacle, BSConvLayers._conv_obstacle
-    _normalization, _matrix = BSConvLayers._normalization, BSConvLayers._matrix
-    _folded_part = BSConvLayers._ordinary
 
     def _geometry(self, conv: Any) -> Geometry:
         return _geometry(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx, nn
 
-from doconv_core.maths.geometry import Geometry, same, symmetric
+from doconv_core.maths.geometry import Geometry, symmetric
 from doconv_core.maths.linear import UNIT, Scale, Taps
 from doconv_core.models.merge import Node, Step, atom
 from doconv_torch import affine
+from doconv_torch.arguments import pads_of
 from doconv_torch.batchnorm import any_norm_obstacle
 from doconv_torch.ordinary import is_batch_norm, is_convolution, obstacle
 
@@ -217,11 +218,8 @@ def _taps(
 ) -> Taps:  # fmt: skip
     size = tuple(weight.shape[2:])
     stride, dilation = (_tuple(each, len(size)) for each in (stride, dilation))
-    if padding == "same":
-        pads = same(size, stride, dilation)
-    else:
-        pads = symmetric(_tuple(0 if padding == "valid" else padding, len(size)))
-    geometry = Geometry(stride, dilation, pads, mode)
+    padding = padding if isinstance(padding, str) else _tuple(padding, len(size))
+    geometry = Geometry(stride, dilation, pads_of(size, stride, padding, dilation), mode)
     return Taps(weight.numpy(), None if bias is None else bias.numpy(), geometry, groups)
 
 

@@ -93,6 +93,7 @@ ROWS = {
     "dilations": (taps(4, 6, 3, dilation=2, pad=3), taps(6, 4, 2, dilation=3)),
     "groups": (taps(4, 8, 1, groups=2, bias=False), taps(8, 4, 3, groups=4, pad=1)),
     "depthwise, pointwise": (taps(4, 8, 3, groups=4, pad=1), taps(8, 6, 1)),
+    "groups, depthwise": (taps(4, 8, 3, groups=2, pad=2), taps(8, 8, 3, groups=8)),
     "1x3, 3x1": (taps(4, 6, (1, 3), pad=(0, 1), bias=False), taps(6, 4, (3, 1), pad=(1, 0))),
     "pointwise, pooling": (taps(4, 6, 1), pool(2, 2)),
     "pooling, pointwise": (pool(3, 1, 1), taps(4, 6, 1)),
@@ -238,11 +239,17 @@ def test_zeros_of_a_bias_or_a_norm_are_no_shift():
     check_row(flat, taps(4, 6, 3, pad=1), 4)
 
 
-def test_a_large_kernel_that_costs_more_is_not_even_computed():
+def test_a_large_kernel_that_costs_more_is_computed_only_where_that_is_asked():
     wide = Taps(np.zeros((2048, 1, 7, 7)), None, Geometry((1, 1), (1, 1), [(3, 3)] * 2), 2048)
     point = Taps(np.zeros((2048, 2048, 1, 1)), None, Geometry((1, 1), (1, 1), [(0, 0)] * 2))
     with pytest.raises(NotOne, match=COSTLIER):
         then(wide, point)
+    smaller = replace(point, kernel=np.ones((700, 700, 1, 1)))
+    with pytest.raises(NotOne, match=COSTLIER):
+        then(smaller, pool(3, 2))
+    whole = then(smaller, pool(3, 2), any_cost=True).kernel
+    assert whole.shape == (700, 700, 3, 3)
+    assert np.allclose(whole, 1 / 9)
 
 
 # The search: what of a forward pass becomes one convolution.

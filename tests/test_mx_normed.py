@@ -17,7 +17,8 @@ import mxnet as mx  # noqa: E402
 from mxnet import autograd  # noqa: E402
 from mxnet.gluon import SymbolBlock, Trainer, nn  # noqa: E402
 
-from doconv_core import NotFoldable  # noqa: E402
+from doconv_core import CheckpointError, NotFoldable, fold_checkpoint  # noqa: E402
+from doconv_core.kinds.normed import KINDS, SUMMED  # noqa: E402
 from doconv_core.models.normed import NO_NORM  # noqa: E402
 from doconv_mx.bsconv import IN_A_SYMBOL  # noqa: E402
 from doconv_mx.normed import LAST  # noqa: E402
@@ -189,3 +190,29 @@ def test_what_was_exchanged_is_not_folded():
         package.NormedConv2D(0, 4, 3)
     with pytest.raises(ValueError, match="takes no activation, which would stand before"):
         package.NormedConv2D(4, 4, 3, activation="relu")
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS if kind.name not in SUMMED])
+def test_a_file_is_folded_as_the_layer_is(kind, tmp_path):
+    file, size = tmp_path / "in.params", 9 if "replk" in kind else 3
+    model = nn.HybridSequential()
+    model.add(package.NormedConv2D(4, 4, size, padding=size // 2, rule=kind), nn.Dense(2))
+    model.initialize()
+    model(image())
+    rng = np.random.default_rng(0)
+    for parameter in model.collect_params().values():
+        parameter.set_data(mx.nd.array(rng.uniform(0.5, 2, parameter.shape)))
+    model.save_parameters(str(file))
+    (change,) = fold_checkpoint(file, tmp_path / "out.params").changed
+    assert change.before.startswith(f"{kind} block of ")
+    package.fold(model).model.save_parameters(str(file))
+    assert_close(mx.nd.load(str(tmp_path / "out.params")), mx.nd.load(str(file)), 1e-6)
+
+
+def test_a_file_of_a_channels_last_layer_is_refused(tmp_path):
+    layer = package.NormedConv2D(3, 4, 3, padding=1, layout="NHWC")
+    layer.initialize()
+    layer.save_parameters(str(tmp_path / "in.params"))
+    message = "named like a repvgg layer, but the kernel .* of pointwise_conv is not"
+    with pytest.raises(CheckpointError, match=message):
+        fold_checkpoint(tmp_path / "in.params", tmp_path / "out.params")

@@ -12,9 +12,10 @@ import click
 from doconv_core.cli.command import IMPOSSIBLE, Failure
 from doconv_core.cli.keras_config import fed_layers, may_pad, metadata_of_node
 from doconv_core.cli.options import literal, matches
-from doconv_core.files.checkpoint import Checkpoint, check_finite
+from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.dynamic import parts, shape_of
 from doconv_core.files.entries import GLUON
+from doconv_core.files.folding import check_finite
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,

@@ -53,8 +53,9 @@ from doconv_core.cli.pairing import (
     required_of_target,
 )
 from doconv_core.cli.plan import Conversion, Plan, Step, write_file, write_state_like
-from doconv_core.files.checkpoint import check_heads, check_understood, formats
+from doconv_core.files.checkpoint import formats
 from doconv_core.files.entries import KERAS, STATE
+from doconv_core.files.folding import check_heads, check_understood
 from doconv_core.files.layers import LINEAR, Layer
 from doconv_core.models.report import place
 from doconv_core.state.layers import CHANNELS_FIRST, LayerForm

@@ -49,7 +49,7 @@ def fold(
     Names, order and everything else in the file stay. OUT has the format of IN, and may be IN, with
     --force. A kernel that is not finite is refused. Blocks of branches in training checkpoints of
     RepVGG, MobileOne, FastViT and others of timm's networks become the convolutions that their
-    deployed networks have.
+    deployed networks have, and this package's layers of branches ordinary ones.
 
     \b
     Examples:

@@ -13,8 +13,8 @@ from doconv_core.cli.convert import flattenings, paired_by_order
 from doconv_core.cli.flattening import Images
 from doconv_core.cli.pairing import Paired, compare_metadata, pair_by_name
 from doconv_core.cli.plan import Conversion
-from doconv_core.files.checkpoint import check_heads
 from doconv_core.files.entries import STATE
+from doconv_core.files.folding import check_heads
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 

@@ -27,7 +27,7 @@ from doconv_core.cli.options import (
     kernel_size_option,
     source_argument,
 )
-from doconv_core.files.branched import Block
+from doconv_core.files.blocks import Block
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.layers import OTHER, D, Layer
 from doconv_core.kinds.do_conv import DO_CONV, identity
@@ -92,7 +92,7 @@ def _layer_object(
     block = None
     if isinstance(layer, Block):
         block = {
-            "family": layer.family.name,
+            "family": layer.family,
             "folds_to": layer.folded,
             "layers": [_layer_object(checkpoint, each, measures) for each in layer.layers],
         }
@@ -171,7 +171,7 @@ def _layer_row(checkpoint: Checkpoint, layer: Layer) -> list[str]:
     if layer.origin.startswith("reference"):
         kind = f"{kind}, {layer.origin}"
     if isinstance(layer, Block):
-        kind = f"{layer.family.name} block, to be {layer.family.folded}"
+        kind = f"{layer.family} block, to be {layer.becomes or 'a convolution'}"
     shape = layer.kernel_shape or entries[0].shape
     return [
         layer.name or "(the model itself)",

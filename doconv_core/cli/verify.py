@@ -36,7 +36,7 @@ from doconv_core.cli.options import (
     source_argument,
 )
 from doconv_core.cli.pairing import pair_by_name, pair_by_order
-from doconv_core.files.branched import Block
+from doconv_core.files.blocks import Block
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.dynamic import NAMES
 from doconv_core.files.entries import KERAS, compose_blocks

@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial, reduce
 from typing import NamedTuple
 
 import numpy as np
 
-from doconv_core.files.entries import FLOATS, Array, Entry
+from doconv_core.files.blocks import (
+    BRANCHES,
+    EPSILON,
+    NORM,
+    Block,
+    KernelOf,
+    Read,
+    below,
+    problems,
+)
+from doconv_core.files.entries import Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, OTHER, Layer, Shape
-from doconv_core.maths.branches import Term, add_branches, margins, unit_centre, unit_kernel
-
-BRANCHES = "branches"  # the kind of a block
-EPSILON = 1e-5  # of the norms, which files do not tell: PyTorch's own, as these networks have it
-NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
-COUNT = "num_batches_tracked"
-# The roles that a layer of each kind has to have, and one that it may have beside them.
-ROLES = {CONVOLUTION: (("weight",), "bias"), BATCH_NORM: ((*NORM.values(),), COUNT)}
+from doconv_core.files.normed import find_normed
+from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.linear import UNIT, Piece, Scale, Taps, centred, normalizing, plus, then
 
 
 class Family(NamedTuple):
@@ -92,47 +97,57 @@ class Branch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block(Layer):
-    """The layers of a block as one; its entries by their names below the block's path.
+class FamilyBlock(Block):
+    """A block of one of the families. branches: what is added up.
 
-    family: what kind of block. layers: those that it is made of. branches: what is added up. scale:
-    the entry that they are multiplied with, "" for none. folded: the names of the weight and bias
-    that it becomes; sources: the entries in whose places and types they are. kernel_shape: that of
-    the sum. A block with a note is none that can be folded.
+    scale: the entry that they are multiplied with, "" for none. plain: whether the input is added.
     """
 
-    family: Family = field(kw_only=True)
-    layers: tuple[Layer, ...] = field(kw_only=True)
     branches: tuple[Branch, ...] = field(default=(), kw_only=True)
     scale: str = field(default="", kw_only=True)
-    folded: tuple[str, ...] = field(default=(), kw_only=True)
-    sources: tuple[str, ...] = field(default=(), kw_only=True)
+    plain: bool = field(default=False, kw_only=True)
 
-    @property
-    def gone(self) -> tuple[str, ...]:
-        """All its roles: the convolution that it becomes is another layer."""
-        return tuple(self.entries)
+    def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:
+        """Return the kernel and the bias of the convolution that it adds up to, in float64."""
+        (outputs, channels, *size), _ = self.shapes
+        ones, none = (1,) * len(size), ((0, 0),) * len(size)
+        channels = max(channels, 1)
+        groups = 1 if outputs % channels else outputs // channels  # if there are as many inputs
 
-    @property
-    def convolution(self) -> Block:
-        """It under the path, and with the roles, of the convolution that it becomes."""
-        path = f"{self.path}.{self.family.folded}".lstrip(".")
-        entries = dict(zip(("weight", "bias"), self.sources, strict=True))
-        return dataclasses.replace(self, path=path, kind=CONVOLUTION, entries=entries)
+        def piece(branch: Branch) -> Piece:
+            conv, norm, sign = branch
+            made: Piece = UNIT
+            if conv is not None:
+                bias = conv.entries.get("bias")
+                shift = None if bias is None else read(bias).astype(np.float64).reshape(-1)
+                made = centred(Taps(kernel_of(conv), shift, Geometry(ones, ones, none), groups))
+            if norm is not None:
+                values = {key: read(norm.entries[role]).reshape(-1) for key, role in NORM.items()}
+                made = then(made, normalizing(outputs, epsilon=EPSILON, **values))
+            return then(made, Scale(UNIT.factor * sign))
 
-    @property
-    def shapes(self) -> tuple[Shape, Shape]:
-        """The shapes of the weight and the bias that it becomes."""
-        assert self.kernel_shape is not None  # as of one that can be folded
-        return self.kernel_shape, self.kernel_shape[:1]
+        whole = reduce(plus, map(piece, self.branches))
+        if self.scale:
+            whole = then(whole, Scale(read(self.scale).astype(np.float64).reshape(-1)))
+        whole = plus(whole, UNIT) if self.plain else whole
+        assert isinstance(whole, Taps)  # as the first branch is
+        assert whole.bias is not None  # as `sources` has one
+        return whole.kernel, whole.bias
 
 
-def with_blocks(layers: Sequence[Layer], entries: Mapping[str, Entry]) -> tuple[Layer, ...]:
-    """Return layers, in their order, with those of each block as one, a `Block`."""
-    left, blocks, known = list(layers), list[Block](), set[tuple[str, str]]()
-    for family in FAMILIES:
+def with_blocks(
+    layers: Sequence[Layer], entries: Mapping[str, Entry], families: Sequence[Family] = FAMILIES
+) -> tuple[Layer, ...]:
+    """Return layers, in their order, with those of each block as one, a `Block`.
+
+    families: of others' blocks; this package's layers of branches are blocks in any case.
+    """
+    blocks, known = find_normed(layers, entries), set[tuple[str, str]]()
+    taken = {id(layer) for block in blocks for layer in block.layers}
+    left = [layer for layer in layers if id(layer) not in taken]
+    for family in families:
         found: dict[tuple[str, str], dict[str, Layer]] = {}
-        taken: set[int] = set()
+        taken = set()
         for layer in left:
             at = _place(family, layer)
             if at is not None:
@@ -176,16 +191,19 @@ def _under(name: str, own: Mapping[str, Layer]) -> set[str]:
 
 def _block(
     family: Family, part: str, path: str, own: Mapping[str, Layer], entries: Mapping[str, Entry]
-) -> Block:
+) -> FamilyBlock:
     """Return the block of these layers, by their paths in it; with a note where they make none."""
-    roles = {f"{at}.{role}": x.entries[role] for at, x in own.items() for role in x.entries}
-    block = Block(path, BRANCHES, roles, part=part, family=family, layers=(*own.values(),))
+    block = FamilyBlock(
+        path, BRANCHES, below(own), part=part, family=family.name, layers=(*own.values(),),
+        becomes=family.folded, plain=family.plain,
+    )  # fmt: skip
     paths = _branches(family, own)
     shape = _shape([own[conv] for conv, _, _ in paths if conv in own])
     kinds = {conv: CONVOLUTION for conv, _, _ in paths if conv}
     kinds |= {norm: BATCH_NORM for _, norm, _ in paths if norm}
     kinds |= {family.scale: OTHER} if family.scale in own else {}
-    problem = next(_problems(kinds, own, shape, entries), None)
+    found = problems(kinds, own, lambda _: shape[0], partial(_misfits, shape), entries)
+    problem = next(found, None)
     if problem is None and (family.plain or any(not conv for conv, _, _ in paths)):
         problem = _unlike_input(shape)
     if problem is not None:
@@ -196,7 +214,7 @@ def _block(
     sources = conv.entries["weight"], (norm or conv).entries["bias"]
     before = sources[0][: sources[0].rfind(f"{paths[0][0].partition('.')[0]}.")]
     return dataclasses.replace(
-        block, branches=tuple(branches), sources=sources, kernel_shape=shape,
+        block, branches=tuple(branches), count=len(branches), sources=sources, kernel_shape=shape,
         folded=tuple(f"{before}{family.folded}.{role}" for role in ("weight", "bias")),
         scale="".join(own[family.scale].entries.values()) if family.scale in own else "",
     )  # fmt: skip
@@ -230,74 +248,20 @@ def _shape(convs: Sequence[Layer]) -> Shape:
     return (*shapes[0][:2], *(max(sizes) for sizes in list(zip(*shapes, strict=True))[2:]))
 
 
-def _problems(
-    kinds: Mapping[str, str], own: Mapping[str, Layer], shape: Shape, entries: Mapping[str, Entry]
-) -> Iterator[str]:
-    """Yield why these layers make no block. kinds: of those that it has; shape: of the kernel."""
-    yield from (f"it has no {at}" for at in kinds if at not in own)
-    yield from (f"it has {at} besides" for at in own if at not in kinds)
-    for at, kind in kinds.items():
-        layer = own[at]
-        needed, beside = ROLES.get(kind, ((), ""))
-        known = {*needed, beside, *layer.gone} if needed else {*layer.entries}
-        yield from (f"it has no {at}.{role}" for role in needed if role not in layer.entries)
-        yield from (f"it has {at}.{role} besides" for role in layer.entries if role not in known)
-        if kind == CONVOLUTION:
-            yield from _misfits(at, layer, shape)
-        for role in layer.entries if kind != CONVOLUTION else {*layer.entries} & {"bias"}:
-            entry = entries[layer.entries[role]]
-            if role != COUNT and (entry.size != shape[0] or entry.dtype not in FLOATS):
-                given = f"{at}.{role} {entry.shape} of {entry.dtype}"
-                yield f"it has {given}, where {shape[0]} floats belong"
-
-
-def _misfits(at: str, layer: Layer, shape: Shape) -> Iterator[str]:
+def _misfits(shape: Shape, at: str, layer: Layer) -> Iterator[str]:
     """Yield why the kernel of a convolution is none of a block's whose sum has this shape."""
-    own = layer.kernel_shape
-    if layer.kind != CONVOLUTION:
-        yield f"{at} is no convolution"
-    elif own is None:
-        yield f"of {at}, {layer.note}"
-    elif own[:2] != shape[:2]:
+    own = layer.kernel_shape or ()
+    if own[:2] != shape[:2]:
         yield f"the kernel {own} of {at} does not fit the others"
-    else:
-        try:
-            margins(own[2:], shape[2:])
-        except ValueError as error:
-            yield f"of {at}, {error}"
+    elif any(n > whole or (whole - n) % 2 for n, whole in zip(own, shape, strict=True)):
+        fit = f"a kernel of {own[2:]} taps has no place in the middle of one of {shape[2:]}"
+        yield f"of {at}, {fit}"
 
 
 def _unlike_input(shape: Shape) -> str | None:
     """Return why the input cannot be one of the branches; None where it can."""
-    try:
-        unit_centre(shape)
-    except ValueError as error:
-        return f"its input is added, and {error}"
-    return None
-
-
-def fold_block(
-    block: Block, read: Callable[[str], Array], kernel_of: Callable[[Layer], Array]
-) -> tuple[Array, Array]:
-    """Return the kernel and the bias of the convolution that a block adds up to, in float64.
-
-    read: gives an entry's values. kernel_of: the canonical kernel of a convolution, in float64.
-    """
-    shape, _ = block.shapes
-
-    def term(branch: Branch) -> Term:
-        conv, norm, sign = branch
-        bias = None if conv is None else conv.entries.get("bias")
-        return Term(
-            None if conv is None else kernel_of(conv),
-            None if bias is None else read(bias),
-            None if norm is None else {key: read(norm.entries[role]) for key, role in NORM.items()},
-            sign,
-        )
-
-    kernel, bias = add_branches(map(term, block.branches), shape, epsilon=EPSILON)
-    if block.scale:
-        factor = read(block.scale).astype(np.float64).reshape(-1)
-        kernel *= factor.reshape(-1, *(1,) * (kernel.ndim - 1))
-        bias *= factor
-    return kernel + unit_kernel(shape) if block.family.plain else kernel, bias
+    outputs, channels, *size = shape
+    if channels and outputs % channels == 0 and all(n % 2 for n in size):
+        return None
+    reason = f"no kernel of shape {shape} gives each channel of its input back"
+    return f"its input is added, and {reason}"

@@ -7,11 +7,9 @@ here.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
@@ -23,9 +21,11 @@ import numpy as np
 
 from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
 from doconv_core.files import dynamic
-from doconv_core.files.branched import Block, fold_block, with_blocks
+from doconv_core.files.blocks import Block
+from doconv_core.files.branched import with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
+    GLUON,
     PYTORCH,
     Allowed,
     AllowError,
@@ -34,33 +34,25 @@ from doconv_core.files.entries import (
     Entry,
     KernelSizes,
     Progress,
-    all_finite,
     compose_blocks,
     from_storage,
     opened,
     to_storage,
 )
-from doconv_core.files.foreign import (
-    DEEPSPEED_PART,
-    SPLIT,
-    foreign_archive,
-    foreign_file,
-    foreign_folder,
-)
+from doconv_core.files.folding import outputs, report_on
+from doconv_core.files.foreign import foreign_archive, foreign_file
 from doconv_core.files.layers import (
-    DYNAMIC,
     IDENTITY,
-    OTHER,
     D,
     KernelSizeError,
     Layer,
-    Shape,
     Sizes,
 )
+from doconv_core.files.paths import check_ordinary
 from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upstream
 from doconv_core.kinds.do_conv import DO_CONV
-from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
-from doconv_core.models.report import Change, Left, Report
+from doconv_core.maths.batchnorm import NotFoldable
+from doconv_core.models.report import Report
 from doconv_core.state.layers import LayerForm
 
 UNTRAINED = {
@@ -80,9 +72,8 @@ class Checkpoint(ABC):
     else the file holds and a fold carries over as it is, such as "optimizer". unfolded: what of it
     may be a copy of the model nonetheless, and why that is not folded. parts: the copies of the
     model in it, the main one first; one is named "". forms: of a canonical state, what it tells of
-    its layers, by
-    path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of that, each
-    layer's, by its group. None of another file.
+    its layers, by path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of
+    that, each layer's, by its group. None of another file.
 
     >>> write_state(State({}, {}), "empty.safetensors")
     >>> with open_checkpoint("empty.safetensors") as checkpoint:
@@ -117,7 +108,12 @@ class Checkpoint(ABC):
         return self.layers
 
     def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        """Return layers with those of each block of branches as one; of PyTorch's files alone."""
+        """Return layers with those of each block of branches as one.
+
+        This package's are told in PyTorch's and Gluon's files, those of others in PyTorch's.
+        """
+        if self.framework == GLUON:
+            return with_blocks(layers, self.entries, ())
         return with_blocks(layers, self.entries) if self.framework == PYTORCH else (*layers,)
 
     def group(self, layer: Layer) -> str:
@@ -246,7 +242,7 @@ class Checkpoint(ABC):
     def added_up(self, block: Block) -> tuple[Array, Array]:
         """Return the kernel and the bias that a block of branches adds up to, in float64."""
         with np.errstate(all="ignore"):  # what overflows is in the result
-            return fold_block(block, self.read, partial(self.kernel, exact=True))
+            return block.added_up(self.read, partial(self.kernel, exact=True))
 
     def _composed(self, layer: Layer, weight: Array, as_stored: bool) -> Array:
         """Return the kernel of a canonical W, as it is stored, with the layer's other weights."""
@@ -394,7 +390,7 @@ def open_checkpoint(
     (2, 3)
     """
     file = Path(path)
-    check_ordinary(file)
+    check_ordinary(file, tuple(suffix for each in formats().values() for suffix in each.SUFFIXES))
     sizes = dict(kernel_sizes or {})
     Sizes(sizes)  # what is wrong with them is no fault of the file's
     module = format_of(file)
@@ -417,221 +413,6 @@ UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError,
     TypeError, ValueError,
 )  # fmt: skip
-GATHER = (
-    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save({!r}, 'model.pt') makes one file "
-    "of it"
-)
-
-
-def check_ordinary(path: Path) -> None:
-    """Raise IsADirectoryError, or CheckpointError, for what is no file that can be read twice."""
-    distributed = ".distcp"  # of torch.distributed.checkpoint, which writes folders of them
-    if path.is_dir():
-        names = sorted(each.name for each in path.iterdir())
-        if ".metadata" in names or any(name.endswith(distributed) for name in names):
-            raise IsADirectoryError(
-                f"{path} is a folder of torch.distributed.checkpoint; {GATHER.format(str(path))}."
-            )
-        if what := foreign_folder(names):
-            raise IsADirectoryError(f"{path} is {what}.")
-        known = tuple(suffix for each in formats().values() for suffix in each.SUFFIXES)
-        index = re.compile(r".+\.index(\.\w+)?\.json")  # which stands for its shards
-        found = [name for name in names if name.lower().endswith(known) or index.fullmatch(name)]
-        found.sort(key=lambda name: index.fullmatch(name) is None)
-        such = f", such as {path / found[0]}" if found else ""
-        raise IsADirectoryError(f"{path} is a folder; name a checkpoint file{such}.")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(
-            f"{path} is a pipe or a device, which cannot be read twice; write what it gives to a "
-            "file, and name that."
-        )
-    if SPLIT.fullmatch(path.name):
-        raise CheckpointError(
-            f"{path} is a part of a checkpoint, the folder {path.parent}, of {DEEPSPEED_PART}."
-        )
-    if path.name.endswith(distributed) or path.name == ".metadata":
-        raise CheckpointError(
-            f"{path} is a part of a checkpoint of torch.distributed.checkpoint, the folder "
-            f"{path.parent}; {GATHER.format(str(path.parent))}."
-        )
-
-
-SHARD = re.compile(r"(.+)[-_.]\d+[-_]of[-_](\d+)(\.[a-z]+)", re.IGNORECASE)
-MAX_INDEX = 1 << 28  # bytes of an index of several files
-
-
-def check_whole(path: Path) -> None:
-    """Raise CheckpointError for a shard, as its name or an index beside it tells."""
-    index = next((each for each in sorted(path.parent.glob("*.index*.json"))
-                  if path.name in _shards_of(each)), None)  # fmt: skip
-    named = SHARD.fullmatch(path.name)
-    if named and int(named[2]) > 1:
-        index = index or path.with_name(f"{named[1]}{named[3]}.index.json")
-    if index is None:
-        return
-    there = "" if index.is_file() else ", which is not beside it"
-    raise CheckpointError(
-        f"{path} is one of several files of a model, and layers may be in two of them; name their "
-        f"index, {index}{there}."
-    )
-
-
-def _shards_of(index: Path) -> set[str]:
-    """Return the files that an index names, if there are several."""
-    try:
-        content: Any = json.loads(index.read_bytes()) if index.stat().st_size <= MAX_INDEX else None
-        names = {str(name) for name in content["weight_map"].values()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return set()  # whoever names the index is told
-    return names if len(names) > 1 else set()
-
-
-@dataclass(frozen=True)
-class Output:
-    """An entry of the folded file. source: of the entry it is or comes from. layer: if folded."""
-
-    name: str
-    source: str
-    shape: Shape
-    layer: Layer | None = None
-
-
-def is_folded(layer: Layer) -> bool:
-    """Return whether folding changes the layer: a reference layer of one tap has another shape."""
-    is_reference = layer.origin.startswith(ORIGIN) and layer.kind != DYNAMIC
-    return layer.over_parameterized or is_reference or isinstance(layer, Block)
-
-
-def seems_over_parameterized(layer: Layer) -> bool:
-    """Return whether a layer is over-parameterized, or named as if it were."""
-    is_unknown = layer.kind == OTHER and layer.origin == "doconv" and bool(layer.note)
-    return is_folded(layer) or is_unknown
-
-
-def check_understood(path: Path, layers: Iterable[Layer]) -> None:
-    """Raise NotFoldable for what seems to be a layer of this package, and cannot be folded."""
-    for layer in layers:
-        if layer.kind == OTHER and layer.origin == "doconv" and layer.note:
-            raise NotFoldable(f"{path}: layer {layer.name!r}: {layer.note}.")
-
-
-def check_heads(path: Path, layers: Iterable[Layer]) -> None:
-    """Raise CheckpointError for what is named like the heads of dynamic groups, and is none."""
-    for layer in layers:
-        if layer.kind == OTHER and layer.note and dynamic.is_of_source(layer.entries):
-            raise CheckpointError(f"{path}: layer {layer.name!r}: {layer.note}.")
-
-
-def check_finite(layer: Layer, kernel: Array) -> Array:
-    """Return `kernel`; raise NotFoldable where an entry is infinite or not a number."""
-    if not all_finite(kernel):
-        raise NotFoldable(f"layer {layer.name!r}: {NOT_FINITE}")
-    return kernel
-
-
-def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
-    """Return the layer's kernel as the folded file stores it; NotFoldable if it is not finite.
-
-    Of a block of branches, its bias where the shape is that of one.
-    """
-    if isinstance(layer, Block):
-        is_bias = len(shape) == 1
-        with np.errstate(over="ignore"):  # what overflows is in the result
-            array = checkpoint.added_up(layer)[is_bias]
-            stored = to_storage(array, checkpoint.entries[layer.sources[is_bias]].dtype)
-        return check_finite(layer, stored)
-    composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
-    return layer.stored(composed).reshape(shape)
-
-
-def outputs(checkpoint: Checkpoint) -> list[Output]:
-    """Return the entries of the folded file, in their order."""
-    folded: dict[str, Output] = {}
-    dropped: set[str] = set()
-    for layer in checkpoint.with_blocks(checkpoint.layers):
-        if isinstance(layer, Block):
-            for name, source, shape in zip(layer.folded, layer.sources, layer.shapes, strict=True):
-                folded[source] = Output(name, source, shape, layer)
-            dropped |= {*layer.entries.values()} - {*layer.sources}
-        elif is_folded(layer):
-            assert layer.kernel_shape is not None  # as `report_on` has checked
-            source = layer.entries["weight"]
-            name = folded_name(layer)
-            folded[source] = Output(name, source, layer.stored_shape(layer.kernel_shape), layer)
-            dropped |= {layer.entries[role] for role in layer.gone}
-    found = [
-        folded.get(name) or Output(name, name, entry.shape)
-        for name, entry in checkpoint.entries.items()
-        if name not in dropped
-    ]
-    check_names(checkpoint, [output.name for output in found])
-    return found
-
-
-def folded_name(layer: Layer) -> str:
-    """Return the name of the folded kernel's entry: W's, which the reference calls otherwise."""
-    name = layer.entries["weight"]
-    if layer.origin == f"{ORIGIN}PyTorch":
-        return name.removesuffix("W") + "weight"
-    return name
-
-
-def check_names(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Raise CheckpointError where folding would give two entries one name."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise CheckpointError(
-                f"{checkpoint.path}: a folded kernel would be named {name!r}, as another entry is."
-            )
-        seen.add(name)
-
-
-def report_on(checkpoint: Checkpoint) -> Report:
-    """Return what folding the file will do; raise for a layer that cannot be folded.
-
-    Parameters are the elements of the first copy of the model, without its batch norms' statistics.
-    """
-    check_understood(checkpoint.path, checkpoint.layers)
-    for layer in checkpoint.layers:
-        if is_folded(layer) and layer.kernel_shape is None:
-            raise NotFoldable(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
-    changed, left = [], []
-    first = checkpoint.parts[0] if checkpoint.parts else ""
-    before = after = 0
-    for layer in checkpoint.with_blocks(checkpoint.layers):
-        if isinstance(layer, Block) and layer.note:
-            raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
-        if is_folded(layer):
-            changed.append(Change(layer.name, *_words(layer)))
-        elif layer.note:
-            left.append(Left(layer.name, layer.kind, layer.note))
-        if layer.part == first:
-            stored = layer.entries.get(IDENTITY)  # which is a parameter as its file has it
-            before += checkpoint.parameters(layer) + (
-                checkpoint.entries[stored].size if stored else 0
-            )
-            after += checkpoint.folded_parameters(layer) or 0
-    left += [Left(path, "tensors", reason) for path, reason in checkpoint.unfolded]
-    return Report("folded", tuple(changed), tuple(left), before, after)
-
-
-def _words(layer: Layer) -> tuple[str, str]:
-    """Return what a layer was, and what it has become."""
-    assert layer.kernel_shape is not None  # as the caller has checked
-    size = "×".join(map(str, layer.kernel_shape[2:]))
-    if isinstance(layer, Block):
-        count = len(layer.branches)
-        before = f"{layer.family.name} block of {count} branch{'es' if count > 1 else ''}"
-        return before, f"convolution {layer.family.folded}, {size}"
-    origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
-    before = "one tap" + origin
-    if layer.composed not in (None, DO_CONV):
-        before = f"over-parameterized, {layer.composed.name}"
-    elif layer.d_shape is not None:
-        before = f"over-parameterized, S = {layer.d_shape[2]}{origin}"
-    after = f"ordinary convolution, {size}" + (f" ({layer.note})" if layer.note else "")
-    return before, after
 
 
 def fold_checkpoint(
@@ -648,9 +429,9 @@ def fold_checkpoint(
     Names, order, metadata and everything that is no over-parameterized layer stay as they are; W's
     entry becomes the ordinary kernel, D's goes. A layer of the reference implementation becomes an
     ordinary one of the framework, and its `W` is named `weight`. A block of branches of a training
-    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has. Returns
-    what was done; a layer's path there is its `Layer.name`. `target` is written whole or not at
-    all, and may be `source`.
+    checkpoint, such as RepVGG's, becomes the convolution that the deployed network has; a layer of
+    branches of this package's becomes an ordinary one. Returns what was done; a layer's path there
+    is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
 
     kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
     called with the number of arrays folded and of those to fold.

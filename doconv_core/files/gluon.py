@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from doconv_core.files.checkpoint import Beginning, Checkpoint, folded_kernel, outputs
+from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
     BFLOAT16,
     BITS,
@@ -31,6 +31,7 @@ from doconv_core.files.entries import (
     storage_dtype,
     to_storage,
 )
+from doconv_core.files.folding import folded_kernel, outputs
 from doconv_core.files.layers import Sizes, find_layers
 from doconv_core.maths.numeric import Array
 

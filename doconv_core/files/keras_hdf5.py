@@ -7,8 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import Checkpoint, Output, folded_kernel, outputs
+from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import KERAS, Array, storage_dtype, to_storage
+from doconv_core.files.folding import Output, folded_kernel, outputs
 from doconv_core.files.hdf5 import Hdf5
 from doconv_core.files.keras_layers import group_of, is_kept, unknown_class
 from doconv_core.files.layers import Layer

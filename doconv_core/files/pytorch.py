@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from doconv_core.backends import GROUP
-from doconv_core.files.checkpoint import Beginning, Checkpoint, check_whole
+from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
     AVERAGED,
     NO_MODEL,
@@ -24,6 +24,7 @@ from doconv_core.files.entries import (
     KernelSizes,
     shown,
 )
+from doconv_core.files.paths import check_whole
 
 NAME, SUFFIXES, FRAMEWORK = "PyTorch", (".pt", ".pth", ".bin", ".ckpt"), PYTORCH
 ALLOWS = True  # classes, by `open_checkpoint(…, allow=…)`

@@ -11,14 +11,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from doconv_core.files.checkpoint import (
-    Beginning,
-    Checkpoint,
-    Output,
-    check_whole,
-    folded_kernel,
-    outputs,
-)
+from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
     PYTORCH,
     STATE,
@@ -33,6 +26,7 @@ from doconv_core.files.entries import (
     to_storage,
     without_wrappers,
 )
+from doconv_core.files.folding import Output, folded_kernel, outputs
 from doconv_core.files.layers import (
     BATCH_NORM,
     CONVOLUTION,
@@ -46,6 +40,7 @@ from doconv_core.files.layers import (
     Sizes,
     find_layers,
 )
+from doconv_core.files.paths import check_whole
 from doconv_core.maths.numeric import Array
 from doconv_core.state.file import FORMAT, StateError, read_header
 from doconv_core.state.file import entry as entry_name

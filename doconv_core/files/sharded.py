@@ -13,14 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doconv_core.files.checkpoint import (
-    MAX_INDEX,
-    Beginning,
-    Checkpoint,
-    Output,
-    folded_kernel,
-    outputs,
-)
+from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
     PYTORCH,
     Array,
@@ -34,7 +27,9 @@ from doconv_core.files.entries import (
     storage_dtype,
     without_wrappers,
 )
+from doconv_core.files.folding import Output, folded_kernel, outputs
 from doconv_core.files.layers import Sizes, find_layers
+from doconv_core.files.paths import MAX_INDEX
 from doconv_core.files.safetensors import TYPES as TYPES
 from doconv_core.files.safetensors import SafetensorsCheckpoint, write_with
 

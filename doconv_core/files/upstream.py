@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.files.checkpoint import Checkpoint, check_heads, open_checkpoint
+from doconv_core.files.checkpoint import Checkpoint, open_checkpoint
 from doconv_core.files.dynamic import NAMES
 from doconv_core.files.dynamic_state import state_of
 from doconv_core.files.entries import (
@@ -28,6 +28,7 @@ from doconv_core.files.entries import (
     shown,
     without_wrappers,
 )
+from doconv_core.files.folding import check_heads
 from doconv_core.files.layers import DYNAMIC, D, Layer, Sizes, find_layers
 from doconv_core.files.pytorch import MAX_DEPTH, StateDicts
 from doconv_core.files.reference import FRAMEWORKS, ORIGIN, canonical_upstream, compose_upstream

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial, reduce
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from doconv_core.kinds.base import ONE_TAP, Array, Cost, Kind, register
-from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable, fuse_batchnorm
+from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.geometry import Geometry
+from doconv_core.maths.linear import UNIT, Scale, Taps, centred, normalizing, plus, then
+from doconv_core.maths.linear import Piece as Linear
 from doconv_core.maths.separable import Folded, Normalization
 from doconv_core.maths.spec import ConvSpec, as_integer, check_choice
 
@@ -137,8 +140,8 @@ Piece: TypeAlias = "Conv | Norm | Mean"
 class Kernel(NamedTuple):
     """What a convolution computes with. weight: `(O, I/g, *kernel_size)`. bias: `(O,)`, or None."""
 
-    weight: Array
-    bias: Array | None = None
+    weight: ArrayLike
+    bias: ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -210,54 +213,52 @@ class BranchedSpec:
         """
         if self.keeps_kernel:
             return kernel
-        passed = self._placed(_identity(self.conv), (1,) * self.conv.rank)
-        rest: Array = kernel.astype(np.float64) - passed
-        return rest.astype(kernel.dtype)
+        whole = Taps(kernel.astype(np.float64), None, self.geometry, self.conv.groups)
+        rest = plus(whole, Scale(-UNIT.factor))
+        assert isinstance(rest, Taps)  # as one of both is
+        return rest.kernel.astype(kernel.dtype)
 
     def fold(self, values: Mapping[str, Kernel | Normalization]) -> Folded:
         """Return the kernel, `(O, I/g, *kernel_size)`, and bias of the one convolution, in float64.
 
         values: of each part by its name. Raises NotFoldable where the result is not finite.
         """
-        kernel, bias = np.zeros(self.conv.kernel_shape), np.zeros(self.conv.out_channels)
         with np.errstate(all="ignore"):  # what is not finite is refused below
-            for pieces in self.pieces.values():
-                own, shift = self._folded(pieces, values)
-                kernel, bias = kernel + own, bias + shift
-            if self.rule in SUMMED:
-                kernel, bias = fuse_batchnorm(kernel, bias, **values[SUM_NORM]._asdict())
+            kernel, bias = self.added_up(values)
         if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
             raise NotFoldable(NOT_FINITE)
         return Folded(kernel, bias)
 
-    def _folded(
-        self, pieces: tuple[Piece, ...], values: Mapping[str, Kernel | Normalization]
-    ) -> tuple[Array, Array]:
-        """Return a branch as a kernel of the layer's size, and a bias."""
-        kernel, bias = _identity(self.conv), np.zeros(self.conv.in_channels)
-        dilation = (1,) * self.conv.rank
-        for piece in pieces:
-            if isinstance(piece, Mean):
-                kernel = kernel * np.full(piece.kernel_size, 1 / prod(piece.kernel_size))
-            elif isinstance(piece, Norm):
-                kernel, bias = fuse_batchnorm(kernel, bias, **values[piece.name]._asdict())
-            else:
-                kernel, bias = _behind(kernel, bias, piece, *values[piece.name])
-                dilation = piece.dilation
-        return self._placed(kernel, dilation), bias
+    def added_up(self, values: Mapping[str, Kernel | Normalization]) -> tuple[Array, Array]:
+        """Return what `fold` does, finite or not."""
+        whole = reduce(plus, (self._branch(row, values) for row in self.pieces.values()))
+        if self.rule in SUMMED:
+            whole = then(whole, self._linear(Norm(SUM_NORM, self.conv.out_channels), values))
+        assert isinstance(whole, Taps)  # as the first branch is
+        assert whole.bias is not None  # as a batch norm is in it
+        return whole.kernel, whole.bias
 
-    def _placed(self, kernel: Array, dilation: tuple[int, ...]) -> Array:
-        """Return a kernel with its taps where they are in one of the layer's size."""
-        places = []
-        for size, own, step, usual in zip(
-            self.conv.kernel_size, kernel.shape[2:], dilation, self.geometry.dilation, strict=True
-        ):
-            step = max(step // usual, 1)
-            first = (size - (own - 1) * step) // 2
-            places.append(slice(first, size - first, step))
-        found = np.zeros(self.conv.kernel_shape)
-        found[(..., *places)] = kernel
-        return found
+    def _branch(
+        self, pieces: tuple[Piece, ...], values: Mapping[str, Kernel | Normalization]
+    ) -> Linear:
+        """Return a branch as one piece, around the same centre as the others."""
+        row = (self._linear(each, values) for each in pieces)
+        start: Linear = UNIT
+        whole = reduce(partial(then, any_cost=True), row, start)
+        return centred(whole) if isinstance(whole, Taps) else whole
+
+    def _linear(self, piece: Piece, values: Mapping[str, Kernel | Normalization]) -> Linear:
+        """Return what a piece computes, without any padding."""
+        none, ones = ((0, 0),) * self.conv.rank, (1,) * self.conv.rank
+        if isinstance(piece, Norm):
+            return normalizing(piece.channels, **values[piece.name]._asdict())
+        if isinstance(piece, Mean):
+            kernel = np.full((1, 1, *piece.kernel_size), 1 / prod(piece.kernel_size))
+            return Taps(kernel, None, Geometry(piece.stride, ones, none), alike=True)
+        given: Any = values[piece.name]
+        kernel = np.asarray(given.weight, np.float64).reshape(piece.spec.kernel_shape)
+        bias = None if given.bias is None else np.asarray(given.bias, np.float64)
+        return Taps(kernel, bias, Geometry(piece.stride, piece.dilation, none), piece.groups)
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield the branches: name, words, and of a smaller kernel its size and dilation."""
@@ -373,27 +374,6 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if as_integer(name, value) % 2 == 0 and name == "small":
             raise ValueError(f"small must be odd, so that it has a centre; received small={value}.")
-
-
-def _identity(conv: ConvSpec) -> Array:
-    """Return the kernel of one tap that passes its input on, `(I, I/g, 1, …)`."""
-    found: Array = np.eye(conv.in_channels).reshape(conv.in_channels, conv.groups, -1).sum(1)
-    return found.reshape(*found.shape, *(1,) * conv.rank)
-
-
-def _behind(
-    kernel: Array, shift: Array, piece: Conv, weight: Array, bias: Array | None
-) -> tuple[Array, Array]:
-    """Return a pointwise kernel and its bias, and then a convolution, as one."""
-    groups, outputs = piece.groups, piece.out_channels
-    weight = np.asarray(weight, np.float64).reshape(
-        groups, outputs // groups, -1, prod(piece.kernel_size)
-    )
-    first = kernel.reshape(groups, piece.in_channels // groups, -1)
-    merged = np.einsum("gocm,gci->goim", weight, first)
-    carried = np.einsum("gocm,gc->go", weight, shift.reshape(groups, -1)).reshape(-1)
-    own = carried if bias is None else carried + bias
-    return merged.reshape(outputs, -1, *piece.kernel_size), own
 
 
 class BranchedKind(Kind):

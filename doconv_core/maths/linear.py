@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from doconv_core.maths.batchnorm import fuse_batchnorm
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.numeric import Array
 
@@ -107,10 +108,34 @@ Piece: TypeAlias = Scale | Taps
 UNIT = Scale(np.ones(()))
 
 
-def then(first: Piece, second: Piece) -> Piece:
+def normalizing(channels: int, **norm: Any) -> Scale:
+    """Return a batch norm of inference, by `fuse_batchnorm`'s names, as the scale that it is.
+
+    Raises ValueError where a shape is not `(channels,)`.
+
+    >>> normalizing(1, mean=np.array([2.0]), variance=np.array([4.0]), epsilon=0).offset
+    array([-1.])
+    """
+    return Scale(*fuse_batchnorm(np.ones(channels), None, **norm))
+
+
+def centred(taps: Taps) -> Taps:
+    """Return a convolution whose centre meets each position of its input: so much is padded.
+
+    Of an even number of positions, that is the first of the two in the middle.
+
+    >>> centred(Taps(np.ones((1, 1, 4)), None, Geometry((1,), (1,), ((0, 0),)))).pads
+    ((1, 2),)
+    """
+    pads = tuple(((e - 1) // 2, e // 2) for e in taps.extent)
+    return replace(taps, geometry=replace(taps.geometry, padding=pads))
+
+
+def then(first: Piece, second: Piece, *, any_cost: bool = False) -> Piece:
     """Return one piece that computes `second(first(x))`.
 
-    Raises NotOne where there is none that does, at the borders too.
+    any_cost: whether also a large one that would compute more than both. Raises NotOne where there
+    is none that does, at the borders too.
 
     >>> one = Geometry((1,), (1,), ((0, 0),))
     >>> pointwise = Taps(np.array([[[2.0]]]), None, one)
@@ -122,7 +147,7 @@ def then(first: Piece, second: Piece) -> Piece:
         return _scaled(first, second)
     if isinstance(first, Scale):
         return _scaled_before(first, second)
-    return _in_a_row(first, second)
+    return _in_a_row(first, second, any_cost)
 
 
 def plus(one: Piece, other: Piece) -> Piece:
@@ -278,7 +303,7 @@ def _scaled_before(first: Scale, second: Taps) -> Taps:
     return replace(second, kernel=kernel, bias=bias)
 
 
-def _in_a_row(a: Taps, b: Taps) -> Taps:
+def _in_a_row(a: Taps, b: Taps, any_cost: bool) -> Taps:
     """Return the convolution that one after the other is."""
     for k, pad, own, stride in zip(a.size, b.pads, a.pads, a.geometry.stride, strict=True):
         if any(pad):
@@ -300,10 +325,14 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
     groups = gcd(a.groups, b.groups)
     inputs, outputs = a.channels[0], b.channels[1]
     macs = outputs * inputs // groups * prod(size)
-    if macs > max(LARGE, macs_in_a_row(a.macs, b) + b.macs):
+    if not any_cost and macs > max(LARGE, macs_in_a_row(a.macs, b) + b.macs):
         raise NotOne(COSTLIER)
-    left = _regrouped(b, groups).reshape(groups, outputs // groups, -1, *b.size)
-    right = _regrouped(a, groups).reshape(groups, left.shape[2], -1)
+    # Where each channel has a kernel of its own, that is all that its outputs are multiplied with.
+    depthwise = b.channels == (b.groups, b.groups)
+    mixed = np.multiply if depthwise else np.matmul
+    left = b.kernel if depthwise else _regrouped(b, groups)
+    left = left.reshape(groups, outputs // groups, -1, *b.size)
+    right = _regrouped(a, groups).reshape(groups, b.channels[0] // groups, -1)
     kernel = np.zeros((groups, outputs // groups, inputs // groups, *size))
     tap: Any
     for tap in np.ndindex(*b.size):
@@ -311,12 +340,12 @@ def _in_a_row(a: Taps, b: Taps) -> Taps:
             slice(t * e // s, t * e // s + (k - 1) * (d // s) + 1, max(d // s, 1))
             for t, (k, d, _, e), s in zip(tap, dims, step, strict=True)
         )
-        part = np.ascontiguousarray(left[(..., *tap)]) @ right
+        part = mixed(np.ascontiguousarray(left[(..., *tap)]), right)
         kernel[(..., *where)] += part.reshape(*kernel.shape[:3], *a.size)
     bias = b.bias
     if a.bias is not None:
         summed = left.reshape(*left.shape[:3], -1).sum(3)
-        bias = _sum(bias, (summed @ a.bias.reshape(groups, -1, 1)).reshape(-1))
+        bias = _sum(bias, mixed(summed, a.bias.reshape(groups, -1, 1)).reshape(-1))
     padding = tuple(
         (p[0] + s * q[0], p[1] + s * q[1])
         for p, q, s in zip(a.pads, b.pads, a.geometry.stride, strict=True)

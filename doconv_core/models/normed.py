@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from doconv_core.kinds.bsconv import SHARES
 from doconv_core.kinds.normed import (
     BranchedKind,
     BranchedSpec,
@@ -22,10 +21,10 @@ from doconv_core.kinds.normed import (
 )
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry
-from doconv_core.maths.separable import Folded, Normalization
+from doconv_core.maths.separable import Folded
 from doconv_core.models.fuse import norms_behind
-from doconv_core.models.report import own_method
-from doconv_core.models.view import Folding, LayerKind, ModelView, Site
+from doconv_core.models.parted import PartedLayers
+from doconv_core.models.view import Folding, ModelView, Site
 
 PART = "a part of a layer of branches"
 NO_NORM = "no batch norm follows it directly, and it alone"
@@ -47,21 +46,15 @@ class Seen(NamedTuple):
     parts: frozenset[int]
 
 
-class NormedLayers(LayerKind):
+class NormedLayers(PartedLayers):
     """A framework's layers of one rule. Those that are converted or folded stay the same objects.
 
     base: what the layers of all rules are. types: by the ordinary type in whose place each is.
-    composed: what layers of composed kinds all are. batch_norm: the framework's. methods: with
-    which a layer computes; messages name the first.
     """
 
-    part, shared = PART, SHARES
+    part = PART
     kind: BranchedKind
-    base: type
     types: Mapping[Any, Any]
-    composed: type
-    batch_norm: type
-    methods: tuple[str, ...] = ("forward",)
 
     def __init__(self, kind: BranchedKind) -> None:
         self.kind = kind
@@ -81,40 +74,8 @@ class NormedLayers(LayerKind):
         """Make a convolution a new layer, in place, and the batch norm what passes its input on."""
 
     @abstractmethod
-    def is_replaced(self, layer: Any, /) -> bool:
-        """Return whether this one layer has a method of its own in its class's forward's place."""
-
-    @abstractmethod
-    def _parts(self, layer: Any) -> Mapping[str, Any]:
-        """Return the parts of a layer by name."""
-
-    @abstractmethod
-    def _watcher(self, part: Any) -> str | None:
-        """Return what of a part would see other values where it becomes a part of another."""
-
-    @abstractmethod
-    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
-        """Return why a batch norm of a layer cannot be folded."""
-
-    @abstractmethod
-    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
-        """Return why a part cannot be folded as a convolution, and what was expected."""
-
-    @abstractmethod
     def _is_as_made(self, conv: Any, made: Conv) -> bool:
         """Return whether a convolution has the sizes, stride, padding and dilation of a part."""
-
-    @abstractmethod
-    def _normalization(self, norm: Any, context: Any) -> Normalization:
-        """Return a batch norm's values, in float64."""
-
-    @abstractmethod
-    def _matrix(self, conv: Any, context: Any) -> tuple[Any, Any]:
-        """Return a convolution's kernel, canonical, and bias, in float64."""
-
-    @abstractmethod
-    def _folded_part(self, part: Any) -> Any:
-        """Return the ordinary layer that a part of a composed kind folds to."""
 
     @abstractmethod
     def _convolution(self, layer: Any, values: Mapping[Any, Folded]) -> Any:
@@ -123,10 +84,6 @@ class NormedLayers(LayerKind):
     @abstractmethod
     def _become(self, layer: Any, new: Any) -> None:
         """Make a layer the convolution that it folds to, in place."""
-
-    def _contexts(self, layer: Any) -> Sequence[Any]:
-        """Return where the layer's weights are, each in values of its own; None for one place."""
-        return (None,)
 
     # What all frameworks do with them alike.
 
@@ -189,10 +146,8 @@ class NormedLayers(LayerKind):
 
     def folded(self, layer: Any) -> Any:
         """Return the new convolution that a layer folds to, as its `fold` says."""
-        cls, spec = type(layer), layer.spec
-        own = any(getattr(cls, name) is not getattr(self.base, name) for name in self.methods)
-        if own or self.is_replaced(layer):
-            raise NotFoldable(own_method(cls, self.methods[0], ""))
+        spec = layer.spec
+        self._check_own(layer)
         parts = self._checked(layer, spec)
         values = {
             context: spec.fold(
@@ -210,28 +165,20 @@ class NormedLayers(LayerKind):
     def _checked(self, layer: Any, spec: BranchedSpec) -> dict[str, Any]:
         """Return a layer's parts, ordinary ones; NotFoldable where they are not what it makes."""
         parts = dict(self._parts(layer))
-        if parts.keys() != spec.parts.keys():
-            raise NotFoldable(
-                f"its parts are {', '.join(parts) or 'none'}; expected {', '.join(spec.parts)}."
-            )
+        if parts.keys() != spec.parts.keys():  # in whatever order
+            self._check_names(parts, spec.parts)
         for name, part in parts.items():
-            reason = self._watcher(part)
-            if reason is not None:
-                raise NotFoldable(f"its {name} has {reason}.")
+            self._check_watcher(name, part)
             made = spec.parts[name]
             if isinstance(made, Conv):
-                parts[name] = part = self._ordinary(part)
+                if isinstance(part, self.composed):
+                    parts[name] = part = self._ordinary(part)
                 reason = self._conv_obstacle(layer, name, part)
             elif isinstance(part, self.batch_norm):
                 reason = self._norm_obstacle(layer, part)
             else:
                 reason = f"it is a {type(part).__name__}; expected a batch norm"
-            if reason is not None:
-                raise NotFoldable(f"its {name} cannot be folded: {reason}.")
+            self._check(name, reason)
             if isinstance(made, Conv) and not self._is_as_made(part, made):
                 raise NotFoldable(f"its {name} is not as its rule makes it: {part}.")
         return parts
-
-    def _ordinary(self, part: Any) -> Any:
-        """Return a part; of one of a composed kind, the layer that it folds to."""
-        return self._folded_part(part) if isinstance(part, self.composed) else part

@@ -18,7 +18,6 @@ from doconv_core.kinds.bsconv import (
     FORMS,
     OVER_PARAMETERIZED,
     PART,
-    SHARES,
     as_choice,
     form_costs,
 )
@@ -26,36 +25,29 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.separable import (
     Folded,
-    Normalization,
-    Pointwise,
     Step,
     fold_dense,
     fold_pointwise,
 )
-from doconv_core.models.report import REPLACED, SUBCLASS, Choice, own_method
-from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
+from doconv_core.models.parted import PartedLayers
+from doconv_core.models.report import REPLACED, SUBCLASS, Choice
+from doconv_core.models.view import Folding, Leave, ModelView, Site
 
-HOOKED = "hooks, which would see other values; remove them first"
 
-
-class SeparableLayers(LayerKind):
+class SeparableLayers(PartedLayers):
     """A framework's BSConv layers. Those of a model that are folded stay the same objects.
 
-    base: what they all are. types: the layers. composed: what layers of composed kinds all are.
-    sequence: the ordinary type that a layer with the same parts has. batch_norm: the framework's.
-    bn_options: what batch norms in networks take whose defaults are not the framework's.
-    methods: with which a layer computes; messages name the first. linear: what a pointwise
-    convolution is beside. padding: names of parts that only pad their input.
+    base: what they all are. types: the layers. sequence: the ordinary type that a layer with the
+    same parts has. bn_options: what batch norms in networks take whose defaults are not the
+    framework's. linear: what a pointwise convolution is beside. padding: names of parts that only
+    pad their input.
     """
 
     kind = BSCONV
-    already, part, shared = OVER_PARAMETERIZED, PART, SHARES
+    already, part = OVER_PARAMETERIZED, PART
     kept = "keep"
-    composed: type
     sequence: type
-    batch_norm: type
     bn_options: ClassVar[Mapping[str, Any]] = {}
-    methods: tuple[str, ...] = ("forward",)
     linear = "of stride 1"
     padding: tuple[str, ...] = ()
 
@@ -66,42 +58,18 @@ class SeparableLayers(LayerKind):
 
     # How a layer and its parts are read.
 
-    @abstractmethod
-    def _parts(self, layer: Any) -> Mapping[str, Any]:
-        """Return the parts of a layer by name, in the order of their use."""
-
     def _names(self, layer: Any) -> tuple[str, ...]:
         """Return the names that the parts of a layer are to have."""
         names: tuple[str, ...] = layer.spec.names
         return names
-
-    def _contexts(self, layer: Any) -> Sequence[Any]:
-        """Return where the layer's weights are, each in values of its own; None for one place."""
-        return (None,)
 
     @abstractmethod
     def _strides(self, layer: Any) -> Sequence[int] | None:
         """Return a layer's strides; None where parts were exchanged, or sizes are not known."""
 
     @abstractmethod
-    def is_replaced(self, layer: Any, /) -> bool:
-        """Return whether this one layer has a method of its own in its class's forward's place."""
-
-    @abstractmethod
     def _passes_on(self, part: Any) -> bool:
         """Return whether a part is what a batch norm has become that was fused."""
-
-    @abstractmethod
-    def _watcher(self, part: Any) -> str | None:
-        """Return what of a part would see other values where it becomes a part of another."""
-
-    @abstractmethod
-    def _norm_obstacle(self, layer: Any, norm: Any) -> str | None:
-        """Return why a batch norm of a layer cannot be folded."""
-
-    @abstractmethod
-    def _conv_obstacle(self, layer: Any, name: str, part: Any) -> str | None:
-        """Return why a part cannot be folded as a convolution, and what was expected."""
 
     @abstractmethod
     def _is_pointwise(self, conv: Any) -> bool:
@@ -112,22 +80,10 @@ class SeparableLayers(LayerKind):
         """Return whether a convolution has one filter for each channel."""
 
     @abstractmethod
-    def _matrix(self, conv: Any, context: Any) -> Pointwise:
-        """Return a convolution's kernel, `(O, I)` or `(O, M)`, and bias, in float64."""
-
-    @abstractmethod
-    def _normalization(self, norm: Any, context: Any) -> Normalization:
-        """Return a batch norm's values, in float64."""
-
-    @abstractmethod
     def _geometry(self, layer: Any, depthwise: Any) -> Geometry:
         """Return where the taps of a layer's depthwise convolution meet the layer's input."""
 
     # How ordinary layers are made.
-
-    @abstractmethod
-    def _ordinary(self, part: Any) -> Any:
-        """Return a copy of a part; of one of a composed kind, the layer that it folds to."""
 
     @abstractmethod
     def _convolution(
@@ -147,7 +103,8 @@ class SeparableLayers(LayerKind):
     def folded(self, layer: Any, form: str) -> Any:
         """Return the new layers that a layer folds to, as its `fold` says."""
         as_choice("form", form, FORMS)
-        self._check_forward(layer, form)
+        hint = "" if form == self.kept else f"; form={self.kept!r} leaves it in a model"
+        self._check_own(layer, hint)
         if form == self.kept:
             return self._kept_parts(layer)
         self._check_parts(layer)
@@ -175,22 +132,10 @@ class SeparableLayers(LayerKind):
         parts = self._parts(layer)
         return self._sequenced(layer, {name: self._ordinary(part) for name, part in parts.items()})
 
-    def _check_forward(self, layer: Any, form: str) -> None:
-        """Raise NotFoldable where a layer may compute something else than its type does."""
-        cls = type(layer)
-        own = any(getattr(cls, name) is not getattr(self.base, name) for name in self.methods)
-        if own or self.is_replaced(layer):
-            hint = "" if form == self.kept else f"; form={self.kept!r} leaves it in a model"
-            raise NotFoldable(own_method(cls, self.methods[0], hint))
-
     def _check_parts(self, layer: Any) -> None:
         """Raise NotFoldable where a layer's parts are not what its type makes."""
         parts = self._parts(layer)
-        found, names = tuple(parts), self._names(layer)
-        if found != names:
-            raise NotFoldable(
-                f"its parts are {', '.join(found) or 'none'}; expected {', '.join(names)}."
-            )
+        self._check_names(parts, self._names(layer))
         for name, part in parts.items():
             if name == "depthwise":
                 self._check_depthwise(layer, part)
@@ -201,24 +146,19 @@ class SeparableLayers(LayerKind):
     def _check_before(self, layer: Any, name: str, part: Any) -> None:
         """Raise NotFoldable for what can be no part before the depthwise one."""
         if isinstance(part, self.batch_norm):
-            _check(name, self._norm_obstacle(layer, part))
+            self._check(name, self._norm_obstacle(layer, part))
             return
-        _check(name, self._conv_obstacle(layer, name, part))
+        self._check(name, self._conv_obstacle(layer, name, part))
         if not self._is_pointwise(part):
             raise NotFoldable(f"its {name} is no pointwise convolution {self.linear}: {part}.")
 
     def _check_depthwise(self, layer: Any, part: Any) -> None:
         if self.is_replaced(part):
-            _check("depthwise", REPLACED)
+            self._check("depthwise", REPLACED)
         if not isinstance(part, self.composed):  # whose own `fold` checks the rest
-            _check("depthwise", self._conv_obstacle(layer, "depthwise", part))
+            self._check("depthwise", self._conv_obstacle(layer, "depthwise", part))
         if not self._is_depthwise(part):
             raise NotFoldable(f"its depthwise is no depthwise convolution: {part}.")
-
-    def _check_watcher(self, name: str, part: Any) -> None:
-        watcher = self._watcher(part)
-        if watcher is not None:
-            raise NotFoldable(f"its {name} has {watcher}.")
 
     def _steps(self, parts: Mapping[str, Any], context: Any) -> list[Step]:
         """Return what comes before the depthwise convolution, of parts that have been checked."""
@@ -288,8 +228,3 @@ class SeparableLayers(LayerKind):
     def orthonormal(self, layer: Any) -> Any | None:
         """Return the first pointwise convolution of a BSConv-S."""
         return layer.pointwise1 if self.owns(layer) and layer.variant == "s" else None
-
-
-def _check(name: str, reason: str | None) -> None:
-    if reason is not None:
-        raise NotFoldable(f"its {name} cannot be folded: {reason}.")

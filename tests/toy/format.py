@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from doconv_core.files.checkpoint import Checkpoint, folded_kernel, outputs
+from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import CheckpointError, Entry, without_wrappers
+from doconv_core.files.folding import folded_kernel, outputs
 from doconv_core.files.layers import Sizes, find_layers
 
 NAME, SUFFIXES, FRAMEWORK, TYPES = "toy", (".toy",), "PyTorch", frozenset(("float64",))
