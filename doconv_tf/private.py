@@ -6,8 +6,7 @@ Written for Keras 3.10 to 3.15.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -78,7 +77,12 @@ def held_by(layer: keras.Layer) -> list[Any]:
     """Return the layers and variables that the layer's attributes hold, in whatever containers."""
     stores = {id(store) for _, store in layer._tracker.config.values()}
     own = {n: value for n, value in vars(layer).items() if not n.startswith(_OF_TENSORFLOW)}
-    todo, found = [value for value in own.values() if id(value) not in stores], []
+    return _inside([value for value in own.values() if id(value) not in stores])
+
+
+def _inside(todo: list[Any]) -> list[Any]:
+    """Return the layers and variables among values, and in the containers among them."""
+    found = []
     while todo:
         value = todo.pop()
         if isinstance(value, (keras.Layer, keras.Variable)):
@@ -90,12 +94,9 @@ def held_by(layer: keras.Layer) -> list[Any]:
 
 def attributes_of(model: keras.Layer) -> list[Any]:
     """Return the layers that a model has in attributes of its own, beside its graph."""
-    plain = {
-        name: value
-        for name, value in vars(model).items()
-        if name not in _OF_A_GRAPH and not name.startswith(_OF_TENSORFLOW)
-    }
-    return [each for each in keras.tree.flatten(plain) if isinstance(each, keras.Layer)]
+    left = _OF_A_GRAPH | COMPILED
+    own = {n: v for n, v in vars(model).items() if not n.startswith(_OF_TENSORFLOW)}
+    return _inside([value for name, value in own.items() if name not in left])
 
 
 def let_go(layer: keras.Layer, before: list[Any]) -> None:
@@ -222,18 +223,6 @@ def _hold(function: Any, former: list[Any]) -> None:
         tracker.track(each)
     order = {id(each): place for place, each in enumerate(function._operations)}
     function._layers.sort(key=lambda each: order.get(id(each), len(order)))
-
-
-@contextmanager
-def float64() -> Iterator[None]:
-    """Let Keras compute in float64 for a while, which JAX does only if it is told to."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    from jax.experimental import enable_x64  # of another framework, which need not be there
-
-    with enable_x64():
-        yield
 
 
 def set_keys(function: keras.Function) -> None:

@@ -1,4 +1,4 @@
-"""Computing a part of a graph of layers in float64, whatever they are."""
+"""Computing a part of a graph in another dtype than that of its layers."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from keras import ops
 
 from doconv_tf.batchnorm import as_array, passes_on
 from doconv_tf.graph import Seen
-from doconv_tf.private import float64, graph_of, maker_of
+from doconv_tf.private import graph_of, maker_of
 
 _Norm = keras.layers.BatchNormalization
-DTYPE = "float64"
 
 
-def computed(end: Any, begin: Any, value: Any, seen: Seen) -> Any:
+def computed(end: Any, begin: Any, value: Any, seen: Seen, dtype: str) -> Any:
     """Return the array that a graph's tensor is, where another one before it has this value.
 
     The layers of the calls between are copied; they are of Keras' own types, or batch norms.
     """
-    with float64():
-        return as_array(_Run(seen).value(end, {id(begin): ops.convert_to_tensor(value, DTYPE)}))
+    known = {id(begin): ops.convert_to_tensor(value, dtype)}
+    return as_array(_Run(seen, dtype).value(end, known))
 
 
-def applied(layers: list[Any], value: Any) -> Any:
-    """Return the array that layers of float64 make of one, one after the other."""
-    with float64():
-        result = ops.convert_to_tensor(value, DTYPE)
-        for layer in layers:
-            result = layer(result, training=False)
-        return as_array(result)
+def applied(layers: list[Any], value: Any, dtype: str) -> Any:
+    """Return the array that layers of this dtype make of one, one after the other."""
+    result = ops.convert_to_tensor(value, dtype)
+    for layer in layers:
+        result = layer(result)
+    return as_array(result)
 
 
 class _Run:
-    def __init__(self, seen: Seen) -> None:
-        self._seen = seen
+    def __init__(self, seen: Seen, dtype: str) -> None:
+        self._seen, self._dtype = seen, dtype
 
     def value(self, tensor: Any, values: dict[int, Any]) -> Any:
         """Return what a tensor is. values: of those that are known, by their ids."""
@@ -58,13 +56,13 @@ class _Run:
         if not isinstance(called, keras.Layer):
             return called(*args, **options)
         shapes = [tuple(each.shape) for each in given]
-        copy = _copied(called, shapes if len(shapes) > 1 else shapes[0])
+        copy = _copied(called, shapes if len(shapes) > 1 else shapes[0], self._dtype)
         options = {k: v for k, v in options.items() if k not in ("training", "mask")}
         return copy(*args, **options)
 
 
-def _copied(layer: Any, shape: Any) -> Any:
-    """Return a copy of a layer that computes in float64."""
+def _copied(layer: Any, shape: Any, dtype: str) -> Any:
+    """Return a built copy of a layer."""
     config = layer.get_config()
     cls = type(layer)
     if isinstance(layer, _Norm):  # of a subclass, maybe, whose constructor is another
@@ -73,7 +71,7 @@ def _copied(layer: Any, shape: Any) -> Any:
     for name in config:
         if name.endswith("_initializer"):  # which would draw random numbers
             config[name] = "zeros"
-    copy = cls.from_config({**config, "dtype": DTYPE, "name": layer.name})
+    copy = cls.from_config({**config, "dtype": dtype, "name": layer.name})
     copy.build(shape)
     for new, old in zip(copy.weights, layer.weights, strict=True):
         new.assign(as_array(old))

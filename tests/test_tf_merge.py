@@ -12,6 +12,7 @@ need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
+from keras_layers import BACKEND  # noqa: E402
 
 from doconv_core import Change  # noqa: E402
 from doconv_core.maths.linear import COSTLIER, SHIFTED, TWICE  # noqa: E402
@@ -93,7 +94,7 @@ def mixer(x):
     """FastViT's: a difference, a gain by channel and the input itself."""
     gain = np.random.default_rng(2).uniform(size=(1, 1, 4)).astype("float32")
     deep = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same")(x))
-    return x + gain * (deep - layers.BatchNormalization()(x))
+    return x + ops.multiply(gain, deep - layers.BatchNormalization()(x))
 
 
 def scaled(x):
@@ -260,16 +261,15 @@ def test_other_ranks(rank):
 
 
 def test_channels_first():
-    options = {"data_format": "channels_first"}
+    options = {"data_format": "channels_first", "use_bias": False}
 
     def run(x):
-        def normed(conv):
-            return layers.BatchNormalization(axis=1)(conv(x))
-
-        large = normed(layers.Conv2D(4, 3, 2, "same", **options))
-        small = normed(layers.Conv2D(4, 1, 2, **options))
         gain = np.arange(1.0, 5, dtype="float32").reshape(1, 4, 1, 1)
-        return layers.ReLU()(gain * layers.Add()([large, small]))
+        large = layers.Conv2D(4, 3, 2, "same", **options)(x)
+        small = layers.Conv2D(4, 1, 2, **options)(x)
+        # TensorFlow's convolution of channels first with a bias is wrong on some CPUs.
+        normed = (lambda y: y) if BACKEND == "tensorflow" else layers.BatchNormalization(axis=1)
+        return layers.ReLU()(ops.multiply(layers.Add()([normed(large), small]), gain))
 
     folded, _ = merged(network(run, (4, 8, 9)))
     (conv,) = convolutions(folded)
@@ -426,6 +426,7 @@ def called_twice(x):
 def tied():
     a, b = layers.Conv2D(4, 3, padding="same"), layers.Conv2D(4, 3, padding="same")
     model = network(lambda x: both(x, a, b))
+    b._tracker.unlock()
     b._kernel = a._kernel
     return model
 
