@@ -156,7 +156,8 @@ class GraphPart(Part):
             return UNLIKE
         if max(taps.geometry.stride) > 1 and max(_dilation(taps)) > 1:
             return STRIDED
-        rounded = (ops.cast(each, next(iter(kinds))[0]) for each in _values(taps))
+        with np.errstate(all="ignore"):
+            rounded = [ops.cast(each, next(iter(kinds))[0]) for each in _values(taps)]
         return None if all(bool(ops.all(ops.isfinite(r))) for r in rounded) else NOT_FINITE
 
     def _unequal(self, node: Node) -> str | None:

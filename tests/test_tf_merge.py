@@ -480,7 +480,7 @@ REFUSED = {
     "called twice": (called_twice, SEVERAL),
     "tied": (tied, SHARED),
     "not finite": (infinite, NOT_FINITE),
-    "dtypes": (lambda x: both(x, b=layers.Conv2D(4, 1, dtype="float64")), UNLIKE),
+    "dtypes": (lambda x: both(x, b=layers.Conv2D(4, 1, dtype="bfloat16")), UNLIKE),
     "by an operation": (by_an_operation, READ),
     "an attribute": (as_an_attribute, HELD),
     "in training": (in_training, TRAINING),
