@@ -6,6 +6,7 @@ what takes it, another model's graph too, holds on.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -86,11 +87,19 @@ class _Seen:
 
     @cached_property
     def of_others(self) -> set[int]:
-        """The ids of the calls that models beside this one have in their graphs."""
+        """The ids of the calls that models beside this one have in their graphs, too."""
+        own = {id(node) for function in self.functions for node in nodes_of(function)}
+        found = own & self._calls_beside()
+        if found:
+            gc.collect()  # those that nobody has any more
+            found = own & self._calls_beside()
+        return found
+
+    def _calls_beside(self) -> set[int]:
         own = {id(function) for function in self.functions}
         others = [each for each in alive(keras.Function) if id(each) not in own]
-        return {id(node) for each in others if "_nodes_by_depth" in vars(each)
-                for node in nodes_of(each)}  # fmt: skip
+        whole = [each for each in others if "_nodes_by_depth" in vars(each)]
+        return {id(node) for each in whole for node in nodes_of(each)}
 
 
 class GraphPart(Part):

@@ -14,6 +14,7 @@ from doconv_core.maths.geometry import SAME, Geometry, Pad, same, settled, symme
 from doconv_core.maths.layout import to_canonical
 from doconv_core.maths.linear import UNIT, NotOne, Scale, Taps, then
 from doconv_core.models.merge import Node, Step, atom
+from doconv_core.models.view import Leave
 from doconv_tf.batchnorm import as_array, norm_obstacle, passes_on, scale_and_offset
 from doconv_tf.graph import Seen, calls_in_order
 from doconv_tf.ordinary import (
@@ -38,10 +39,6 @@ _OPERATIONS = {
     "Add": "+", "Subtract": "-", "Multiply": "*", "Divide": "/", "TrueDivide": "/",
     "Negative": "neg",
 }  # fmt: skip
-
-
-class Left(Exception):
-    """Why a layer that is of a kind that can be linear is not."""
 
 
 class Reader:
@@ -75,7 +72,7 @@ class Reader:
             return self._sum(node, keys[0], inputs) or plain
         try:
             linear = self._linear(node)
-        except Left as reason:
+        except Leave as reason:
             return [Step(keys[0], inputs, reason=str(reason))]
         return plain if linear is None else [Step(keys[0], inputs, linear)]
 
@@ -93,7 +90,7 @@ class Reader:
         return [Step(total, inputs, None, signs), Step(key, (total,), atom(scale))]
 
     def _linear(self, node: Any) -> Node | None:
-        """Return what a call of one tensor is, if it is linear; raises Left."""
+        """Return what a call of one tensor is, if it is linear; raises Leave."""
         called, (tensor,) = node.operation, node.input_tensors
         if graph_of(called) is not None:
             return self._known.get(id(called)) if follows_graph(called) else None
@@ -134,13 +131,13 @@ class Reader:
         self, kernel: Any, bias: Any, stride: Any, dilation: Any, padding: Any, tensor: Any,
         groups: int,
     ) -> Taps:  # fmt: skip
-        """Return a convolution of this tensor; raises Left where it is not known how it pads."""
+        """Return a convolution of this tensor; raises Leave where it is not known how it pads."""
         size = kernel.shape[2:]
         shape = tensor.shape[1:-1] if self._last else tensor.shape[2:]
         sizes = shape if self._sized else (None,) * len(size)
         found: tuple[Pad, ...] = settled(padding, size, stride, dilation, sizes)
         if SAME in found:
-            raise Left(UNSIZED)
+            raise Leave(UNSIZED)
         geometry = Geometry(tuple(stride), tuple(dilation), found)
         return Taps(kernel, bias, geometry, groups)
 
@@ -152,6 +149,8 @@ class Reader:
     def _convolution(self, layer: Any, tensor: Any) -> Node | None:
         """Return what a convolution without an activation is."""
         if obstacle(layer) is not None or layer.activation not in (None, LINEAR):
+            return None
+        if len(tensor.shape) != layer.rank + 2:  # of several images each
             return None
         separable, dense = isinstance(layer, SEPARABLE_CONVS), isinstance(layer, CONVS)
         kernel = _wide(layer.depthwise_kernel if separable else layer.kernel)
@@ -180,7 +179,7 @@ class Reader:
         kernel = np.full((1, 1, *size), 1 / np.prod(size))
         taps = self._alike(kernel, pool.strides, own, tensor)
         if taps.is_padded:
-            raise Left(POOLED)
+            raise Leave(POOLED)
         return taps
 
     def _arithmetic(self, node: Any) -> Scale | None:

@@ -222,7 +222,7 @@ class ModelView(ABC):
 
 
 class Leave(Exception):
-    """Why a layer that was chosen is left after all. Raised by `LayerKind.prepare`."""
+    """Why a layer is left after all. Raised by `LayerKind.prepare`, and where parts are read."""
 
 
 class Folding(NamedTuple):
