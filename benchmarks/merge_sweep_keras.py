@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,9 @@ def main() -> int:
                     Path(options.out) / "merge_sweep_keras.json", [asdict(row) for row in rows]
                 )
     if options.docs:
-        import keras
-        import tensorflow as tf
-
-        versions = [f"Keras {keras.__version__}", f"TensorFlow {tf.__version__}"]
+        names = {"Keras": "keras", "TensorFlow": "tensorflow"}
+        names["keras_cv_attention_models"] = "keras_cv_attention_models"
+        versions = [f"{told} {version(name)}" for told, name in names.items()]
         put(DOCS / "merging.md", f"{machine(2, versions)}.\n\n{document(rows)}", "keras")
     failed = [row for row in rows if not row.holds]
     print(f"{len(rows)} networks, {len(failed)} that do not hold.")

@@ -216,9 +216,9 @@ class GraphPart(Part):
 
     def _main(self, node: Node) -> Any:
         """Return the largest layer that steps call."""
-        sizes = {key: self._told[key].node for key in self._calls if key in node.steps}
-        best = max(sizes, key=lambda key: sizes[key].best if sizes[key] is not None else -1)
-        return self._calls[best].operation
+        told = {key: self._told[key].node for key in self._calls if key in node.steps}
+        sizes = {key: -1 if each is None else each.best for key, each in told.items()}
+        return self._calls[max(sizes, key=lambda key: sizes[key])].operation
 
     def _sizes(self, node: Node) -> tuple[int | None, ...]:
         """Return the sizes of what steps take, where the graph takes no other."""
