@@ -106,9 +106,10 @@ def write_docs(rows: Sequence[Row], described: str, quick: bool) -> None:
     draw(rows, DOCS / "performance.png")
 
 
-def put(page: Path, measured: str) -> None:
-    """Put what was measured into a page, between its two marks."""
+def put(page: Path, measured: str, of: str = "") -> None:
+    """Put what was measured into a page, between its two marks. of: which, if it has several."""
+    begin, end = (mark.replace("measured", f"measured{of and ' '}{of}") for mark in (BEGIN, END))
     text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(page, f"{before}{BEGIN}\n{measured}\n{END}{after}")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    write_text(page, f"{before}{begin}\n{measured}\n{end}{after}")

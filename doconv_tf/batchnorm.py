@@ -118,13 +118,13 @@ def axis_obstacle(conv: Any, norm: Any) -> str | None:
 def fuse(conv: Any, norm: Any) -> str | None:
     """Fuse the norm into the layer before it, in their model; or return why not."""
     name = "pointwise_kernel" if isinstance(conv, SEPARABLE_CONVS) else "kernel"
-    values, axis = _array(getattr(conv, name)), -2 if isinstance(conv, TRANSPOSED_CONVS) else -1
+    values, axis = as_array(getattr(conv, name)), -2 if isinstance(conv, TRANSPOSED_CONVS) else -1
     shape = values.shape
     if isinstance(conv, DEPTHWISE_CONVS):
         values = values.reshape(*shape[:-2], -1)
     with np.errstate(all="ignore"):
         kernel, bias = fuse_batchnorm(
-            np.moveaxis(values, axis, 0), _array(conv.bias), epsilon=norm.epsilon,
+            np.moveaxis(values, axis, 0), as_array(conv.bias), epsilon=norm.epsilon,
             **_statistics(norm),
         )  # fmt: skip
     return _become(conv, norm, {name: np.moveaxis(kernel, 0, axis).reshape(shape)}, bias)
@@ -138,28 +138,34 @@ def fuse_ahead(norm: Any, conv: Any) -> str | None:
     if conv.padding != "valid":
         return PADDED if type(conv) in ORDINARY else NOT_DIRECT
     channels = norm.moving_mean.shape[0]
-    ones = np.ones((channels, 1))
-    with np.errstate(all="ignore"):  # the batch norm as a convolution of one tap a channel
-        scale, offset = fuse_batchnorm(ones, None, epsilon=norm.epsilon, **_statistics(norm))
+    scale, offset = scale_and_offset(norm)
     name = "depthwise_kernel" if isinstance(conv, SEPARABLE_CONVS) else "kernel"
     dense = type(conv) in CONVS
     layout, groups = ("*IO", conv.groups) if dense else ("*CN", channels)
-    canonical = to_canonical(_array(getattr(conv, name)), layout).astype(np.float64)
+    canonical = to_canonical(as_array(getattr(conv, name)), layout).astype(np.float64)
     parts = canonical.reshape(groups, -1, *canonical.shape[1:])
     by_input = (groups, 1, -1, *(1,) * conv.rank)
     with np.errstate(all="ignore"):
         kernel = (parts * scale.reshape(by_input)).reshape(canonical.shape)
         bias = (parts * offset.reshape(by_input)).reshape(len(canonical), -1).sum(1)
         if isinstance(conv, SEPARABLE_CONVS):
-            bias = bias @ _array(conv.pointwise_kernel).reshape(len(bias), -1)
-    bias = bias if conv.bias is None else bias + _array(conv.bias)
+            bias = bias @ as_array(conv.pointwise_kernel).reshape(len(bias), -1)
+    bias = bias if conv.bias is None else bias + as_array(conv.bias)
     return _become(conv, norm, {name: from_canonical(kernel, layout, groups)}, bias)
+
+
+def scale_and_offset(norm: Any) -> tuple[Any, Any]:
+    """Return what a batch norm multiplies each channel by in inference, and then adds."""
+    ones = np.ones((norm.moving_mean.shape[0], 1))
+    with np.errstate(all="ignore"):  # the batch norm as a convolution of one tap a channel
+        scale, offset = fuse_batchnorm(ones, None, epsilon=norm.epsilon, **_statistics(norm))
+    return scale.reshape(-1), offset
 
 
 def _statistics(norm: Any) -> dict[str, Any]:
     return {
-        "mean": _array(norm.moving_mean), "variance": _array(norm.moving_variance),
-        "scale": _array(norm.gamma), "offset": _array(norm.beta),
+        "mean": as_array(norm.moving_mean), "variance": as_array(norm.moving_variance),
+        "scale": as_array(norm.gamma), "offset": as_array(norm.beta),
     }  # fmt: skip
 
 
@@ -190,7 +196,7 @@ def _become(conv: Any, norm: Any, kernels: Mapping[str, Any], bias: Any) -> str 
     return None
 
 
-def _array(variable: Any) -> Any:
+def as_array(variable: Any) -> Any:
     """Return a variable as an array, None as None; half types as float32, which NumPy all has."""
     if variable is None:
         return None

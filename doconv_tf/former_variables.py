@@ -42,7 +42,7 @@ class Former:
         if not gone:
             return
         changed = {id(layer) for layer, held in self._held if any(id(v) in gone for v in held)}
-        for model in _alive(keras.Model):
+        for model in alive(keras.Model):
             own = vars(model)  # as a model that is being made, or could not be, has less
             compiled = own.get("built") and any(own.get(name) for name in COMPILED)
             if compiled and changed & {id(layer) for _, layer in first_occurrences(model)}:
@@ -56,9 +56,10 @@ class Former:
 
 def _missed(gone: dict[int, Any]) -> list[str]:
     """Return the paths of these variables that there are optimizers for."""
-    optimizers = _alive(keras.Optimizer)
+    optimizers = alive(keras.Optimizer)
     return [v.path for each in optimizers for v in trained_by(each) if id(v) in gone]
 
 
-def _alive(kind: type[_Kind]) -> list[_Kind]:
+def alive(kind: type[_Kind]) -> list[_Kind]:
+    """Return all objects of this type that there are."""
     return [each for each in gc.get_objects() if issubclass(type(each), kind)]

@@ -157,9 +157,12 @@ class Graph:
                 found.add(tuple((b + before, a + after) for (b, a), (before, after) in both))
         return found
 
-    def flow(self) -> Seen:
-        """Return who follows whom, where a graph alone says how its layers are called."""
-        seen, opaque = Seen(), self._opaque()
+    def flow(self, *, inside: bool = False) -> Seen:
+        """Return who follows whom, where a graph alone says how its layers are called.
+
+        inside: whether graphs count that a `call` in no structure calls, too.
+        """
+        seen, opaque = Seen(), set() if inside else self._opaque()
         for layer in self.layers:
             function = graph_of(layer)
             if function is not None and follows_graph(layer) and id(layer) not in opaque:
@@ -258,11 +261,11 @@ def ordered_children(layer: keras.Layer) -> list[keras.Layer]:
     held = children(layer)
     if not isinstance(layer, keras.Function):
         return held
-    place = {id(node.operation): n for n, node in reversed(list(enumerate(_in_order(layer))))}
+    place = {id(node.operation): n for n, node in reversed(list(enumerate(calls_in_order(layer))))}
     return sorted(held, key=lambda child: place.get(id(child), len(place)))
 
 
-def _in_order(function: keras.Function) -> list[Any]:
+def calls_in_order(function: keras.Function) -> list[Any]:
     """Return a graph's calls, depth first from its outputs, each after those that it depends on."""
     inside, done, order = {id(node) for node in nodes_of(function)}, set(), []
     stack = [(maker_of(tensor), False) for tensor in reversed(function.outputs)]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
-from keras.src.ops.function import make_node_key
+from keras.src.ops.function import make_node_key, map_graph
 
 # A functional model's place in other graphs, what a layer was told, and that it was called: what a
 # layer has to keep that becomes another kind of layer where it stands.
@@ -33,6 +33,9 @@ COMPILED = UNCOMPILED.keys() | {
 }  # fmt: skip
 # Functions of a layer or model that are Keras' own, and hold it.
 OF_KERAS = COMPILED | {*BOUND}
+
+# What a model holds its graph in.
+_OF_A_GRAPH = {"_layers", "_functional", "_operations", "_operations_by_depth"}
 
 # What TensorFlow notes of a layer's attributes, for its checkpoints.
 _OF_TENSORFLOW = "_self_unconditional_"
@@ -74,7 +77,12 @@ def held_by(layer: keras.Layer) -> list[Any]:
     """Return the layers and variables that the layer's attributes hold, in whatever containers."""
     stores = {id(store) for _, store in layer._tracker.config.values()}
     own = {n: value for n, value in vars(layer).items() if not n.startswith(_OF_TENSORFLOW)}
-    todo, found = [value for value in own.values() if id(value) not in stores], []
+    return _inside([value for value in own.values() if id(value) not in stores])
+
+
+def _inside(todo: list[Any]) -> list[Any]:
+    """Return the layers and variables among values, and in the containers among them."""
+    found = []
     while todo:
         value = todo.pop()
         if isinstance(value, (keras.Layer, keras.Variable)):
@@ -82,6 +90,13 @@ def held_by(layer: keras.Layer) -> list[Any]:
         elif isinstance(value, (list, tuple, set, dict)):
             todo += value.values() if isinstance(value, dict) else value
     return found
+
+
+def attributes_of(model: keras.Layer) -> list[Any]:
+    """Return the layers that a model has in attributes of its own, beside its graph."""
+    left = _OF_A_GRAPH | COMPILED
+    own = {n: v for n, v in vars(model).items() if not n.startswith(_OF_TENSORFLOW)}
+    return _inside([value for name, value in own.items() if name not in left])
 
 
 def let_go(layer: keras.Layer, before: list[Any]) -> None:
@@ -165,6 +180,49 @@ def set_maker(tensor: Any, old: Any, node: Any) -> None:
     tensor._keras_history = old._keras_history._replace(
         operation=node.operation, node_index=_index(node)
     )
+
+
+def put_result(tensor: Any, made: Any) -> None:
+    """Let a graph's tensor be the result of the call that has just made another one."""
+    node = maker_of(made)
+    node.outputs = [tensor]
+    tensor._keras_history = made._keras_history
+
+
+def map_anew(model: keras.Layer) -> None:
+    """Let a model have the calls that lead to its outputs now, and no layer of former ones.
+
+    That is what Keras does when it makes a graph's model; a layer which an attribute has is kept.
+    """
+    function: Any = graph_of(model)
+    former, calls = [*function._operations], nodes_of(function)
+    names = ("_nodes", "_nodes_by_depth", "_operations", "_operations_by_depth")
+    vars(function).update(zip(names, map_graph(function.inputs, function.outputs), strict=True))
+    function.output_names = [maker_of(tensor).operation.name for tensor in function.outputs]
+    gone = {id(node) for node in calls} - {id(node) for node in nodes_of(function)}
+    for operation in function._operations:
+        vars(operation)["_outbound_nodes"] = [
+            node for node in operation._outbound_nodes if id(node) not in gone
+        ]
+    _hold(function, former)
+    if model is not function:  # a Sequential, which may call a layer several times
+        before, depths = held_by(model), sorted(function._nodes_by_depth, reverse=True)
+        calls = [node for depth in depths for node in function._nodes_by_depth[depth]]
+        model._layers = [node.operation for node in calls]
+        let_go(model, before)
+
+
+def _hold(function: Any, former: list[Any]) -> None:
+    """Let a graph's model hold the layers that it calls now, in their order, and not the former."""
+    tracker, kept = function._tracker, {id(each) for each in attributes_of(function)}
+    called = {id(each) for each in function._operations}
+    for each in former:
+        if id(each) not in kept | called:
+            tracker.untrack(each)
+    for each in function.layers:
+        tracker.track(each)
+    order = {id(each): place for place, each in enumerate(function._operations)}
+    function._layers.sort(key=lambda each: order.get(id(each), len(order)))
 
 
 def set_keys(function: keras.Function) -> None:

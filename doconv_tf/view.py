@@ -11,7 +11,7 @@ from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.own_methods import call_own
 from doconv_core.models.report import READ, place
 from doconv_core.models.view import ModelView, Site
-from doconv_tf import batchnorm, graph
+from doconv_tf import batchnorm, branches, graph
 from doconv_tf.copying import copied
 from doconv_tf.ordinary import (
     CONVOLUTIONS,
@@ -133,6 +133,10 @@ class View(ModelView):
         made.name = site.layer.name  # by which it is found
         become(site.layer, made, frozenset(vars(site.layer)))
         return site.layer
+
+    def parts(self) -> list[branches.GraphPart]:
+        """Return the functional and sequential models in the model."""
+        return branches.parts(self.model)
 
     def flow(self) -> graph.Seen:
         """Return who follows whom in the model's graphs."""

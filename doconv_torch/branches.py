@@ -135,7 +135,7 @@ class ModulePart(Part):
 
     def _alone(self, node: Node) -> fx.Graph:
         """Return the graph of a node's steps alone."""
-        graph, needed = fx.Graph(), {node.key}
+        graph, needed = fx.Graph(), {key for _, key in node.ends}
         copies = {node.source: graph.placeholder("x")}
         for each in reversed(self._graph.nodes):
             if each in needed and each is not node.source:
@@ -143,7 +143,11 @@ class ModulePart(Part):
         for each in self._graph.nodes:
             if each in needed and each is not node.source:
                 copies[each] = graph.node_copy(each, copies.__getitem__)
-        graph.output(copies[node.key])
+        total: Any = 0
+        for sign, key in node.ends:
+            signed = graph.call_function(operator.mul, (copies[key], sign))
+            total = graph.call_function(operator.add, (total, signed))
+        graph.output(total)
         return graph
 
     def _called(self, node: Node) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from doconv_core import Geometry, convolve, difference
+from doconv_core.maths.geometry import same, settled
 from doconv_core.maths.linear import (
     CHANNELS,
     COSTLIER,
@@ -234,6 +235,48 @@ def test_whatever_is_one_side_by_side_computes_the_same(pair, size):
     assert difference(computed(plus(*pair), x), expected).relative < EXACT
 
 
+def sized(size, stride, positions, word):
+    """Return a random convolution of so many positions, padded as Keras does."""
+    pads = same((size,), (stride,), (1,)) if word == "same" else ((0, 0),)
+    found = settled(pads, (size,), (stride,), (1,), (positions,))
+    return Taps(RNG.standard_normal((2, 2, size)), None, Geometry((stride,), (1,), found))
+
+
+def of_positions(piece, x):
+    """Return what a piece computes, without the positions that it crops."""
+    ((before, after),) = piece.geometry.padding
+    left = x[..., : x.shape[-1] + min(after, 0)]
+    return computed(replace(piece, geometry=Geometry(
+        piece.geometry.stride, piece.geometry.dilation, ((before, max(after, 0)),)
+    )), left)  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("positions", [7, 8, 9, 10, 11])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_paddings_of_an_input_of_a_known_size(stride, positions, size):
+    x = RNG.standard_normal((1, 2, positions))
+    large, small = (sized(each, stride, positions, "same") for each in (size, 1))
+    terms = [of_positions(each, x) for each in (large, small)]
+    assert {term.shape[-1] for term in terms} == {-(-positions // stride)}
+    assert difference(of_positions(plus(large, small), x), sum(terms)).relative < EXACT
+    for word in ("same", "valid"):
+        second = sized(2, 1, terms[1].shape[-1], word)
+        row = of_positions(then(small, second), x)
+        assert difference(row, of_positions(second, terms[1])).relative < EXACT
+    valid = sized(size, stride, positions, "valid")
+    first = of_positions(valid, x)
+    assert first.shape[-1] == (positions - size) // stride + 1
+    second = sized(1, 2, first.shape[-1], "valid")
+    row = of_positions(then(valid, second), x)
+    assert difference(row, of_positions(second, first)).relative < EXACT
+
+
+def test_a_padding_that_depends_on_an_unknown_size_stays_in_words():
+    pads = same((3, 3), (2, 1), (1, 1))
+    assert settled(pads, (3, 3), (2, 1), (1, 1), (None, None)) == pads == ("same", (1, 1))
+
+
 def test_zeros_of_a_bias_or_a_norm_are_no_shift():
     flat = Scale(np.ones(4), np.zeros(4))
     check_row(flat, taps(4, 6, 3, pad=1), 4)
@@ -305,6 +348,23 @@ def test_another_value_stays_a_term():
     ]  # fmt: skip
     assert merges(steps, "d") == {"d": [(-1, "r"), (1, "ab")]}
     assert reasons(steps, "d") == {"c": APART, "d": APART}
+
+
+def test_what_a_part_of_a_sum_is_the_sum_of():
+    steps = [
+        step("a", "x", DENSE), Step("r", ("x",)), add("c", "r", "a", signs=(1, -1)),
+        step("b", "x", BIASED), add("d", "c", "b"),
+    ]  # fmt: skip
+    (merge,) = search(steps, "d").merges
+    (node,) = merge.nodes
+    assert sorted(node.ends) == [(-1, "a"), (1, "b")]
+    (merge,) = search([steps[0], steps[3], add("d", "a", "b")], "d").merges
+    assert merge.nodes[0].ends == [(1, "d")]
+
+
+def test_the_reason_of_a_term_is_that_of_the_sum():
+    steps = [Step("a", ("x",), reason="its size"), step("b", "x", BIASED), add("c", "a", "b")]
+    assert reasons(steps, "c") == {"c": "its size"}
 
 
 def test_a_sum_that_is_used_twice_is_one_for_itself():

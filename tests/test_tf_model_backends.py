@@ -10,13 +10,15 @@ from test_tf_backends import BACKENDS, TESTS, need_backend, run
 FILES = [
     "test_tf_model.py", "test_tf_batchnorm.py", "test_tf_separable.py", "test_contract_fusion.py",
     "test_tf_bsconv.py", "test_contract_bsconv.py", "test_contract_bsconv_model.py",
+    "test_tf_merge.py",
 ]  # fmt: skip
 # Of the names of tests; "and" stands in one where the name of a case narrows it.
 CHOSEN = [
     "there_and_back", "inplace_gives and subclassed", "shared_layer", "left_with_the_reason",
     "are_left", "what_is_left", "takes_over", "composes_as_the_core", "fused_or_left and pair",
     "fused_kernel_is", "stored_loaded", "composed_kernel_is", "may_be_a_do_layer", "losses_once",
-    "fold_in_every",
+    "fold_in_every", "become_one_convolution", "test_channels_first",
+    "branches_that_stay", "test_in_place",
 ]  # fmt: skip
 
 

@@ -213,6 +213,12 @@ FAMILIES = {
     "gated": (Gated(4), 2),
     "ghost": (Ghost(4), 2),
     "own parameters": (Own(4), 1),
+    "some of a sum": (
+        Named(
+            lambda self, x: self.a(x) - torch.relu(x) - self.b(x),
+            a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1),
+        ), 1,
+    ),
     "an identity twice": (
         Named(
             lambda self, x: self.c(torch.relu(self.c(self.a(x)) + self.b(x))),

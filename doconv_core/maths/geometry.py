@@ -107,6 +107,35 @@ def same(
     return tuple(pads)
 
 
+def settled(
+    pads: Sequence[Pad],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    sizes: Sequence[int | None],
+) -> tuple[Pad, ...]:
+    """Return the padding for an input of these sizes, by which the last window ends at the end.
+
+    sizes: of each dimension; None for any, where the padding stays as it is. A number after the
+    input is negative where that has positions that no window reaches; so that convolutions of one
+    input, of equal strides, have outputs of one size only where `extent - before - after` is equal.
+
+    >>> settled(("same",), (3,), (2,), (1,), (8,)), settled(((0, 0),), (1,), (2,), (1,), (8,))
+    (((0, 1),), ((0, -1),))
+    """
+    found: list[Pad] = []
+    for pad, k, s, d, n in zip(pads, kernel_size, stride, dilation, sizes, strict=True):
+        extent = (k - 1) * d + 1
+        if n is None or (isinstance(pad, str) and pad != SAME):
+            found.append(pad)
+            continue
+        if isinstance(pad, str):
+            total = max((-(-n // s) - 1) * s + extent - n, 0)
+            pad = total // 2, total - total // 2
+        found.append((pad[0], pad[1] - (n + sum(pad) - extent) % s))
+    return tuple(found)
+
+
 def causal(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[Pad, ...]:
     """Return the pairs of "causal" padding, by which no output sees what comes after it."""
     return tuple(((k - 1) * d, 0) for k, d in zip(kernel_size, dilation, strict=True))

@@ -93,9 +93,17 @@ class Taps:
 
     @property
     def pads(self) -> tuple[tuple[int, int], ...]:
-        """How much is padded at both ends of each dimension."""
+        """How much is padded at both ends of each dimension; less than zero where some is cropped.
+
+        Cropped at the end alone, as far as no window would reach.
+        """
         pairs: Any = self.geometry.padding  # of which none is in words
         return pairs  # type: ignore[no-any-return]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether anything is padded."""
+        return any(pad > 0 for pair in self.pads for pad in pair)
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -205,7 +213,7 @@ def _steps(a: Taps, b: Taps) -> list[tuple[tuple[int, int], ...]]:
 
 def _mode(a: Taps, b: Taps) -> str:
     """Return with what both pad; where one of them does not, what the other one does."""
-    modes = [t.geometry.padding_mode for t in (a, b) if any(map(any, t.pads))]
+    modes = [t.geometry.padding_mode for t in (a, b) if t.is_padded]
     if len(set(modes)) > 1:
         raise NotOne(MODES)
     return modes[0] if modes else "zeros"
@@ -284,7 +292,7 @@ def _scaled(first: Piece, second: Scale) -> Piece:
 
 def _scaled_before(first: Scale, second: Taps) -> Taps:
     """Return a convolution whose input is scaled."""
-    zeros = second.geometry.padding_mode == "zeros" and any(map(any, second.pads))
+    zeros = second.geometry.padding_mode == "zeros" and second.is_padded
     if zeros and first.shifts:
         raise NotOne(SHIFTED)
     inputs, outputs = second.channels
@@ -306,13 +314,12 @@ def _scaled_before(first: Scale, second: Taps) -> Taps:
 def _in_a_row(a: Taps, b: Taps, any_cost: bool) -> Taps:
     """Return the convolution that one after the other is."""
     for k, pad, own, stride in zip(a.size, b.pads, a.pads, a.geometry.stride, strict=True):
-        if any(pad):
-            if k > 1 or any(own):
+        if max(pad) > 0:
+            if k > 1 or own[0] or not -stride < own[1] <= 0:
                 raise NotOne(TWICE)
             if b.geometry.padding_mode != "zeros" and stride > 1:
                 raise NotOne(SUBSAMPLED)
-    padded = any(map(any, b.pads))
-    if padded and b.geometry.padding_mode == "zeros" and a.shifts:
+    if b.is_padded and b.geometry.padding_mode == "zeros" and a.shifts:
         raise NotOne(SHIFTED)
     mode = _mode(a, b)
     # In positions of the input, the second one's taps are as far apart as the first one strides.

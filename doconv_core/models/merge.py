@@ -37,7 +37,8 @@ class Node:
     """Steps that are one piece. key: of their result. source: of the result that they take.
 
     parts: what they are if they stay apart. macs: the fewest multiply-accumulates of these for one
-    position. convolutions, sums: how many of them are in it.
+    position. convolutions, sums: how many of them are in it. signs: of the parts, 1 or -1, where
+    they are added up.
     """
 
     key: Key
@@ -48,6 +49,15 @@ class Node:
     macs: float = 0
     convolutions: int = 0
     sums: int = 0
+    signs: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> list[tuple[int, Key]]:
+        """Signs and keys of the results whose sum it is: one, but of some of a sum's terms."""
+        if not self.signs or self.key in self.steps:
+            return [(1, self.key)]
+        parts = zip(self.signs, self.parts, strict=True)
+        return [(sign * each, key) for sign, part in parts for each, key in part.ends]
 
     @property
     def best(self) -> float:
@@ -72,13 +82,15 @@ class Step(NamedTuple):
     """One step of a forward pass.
 
     key: of its result. inputs: of the results that it takes. node: what it is, if it is linear in
-    its only input. signs: of a sum's inputs, 1 or -1; else empty.
+    its only input. signs: of a sum's inputs, 1 or -1; else empty. reason: why it is not linear
+    after all that is of a kind that can be.
     """
 
     key: Key
     inputs: tuple[Key, ...]
     node: Node | None = None
     signs: tuple[int, ...] = ()
+    reason: str = ""
 
 
 class Term(NamedTuple):
@@ -266,7 +278,11 @@ class _Search:
         for key in inner:
             self.sums.pop(key, None)
         self.sums[step.key] = terms
-        if len(by_source) > 1 and any(c.signed[0][1].convolutions for c in clusters):
+        reasons = (self.steps[key].reason for key in by_source if key in self.steps)
+        known = next(filter(None, reasons), None)
+        if known is not None:
+            self._refuse(step.key, frozenset({step.key}), known)
+        elif len(by_source) > 1 and any(c.signed[0][1].convolutions for c in clusters):
             ends = [self.nodes[t.key] for t in terms if t.node is None and t.key in self.nodes]
             shared = any(n.convolutions and len(set(self.users[n.key])) > 1 for n in ends)
             self._refuse(step.key, frozenset({step.key}), USED if shared else APART)
@@ -324,7 +340,8 @@ class _Search:
         """Return a cluster's terms as a node. steps: those of the sum itself that are gone then."""
         nodes = tuple(node for _, node in cluster.signed)
         macs = sum(node.best for node in nodes)
-        return _joined(key, nodes[0].source, cluster.piece, nodes, macs, steps, 1)
+        signs = tuple(sign for sign, _ in cluster.signed)
+        return _joined(key, nodes[0].source, cluster.piece, nodes, macs, steps, 1, signs)
 
     def _merges(self) -> Iterator[Merge]:
         for key, terms in self.sums.items():
@@ -352,6 +369,7 @@ def _joined(
     macs: float,
     steps: frozenset[Key] = frozenset(),
     sums: int = 0,
+    signs: tuple[int, ...] = (),
 ) -> Node:
     """Return nodes that are one piece together."""
     return Node(
@@ -363,4 +381,5 @@ def _joined(
         macs,
         sum(part.convolutions for part in parts),
         sums + sum(part.sums for part in parts),
+        signs,
     )

@@ -53,9 +53,9 @@ class Flow:
 
 
 NO_PARTS = (
-    "merge_branches=True is there in PyTorch alone. Here, call the method by which the model "
-    "itself makes one convolution of branches, as deploy() does; or take its weights to PyTorch by "
-    "export_state and load_state, and merge there."
+    "merge_branches=True is there in PyTorch and Keras. Here, call the method by which the model "
+    "itself makes one convolution of branches, as deploy() does; or take its weights to PyTorch or "
+    "Keras by export_state and load_state, and merge there."
 )
 
 
@@ -222,7 +222,7 @@ class ModelView(ABC):
 
 
 class Leave(Exception):
-    """Why a layer that was chosen is left after all. Raised by `LayerKind.prepare`."""
+    """Why a layer is left after all. Raised by `LayerKind.prepare`, and where parts are read."""
 
 
 class Folding(NamedTuple):
