@@ -53,6 +53,7 @@ def check_compiled(name, training):
         torch.testing.assert_close(compiled(X), other(X))
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize(("name", "training"), COMPILED)
 def test_compiled_as_one_graph(name, training):
     check_compiled(name, training)
