@@ -53,7 +53,10 @@ setup(
     long_description=described(),
     long_description_content_type="text/markdown",
     cmdclass={"build_ext": Compiled, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False},
+        "build_ext": {"parallel": True},  # both at once: each takes half a minute
+    },
     ext_modules=[
         Extension(
             f"doconv_torch.{name}",
