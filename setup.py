@@ -23,7 +23,8 @@ class Compiled(build_ext):
     """Compiles the extensions; where one cannot be, the distribution is one without both."""
 
     def run(self):
-        """Compile, and see what came of it."""
+        """Compile both at once, as each takes half a minute, and see what came of it."""
+        self.parallel = True
         super().run()
         if not all(Path(path).exists() for path in self.get_outputs()):
             self.distribution.ext_modules = self.extensions = []
@@ -53,10 +54,7 @@ setup(
     long_description=described(),
     long_description_content_type="text/markdown",
     cmdclass={"build_ext": Compiled, "bdist_wheel": Wheel},
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False},
-        "build_ext": {"parallel": True},  # both at once: each takes half a minute
-    },
+    options={"bdist_wheel": {"py_limited_api": "cp310" if LIMITED else False}},
     ext_modules=[
         Extension(
             f"doconv_torch.{name}",
