@@ -23,7 +23,8 @@ class Compiled(build_ext):
     """Compiles the extensions; where one cannot be, the distribution is one without both."""
 
     def run(self):
-        """Compile, and see what came of it."""
+        """Compile both at once, as each takes half a minute, and see what came of it."""
+        self.parallel = True
         super().run()
         if not all(Path(path).exists() for path in self.get_outputs()):
             self.distribution.ext_modules = self.extensions = []

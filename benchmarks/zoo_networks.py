@@ -249,7 +249,7 @@ _OWN = {
     "cifar_densenet86_doconv",
     (1, 28): "tutorial_pt tutorial_pt_doconv tutorial_tf tutorial_gluon_doconv",
 }
-_OWN_QUICK = ("cifar_wrn16_1_doconv", "cifar_wrn16_1_bsconvs_p1d4")
+_OWN_QUICK = ("tutorial_pt_doconv", "cifar_wrn16_1_bsconvs_p1d4")
 
 
 def _own(*, channels_last: bool = False) -> tuple[Network, ...]:

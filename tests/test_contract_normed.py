@@ -32,13 +32,19 @@ def adapter(request):
     return adapter_of(request.param)
 
 
+def next_of(adapter):
+    """Return another framework's adapter: each is that of one."""
+    names = [*BACKENDS]
+    return adapter_of(names[names.index(adapter.__name__.rpartition(".")[2]) - 1])
+
+
 def wide(arrays):
     return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_layer_is_numpys_and_folds_to_one_convolution(adapter, case, tmp_path):
-    """What it computes in inference, what it is saved as, in every framework, and its fold."""
+    """What it computes in inference, what it is saved as, in another framework, and its fold."""
     layer, (x, _) = layer_of(adapter, case), make_data(case)
     arrays, x = make_arrays(case, layer.spec), given(adapter, case, x)
     put(adapter, layer, arrays)
@@ -57,11 +63,11 @@ def test_a_layer_is_numpys_and_folds_to_one_convolution(adapter, case, tmp_path)
 
     kept = adapter.round_trip(layer, layer_of(adapter, case), x, tmp_path)
     assert_same(adapter.forward(kept, x), output, "saved and loaded")
-    for other in map(adapter_of, BACKENDS):
-        there = layer_of(other, case)
-        if there.spec == layer.spec:  # the padding may be before the one and in the other
-            other.package.load_state(there, state)
-            assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
+    other = next_of(adapter)
+    there = layer_of(other, case)
+    if there.spec == layer.spec:  # the padding may be before the one and in the other
+        other.package.load_state(there, state)
+        assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -229,10 +235,10 @@ def test_its_state_crosses_frameworks(adapter):
         model, x = trained(adapter)
         made = wait(package.over_parameterize(model, kind=rule).model, adapter, x)
         state, output = snapshot(package, made), adapter.forward(made, x)
-        for other in map(adapter_of, BACKENDS):
-            there = other.package.over_parameterize(trained(other)[0], kind=rule).model
-            other.package.load_state(there, state)
-            assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
+        other = next_of(adapter)
+        there = other.package.over_parameterize(trained(other)[0], kind=rule).model
+        other.package.load_state(there, state)
+        assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
 
 
 def test_what_may_compute_something_else_is_not_folded(adapter):

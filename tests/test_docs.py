@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONTINUED = "after_folding"  # whose programs go on from one another, in test_after_folding.py
-WHOLE = re.compile(r"keras\.applications|get_model\(\"plain18\"")
 
 
 def text_of(document):
@@ -44,27 +43,33 @@ for name, example in json.load(sys.stdin).items():
 """
 
 
-def programs(whole):
-    """Return the documents' examples by name; whole: those of guides' whole networks, or the rest.
+def programs(group):
+    """Return a group of the documents' examples by name.
 
-    The README has a whole network in each framework; smaller ones are folded and exported alike.
+    Those of TensorFlow take as long as all others; whole: those of the guides' whole networks in
+    Keras. The README has such a network; smaller ones are folded and exported alike.
     """
+
+    def group_of(document, example):
+        if "tf" not in packages(example):
+            return "others"
+        return "whole" if document != README and "keras.applications" in example else "tf"
+
     return {
         f"{document.stem}-{number}": example
         for document in DOCUMENTS
         if document.stem != CONTINUED
         for number, example in enumerate(examples(document))
-        if (document != README and bool(WHOLE.search(example))) == whole
+        if group_of(document, example) == group
     }
 
 
-@pytest.mark.parametrize("tf", [False, True], ids=["others", "tf"])
 @pytest.mark.parametrize(
-    "whole", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["", "whole"]
+    "group", ["others", "tf", pytest.param("whole", marks=pytest.mark.exhaustive)]
 )
-def test_examples_run(tf, whole, tmp_path):
-    """The examples in two processes, of which TensorFlow's takes as long as all the others."""
-    chosen = {n: e for n, e in programs(whole).items() if ("tf" in packages(e)) == tf}
+def test_examples_run(group, tmp_path):
+    """The examples of a group, in one process."""
+    chosen = programs(group)
     missing = [name for name in BACKENDS if not is_here(name)]
     chosen = {name: e for name, e in chosen.items() if packages(e).isdisjoint(missing)}
     for example in chosen.values():

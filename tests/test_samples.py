@@ -418,7 +418,10 @@ def run(sample, images, *folders):
     return fresh(*command, cwd=folders[0]).stdout
 
 
-@pytest.mark.parametrize("images", [300, pytest.param("all", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "images",
+    [pytest.param(300, marks=pytest.mark.brief), pytest.param("all", marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_a_short_run(sample, images, tmp_path):
     need(SAMPLES[sample])

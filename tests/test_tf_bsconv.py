@@ -252,7 +252,8 @@ def test_fit_includes_the_loss_with_mixed_precision():
     assert found == pytest.approx(plain + 0.5 * expected_loss(model), rel=1e-2)
 
 
-# Devices must be told before TensorFlow starts, so that it takes a process of its own.
+# Devices must be told before TensorFlow starts, so that it takes a process of its own: for each
+# loss a list of layers, and the callbacks that train them.
 TWO_DEVICES = """
 import contextlib, keras, numpy as np, sys, tensorflow as tf
 from doconv_tf import BSConvS2D, DGConv2D, ProgressCallback
@@ -261,33 +262,34 @@ from doconv_tf import BSConvS2D, DGConv2D, ProgressCallback
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
-rng, results = np.random.default_rng(0), []
 # Equal halves, whose batch norms have what the whole's have.
-x = np.tile(rng.standard_normal((2, 7, 8, 8)), (2, 1, 1, 1)).astype("float32")
-for scope in (contextlib.nullcontext(), strategy.scope()):
-    with scope:
-        keras.utils.set_random_seed(0)
-        layers, callbacks = eval(sys.argv[1])
-        model = keras.Sequential([keras.Input(x.shape[1:]), *layers])
-        before = model.get_weights()
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-    y = np.zeros((4, *model.output_shape[1:]))
-    fit = model.fit(x, y, 4, 2, 0, callbacks, shuffle=False)
-    results.append([fit.history["loss"], *(b - a for a, b in zip(before, model.get_weights()))])
-assert all(np.abs(step).max() > 1e-4 for step in results[0])
-for found, expected in zip(*results):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+x = np.random.default_rng(0).standard_normal((2, 7, 8, 8))
+x = np.tile(x, (2, 1, 1, 1)).astype("float32")
+for given in sys.argv[1:]:
+    results = []
+    for scope in (contextlib.nullcontext(), strategy.scope()):
+        with scope:
+            keras.utils.set_random_seed(0)
+            layers, callbacks = eval(given)
+            model = keras.Sequential([keras.Input(x.shape[1:]), *layers])
+            before = model.get_weights()
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+        y = np.zeros((4, *model.output_shape[1:]))
+        fit = model.fit(x, y, 4, 2, 0, callbacks, shuffle=False)
+        changes = (b - a for a, b in zip(before, model.get_weights()))
+        results.append([fit.history["loss"], *changes])
+    assert all(np.abs(step).max() > 1e-4 for step in results[0]), given
+    for found, expected in zip(*results):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6, err_msg=given)
 """
 
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
-@pytest.mark.parametrize("given", [
-    "[BSConvS2D(n, 3, orthonormality=0.5) for n in (8, 4)], []",
-    "[DGConv2D(8, 3, lasso=0.5)], [ProgressCallback()]",
-])  # fmt: skip
-def test_fit_on_two_devices_trains_as_on_one(given):
-    fresh("-c", TWO_DEVICES, given)
+def test_fit_on_two_devices_trains_as_on_one():
+    orthonormal = "[BSConvS2D(n, 3, orthonormality=0.5) for n in (8, 4)], []"
+    lasso = "[DGConv2D(8, 3, lasso=0.5)], [ProgressCallback()]"
+    fresh("-c", TWO_DEVICES, orthonormal, lasso)
 
 
 def test_marked_convolutions_keep_their_regularizer_and_are_stored(tmp_path):

@@ -14,7 +14,8 @@ FILES = [
 ]  # fmt: skip
 # Of the names of tests; "and" stands in one where the name of a case narrows it.
 CHOSEN = [
-    "there_and_back", "inplace_gives and subclassed", "shared_layer", "left_with_the_reason",
+    "there_and_back and nested", "there_and_back and subclassed", "inplace_gives and subclassed",
+    "shared_layer", "left_with_the_reason",
     "are_left", "what_is_left", "takes_over", "composes_as_the_core", "fused_or_left and pair",
     "fused_kernel_is", "stored_loaded", "composed_kernel_is", "may_be_a_do_layer", "losses_once",
     "fold_in_every", "become_one_convolution", "test_channels_first",

@@ -117,36 +117,41 @@ PROCESS = """
 import sys, torch, doconv_torch
 from torch import distributed, nn
 
-rank, folder, loss = int(sys.argv[1]), sys.argv[2], getattr(doconv_torch, sys.argv[3])
+rank, folder, losses = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 store = distributed.FileStore(f"{folder}/store", 2)
 distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-model, x = torch.load(f"{folder}/given.pt", weights_only=False)
-wrapped = nn.parallel.DistributedDataParallel(model)
-(wrapped(x.chunk(2)[rank]).square().mean() + loss(wrapped, 0.1)).backward()
-torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+for name in losses:
+    model, x = torch.load(f"{folder}/{name}.pt", weights_only=False)
+    wrapped, loss = nn.parallel.DistributedDataParallel(model), getattr(doconv_torch, name)
+    (wrapped(x.chunk(2)[rank]).square().mean() + loss(wrapped, 0.1)).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{name}-{rank}.pt")
 distributed.destroy_process_group()
 """
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("loss", [orthonormality_loss, saliency_lasso])
-def test_two_processes_have_the_gradient_of_one(loss, tmp_path):
-    model, inputs = two(), x()
-    if loss is saliency_lasso:  # of equal halves, whose batch norms have what the whole's have
-        model, inputs = DGConv2d(8, 12, 3), torch.cat([inputs, inputs])
-    torch.save((model, inputs), tmp_path / "given.pt")
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    # The second of equal halves, whose batch norms have what the whole's have.
+    given = {
+        orthonormality_loss: (two(), x()),
+        saliency_lasso: (DGConv2d(8, 12, 3), x().repeat(2, 1, 1, 1)),
+    }
+    for loss, problem in given.items():
+        torch.save(problem, tmp_path / f"{loss.__name__}.pt")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    names = [loss.__name__ for loss in given]
     called = [sys.executable, "-c", PROCESS]
     processes = [
-        subprocess.Popen([*called, str(rank), tmp_path, loss.__name__], env=environment)
+        subprocess.Popen([*called, str(rank), tmp_path, *names], env=environment)
         for rank in range(2)
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    (model(inputs).square().mean() + loss(model, 0.1)).backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for gradient, parameter in zip(found, model.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad)
+    for loss, (model, inputs) in given.items():
+        (model(inputs).square().mean() + loss(model, 0.1)).backward()
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{loss.__name__}-{rank}.pt")
+            for gradient, parameter in zip(found, model.parameters(), strict=True):
+                torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
