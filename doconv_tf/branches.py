@@ -76,7 +76,7 @@ class _Seen:
 
     def __init__(self, model: keras.Layer) -> None:
         layers = [layer for _, layer in first_occurrences(model)]
-        self.flow, self.read = Graph(model).flow(inside=True), variables_read(model)
+        self.flow, self.read = Graph(model).flow(), variables_read(model)
         self.owners = Counter(id(v) for layer in layers for v in own_variables(layer))
         self.functions = [*filter(None, map(graph_of, layers))]
         self.held = {id(each) for layer in layers if graph_of(layer) is not None
@@ -145,6 +145,9 @@ class GraphPart(Part):
         weighted = {id(layer): layer for layer in variables.values()}
         if any(layer.activity_regularizer for layer in layers):
             return REGULARIZED
+        for key in weighted:
+            if key in flow.unseen:
+                return flow.unseen[key]
         if any(flow.times[key] > 1 for key in weighted):
             return SEVERAL
         if any(self._seen.owners[key] > 1 for key in variables):

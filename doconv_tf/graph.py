@@ -157,12 +157,9 @@ class Graph:
                 found.add(tuple((b + before, a + after) for (b, a), (before, after) in both))
         return found
 
-    def flow(self, *, inside: bool = False) -> Seen:
-        """Return who follows whom, where a graph alone says how its layers are called.
-
-        inside: whether graphs count that a `call` in no structure calls, too.
-        """
-        seen, opaque = Seen(), set() if inside else self._opaque()
+    def flow(self) -> Seen:
+        """Return who follows whom, where a graph alone says how its layers are called."""
+        seen, opaque = Seen(), self._opaque()
         for layer in self.layers:
             function = graph_of(layer)
             if function is not None and follows_graph(layer) and id(layer) not in opaque:

@@ -115,8 +115,8 @@ def fold(
     merge_branches: also make one convolution of branches that compute what one does in inference:
     sums of convolutions, batch norms, identities, scales and average poolings of one value, as
     RepVGG, MobileOne and others train, and of convolutions in a row. They are found in functional
-    and sequential models, at any depth, and in those inside subclassed ones. Each is tried on
-    random values before, in float64, and none costs more than before. The convolution has the name
+    and sequential models, and in those inside one another, but not inside subclassed ones. Each is
+    tried on random values before, in float64, and none costs more. The convolution has the name
     of the largest branch, and a `ZeroPadding` layer before it where no word of Keras' says how it
     pads. What looks like branches and is left is in the report with the reason. It comes before
     `fuse_batchnorm`.
