@@ -120,8 +120,12 @@ def _run(chosen: Iterable[Planned], options: argparse.Namespace) -> None:
         if images not in loaded:
             loaded[images] = _data(each, options)
         train = studies.trainer(each.study, loaded[images])
-        studies.work(folder, each.study, train, partial(print, each.key, flush=True))
+        studies.work(folder, each.study, train, partial(_say, each.key))
         write(folder, each.study)
+
+
+def _say(key: str, text: str) -> None:
+    studies.print_line(f"{key} {text}")
 
 
 def _share(options: argparse.Namespace) -> None:

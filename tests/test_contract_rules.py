@@ -144,7 +144,7 @@ def test_a_model_trains_folds_and_travels(backend, word, tmp_path):
     shape = (2, 12, 12, 1) if backend == "tf" else (2, 1, 12, 12)
     x = models.array(np.random.default_rng(1).standard_normal(shape).astype("f4"))
     getattr(network, "eval", lambda: network)()
-    model, report = package.over_parameterize(network, **WORDS[word])
+    model, report = package.over_parameterize(network, kind=word)
     assert len(report.changed) == 3
     assert package.verify(model, network, x).absolute == 0
     state, rng = package.export_state(model), np.random.default_rng(2)

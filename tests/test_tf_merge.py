@@ -281,12 +281,12 @@ def test_channels_first():
 def test_a_sequential_model():
     row = [
         keras.Input((8, 8, 4)), layers.Conv2D(8, 1, use_bias=False, name="wide"),
-        layers.Identity(), layers.Conv2D(4, 3, name="last"), layers.ReLU(),
+        layers.Identity(name="same"), layers.Conv2D(4, 3, name="last"), layers.ReLU(),
     ]  # fmt: skip
     model = ready(keras.Sequential(row))
     folded, report = merged(model)
     assert [type(layer) for layer in folded.layers] == [layers.Conv2D, layers.ReLU]
-    assert report.changed == (Change("last", "Sequential", "Conv2D of wide, identity, last"),)
+    assert report.changed == (Change("last", "Sequential", "Conv2D of wide, same, last"),)
     assert len(folded.weights) == 2
     folded.add(layers.ReLU())
     assert folded(image(model)).shape == (2, 6, 6, 4)

@@ -16,6 +16,7 @@ import math
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,7 +222,13 @@ def _check_same(folder: Path, there: dict[str, Any], given: dict[str, Any]) -> N
         )
 
 
-def work(folder: Path, study: Study, train: Train, say: Callable[[str], Any] = print) -> None:
+def print_line(text: str) -> None:
+    """Print a line in one piece, which those of other processes do not come into."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def work(folder: Path, study: Study, train: Train, say: Callable[[str], Any] = print_line) -> None:
     """Do runs of a study until none is left that nobody has taken, and tell of each in a line.
 
     Raises what `train` raises, but NotFinite: such a run has failed, which the study tells, and is
