@@ -357,6 +357,16 @@ def test_over_parameterized_and_with_batch_norms():
     assert not any(isinstance(layer, layers.BatchNormalization) for layer in folded.layers)
 
 
+def test_branches_that_give_zeros():
+    model = network(lambda x: pair(x, 4, 3) + pair(x, 4, 1))
+    for variable in model.trainable_variables:
+        if variable.path.endswith(("gamma", "beta")):
+            variable.assign(0 * variable)
+    folded, _ = merged(model)
+    assert len(convolutions(folded)) == 1
+    assert_same(folded(image(model)), 0 * image(model))
+
+
 def test_in_place():
     model = network(lambda x: repvgg(x))
     x, relu = image(model), model.layers[-1]
