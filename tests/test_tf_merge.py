@@ -470,9 +470,9 @@ def as_an_attribute():
     return model
 
 
-def in_training(x):
+def in_training(x, training=True):
     norm = layers.BatchNormalization()
-    return layers.Conv2D(4, 1)(x) + norm(layers.Conv2D(4, 3, padding="same")(x), training=True)
+    return layers.Conv2D(4, 1)(x) + norm(layers.Conv2D(4, 3, padding="same")(x), training=training)
 
 
 REFUSED = {
@@ -498,6 +498,8 @@ REFUSED = {
     "by an operation": (by_an_operation, READ),
     "an attribute": (as_an_attribute, HELD),
     "in training": (in_training, TRAINING),
+    "in training, by a number": (lambda x: in_training(x, 1), TRAINING),
+    "in training, by NumPy": (lambda x: in_training(x, np.bool_(True)), TRAINING),
     "strides and dilations": (
         lambda x: layers.Conv2D(4, 3)(layers.Conv2D(4, 1, 2, use_bias=False)(x)), STRIDED
     ),
