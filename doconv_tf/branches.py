@@ -19,6 +19,7 @@ from keras import ops
 from doconv_core.maths.geometry import causal, same, settled, symmetric
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.linear import Taps
+from doconv_core.maths.numeric import difference, largest
 from doconv_core.models.merge import APART, Merge, Node, Part, Step
 from doconv_core.models.report import NOT_FINITE, READ, SEVERAL, SHARED, Change
 from doconv_tf.batchnorm import READ as HELD_BY_FUNCTION
@@ -180,14 +181,14 @@ class GraphPart(Part):
         widest = keras.backend.result_type("float64")  # of which Keras makes float32 on some
         for dtype, allowed in [*EXACT.items()][widest != "float64" :]:
             try:
-                difference = max(self._difference(node, dtype, more) for more in (2, 3))
+                apart = largest(self._difference(node, dtype, more) for more in (2, 3))
             except Exception as error:  # whatever a backend raises for its layers
                 told = str(error).partition("\n")[0]
                 reason = f"tried on random values, it raised {type(error).__name__}: {told}"
                 continue
-            if difference <= allowed:
+            if apart <= allowed:
                 return None
-            return f"tried on random values, it differs by {difference:.1g}"
+            return f"tried on random values, it differs by {apart:.1g}"
         return reason
 
     def _difference(self, node: Node, dtype: str, more: int) -> float:
@@ -201,7 +202,7 @@ class GraphPart(Part):
         for sign, key in node.ends:
             steps = computed(self._tensors[key], begin, x, self._seen.flow, dtype)
             expected = expected + sign * steps
-        return float(np.abs(found - expected).max() / np.abs(expected).max())
+        return difference(found, expected).relative
 
     @property
     def _last(self) -> bool:

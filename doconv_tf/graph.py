@@ -78,7 +78,7 @@ class Seen(Flow):
             after = [taker for tensor in node.outputs for taker in takers.get(id(tensor), [])]
             self.after.setdefault(key, []).extend(after)
             self.times[key] += 1
-            if node.arguments.kwargs.get("training") is True:
+            if node.arguments.kwargs.get("training") not in (None, False):  # 1 is meant so, too
                 self.training.add(key)
 
 

@@ -143,6 +143,8 @@ def test_what_cannot_be_is_refused_in_one_line(trained, tmp_path):
     refused("there is no device 'cuda:9' here", "--devices", "cuda:9")
     refused("nothing is trained in float16", "--precision", "float16")
     refused("takes no options; received heads=4", "--heads", 4)
+    refused("tutorial_pt has no layer that becomes one of kind 'repvgg': no batch norm follows it",
+            "--kind", "repvgg", network="tutorial_pt")  # fmt: skip
     refused("no checkpoint that is known here", "--from", file, code=BAD_FILE)
     refused("differs: conv1, convolution .* in cifar_resnet20", "--from", trained, code=IMPOSSIBLE,
             network="cifar_resnet20", listing=True)  # fmt: skip

@@ -357,6 +357,16 @@ def test_over_parameterized_and_with_batch_norms():
     assert not any(isinstance(layer, layers.BatchNormalization) for layer in folded.layers)
 
 
+def test_branches_that_give_zeros():
+    model = network(lambda x: pair(x, 4, 3) + pair(x, 4, 1))
+    for variable in model.trainable_variables:
+        if variable.path.endswith(("gamma", "beta")):
+            variable.assign(0 * variable)
+    folded, _ = merged(model)
+    assert len(convolutions(folded)) == 1
+    assert_same(folded(image(model)), 0 * image(model))
+
+
 def test_in_place():
     model = network(lambda x: repvgg(x))
     x, relu = image(model), model.layers[-1]
@@ -460,9 +470,9 @@ def as_an_attribute():
     return model
 
 
-def in_training(x):
+def in_training(x, training=True):
     norm = layers.BatchNormalization()
-    return layers.Conv2D(4, 1)(x) + norm(layers.Conv2D(4, 3, padding="same")(x), training=True)
+    return layers.Conv2D(4, 1)(x) + norm(layers.Conv2D(4, 3, padding="same")(x), training=training)
 
 
 REFUSED = {
@@ -488,6 +498,8 @@ REFUSED = {
     "by an operation": (by_an_operation, READ),
     "an attribute": (as_an_attribute, HELD),
     "in training": (in_training, TRAINING),
+    "in training, by a number": (lambda x: in_training(x, 1), TRAINING),
+    "in training, by NumPy": (lambda x: in_training(x, np.bool_(True)), TRAINING),
     "strides and dilations": (
         lambda x: layers.Conv2D(4, 3)(layers.Conv2D(4, 1, 2, use_bias=False)(x)), STRIDED
     ),

@@ -370,6 +370,15 @@ def both(self, x):
     return self.a(x) + self.b(x)
 
 
+def test_branches_that_give_zeros():
+    model = two(both, nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1, bias=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    folded, _ = merged(model)
+    assert convolutions(folded) == 1
+
+
 def with_hook():
     model = two(both)
     model[1].a.register_forward_hook(lambda module, given, output: None)

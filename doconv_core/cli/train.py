@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -241,9 +242,12 @@ def _model(backend: Any, job: Job, recipe: Recipe, data: ImageData, *, fresh: bo
 
 def of_kind(backend: Any, model: Any, network: str, kind: str) -> Any:
     """Return a network with layers of a kind; ValueError where none of its layers becomes one."""
-    model, report = backend.over_parameterize(model, kind=kind, inplace=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the model has no convolution")  # as the error says
+        model, report = backend.over_parameterize(model, kind=kind, inplace=True)
     if not report.changed:
-        raise ValueError(f"{network} has no layer that becomes one of kind {kind!r}.")
+        reasons = "; ".join(dict.fromkeys(left.reason for left in report.left))
+        raise ValueError(f"{network} has no layer that becomes one of kind {kind!r}: {reasons}.")
     return model
 
 
