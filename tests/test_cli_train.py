@@ -83,8 +83,12 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     told = json.loads(doconv("evaluate", run, "--json").stdout)
     assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
     folded = arrays(run / "folded.safetensors")
-    assert doconv("train", "--resume", "--out", run).stdout.splitlines() == lines[1:]
+    assert lines[0] == "19 layers of kind repvgg, 3 left"
+    assert doconv("train", "--resume", "--out", run).stdout.splitlines() == lines[2:]
     assert_same(arrays(run / "folded.safetensors"), folded)
+    given = run / "folded.safetensors", "--kind", "repvgg", "--backend", backend, "--json"
+    found = json.loads(doconv("evaluate", *given, "--set", "eval_images=resize 8 8").stdout)
+    assert found["top1"] == pytest.approx(told["top1"], abs=1 / 360)
     branch = "stem.conv.pointwise_conv.weight"
     assert branch in arrays(open_run(run).last / "state.safetensors").keys() - folded.keys()
 

@@ -18,6 +18,7 @@ from doconv_core.cli.train import (
     data_dir_option,
     devices_option,
     image_shape,
+    kind_option,
     load_file,
     of_kind,
     precision_option,
@@ -26,7 +27,7 @@ from doconv_core.cli.train import (
     workers_option,
 )
 from doconv_core.files.checkpoint import open_checkpoint
-from doconv_core.state.file import read_state
+from doconv_core.state.file import State, read_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import open_data
 from doconv_core.training.recipe import DIGITS, Recipe, changed, default_recipe, from_json
@@ -40,6 +41,7 @@ from doconv_core.training.recipe import recipe as recipe_by_name
 @click.option("--data", metavar="NAME", help="The images, if not those of the run, or digits.")
 @data_dir_option
 @click.option("--best", is_flag=True, help="The best checkpoint of a RUN, in place of the last.")
+@kind_option
 @recipe_option
 @set_option
 @devices_option
@@ -51,8 +53,9 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
     """Evaluate a network on the evaluation images of a data set.
 
     A RUN tells its network, images and backend; of a FILE, of any format that is read here, a
-    canonical state may tell the network, and --network does. Images are prepared as the recipe
-    says: of the run, or of the network. Averaged weights are evaluated where the recipe averages.
+    canonical state may tell the network, and --network does; what was trained with --kind is given
+    with it. Images are prepared as the recipe says: of the run, or of the network. Averaged weights
+    are evaluated where the recipe averages.
 
     \b
     Examples:
@@ -75,8 +78,8 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
         if job.kind is None:
             kept = load_file(backend, model, file, job.network, image, data, job.options)
         else:
-            model = of_kind(backend, model, job.network, job.kind)
-            backend.load_state(model, read_state(file))
+            model, _ = of_kind(backend, model, job.network, job.kind)
+            model = _loaded(backend, model, read_state(file))
         if kept is not None:
             raise click.UsageError(
                 f"{file} is of another number of classes than the {len(data.classes)} of the data."
@@ -100,6 +103,15 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
         f"top-1 {100 * found['top1']:.2f} %, top-5 {100 * found['top5']:.2f} %, "
         f"loss {found['loss']:.4f}, {rate:,.0f} images per second"
     )
+
+
+def _loaded(backend: Any, model: Any, state: State) -> Any:
+    """Return a model of a kind with a state that is its own, or its folded one's."""
+    if backend.export_state(model).layers.keys() != state.layers.keys():
+        getattr(model, "eval", lambda: None)()  # PyTorch's is in training mode
+        model, _ = backend.fold(model)
+    backend.load_state(model, state)
+    return model
 
 
 class Job(NamedTuple):
@@ -132,7 +144,7 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
         network, _options(given) or described["notes"].get("options", {}),
         given["backend"] or described["framework"], given["data"] or described["data"]["name"],
         given["data_dir"] or told.get("data_dir"),
-        changed(recipe, dict(given["changes"])), told.get("kind"),
+        changed(recipe, dict(given["changes"])), given["kind"] or told.get("kind"),
     )  # fmt: skip
 
 
@@ -151,7 +163,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
     return Job(
         network, _options(given), given["backend"], data, given["data_dir"],
-        changed(recipe, dict(given["changes"])),
+        changed(recipe, dict(given["changes"])), given["kind"],
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from doconv_core.cli.train import (
     refused,
     told_of_run,
 )
-from doconv_core.kinds.base import kind_named
 from doconv_core.kinds.base import kinds as all_kinds
+from doconv_core.kinds.base import variant_named
 from doconv_core.networks.names import describe, known_name, options_of
 from doconv_core.networks.shapes import for_input
 from doconv_core.training import study as studies
@@ -223,7 +223,7 @@ def made_arm(
     network = describe(name, num_classes=len(data.classes), in_channels=data.channels, **options)
     kind = text.partition("@")[0].partition("+")[2]
     if kind:
-        kind_named(kind)
+        variant_named(kind)
     return Arm(text, for_input(network, image_shape(data, made)), made, options, kind)
 
 

@@ -22,6 +22,7 @@ from doconv_core.cli.command import (
 from doconv_core.cli.cost import network_options
 from doconv_core.cli.initial import state_from
 from doconv_core.cli.options import set_option, source_argument
+from doconv_core.models.report import Report
 from doconv_core.networks.families import enumerated
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.names import describe
@@ -237,18 +238,25 @@ def _model(backend: Any, job: Job, recipe: Recipe, data: ImageData, *, fresh: bo
         kept = load_file(backend, model, start, job.network, image, data, job.options)
         if kept is not None:
             say(f"{start} is of other classes: the layer {kept!r} starts anew")
-    return model if job.kind is None else of_kind(backend, model, job.network, job.kind)
+    if job.kind is not None:
+        model, report = of_kind(backend, model, job.network, job.kind)
+        if fresh:
+            say(f"{len(report.changed)} layers of kind {job.kind}, {len(report.left)} left")
+    return model
 
 
-def of_kind(backend: Any, model: Any, network: str, kind: str) -> Any:
-    """Return a network with layers of a kind; ValueError where none of its layers becomes one."""
+def of_kind(backend: Any, model: Any, network: str, kind: str) -> tuple[Any, Report]:
+    """Return a network with layers of a kind, and the report.
+
+    ValueError where none of its layers becomes one.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model has no convolution")  # as the error says
         model, report = backend.over_parameterize(model, kind=kind, inplace=True)
     if not report.changed:
         reasons = "; ".join(dict.fromkeys(left.reason for left in report.left))
         raise ValueError(f"{network} has no layer that becomes one of kind {kind!r}: {reasons}.")
-    return model
+    return model, report
 
 
 def image_shape(data: ImageData, recipe: Recipe) -> tuple[int, int, int]:

@@ -257,6 +257,20 @@ def kind_named(name: Any) -> Kind:
     return _KINDS[name]
 
 
+def variant_named(name: Any) -> tuple[Kind, Mapping[str, Any]]:
+    """Return the kind that has this name or variant, and the options that the variant stands for.
+
+    ValueError lists those that there are for another.
+    """
+    known = {word: (kind, options) for kind in kinds().values()
+             for word, options in {kind.name: {}, **kind.variants}.items()}  # fmt: skip
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f"kind must be one of {', '.join(map(repr, known))}; received kind={name!r}."
+        )
+    return known[name]
+
+
 def of_word(word: str) -> Kind | None:
     """Return the kind that has this word, its name or its word in networks; None for none."""
     known = _KINDS.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from doconv_core.kinds.base import kind_named, of_word
+from doconv_core.kinds.base import variant_named
 from doconv_core.models.report import (
     NOT_SELECTED,
     BSConvReport,
@@ -43,17 +43,15 @@ def over_parameterize(
     options those that are given come before. options: the kind's own. Raises ValueError for a kind
     that is not known or changes what a model computes, TypeError for options of another.
     """
-    variant = of_word(kind) if isinstance(kind, str) else None
-    if variant is not None and kind in variant.variants:
-        kind, options = variant.name, {**variant.variants[kind], **options}
-    known = kind_named(kind)
+    known, meant = variant_named(kind)
+    options = {**meant, **options}
     if not known.exact:
         raise ValueError(
             f"a layer of kind {kind!r} computes something else than the convolution in whose place "
             f"it is, so that nothing would be over-parameterized; {known.instead}."
         )
     known.check_taken(options)
-    layers = of_kind(layer_kinds, kind)
+    layers = of_kind(layer_kinds, known.name)
     target, chosen, parts, uncounted = convert(
         view, layer_kinds, layers, options, where=where, inplace=inplace, stacklevel=5
     )
