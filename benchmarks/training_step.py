@@ -129,7 +129,7 @@ def _work(backend: str, quick: bool, patience: float) -> None:
 def _memory(backend: str, name: str, quick: bool) -> Row:
     """Return the memory that a process takes for training steps, each way in one of its own."""
     bytes_of = {}
-    for way in ("plain", "ours") if quick else ("plain", "formula", "ours"):
+    for way in ("plain", "formula", "ours"):
         command = [sys.executable, __file__, "--worker", backend, "--memory", way]
         command += ["--quick"] * quick
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -23,7 +23,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "brief: the beginning of a case of the long tail, which runs in its place there"
     )
-    examples = 100 if config.getoption("--exhaustive") else 50
+    examples = 200 if config.getoption("--exhaustive") else 50
     settings.register_profile("properties", max_examples=examples, deadline=None)
     settings.load_profile("properties")
 
