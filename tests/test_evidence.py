@@ -105,6 +105,10 @@ def test_the_tables_are_put_between_their_marks(tmp_path, monkeypatch, capsys):
     page.write_text(evidence.PAGE.read_text(encoding="utf-8"))
     monkeypatch.setattr(evidence, "RATES", tmp_path / "rates.json")
     monkeypatch.setattr(evidence, "PAGE", page)
+    kinds, gains = tmp_path / "kinds.md", tmp_path / "kinds_study.json"
+    kinds.write_text(evidence.kinds_table.PAGE.read_text(encoding="utf-8"))
+    monkeypatch.setattr(evidence.kinds_table, "PAGE", kinds)  # for neither is the documents' own
+    monkeypatch.setattr(evidence.kinds_table, "STUDY", gains)
     told = {name: setting["rate"] for name, setting in rates.items()}
     each = next(e for e in planned(told) if e.key == "tutorial_pt-digits-torch")
     studies.begin(tmp_path / each.key, each.study)
@@ -122,6 +126,7 @@ def test_the_tables_are_put_between_their_marks(tmp_path, monkeypatch, capsys):
     once = page.read_text(encoding="utf-8")
     row = "| digits | tutorial_pt | torch | 50.00 ± 0.00 | 51.00 ± 0.00 | +1.00 ± 0.00 | 30 of 30 |"
     assert row in once
+    assert json.loads(gains.read_text()) == {}  # as no study of rules is finished
     assert "Of 1 comparisons, the gain's interval lies above zero in 1 and below in 0" in once
     evidence.main([*asked, "--docs"])
     assert page.read_text(encoding="utf-8") == once
