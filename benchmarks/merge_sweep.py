@@ -21,14 +21,15 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from merge_rows import ALLOWED, Row, document, line
 from step_report import DOCS, machine, put
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -41,33 +42,7 @@ from doconv_torch import fold
 PAGE = DOCS / "merging.md"
 OWN = re.compile(r"def (fuse|reparameterize|switch_to_deploy)\(")
 SMALL = 96  # rows and columns of an image, where a network takes any size
-ALLOWED = 1e-5
 ROUNDING = 1e-7  # of an input, in float32
-
-
-@dataclass
-class Row:
-    """What became of a network.
-
-    convolutions: of it, of it folded, of timm's form. differences: of the two forms' outputs from
-    its own, relative to the largest. merged: how many convolutions were made of branches. left: why
-    others were not, and how often. wide: whether that is in float64, as rounding in float32 alone
-    moves the output by more than is allowed.
-    """
-
-    name: str
-    size: int
-    convolutions: tuple[int, ...]
-    differences: tuple[float, ...]
-    merged: int
-    seconds: float
-    left: dict[str, int] = field(default_factory=dict)
-    wide: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is as it must be."""
-        return self.convolutions[1] <= self.convolutions[2] and self.differences[0] <= ALLOWED
 
 
 def main() -> int:
@@ -83,7 +58,8 @@ def main() -> int:
             write_json(out, [asdict(row) for row in rows.values()])
     if options.docs:
         versions = [f"PyTorch {torch.__version__}", f"timm {timm.__version__}"]
-        put(PAGE, f"{machine(options.threads, versions)}.\n\n{document([*rows.values()])}")
+        told = document([*rows.values()], "timm's")
+        put(PAGE, f"{machine(options.threads, versions)}.\n\n{told}")
     failed = [row for row in rows.values() if not row.holds]
     print(f"{len(rows)} networks, {len(failed)} that do not hold.")
     for row in failed:
@@ -180,49 +156,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def convolutions(model: nn.Module) -> int:
     """Return how many convolutions a network has."""
     return sum(isinstance(module, _ConvNd) for module in model.modules())
-
-
-def line(row: Row) -> str:
-    """Return a row to print."""
-    before, ours, theirs = row.convolutions
-    own, other = row.differences
-    return (
-        f"{row.name:24} {row.size:4} convolutions {before:4} {ours:4} {theirs:4} merged "
-        f"{row.merged:3} differences {own:.1e} {other:.1e} {row.seconds:6.1f} s"
-    )
-
-
-def document(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, and why branches were left."""
-    head = "network, image, convolutions, folded, timm's, merged, difference, timm's, seconds"
-    cells = [
-        [
-            f"{row.name}{' (float64)' * row.wide}", f"{row.size}²",
-            *map(str, row.convolutions), str(row.merged),
-            *(f"{each:.1e}" for each in row.differences), f"{row.seconds:.1f}",
-        ]
-        for row in sorted(rows, key=lambda row: row.name)
-    ]  # fmt: skip
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update(row.left)
-    reasons = [f"- {count} × {reason}" for reason, count in total.most_common()]
-    fewer = sum(row.convolutions[1] < row.convolutions[2] for row in rows)
-    more = sum(not row.holds for row in rows)
-    return "\n".join(
-        [
-            f"{len(rows)} networks: {len(rows) - fewer - more} with as many convolutions as timm's "
-            f"way leaves, {fewer} with fewer, {more} with more or another output.\n",
-            *_table(head.split(", "), cells),
-            "\nLeft as they were, in all of them:\n",
-            *reasons,
-        ]
-    )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    for cells in (head, ["-"] * len(head), *rows):
-        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from merge_rows import ALLOWED, Row, document, line
 
 NETWORKS = {
     "repvit": ["RepViT_M09", "RepViT_M10", "RepViT_M11", "RepViT_M15", "RepViT_M23"],
@@ -38,31 +38,7 @@ NETWORKS = {
                 "FastViT_SA36", "FastViT_MA36"],
 }  # fmt: skip
 SMALL = 64  # rows and columns of an image
-ALLOWED = 1e-5
 CONVOLUTIONS = ("Conv2D", "DepthwiseConv2D", "SeparableConv2D")
-
-
-@dataclass
-class Row:
-    """What became of a network.
-
-    convolutions: of it, of it folded, of the package's form. differences: of the two forms' outputs
-    from its own, relative to the largest. merged: how many convolutions were made of branches.
-    left: why others were not, and how often.
-    """
-
-    name: str
-    size: int
-    convolutions: tuple[int, ...]
-    differences: tuple[float, ...]
-    merged: int
-    seconds: float
-    left: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is as it must be."""
-        return self.convolutions[1] <= self.convolutions[2] and self.differences[0] <= ALLOWED
 
 
 def main() -> int:
@@ -92,8 +68,9 @@ def main() -> int:
     if options.docs:
         names = {"Keras": "keras", "TensorFlow": "tensorflow"}
         names["keras_cv_attention_models"] = "keras_cv_attention_models"
-        versions = [f"{told} {version(name)}" for told, name in names.items()]
-        put(DOCS / "merging.md", f"{machine(2, versions)}.\n\n{document(rows)}", "keras")
+        versions = [f"{word} {version(name)}" for word, name in names.items()]
+        told = document(rows, "the package's")
+        put(DOCS / "merging.md", f"{machine(2, versions)}.\n\n{told}", "keras")
     failed = [row for row in rows if not row.holds]
     print(f"{len(rows)} networks, {len(failed)} that do not hold.")
     return bool(failed)
@@ -196,39 +173,6 @@ def relative(found: Any, expected: Any) -> float:
 def convolutions(model: Any) -> int:
     """Return how many convolutions a network has."""
     return sum(type(layer).__name__ in CONVOLUTIONS for layer in model.layers)
-
-
-def line(row: Row) -> str:
-    """Return a row to print."""
-    before, ours, theirs = row.convolutions
-    own, other = row.differences
-    return (
-        f"{row.name:16} {row.size:4} convolutions {before:4} {ours:4} {theirs:4} merged "
-        f"{row.merged:3} differences {own:.1e} {other:.1e} {row.seconds:6.1f} s {row.left}"
-    )
-
-
-def document(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, and why branches were left."""
-    head = "network, image, convolutions, folded, the package's, merged, difference, the package's, seconds"  # noqa: E501
-    cells = [
-        [
-            row.name, f"{row.size}²", *map(str, row.convolutions), str(row.merged),
-            *(f"{each:.1e}" for each in row.differences), f"{row.seconds:.1f}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update(row.left)
-    table = [head.split(", "), ["-"] * len(cells[0]), *cells]
-    return "\n".join(
-        [
-            *(f"| {' | '.join(row)} |" for row in table),
-            "\nLeft as they were, in all of them:\n",
-            *(f"- {count} × {reason}" for reason, count in total.most_common()),
-        ]
-    )
 
 
 if __name__ == "__main__":
