@@ -12,7 +12,7 @@ need("tf")
 
 import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
-from networks.described import NETWORKS, OFTEN, SHAPE, USUAL  # noqa: E402
+from networks.described import NETWORKS, ONE_WAY, OTHER_WAY, SHAPE, USUAL  # noqa: E402
 
 from doconv_core.networks.initialize import initialize  # noqa: E402
 from doconv_core.networks.lowering import layers as described_layers  # noqa: E402
@@ -63,18 +63,12 @@ def test_stored_without_custom_objects(name, tmp_path):
     check_stored(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in OFTEN if name != "branches"])
+@pytest.mark.parametrize("name", ONE_WAY)
 def test_trained(name):
     check_trained(name, jit=False)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "branches" else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in NETWORKS
-    ],
-)
+@pytest.mark.parametrize("name", OTHER_WAY)
 def test_every_network_trained_when_xla_compiles_it(name):
     check_trained(name, jit=True)
 

@@ -11,7 +11,7 @@ from frameworks import need
 need("torch")
 
 import torch  # noqa: E402
-from networks.described import NETWORKS, OFTEN, SHAPE, USUAL  # noqa: E402
+from networks.described import NETWORKS, ONE_WAY, OTHER_WAY, SHAPE, USUAL  # noqa: E402
 from torch import nn  # noqa: E402
 
 from doconv_core.networks.nodes import Conv, Network, sequence  # noqa: E402
@@ -52,18 +52,12 @@ def check_compiled(name, training):
         torch.testing.assert_close(compiled(X), other(X))
 
 
-@pytest.mark.parametrize("name", [name for name in OFTEN if name != "branches"])
+@pytest.mark.parametrize("name", ONE_WAY)
 def test_compiled_as_one_graph(name):
     check_compiled(name, training=False)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "branches" else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in NETWORKS
-    ],
-)
+@pytest.mark.parametrize("name", OTHER_WAY)
 def test_every_network_compiled_as_one_graph_in_training(name):
     check_compiled(name, training=True)
 

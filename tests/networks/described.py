@@ -159,3 +159,9 @@ NETWORKS = {
 # Together the first have every kind of node; the others are of the long tail.
 OFTEN = ("scales", "branches", "vectors1.0", "kinds")
 USUAL = [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in NETWORKS]
+# Of what is tried in two ways, one of them is of the long tail, but for this network.
+BOTH_WAYS = "branches"
+ONE_WAY = [name for name in OFTEN if name != BOTH_WAYS]
+OTHER_WAY = [
+    n if n == BOTH_WAYS else pytest.param(n, marks=pytest.mark.exhaustive) for n in NETWORKS
+]
