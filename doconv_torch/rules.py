@@ -18,8 +18,6 @@ from doconv_torch.composed import ComposedConv, ComposedLayers, Ordinary
 from doconv_torch.convolve import Form, is_cheap, may_convolve
 from doconv_torch.matrix_products import is_tracing
 
-WEIGHT = "weight"
-
 
 class RuleConv(ComposedConv[Ordinary]):
     """What the layers of every such kind and rank share. Parameters: the kind's entries; `bias`."""
@@ -89,30 +87,12 @@ class RuleForm(NamedTuple):
         known, sizes = self._evaluated(entries, _add_product, kernel=False), self.spec.sizes
         letters = self.kind.axes(self.spec)["weight"]
         toward = by_kernel.reshape([sizes[letter] for letter in letters])
-        without = {name for name, need in zip(self.names, needed, strict=True) if not need}
-        scaled = None if recorded or WEIGHT in without else self._scaled()
-        more = {WEIGHT} if scaled is not None else set()
-        found = gradients(self.kind, known, toward, self.spec, torch.einsum, without | more)
-        if scaled is not None:  # in the memory of the kernel's gradient, which is nobody's now
-            factor, shape = scaled
-            found[WEIGHT] = toward.mul_(known[factor].reshape(shape))
+        without = [name for name, need in zip(self.names, needed, strict=True) if not need]
+        found = gradients(self.kind, known, toward, self.spec, torch.einsum, without)
         return [
             found[name].reshape(entry.shape) if need else None
             for name, entry, need in zip(self.names, entries, needed, strict=True)
         ]
-
-    def _scaled(self) -> tuple[str, list[int]] | None:
-        """Return what the weight is multiplied with elementwise, where it is but a term of the sum.
-
-        That is a name, and the shape in which it is multiplied.
-        """
-        *before, (_, terms) = self.kind.steps(self.spec)
-        uses = [term for term in terms if WEIGHT in term.names]
-        if len(uses) != 1 or any(WEIGHT in term.names for _, own in before for term in own):
-            return None
-        (subscripts, (factor, *rest)) = uses[0]
-        shapes = broadcast(subscripts, self.spec.sizes)
-        return (factor, shapes[0]) if shapes is not None and rest == [WEIGHT] else None
 
     def _evaluated(
         self, entries: Sequence[Tensor], add_product: AddProduct, kernel: bool = True

@@ -74,13 +74,10 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
             **job.options,
         )  # fmt: skip
         file = checkpoint_of(subject, best)
-        kept = None
-        if job.kind is None:
-            kept = load_file(backend, model, file, job.network, image, data, job.options)
-        else:
+        if job.kind is not None:
             model, _ = of_kind(backend, model, job.network, job.kind)
             model = _loaded(backend, model, read_state(file))
-        if kept is not None:
+        elif load_file(backend, model, file, job.network, image, data, job.options) is not None:
             raise click.UsageError(
                 f"{file} is of another number of classes than the {len(data.classes)} of the data."
             )
