@@ -89,6 +89,16 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     given = run / "folded.safetensors", "--kind", "repvgg", "--backend", backend, "--json"
     found = json.loads(doconv("evaluate", *given, "--set", "eval_images=resize 8 8").stdout)
     assert found["top1"] == pytest.approx(told["top1"], abs=1 / 360)
+    plain = next(run.glob("folded.[!s]*"))
+    doconv(
+        "evaluate",
+        plain,
+        *given[1:],
+        "--network",
+        network,
+        code=USAGE,
+        error="a FILE is a state, such as a run's folded.safetensors; received",
+    )
     branch = "stem.conv.pointwise_conv.weight"
     assert branch in arrays(open_run(run).last / "state.safetensors").keys() - folded.keys()
 

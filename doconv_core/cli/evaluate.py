@@ -75,6 +75,11 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
         )  # fmt: skip
         file = checkpoint_of(subject, best)
         if job.kind is not None:
+            if file.suffix != ".safetensors":
+                raise click.UsageError(
+                    f"with --kind a FILE is a state, such as a run's folded.safetensors; received "
+                    f"{file}."
+                )
             model, _ = of_kind(backend, model, job.network, job.kind)
             model = _loaded(backend, model, read_state(file))
         elif load_file(backend, model, file, job.network, image, data, job.options) is not None:
