@@ -13,7 +13,15 @@ from frameworks import fresh
 from PIL import Image
 from test_core_data_readers import folder_of, images
 
-from doconv_core.training.data import BrokenImages, DataError, as_data, batches, open_data
+from doconv_core.training.data import (
+    BrokenImages,
+    DataError,
+    ImageData,
+    as_data,
+    batches,
+    open_data,
+    series,
+)  # fmt: skip
 from doconv_core.training.data.sources import Arrays, Files, Source
 from doconv_core.training.loss import targets
 from doconv_core.training.recipe import recipe
@@ -81,6 +89,32 @@ WHOLE = {"train_images": AUGMENTED, "mixup": 0.3, "label_smoothing": 0.1}
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
 def test_batches_are_the_same_wherever_a_run_begins(start):
     same(drawn(WHOLE)[start:], drawn(WHOLE, start=start))
+
+
+def both(of, val=None):
+    return ImageData("both", tuple("abcde"), of, of if val is None else val)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize(("epoch", "start"), [(0, 0), (0, 3), (1, 4), (3, 0)])
+def test_a_series_has_each_epochs_batches_and_then_those_to_evaluate_on(
+    epoch, start, in_files, tmp_path
+):
+    changes = {**WHOLE, "epochs": 3, "mixup_off_epochs": 1}
+    how = {"seed": 2, "process": 1, "processes": 7, "layout": "NHWC"}  # of 5 images it gets none
+    train, val = Arrays(X, Y), Arrays(X[:5], Y[:5])
+    read = val
+    if in_files:
+        for n, x in enumerate(X[:5]):
+            Image.fromarray(x).save(tmp_path / f"{n}.png")
+        read = Files(tmp_path, [f"{n}.png" for n in range(5)], Y[:5])
+    found = series(both(train, read), made(**changes), epoch=epoch, start=start, **how)
+    for each in range(epoch, 3):
+        first = start if each == epoch else 0
+        same(list(found.part()), drawn(changes, start=first, epoch=each, **how))
+        same(list(found.part()), drawn(changes, False, of=val, **how))
+    same(list(found.part()), drawn(changes, False, of=val, **how))
+    found.close()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -178,6 +212,15 @@ def test_broken_images_are_named_and_others_take_their_place(tmp_path):
     assert all("; the next takes its place" in str(each.message) for each in told)
     assert sum(len(b.labels) for b in found) == 12
     assert sorted(np.concatenate([b.labels for b in found])) == [0] * 6 + [1] * 6
+
+
+def test_a_broken_image_is_named_once_in_each_part_of_a_training(tmp_path):
+    train = open_data("folder", broken_folder(tmp_path), max_broken=2).train
+    found = series(both(train), made(**SQUARE, epochs=3))
+    with pytest.warns(UserWarning, match="could not be read") as told:
+        counts = [sum(len(b.labels) for b in found.part()) for _ in range(7)]
+    assert counts == [12, 10, 12, 10, 12, 10, 10]
+    assert len(told) == len({str(each.message) for each in told}) == 4
 
 
 @pytest.mark.parametrize(
@@ -313,7 +356,7 @@ def test_without_grain_it_says_what_to_install(monkeypatch):
 WORKERS = """
 import logging
 import numpy as np
-from doconv_core.training.data import batches
+from doconv_core.training.data import ImageData, batches, series
 from doconv_core.training.data.sources import Arrays
 from doconv_core.training.recipe import recipe
 
@@ -325,10 +368,16 @@ class Telling(Arrays):
 if __name__ == "__main__":
     x = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), np.uint8)
     train = Telling(x, np.arange(23) % 5)
-    made = recipe("digits", batch_size=4, mixup=0.3, train_images=("random_crop 8 2", "flip"))
-    def drawn(workers, start=0):
-        return batches(train, 5, made, training=True, workers=workers, start=start)
-    for a, b in zip(drawn(0, 1), drawn(2, 1), strict=True):
+    augmented = ("random_crop 8 2", "flip")
+    made = recipe("digits", batch_size=4, epochs=2, mixup=0.3, train_images=augmented)
+    def drawn(workers):
+        return batches(train, 5, made, training=True, workers=workers)
+    data = ImageData("both", tuple("abcde"), train, train)
+    def parts(workers):
+        found = series(data, made, start=1, workers=workers)
+        yield from (batch for _ in range(5) for batch in found.part())
+        found.close()
+    for a, b in zip(parts(0), parts(2), strict=True):
         assert all(np.all(one == other) for one, other in zip(a, b))
     first = drawn(2)
     next(first), next(first)

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -28,7 +28,7 @@ from doconv_core.networks.initialize import with_zero_gammas
 from doconv_core.networks.names import describe
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
-from doconv_core.training.data import ImageData, as_data, batches, open_data
+from doconv_core.training.data import ImageData, Series, as_data, batches, open_data, series
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
 from doconv_core.training.recipe import Recipe, check_data
 from doconv_core.training.recipe import recipe as recipe_by_name
@@ -119,29 +119,28 @@ def evaluate(
     recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
     found = open_data(data, data_dir) if isinstance(data, str) else as_data(data)
     engine = make(dataclasses.replace(recipe, average=None))
-
-    def drawn() -> Iterator[Batch]:
-        return _evaluation(engine, recipe, found, workers)
-
     try:
-        engine.evaluate([_first(drawn(), found)])  # what is compiled at first, or does not fit
+        # What is compiled at first, or does not fit.
+        engine.evaluate([_first(engine, recipe, found)])
         began = time.monotonic()
-        sums = engine.total(engine.evaluate(drawn()))
+        sums = engine.total(engine.evaluate(_evaluation(engine, recipe, found, workers)))
         seconds = time.monotonic() - began
     finally:
         engine.close()
     return {**shares(sums), "images": sums.images, "seconds": seconds}
 
 
-def _evaluation(engine: Engine, recipe: Recipe, data: ImageData, workers: int) -> Iterator[Batch]:
+def _evaluation(
+    engine: Engine, recipe: Recipe, data: ImageData, workers: int = 0
+) -> Iterator[Batch]:
     return batches(
         data.val, len(data.classes), recipe, training=False, process=engine.process,
         processes=engine.processes, layout=engine.layout, workers=workers,
     )  # fmt: skip
 
 
-def _first(drawn: Iterator[Batch], data: ImageData) -> Batch:
-    for batch in drawn:
+def _first(engine: Engine, recipe: Recipe, data: ImageData) -> Batch:
+    for batch in _evaluation(engine, recipe, data):
         return batch
     raise ValueError(f"the data {data.name!r} have no image to evaluate on.")
 
@@ -192,6 +191,7 @@ class Session:
         self.position = Position()
         self.signalled: int | None = None
         self.looked = time.monotonic()
+        self.drawn: Series
         self.folder: Run | None = None  # of the process that writes it, or that goes on with it
         self.notes = dict(notes or {})
         self._begin(resume, force)
@@ -228,7 +228,7 @@ class Session:
 
     def _try_model(self) -> None:
         """Let the model see images, so that one that does not fit says so before anything else."""
-        first = _first(self._evaluation(), self.data)
+        first = _first(self.engine, self.recipe, self.data)
         self.image = first.images.shape[1:]
         self.engine.evaluate([first])
         self.network = self.engine.export_state().origin.get("network")
@@ -271,7 +271,9 @@ class Session:
 
         Raises NotFinite, DiskFull or Interrupted, with what to do, where the run ends before.
         """
-        with self._ended_clearly(), self._watching_signals(), self.display:
+        self.drawn = self._series()
+        ended, watching = self._ended_clearly(), self._watching_signals()
+        with ended, watching, self.display, closing(self.drawn):
             while self.position.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._finish_epoch()
@@ -281,21 +283,14 @@ class Session:
         """Train on what is left of the epoch."""
         self.began = self.looked = time.monotonic()
         epoch, start = self.position.epoch, self.position.done
+        drawn = self.drawn.part()
         if start < self.per_epoch:
             self.display.epoch(epoch, self.recipe.epochs, self.per_epoch)
-            for step, batch in self._steps(epoch, start):
+            for number, batch in enumerate(drawn, epoch * self.per_epoch + start):
+                step = self._step(number)
                 self.engine.train_step(step, batch)
                 self._after(step)
             self._look()
-
-    def _steps(self, epoch: int, start: int) -> Iterator[tuple[Step, Batch]]:
-        drawn = batches(
-            self.data.train, len(self.data.classes), self.recipe, training=True, epoch=epoch,
-            start=start, seed=self.seed, process=self.engine.process,
-            processes=self.engine.processes, layout=self.engine.layout, workers=self.workers,
-        )  # fmt: skip
-        for number, batch in enumerate(drawn, epoch * self.per_epoch + start):
-            yield self._step(number), batch
 
     def _step(self, number: int) -> Step:
         rate = learning_rate(self.recipe, number, self.per_epoch)
@@ -362,7 +357,7 @@ class Session:
         epoch, last = position.epoch, (position.epoch + 1) * self.per_epoch - 1
         self.display.evaluating()
         trained = engine.total(position.sums)
-        evaluated = engine.total(engine.evaluate(self._evaluation()))
+        evaluated = engine.total(engine.evaluate(self.drawn.part()))
         metrics = {
             "epoch": epoch + 1, "step": last + 1, "learning_rate": self._step(last).learning_rate,
             **{f"train_{name}": value for name, value in shares(trained).items()},
@@ -380,8 +375,13 @@ class Session:
             self.callback(epoch + 1, metrics, engine.model)
         self._end_if_asked()
 
-    def _evaluation(self) -> Iterator[Batch]:
-        return _evaluation(self.engine, self.recipe, self.data, self.workers)
+    def _series(self) -> Series:
+        """Return all batches from where the run stands."""
+        return series(
+            self.data, self.recipe, epoch=self.position.epoch, start=self.position.done,
+            seed=self.seed, process=self.engine.process, processes=self.engine.processes,
+            layout=self.engine.layout, workers=self.workers,
+        )  # fmt: skip
 
     def _finish(self) -> Trained:
         """Fold, verify and write what has come of it."""
@@ -397,7 +397,7 @@ class Session:
     def _verified(self, folded: Any) -> Verified:
         """Return how the model and the folded one compare, over all processes."""
         engine = self.engine
-        own = engine.verify(folded, self._evaluation())
+        own = engine.verify(folded, self.drawn.part())
         before, after = engine.total(own.before), engine.total(own.after)
         return Verified(before, after, self._largest(own.absolute), self._largest(own.relative))
 

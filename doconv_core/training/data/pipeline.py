@@ -10,10 +10,12 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Generator, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -24,7 +26,7 @@ from doconv_core.maths.numeric import Array
 from doconv_core.training.data.images import as_array
 from doconv_core.training.data.needed import grain_module
 from doconv_core.training.data.operations import Affine, Operation, parsed
-from doconv_core.training.data.sources import Arrays, BrokenImages, DataError, Source
+from doconv_core.training.data.sources import Arrays, BrokenImages, DataError, ImageData, Source
 from doconv_core.training.engine import Batch
 from doconv_core.training.loss import mixed, targets
 
@@ -104,6 +106,52 @@ def batches(
     >>> batch.images.shape, batch.targets.shape
     ((32, 1, 32, 32), (32, 10))
     """
+    _check(layout, workers, start, process, processes)
+    made = _maker(source, classes, recipe, training, seed, process, processes, layout)
+    return _alone(Series([(made, epoch)], start, workers))
+
+
+def series(
+    data: ImageData,
+    recipe: Prepared,
+    *,
+    epoch: int = 0,
+    start: int = 0,
+    seed: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    layout: str = "NCHW",
+    workers: int = 0,
+) -> Series:
+    """Return the batches of a training: of each epoch those to train on, then those to evaluate on.
+
+    Behind the last epoch those to evaluate on come once more. epoch, start: the first epoch, and
+    how many of its steps are left out. The rest is as in `batches`; the processes that prepare are
+    started once for all of it.
+
+    >>> from doconv_core.training.data import open_data
+    >>> from doconv_core.training.recipe import recipe
+    >>> found = series(open_data("digits"), recipe("digits", epochs=1), start=40)
+    >>> [len(list(found.part())) for _ in range(3)]
+    [5, 12, 12]
+    """
+    _check(layout, workers, start, process, processes)
+    train, val = (
+        _maker(of, len(data.classes), recipe, training, seed, process, processes, layout)
+        for of, training in ((data.train, True), (data.val, False))
+    )
+    epochs = range(epoch, recipe.epochs)
+    parts = [part for each in epochs for part in ((train, each), (val, 0))]
+    return Series([*parts, (val, 0)], start, workers)
+
+
+def _alone(one: Series) -> Generator[Batch, None, None]:
+    """Yield the batches of the only part; then end what prepares them."""
+    with closing(one):
+        yield from one.part()
+
+
+def _check(layout: str, workers: int, start: int, process: int, processes: int) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; received {layout!r}.")
     if workers < 0 or start < 0 or not 0 <= process < processes:
@@ -111,20 +159,20 @@ def batches(
             f"workers and start must be at least 0, and process one of {processes}; received "
             f"workers={workers}, start={start}, process={process}."
         )
+
+
+def _maker(
+    source: Source, classes: int, recipe: Prepared, training: bool, seed: int, process: int,
+    processes: int, layout: str,
+) -> _Maker:  # fmt: skip
     texts = recipe.train_images if training else recipe.eval_images
-    operations = tuple(map(parsed, texts))
-    mixes = training and recipe.mixup > 0 and epoch < recipe.epochs - recipe.mixup_off_epochs
     whole, rest = divmod(len(source), recipe.batch_size)
     steps = whole + (rest > 0 and not (training and recipe.drop_last))
-    made = _Maker(
-        source, classes, operations, recipe.batch_size, training,
-        recipe.label_smoothing if training else 0.0, recipe.mixup if mixes else 0.0,
-        seed, epoch, process, processes, layout, steps,
+    return _Maker(
+        source, classes, tuple(map(parsed, texts)), recipe.batch_size, training,
+        recipe.label_smoothing if training else 0.0, recipe.mixup if training else 0.0,
+        recipe.epochs - recipe.mixup_off_epochs, seed, process, processes, layout, steps,
     )  # fmt: skip
-    drawn = _drawn(made, range(min(start, steps), steps), workers)
-    if workers:
-        _OPEN.add(drawn)
-    return drawn
 
 
 _OPEN: WeakSet[Generator[Batch, None, None]] = WeakSet()  # which have processes that read
@@ -140,36 +188,73 @@ def _close_all() -> None:
 Finalize(None, _close_all, exitpriority=100)  # before what multiprocessing ends at its exit
 
 
-def _drawn(made: _Maker, steps: range, workers: int) -> Generator[Batch, None, None]:
-    iterator = iter(_prepared(made, steps, workers))
-    broken: dict[str, str] = {}
+class Series:
+    """Batches in parts, each to be drawn to its end before the next, and prepared on meanwhile.
+
+    parts: what makes the batches of each, and of which epoch. start: how many of the first one's
+    are left out. workers: processes that prepare, for all parts; 0 for threads. An image that
+    cannot be read is named once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Maker, int]], start: int, workers: int) -> None:
+        self._plan = plan = _Plan(parts)
+        self._parts = iter(zip(parts, plan.ends, strict=True))
+        self._at = min(start, plan.ends[0])
+        self._drawn = _drawn(plan, range(self._at, plan.ends[-1]), workers)
+        if workers:
+            _OPEN.add(self._drawn)
+
+    def part(self) -> Iterator[Batch]:
+        """Return the batches of the next part; StopIteration where there is none."""
+        (made, _), end = next(self._parts)
+        return self._until(end, made.shuffled)
+
+    def _until(self, end: int, shuffled: bool) -> Iterator[Batch]:
+        while self._at < end:
+            batch = next(self._drawn)
+            self._at += 1
+            # Of a short batch this process may have no part. In training it takes the step.
+            if len(batch.labels) or shuffled:
+                yield batch
+
+    def close(self) -> None:
+        """End what prepares the batches."""
+        self._drawn.close()
+
+
+def _drawn(plan: _Plan, numbers: range, workers: int) -> Generator[Batch, None, None]:
+    iterator = iter(_prepared(plan, numbers, workers))
+    broken: dict[int, dict[str, str]] = {}
     try:
-        for _ in steps:
+        for number in numbers:
             found = next(iterator)
-            _tell(broken, dict(zip(found["names"], found["errors"], strict=True)), made)
+            made, _, _ = plan.find(number)
+            _tell(
+                broken.setdefault(id(made), {}),
+                dict(zip(found["names"], found["errors"], strict=True)), made,
+            )  # fmt: skip
             arrays = [found[name] for name in ("images", "targets", "labels")]
             if workers:  # memory that is shared, and is given back as soon as it is copied
                 arrays = [np.array(array) for array in arrays]
             images, wanted, labels = arrays
             batch = Batch(images, wanted, labels, int(found["total"]))
             del found, arrays
-            # Of a last short batch this process may have no part. In training it takes the step.
-            if len(labels) or made.shuffled:
-                yield batch
+            yield batch
     finally:
         iterator.close()
 
 
-def _prepared(made: _Maker, steps: range, workers: int) -> Any:
+def _prepared(plan: _Plan, numbers: range, workers: int) -> Any:
     """Return what grain draws the batches from."""
     grain = grain_module()
     # A thread prepares a batch at a time, and so does a worker.
-    threads = 0 if workers or isinstance(made.source, Arrays) else THREADS
+    in_memory = all(isinstance(made.source, Arrays) for made, _ in plan.parts)
+    threads = 0 if workers or in_memory else THREADS
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     # There are more steps than will be drawn, with nothing in them: where a process of grain's
     # comes to its end, what it gave last stays in the memory that is shared.
-    beyond = steps.stop + AHEAD * workers
-    drawn = grain.MapDataset.range(steps.start, beyond).map(made).to_iter_dataset(read)
+    beyond = numbers.stop + AHEAD * workers
+    drawn = grain.MapDataset.range(numbers.start, beyond).map(plan).to_iter_dataset(read)
     if not workers:
         return drawn
     return drawn.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -191,9 +276,32 @@ def _tell(known: dict[str, str], found: dict[str, str], made: _Maker) -> None:
         warnings.warn(f"{name} could not be read ({error}); {becomes}", stacklevel=1)
 
 
+class _Plan:
+    """What makes the batches of several parts by their number, in whatever process.
+
+    ends: the number behind the last one of each part.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Maker, int]]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(made.steps for made, _ in parts))
+
+    def find(self, number: int) -> tuple[_Maker, int, int]:
+        """Return what makes a batch, and of which epoch and step it is."""
+        part = bisect_right(self.ends, number)
+        made, epoch = self.parts[part]
+        return made, epoch, number - self.ends[part] + made.steps
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        if number >= self.ends[-1]:
+            return {}
+        made, *of = self.find(number)
+        return made.batch(*of)
+
+
 @dataclass
 class _Maker:
-    """What makes the batch of a step, in whatever process."""
+    """What makes the batch of a step of an epoch."""
 
     source: Source
     classes: int
@@ -202,29 +310,29 @@ class _Maker:
     shuffled: bool
     smoothing: float
     mixup: float
+    mixed_epochs: int
     seed: int
-    epoch: int
     process: int
     processes: int
     layout: str
     steps: int
+    _orders: dict[int, Array] = field(default_factory=dict)
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        if step >= self.steps:
-            return {}
+    def batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """Return the arrays of a batch, and which images could not be read."""
         first = step * self.batch_size
         total = min(self.batch_size, len(self.source) - first)
         own = np.array_split(np.arange(total), self.processes)[self.process]
         broken: dict[str, str] = {}
         rows, own = len(own), own if len(own) else np.arange(1)  # of none: one tells the shape
-        images, labels = self._images(first + own, broken)
+        images, labels = self._images(epoch, first + own, broken)
         wanted = targets(labels, self.classes, self.smoothing)
-        if self.mixup:
+        if self.mixup and epoch < self.mixed_epochs:
             if self.processes == 1:
                 other, other_labels = images[::-1], labels[::-1]
             else:
-                other, other_labels = self._images(first + total - 1 - own, broken)
-            share = float(self._random(step).beta(self.mixup, self.mixup))
+                other, other_labels = self._images(epoch, first + total - 1 - own, broken)
+            share = float(self._random(epoch, step).beta(self.mixup, self.mixup))
             images = mixed(images, other, share)
             wanted = mixed(wanted, targets(other_labels, self.classes, self.smoothing), share)
         return {
@@ -233,11 +341,11 @@ class _Maker:
             "names": list(broken), "errors": list(broken.values()),
         }  # fmt: skip
 
-    def _images(self, places: Array, broken: dict[str, str]) -> tuple[Array, Array]:
+    def _images(self, epoch: int, places: Array, broken: dict[str, str]) -> tuple[Array, Array]:
         """Return the images and labels at places in the epoch's order."""
-        indices = self._order[places] if self.shuffled else places
+        indices = self._order(epoch)[places] if self.shuffled else places
         images, own = np.empty((0,) * 4, np.float32), list[int]()
-        for found in (self._image(int(index), broken) for index in indices):
+        for found in (self._image(epoch, int(index), broken) for index in indices):
             if found is None:
                 continue
             image, index, scale, shift = found
@@ -257,7 +365,9 @@ class _Maker:
             _write(image, scale, shift, view)
         return images[: len(own)], self.source.labels[np.array(own, np.int64)]
 
-    def _image(self, index: int, broken: dict[str, str]) -> tuple[Array, int, Array, Array] | None:
+    def _image(
+        self, epoch: int, index: int, broken: dict[str, str]
+    ) -> tuple[Array, int, Array, Array] | None:
         """Return an image, or the next for one that is broken; its place; and how it is written.
 
         That is a number for each channel to multiply with, and one to add. In evaluation none takes
@@ -265,7 +375,7 @@ class _Maker:
         """
         for at in range(index, index + (len(self.source) if self.shuffled else 1)):
             place = at % len(self.source)
-            rng = self._random(place, 1) if self._draws else _NONE
+            rng = self._random(epoch, place, 1) if self._draws else _NONE
             try:
                 image = self.source.image(place)
                 for operation in self._before:
@@ -309,12 +419,17 @@ class _Maker:
     def _draws(self) -> bool:
         return any(operation.random for operation in self.operations)
 
-    @cached_property
-    def _order(self) -> Array:
-        return self.source.shuffled(self._random())
+    def _order(self, epoch: int) -> Array:
+        """Return the order of the images in an epoch; two are kept, as threads may be in both."""
+        if epoch not in self._orders:
+            self._orders = {
+                **dict(list(self._orders.items())[-1:]),
+                epoch: self.source.shuffled(self._random(epoch)),
+            }
+        return self._orders[epoch]
 
     def _random(self, *of: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64((self.seed, self.epoch, *of)))
+        return np.random.Generator(np.random.PCG64((self.seed, *of)))
 
 
 def _write(image: Array, scale: Array, shift: Array, out: Array) -> None:
