@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,7 +150,7 @@ def _trainer(engine: Any, model: Any, case: Case, backend: str) -> Callable[[], 
         learning_rate=LEARNING_RATE, momentum=MOMENTUM, schedule="cosine",
     )  # fmt: skip
     prepared = _batches(case, backend)
-    session.batches = lambda *args, training, **told: iter(prepared if training else prepared[:1])
+    session.batches = lambda *args, **told: iter(prepared[:1])  # on which the model is tried
     count = case.batch * case.steps
     channels = 1 if case.network.startswith("tutorial") else 3
     images = np.broadcast_to(np.uint8(0), (count, case.size, case.size, channels))
@@ -160,6 +161,7 @@ def _trainer(engine: Any, model: Any, case: Case, backend: str) -> Callable[[], 
 
     def epoch() -> None:
         run.position = session.Position()
+        run.drawn = SimpleNamespace(part=lambda: iter(prepared))
         run._train_epoch()  # what there is no public call for: an epoch without its evaluation
 
     return epoch

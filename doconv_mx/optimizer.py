@@ -1,8 +1,10 @@
 """The updates of recipes, as optimizers of MXNet's that a `Trainer` takes.
 
-MXNet's own SGD keeps the learning rate inside of the velocity, and so goes elsewhere as soon as the
-rate changes. What it has for a step without momentum, `w = (1 - rate·decay)·w - rate·scale·g` on
-many arrays at once, is with other numbers in those places all that its momentum needs.
+MXNet's own SGD has the learning rate inside of the velocity, `m = momentum·m - rate·g`, and so goes
+elsewhere as soon as the rate changes. With `momentum·rate/former rate` as its momentum, `m` is
+`-rate·v` of PyTorch's velocity v, and the weights go where they go there, by one operator that reads
+each number once. What MXNet has for a step without momentum, `w = (1 - rate·decay)·w - rate·scale·g`,
+is with other numbers in those places what Nesterov's needs besides.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from doconv_core.training.recipe import Recipe
 
 AT_ONCE = 50  # arrays that MXNet's operators for many take; there are some that crash at more
 LARGE = 1 << 14  # entries of an array that is not taken with others: they would wait for it
+# In place of a rate of zero, at which velocities would be lost: it moves no weight that counts.
+LEAST_RATE = 1e-20
+FORMER = -1.0  # the rate inside of velocities that were stored as PyTorch's
 
 Arrays = Sequence[NDArray]
 
@@ -28,20 +33,23 @@ class RecipeOptimizer(mx.optimizer.Optimizer):
     exempt: the numbers of the parameters that do not decay. What Gluon's parameters say of their
     own rate and decay, `lr_mult` and `wd_mult`, counts besides.
 
-    steps: how many were taken. kept: the velocity of each parameter, or AdamW's two moments, by its
-    number and context.
+    steps: how many were taken. inside: the rate in the velocities, that of the last step. kept: the
+    velocity of each parameter, times minus that rate, or AdamW's two moments, by its number and
+    context.
     """
 
     def __init__(self, recipe: Recipe, exempt: Container[int]) -> None:
         super().__init__(learning_rate=recipe.learning_rate, wd=recipe.weight_decay)
         self.aggregate_num = AT_ONCE
         self.recipe, self.exempt = recipe, exempt
-        self.steps = 0
+        self.steps, self.inside, self.momentum = 0, 1.0, recipe.momentum
         self.kept: dict[tuple[int, mx.Context], list[NDArray]] = {}
 
     def begin(self, learning_rate: float) -> None:
         """Tell the rate of the step that follows."""
-        self.set_learning_rate(learning_rate)
+        former, self.inside = self.inside, learning_rate or LEAST_RATE
+        self.momentum = self.recipe.momentum * self.inside / former
+        self.set_learning_rate(learning_rate if self.recipe.optimizer == ADAMW else self.inside)
         self.steps += 1
 
     def create_state(self, index: int, weight: NDArray) -> list[NDArray]:
@@ -68,14 +76,29 @@ class RecipeOptimizer(mx.optimizer.Optimizer):
         self, weights: Arrays, gradients: Arrays, velocities: Arrays, rates: list[float],
         decays: list[float],
     ) -> None:  # fmt: skip
-        momentum, scale, count = self.recipe.momentum, self.rescale_grad, len(weights)
-        _step(velocities, gradients, [-1.0] * count, [momentum - 1] * count, scale)
-        if any(decays):
-            _step(velocities, weights, [-decay for decay in decays])
+        """Add velocities to weights; Nesterov's way then goes on from there.
+
+        With `m = momentum·former m - rate·(g + decay·w)`, that is from `w + m` to
+        `w + momentum·m - rate·(g + decay·w)`.
+        """
+        scale, momentum = self.rescale_grad, self.recipe.momentum
+        rows = list(zip(weights, gradients, velocities, rates, decays, strict=True))
+        for w, g, m, rate, decay in rows:
+            if w.size > LARGE:
+                mx.nd.sgd_mom_update(
+                    w, g, m, out=w, lr=rate, wd=decay, momentum=self.momentum, rescale_grad=scale
+                )
+        small = [row for row in rows if row[0].size <= LARGE]
+        if small:
+            mx.nd.multi_sgd_mom_update(
+                *(each for row in small for each in row[:3]), out=[row[0] for row in small],
+                lrs=[row[3] for row in small], wds=[row[4] for row in small],
+                momentum=self.momentum, rescale_grad=scale, num_weights=len(small),
+            )  # fmt: skip
         if self.recipe.optimizer == NESTEROV:
             _step(weights, gradients, rates, decays, scale)
-            rates = [rate * momentum for rate in rates]
-        _step(weights, velocities, rates)
+            pairs = zip(rates, decays, strict=True)
+            _step(weights, velocities, [1 - momentum - rate * decay for rate, decay in pairs])
 
     def _adamw(
         self, weights: Arrays, gradients: Arrays, moments: Sequence[Arrays], rates: list[float],
@@ -128,9 +151,11 @@ def squares(arrays: Arrays) -> NDArray:
 
     It is not finite where one of them is not: what looks for that itself is far slower.
     """
-    parts = (arrays[chunk] for chunk in _chunks(len(arrays)))
+    small = [array for array in arrays if array.size <= LARGE]
+    parts = (small[chunk] for chunk in _chunks(len(small)))
     sums = [mx.nd.multi_sum_sq(*part, num_arrays=len(part)).sum() for part in parts]
-    return mx.nd.add_n(*sums)
+    flat = (array.reshape(-1) for array in arrays if array.size > LARGE)
+    return mx.nd.add_n(*sums, *(mx.nd.dot(array, array) for array in flat))
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -33,7 +33,7 @@ from doconv_mx.composed import ComposedConv
 from doconv_mx.devices import contexts_of, join_processes, seed_of
 from doconv_mx.dgc import DynamicHeads2D, WithLasso, add_saliency_lasso, set_progress
 from doconv_mx.model import fold
-from doconv_mx.optimizer import RecipeOptimizer, average, squares
+from doconv_mx.optimizer import FORMER, RecipeOptimizer, average, squares
 from doconv_mx.ordinary import require_values
 from doconv_mx.orthonormal import has_orthonormal, orthonormality_loss
 from doconv_mx.parameter import Entry, native
@@ -44,7 +44,7 @@ from doconv_mx.tree import check_model, own_parameters, parameters, walk
 
 PRECISION = "float32"
 MODEL, TRAINER, FOLDED = "model.params", "trainer.params", "folded.params"
-STEPS = "steps"
+STEPS, INSIDE = "steps", "rate"
 
 
 def train(
@@ -438,7 +438,8 @@ class GluonEngine(Engine):
             write_params(folder / MODEL, {name: _array(p) for name, p in self.named.items()})
             kept = {name: array.asnumpy() for name, array in self._kept(self.contexts[0]).items()}
             steps = np.array([self.optimizer.steps], np.int64)
-            write_params(folder / TRAINER, {**kept, STEPS: steps})
+            inside = np.array([self.optimizer.inside], np.float64)
+            write_params(folder / TRAINER, {**kept, STEPS: steps, INSIDE: inside})
 
     def _kept(self, context: mx.Context) -> dict[str, NDArray]:
         """Return what the optimizer has on a device, and the averages."""
@@ -452,7 +453,7 @@ class GluonEngine(Engine):
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote; ValueError for what was written of another model."""
         weights, rest = (mx.nd.load(str(folder / name)) for name in (MODEL, TRAINER))
-        steps = rest.pop(STEPS)
+        steps, inside = rest.pop(STEPS), rest.pop(INSIDE, None)
         own = [{n: p.data() for n, p in self.named.items()}, self._kept(self.contexts[0])]
         for name, here, there in zip((MODEL, TRAINER), own, (weights, rest), strict=True):
             if _shapes(here) != _shapes(there):
@@ -467,6 +468,7 @@ class GluonEngine(Engine):
                 for name, array in self._kept(context).items():
                     array[:] = rest[name].as_in_context(array.context)
         self.optimizer.steps = int(steps.asscalar())
+        self.optimizer.inside = FORMER if inside is None else float(inside.asscalar())
 
     def export_state(self) -> State:
         """Return the model's canonical state, of the averaged weights if the recipe averages."""

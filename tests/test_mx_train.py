@@ -25,6 +25,7 @@ from doconv_core.training.engine import Batch, Step, Sums  # noqa: E402
 from doconv_core.training.loss import cross_entropy, targets  # noqa: E402
 from doconv_core.training.optimizer import Moments, averaged, clipped, update  # noqa: E402
 from doconv_core.training.recipe import Recipe  # noqa: E402
+from doconv_mx.optimizer import squares  # noqa: E402
 from doconv_mx.train import GluonEngine  # noqa: E402
 
 CLASSES, LASSO, ALPHA = 4, 0.1, 0.05
@@ -277,6 +278,31 @@ def test_what_is_loaded_goes_on_with_the_same_bits(changes, tmp_path):
     other = GluonEngine(network(dynamic=True, dropout=0.5), mine, seed=4)
     other.load(tmp_path)
     assert run(other, steps[3:])[1][0].loss != expected[1][0].loss
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov"])
+def test_a_checkpoint_whose_velocities_are_without_a_rate_goes_on(optimizer, tmp_path):
+    mine = recipe(optimizer=optimizer, weight_decay=0.1)
+    engine, other = (GluonEngine(network(seed=seed), mine) for seed in (0, 5))
+    for number in (1, 2):  # the rates before and after are not the same
+        engine.train_step(step(number, RATES[number]), batch(seed=number))
+    engine.save(tmp_path)
+    file = str(tmp_path / "trainer.params")
+    stored = mx.nd.load(file)
+    rate = stored.pop("rate").asscalar()
+    assert rate == RATES[2]
+    velocities = [name for name in stored if name.startswith("optimizer0.")]
+    mx.nd.save(file, {**stored, **{name: stored[name] / -rate for name in velocities}})
+    other.load(tmp_path)
+    for each in (engine, other):
+        each.train_step(step(3, 0.3), batch(seed=3))
+    assert_close(weights(other), weights(engine), ADDED)
+
+
+def test_squares_of_large_arrays_are_added_up():
+    array = np.random.default_rng(0).standard_normal((1000, 1000)).astype(np.float32)
+    found = squares([mx.nd.array(array), mx.nd.array([3, 4])]).asnumpy()
+    np.testing.assert_allclose(found, (array.astype(np.float64) ** 2).sum() + 25, rtol=1e-4)
 
 
 class Drawing(HybridBlock):
