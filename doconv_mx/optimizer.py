@@ -2,9 +2,9 @@
 
 MXNet's own SGD has the learning rate inside of the velocity, `m = momentum·m - rate·g`, and so goes
 elsewhere as soon as the rate changes. With `momentum·rate/former rate` as its momentum, `m` is
-`-rate·v` of PyTorch's velocity v, and the weights go where they go there, by one operator that reads
-each number once. What MXNet has for a step without momentum, `w = (1 - rate·decay)·w - rate·scale·g`,
-is with other numbers in those places what Nesterov's needs besides.
+`-rate·v` of PyTorch's velocity v, and the weights go where they go there, by one operator that
+reads each number once. What MXNet has for a step without momentum, `w = (1 - rate·decay)·w -
+rate·scale·g`, is with other numbers in those places what Nesterov's needs besides.
 """
 
 from __future__ import annotations
