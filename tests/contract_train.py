@@ -167,6 +167,8 @@ def main(backend, folder, first, second):
     """
     package, folder = importlib.import_module(f"doconv_{backend}"), Path(folder)
     open_data("digits")  # imports what takes long, once for all copies
+    if backend == "torch":
+        importlib.import_module("torch._dynamo")  # as its optimizers do
 
     def train(name, *killed, resume):
         killed_at(*killed) if killed else None

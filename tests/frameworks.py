@@ -10,15 +10,16 @@ from types import ModuleType
 
 import pytest
 
-from doconv_core import require_framework
-
 # TensorFlow computes dilated transposed convolutions with oneDNN alone, which it leaves off on
 # processors without AVX-512, unless asked for. Asked before it is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-# Where there is a process of tests for each core, none is to take more of them.
+# Where there is a process of tests for each core, none is to take more of them. NumPy reads it when
+# it is imported, and would wait in each product of matrices for a core that another has.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from doconv_core import require_framework
 
 BACKENDS = {"torch": "torch", "tf": "keras", "mx": "mxnet"}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
-from frameworks import need
+from frameworks import fresh, need
 
 need("torch")
 
@@ -18,11 +17,8 @@ from step_measure import Row  # noqa: E402
 
 @pytest.mark.exhaustive
 def test_a_quick_run_measures_every_form_that_there_is(tmp_path):
-    command = [sys.executable, bsconv_inference.__file__, "--quick", "--patience", "0.01"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--quick", "--patience", "0.01", "--threads", "1", "--out", tmp_path]
+    done = fresh(bsconv_inference.__file__, *options)
     found = json.loads((tmp_path / "bsconv_inference.json").read_text())
     rows = {row["case"]: Row(**row) for row in found["rows"]}
     every = ["ordinary", "keep", "merge", "dense"]

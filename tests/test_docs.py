@@ -43,8 +43,8 @@ for name, example in json.load(sys.stdin).items():
 """
 
 
-def programs(group):
-    """Return a group of the documents' examples by name.
+def programs(groups):
+    """Return the documents' examples of some groups, by name.
 
     Those of TensorFlow take as long as all others; whole: those of the guides' whole networks in
     Keras. The README has such a network; smaller ones are folded and exported alike.
@@ -60,16 +60,22 @@ def programs(group):
         for document in DOCUMENTS
         if document.stem != CONTINUED
         for number, example in enumerate(examples(document))
-        if group_of(document, example) == group
+        if group_of(document, example) in groups
     }
 
 
 @pytest.mark.parametrize(
-    "group", ["others", "tf", pytest.param("whole", marks=pytest.mark.exhaustive)]
+    "groups",
+    [
+        ["others"],
+        pytest.param(["tf"], marks=pytest.mark.brief),
+        pytest.param(["tf", "whole"], marks=pytest.mark.exhaustive),
+    ],
+    ids=" ".join,
 )
-def test_examples_run(group, tmp_path):
-    """The examples of a group, in one process."""
-    chosen = programs(group)
+def test_examples_run(groups, tmp_path):
+    """The examples of some groups, in one process."""
+    chosen = programs(groups)
     missing = [name for name in BACKENDS if not is_here(name)]
     chosen = {name: e for name, e in chosen.items() if packages(e).isdisjoint(missing)}
     for example in chosen.values():
