@@ -449,6 +449,9 @@ class BranchedLayers(Parts, NormedLayers):
             return STRIDED
         return reason
 
+    def _norm_options(self, epsilon: float, momentum: float) -> dict[str, Any]:
+        return {"epsilon": epsilon, "momentum": 1 - momentum}
+
     def _geometry(self, conv: Any) -> Geometry:
         return Geometry(conv.strides, conv.dilation_rate, pads(conv))
 
