@@ -18,6 +18,7 @@ from doconv_core.kinds.normed import (
     PASSING,
     SMALL,
     SUM_NORM,
+    SUMMED,
     TRAINED,
     ZERO,
     BranchedSpec,
@@ -221,9 +222,14 @@ class _Branched(StandIn, keras.layers.Layer):
     def zeros_before(self, part: str, around: set[Extra]) -> set[Extra]:
         """Return the zeros that come before a convolution of a branch, for each use of the layer.
 
-        around: those before the layer. They are as of one that pads by itself.
+        around: those before the layer. They are as of one that pads by itself; but not where that
+        one would have its input among the branches, of which states tell nothing else.
         """
         made, none = self.spec.parts[part], ((0, 0),) * self.rank
+        conv = self.spec.conv
+        keeps_size = conv.in_channels == conv.out_channels and max(self.spec.geometry.stride) == 1
+        if self.rule in SUMMED and keeps_size:
+            around = set()
         branches = self.spec.pieces.values()
         seeing = ([each for each in row if not isinstance(each, Norm)] for row in branches)
         if not isinstance(made, Conv) or [made] not in seeing:  # alone in its branch

@@ -178,3 +178,12 @@ def test_what_was_changed_is_not_folded():
         package.NormedConv2D(4, 3, activation="relu")
     with pytest.raises(ValueError, match="input channels must be known; received the input shape"):
         package.NormedConv2D(4, 3).build((None, 8, 8, None))
+
+
+def test_a_state_tells_whether_the_input_is_a_branch():
+    """Of `qarepvgg` nothing else does: zeros before the layer are not its padding then."""
+    for rule, padding in (("repvgg", (1, 1)), ("qarepvgg", (0, 0))):
+        conv = layers.Conv2D(4, 3, name="conv")
+        made = over(model_of(layers.ZeroPadding2D(1), *pair(conv))[0], rule)
+        form = package.export_state(made).layers["conv.dense_conv"]
+        assert form.geometry.padding == (padding, padding)

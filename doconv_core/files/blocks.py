@@ -12,7 +12,7 @@ from doconv_core.files.entries import FLOATS, Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, Layer, Shape
 
 BRANCHES = "branches"  # the kind of a block
-EPSILON = 1e-5  # of the norms, which files do not tell: PyTorch's own
+EPSILON = 1e-5  # of the norms, where nothing tells it: PyTorch's own
 NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
 COUNT = "num_batches_tracked"
 # The roles that a layer of each kind has to have, and one that it may have beside them.
@@ -28,7 +28,8 @@ class Block(Layer):
     family: what kind of block. layers: those that it is made of. count: of its branches. becomes:
     the path of the convolution below the block's, "" for that itself. folded: the names of the
     weight and bias that it becomes; sources: the entries in whose places and types they are.
-    kernel_shape: that of the sum. A block with a note is none that can be folded.
+    kernel_shape: that of the sum. epsilons: of the batch norms of which the file tells it, by their
+    paths; epsilon: of the others. A block with a note is none that can be folded.
     """
 
     family: str = field(kw_only=True)
@@ -37,6 +38,18 @@ class Block(Layer):
     count: int = field(default=0, kw_only=True)
     folded: tuple[str, ...] = field(default=(), kw_only=True)
     sources: tuple[str, ...] = field(default=(), kw_only=True)
+    epsilons: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    epsilon: float = field(default=EPSILON, kw_only=True)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it has a batch norm of which the file does not tell the epsilon."""
+        norms = (layer.path for layer in self.layers if layer.kind == BATCH_NORM)
+        return any(path not in self.epsilons for path in norms)
+
+    def epsilon_of(self, norm: Layer) -> float:
+        """Return the epsilon of one of its batch norms."""
+        return self.epsilons.get(norm.path, self.epsilon)
 
     @property
     def gone(self) -> tuple[str, ...]:
@@ -59,6 +72,10 @@ class Block(Layer):
     @abstractmethod
     def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:
         """Return the kernel and the bias of the convolution that it adds up to, in float64."""
+
+
+class EpsilonError(ValueError):
+    """An epsilon that is none, or of which no block has a use."""
 
 
 def below(own: Mapping[str, Layer]) -> dict[str, str]:

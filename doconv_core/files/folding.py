@@ -159,7 +159,8 @@ def _words(layer: Layer) -> tuple[str, str]:
     if isinstance(layer, Block):
         branches = f"{layer.count} branch{'es' if layer.count > 1 else ''}"
         after = f"convolution {layer.becomes}" if layer.becomes else "ordinary convolution"
-        return f"{layer.family} block of {branches}", f"{after}, {size}"
+        told = f", epsilon {layer.epsilon:g}" if layer.is_untold else ""
+        return f"{layer.family} block of {branches}{told}", f"{after}, {size}"
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.composed not in (None, DO_CONV):
