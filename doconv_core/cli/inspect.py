@@ -166,7 +166,8 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
     notes = [f"{layer.name}: {note_of(layer)}" for layer in layers if layer.note]
     untold = {layer.epsilon for layer in layers if isinstance(layer, Block) and layer.is_untold}
     for epsilon in untold:
-        notes.append(f"the file does not tell the epsilon of the blocks' batch norms: {epsilon:g}")
+        taken = "--epsilon says it" if epsilon is None else f"{epsilon:g}"
+        notes.append(f"the file does not tell the epsilon of the blocks' batch norms: {taken}")
     if checkpoint.others:
         notes.append(f"also in the file: {', '.join(checkpoint.others)}")
     if notes:

@@ -10,9 +10,14 @@ from typing import TypeAlias
 
 from doconv_core.files.entries import FLOATS, Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, Layer, Shape
+from doconv_core.maths.batchnorm import NotFoldable
 
 BRANCHES = "branches"  # the kind of a block
 EPSILON = 1e-5  # of the norms, where nothing tells it: PyTorch's own
+NO_EPSILON = (
+    "nothing in the file tells the epsilon of its batch norms, which is 0.001 unless a model has "
+    "another; say it with epsilon=, or --epsilon"
+)
 NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
 COUNT = "num_batches_tracked"
 # The roles that a layer of each kind has to have, and one that it may have beside them.
@@ -29,7 +34,8 @@ class Block(Layer):
     the path of the convolution below the block's, "" for that itself. folded: the names of the
     weight and bias that it becomes; sources: the entries in whose places and types they are.
     kernel_shape: that of the sum. epsilons: of the batch norms of which the file tells it, by their
-    paths; epsilon: of the others. A block with a note is none that can be folded.
+    paths; epsilon: of the others, None where there is no usual one. A block with a note is none
+    that can be folded.
     """
 
     family: str = field(kw_only=True)
@@ -39,7 +45,7 @@ class Block(Layer):
     folded: tuple[str, ...] = field(default=(), kw_only=True)
     sources: tuple[str, ...] = field(default=(), kw_only=True)
     epsilons: Mapping[str, float] = field(default_factory=dict, kw_only=True)
-    epsilon: float = field(default=EPSILON, kw_only=True)
+    epsilon: float | None = field(default=EPSILON, kw_only=True)
 
     @property
     def is_untold(self) -> bool:
@@ -48,8 +54,11 @@ class Block(Layer):
         return any(path not in self.epsilons for path in norms)
 
     def epsilon_of(self, norm: Layer) -> float:
-        """Return the epsilon of one of its batch norms."""
-        return self.epsilons.get(norm.path, self.epsilon)
+        """Return the epsilon of one of its batch norms; NotFoldable where nothing tells it."""
+        found = self.epsilons.get(norm.path, self.epsilon)
+        if found is None:
+            raise NotFoldable(f"layer {self.name!r}: {NO_EPSILON}.")
+        return found
 
     @property
     def gone(self) -> tuple[str, ...]:
@@ -65,9 +74,9 @@ class Block(Layer):
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
-        """The shapes of the weight and the bias that it becomes."""
+        """The shapes of the weight, as it is stored, and the bias that it becomes."""
         assert self.kernel_shape is not None  # as of one that can be folded
-        return self.kernel_shape, self.kernel_shape[:1]
+        return self.stored_shape(self.kernel_shape), self.kernel_shape[:1]
 
     @abstractmethod
     def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:

@@ -109,7 +109,8 @@ class FamilyBlock(Block):
 
     def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:
         """Return the kernel and the bias of the convolution that it adds up to, in float64."""
-        (outputs, channels, *size), _ = self.shapes
+        assert self.kernel_shape is not None  # as of one that can be folded
+        outputs, channels, *size = self.kernel_shape
         ones, none = (1,) * len(size), ((0, 0),) * len(size)
         channels = max(channels, 1)
         groups = 1 if outputs % channels else outputs // channels  # if there are as many inputs

@@ -26,9 +26,8 @@ from doconv_core.files.blocks import Block, EpsilonError
 from doconv_core.files.branched import FAMILIES, with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
-    GLUON,
+    KERAS,
     PYTORCH,
-    STATE,
     Allowed,
     AllowError,
     Array,
@@ -114,15 +113,12 @@ class Checkpoint(ABC):
     def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         """Return layers with those of each block of branches as one.
 
-        This package's are told in PyTorch's and Gluon's files and in states, those of others in
-        PyTorch's.
+        This package's are told everywhere, those of others in PyTorch's files.
         """
-        families = {PYTORCH: FAMILIES, GLUON: (), STATE: ()}.get(self.framework)
-        if families is None:
-            return (*layers,)
         told: dict[str, Any] = {"epsilons": self.epsilons}
-        if self.epsilon is not None:
+        if self.epsilon is not None or self.framework == KERAS:  # where networks have several
             told["epsilon"] = self.epsilon
+        families = FAMILIES if self.framework == PYTORCH else ()
         found = with_blocks(layers, self.entries, families, self.forms or {})
         return tuple(replace(x, **told) if isinstance(x, Block) else x for x in found)
 

@@ -109,10 +109,12 @@ def _block(
     if problem is not None:
         return dataclasses.replace(block, note=f"named like a {rule} layer, but {problem}")
     sources = own[conv].entries["weight"], own[norm].entries["bias"]
-    before = sources[0][: sources[0].rfind(conv)]
+    before, _, behind = sources[0].rpartition(conv)
+    names = ("vars/0", "vars/1") if behind.startswith("/vars/") else ("weight", "bias")
     return dataclasses.replace(
-        block, sizes=sizes, count=len(sizes.pieces), sources=sources,
-        kernel_shape=sizes.conv.kernel_shape, folded=(f"{before}weight", f"{before}bias"),
+        block, sizes=sizes, count=len(sizes.pieces), sources=sources, layout=own[conv].layout,
+        spec=own[conv].spec, kernel_shape=sizes.conv.kernel_shape,
+        folded=tuple(f"{before}{name}" for name in names),
     )  # fmt: skip
 
 
