@@ -60,6 +60,12 @@ class Block(Layer):
             raise NotFoldable(f"layer {self.name!r}: {NO_EPSILON}.")
         return found
 
+    def check_epsilons(self) -> None:
+        """Raise NotFoldable where nothing tells the epsilon of a batch norm."""
+        for layer in self.layers:
+            if layer.kind == BATCH_NORM:
+                self.epsilon_of(layer)
+
     @property
     def gone(self) -> tuple[str, ...]:
         """All its roles: the convolution that it becomes is another layer."""

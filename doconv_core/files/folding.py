@@ -12,7 +12,7 @@ import numpy as np
 from doconv_core.files import dynamic
 from doconv_core.files.blocks import Block
 from doconv_core.files.entries import Array, CheckpointError, all_finite, to_storage
-from doconv_core.files.layers import BATCH_NORM, DYNAMIC, IDENTITY, OTHER, Layer, Shape
+from doconv_core.files.layers import DYNAMIC, IDENTITY, OTHER, Layer, Shape
 from doconv_core.files.reference import ORIGIN
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
@@ -139,9 +139,8 @@ def report_on(checkpoint: Checkpoint) -> Report:
     for layer in checkpoint.with_blocks(checkpoint.layers):
         if isinstance(layer, Block) and layer.note:
             raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
-        for norm in layer.layers if isinstance(layer, Block) else ():
-            if norm.kind == BATCH_NORM:
-                layer.epsilon_of(norm)  # which refuses one that is not known
+        if isinstance(layer, Block):
+            layer.check_epsilons()
         if is_folded(layer):
             changed.append(Change(layer.name, *_words(layer)))
         elif layer.note:

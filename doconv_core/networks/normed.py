@@ -262,19 +262,19 @@ class Branches(Block):
 
     def step(self, x: Array, below: Any) -> Pass:
         """Add up what the branches make of `x`."""
-        ends, total = [], 0
+        ends: list[list[Any]] = []
+        total, last = np.zeros((), x.dtype), None
         for row in self.rows:
             y, backs = x, []
             for name, node in row:
                 y, back = below(name, node, y) if name else node.step(y, {}, {}, False)
                 backs.append(back)
             total, ends = total + y, [*ends, backs]
-        last = lambda dy: dy  # noqa: E731
         if SUM_NORM in self.spec.parts:
             total, last = below(SUM_NORM, self.norm, total)
 
         def through(dy: Array) -> Array:
-            dx, dy = np.zeros_like(x), last(dy)
+            dx, dy = np.zeros_like(x), dy if last is None else last(dy)
             for backs in ends:
                 own = dy
                 for back in reversed(backs):
