@@ -339,6 +339,9 @@ class BranchedLayers(Parts, NormedLayers):
             return IN_A_SYMBOL
         return super().obstacle(view, layer, options)
 
+    def _norm_options(self, epsilon: float, momentum: float) -> dict[str, Any]:
+        return {"epsilon": epsilon, "momentum": 1 - momentum}
+
     def _geometry(self, conv: Any) -> Geometry:
         options = private.settings(conv)
         return Geometry(options["stride"], options["dilate"], symmetric(options["pad"]))

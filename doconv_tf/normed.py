@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import reduce
+from itertools import product
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from doconv_core.kinds.normed import (
     PASSING,
     SMALL,
     SUM_NORM,
+    SUMMED,
     TRAINED,
     ZERO,
     BranchedSpec,
@@ -28,7 +30,7 @@ from doconv_core.kinds.normed import (
     Piece,
     check_options,
 )
-from doconv_core.maths.geometry import Extra, Geometry, same
+from doconv_core.maths.geometry import SAME, Extra, Geometry, same
 from doconv_core.maths.layout import from_canonical
 from doconv_core.maths.separable import Folded
 from doconv_core.maths.spec import ConvSpec, check_choice
@@ -114,7 +116,7 @@ class _Branched(StandIn, keras.layers.Layer):
         depthwise = issubclass(self.ordinary, DEPTHWISE_CONVS)
         groups = channels if depthwise else self.groups
         outputs = channels * self.depth_multiplier if depthwise else self.filters
-        geometry = Geometry(self.strides, self.dilation_rate, pads(self))
+        geometry = _geometry(self)
         conv = ConvSpec(channels, outputs, self.kernel_size, groups)
         self.spec = BranchedSpec(conv, geometry, self.rule, self.branches, self.small)
         self.input_spec = keras.InputSpec(ndim=self.rank + 2, axes={axis: channels})
@@ -164,11 +166,33 @@ class _Branched(StandIn, keras.layers.Layer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the sum of what the branches make of a batch, in the layer's data format."""
-        made = [self._branch(pieces, inputs, training) for pieces in self.spec.pieces.values()]
+        x = self._with_zeros(inputs)
+        made = [self._branch(pieces, x, training) for pieces in self.spec.pieces.values()]
         y = reduce(add, made)
         if SUM_NORM in self.spec.parts:
             y = self._part(SUM_NORM)(y, training=training)
         return y
+
+    def _with_zeros(self, x: Any) -> Any:
+        """Return an input with the zeros that "same" gives one of its size where it has strides.
+
+        All branches see these, as those of a layer before, each its own part.
+        """
+        zeros, first = [(0, 0)] * (self.rank + 2), 1 if self._channel_axis() == -1 else 2
+        for axis, pad in enumerate(pads(self), first):
+            if pad == SAME:
+                size = x.shape[axis]
+                zeros[axis] = self._zeros(
+                    axis - first, ops.shape(x)[axis] if size is None else size
+                )
+        return ops.pad(x, zeros) if SAME in pads(self) else x
+
+    def _zeros(self, axis: int, size: Any) -> Any:
+        """Return how many zeros "same" adds before and after. size: of this dimension."""
+        extent = (self.kernel_size[axis] - 1) * self.dilation_rate[axis]
+        largest = max if isinstance(size, int) else ops.maximum
+        total = largest(extent - (size - 1) % self.strides[axis], 0)
+        return total // 2, total - total // 2
 
     def _branch(self, pieces: tuple[Piece, ...], x: Any, training: bool | None) -> Any:
         zero = None
@@ -221,17 +245,27 @@ class _Branched(StandIn, keras.layers.Layer):
     def zeros_before(self, part: str, around: set[Extra]) -> set[Extra]:
         """Return the zeros that come before a convolution of a branch, for each use of the layer.
 
-        around: those before the layer. They are as of one that pads by itself.
+        around: those before the layer. They are as of one that pads by itself; but not where that
+        one would have its input among the branches, of which states tell nothing else.
         """
         made, none = self.spec.parts[part], ((0, 0),) * self.rank
+        conv = self.spec.conv
+        keeps_size = conv.in_channels == conv.out_channels and max(self.spec.geometry.stride) == 1
+        if self.rule in SUMMED and keeps_size:
+            around = set()
         branches = self.spec.pieces.values()
         seeing = ([each for each in row if not isinstance(each, Norm)] for row in branches)
         if not isinstance(made, Conv) or [made] not in seeing:  # alone in its branch
             return set()
         own = none if _is_same(made) else made.padding
         found = set()
-        for zeros in around or {()}:
-            every = zip(zeros or none, own, made.around, strict=True)
+        # Where they are for the input's size, those for each of the sizes that differ in them.
+        sized = [
+            [self._zeros(n, size) if pad == SAME else (0, 0) for n, pad in enumerate(pads(self))]
+            for size in range(1, max(self.strides) + 1)
+        ]
+        for zeros, more in product(around or {()}, sized):
+            every = zip(zeros or none, own, made.around, more, strict=True)
             pairs = [tuple(map(sum, zip(*each, strict=True))) for each in every]
             found.add(tuple((max(b, 0), max(a, 0)) for b, a in pairs))
         return found
@@ -349,6 +383,12 @@ def _layout(conv: Any) -> str:
     return "*CN" if isinstance(conv, DEPTHWISE_CONVS) else "*IO"
 
 
+def _geometry(layer: Any) -> Geometry:
+    """Return where the taps of a layer meet its input, with those zeros that are for its size."""
+    around = tuple((0, 0) if pad == SAME else pad for pad in pads(layer))
+    return Geometry(layer.strides, layer.dilation_rate, around)
+
+
 def _is_same(part: Conv) -> bool:
     """Return whether a part's own zeros are those of "same"."""
     return part.padding == same(part.kernel_size, part.stride, part.dilation)
@@ -449,8 +489,11 @@ class BranchedLayers(Parts, NormedLayers):
             return STRIDED
         return reason
 
+    def _norm_options(self, epsilon: float, momentum: float) -> dict[str, Any]:
+        return {"epsilon": epsilon, "momentum": 1 - momentum}
+
     def _geometry(self, conv: Any) -> Geometry:
-        return Geometry(conv.strides, conv.dilation_rate, pads(conv))
+        return _geometry(conv)
 
     def _taken_obstacle(self, conv: Any, norm: Any) -> str | None:
         bound = ("regularizer", "constraint")

@@ -15,6 +15,7 @@ from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import entry
 from doconv_tf.dgc import DGConv2D, DynamicHeads2D
 from doconv_tf.kinds import LAYER_KINDS
+from doconv_tf.normed import NormedConv2D, NormedDepthwiseConv2D
 from doconv_tf.orthonormal import mark_orthonormal
 from doconv_tf.pooling import PaddedAveragePooling2D, PaddedMaxPooling2D
 from doconv_tf.state import load_state
@@ -152,9 +153,9 @@ def _convolution(placed: Placed, name: str, x: Any, names: _Names) -> Any:
     depthwise = groups == channels > 1 and conv.channels % channels == 0
     cls: Any = _layers.DepthwiseConv2D if depthwise else _layers.Conv2D
     cls, more = layer_type(LAYER_KINDS, placed, cls)
-    if issubclass(cls, _layers.DepthwiseConv2D):
+    if issubclass(cls, (_layers.DepthwiseConv2D, NormedDepthwiseConv2D)):
         options["depth_multiplier"] = conv.channels // channels
-    elif issubclass(cls, _layers.Conv2D):
+    elif issubclass(cls, (_layers.Conv2D, NormedConv2D)):
         options |= {"filters": conv.channels, "groups": groups}
     else:  # of several parts, behind the first of which the padding is to come
         options |= {"filters": conv.channels, "around": pads}

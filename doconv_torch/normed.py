@@ -167,16 +167,8 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
         layer.requires_grad_(weight.requires_grad)
         layer._start_from(conv, norm)
         made: Self = layer.to(memory_format=memory_format(weight)).train(conv.training)
-        made._modules[made._trained_norm].train(norm.training)  # type: ignore[union-attr]
+        made._modules[made.spec.trained_norm].train(norm.training)  # type: ignore[union-attr]
         return made
-
-    @property
-    def _trained_norm(self) -> str:
-        """The name of the batch norm that is the trained one."""
-        roles = self.spec.roles.items()
-        return next(
-            n for n, role in roles if role == TRAINED and isinstance(self.spec.parts[n], Norm)
-        )
 
     @torch.no_grad()
     def _start_from(self, conv: Any, norm: Any) -> None:
@@ -191,7 +183,7 @@ class _Branched(StandIn, nn.Module, Generic[Ordinary]):
             elif role == PASSING:
                 _put(part, running_mean=mean, running_var=variance)
                 _put(part, weight=(variance + part.eps).sqrt(), bias=mean)
-            elif role == TRAINED and name == self._trained_norm:
+            elif name == self.spec.trained_norm:
                 part._parameters = {n: _cloned(p) for n, p in norm._parameters.items()}
                 part._buffers = {n: b if b is None else b.clone() for n, b in norm._buffers.items()}
                 part.affine = norm.affine
@@ -291,6 +283,9 @@ class BranchedLayers(Parts, NormedLayers):
 
     base = _Branched
     types = {cls.ordinary: cls for cls in (NormedConv1d, NormedConv2d, NormedConv3d)}  # noqa: RUF012
+
+    def _norm_options(self, epsilon: float, momentum: float) -> dict[str, Any]:
+        return {"eps": epsilon, "momentum": momentum}
 
     def _geometry(self, conv: Any) -> Geometry:
         return _geometry(

@@ -355,7 +355,7 @@ def test_the_command_tells_what_blocks_become_and_verifies_them(tmp_path):
 
     told = json.loads(doconv("fold", path, out, "--json").stdout)
     assert told["changed"] == [
-        {"path": "stage.0", "before": "RepVGG block of 3 branches",
+        {"path": "stage.0", "before": "RepVGG block of 3 branches, epsilon 1e-05",
          "after": "convolution rbr_reparam, 3×3"}
     ]  # fmt: skip
     for files in ((path, out), (out, path), (path, path)):

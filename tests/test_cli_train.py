@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command_line import BAD_FILE, IMPOSSIBLE, TARGET, USAGE, doconv
 from contract_train import TRAINED
-from equal import assert_same
+from equal import assert_close, assert_same
 from frameworks import need
 
 from doconv_core import describe, read_state, write_state
@@ -72,13 +72,19 @@ def test_a_network_is_trained_resumed_and_evaluated(backend, tmp_path):
     assert line.endswith(" images per second\n")
 
 
+KIND = ("--set", "epochs=1", "--set", "batch_size=720", "--set", "train_images=resize 8 8",
+        "--set", "eval_images=resize 8 8")  # fmt: skip
+
+
 def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
-    """Begun from a file of the ordinary network, gone on with, folded to one, and evaluated."""
+    """Begun from a file of the ordinary network, gone on with, folded to one, and evaluated.
+
+    And begun from a run of such layers, by the network's name, with no step to be seen.
+    """
     start, run, network = tmp_path / "plain.safetensors", tmp_path / "run", "cifar_resnet20"
     images = for_input(describe(network, num_classes=10, in_channels=1), (1, 8, 8))
     write_state(initialize(images, seed=5), start)
-    small = "epochs=1", "batch_size=720", "train_images=resize 8 8", "eval_images=resize 8 8"
-    given = *(text for one in small for text in ("--set", one)), "--kind", "repvgg", "--from", start
+    given = *KIND, "--kind", "repvgg", "--from", start
     lines = train(run, *given, network=network, backend=backend).stdout.splitlines()
     told = json.loads(doconv("evaluate", run, "--json").stdout)
     assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
@@ -89,6 +95,16 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     given = run / "folded.safetensors", "--kind", "repvgg", "--backend", backend, "--json"
     found = json.loads(doconv("evaluate", *given, "--set", "eval_images=resize 8 8").stdout)
     assert found["top1"] == pytest.approx(told["top1"], abs=1 / 360)
+    named, other = tmp_path / "named", f"{network}_repvgg"
+    still = "--from", run, "--set", "learning_rate=1e-20", *KIND
+    train(named, *still, network=other, backend=backend)
+    last = (open_run(folder).last / "state.safetensors" for folder in (run, named))
+    before, after = map(arrays, last)
+    still = ({n: a for n, a in x.items() if "running" not in n} for x in (after, before))
+    assert_close(*still, 1e-6)
+    found = doconv("evaluate", run / "folded.safetensors", "--network", other, *given[3:],
+                   "--set", "eval_images=resize 8 8")  # fmt: skip
+    assert json.loads(found.stdout)["top1"] == pytest.approx(told["top1"], abs=1 / 360)
     plain = next(run.glob("folded.[!s]*"))
     doconv(
         "evaluate",
@@ -136,6 +152,21 @@ def test_other_classes_begin_with_a_last_layer_of_their_own(trained, tmp_path):
                 ["conv2.weight"])  # fmt: skip
     refused = "is of another number of classes than the 3 of the data"
     doconv("evaluate", trained, *data, code=USAGE, error=refused)
+
+
+def test_a_name_with_a_kind_is_the_same_run_as_the_option(tmp_path):
+    """From the same first weights, those of new branches too; with gammas of 0."""
+    need("torch")
+    zero = "--set", "zero_last_gamma=true"
+    train(tmp_path / "named", *KIND, *zero, network="cifar_resnet20_repvgg")
+    train(tmp_path / "option", *KIND, *zero, "--kind", "repvgg", network="cifar_resnet20")
+    named, option = (arrays(tmp_path / n / "folded.safetensors") for n in ("named", "option"))
+    assert_same(named, option)
+    line = doconv("train", "cifar_resnet20", "--kind", "dbb", "--backend", "torch", *KIND, "--from",
+                  tmp_path / "named", "--out", tmp_path / "other", code=IMPOSSIBLE, listing=True,
+                  error="differs: stage1.* in cifar_resnet20_dbb")  # fmt: skip
+    assert not line.stdout
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_is_refused_in_one_line(trained, tmp_path):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 from contract import FLOAT32_TOLERANCE, check_refused, put, say, snapshot
+from contract_networks import images
+from contract_networks import trained as trained_state
 from contract_normed import CASES, forward, given, layer_of, make_arrays, make_data
 from equal import assert_close, assert_same
 from frameworks import BACKENDS, adapter_of
 
-from doconv_core import Geometry, NotFoldable
+from doconv_core import Geometry, NotFoldable, count, describe
 from doconv_core.kinds.base import ONE_TAP
 from doconv_core.kinds.normed import KINDS, RULES, BranchedSpec, check_options
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.models.normed import NO_NORM, PART
+from doconv_core.networks.evaluate import evaluate
+from doconv_core.networks.initialize import initialize
+from doconv_core.networks.lowering import layers
+from doconv_core.networks.names import of_kind
 from doconv_core.networks.nodes import (
     Activation,
     BatchNorm,
@@ -107,18 +114,24 @@ def unit(channels, size=3, groups=1, stride=1, **options):
 
 # A unit that keeps its sizes, one that does not, one in groups, with a bias, and a pointwise one;
 # a convolution of which two take the output, and a last one without a batch norm.
-NETWORK = Network(
-    "units",
-    sequence(
-        ("stem", unit(6, 7, bias=True)),
-        ("same", unit(6)),
-        ("body", Residual(sequence(("a", unit(6, groups=6)), ("b", unit(6, 1))))),
-        ("down", unit(8, stride=2)),
-        ("last", Conv(4, (3, 3))),
-        ("pool", GlobalPool()),
-    ),
-    (5, 15, 14),
-)  # fmt: skip
+def units(groups):
+    return Network(
+        "units",
+        sequence(
+            ("stem", unit(6, 7, bias=True)),
+            ("same", unit(6)),
+            ("body", Residual(sequence(("a", unit(6, groups=groups)), ("b", unit(6, 1))))),
+            ("down", unit(8, stride=2)),
+            ("last", Conv(4, (3, 3))),
+            ("pool", GlobalPool()),
+        ),
+        (5, 15, 14),
+    )
+
+
+NETWORK = units(groups=6)
+# A kernel of one number has no gradient but roundoff, as the batch norm behind it takes it out.
+OF_SEVERAL = units(groups=2)
 POINTWISE, BARE = "body.b.conv", "last"
 
 
@@ -239,6 +252,46 @@ def test_its_state_crosses_frameworks(adapter):
         there = other.package.over_parameterize(trained(other)[0], kind=rule).model
         other.package.load_state(there, state)
         assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_described_network_of_a_rule_is_the_one_that_becomes_so(adapter, rule):
+    """What its layers are, what it starts as, and what it and its gradients are in NumPy."""
+    package, network = adapter.package, of_kind(OF_SEVERAL, rule)
+    model = adapter.described(network)
+    made = package.over_parameterize(adapter.described(OF_SEVERAL), kind=rule).model
+    assert snapshot(package, model).layers == snapshot(package, made).layers
+    assert [*snapshot(package, model).layers] == [*layers(network)]
+
+    plain, own = initialize(OF_SEVERAL, seed=2), initialize(network, seed=2)
+    x = images(network)
+    expected = evaluate(OF_SEVERAL, plain, x.astype(np.float64))
+    assert_close(evaluate(network, own, x.astype(np.float64)), expected, FLOAT32_TOLERANCE)
+    assert count(network).training_parameters == count(OF_SEVERAL, kind=rule).training_parameters
+
+    # Without strides, with which Keras' "dbb" has zeros of its own layer among what is normalized.
+    children = [child for child in network.body.children if child[0] != "down"]
+    network = replace(network, body=sequence(*children))
+    model, state = adapter.described(network), trained_state(network)
+    for training in (False, True):
+        package.load_state(model, state)
+        expected = evaluate(network, state, x.astype(np.float64), training=training)
+        found = adapter.gradients(model, x, np.ones(expected.shape, "f4"), training=training)
+        assert_close(found.output, expected, FLOAT32_TOLERANCE, f"training={training}")
+
+
+def test_a_network_by_name_learns_and_is_folded(adapter):
+    """As any other kind's: built with the weights of the core, of whatever framework."""
+    package, name = adapter.package, "cifar_resnet20_repvgg"
+    model = package.get_model(name, num_classes=3, seed=1)
+    state = snapshot(package, model)
+    assert state.origin["network"] == name
+    assert_same(state.arrays, initialize(describe(name, num_classes=3), seed=1).arrays)
+    adapter.forward(model, images(describe(name), 1))  # in evaluation mode
+    _, report = package.fold(model)
+    assert len(report.changed) == 19
+    with pytest.raises(ValueError, match="no layer becomes one of kind 'repvgg': none is a conv"):
+        package.get_model("tutorial_pt_repvgg")
 
 
 def test_what_may_compute_something_else_is_not_folded(adapter):

@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 from checkpoint_files import refused
-from command_line import BAD_FILE, DIFFERENT, doconv
+from command_line import BAD_FILE, DIFFERENT, USAGE, doconv
 from contract import case
 from contract_normed import CASES, NormedCase
 from equal import assert_close, assert_same
 from frameworks import need
 from safetensors.numpy import load_file, save_file
 
-from doconv_core import CheckpointError, fold_checkpoint
+from doconv_core import CheckpointError, fold_checkpoint, read_state, write_state
 from doconv_core.files.normed import TOLD_BY, UNTOLD
 from doconv_core.kinds.normed import RULES
 
@@ -83,6 +83,58 @@ def test_a_file_is_folded_as_the_layer_is(case, tmp_path):
     assert [*found["model"]] == [*expected]
     assert_close(found["model"], expected, EXACT)
     doconv("verify", tmp_path / "in.pt", tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
+def test_a_state_is_folded_as_the_layer_is(case, tmp_path):
+    """It tells which branches there are, and the epsilon, and stays a state."""
+    layer = trained(case, bn_options={"eps": 1e-3})
+    model = nn.Sequential(nn.Identity(), layer, nn.Linear(3, 2)).eval()
+    file, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    write_state(package.export_state(model), file)
+    (change,) = fold_checkpoint(file, out).changed
+    assert "epsilon" not in change.before
+    found, expected = read_state(out), package.export_state(package.fold(model).model)
+    assert found.layers == expected.layers
+    assert_close(found.arrays, expected.arrays, EXACT)
+    doconv("verify", file, out)
+
+
+def test_the_epsilon_is_told_where_the_file_does_not_and_can_be_given(tmp_path):
+    layer = repvgg(bn_options={"eps": 1e-2})
+    file, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save(layer.state_dict(), file)
+    assert "repvgg block of 3 branches, epsilon 1e-05" in doconv("fold", file, out).stdout
+    told = "the file does not tell the epsilon of the blocks' batch norms: "
+    assert f"{told}1e-05\n" in doconv("inspect", file).stdout
+    given = "--epsilon", "0.01"
+    assert f"{told}0.01\n" in doconv("inspect", file, *given).stdout
+    (row,) = json.loads(doconv("inspect", file, *given, "--json").stdout)["layers"]
+    assert row["block"]["epsilon"] == 0.01
+    doconv("verify", file, out)
+    doconv("verify", file, out, *given, code=DIFFERENT)
+    text = doconv("fold", file, out, *given, "--force").stdout
+    assert "repvgg block of 3 branches, epsilon 0.01" in text
+    assert_close(torch.load(out), layer.fold().state_dict(), EXACT)
+    doconv("verify", file, out, *given)
+    doconv("verify", out, file, *given)
+    assert_same(torch.load(file), layer.state_dict())
+
+    none = "has no block of branches whose epsilon it does not tell; received epsilon=0.01"
+    state = tmp_path / "in.safetensors"
+    write_state(package.export_state(layer), state)
+    for each in (out, state):
+        doconv("fold", each, tmp_path / "other.pt", *given, code=USAGE, error=none)
+        doconv("verify", each, each, *given, code=USAGE, error=none)
+    assert (
+        json.loads(doconv("inspect", state, "--json").stdout)["layers"][0]["block"]["epsilon"]
+        is None
+    )
+    for wrong in ("0", "-1", "inf", "nan"):
+        error = f"epsilon must be a number above 0; received epsilon={float(wrong)}"
+        doconv("inspect", file, "--epsilon", wrong, code=USAGE, error=error)
+    with pytest.raises(ValueError, match="above 0; received epsilon=True"):
+        fold_checkpoint(file, out, epsilon=True, overwrite=True)
 
 
 def test_all_rules_are_among_these():

@@ -14,7 +14,6 @@ from keras import layers  # noqa: E402
 
 import doconv_tf as package  # noqa: E402
 from doconv_core import NotFoldable  # noqa: E402
-from doconv_core.kinds.normed import BY_INPUT  # noqa: E402
 from doconv_core.models.normed import NO_LAYER, NO_NORM  # noqa: E402
 from doconv_tf.bsconv import CONSTRAINED  # noqa: E402
 from doconv_tf.normed import NORM_BOUND, STRIDED  # noqa: E402
@@ -32,7 +31,7 @@ def model_of(*parts, size=(9, 8), channels=4):
             for variable in (part.moving_mean, part.beta, part.gamma):
                 if variable is not None:
                     variable.assign(rng.standard_normal(variable.shape))
-    return model, rng.standard_normal((2, *size, channels)).astype("f4")
+    return model, rng.standard_normal((2, *(n or 9 for n in size), channels)).astype("f4")
 
 
 def pair(conv=None, **norm):
@@ -98,9 +97,38 @@ def test_causal_padding_and_channels_first():
     assert_close(layer.fold()(x), layer(x))
 
 
+@pytest.mark.parametrize("size", [(9, 8), (8, 9), (7, 12), (2, 1)])
+@pytest.mark.parametrize("kind", ["repvgg", "mobileone", "acnet", "dbb", "qarepvgg", "replknet"])
+def test_same_padding_with_strides_is_that_of_the_inputs_size(kind, size):
+    """As the convolution has it, of whatever size, and as what it folds to has it."""
+    kernel = (7, 7) if kind == "replknet" else (3, 5)
+    strides = 3 if kind in ("repvgg", "dbb") else 2
+    conv = layers.Conv2D(6, kernel, strides=strides, padding="same", name="conv")
+    for given in (size, (None, None)):  # which is not known before it is called
+        model, _ = model_of(*pair(conv.from_config(conv.get_config())), size=given)
+        x = np.random.default_rng(0).standard_normal((2, *size, 4)).astype("f4")
+        made = over(model, kind)
+        assert made.output_shape == model.output_shape
+        assert_close(made(x), model(x), 1e-5)
+        layer = made.get_layer("conv")
+        rng = np.random.default_rng(1)
+        for part in layer.spec.parts:
+            if part.endswith(("norm", "norm2")):
+                getattr(layer, part).gamma.assign(
+                    rng.uniform(0.5, 1, getattr(layer, part).gamma.shape)
+                )
+        folded = package.fold(made).model
+        assert folded.get_layer("conv").padding == "same"
+        expected = made.predict(x, verbose=0)
+        assert_close(folded.predict(x, verbose=0), expected, 1e-5)
+        assert made(x, training=True).shape == expected.shape
+        first = next(iter(layer.spec.parts))
+        geometry = package.export_state(made).layers[f"conv.{first}"].geometry
+        assert all(isinstance(pad, str) for pad in geometry.padding)
+
+
 def test_what_is_left_and_why():
     conv, norm = layers.Conv2D, layers.BatchNormalization
-    assert reason("repvgg", *pair(conv(4, 3, strides=2, padding="same"))) == BY_INPUT
     assert reason("unireplknet", *pair(conv(4, 5, strides=2))) == STRIDED
     assert reason("repvgg", *pair(layers.SeparableConv2D(4, 3))) == NO_LAYER
     assert CONSTRAINED in reason("acnet", *pair(conv(4, 3, kernel_constraint="max_norm")))
@@ -178,3 +206,12 @@ def test_what_was_changed_is_not_folded():
         package.NormedConv2D(4, 3, activation="relu")
     with pytest.raises(ValueError, match="input channels must be known; received the input shape"):
         package.NormedConv2D(4, 3).build((None, 8, 8, None))
+
+
+def test_a_state_tells_whether_the_input_is_a_branch():
+    """Of `qarepvgg` nothing else does: zeros before the layer are not its padding then."""
+    for rule, padding in (("repvgg", (1, 1)), ("qarepvgg", (0, 0))):
+        conv = layers.Conv2D(4, 3, name="conv")
+        made = over(model_of(layers.ZeroPadding2D(1), *pair(conv))[0], rule)
+        form = package.export_state(made).layers["conv.dense_conv"]
+        assert form.geometry.padding == (padding, padding)

@@ -23,6 +23,7 @@ import click
 
 from doconv_core.atomic import SuffixError, check_suffix, followed
 from doconv_core.cli.options import KernelSizes, literal
+from doconv_core.files.blocks import EpsilonError
 from doconv_core.files.checkpoint import (
     Checkpoint,
     Format,
@@ -122,10 +123,17 @@ def target_exists(target: str | Path) -> Failure:
     return Failure(f"{target} exists; use --force to replace it.", TARGET)
 
 
-def opened(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str] = ()) -> Checkpoint:
+def opened(
+    file: Path,
+    kernel_sizes: KernelSizes,
+    allow: Sequence[str] = (),
+    epsilon: float | None = None,
+) -> Checkpoint:
     """Return the open checkpoint. A kernel size that does not fit is wrong usage, and no class."""
     try:
-        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes), allow=allow)
+        return open_checkpoint(file, kernel_sizes=dict(kernel_sizes), allow=allow, epsilon=epsilon)
+    except EpsilonError as error:
+        raise click.UsageError(str(error)) from None
     except AllowError as error:
         raise click.UsageError(f"--allow: {error}") from None
     except KernelSizeError as error:

@@ -27,6 +27,7 @@ from doconv_core.cli.train import (
     workers_option,
 )
 from doconv_core.files.checkpoint import open_checkpoint
+from doconv_core.networks.names import with_kind
 from doconv_core.state.file import State, read_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import open_data
@@ -136,8 +137,8 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
     """Return what the run tells, and options tell otherwise."""
     described = runs.open_run(subject).described
     told = described["notes"].get("job", {})
-    network = given["network"] or described["network"]
-    if network is None:
+    network, kind = with_kind(given["network"] or described["network"] or "")
+    if not network:
         raise click.UsageError(f"{subject} is a run of a model of your own; evaluate it in Python.")
     recipe = from_json(described["recipe"])
     if given["recipe_name"] is not None:
@@ -146,7 +147,7 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
         network, _options(given) or described["notes"].get("options", {}),
         given["backend"] or described["framework"], given["data"] or described["data"]["name"],
         given["data_dir"] or told.get("data_dir"),
-        changed(recipe, dict(given["changes"])), given["kind"] or told.get("kind"),
+        changed(recipe, dict(given["changes"])), given["kind"] or kind or told.get("kind"),
     )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
             network = (checkpoint.origin or {}).get("network")
     if network is None:
         raise click.UsageError(f"{subject} does not tell its network; give it with --network.")
+    network, kind = with_kind(network)
     if given["backend"] is None:
         raise click.UsageError("--backend is missing; a FILE is evaluated in any framework.")
     data = given["data"] or DIGITS
@@ -165,7 +167,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
     return Job(
         network, _options(given), given["backend"], data, given["data_dir"],
-        changed(recipe, dict(given["changes"])), given["kind"],
+        changed(recipe, dict(given["changes"])), given["kind"] or kind,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from doconv_core.cli.command import (
 from doconv_core.cli.options import (
     KernelSizes,
     allow_option,
+    epsilon_option,
     force_option,
     json_option,
     kernel_size_option,
@@ -34,6 +35,7 @@ from doconv_core.cli.options import (
 @click.argument("target", metavar="OUT", type=target_argument)
 @kernel_size_option
 @allow_option
+@epsilon_option
 @force_option
 @json_option
 def fold(
@@ -41,6 +43,7 @@ def fold(
     target: Path,
     kernel_sizes: KernelSizes,
     allow: Sequence[str],
+    epsilon: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -49,7 +52,8 @@ def fold(
     Names, order and everything else in the file stay. OUT has the format of IN, and may be IN, with
     --force. A kernel that is not finite is refused. Blocks of branches in training checkpoints of
     RepVGG, MobileOne, FastViT and others of timm's networks become the convolutions that their
-    deployed networks have, and this package's layers of branches ordinary ones.
+    deployed networks have, and this package's layers of branches ordinary ones. What of their batch
+    norms the file does not tell is in the report, and --epsilon says it.
 
     \b
     Examples:
@@ -60,7 +64,7 @@ def fold(
     """  # noqa: D301
     check_target(target, force)
     before = source.stat().st_size  # IN may be OUT
-    with opened(source, kernel_sizes, allow) as checkpoint:
+    with opened(source, kernel_sizes, allow, epsilon) as checkpoint:
         check_form(target, checkpoint.module)
         require_kernel_sizes(checkpoint, checkpoint.layers)
         with progress("folding") as step, writing_to(target):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -15,29 +17,36 @@ from doconv_core.cli.pairing import Paired, compare_metadata, pair_by_name
 from doconv_core.cli.plan import Conversion
 from doconv_core.files.entries import STATE
 from doconv_core.files.folding import check_heads
+from doconv_core.files.layers import Layer
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 
 
 class Initial(NamedTuple):
-    """state: of the network. kept: the layer of other classes that the file had no arrays for."""
+    """state: of the network. kept: the layer of other classes that the file had no arrays for.
+
+    number: of the network that it is of, among those asked for.
+    """
 
     state: State
     kept: str | None
+    number: int = 0
 
 
-def state_from(file: Path, fresh: State) -> Initial:
+def state_from(file: Path, *networks: State) -> Initial:
     """Return the state of a network with the arrays of a file, which may be one of an ordinary one.
 
-    fresh: the network's, as initialised. Its last layer stays so where the file's is one of other
-    classes. A folder of a run stands for its last checkpoint. Raises what reading and converting
-    the file does.
+    networks: the network's, as initialised; of several, such as with its layers of another kind,
+    that is taken which the file is of, the first in doubt. Its last layer stays so where the file's
+    is one of other classes. A folder of a run stands for its last checkpoint. Raises what reading
+    and converting the file does.
     """
     source = checkpoint_of(file)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         like = Path(folder) / "network.safetensors"
-        write_state(fresh, like)
         contents = Contents(stack.enter_context(opened(source, ())))
+        fresh = max(networks, key=partial(_alike, contents.copy_of_model(None)))
+        write_state(fresh, like)
         template = Contents(stack.enter_context(opened(like, ())))
         template.path = Path(fresh.origin.get("network", "the network"))  # in messages
         layers = contents.copy_of_model(None)
@@ -53,7 +62,14 @@ def state_from(file: Path, fresh: State) -> Initial:
         plan = conversion.like(template, paired)
         compare_metadata(contents, template, paired.both, False)
         arrays = {e.name: e.values().astype(fresh.arrays[e.name].dtype) for e in plan}
-        return Initial(State(fresh.layers, {**fresh.arrays, **arrays}, fresh.origin), kept)
+        state = State(fresh.layers, {**fresh.arrays, **arrays}, fresh.origin)
+        return Initial(state, kept, networks.index(fresh))
+
+
+def _alike(layers: Sequence[Layer], network: State) -> tuple[int, int]:
+    """Return how many names a file shares with a network, and how far their sizes are apart."""
+    names = {layer.path for layer in layers}
+    return len(names & network.layers.keys()), -abs(len(layers) - len(network.layers))
 
 
 def checkpoint_of(file: Path, best: bool = False) -> Path:

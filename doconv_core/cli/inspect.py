@@ -23,6 +23,7 @@ from doconv_core.cli.command import (
 from doconv_core.cli.options import (
     KernelSizes,
     allow_option,
+    epsilon_option,
     json_option,
     kernel_size_option,
     source_argument,
@@ -40,8 +41,15 @@ from doconv_core.maths.spec import ConvSpec
 @click.argument("file", type=source_argument)
 @kernel_size_option
 @allow_option
+@epsilon_option
 @json_option
-def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json: bool) -> None:
+def inspect(
+    file: Path,
+    kernel_sizes: KernelSizes,
+    allow: Sequence[str],
+    epsilon: float | None,
+    as_json: bool,
+) -> None:
     """Show the layers of FILE: sizes, parameters, and what training has made of each D.
 
     |D|/|E| is the Frobenius norm of D relative to the identity's, rank the lowest of E + D over the
@@ -54,7 +62,7 @@ def inspect(file: Path, kernel_sizes: KernelSizes, allow: Sequence[str], as_json
       doconv inspect model.pt
       doconv inspect model.safetensors --json
     """  # noqa: D301
-    with opened(file, kernel_sizes, allow) as checkpoint:
+    with opened(file, kernel_sizes, allow, epsilon) as checkpoint:
         layers = checkpoint.with_blocks(checkpoint.in_order)
         over_parameterized = [
             x for x in checkpoint.in_order if x.over_parameterized and D in x.entries
@@ -94,6 +102,7 @@ def _layer_object(
         block = {
             "family": layer.family,
             "folds_to": layer.folded,
+            "epsilon": None if not layer.is_untold else layer.epsilon,
             "layers": [_layer_object(checkpoint, each, measures) for each in layer.layers],
         }
     found = measures.get(layer.name) if layer.over_parameterized else None
@@ -155,6 +164,10 @@ def _print(checkpoint: Checkpoint, layers: Sequence[Layer], measures: dict[str, 
              if D in layer.entries and layer.name in measures],
         )  # fmt: skip
     notes = [f"{layer.name}: {note_of(layer)}" for layer in layers if layer.note]
+    untold = {layer.epsilon for layer in layers if isinstance(layer, Block) and layer.is_untold}
+    for epsilon in untold:
+        taken = "--epsilon says it" if epsilon is None else f"{epsilon:g}"
+        notes.append(f"the file does not tell the epsilon of the blocks' batch norms: {taken}")
     if checkpoint.others:
         notes.append(f"also in the file: {', '.join(checkpoint.others)}")
     if notes:

@@ -143,6 +143,11 @@ allow_option = click.option(
     help="A class of which a PyTorch file may have objects beside the model, such as "
     "package.module.Class. Making them runs its code. May be repeated.",
 )  # fmt: skip
+epsilon_option = click.option(
+    "--epsilon", type=float, metavar="NUMBER",
+    help="Of the batch norms in blocks of branches, where the file does not tell it; 1e-5 if not "
+    "given.",
+)  # fmt: skip
 source_argument = click.Path(exists=True, readable=True, path_type=Path)  # a folder is told later
 target_argument = click.Path(readable=False, path_type=Path)  # `check_target` says why not
 

@@ -20,12 +20,15 @@ from doconv_core.cli.command import (
     say,
 )
 from doconv_core.cli.cost import network_options
-from doconv_core.cli.initial import state_from
+from doconv_core.cli.initial import Initial, state_from
 from doconv_core.cli.options import set_option, source_argument
+from doconv_core.kinds.base import of_word
+from doconv_core.kinds.normed import BranchedKind
 from doconv_core.models.report import Report
+from doconv_core.networks import names
 from doconv_core.networks.families import enumerated
-from doconv_core.networks.initialize import initialize
-from doconv_core.networks.names import describe
+from doconv_core.networks.initialize import initialize, with_new_kernels
+from doconv_core.networks.nodes import Network
 from doconv_core.networks.shapes import for_input
 from doconv_core.training import run as runs
 from doconv_core.training.data import (
@@ -171,6 +174,8 @@ class Job(NamedTuple):
             own[name] = None if own[name] is None else str(own[name])
         others = {*cls._fields, "recipe_name", "changes"}
         options = {n: v for n, v in given.items() if n not in others and v is not None}
+        if own["kind"] is None:  # the same, and states of the plain network are taken
+            own["network"], own["kind"] = names.with_kind(own["network"])
         return cls(**own, options=options)
 
 
@@ -233,16 +238,37 @@ def _model(backend: Any, job: Job, recipe: Recipe, data: ImageData, *, fresh: bo
         job.network, num_classes=len(data.classes), in_channels=image[0], input_shape=image,
         seed=job.seed, **job.options,
     )  # fmt: skip
+    network = described(job.network, image, data, job.options)
+    branched = isinstance(of_word(job.kind or ""), BranchedKind)
+    found = None
     if job.start is not None and fresh:
-        start = Path(job.start)
-        kept = load_file(backend, model, start, job.network, image, data, job.options)
-        if kept is not None:
-            say(f"{start} is of other classes: the layer {kept!r} starts anew")
-    if job.kind is not None:
-        model, report = of_kind(backend, model, job.network, job.kind)
-        if fresh:
-            say(f"{len(report.changed)} layers of kind {job.kind}, {len(report.left)} left")
+        found = _found(Path(job.start), network, job.kind if branched else None)
+        if not found.number:
+            backend.load_state(model, found.state)
+    if job.kind is None:
+        return model
+    model, report = of_kind(backend, model, job.network, job.kind)
+    if fresh:
+        say(f"{len(report.changed)} layers of kind {job.kind}, {len(report.left)} left")
+    if fresh and branched:
+        state = None if found is None or not found.number else found.state
+        if state is None:  # new kernels are the seed's, as those of the network by name
+            own = names.of_kind(network, job.kind)
+            state = with_new_kernels(backend.export_state(model), own, job.seed)
+        backend.load_state(model, state)
     return model
+
+
+def _found(start: Path, network: Network, kind: str | None) -> Initial:
+    """Return what a file is for a network, or for the same with its layers of a kind, if any."""
+    networks = {network.name: network}
+    if kind is not None:
+        networks[f"{network.name}_{kind}"] = names.of_kind(network, kind)
+    fresh = [replace(initialize(x), origin={"network": name}) for name, x in networks.items()]
+    found = state_from(start, *fresh)
+    if found.kept is not None:
+        say(f"{start} is of other classes: the layer {found.kept!r} starts anew")
+    return found
 
 
 def of_kind(backend: Any, model: Any, network: str, kind: str) -> tuple[Any, Report]:
@@ -270,6 +296,15 @@ def image_shape(data: ImageData, recipe: Recipe) -> tuple[int, int, int]:
     raise ValueError(f"the data {data.name!r} have no image to evaluate on.")
 
 
+def described(
+    network: str, image: tuple[int, int, int], data: ImageData, options: Mapping[str, Any]
+) -> Network:
+    """Return a network by name for the data's classes and images."""
+    classes = len(data.classes)
+    found = names.describe(network, num_classes=classes, in_channels=image[0], **options)
+    return for_input(found, image)
+
+
 def load_file(
     backend: Any,
     model: Any,
@@ -283,8 +318,7 @@ def load_file(
 
     Returns the last layer's path where the file is one of other classes, so that it stays as new.
     """
-    described = describe(network, num_classes=len(data.classes), in_channels=image[0], **options)
-    fresh = initialize(for_input(described, image))
+    fresh = initialize(described(network, image, data, options))
     found = state_from(file, replace(fresh, origin={"network": network}))
     backend.load_state(model, found.state)
     return found.kept

@@ -28,6 +28,7 @@ from doconv_core.cli.flattening import Sizes, check_order, features_of, takes_im
 from doconv_core.cli.options import (
     KernelSizes,
     allow_option,
+    epsilon_option,
     flatten_option,
     json_option,
     kernel_size_option,
@@ -65,6 +66,7 @@ from doconv_core.state.flattening import channels_first, image_size
 @flatten_option
 @kernel_size_option
 @allow_option
+@epsilon_option
 @json_option
 @click.pass_context
 def verify(
@@ -77,6 +79,7 @@ def verify(
     flattened: Sizes,
     kernel_sizes: KernelSizes,
     allow: Sequence[str],
+    epsilon: float | None,
     as_json: bool,
 ) -> None:
     """Compare A and B: the kernels, folded on the way where they are not, and all other arrays.
@@ -92,7 +95,7 @@ def verify(
     if tolerance is not None and not isfinite(tolerance):
         raise click.UsageError(f"--tolerance must be a finite number; received {tolerance}.")
     with ExitStack() as stack:
-        a, b = _open(stack, first, second, kernel_sizes, allow)
+        a, b = _open(stack, first, second, kernel_sizes, allow, epsilon)
         compared: list[Compared] = []
         missing: list[str] = []
         if match == "name":
@@ -124,9 +127,17 @@ def verify(
 
 
 def _open(
-    stack: ExitStack, first: Path, second: Path, kernel_sizes: KernelSizes, allow: Sequence[str]
+    stack: ExitStack,
+    first: Path,
+    second: Path,
+    kernel_sizes: KernelSizes,
+    allow: Sequence[str],
+    epsilon: float | None,
 ) -> tuple[Contents, Contents]:
-    """Open both files; a kernel size that one does not tell is taken from the other."""
+    """Open both files; a kernel size that one does not tell is taken from the other.
+
+    epsilon: of the blocks in one or both.
+    """
     files = [stack.enter_context(opened(file, (), allow)) for file in (first, second)]
     layers = files[0].layers, files[1].layers
     for pattern, _ in kernel_sizes:
@@ -142,7 +153,9 @@ def _open(
             shape = shapes.get(layer.name)
             if layer.over_parameterized and layer.kernel_shape is None and shape is not None:
                 sizes.append((literal(layer.name), shape[2:]))
-        sized = stack.enter_context(opened(file.path, sizes, allow)) if sizes else file
+        own = epsilon if file.needs_epsilon or not any(f.needs_epsilon for f in files) else None
+        again = sizes or own is not None
+        sized = stack.enter_context(opened(file.path, sizes, allow, own)) if again else file
         require_kernel_sizes(sized, sized.layers)
         both.append(Contents(sized))
     views = _as_in(both[0], both[1]), _as_in(both[1], both[0])

@@ -10,9 +10,14 @@ from typing import TypeAlias
 
 from doconv_core.files.entries import FLOATS, Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, Layer, Shape
+from doconv_core.maths.batchnorm import NotFoldable
 
 BRANCHES = "branches"  # the kind of a block
-EPSILON = 1e-5  # of the norms, which files do not tell: PyTorch's own
+EPSILON = 1e-5  # of the norms, where nothing tells it: PyTorch's own
+NO_EPSILON = (
+    "nothing in the file tells the epsilon of its batch norms, which is 0.001 unless a model has "
+    "another; say it with epsilon=, or --epsilon"
+)
 NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
 COUNT = "num_batches_tracked"
 # The roles that a layer of each kind has to have, and one that it may have beside them.
@@ -28,7 +33,9 @@ class Block(Layer):
     family: what kind of block. layers: those that it is made of. count: of its branches. becomes:
     the path of the convolution below the block's, "" for that itself. folded: the names of the
     weight and bias that it becomes; sources: the entries in whose places and types they are.
-    kernel_shape: that of the sum. A block with a note is none that can be folded.
+    kernel_shape: that of the sum. epsilons: of the batch norms of which the file tells it, by their
+    paths; epsilon: of the others, None where there is no usual one. A block with a note is none
+    that can be folded.
     """
 
     family: str = field(kw_only=True)
@@ -37,6 +44,27 @@ class Block(Layer):
     count: int = field(default=0, kw_only=True)
     folded: tuple[str, ...] = field(default=(), kw_only=True)
     sources: tuple[str, ...] = field(default=(), kw_only=True)
+    epsilons: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    epsilon: float | None = field(default=EPSILON, kw_only=True)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it has a batch norm of which the file does not tell the epsilon."""
+        norms = (layer.path for layer in self.layers if layer.kind == BATCH_NORM)
+        return any(path not in self.epsilons for path in norms)
+
+    def epsilon_of(self, norm: Layer) -> float:
+        """Return the epsilon of one of its batch norms; NotFoldable where nothing tells it."""
+        found = self.epsilons.get(norm.path, self.epsilon)
+        if found is None:
+            raise NotFoldable(f"layer {self.name!r}: {NO_EPSILON}.")
+        return found
+
+    def check_epsilons(self) -> None:
+        """Raise NotFoldable where nothing tells the epsilon of a batch norm."""
+        for layer in self.layers:
+            if layer.kind == BATCH_NORM:
+                self.epsilon_of(layer)
 
     @property
     def gone(self) -> tuple[str, ...]:
@@ -52,13 +80,17 @@ class Block(Layer):
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
-        """The shapes of the weight and the bias that it becomes."""
+        """The shapes of the weight, as it is stored, and the bias that it becomes."""
         assert self.kernel_shape is not None  # as of one that can be folded
-        return self.kernel_shape, self.kernel_shape[:1]
+        return self.stored_shape(self.kernel_shape), self.kernel_shape[:1]
 
     @abstractmethod
     def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:
         """Return the kernel and the bias of the convolution that it adds up to, in float64."""
+
+
+class EpsilonError(ValueError):
+    """An epsilon that is none, or of which no block has a use."""
 
 
 def below(own: Mapping[str, Layer]) -> dict[str, str]:

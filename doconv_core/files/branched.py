@@ -20,7 +20,6 @@ import numpy as np
 
 from doconv_core.files.blocks import (
     BRANCHES,
-    EPSILON,
     NORM,
     Block,
     KernelOf,
@@ -30,9 +29,10 @@ from doconv_core.files.blocks import (
 )
 from doconv_core.files.entries import Array, Entry
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, OTHER, Layer, Shape
-from doconv_core.files.normed import find_normed
+from doconv_core.files.normed import NO_FORMS, find_normed
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.linear import UNIT, Piece, Scale, Taps, centred, normalizing, plus, then
+from doconv_core.state.layers import LayerForm
 
 
 class Family(NamedTuple):
@@ -109,7 +109,8 @@ class FamilyBlock(Block):
 
     def added_up(self, read: Read, kernel_of: KernelOf) -> tuple[Array, Array]:
         """Return the kernel and the bias of the convolution that it adds up to, in float64."""
-        (outputs, channels, *size), _ = self.shapes
+        assert self.kernel_shape is not None  # as of one that can be folded
+        outputs, channels, *size = self.kernel_shape
         ones, none = (1,) * len(size), ((0, 0),) * len(size)
         channels = max(channels, 1)
         groups = 1 if outputs % channels else outputs // channels  # if there are as many inputs
@@ -123,7 +124,7 @@ class FamilyBlock(Block):
                 made = centred(Taps(kernel_of(conv), shift, Geometry(ones, ones, none), groups))
             if norm is not None:
                 values = {key: read(norm.entries[role]).reshape(-1) for key, role in NORM.items()}
-                made = then(made, normalizing(outputs, epsilon=EPSILON, **values))
+                made = then(made, normalizing(outputs, epsilon=self.epsilon_of(norm), **values))
             return then(made, Scale(UNIT.factor * sign))
 
         whole = reduce(plus, map(piece, self.branches))
@@ -136,13 +137,17 @@ class FamilyBlock(Block):
 
 
 def with_blocks(
-    layers: Sequence[Layer], entries: Mapping[str, Entry], families: Sequence[Family] = FAMILIES
+    layers: Sequence[Layer],
+    entries: Mapping[str, Entry],
+    families: Sequence[Family] = FAMILIES,
+    forms: Mapping[str, LayerForm] = NO_FORMS,
 ) -> tuple[Layer, ...]:
     """Return layers, in their order, with those of each block as one, a `Block`.
 
-    families: of others' blocks; this package's layers of branches are blocks in any case.
+    families: of others' blocks; this package's layers of branches are blocks in any case. forms:
+    what a state tells of its layers.
     """
-    blocks, known = find_normed(layers, entries), set[tuple[str, str]]()
+    blocks, known = find_normed(layers, entries, forms), set[tuple[str, str]]()
     taken = {id(layer) for block in blocks for layer in block.layers}
     left = [layer for layer in layers if id(layer) not in taken]
     for family in families:

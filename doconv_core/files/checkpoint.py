@@ -7,10 +7,11 @@ here.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -21,11 +22,11 @@ import numpy as np
 
 from doconv_core.atomic import GROUP, check_absent, check_suffix, registered, replacing
 from doconv_core.files import dynamic
-from doconv_core.files.blocks import Block
-from doconv_core.files.branched import with_blocks
+from doconv_core.files.blocks import Block, EpsilonError
+from doconv_core.files.branched import FAMILIES, with_blocks
 from doconv_core.files.entries import (
     BFLOAT16,
-    GLUON,
+    KERAS,
     PYTORCH,
     Allowed,
     AllowError,
@@ -53,7 +54,7 @@ from doconv_core.files.reference import ORIGIN, canonical_upstream, compose_upst
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.batchnorm import NotFoldable
 from doconv_core.models.report import Report
-from doconv_core.state.layers import LayerForm
+from doconv_core.state.layers import BatchNormSpec, LayerForm
 
 UNTRAINED = {
     "running_mean", "running_var", "num_batches_tracked", IDENTITY, dynamic.INACTIVE,
@@ -73,7 +74,8 @@ class Checkpoint(ABC):
     may be a copy of the model nonetheless, and why that is not folded. parts: the copies of the
     model in it, the main one first; one is named "". forms: of a canonical state, what it tells of
     its layers, by path; origin: who wrote that. config: of a `.keras` file, the model's; nodes: of
-    that, each layer's, by its group. None of another file.
+    that, each layer's, by its group. epsilon: of the batch norms in blocks of which the file does
+    not tell it; None for the usual one. None of another file.
 
     >>> write_state(State({}, {}), "empty.safetensors")
     >>> with open_checkpoint("empty.safetensors") as checkpoint:
@@ -96,6 +98,7 @@ class Checkpoint(ABC):
     origin: Mapping[str, str] | None = None
     config: Mapping[str, Any] | None = None
     nodes: Mapping[str, Mapping[str, Any]] | None = None
+    epsilon: float | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -110,11 +113,39 @@ class Checkpoint(ABC):
     def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         """Return layers with those of each block of branches as one.
 
-        This package's are told in PyTorch's and Gluon's files, those of others in PyTorch's.
+        This package's are told everywhere, those of others in PyTorch's files.
         """
-        if self.framework == GLUON:
-            return with_blocks(layers, self.entries, ())
-        return with_blocks(layers, self.entries) if self.framework == PYTORCH else (*layers,)
+        told: dict[str, Any] = {"epsilons": self.epsilons}
+        if self.epsilon is not None or self.framework == KERAS:  # where networks have several
+            told["epsilon"] = self.epsilon
+        families = FAMILIES if self.framework == PYTORCH else ()
+        found = with_blocks(layers, self.entries, families, self.forms or {})
+        return tuple(replace(x, **told) if isinstance(x, Block) else x for x in found)
+
+    @property
+    def epsilons(self) -> Mapping[str, float]:
+        """What the file tells of the epsilons of batch norms, by their paths."""
+        forms = (self.forms or {}).items()
+        return {path: x.spec.epsilon for path, x in forms if isinstance(x.spec, BatchNormSpec)}
+
+    @property
+    def needs_epsilon(self) -> bool:
+        """Whether a block has batch norms of which the file does not tell the epsilon."""
+        return any(isinstance(x, Block) and x.is_untold for x in self.with_blocks(self.layers))
+
+    def use_epsilon(self, epsilon: float) -> None:
+        """Take this for batch norms in blocks of which the file does not tell it.
+
+        Raises EpsilonError where that is no number above 0, or there are no such batch norms.
+        """
+        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+            raise EpsilonError(f"epsilon must be a number above 0; received epsilon={epsilon!r}.")
+        if not self.needs_epsilon:
+            raise EpsilonError(
+                f"{self.path} has no block of branches whose epsilon it does not tell; received "
+                f"epsilon={epsilon!r}."
+            )
+        self.epsilon = epsilon
 
     def group(self, layer: Layer) -> str:
         """Return the group by which `nodes` has a layer's config."""
@@ -371,17 +402,19 @@ def open_checkpoint(
     *,
     kernel_sizes: KernelSizes | None = None,
     allow: Allowed = (),
+    epsilon: float | None = None,
 ) -> Checkpoint:
     """Return the checkpoint at `path`, open.
 
     kernel_sizes: for layers whose kernel size is not in the file, by glob pattern on `Layer.name`
     or `Layer.path`; the first that matches counts. allow: classes, or their names such as
     "package.module.Class", of which a PyTorch file may have objects beside the model; making one
-    runs code of that class. Files of other formats have none.
+    runs code of that class. Files of other formats have none. epsilon: of the batch norms in blocks
+    of branches, where the file does not tell it; None for 1e-5, which most have.
     Raises CheckpointError for a file that is damaged, hostile or of no known format, or whose
     format needs a package that is missing; FileNotFoundError, IsADirectoryError; ValueError for a
-    pattern that matches no over-parameterized layer, a kernel size that does not fit, or a class
-    to allow that is none.
+    pattern that matches no over-parameterized layer, a kernel size that does not fit, a class to
+    allow that is none, or an epsilon that is no number above 0 or that no block needs.
 
     >>> form, weight = LayerForm(LinearSpec(3, 2), bias=False), np.zeros((2, 3))
     >>> write_state(State({"fc": form}, {"fc.weight": weight}), "state.safetensors")
@@ -405,6 +438,12 @@ def open_checkpoint(
             f"{str(error)[:200].rstrip('.')})."
         ) from error
     checkpoint.module = module
+    if epsilon is not None:
+        try:
+            checkpoint.use_epsilon(epsilon)
+        except EpsilonError:
+            checkpoint.close()
+            raise
     return checkpoint
 
 
@@ -421,6 +460,7 @@ def fold_checkpoint(
     *,
     kernel_sizes: KernelSizes | None = None,
     allow: Allowed = (),
+    epsilon: float | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -433,8 +473,8 @@ def fold_checkpoint(
     branches of this package's becomes an ordinary one. Returns what was done; a layer's path there
     is its `Layer.name`. `target` is written whole or not at all, and may be `source`.
 
-    kernel_sizes, allow: as in `open_checkpoint`. overwrite: whether `target` may exist. progress:
-    called with the number of arrays folded and of those to fold.
+    kernel_sizes, allow, epsilon: as in `open_checkpoint`. overwrite: whether `target` may exist.
+    progress: called with the number of arrays folded and of those to fold.
     Raises FileExistsError; ValueError for a suffix of `target` that says another format;
     NotFoldable, before anything is written, for a layer that cannot be folded exactly or whose
     kernel is not finite; CheckpointError for a block of branches whose entries make none; and what
@@ -447,5 +487,7 @@ def fold_checkpoint(
     'conv'
     """
     check_absent(target, overwrite)
-    with open_checkpoint(source, kernel_sizes=kernel_sizes, allow=allow) as checkpoint:
+    with open_checkpoint(
+        source, kernel_sizes=kernel_sizes, allow=allow, epsilon=epsilon
+    ) as checkpoint:
         return checkpoint.fold(target, overwrite=overwrite, progress=progress)

@@ -74,6 +74,7 @@ def folded_kernel(checkpoint: Checkpoint, layer: Layer, shape: Shape) -> Array:
         is_bias = len(shape) == 1
         with np.errstate(over="ignore"):  # what overflows is in the result
             array = checkpoint.added_up(layer)[is_bias]
+            array = array if is_bias else layer.stored(array)
             stored = to_storage(array, checkpoint.entries[layer.sources[is_bias]].dtype)
         return check_finite(layer, stored)
     composed = check_finite(layer, checkpoint.kernel(layer, as_stored=True))
@@ -138,6 +139,8 @@ def report_on(checkpoint: Checkpoint) -> Report:
     for layer in checkpoint.with_blocks(checkpoint.layers):
         if isinstance(layer, Block) and layer.note:
             raise CheckpointError(f"{checkpoint.path}: layer {layer.name!r}: {layer.note}.")
+        if isinstance(layer, Block):
+            layer.check_epsilons()
         if is_folded(layer):
             changed.append(Change(layer.name, *_words(layer)))
         elif layer.note:
@@ -159,7 +162,8 @@ def _words(layer: Layer) -> tuple[str, str]:
     if isinstance(layer, Block):
         branches = f"{layer.count} branch{'es' if layer.count > 1 else ''}"
         after = f"convolution {layer.becomes}" if layer.becomes else "ordinary convolution"
-        return f"{layer.family} block of {branches}", f"{after}, {size}"
+        told = f", epsilon {layer.epsilon:g}" if layer.is_untold else ""
+        return f"{layer.family} block of {branches}{told}", f"{after}, {size}"
     origin = f" of the {layer.origin} layer" if layer.origin.startswith(ORIGIN) else ""
     before = "one tap" + origin
     if layer.composed not in (None, DO_CONV):

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import count
@@ -188,14 +188,17 @@ class Hdf5:
         dropped: set[str],
         size: int,
         told: Mapping[str, str] = {},  # never changed
+        added: Mapping[str, tuple[str, Callable[[], Array]]] = {},
+        gone: Container[str] = (),
     ) -> None:
         """Write the file to `target` with changes.
 
         names: the new name, within its group, of a group. replaced: what gives an array's new
         values, as stored. dropped: the arrays that go; an attribute `weight_names`, of older
         files, that lists them, is changed with them. size: of all arrays then, in bytes. told: the
-        new texts of attributes of the file itself. Raises OSError where `target` cannot be written,
-        CheckpointError where the file is damaged.
+        new texts of attributes of the file itself. added: by its name, of a new array, that of
+        which it has the type, and what gives its values as stored. gone: groups that go. Raises
+        OSError where `target` cannot be written, CheckpointError where the file is damaged.
         """
 
         def visit(path: str, new: Any) -> None:
@@ -203,16 +206,21 @@ class Hdf5:
             self._copy_attributes(path, group, new, dropped, {} if path else told)
             for name in self.made(path) or group:
                 inner = f"{path}/{name}" if path else name
+                if inner in gone:
+                    continue
                 if inner in self.groups:
                     visit(inner, new.create_group(names.get(inner, name)))
                 elif inner in replaced:
-                    values = replaced[inner]()
-                    if self.arrays[inner].dtype.kind == "V":
-                        values = values.view(self.arrays[inner].dtype)
-                    copied = new.create_dataset(name, data=values)
-                    self._copy_attributes(inner, self.arrays[inner], copied, set())
+                    self._create(new, name, inner, replaced[inner])
                 elif inner not in dropped:
                     group.copy(name, new)
+            for name, (source, values) in below.get(path, {}).items():
+                self._create(new, name, source, values)
+
+        below: dict[str, dict[str, tuple[str, Callable[[], Array]]]] = {}
+        for name, each in added.items():
+            path, _, own = name.rpartition("/")
+            below.setdefault(path, {})[own] = each
 
         _reserve(target, size)
         try:
@@ -223,6 +231,13 @@ class Hdf5:
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # also one name for two
             _reserve(target, size + SMALL)  # what the library says of a full disk is like damage
             raise CheckpointError(f"{self.path} could not be copied: {error}.") from error
+
+    def _create(self, group: Any, name: str, source: str, made: Callable[[], Array]) -> None:
+        """Write an array of the type, and with the attributes, of another."""
+        values, old = made(), self.arrays[source]
+        if old.dtype.kind == "V":
+            values = values.view(old.dtype)
+        self._copy_attributes(source, old, group.create_dataset(name, data=values), set())
 
     def _copy_attributes(
         self, path: str, old: Any, new: Any, gone: set[str], told: Mapping[str, str] = {}

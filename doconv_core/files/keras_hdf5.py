@@ -7,11 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from doconv_core.files.blocks import Block
 from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.entries import KERAS, Array, storage_dtype, to_storage
 from doconv_core.files.folding import Output, folded_kernel, outputs
 from doconv_core.files.hdf5 import Hdf5
-from doconv_core.files.keras_layers import group_of, is_kept, unknown_class
+from doconv_core.files.keras_layers import branches_of, group_of, is_kept, unknown_class
 from doconv_core.files.layers import Layer
 from doconv_core.maths.batchnorm import NotFoldable
 
@@ -23,6 +24,7 @@ KEPT = "of a {}, {}; fold the model in Python to be rid of it"
 WHY = {"DGConv2D": "which chooses its channels for each image"}
 FOLDED = ("SkippingDGConv2D",)  # what a fold in Python makes
 ORDINARY = "whose parts are ordinary layers already"
+EPSILON = 1e-3  # of Keras' batch norms, where a config has no other
 ADVICE = "fold the model in Python and save that, or save it as .keras if it is not subclassed"
 
 
@@ -31,6 +33,13 @@ class KerasHdf5Checkpoint(Checkpoint):
 
     framework = KERAS
     _file: Hdf5
+
+    @property
+    def epsilons(self) -> Mapping[str, float]:
+        """What configs of layers of branches tell of the epsilons of their batch norms."""
+        configs = ((x.path, branches_of(self.nodes or {}, x)) for x in self.layers)
+        told = ((path, config.get("bn_options") or {}) for path, config in configs if config)
+        return {path: options.get("epsilon", EPSILON) for path, options in told}
 
     def group(self, layer: Layer) -> str:
         """Return the group by which `nodes` has a layer's config."""
@@ -79,13 +88,18 @@ class KerasHdf5Checkpoint(Checkpoint):
         """Write the file, folded. names, told: as `Hdf5.copy` has them."""
         planned = outputs(self)
         dropped = set(self.entries) - {output.source for output in planned}
-        replaced = {
-            output.source: self._kernel(output, report) for output in planned if output.layer
-        }
+        blocks = [o.layer for o in planned if isinstance(o.layer, Block)]
+        gone = {group_of(layer) for block in blocks for layer in block.layers}
+        replaced, added = {}, {}
+        for output in planned:
+            if isinstance(output.layer, Block):
+                added[output.name] = output.source, self._kernel(output, report)
+            elif output.layer is not None:
+                replaced[output.source] = self._kernel(output, report)
         size = sum(
             prod(o.shape) * storage_dtype(self.entries[o.source].dtype).itemsize for o in planned
         )
-        self._file.copy(target, names, replaced, dropped, size, told)
+        self._file.copy(target, names, replaced, dropped, size, told, added, gone)
 
     def _kernel(self, output: Output, report: Callable[[], None]) -> Callable[[], Array]:
         def kernel() -> Array:

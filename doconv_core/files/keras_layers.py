@@ -38,6 +38,7 @@ from doconv_core.files.layers import (
     over_parameterized,
     unlike,
 )
+from doconv_core.files.normed import PART
 from doconv_core.kinds.do_conv import DO_CONV
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.flattening import KERAS_LAYERS
@@ -47,6 +48,7 @@ D_ENTRY = "depthwise_kernel"
 DIGITS = {str(number) for number in range(10)}  # names of what ordinary layers own
 NOT_A_MODEL = ("optimizer", "metrics")  # the latter in files of Keras 2
 DEPTHWISE = ("depthwise_conv1d", "depthwise_conv2d")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", *DEPTHWISE)
 SEPARABLE = ("separable_conv1d", "separable_conv2d")
 
 
@@ -143,9 +145,13 @@ class KerasLayers:
             return snake_case(node["class_name"])
         parent, _, name = group.rpartition("/")
         if self.is_owner(parent):  # an attribute's name; the layer's own may be its class's
-            part = PARTS.get(self._class(parent), {}).get(name) if parent else None
+            whole = self._class(parent) if parent else ""
+            part = PARTS.get(whole, {}).get(name)
             if part is not None:
                 return snake_case(part["class_name"])
+            match = PART.fullmatch(name)
+            if match is not None and STEMS.get(whole, whole) in CONVOLUTIONS:
+                return STEMS.get(whole, whole) if "conv" in name else "batch_normalization"
             name = self._file.attribute(_in(group, "vars"), "name")
         return stem_of(name)[0]
 
@@ -236,6 +242,12 @@ class KerasLayers:
         if kernel is None:
             return Layer(path, OTHER, roles)
         return Layer(path, DYNAMIC, named, "doconv", kernel_shape=kernel, layout="*IO")
+
+
+def branches_of(nodes: Mapping[str, Mapping[str, Any]], layer: Layer) -> Mapping[str, Any] | None:
+    """Return the config of the layer of branches of which a layer is a part, where it is told."""
+    node = nodes.get(group_of(layer).rpartition("/")[0])
+    return node["config"] if node is not None and own_class(node) in BRANCHED else None
 
 
 def group_of(layer: Layer) -> str:
@@ -352,6 +364,14 @@ CLASSES = {
     for name, folded in REGISTERED.items()
     if folded.startswith(ORDINARY)
 }
+# Those of branches with batch norms: their parts' classes follow, and their config tells of both.
+BRANCHED = {
+    name: name.removeprefix("Normed")
+    for name, value in REGISTERED.items()
+    if value.startswith("doconv_tf.normed:")
+}
+CLASSES |= BRANCHED
+OF_BRANCHES = {"rule", "branches", "small", "bn_options"}
 # What a config has of D. Those that have a `depth_multiplier` of their own call S otherwise.
 OF_D = {"depth_multiplier", "depthwise_initializer", "depthwise_regularizer",
         "depthwise_constraint"}  # fmt: skip
@@ -452,8 +472,9 @@ def folded_config(value: Any) -> Any:
     if own:
         gone = OF_D if own.startswith("DOConv") else OF_D_BESIDE
         if not own.startswith("DO"):
-            gone = {option for kind in other_kinds() for option in kind.options}
+            gone = {option for kind in other_kinds() for option in kind.options} | OF_BRANCHES
         config = {key: item for key, item in value["config"].items() if key not in gone}
+        config |= {"use_bias": True} if own in BRANCHED else {}
         if "module" in value:
             value |= {"module": "keras.layers", "registered_name": None}
         value |= {"class_name": CLASSES[own], "config": config}

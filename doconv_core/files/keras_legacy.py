@@ -210,6 +210,10 @@ class KerasLegacyCheckpoint(KerasHdf5Checkpoint):
             config |= {"scale": "gamma" in found.roles, "center": "beta" in found.roles}
         return numbers, {**node, "config": config}
 
+    def with_blocks(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        """Return layers as they are: this package's of branches are in none of these files."""
+        return (*layers,)
+
     def group(self, layer: Layer) -> str:
         """Return the group by which `nodes` has a layer's config."""
         return self._groups[next(iter(layer.entries.values()))]

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from doconv_core.files.blocks import Block
 from doconv_core.files.checkpoint import Beginning, Checkpoint
 from doconv_core.files.entries import (
     PYTORCH,
@@ -174,7 +175,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if self._is_state:
             planned = [
                 Output(o.name, o.source, (*o.shape[:2], prod(o.shape[2:])), o.layer)
-                if o.layer else o
+                if o.layer and len(o.shape) > 1 else o
                 for o in planned
             ]  # fmt: skip
         told = []
@@ -209,6 +210,13 @@ class SafetensorsCheckpoint(Checkpoint):
             layers[path]["over_parameterized"] = False
             if form.composed is not None:
                 layers[path]["spec"] = dataclasses.asdict(form.composed.conv(form.spec))
+        for block in self.with_blocks(self.layers):
+            if isinstance(block, Block):  # in the place of its first convolution
+                first = block.sources[0].removesuffix(".weight")
+                others = {layer.path for layer in block.layers} - {first}
+                layers = {block.path if path == first else path: each
+                          for path, each in layers.items() if path not in others}  # fmt: skip
+                layers[block.path]["bias"] = True
         return {**self.metadata, "layers": json.dumps(layers)}
 
     def close(self) -> None:

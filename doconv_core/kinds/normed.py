@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from doconv_core.kinds.base import ONE_TAP, Array, Cost, Kind, register
+from doconv_core.kinds.base import ONE_TAP, Array, Cost, Kind, Recipe, register
 from doconv_core.maths.batchnorm import NOT_FINITE, NotFoldable
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.linear import UNIT, Scale, Taps, centred, normalizing, plus, then
@@ -201,6 +201,12 @@ class BranchedSpec:
         return found | ({norm: PASSING, SUM_NORM: TRAINED} if self.rule in SUMMED else {})
 
     @property
+    def trained_norm(self) -> str:
+        """The name of the batch norm that is the trained one."""
+        roles = self.roles.items()
+        return next(n for n, role in roles if role == TRAINED and isinstance(self.parts[n], Norm))
+
+    @property
     def keeps_kernel(self) -> bool:
         """Whether a trained kernel is the first branch's as it is."""
         return all(self.pieces.values())
@@ -376,29 +382,46 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"small must be odd, so that it has a centre; received small={value}.")
 
 
+def training_cost(spec: BranchedSpec, positions: int) -> Cost:
+    """Return what the parts of a layer cost, those of batch norms among the parameters.
+
+    positions: output positions of all images.
+    """
+    parameters = macs = 0
+    for part in spec.parts.values():
+        if isinstance(part, Norm):
+            parameters += 2 * part.channels
+            continue
+        weights = prod(part.spec.kernel_shape)
+        parameters += weights
+        finer = prod(spec.geometry.stride) // prod(part.stride)  # before the stride
+        macs += weights * positions * finer
+    return Cost(parameters, macs)
+
+
+@dataclass(frozen=True)
+class NormedRecipe(Recipe):
+    """How a network's convolution of branches is made, in the place of a batch norm, too.
+
+    options: of its rule, by name. epsilon, momentum: of every batch norm, the latter as the new
+    batch's weight.
+    """
+
+    options: tuple[tuple[str, Any], ...] = ()
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+
 class BranchedKind(Kind):
     """A rule of branches with batch norms, in the place of a convolution and its batch norm."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.options = name, OPTIONS.get(name, ())
+        self.name, self.options, self.variants = name, OPTIONS.get(name, ()), {name: {}}
 
-    def training_cost(self, conv: ConvSpec, geometry: Geometry, positions: int) -> Cost | None:
-        """Return what the parts of a layer cost in a convolution's place; None where it is left.
-
-        positions: output positions of all images. Parameters are those of the batch norms too.
-        """
-        if obstacle(conv, geometry, self.name) is not None:
-            return None
-        parameters = macs = 0
-        for part in BranchedSpec(conv, geometry, self.name).parts.values():
-            if isinstance(part, Norm):
-                parameters += 2 * part.channels
-                continue
-            weights = prod(part.spec.kernel_shape)
-            parameters += weights
-            finer = prod(geometry.stride) // prod(part.stride)  # before the stride
-            macs += weights * positions * finer
-        return Cost(parameters, macs)
+    def recipe(self, word: str, *args: Any, **options: Any) -> Recipe:
+        """Return how a network's convolution of this kind is made; TypeError for other options."""
+        self.check_taken(options)
+        return NormedRecipe(word, tuple(sorted(options.items())), *args)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for options that suit no layer."""

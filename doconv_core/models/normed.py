@@ -62,6 +62,10 @@ class NormedLayers(PartedLayers):
         self._seen: WeakKeyDictionary[ModelView, Seen] = WeakKeyDictionary()
 
     @abstractmethod
+    def _norm_options(self, epsilon: float, momentum: float) -> dict[str, Any]:
+        """Return a batch norm's arguments. momentum: the new batch's weight."""
+
+    @abstractmethod
     def _geometry(self, conv: Any) -> Geometry:
         """Return where the taps of an ordinary convolution meet its input."""
 
@@ -94,6 +98,12 @@ class NormedLayers(PartedLayers):
     def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
         """Return the name of the type that takes an ordinary layer's place."""
         return f"{self.types[type(layer)].__name__}, {self.kind.name}"
+
+    def realize(self, ordinary: Any, recipe: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the type of layer for a network's convolution, and what it takes more."""
+        norms = self._norm_options(recipe.epsilon, recipe.momentum)
+        own = {"rule": self.kind.name, "bn_options": norms, **dict(recipe.options)}
+        return self.types[ordinary], own
 
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, TypeVar
 
 from doconv_core.kinds.base import of_word
+from doconv_core.kinds.normed import BranchedKind
 from doconv_core.models.view import LayerKind
 from doconv_core.networks.initialize import initialize
 from doconv_core.networks.lowering import parts
@@ -24,11 +25,11 @@ def layer_type(
     """Return the type of layer for a network's convolution, and what it takes beside its sizes.
 
     layer_kinds: the framework's. ordinary: the type of an ordinary one, which one of a single tap
-    is. Raises ValueError, by path, for what gives no layer.
+    is but for branches with batch norms. Raises ValueError, by path, for what gives no layer.
     """
     conv = placed.node
     kind = of_word(conv.kind.name)
-    if kind is None or prod(conv.kernel_size) == 1:
+    if kind is None or (prod(conv.kernel_size) == 1 and not isinstance(kind, BranchedKind)):
         return ordinary, {}
     parts(placed.path, conv, placed.before)  # which refuses what gives no layer
     return layer_kinds[kind.name].realize(ordinary, conv.kind)

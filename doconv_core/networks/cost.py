@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import fsum, prod
 from typing import Any
 
-from doconv_core.kinds.base import Cost, of_word
+from doconv_core.kinds.base import Cost
 from doconv_core.kinds.dgc import DGConvCost, dgc_cost
-from doconv_core.kinds.normed import BranchedKind
+from doconv_core.kinds.normed import BranchedSpec
+from doconv_core.kinds.normed import training_cost as branches_cost
 from doconv_core.maths.spec import as_integer, is_sequence
 from doconv_core.networks.lowering import lowered
 from doconv_core.networks.names import describe, of_kind
@@ -23,7 +23,9 @@ from doconv_core.networks.nodes import (
     Network,
     Pool,
 )
+from doconv_core.networks.normed import Branches
 from doconv_core.networks.shapes import Placed, for_input, infer
+from doconv_core.state.file import entry
 from doconv_core.state.layers import LayerForm, Shape
 
 
@@ -160,16 +162,16 @@ def count(
         if shape is not None:
             _check_order(shape, network.input_shape[0])
             network = replace(network, input_shape=(shape[0], shape[1], shape[2]))
-    known = None if kind is None else of_word(kind)
-    branched = known if isinstance(known, BranchedKind) else None
-    if kind is not None and branched is None:
-        network = of_kind(network, kind)
-    network = for_input(network, shape)
+    network = for_input(network if kind is None else of_kind(network, kind), shape)
     described, placed = infer(network), infer(lowered(network))
-    leaves = (at for at in placed.values() if isinstance(at.node, Leaf))
-    layers = tuple(_counted(at, described) for at in leaves)
-    if branched is not None:
-        layers = _with_branches(branched, layers, placed)
+    specs = {path: at.node.spec for path, at in placed.items() if isinstance(at.node, Branches)}
+    # Of a layer of branches, a convolution and its batch norm alone are what the network has.
+    inside = {
+        entry(path, name) for path, s in specs.items() for name in s.parts if name != s.trained_norm
+    }
+    places = {path: described[path] if path in specs else at for path, at in placed.items()}
+    leaves = (at for at in places.values() if isinstance(at.node, Leaf) and at.path not in inside)
+    layers = tuple(_counted(at, described, specs.get(at.path)) for at in leaves)
     return NetworkCost(network.name, placed[""].before, placed[""].after, layers)
 
 
@@ -195,8 +197,13 @@ def _check_order(shape: Shape, channels: int) -> None:
         )
 
 
-def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
-    """Return the costs of a layer. described: the network as it was before it was lowered."""
+def _counted(
+    at: Placed, described: Mapping[str, Placed], branches: BranchedSpec | None
+) -> CountedLayer:
+    """Return the costs of a layer. described: the network as it was before it was lowered.
+
+    branches: what a convolution is in training; its batch norm is counted apart.
+    """
     kind, form, composed = at.node.word, at.form, None
     if isinstance(at.node, Conv) and at.path not in described:  # a part, which bears its kind
         kind = described[at.path.rpartition(".")[0]].node.word
@@ -211,6 +218,10 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
     trained = Cost(parameters, macs)
     if composed is not None:
         trained = composed.training_cost(spec, positions, bias=bool(biases))
+    more = Cost(0, 0)
+    if branches is not None:
+        own, norm = branches_cost(branches, positions), 2 * branches.conv.out_channels
+        more = Cost(own.parameters - norm - prod(shapes["weight"]), own.macs - macs)
     heads = None
     if isinstance(at.node, DynamicHeads):
         heads = dgc_cost(at.node.spec(at.before), positions, prod(at.before[1:]))
@@ -219,29 +230,12 @@ def _counted(at: Placed, described: Mapping[str, Placed]) -> CountedLayer:
         parameters=parameters,
         flops=macs + biases if macs else at.node.per_input * prod(at.before),
         macs=macs,
-        training_parameters=trained.parameters,
+        training_parameters=trained.parameters + more.parameters,
         composition_macs=trained.macs - macs,
+        branch_macs=more.macs,
         dgc_flops=_by_dgc(at, macs, biases) if heads is None else heads.counted,
         heads=heads,
     )  # fmt: skip
-
-
-def _with_branches(
-    kind: BranchedKind, layers: tuple[CountedLayer, ...], placed: Mapping[str, Placed]
-) -> tuple[CountedLayer, ...]:
-    """Return the costs with a kind's layers in the places of convolutions and their batch norms."""
-    found = list(layers)
-    for at, (conv, norm) in enumerate(pairwise(layers)):
-        form = placed[conv.path].form
-        if not isinstance(placed[conv.path].node, Conv) or norm.kind != "batch_norm":
-            continue
-        assert form is not None  # as every convolution has, and its geometry
-        assert form.geometry is not None
-        own = kind.training_cost(form.spec, form.geometry, prod(conv.after[1:]))
-        if form.composed is None and own is not None:
-            trained, more = own.parameters - norm.parameters, own.macs - conv.macs
-            found[at] = replace(conv, kind=kind.name, training_parameters=trained, branch_macs=more)
-    return tuple(found)
 
 
 def _by_dgc(at: Placed, macs: int, biases: int) -> int:

@@ -10,9 +10,10 @@ from math import prod
 import numpy as np
 
 from doconv_core.maths.spec import ConvSpec, as_integer
-from doconv_core.networks.lowering import layers
-from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Network, Residual
-from doconv_core.networks.shapes import infer
+from doconv_core.networks.lowering import layers, lowered, parts
+from doconv_core.networks.nodes import FAN_OUT, SHORTCUT, BatchNorm, Conv, Network, Residual
+from doconv_core.networks.normed import Branches
+from doconv_core.networks.shapes import Placed, infer
 from doconv_core.state.file import Array, State, entry
 from doconv_core.state.layers import LayerForm, LinearSpec, Shape
 
@@ -28,9 +29,11 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
 
     Convolutions are Kaiming uniform for ReLU: between -b and b, `b = sqrt(6 / fan_in)`, where
     `fan_in = I/g · M`. DO-Conv's `W` is the kernel so drawn and `D` is zero, so that the network
-    starts as the ordinary one. Linear layers, and a convolution whose own name is "classifier", are
-    Xavier normal: of mean 0 and variance `2 / (fan_in + fan_out)`, `fan_out = O/g · M`. Biases are
-    zero, batch norms have gamma and running variance 1, beta and running mean 0.
+    starts as the ordinary one. So does one of branches with batch norms, in inference: the first
+    branch's kernel is the one so drawn, and what ends the others has a gamma of zero. Linear
+    layers, and a convolution whose own name is "classifier", are Xavier normal: of mean 0 and
+    variance `2 / (fan_in + fan_out)`, `fan_out = O/g · M`. Biases are zero, batch norms have gamma
+    and running variance 1, beta and running mean 0.
     A network of dynamic group convolutions, whose `start` is `FAN_OUT`, has convolutions of mean 0
     and variance `2 / fan_out`, `fan_out = O · M`, of a head `O/h · M`; linear layers between -b and
     b, `b = 1 / sqrt(fan_in)`; and selectors of variance `2 / fan_in`, whose last biases are 1.
@@ -52,7 +55,37 @@ def initialize(network: Network, seed: int = 0, input_shape: Shape | None = None
     for path, form in forms.items():
         made = _arrays(path, form, seed, network.start)
         arrays |= {entry(path, name): made[name] for name in form.shapes}
+    for path, placed in infer(lowered(network, input_shape)).items():
+        if isinstance(placed.node, Branches):
+            first = forms[entry(path, next(iter(placed.node.spec.parts)))]
+            for name, value in placed.node.start(_drawn(path, first, seed, network.start)).items():
+                like = arrays[entry(path, name)]
+                arrays[entry(path, name)] = np.resize(value, like.shape).astype(like.dtype)
     return State(forms, arrays)
+
+
+def with_new_kernels(state: State, network: Network, seed: int = 0) -> State:
+    """Return a state whose branches with batch norms have the kernels that `initialize` draws.
+
+    Of those alone that are new where a layer takes a trained convolution's place. Layers that the
+    state lacks are left out.
+
+    >>> from doconv_core.networks.initialize import initialize, with_new_kernels
+    >>> network = describe("cifar_resnet20_repvgg")
+    >>> found = with_new_kernels(initialize(network, seed=1), network, seed=2).arrays
+    >>> name = "stem.conv.pointwise_conv.weight"
+    >>> bool((found[name] == initialize(network, seed=2).arrays[name]).all())
+    True
+    """
+    drawn = initialize(network, seed).arrays
+    new = {
+        entry(path, name): drawn[entry(path, name)]
+        for path, placed in infer(lowered(network)).items()
+        if isinstance(placed.node, Branches)
+        for name in placed.node.new_weights
+        if entry(path, name) in state.arrays
+    }
+    return replace(state, arrays={**state.arrays, **new})
 
 
 def with_zero_gammas(state: State, network: Network) -> State:
@@ -67,17 +100,26 @@ def with_zero_gammas(state: State, network: Network) -> State:
     0.0
     """
     placed = infer(network)
+    norms = {path: norm for path, each in placed.items() if (norm := _scaling(each)) is not None}
     last = {
-        unit: entry(path, "gamma")
+        unit: entry(norm, "gamma")
         for unit, each in placed.items()
         if isinstance(each.node, Residual)
-        for path, child in placed.items()
-        if isinstance(child.node, BatchNorm) and child.node.affine and _in_body(unit, path)
+        for path, norm in norms.items()
+        if _in_body(unit, path)
     }
     if not last:
         raise ValueError(f"{network.name} has no residual unit with a batch norm that scales.")
     zeros = {name: np.zeros_like(state.arrays[name]) for name in last.values()}
     return replace(state, arrays={**state.arrays, **zeros})
+
+
+def _scaling(placed: Placed) -> str | None:
+    """Return the path of the batch norm that a node is, or that a layer of branches begins with."""
+    if isinstance(placed.node, BatchNorm) and placed.node.affine:
+        return placed.path
+    made = parts(placed.path, placed.node, placed.before) if isinstance(placed.node, Conv) else None
+    return entry(placed.path, made.spec.trained_norm) if isinstance(made, Branches) else None
 
 
 def _in_body(unit: str, path: str) -> bool:

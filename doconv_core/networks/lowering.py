@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import prod
 
 from doconv_core.kinds.base import PartConv, PartNorm, SeparableKind, of_word
+from doconv_core.kinds.normed import BranchedKind
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.networks.nodes import (
     ORDINARY,
@@ -16,6 +17,7 @@ from doconv_core.networks.nodes import (
     replaced,
     sequence,
 )
+from doconv_core.networks.normed import branches
 from doconv_core.networks.shapes import infer
 from doconv_core.state.layers import LayerForm, Shape
 
@@ -23,9 +25,10 @@ from doconv_core.state.layers import LayerForm, Shape
 def lowered(network: Network, input_shape: Shape | None = None) -> Network:
     """Return a network of the same function whose convolutions are ordinary or composed ones alone.
 
-    A BSConv becomes the sequence of its parts, with their own names below its path. A kernel of one
-    tap has nothing to separate and stays an ordinary convolution. input_shape: `(C, H, W)`; None
-    for the network's own. Raises ValueError for a BSConv with groups.
+    A BSConv becomes the sequence of its parts, with their own names below its path; one of branches
+    with batch norms the block of them. A kernel of one tap has nothing to separate and stays an
+    ordinary convolution. input_shape: `(C, H, W)`; None for the network's own. Raises ValueError
+    for a BSConv with groups, and for sizes that a rule of branches has no layer of.
     """
     placed = infer(network, input_shape).values()
     at = ((each.path, each.before) for each in placed if isinstance(each.node, Conv))
@@ -51,11 +54,16 @@ def layers(network: Network, input_shape: Shape | None = None) -> dict[str, Laye
 
 
 def parts(path: str, conv: Conv, before: Shape) -> Node:
-    """Return what a convolution is made of: itself, or the sequence of its kind's parts.
+    """Return what a convolution is made of: itself, or its kind's parts.
 
     path: the convolution's, for messages. before: the shape of its input, channels first.
     """
     kind = of_word(conv.kind.name)
+    if isinstance(kind, BranchedKind):
+        try:
+            return branches(conv, before)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
     if not isinstance(kind, SeparableKind):
         return conv
     if prod(conv.kernel_size) == 1:

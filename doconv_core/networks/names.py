@@ -2,7 +2,9 @@
 
 A name is a family's own, then `_bsconvu` or `_bsconvs_pXdY` for a BSConv network, or `_doconv` for
 one whose convolutions of more than one tap are over-parameterized. Behind other words, such as
-`_branches`, `_orepa` or `_expand`, they are of another kind; no list has such names.
+`_branches`, `_orepa` or `_expand`, they are of another kind; behind a rule's, such as `_repvgg` or
+`_dbb`, they are branches with batch norms, each in the place of a convolution and the batch norm
+behind it. No list has such names.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from doconv_core.kinds.base import ComposedKind, Recipe, kinds, recipe
+from doconv_core.kinds.base import ComposedKind, Recipe, kinds, of_word, recipe
+from doconv_core.kinds.normed import RULES, BranchedKind
 from doconv_core.maths.spec import as_integer
 from doconv_core.networks.families import FAMILIES, INTEGER, Build, Family, enumerated
 from doconv_core.networks.nodes import ORDINARY, Conv, Network, Sequence, replaced
+from doconv_core.networks.normed import with_branches
 
 # What follows a family's own name, and what each family has of it; the first listed are the usual.
 BSCONV = re.compile(f"(.+)_bsconv(?:(u)|s_p{INTEGER}d{INTEGER})")
@@ -90,6 +94,18 @@ def options_of(name: str) -> tuple[str, ...]:
     return _parsed(name)[0].options
 
 
+def with_kind(name: str) -> tuple[str, str | None]:
+    """Return a name without that of branches with batch norms at its end, and their kind.
+
+    None where it has no such end, or what it stands behind is no network's name.
+
+    >>> with_kind("cifar_resnet20_repvgg"), with_kind("cifar_resnet20_doconv")
+    (('cifar_resnet20', 'repvgg'), ('cifar_resnet20_doconv', None))
+    """
+    plain, _, word = name.rpartition("_")
+    return (plain, word) if word in RULES and known_name(plain) is not None else (name, None)
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that match, family by family.
 
@@ -108,24 +124,28 @@ def list_models(pattern: str = "*") -> list[str]:
 def of_kind(network: Network, word: str) -> Network:
     """Return a network whose convolutions of more than one tap have their kernels composed.
 
-    word: a kind's, as `recipe` takes it.
+    word: a kind's, as `recipe` takes it. Of one with batch norms in its branches, those that it
+    takes with the batch norm behind them; ValueError where there are none.
     """
-    kind = recipe(word)
+    return replace(network, body=_changed(network.body, word))
+
+
+def _changed(body: Sequence, word: str) -> Sequence:
+    made, kind = recipe(word), of_word(word)
+    if isinstance(kind, BranchedKind):
+        return with_branches(body, kind)
 
     def change(conv: Conv) -> Conv:
-        return replace(conv, kind=kind) if prod(conv.kernel_size) > 1 else conv
+        return replace(conv, kind=made) if prod(conv.kernel_size) > 1 else conv
 
-    return replace(network, body=replaced(network.body, change))
+    changed: Sequence = replaced(body, change)
+    return changed
 
 
 def _built(build: Build, kind: Recipe, word: str | None, classes: int, **options: Any) -> Sequence:
-    """Return the nodes; with a word, every convolution of more than one tap is of its kind."""
-
-    def change(conv: Conv) -> Conv:
-        return replace(conv, kind=recipe(word)) if word and prod(conv.kernel_size) > 1 else conv
-
-    body: Sequence = replaced(build(classes, kind, **options), change)
-    return body
+    """Return the nodes; with a word, convolutions are of its kind, as `of_kind` says."""
+    body = build(classes, kind, **options)
+    return body if word is None else _changed(body, word)
 
 
 def _nearest(name: str, names: tuple[str, ...]) -> list[str]:
@@ -150,8 +170,8 @@ class _Unknown(Exception):
 
 def _parsed(name: str) -> tuple[Family, Callable[..., Sequence]]:
     """Return a name's family, and what builds the network, of the number of classes."""
-    # The word of the kind that composes all kernels, if the name ends with one.
-    known = sorted(_composed_words(listed=False), key=len, reverse=True)
+    # The word of the kind that all convolutions are of, if the name ends with one.
+    known = sorted((*_composed_words(listed=False), *RULES), key=len, reverse=True)
     word = next((word for word in known if name.endswith(f"_{word}")), None)
     plain = name if word is None else name.removesuffix(f"_{word}")
     suffix = BSCONV.fullmatch(plain)

@@ -25,7 +25,7 @@ import numpy as np
 
 from doconv_core.atomic import write_json
 from doconv_core.networks.initialize import with_zero_gammas
-from doconv_core.networks.names import describe
+from doconv_core.networks.names import describe, of_kind
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
 from doconv_core.training.data import ImageData, Series, as_data, batches, open_data, series
@@ -224,6 +224,8 @@ class Session:
             )
         options = self.notes.get("options", {})
         network = describe(self.network, num_classes=len(self.data.classes), **options)
+        kind = self.notes.get("job", {}).get("kind")
+        network = network if kind is None else of_kind(network, kind)
         self.engine.load_state(with_zero_gammas(self.engine.export_state(), network))
 
     def _try_model(self) -> None:
