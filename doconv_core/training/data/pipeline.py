@@ -421,12 +421,11 @@ class _Maker:
 
     def _order(self, epoch: int) -> Array:
         """Return the order of the images in an epoch; two are kept, as threads may be in both."""
-        if epoch not in self._orders:
-            self._orders = {
-                **dict(list(self._orders.items())[-1:]),
-                epoch: self.source.shuffled(self._random(epoch)),
-            }
-        return self._orders[epoch]
+        found = self._orders.get(epoch)
+        if found is None:
+            found = self.source.shuffled(self._random(epoch))
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: found}
+        return found
 
     def _random(self, *of: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64((self.seed, *of)))
