@@ -146,7 +146,7 @@ allow_option = click.option(
 epsilon_option = click.option(
     "--epsilon", type=float, metavar="NUMBER",
     help="Of the batch norms in blocks of branches, where the file does not tell it; 1e-5 if not "
-    "given.",
+    "given, but for Keras' .weights.h5, which need it.",
 )  # fmt: skip
 source_argument = click.Path(exists=True, readable=True, path_type=Path)  # a folder is told later
 target_argument = click.Path(readable=False, path_type=Path)  # `check_target` says why not
