@@ -243,6 +243,8 @@ def _model(backend: Any, job: Job, recipe: Recipe, data: ImageData, *, fresh: bo
     found = None
     if job.start is not None and fresh:
         found = _found(Path(job.start), network, job.kind if branched else None)
+        if found.kept is not None:
+            say(f"{job.start} is of other classes: the layer {found.kept!r} starts anew")
         if not found.number:
             backend.load_state(model, found.state)
     if job.kind is None:
@@ -265,10 +267,7 @@ def _found(start: Path, network: Network, kind: str | None) -> Initial:
     if kind is not None:
         networks[f"{network.name}_{kind}"] = names.of_kind(network, kind)
     fresh = [replace(initialize(x), origin={"network": name}) for name, x in networks.items()]
-    found = state_from(start, *fresh)
-    if found.kept is not None:
-        say(f"{start} is of other classes: the layer {found.kept!r} starts anew")
-    return found
+    return state_from(start, *fresh)
 
 
 def of_kind(backend: Any, model: Any, network: str, kind: str) -> tuple[Any, Report]:
@@ -318,8 +317,7 @@ def load_file(
 
     Returns the last layer's path where the file is one of other classes, so that it stays as new.
     """
-    fresh = initialize(described(network, image, data, options))
-    found = state_from(file, replace(fresh, origin={"network": network}))
+    found = _found(file, described(network, image, data, options), None)
     backend.load_state(model, found.state)
     return found.kept
 
