@@ -362,6 +362,19 @@ def test_of_many_one_gets_a_claim(tmp_path):
     claim.release()
 
 
+def test_a_claim_is_held_as_soon_as_its_owner_can_be_read(tmp_path, monkeypatch):
+    write, found = json.dump, []
+
+    def write_and_ask(owner, file):
+        write(owner, file)
+        file.flush()
+        found.append(claimed(tmp_path / "run"))
+
+    monkeypatch.setattr(claims.json, "dump", write_and_ask)
+    claimed(tmp_path / "run").release()
+    assert found == [None]
+
+
 HERE = os.path.dirname(__file__)
 GONE = {"host": claims.socket.gethostname(), "process": 2**22 + 1}  # above any process's number
 

@@ -37,7 +37,6 @@ class Claim:
     def __init__(self, target: Path, file: Path) -> None:
         self.target, self.file = target, file
         self._ended = threading.Event()
-        _HELD.add(file)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
@@ -75,6 +74,7 @@ def claimed(target: Path) -> Claim | None:
     file = target.with_name(f"{target.name}.claim-{number}")
     try:
         with file.open("x", encoding="utf-8") as opened:
+            _HELD.add(file)  # before anyone can read whose it is
             json.dump({"host": socket.gethostname(), "process": os.getpid()}, opened)
     except FileExistsError:  # another was faster
         return None
