@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 _layers = keras.layers
 _OWN = ("rule", "branches", "small", "bn_options")
 # Why a convolution is left, of what Keras alone has.
-STRIDED = "it has strides, with which Keras has no dilated convolution, as its branches would be"
+NO_DILATED = "with which Keras has no dilated convolution, as its branches would be"
+STRIDED = f"it has strides, {NO_DILATED}"
 NORM_BOUND = "a regularizer or a constraint of its would be given up"
 
 
@@ -72,6 +73,11 @@ class _Branched(StandIn, keras.layers.Layer):
             raise ValueError(
                 f"{type(self).__name__} takes no activation, which would stand before its batch "
                 f"norms; received activation={given['activation']!r}. Put a layer behind it."
+            )
+        if _has_dilated(own["rule"]) and max(conv.strides) > 1:
+            raise ValueError(
+                f"rule={own['rule']!r} takes no strides, {NO_DILATED}; received "
+                f"strides={conv.strides}."
             )
         super().__init__(
             name=given.get("name"), trainable=conv.trainable, dtype=conv.dtype_policy,
@@ -166,18 +172,26 @@ class _Branched(StandIn, keras.layers.Layer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the sum of what the branches make of a batch, in the layer's data format."""
-        x = self._with_zeros(inputs)
-        made = [self._branch(pieces, x, training) for pieces in self.spec.pieces.values()]
+        zeros = self._zeros_of_same(inputs)
+        x = inputs if zeros is None else ops.pad(inputs, zeros)
+        made = []
+        for pieces in self.spec.pieces.values():
+            inner = any(isinstance(piece, Norm) and piece.inner for piece in pieces)
+            given = (inputs, zeros) if inner else (x, None)
+            made.append(self._branch(pieces, *given, training))
         y = reduce(add, made)
         if SUM_NORM in self.spec.parts:
             y = self._part(SUM_NORM)(y, training=training)
         return y
 
-    def _with_zeros(self, x: Any) -> Any:
-        """Return an input with the zeros that "same" gives one of its size where it has strides.
+    def _zeros_of_same(self, x: Any) -> list[tuple[Any, Any]] | None:
+        """Return the zeros that "same" gives an input of this size where it has strides, or None.
 
-        All branches see these, as those of a layer before, each its own part.
+        All branches see these, as those of a layer before, each its own part; around what an inner
+        norm makes, they are what it makes of zero.
         """
+        if SAME not in pads(self):
+            return None
         zeros, first = [(0, 0)] * (self.rank + 2), 1 if self._channel_axis() == -1 else 2
         for axis, pad in enumerate(pads(self), first):
             if pad == SAME:
@@ -185,7 +199,7 @@ class _Branched(StandIn, keras.layers.Layer):
                 zeros[axis] = self._zeros(
                     axis - first, ops.shape(x)[axis] if size is None else size
                 )
-        return ops.pad(x, zeros) if SAME in pads(self) else x
+        return zeros
 
     def _zeros(self, axis: int, size: Any) -> Any:
         """Return how many zeros "same" adds before and after. size: of this dimension."""
@@ -194,7 +208,10 @@ class _Branched(StandIn, keras.layers.Layer):
         total = largest(extent - (size - 1) % self.strides[axis], 0)
         return total // 2, total - total // 2
 
-    def _branch(self, pieces: tuple[Piece, ...], x: Any, training: bool | None) -> Any:
+    def _branch(
+        self, pieces: tuple[Piece, ...], x: Any, zeros: list[Any] | None, training: bool | None
+    ) -> Any:
+        """Return what a branch makes of a value. zeros: around what its inner norm makes of it."""
         zero = None
         for piece in pieces:
             if isinstance(piece, Norm):
@@ -203,6 +220,8 @@ class _Branched(StandIn, keras.layers.Layer):
                 x = norm(x, training=training)
                 continue
             x = self._around(x, piece.around, zero)
+            if zeros is not None and zero is not None:
+                x = self._pad(x, zeros, zero)
             if isinstance(piece, Mean):
                 x = self._mean(x, piece)
             else:
@@ -235,6 +254,10 @@ class _Branched(StandIn, keras.layers.Layer):
         x = x[tuple(cut)]
         zeros = [[0, 0]] * (self.rank + 2)
         zeros[first : first + self.rank] = [[max(b, 0), max(a, 0)] for b, a in pairs]
+        return self._pad(x, zeros, zero)
+
+    def _pad(self, x: Any, zeros: list[Any], zero: Any) -> Any:
+        """Return a value with what an inner norm makes of zero around it, or with zeros."""
         if zero is None:
             return ops.pad(x, zeros)
         shape = [1] * (self.rank + 2)
@@ -389,6 +412,10 @@ def _geometry(layer: Any) -> Geometry:
     return Geometry(layer.strides, layer.dilation_rate, around)
 
 
+def _has_dilated(rule: str) -> bool:
+    return rule == "unireplknet"
+
+
 def _is_same(part: Conv) -> bool:
     """Return whether a part's own zeros are those of "same"."""
     return part.padding == same(part.kernel_size, part.stride, part.dilation)
@@ -485,7 +512,7 @@ class BranchedLayers(Parts, NormedLayers):
     def obstacle(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> str | None:
         """Return why a convolution is left that nothing else keeps from being replaced."""
         reason = super().obstacle(view, layer, options)
-        if reason is None and self.kind.name == "unireplknet" and max(layer.strides) > 1:
+        if reason is None and _has_dilated(self.kind.name) and max(layer.strides) > 1:
             return STRIDED
         return reason
 

@@ -127,9 +127,34 @@ def test_same_padding_with_strides_is_that_of_the_inputs_size(kind, size):
         assert all(isinstance(pad, str) for pad in geometry.padding)
 
 
+@pytest.mark.parametrize("size", [(9, 8), (None, None)])
+def test_the_zeros_of_same_with_strides_are_not_in_inner_norms_statistics(size):
+    """DBB's branches in training: those of a layer whose input's zeros are its own."""
+    conv = layers.Conv2D(4, 3, strides=2, padding="same", name="conv")
+    made = over(model_of(*pair(conv), size=size)[0], "dbb")
+    layer = made.get_layer("conv")
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, 4)).astype("f4")
+    statistics = {
+        name: getattr(layer, name).moving_mean
+        for name, part in layer.spec.parts.items()
+        if getattr(part, "inner", False)
+    }
+    assert statistics
+    before = {name: np.array(mean) for name, mean in statistics.items()}
+    made(x, training=True)
+    for name, mean in statistics.items():
+        inner = getattr(layer, name.replace("norm", "conv"), None)
+        seen = x if inner is None else inner(x)
+        momentum = getattr(layer, name).momentum
+        expected = momentum * before[name] + (1 - momentum) * np.mean(seen, (0, 1, 2))
+        assert_close(mean, expected, 1e-5)
+
+
 def test_what_is_left_and_why():
     conv, norm = layers.Conv2D, layers.BatchNormalization
     assert reason("unireplknet", *pair(conv(4, 5, strides=2))) == STRIDED
+    with pytest.raises(ValueError, match=r"rule='unireplknet' takes no strides.*strides=\(2, 2\)"):
+        package.NormedConv2D(4, 5, 2, rule="unireplknet")
     assert reason("repvgg", *pair(layers.SeparableConv2D(4, 3))) == NO_LAYER
     assert CONSTRAINED in reason("acnet", *pair(conv(4, 3, kernel_constraint="max_norm")))
     assert NORM_BOUND in reason("acnet", conv(4, 3), norm(gamma_regularizer="l2"))
