@@ -13,6 +13,9 @@ def pytest_addoption(parser):
         action="store_true",
         help="also run the long tail: other Keras backends, import orders, sweeps, memory",
     )
+    parser.addoption(
+        "--part", default="0/1", help="K/N: of the long tail, the K-th of N parts alone"
+    )
     parser.addoption("--every", type=int, default=1, help="run every N-th of the tests alone")
 
 
@@ -23,7 +26,8 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "brief: the beginning of a case of the long tail, which runs in its place there"
     )
-    examples = 200 if config.getoption("--exhaustive") else 50
+    whole = config.getoption("--exhaustive") and config.getoption("--part") == "0/1"
+    examples = 200 if whole else 50
     settings.register_profile("properties", max_examples=examples, deadline=None)
     settings.load_profile("properties")
 
@@ -31,14 +35,19 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leave out the long tail unless it is asked for, or else what it has at greater length.
 
-    What is left out is deselected, so that none is skipped.
+    What is left out is deselected, so that none is skipped. Every N-th test of the long tail is in
+    one part, and the shorter form of those in other parts runs.
     """
     items[:] = items[:: config.getoption("--every")]
-    marker = "brief" if config.getoption("--exhaustive") else "exhaustive"
-    left = [item for item in items if item.get_closest_marker(marker)]
+    part, parts = map(int, config.getoption("--part").split("/"))
+    tail = [item for item in items if item.get_closest_marker("exhaustive")]
+    brief = [item for item in items if item.get_closest_marker("brief")]
+    chosen = set(tail[part::parts]) if config.getoption("--exhaustive") else set()
+    left = {item for item in tail if item not in chosen}
+    left.update(brief if chosen and not left else ())
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture
