@@ -179,6 +179,54 @@ def test_a_full_disk_is_told_wherever_it_is_met(what, tmp_path, monkeypatch):
     assert len(resumed.metrics) == 3
 
 
+def test_a_run_that_does_not_begin_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "keep", full)
+        with pytest.raises(DiskFull, match=r"run: No space left .*; make room and begin anew\.$"):
+            begun(tmp_path / "run")
+    diverged = Linear()
+    diverged.weight[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"the model's fc\.weight is not finite to begin with"):
+        begun(tmp_path / "run", diverged)
+    assert not any((tmp_path / "run").iterdir())
+    begun(tmp_path / "run").run()
+
+
+def test_a_run_that_is_trained_is_left_alone(tmp_path):
+    """By what would replace it, go on with it or begin it, until it has ended."""
+    run, tried = tmp_path / "run", []
+
+    def ask(epoch, metrics, model):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(RunError, match=rf"is being trained by process {os.getpid()} on .*run"):
+            begun(run, **[{"force": True}, {"resume": True}][epoch % 2])
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(RunError, match="holds a run already"):
+            begun(run)
+        tried.append(epoch)
+
+    begun(run, callback=ask).run()
+    assert tried == [1, 2, 3]
+    assert not [*run.glob(".run*")]
+    begun(run, force=True).run()
+
+
+def test_a_run_that_was_killed_is_not_taken_for_one_that_is_trained(tmp_path):
+    begun(tmp_path / "run").run()
+    owner = {"host": "elsewhere", "process": 1}
+    file = tmp_path / "run" / ".run.claim-0"
+    file.write_text(json.dumps(owner))
+    with pytest.raises(RunError, match="is being trained by process 1 on elsewhere"):
+        begun(tmp_path / "run", resume=True)
+    long_ago = time.time() - runs.SILENT - 1
+    os.utime(file, (long_ago, long_ago))
+    begun(tmp_path / "run", resume=True).run()
+    assert not file.exists()
+
+
 def test_each_process_has_its_sums_again():
     sums = [Sums(1.5, 1, 2, 3), Sums(0.1, 0, 1, 2)]
     told = json.loads(json.dumps(Position(epoch=1, done=2).told(sums)))

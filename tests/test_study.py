@@ -286,6 +286,12 @@ def test_what_is_no_study_is_refused(tmp_path, text, error):
         studies.plan(tmp_path)
 
 
+def test_what_another_process_is_writing_is_no_other_folder(tmp_path):
+    (tmp_path / ".plan.json.0123").mkdir()
+    studies.begin(tmp_path, study())
+    assert studies.plan(tmp_path)["backend"] == study().backend
+
+
 def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").touch()
     with pytest.raises(StudyError, match="is not empty, and holds no study"):

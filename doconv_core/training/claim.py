@@ -53,22 +53,25 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Let others claim the same."""
+        """Let others claim the same; remove what those before have left, who are gone."""
         self._ended.set()
         _HELD.discard(self.file)
-        self.file.unlink(missing_ok=True)
+        for file in [*_claims(self.target)]:
+            if _number(file) <= _number(self.file):
+                file.unlink(missing_ok=True)
 
 
 _HELD: set[Path] = set()  # by this process
 
 
-def claimed(target: Path) -> Claim | None:
+def claimed(target: Path, stale: float = STALE) -> Claim | None:
     """Return the claim on a target, a path beside which its file is made; None where it is taken.
 
-    Raises OSError where no file can be made there.
+    stale: seconds without a touch, after which an owner elsewhere is taken to be gone. Raises
+    OSError where no file can be made there.
     """
     last = _last(target)
-    if last is not None and _is_at_work(last):
+    if last is not None and _is_at_work(last, stale):
         return None
     number = 0 if last is None else _number(last) + 1
     file = target.with_name(f"{target.name}.claim-{number}")
@@ -78,7 +81,25 @@ def claimed(target: Path) -> Claim | None:
             json.dump({"host": socket.gethostname(), "process": os.getpid()}, opened)
     except FileExistsError:  # another was faster
         return None
+    except OSError:  # a full disk
+        _HELD.discard(file)
+        file.unlink(missing_ok=True)
+        raise
     return Claim(target, file)
+
+
+def owner(target: Path) -> str:
+    """Return who works on a target, as far as its claim tells.
+
+    >>> owner(Path("nothing"))
+    'another process'
+    """
+    last = _last(target)
+    with suppress(OSError, ValueError):
+        found = json.loads(last.read_text(encoding="utf-8")) if last is not None else {}
+        if found:
+            return f"process {found['process']} on {found['host']}, as {last} tells"
+    return "another process"
 
 
 @contextmanager
@@ -94,15 +115,18 @@ def held(target: Path) -> Iterator[Claim | None]:
 
 def _last(target: Path) -> Path | None:
     """Return the file of the latest claim."""
-    found = target.parent.glob(f"{escape(target.name)}.claim-*")
-    return max(found, key=_number, default=None)
+    return max(_claims(target), key=_number, default=None)
+
+
+def _claims(target: Path) -> Iterator[Path]:
+    return target.parent.glob(f"{escape(target.name)}.claim-*")
 
 
 def _number(file: Path) -> int:
     return int(file.name.rpartition("-")[2])
 
 
-def _is_at_work(file: Path) -> bool:
+def _is_at_work(file: Path, stale: float) -> bool:
     """Return whether a claim's owner seems to be at work."""
     try:
         owner = json.loads(file.read_text(encoding="utf-8") or "{}")
@@ -111,7 +135,7 @@ def _is_at_work(file: Path) -> bool:
         return True
     if owner.get("host") == socket.gethostname() and not _is_alive(owner["process"], file):
         return False
-    return silent < STALE
+    return silent < stale
 
 
 def _is_alive(process: int, file: Path) -> bool:

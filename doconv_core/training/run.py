@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from doconv_core.atomic import write_json, write_text
+from doconv_core.training.claim import BEAT, Claim, claimed, owner
 from doconv_core.training.data.needed import needed
 
 FORMAT, VERSION = "doconv run", 1
@@ -38,6 +39,8 @@ STATE, POSITION = "state.safetensors", "position.json"
 VERSIONS = ("overconv", "numpy", "grain", "pillow")  # of distributions, beside the framework's
 # What a checkpoint's folder is called until it is whole.
 UNFINISHED = "."
+CLAIM = ".run"  # whose claim says that a process writes into the folder
+SILENT = 5 * BEAT  # seconds, after which a process on another machine is taken to be gone
 
 
 class RunError(ValueError):
@@ -138,9 +141,9 @@ class Run:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        write_text(checkpoints / LAST, name + "\n")
         if best:
             write_text(checkpoints / BEST, name + "\n")
+        write_text(checkpoints / LAST, name + "\n")
         kept = {self.last, self.best}
         for path in checkpoints.iterdir():
             if path.is_dir() and path not in kept:
@@ -152,6 +155,13 @@ class Run:
         if self.last is None:
             raise RunError(f"{self.folder} has no checkpoint to go on from; begin it anew.")
         return _read_json(self.last / POSITION)
+
+    def remove(self) -> None:
+        """Remove what the run has written into its folder, and nothing else."""
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        paths = (self.folder / name for name in (DESCRIBED, METRICS, EVENTS, RESULT, REPORT))
+        for path in (*paths, *self.folder.glob(f"{FOLDED}.*")):
+            path.unlink(missing_ok=True)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write what the run came to; it has come to its end then."""
@@ -180,13 +190,29 @@ def check_new(folder: str | os.PathLike[str], force: bool) -> None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run.")
-    if force or not path.exists() or not any(path.iterdir()):
+    there = (each.name for each in path.iterdir()) if path.exists() else ()
+    if force or all(name.startswith(f"{CLAIM}.") for name in there):
         return
     if (path / DESCRIBED).is_file():
         raise RunError(
             f"{path} holds a run already; resume it, replace it by force, or name another folder."
         )
     raise RunError(f"{path} is not empty; name another folder for the run, or use force.")
+
+
+def claim(folder: str | os.PathLike[str]) -> Claim:
+    """Return this process's claim on a run's folder, which is made where it is missing.
+
+    Raises RunError where another process trains there.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    found = claimed(path / CLAIM, SILENT)
+    if found is None:
+        raise RunError(
+            f"{path} is being trained by {owner(path / CLAIM)}; let it end, or end it, before."
+        )
+    return found
 
 
 def begin(folder: str | os.PathLike[str], described: Mapping[str, Any], force: bool = False) -> Run:
@@ -198,7 +224,7 @@ def begin(folder: str | os.PathLike[str], described: Mapping[str, Any], force: b
     check_new(folder, force)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _remove(path)
+    Run(path, described).remove()
     whole = {"format": FORMAT, "version": VERSION, **described, **_surroundings()}
     write_json(path / DESCRIBED, whole)
     return Run(path, _read_json(path / DESCRIBED))
@@ -226,14 +252,6 @@ def _difference(there: Any, given: Any) -> str:
     told = [f"{name} is {there.get(name)!r} there, {given.get(name)!r} given" for name in names[:3]]
     more = f", and {len(names) - 3} more differ" if len(names) > 3 else ""
     return f"{'; '.join(told)}{more}."
-
-
-def _remove(folder: Path) -> None:
-    """Remove what a run has written into its folder, and nothing else."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    names = (DESCRIBED, METRICS, EVENTS, RESULT, REPORT)
-    for path in (*(folder / name for name in names), *folder.glob(f"{FOLDED}.*")):
-        path.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from doconv_core.networks.initialize import with_zero_gammas
 from doconv_core.networks.names import describe, of_kind
 from doconv_core.state.file import State, write_state
 from doconv_core.training import run as runs
+from doconv_core.training.claim import Claim
 from doconv_core.training.data import ImageData, Series, as_data, batches, open_data, series
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
 from doconv_core.training.recipe import Recipe, check_data
@@ -194,13 +195,25 @@ class Session:
         self.drawn: Series
         self.folder: Run | None = None  # of the process that writes it, or that goes on with it
         self.notes = dict(notes or {})
-        self._begin(resume, force)
+        self.claim: Claim | None = None
+        try:
+            self._begin(resume, force)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write into the run's folder."""
+        if self.claim is not None:
+            self.claim.release()
 
     def _begin(self, resume: bool, force: bool) -> None:
         """Check what can be checked, then open the run's folder, and take up its checkpoint."""
         described = self._described()
         if self.out is not None and resume:
             self.folder = runs.resume(self.out, described)
+            if self.writes:
+                self.claim = runs.claim(self.out)
         elif self.out is not None and self.writes:
             runs.check_new(self.out, force)
         if self.writes:
@@ -213,8 +226,16 @@ class Session:
             self._zero_last_gammas()
         if self.writes and self.out is not None:
             whole = {**described, **self._told(), "notes": self.notes}
-            self.folder = runs.begin(self.out, whole, force)
-        self._checkpoint("step-00000000")
+            with self._ended_clearly():
+                self.claim = runs.claim(self.out)
+                self.folder = runs.begin(self.out, whole, force)
+        try:
+            with self._ended_clearly():
+                self._checkpoint("step-00000000")
+        except BaseException:
+            if self.folder is not None:
+                self.folder.remove()
+            raise
 
     def _zero_last_gammas(self) -> None:
         """Let the residual units of a network by name start as identities."""
@@ -233,7 +254,11 @@ class Session:
         first = _first(self.engine, self.recipe, self.data)
         self.image = first.images.shape[1:]
         self.engine.evaluate([first])
-        self.network = self.engine.export_state().origin.get("network")
+        state = self.engine.export_state()
+        self.network = state.origin.get("network")
+        for entry, array in state.arrays.items() if self.folder is None else ():
+            if not np.isfinite(array).all():
+                raise ValueError(f"the model's {entry} is not finite to begin with.")
 
     def _described(self) -> dict[str, Any]:
         """Return what must be the same when the run is gone on with."""
@@ -275,7 +300,7 @@ class Session:
         """
         self.drawn = self._series()
         ended, watching = self._ended_clearly(), self._watching_signals()
-        with ended, watching, self.display, closing(self.drawn):
+        with closing(self), ended, watching, self.display, closing(self.drawn):
             while self.position.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._finish_epoch()
@@ -463,7 +488,9 @@ class Session:
             if error.errno not in FULL:
                 raise
             raise DiskFull(
-                f"{self.out}: {error.strerror}{self._stands()}; make room and resume.", self._last
+                f"{self.out}: {error.strerror}{self._stands()}; make room and "
+                f"{'begin anew' if self._last is None else 'resume'}.",
+                self._last,
             ) from error
 
     @contextmanager

@@ -182,9 +182,10 @@ def begin(folder: Path, study: Study) -> None:
     where an arm of the same name, the backend or the data is another; ImportError without scipy.
     """
     check_installed()
-    if (folder / PLAN).exists():
+    strange = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if (folder / PLAN).exists():  # which another may have written just now
         _check_same(folder, plan(folder), study.described())
-    elif folder.exists() and any(folder.iterdir()):
+    elif strange:
         raise StudyError(f"{folder} is not empty, and holds no study; name another folder.")
     write_json(folder / PLAN, study.described())
 
