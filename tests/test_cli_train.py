@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,6 +14,7 @@ from command_line import BAD_FILE, IMPOSSIBLE, TARGET, USAGE, doconv
 from contract_train import TRAINED
 from equal import assert_close, assert_same
 from frameworks import need
+from PIL import Image
 
 from doconv_core import describe, read_state, write_state
 from doconv_core.cli.command import DIVERGED, INTERRUPTED
@@ -117,6 +120,42 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     )
     branch = "stem.conv.pointwise_conv.weight"
     assert branch in arrays(open_run(run).last / "state.safetensors").keys() - folded.keys()
+
+
+def test_a_batch_may_be_taken_in_parts(tmp_path):
+    need("torch")
+    run, parts = tmp_path / "run", ("--set", "accumulate=2")
+    train(run, *parts, "--set", "epochs=1")
+    assert open_run(run).described["recipe"]["accumulate"] == 2
+    told = json.loads(doconv("evaluate", run, *parts, "--json").stdout)
+    assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
+
+
+@pytest.mark.filterwarnings("ignore:.* could not be read .*; it does not count:UserWarning")
+def test_images_that_may_be_broken_may_be_so_in_evaluation(tmp_path):
+    need("torch")
+    for part, number in itertools.product(("train", "val"), range(4)):
+        file = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), number).save(file)
+    file.write_bytes(file.read_bytes()[:40])
+    given = ("--data", "folder", "--data-dir", tmp_path / "images", "--max-broken", "1")
+    plain = ("--set", "train_images=resize 28 28", "--set", "eval_images=resize 28 28",
+             "--set", "batch_size=4")  # fmt: skip
+    run = tmp_path / "run"
+    train(run, *given, *plain)
+    told = json.loads(doconv("evaluate", run, "--json").stdout)
+    assert told["top1"] == open_run(run).metrics()[-1]["eval_top1"]
+    state = run / "folded.safetensors", "--backend", "torch", *plain, "--json"
+    found = json.loads(doconv("evaluate", *state, *given).stdout)
+    assert found["images"] == told["images"] == 3
+    doconv("evaluate", *state, *given[:4], code=USAGE, error="could not be read")
+
+
+def test_a_run_without_a_best_checkpoint_says_so(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "checkpoints" / "best").unlink()
+    doconv("evaluate", run, "--best", code=TARGET, error="run has no best checkpoint yet")
 
 
 def test_a_run_starts_from_any_file_of_the_network(trained, tmp_path):

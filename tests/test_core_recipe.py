@@ -123,6 +123,11 @@ def test_texts_become_what_their_field_is(field, text, value):
     assert type(found) is type(value)
 
 
+def test_an_integer_beyond_all_numbers_is_refused():
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        recipe("bsconv_cifar", weight_decay=10**400)
+
+
 def test_changes_are_made_together():
     made = changed(recipe("bsconv_cifar"), {"epochs": "20", "milestones": "10,15"})
     assert (made.epochs, made.milestones) == (20, (10, 15))
@@ -145,6 +150,8 @@ test_texts_that_cannot_be_are_refused = refuses(
     ({"milestones": "100,200"}, ValueError, "milestones must be below epochs=200"),
     ({"milestones": ""}, ValueError, "needs milestones, the epochs at which the rate changes"),
     ({"warmup_epochs": "200"}, ValueError, "warmup_epochs must be below epochs=200"),
+    ({"learning_rate": "1e300"}, ValueError, r"must be a float32, .* to 3\.4e\+38; .*=1e\+300"),
+    ({"clip_norm": "1e-300"}, ValueError, r"clip_norm must be a float32, from 1\.2e-38"),
     ({"accumulate": "129"}, ValueError, "accumulate must be at most batch_size=128; .*=129"),
     ({"mixup_off_epochs": "201"}, ValueError, "mixup_off_epochs must be at most epochs=200"),
     ({"orthonormality": "-1"}, ValueError, "orthonormality must not be negative"),

@@ -15,6 +15,7 @@ from doconv_core.cli.initial import checkpoint_of
 from doconv_core.cli.options import json_option, set_option, source_argument
 from doconv_core.cli.train import (
     backend_option,
+    broken_option,
     data_dir_option,
     devices_option,
     image_shape,
@@ -41,6 +42,7 @@ from doconv_core.training.recipe import recipe as recipe_by_name
 @backend_option
 @click.option("--data", metavar="NAME", help="The images, if not those of the run, or digits.")
 @data_dir_option
+@broken_option
 @click.option("--best", is_flag=True, help="The best checkpoint of a RUN, in place of the last.")
 @kind_option
 @recipe_option
@@ -67,7 +69,7 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
     """  # noqa: D301
     with refused():
         job = _of_run(subject, given) if _is_run(subject) else _of_file(subject, given)
-        data = open_data(job.data, job.data_dir)
+        data = open_data(job.data, job.data_dir, max_broken=job.max_broken)
         backend = available_backends()[job.backend].load()
         image = image_shape(data, job.recipe)
         model = backend.get_model(
@@ -125,6 +127,7 @@ class Job(NamedTuple):
     backend: str
     data: str
     data_dir: Any
+    max_broken: int
     recipe: Recipe
     kind: str | None = None
 
@@ -147,6 +150,7 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
         network, _options(given) or described["notes"].get("options", {}),
         given["backend"] or described["framework"], given["data"] or described["data"]["name"],
         given["data_dir"] or told.get("data_dir"),
+        max(given["max_broken"], told.get("max_broken", 0)),
         changed(recipe, dict(given["changes"])), given["kind"] or kind or told.get("kind"),
     )  # fmt: skip
 
@@ -167,7 +171,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
     return Job(
         network, _options(given), given["backend"], data, given["data_dir"],
-        changed(recipe, dict(given["changes"])), given["kind"] or kind,
+        given["max_broken"], changed(recipe, dict(given["changes"])), given["kind"] or kind,
     )  # fmt: skip
 
 

@@ -79,7 +79,8 @@ def checkpoint_of(file: Path, best: bool = False) -> Path:
     run = runs.open_run(file)
     folder = run.best if best else run.last
     run.position()  # which refuses a run without checkpoints
-    assert folder is not None
+    if folder is None:
+        raise runs.RunError(f"{file} has no best checkpoint yet, as no epoch is done.")
     return folder / runs.STATE
 
 

@@ -286,9 +286,8 @@ def of_kind(backend: Any, model: Any, network: str, kind: str) -> tuple[Any, Rep
 
 def image_shape(data: ImageData, recipe: Recipe) -> tuple[int, int, int]:
     """Return the shape of the images that a network is evaluated on, `(C, H, W)`."""
-    drawn = batches(
-        data.val, len(data.classes), replace(recipe, batch_size=1), training=False, layout="NCHW"
-    )
+    one = replace(recipe, batch_size=1, accumulate=1)
+    drawn = batches(data.val, len(data.classes), one, training=False, layout="NCHW")
     for batch in drawn:
         channels, height, width = batch.images.shape[1:]
         return channels, height, width

@@ -15,8 +15,8 @@ from doconv_core.maths.batchnorm import NotFoldable
 BRANCHES = "branches"  # the kind of a block
 EPSILON = 1e-5  # of the norms, where nothing tells it: PyTorch's own
 NO_EPSILON = (
-    "nothing in the file tells the epsilon of its batch norms, which is 0.001 unless a model has "
-    "another; say it with epsilon=, or --epsilon"
+    "nothing in the file tells the epsilon of its batch norms, which is Keras' 0.001 unless the "
+    "model has another, such as 1e-5 of networks by name; say it with epsilon=, or --epsilon"
 )
 NORM = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "offset": "bias"}
 COUNT = "num_batches_tracked"

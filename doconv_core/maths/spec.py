@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from numbers import Real
 from typing import Any
 
@@ -31,9 +31,13 @@ def as_number(name: str, value: Any) -> float:
     """Return `value` as a finite float; TypeError or ValueError names it otherwise."""
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a number; received {name}={value!r}.")
-    if not isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = inf
+    if not isfinite(number):
         raise ValueError(f"{name} must be finite; received {name}={value!r}.")
-    return float(value)
+    return number
 
 
 def as_tuple(name: str, value: Any, rank: int, *, least: int = 1) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from doconv_core.maths.orthonormal import as_weight
 from doconv_core.maths.spec import as_integer, as_number, check_choice, is_sequence
 from doconv_core.training.data.operations import parsed
@@ -14,6 +16,7 @@ CONSTANT, STEPS, COSINE = "constant", "steps", "cosine"
 ITERATION, EPOCH = "iteration", "epoch"
 NORMS, BIASES, DEPTHWISE = "norms", "biases", "depthwise"
 WEIGHTS, KERNELS = "weights", "kernels"
+SMALLEST, LARGEST = float(np.finfo("f4").tiny), float(np.finfo("f4").max)  # of what is computed in
 
 
 class Field(NamedTuple):
@@ -43,6 +46,11 @@ def _number(least: float = 0, below: float | None = None, *, open_: bool = False
         number = as_number(name, value)
         if number < least or (open_ and number == least) or (below is not None and number >= below):
             raise ValueError(f"{name} must be {told}; received {name}={value!r}.")
+        if number and not SMALLEST <= number <= LARGEST:
+            raise ValueError(
+                f"{name} must be a float32, from {SMALLEST:.1e} to {LARGEST:.1e}; received "
+                f"{name}={value!r}."
+            )
         return number
 
     return Field(_number_text, check)
