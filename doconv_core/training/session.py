@@ -256,9 +256,8 @@ class Session:
         self.engine.evaluate([first])
         state = self.engine.export_state()
         self.network = state.origin.get("network")
-        for entry, array in state.arrays.items() if self.folder is None else ():
-            if not np.isfinite(array).all():
-                raise ValueError(f"the model's {entry} is not finite to begin with.")
+        for entry in _not_finite_in(state) if self.folder is None else ():
+            raise ValueError(f"the model's {entry} is not finite to begin with.")
 
     def _described(self) -> dict[str, Any]:
         """Return what must be the same when the run is gone on with."""
@@ -356,9 +355,8 @@ class Session:
         self._look()
         gathered = self._gathered(self.position.sums)
         state = self.engine.export_state()
-        for entry, array in state.arrays.items():
-            if not np.isfinite(array).all():
-                raise self._not_finite(f"the model's {entry} is not finite")
+        for entry in _not_finite_in(state):
+            raise self._not_finite(f"the model's {entry} is not finite")
         if self.writes and self.folder is not None:
             told = {**self.position.told(gathered), "lengths": self.folder.lengths()}
             self.folder.keep(name, partial(self._fill, state, told), best=best)
@@ -511,6 +509,11 @@ class Session:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+
+def _not_finite_in(state: State) -> Iterator[str]:
+    """Yield the names of arrays that have an entry that is infinite or no number."""
+    return (name for name, array in state.arrays.items() if not np.isfinite(array).all())
 
 
 def _check_processes(recipe: Recipe, images: int, processes: int) -> None:
