@@ -179,14 +179,15 @@ def test_layers_are_trained_by_fit_and_regularized_as_the_convolution_is():
     conv = layers.Conv2D(4, 3, padding="same", kernel_regularizer="l2", name="conv")
     model, x = model_of(*pair(conv), layers.GlobalAveragePooling2D())
     made = over(model, "dbb")
-    made.compile("sgd", "mse")
+    made.compile(keras.optimizers.SGD(0.1), "mse")
     before = [np.array(variable) for variable in made.trainable_variables]
-    made.fit(x, np.ones((2, 4)), epochs=2, verbose=0)  # the first changes gammas of zero
+    made.fit(x, np.ones((2, 4)), epochs=8, verbose=0)  # the first changes gammas of zero
     assert len(made.losses) == 5  # one for each kernel
+    # A bias before a batch norm takes no part in training; nor a factor, with a mean alone between.
+    free = {"average_norm/gamma", "average_norm/beta", "sequence_norm/beta", "dense_conv/bias"}
     for variable, values in zip(made.trainable_variables, before, strict=True):
-        # A factor before a batch norm, with nothing but a mean between, takes no part in training.
-        free = variable.path == "conv/average_norm/gamma"
-        assert free or not np.array_equal(variable, values), variable.path
+        moved = abs(np.array(variable) - values).max() > 1e-6
+        assert moved or variable.path.removeprefix("conv/") in free, variable.path
     assert_close(package.fold(made).model(x), made(x))
 
 
