@@ -178,7 +178,7 @@ class TorchEngine(Engine):
             "precision": precision, "device": str(self.device), "compile": compile,
             "channels_last": channels_last, "sharded": sharded,
         }  # fmt: skip
-        torch.manual_seed(seed + self.process)
+        torch.manual_seed((seed + self.process) % 2**64)
         self.composed = self._composed()
         self.other = self._other()  # before the model is wrapped or divided
         self.wrapped = self._wrapped(compile)

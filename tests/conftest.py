@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 
 import numpy as np
@@ -46,7 +47,10 @@ def pytest_collection_modifyitems(config, items):
     one part, and the shorter form of those in other parts runs.
     """
     items[:] = items[:: config.getoption("--every")]
-    part, parts = map(int, config.getoption("--part").split("/"))
+    told = config.getoption("--part")
+    part, parts = map(int, told.split("/")) if re.fullmatch(r"\d+/\d+", told) else (0, 0)
+    if part >= parts:
+        raise pytest.UsageError(f"--part must be K/N with K below N, such as 0/4; received {told}")
     tail = [item for item in items if item.get_closest_marker("exhaustive")]
     brief = [item for item in items if item.get_closest_marker("brief")]
     chosen = set(tail[part::parts]) if config.getoption("--exhaustive") else set()

@@ -116,7 +116,10 @@ def test_options_are_of_the_networks_that_take_them(tmp_path, made_up):
         ),
         (["tutorial_pt", "tutorial_tf", "--kinds", "plain", *ASKED], "--kinds is of one NETWORK"),
         (["tutorial_pt", "--data", "mnist", *ASKED], "give the folder they are in"),
-        (["--seeds", 3, "--backend", "torch"], "takes no option but --out, --data-dir, --seeds"),
+        (
+            ["--seeds", 3, "--backend", "torch"],
+            "takes no option but --out, --data-dir, --max-broken, ",
+        ),
     ],
 )
 def test_wrong_usage(tmp_path, arguments, error):
@@ -151,9 +154,11 @@ def test_several_processes_are_the_same_command(tmp_path, monkeypatch):
         return [0, 3]
 
     monkeypatch.setattr(command, "run_shared", run_shared)
-    asked = ("study", "tutorial_pt", *ASKED, "--out", tmp_path, "--processes", 2)
+    asked = ("study", "tutorial_pt", *ASKED, "--out", tmp_path, "--processes", 2,
+             "--max-broken", 3)  # fmt: skip
     doconv(*asked, code=3, error="1 process failed")
-    module = ["-m", "doconv_core.cli", "study", "--one-of-several", "--out", str(tmp_path)]
+    module = ["-m", "doconv_core.cli", "study", "--one-of-several", "--out", str(tmp_path),
+              "--max-broken", "3"]  # fmt: skip
     assert commands == [(module, 2)]
     assert studies.plan(Path(tmp_path))["seeds"] == [0, 1]
 

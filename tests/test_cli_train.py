@@ -95,7 +95,7 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     assert lines[0] == "19 layers of kind repvgg, 3 left"
     assert doconv("train", "--resume", "--out", run).stdout.splitlines() == lines[2:]
     assert_same(arrays(run / "folded.safetensors"), folded)
-    given = run / "folded.safetensors", "--kind", "repvgg", "--backend", backend, "--json"
+    given = run / "folded.safetensors", "--backend", backend, "--json"  # which tells its kind
     found = json.loads(doconv("evaluate", *given, "--set", "eval_images=resize 8 8").stdout)
     assert found["top1"] == pytest.approx(told["top1"], abs=1 / 360)
     named, other = tmp_path / "named", f"{network}_repvgg"
@@ -105,7 +105,7 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     before, after = map(arrays, last)
     still = ({n: a for n, a in x.items() if "running" not in n} for x in (after, before))
     assert_close(*still, 1e-6)
-    found = doconv("evaluate", run / "folded.safetensors", "--network", other, *given[3:],
+    found = doconv("evaluate", run / "folded.safetensors", "--network", other, *given[1:],
                    "--set", "eval_images=resize 8 8")  # fmt: skip
     assert json.loads(found.stdout)["top1"] == pytest.approx(told["top1"], abs=1 / 360)
     plain = next(run.glob("folded.[!s]*"))
@@ -114,7 +114,7 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
         plain,
         *given[1:],
         "--network",
-        network,
+        other,
         code=USAGE,
         error="a FILE is a state, such as a run's folded.safetensors; received",
     )

@@ -220,13 +220,16 @@ def test_force_replaces_a_run_and_nothing_else(package, tmp_path):
     trained(package, tmp_path, force=True, **options)
     with pytest.raises(RunError, match="holds a run already; resume it, replace it by force"):
         trained(package, tmp_path, **options)
-    trained(package, tmp_path, force=True, seed=1, **options)
-    assert open_run(tmp_path).described["seed"] == 1
+    most = 2**70  # beyond what frameworks take
+    trained(package, tmp_path, force=True, seed=most, **options)
+    assert open_run(tmp_path).described["seed"] == most
     assert len(open_run(tmp_path).metrics()) == 1
     assert (tmp_path / "mine.txt").read_text() == "mine"
     with pytest.raises(RunError, match=r"another recipe: learning_rate is 0\.05 there, 0\.1 given"):
-        trained(package, tmp_path, resume=True, recipe=recipe(epochs=1, learning_rate=0.1), seed=1)
-    with pytest.raises(RunError, match="another seed: 1 there, 0 given"):
+        trained(
+            package, tmp_path, resume=True, recipe=recipe(epochs=1, learning_rate=0.1), seed=most
+        )
+    with pytest.raises(RunError, match=f"another seed: {most} there, 0 given"):
         trained(package, tmp_path, resume=True, **options)
 
 
@@ -244,6 +247,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(package, tmp_path)
         (call(precision="float8"), ValueError, "must be float32, .*; received precision='float8'"),
         (call(devices="cuda:99"), ValueError, "there is no device 'cuda:99' here; there is .*cpu"),
         (call(devices=2), ValueError, "received devices=2"),
+        (call(seed=-1), ValueError, "seed must be at least 0; received seed=-1"),
         (call(checkpoint_every=0), ValueError, "at least 1 step; received 0"),
         (call(resume=True), RunError, "is no run folder: it has no run.json"),
         (call(resume=True, force=True), ValueError, "and force replaces it; give one of them"),

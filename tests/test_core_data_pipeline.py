@@ -117,6 +117,16 @@ def test_a_series_has_each_epochs_batches_and_then_those_to_evaluate_on(
     found.close()
 
 
+def test_a_series_of_very_many_epochs_begins_and_ends():
+    val, most = Arrays(X[:5], Y[:5]), 2**31 - 1
+    found = series(both(source(), val), made(epochs=most))
+    same(list(found.part()), drawn())
+    found.close()
+    found = series(both(source(), val), made(epochs=most), epoch=most - 1)
+    assert [len(list(found.part())) for _ in range(3)] == [4, 1, 1]
+    found.close()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_the_rows_of_processes_are_the_whole_batch(processes, training):

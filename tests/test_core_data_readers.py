@@ -159,6 +159,11 @@ def test_cifar_that_is_not_whole(tmp_path):
     (place / "data_batch_3.bin").unlink()
     with pytest.raises(DataError, match=r"could not be read: .*data_batch_3.bin.*; put cifar-10"):
         open_data("cifar10", tmp_path)
+    cifar_binary("cifar10", tmp_path / "names")
+    place = tmp_path / "names" / "cifar-10-batches-bin"
+    (place / "batches.meta.txt").write_bytes("K\xe4fer".encode("latin-1"))
+    with pytest.raises(DataError, match=r"could not be read: 'utf-8' codec .*; put cifar-10-bat"):
+        open_data("cifar10", tmp_path / "names")
     cifar_python("cifar10", tmp_path / "py")
     (tmp_path / "py" / "cifar-10-batches-py" / "data_batch_4").unlink()
     with pytest.raises(DataError, match="data_batch_4 is missing; it belongs to the distributed"):

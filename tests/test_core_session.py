@@ -20,6 +20,7 @@ from doconv_core.models.report import Converted, Report
 from doconv_core.state.layers import LayerForm, LinearSpec
 from doconv_core.training import run as runs
 from doconv_core.training import session
+from doconv_core.training.claim import ClaimLost
 from doconv_core.training.data import ImageData
 from doconv_core.training.data.sources import Arrays
 from doconv_core.training.engine import Engine, Sums, Verified
@@ -225,6 +226,18 @@ def test_a_run_that_was_killed_is_not_taken_for_one_that_is_trained(tmp_path):
     os.utime(file, (long_ago, long_ago))
     begun(tmp_path / "run", resume=True).run()
     assert not file.exists()
+
+
+def test_a_run_that_another_process_has_taken_over_writes_no_more(tmp_path):
+    run = tmp_path / "run"
+
+    def another(epoch, *_):
+        (run / ".run.claim-1").write_text(json.dumps({"host": "elsewhere", "process": 1}))
+
+    with pytest.raises(ClaimLost, match=r"taken over by another .* of this one for 100 seconds"):
+        begun(run, callback=another).run()
+    assert len(open_run(run).metrics()) == 1
+    assert [path.name for path in run.glob(".run*")] == [".run.claim-1"]
 
 
 def test_each_process_has_its_sums_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import metadata
 
 import ml_dtypes
@@ -70,6 +71,13 @@ def test_a_state_file_has_the_usual_permissions(state, tmp_path):
     (tmp_path / "usual").touch()
     write_state(state, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_equal_states_are_equal_files(state, tmp_path):
+    state = replace(state, origin={"framework": "torch", "network": "of mine"})
+    for name in "abcdef":
+        write_state(state, tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in "abcdef"}) == 1
 
 
 def test_transposed_views_are_written_in_their_own_order(tmp_path):

@@ -56,9 +56,9 @@ def evaluate(subject: Path, best: bool, as_json: bool, **given: Any) -> None:
     """Evaluate a network on the evaluation images of a data set.
 
     A RUN tells its network, images and backend; of a FILE, of any format that is read here, a
-    canonical state may tell the network, and --network does; what was trained with --kind is given
-    with it. Images are prepared as the recipe says: of the run, or of the network. Averaged weights
-    are evaluated where the recipe averages.
+    canonical state may tell the network, and --network does; a kind with which it was trained, too,
+    and --kind. Images are prepared as the recipe says: of the run, or of the network. Averaged
+    weights are evaluated where the recipe averages.
 
     \b
     Examples:
@@ -157,13 +157,13 @@ def _of_run(subject: Path, given: Mapping[str, Any]) -> Job:
 
 def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     """Return what a canonical state tells of its network, and options of the rest."""
-    network = given["network"]
-    if network is None:
-        with open_checkpoint(subject) as checkpoint:
-            network = (checkpoint.origin or {}).get("network")
+    with open_checkpoint(subject) as checkpoint:
+        origin = checkpoint.origin or {}
+    network = given["network"] or origin.get("network")
     if network is None:
         raise click.UsageError(f"{subject} does not tell its network; give it with --network.")
     network, kind = with_kind(network)
+    kind = given["kind"] or kind or origin.get("kind")
     if given["backend"] is None:
         raise click.UsageError("--backend is missing; a FILE is evaluated in any framework.")
     data = given["data"] or DIGITS
@@ -171,7 +171,7 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
     return Job(
         network, _options(given), given["backend"], data, given["data_dir"],
-        given["max_broken"], changed(recipe, dict(given["changes"])), given["kind"] or kind,
+        given["max_broken"], changed(recipe, dict(given["changes"])), kind,
     )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from doconv_core.cli.cost import OPTIONS, network_options
 from doconv_core.cli.options import set_option, target_argument
 from doconv_core.cli.train import (
     backend_option,
+    broken_option,
     data_dir_option,
     data_option,
     image_shape,
@@ -34,9 +36,11 @@ from doconv_core.training.sharing import run_shared
 from doconv_core.training.study import Arm, Study
 from doconv_core.training.study_page import markdown, sentence, write
 
+Opened = Callable[[str], ImageData]  # a data set, by its name
+
 PLAIN = "plain"
 SEEDS = 30
-CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
+CHANGEABLE = {"out", "data_dir", "max_broken", "seeds", "processes", "left", "one_of_several"}
 
 
 @click.command(
@@ -70,6 +74,7 @@ CHANGEABLE = {"out", "data_dir", "seeds", "processes", "left", "one_of_several"}
 @backend_option
 @data_option
 @data_dir_option
+@broken_option
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 30]")
 @click.option(
     "--kinds", metavar="K,K",
@@ -92,22 +97,23 @@ def study(
     networks: Sequence[str],
     out: Path,
     data_dir: Path | None,
+    max_broken: int,
     processes: int,
     left: bool,
     one_of_several: bool,
     **given: Any,
 ) -> None:
     """As the help text above has it."""
+    opened = partial(open_data, data_dir=data_dir, max_broken=max_broken)
     with refused(), told_of_run(), _of_folders():
-        asked = _held(ctx, out, data_dir) if not networks else _asked(networks, data_dir, given)
+        asked = _asked(networks, opened, given) if networks else _held(ctx, out, opened)
         studies.begin(out, asked)
         if left:
             _tell_left(out, asked)
         elif processes > 1:
-            _share(out, data_dir, processes)
+            _share(out, data_dir, max_broken, processes)
         else:
-            data = open_data(asked.data, data_dir)
-            studies.work(out, asked, studies.trainer(asked, data), say)
+            studies.work(out, asked, studies.trainer(asked, opened(asked.data)), say)
     if one_of_several:
         return
     found = write(out, asked)
@@ -124,26 +130,26 @@ def _of_folders() -> Iterator[None]:
         raise Failure(str(error), TARGET) from None
 
 
-def _asked(networks: Sequence[str], data_dir: Path | None, given: Mapping[str, Any]) -> Study:
+def _asked(networks: Sequence[str], opened: Opened, given: Mapping[str, Any]) -> Study:
     """Return the study that the options ask for."""
     if given["backend"] is None:
         raise click.UsageError("--backend is missing; a study that DIR holds needs --out alone.")
-    data = open_data(given["data"], data_dir)
+    data = opened(given["data"])
     arms = made_arms(_of_kinds(networks, given["kinds"]), data, given)
     seeds = range(given["seeds"] or SEEDS)
     return Study(arms, seeds, given["backend"], given["data"], given["precision"])
 
 
-def _held(ctx: click.Context, out: Path, data_dir: Path | None) -> Study:
+def _held(ctx: click.Context, out: Path, opened: Opened) -> Study:
     """Return the study that a folder holds. Raises StudyError where it cannot be made again."""
     for name in ctx.params.keys() - CHANGEABLE:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(
                 "without a NETWORK the study is the one that DIR holds, which takes no option but "
-                "--out, --data-dir, --seeds, --processes and --left."
+                "--out, --data-dir, --max-broken, --seeds, --processes and --left."
             )
     plan = studies.plan(out)
-    data = open_data(plan["data"], data_dir)
+    data = opened(plan["data"])
     arms = [_arm_of(out, entry, data) for entry in plan["arms"]]
     asked = ctx.params["seeds"]
     seeds = plan["seeds"] if asked is None else range(asked)
@@ -227,17 +233,12 @@ def made_arm(
     return Arm(text, for_input(network, image_shape(data, made)), made, options, kind)
 
 
-def _share(out: Path, data_dir: Path | None, processes: int) -> None:
+def _share(out: Path, data_dir: Path | None, max_broken: int, processes: int) -> None:
     """Do the study in several processes. Raises Failure where one of them fails."""
     command = [
-        sys.executable,
-        "-m",
-        "doconv_core.cli",
-        "study",
-        "--one-of-several",
-        "--out",
-        str(out),
-    ]
+        sys.executable, "-m", "doconv_core.cli", "study", "--one-of-several", "--out", str(out),
+        "--max-broken", str(max_broken),
+    ]  # fmt: skip
     if data_dir is not None:
         command += ["--data-dir", str(data_dir)]
     codes = [code for code in run_shared(command, processes) if code]

@@ -31,6 +31,7 @@ from doconv_core.networks.initialize import initialize, with_new_kernels
 from doconv_core.networks.nodes import Network
 from doconv_core.networks.shapes import for_input
 from doconv_core.training import run as runs
+from doconv_core.training.claim import ClaimLost
 from doconv_core.training.data import (
     DATA_SETS,
     BrokenImages,
@@ -345,7 +346,7 @@ def told_of_run() -> Iterator[None]:
         yield
     except Interrupted as error:
         raise Failure(str(error), INTERRUPTED) from None
-    except DiskFull as error:
+    except (DiskFull, ClaimLost) as error:
         raise Failure(str(error), TARGET) from None
     except NotFinite as error:
         raise Failure(str(error), DIVERGED) from None

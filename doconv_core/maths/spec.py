@@ -14,8 +14,8 @@ import numpy as np
 MAX_RANK = 3
 
 
-def as_integer(name: str, value: Any, *, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`; TypeError or ValueError names it otherwise."""
+def as_integer(name: str, value: Any, *, least: int = 1, most: float = inf) -> int:
+    """Return `value` as an int in these bounds; TypeError or ValueError names it otherwise."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -24,6 +24,8 @@ def as_integer(name: str, value: Any, *, least: int = 1) -> int:
         raise TypeError(f"{name} must be an integer; received {name}={value!r}.") from None
     if integer < least:
         raise ValueError(f"{name} must be at least {least}; received {name}={integer}.")
+    if integer > most:
+        raise ValueError(f"{name} must be at most {most}; received {name}={integer}.")
     return integer
 
 

@@ -132,7 +132,16 @@ def write_state(state: State, path: str | os.PathLike[str]) -> None:
     arrays = {name: np.asarray(array, order="C") for name, array in state.arrays.items()}
     with replacing(path) as temporary:
         # Not save_file, which leaves a file that only its owner can read.
-        temporary.write_bytes(save(arrays, metadata=header))
+        temporary.write_bytes(_in_order(save(arrays, metadata=header), header))
+
+
+def _in_order(stored: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file with its metadata in their order; they come in one of chance."""
+    begin = 8 + int.from_bytes(stored[:8], "little")
+    told = {**json.loads(stored[8:begin]), "__metadata__": metadata}
+    text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(stored)[begin:]))
 
 
 def read_state(path: str | os.PathLike[str]) -> State:

@@ -34,8 +34,8 @@ class Claim:
     >>> claim.release()
     """
 
-    def __init__(self, target: Path, file: Path) -> None:
-        self.target, self.file = target, file
+    def __init__(self, target: Path, file: Path, stale: float) -> None:
+        self.target, self.file, self.stale = target, file, stale
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -49,7 +49,7 @@ class Claim:
         if _last(self.target) != self.file:
             raise ClaimLost(
                 f"{self.target} was taken over by another process, as nothing had been heard of "
-                f"this one for {STALE:.0f} seconds."
+                f"this one for {self.stale:.0f} seconds."
             )
 
     def release(self) -> None:
@@ -85,7 +85,7 @@ def claimed(target: Path, stale: float = STALE) -> Claim | None:
         _HELD.discard(file)
         file.unlink(missing_ok=True)
         raise
-    return Claim(target, file)
+    return Claim(target, file, stale)
 
 
 def owner(target: Path) -> str:

@@ -16,6 +16,7 @@ CONSTANT, STEPS, COSINE = "constant", "steps", "cosine"
 ITERATION, EPOCH = "iteration", "epoch"
 NORMS, BIASES, DEPTHWISE = "norms", "biases", "depthwise"
 WEIGHTS, KERNELS = "weights", "kernels"
+MOST = 2**31 - 1  # of counts
 SMALLEST, LARGEST = float(np.finfo("f4").tiny), float(np.finfo("f4").max)  # of what is computed in
 
 
@@ -27,7 +28,7 @@ class Field(NamedTuple):
 
 
 def _integer(least: int) -> Field:
-    return Field(_integer_text, lambda name, value: as_integer(name, value, least=least))
+    return Field(_integer_text, lambda name, value: as_integer(name, value, least=least, most=MOST))
 
 
 def _integer_text(text: str) -> Any:
@@ -40,11 +41,12 @@ def _integer_text(text: str) -> Any:
 def _number(least: float = 0, below: float | None = None, *, open_: bool = False) -> Field:
     """Return a number of at least `least`, or above it where that is open, and below another."""
     told = f"{'above' if open_ else 'at least'} {least}"
-    told += "" if below is None else f" and below {below}"
+    told += "" if below is None else f" and below {below}, as a float32 too"
 
     def check(name: str, value: Any) -> float:
         number = as_number(name, value)
-        if number < least or (open_ and number == least) or (below is not None and number >= below):
+        small = number < least or (open_ and number == least)
+        if small or (below is not None and (number >= below or np.float32(number) >= below)):
             raise ValueError(f"{name} must be {told}; received {name}={value!r}.")
         if number and not SMALLEST <= number <= LARGEST:
             raise ValueError(

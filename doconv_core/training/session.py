@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doconv_core.atomic import write_json
+from doconv_core.maths.spec import as_integer
 from doconv_core.networks.initialize import with_zero_gammas
 from doconv_core.networks.names import describe, of_kind
 from doconv_core.state.file import State, write_state
@@ -99,6 +100,7 @@ def train(
 ) -> Trained:
     """Train as a backend's `train` says. make: the engine for a recipe."""
     recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    seed = as_integer("seed", seed, least=0)
     found = open_data(data, data_dir) if isinstance(data, str) else as_data(data)
     session = Session(
         make(recipe), recipe, found, run, seed=seed, resume=resume, force=force,
@@ -195,6 +197,7 @@ class Session:
         self.drawn: Series
         self.folder: Run | None = None  # of the process that writes it, or that goes on with it
         self.notes = dict(notes or {})
+        self.kind: str | None = self.notes.get("job", {}).get("kind")
         self.claim: Claim | None = None
         try:
             self._begin(resume, force)
@@ -245,8 +248,7 @@ class Session:
             )
         options = self.notes.get("options", {})
         network = describe(self.network, num_classes=len(self.data.classes), **options)
-        kind = self.notes.get("job", {}).get("kind")
-        network = network if kind is None else of_kind(network, kind)
+        network = network if self.kind is None else of_kind(network, self.kind)
         self.engine.load_state(with_zero_gammas(self.engine.export_state(), network))
 
     def _try_model(self) -> None:
@@ -295,7 +297,8 @@ class Session:
     def run(self) -> Trained:
         """Train to the end, fold, verify and report; see `train` of a backend.
 
-        Raises NotFinite, DiskFull or Interrupted, with what to do, where the run ends before.
+        Raises NotFinite, DiskFull or Interrupted, with what to do, where the run ends before;
+        ClaimLost where this process was silent for long, and another goes on with the run.
         """
         self.drawn = self._series()
         ended, watching = self._ended_clearly(), self._watching_signals()
@@ -357,16 +360,28 @@ class Session:
         state = self.engine.export_state()
         for entry in _not_finite_in(state):
             raise self._not_finite(f"the model's {entry} is not finite")
-        if self.writes and self.folder is not None:
-            told = {**self.position.told(gathered), "lengths": self.folder.lengths()}
-            self.folder.keep(name, partial(self._fill, state, told), best=best)
+        folder = self._writable()
+        if folder is not None:
+            told = {**self.position.told(gathered), "lengths": folder.lengths()}
+            folder.keep(name, partial(self._fill, state, told), best=best)
         else:
             self.engine.save(None)
 
+    def _writable(self) -> Run | None:
+        """Return the folder, where this process writes it; ClaimLost if another does by now."""
+        if self.claim is not None:
+            self.claim.check()
+        return self.folder if self.writes else None
+
     def _fill(self, state: State, position: Mapping[str, Any], folder: Path) -> None:
         self.engine.save(folder)
-        write_state(state, folder / runs.STATE)
+        self._write_state(state, folder / runs.STATE)
         write_json(folder / runs.POSITION, position)
+
+    def _write_state(self, state: State, file: Path) -> None:
+        """Write a state, and in it the kind of its layers, which they do not tell when folded."""
+        kind = {} if self.kind is None else {"kind": self.kind}
+        write_state(dataclasses.replace(state, origin={**state.origin, **kind}), file)
 
     def _gathered(self, sums: Sums) -> list[Sums]:
         """Return each process's sums, the same in all of them."""
@@ -390,8 +405,9 @@ class Session:
             "seconds": round(position.seconds, 3),
         }  # fmt: skip
         self.metrics.append(metrics)
-        if self.writes and self.folder is not None:
-            self.folder.append(metrics)
+        folder = self._writable()
+        if folder is not None:
+            folder.append(metrics)
         is_best = position.next_epoch(evaluated)
         self.looked = time.monotonic()
         self._checkpoint(f"epoch-{epoch + 1:04d}", is_best)
@@ -415,8 +431,9 @@ class Session:
         folded, report = engine.fold()
         verified = self._verified(folded)
         state = engine.export_state()
-        if self.writes and self.folder is not None:
-            self._write(self.folder, state, folded, str(report), verified)
+        folder = self._writable()
+        if folder is not None:
+            self._write(folder, state, folded, str(report), verified)
         return Trained(engine.model, folded, self.metrics, self.out, verified)
 
     def _verified(self, folded: Any) -> Verified:
@@ -436,7 +453,7 @@ class Session:
         """Write the folded weights, the result and the report; say where everything is."""
         engine, out = self.engine, folder.folder
         own = engine.write_folded(folded, out)
-        write_state(engine.folded_state(folded), out / f"{runs.FOLDED}.safetensors")
+        self._write_state(engine.folded_state(folded), out / f"{runs.FOLDED}.safetensors")
         files = [own.name, f"{runs.FOLDED}.safetensors"]
         result = {
             "epochs": self.recipe.epochs,

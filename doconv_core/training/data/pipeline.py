@@ -10,12 +10,11 @@ import os
 import struct
 import warnings
 import zlib
-from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import chain, repeat
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -108,7 +107,7 @@ def batches(
     """
     _check(layout, workers, start, process, processes)
     made = _maker(source, classes, recipe, training, seed, process, processes, layout)
-    return _alone(Series([(made, epoch)], start, workers))
+    return _alone(Series(_Plan([made], range(epoch, epoch + 1)), start, workers))
 
 
 def series(
@@ -140,9 +139,7 @@ def series(
         _maker(of, len(data.classes), recipe, training, seed, process, processes, layout)
         for of, training in ((data.train, True), (data.val, False))
     )
-    epochs = range(epoch, recipe.epochs)
-    parts = [part for each in epochs for part in ((train, each), (val, 0))]
-    return Series([*parts, (val, 0)], start, workers)
+    return Series(_Plan([train, val], range(epoch, recipe.epochs), [val]), start, workers)
 
 
 def _alone(one: Series) -> Generator[Batch, None, None]:
@@ -191,23 +188,23 @@ Finalize(None, _close_all, exitpriority=100)  # before what multiprocessing ends
 class Series:
     """Batches in parts, each to be drawn to its end before the next, and prepared on meanwhile.
 
-    parts: what makes the batches of each, and of which epoch. start: how many of the first one's
-    are left out. workers: processes that prepare, for all parts; 0 for threads. An image that
-    cannot be read is named once.
+    start: how many batches of the first part are left out. workers: processes that prepare, for all
+    parts; 0 for threads. An image that cannot be read is named once.
     """
 
-    def __init__(self, parts: Sequence[tuple[_Maker, int]], start: int, workers: int) -> None:
-        self._plan = plan = _Plan(parts)
-        self._parts = iter(zip(parts, plan.ends, strict=True))
-        self._at = min(start, plan.ends[0])
-        self._drawn = _drawn(plan, range(self._at, plan.ends[-1]), workers)
+    def __init__(self, plan: _Plan, start: int, workers: int) -> None:
+        self._parts, self._end = plan.parts(), 0
+        first = plan.makers[0] if plan.epochs else plan.more[0]
+        self._at = min(start, first.steps)
+        self._drawn = _drawn(plan, range(self._at, plan.stop), workers)
         if workers:
             _OPEN.add(self._drawn)
 
     def part(self) -> Iterator[Batch]:
         """Return the batches of the next part; StopIteration where there is none."""
-        (made, _), end = next(self._parts)
-        return self._until(end, made.shuffled)
+        made = next(self._parts)
+        self._end += made.steps
+        return self._until(self._end, made.shuffled)
 
     def _until(self, end: int, shuffled: bool) -> Iterator[Batch]:
         while self._at < end:
@@ -248,7 +245,7 @@ def _prepared(plan: _Plan, numbers: range, workers: int) -> Any:
     """Return what grain draws the batches from."""
     grain = grain_module()
     # A thread prepares a batch at a time, and so does a worker.
-    in_memory = all(isinstance(made.source, Arrays) for made, _ in plan.parts)
+    in_memory = all(isinstance(made.source, Arrays) for made in plan.makers)
     threads = 0 if workers or in_memory else THREADS
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     # There are more steps than will be drawn, with nothing in them: where a process of grain's
@@ -279,21 +276,33 @@ def _tell(known: dict[str, str], found: dict[str, str], made: _Maker) -> None:
 class _Plan:
     """What makes the batches of several parts by their number, in whatever process.
 
-    ends: the number behind the last one of each part.
+    makers: what makes the parts of each epoch, and more: those behind the last one.
     """
 
-    def __init__(self, parts: Sequence[tuple[_Maker, int]]) -> None:
-        self.parts = parts
-        self.ends = list(accumulate(made.steps for made, _ in parts))
+    def __init__(
+        self, makers: Sequence[_Maker], epochs: range, more: Sequence[_Maker] = ()
+    ) -> None:
+        self.makers, self.epochs, self.more = makers, epochs, more
+        self.each = sum(made.steps for made in makers)
+        self.stop = self.each * len(epochs) + sum(made.steps for made in more)
+
+    def parts(self) -> Iterator[_Maker]:
+        """Return what makes the parts, one after the other."""
+        return chain(chain.from_iterable(repeat(self.makers, len(self.epochs))), self.more)
 
     def find(self, number: int) -> tuple[_Maker, int, int]:
         """Return what makes a batch, and of which epoch and step it is."""
-        part = bisect_right(self.ends, number)
-        made, epoch = self.parts[part]
-        return made, epoch, number - self.ends[part] + made.steps
+        epoch = min(number // max(self.each, 1), len(self.epochs))
+        step = number - epoch * self.each
+        makers = iter(self.makers if epoch < len(self.epochs) else self.more)
+        made = next(makers)
+        while step >= made.steps:
+            step -= made.steps
+            made = next(makers)
+        return made, self.epochs.start + epoch, step
 
     def __call__(self, number: int) -> dict[str, Any]:
-        if number >= self.ends[-1]:
+        if number >= self.stop:
             return {}
         made, *of = self.find(number)
         return made.batch(*of)

@@ -55,7 +55,7 @@ def open_data(
             raise DataError(f"{folder} does not exist; {_WANTED[name]}.")
         try:
             found = DATA_SETS[name](folder)
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(f"{folder} could not be read: {error}; {_WANTED[name]}.") from error
     found.train.max_broken = found.val.max_broken = max_broken
     return found
