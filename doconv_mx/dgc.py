@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -240,8 +239,6 @@ class WithLasso(HybridBlock):
 class DGConvs(DynamicLayers):
     """The dynamic group convolutions of Gluon."""
 
-    layer, heads, skipping = DGConv2D, DynamicHeads2D, SkippingDGConv2D
-
     def changed(self, layer: Any) -> str | None:
         """Return whether a part has been exchanged, or has hooks."""
         parts = (layer.norm, layer.relu, layer.heads)
@@ -255,7 +252,7 @@ class DGConvs(DynamicLayers):
         forget_graph(layer)
 
 
-DG_CONVS = DGConvs()
+DG_CONVS = DGConvs(DGConv2D, DynamicHeads2D, SkippingDGConv2D)
 
 
 def set_progress(model: Block, progress: float) -> None:
@@ -302,7 +299,6 @@ def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:
         forget_graph(block)
 
 
-def _heads(model: Block) -> Sequence[DynamicHeads2D]:
+def _heads(model: Block) -> list[Any]:
     check_model(model)
-    found = [block for _, block in walk(model) if isinstance(block, DynamicHeads2D)]
-    return dynamic.found(found, DG_CONVS)
+    return DG_CONVS.heads(block for _, block in walk(model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -310,8 +309,6 @@ class SkippingDGConv2D(DGConv2D):
 class DGConvs(DynamicLayers):
     """The dynamic group convolutions of Keras."""
 
-    layer, heads, skipping = DGConv2D, DynamicHeads2D, SkippingDGConv2D
-
     def changed(self, layer: Any) -> str | None:
         """Return whether a part has been exchanged."""
         parts = (layer.norm, layer.relu, layer.heads)
@@ -322,7 +319,7 @@ class DGConvs(DynamicLayers):
         layer.heads.dropped = int(ops.convert_to_numpy(layer.heads.inactive))
 
 
-DG_CONVS = DGConvs()
+DG_CONVS = DGConvs(DGConv2D, DynamicHeads2D, SkippingDGConv2D)
 
 
 def set_progress(model: keras.Layer, progress: float) -> None:
@@ -393,8 +390,7 @@ class ProgressCallback(keras.callbacks.Callback):
             set_progress(self.model, done / (self.params["epochs"] * steps))
 
 
-def _heads(model: keras.Layer) -> Sequence[Any]:
+def _heads(model: keras.Layer) -> list[Any]:
     if not isinstance(model, keras.Layer):
         raise no_model("keras.Layer", model)
-    layers = [each for _, each in first_occurrences(model) if isinstance(each, DynamicHeads2D)]
-    return dynamic.found(layers, DG_CONVS)
+    return DG_CONVS.heads(layer for _, layer in first_occurrences(model))

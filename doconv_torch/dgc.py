@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any, cast
 
@@ -188,8 +188,6 @@ class SkippingDGConv2d(DGConv2d):
 class DGConvs(DynamicLayers):
     """The dynamic group convolutions of PyTorch."""
 
-    layer, heads, skipping = DGConv2d, DynamicHeads2d, SkippingDGConv2d
-
     def changed(self, layer: Any) -> str | None:
         """Return which part has hooks, or has been exchanged."""
         parts = layer._modules
@@ -205,7 +203,7 @@ class DGConvs(DynamicLayers):
             layer.heads.weight.data = skipping.rearranged(layer.heads.weight.data)
 
 
-DG_CONVS = DGConvs()
+DG_CONVS = DGConvs(DGConv2d, DynamicHeads2d, SkippingDGConv2d)
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
@@ -241,8 +239,7 @@ def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
     return as_lasso("weight", weight) * total
 
 
-def _heads(model: nn.Module) -> Sequence[DynamicHeads2d]:
+def _heads(model: nn.Module) -> list[Any]:
     if not isinstance(model, nn.Module):
         raise no_model("torch.nn.Module", model)
-    found = [module for module in model.modules() if isinstance(module, DynamicHeads2d)]
-    return dynamic.found(found, DG_CONVS)
+    return DG_CONVS.heads(model.modules())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from doconv_core.kinds.dgc import DGC, as_progress, inactive_channels
 from doconv_core.models.report import SUBCLASS
 from doconv_core.models.view import Folding, LayerKind, Leave, ModelView, Site
 
 SKIPS = "it multiplies only the channels that it keeps already"
-
-Heads = TypeVar("Heads")
 
 
 class DynamicLayers(LayerKind):
@@ -22,34 +20,15 @@ class DynamicLayers(LayerKind):
     """
 
     kind = DGC
-    layer: type
-    heads: type
-    skipping: type
 
-    @property
-    def type_names(self) -> frozenset[str]:  # type: ignore[override]
-        """The names of the layers' types."""
-        return frozenset({self.layer.__name__, self.skipping.__name__})
-
-    @property
-    def state_types(self) -> tuple[type, ...]:  # type: ignore[override]
-        """The type that the heads are in states."""
-        return (self.heads,)
+    def __init__(self, layer: type, heads: type, skipping: type) -> None:
+        self.layer, self.skipping = layer, skipping
+        self.type_names = frozenset({layer.__name__, skipping.__name__})
+        self.state_types = (heads,)
 
     def owns(self, layer: Any) -> bool:
         """Return whether a layer is one of these, or of a subclass."""
         return isinstance(layer, self.layer)
-
-    def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
-        """Return the name of the type of layer."""
-        return self.layer.__name__
-
-    def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
-        """Leave every convolution."""
-        raise Leave(self.kind.instead)
-
-    def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
-        """Do nothing, as none is chosen."""
 
     def plan(self, view: ModelView, site: Site, form: str) -> Folding:
         """Return the layer that skips."""
@@ -59,6 +38,14 @@ class DynamicLayers(LayerKind):
         if obstacle is not None:
             raise Leave(obstacle)
         return Folding(self.skipping.__name__, None)
+
+    def heads(self, parts: Iterable[Any]) -> list[Any]:
+        """Return those of a model's parts that are heads; ValueError where none is."""
+        found = [each for each in parts if isinstance(each, self.state_types)]
+        if not found:
+            name = self.layer.__name__
+            raise ValueError(f"the model has no dynamic group convolution, such as {name}.")
+        return found
 
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Let layers skip, in place."""
@@ -75,7 +62,7 @@ class DynamicLayers(LayerKind):
         """Note in a layer that has become one that skips how many channels it drops."""
 
 
-def set_progress(heads: Sequence[Heads], progress: Any, put: Callable[[Heads, int], Any]) -> None:
+def set_progress(heads: Sequence[Any], progress: Any, put: Callable[[Any, int], Any]) -> None:
     """Let every layer drop as many channels as at this point of the training. put: does it."""
     progress = as_progress(progress)
     if any(getattr(each, "dropped", None) is not None for each in heads):
@@ -84,28 +71,19 @@ def set_progress(heads: Sequence[Heads], progress: Any, put: Callable[[Heads, in
             "the model that it was folded of, and fold that."
         )
     for each in heads:
-        spec: Any = each.spec  # type: ignore[attr-defined]
-        put(each, inactive_channels(spec.in_channels, spec.gate_factor, progress))
+        put(each, inactive_channels(each.spec.in_channels, each.spec.gate_factor, progress))
 
 
-def lassos(heads: Iterable[Heads]) -> list[Any]:
+def lassos(heads: Sequence[Any]) -> list[Any]:
     """Return the lasso of each layer's last pass, which is given once; ValueError for none."""
     passed = []
     for each in heads:
-        if each.lasso is None:  # type: ignore[attr-defined]
+        if each.lasso is None:
             raise ValueError(
                 "the saliencies of a dynamic group convolution are those of its last pass in "
                 "training, taken once: call the model in training mode first, itself and not a "
                 "replica of it, once for each lasso."
             )
-        passed.append(each.lasso)  # type: ignore[attr-defined]
-        each.lasso = None  # type: ignore[attr-defined]
+        passed.append(each.lasso)
+        each.lasso = None
     return passed
-
-
-def found(heads: Sequence[Heads], layers: DynamicLayers) -> Sequence[Heads]:
-    """Return the heads in a model; ValueError where there are none."""
-    if not heads:
-        name = layers.layer.__name__
-        raise ValueError(f"the model has no dynamic group convolution, such as {name}.")
-    return heads

@@ -256,9 +256,9 @@ class LayerKind(ABC):
     def owns(self, layer: Any) -> bool:
         """Return whether a layer is one of these, or of a subclass."""
 
-    @abstractmethod
     def replacement(self, layer: Any, options: Mapping[str, Any]) -> str:
-        """Return the name of the type that takes an ordinary layer's place."""
+        """Return the name of the type that takes an ordinary layer's place; `Leave` for none."""
+        raise Leave(self.kind.instead)
 
     def realize(self, ordinary: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         """Return the type of layer for a network's convolution, and what it takes beside its sizes.
@@ -271,14 +271,13 @@ class LayerKind(ABC):
         """Return why a convolution is left that nothing else keeps from being replaced."""
         return self.kind.obstacle(view.outline(layer))
 
-    @abstractmethod
     def prepare(self, view: ModelView, layer: Any, options: Mapping[str, Any]) -> Any:
         """Return what `convert` needs, and change nothing.
 
         Raises TypeError or ValueError for options that give no layer; `Leave`.
         """
+        raise Leave(self.kind.instead)
 
-    @abstractmethod
     def convert(self, view: ModelView, chosen: Sequence[tuple[Site, Any]]) -> None:
         """Replace layers, in place. chosen: with what was prepared of each."""
 
