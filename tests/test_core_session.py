@@ -25,8 +25,9 @@ from doconv_core.training.data import ImageData
 from doconv_core.training.data.sources import Arrays
 from doconv_core.training.engine import Engine, Sums, Verified
 from doconv_core.training.loss import cross_entropy, cross_entropy_gradient
+from doconv_core.training.position import Position
 from doconv_core.training.run import RunError, open_run
-from doconv_core.training.session import DiskFull, NotFinite, Position, Session
+from doconv_core.training.session import DiskFull, NotFinite, Session
 
 CLASSES, SIDE = 3, 2
 FORM = LayerForm(LinearSpec(SIDE * SIDE, CLASSES), bias=False)

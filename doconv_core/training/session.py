@@ -15,8 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from doconv_core.training import run as runs
 from doconv_core.training.claim import Claim
 from doconv_core.training.data import ImageData, Series, as_data, batches, open_data, series
 from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified
+from doconv_core.training.position import Position, shares
 from doconv_core.training.recipe import Recipe, check_data
 from doconv_core.training.recipe import recipe as recipe_by_name
 from doconv_core.training.report import cost_of, moved, write_report
@@ -542,64 +542,3 @@ def _check_processes(recipe: Recipe, images: int, processes: int) -> None:
                 f"a batch of {size} images leaves some of {processes} processes without; "
                 "choose another batch_size, or drop_last."
             )
-
-
-@dataclass
-class Position:
-    """Where a run stands.
-
-    epoch: which it is in, from 0. done: how many of its steps are done, and taken: how many of
-    them are in the sums. sums: of this process. seconds: that they took. best, best_epoch: the
-    largest share of right labels in evaluation so far, and after how many epochs it was reached.
-    """
-
-    epoch: int = 0
-    done: int = 0
-    taken: int = 0
-    sums: Sums = field(default_factory=Sums)
-    seconds: float = 0.0
-    best: float = -1.0
-    best_epoch: int = 0
-
-    def told(self, gathered: list[Sums]) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it. gathered: every process's sums."""
-        names = ("epoch", "done", "seconds", "best", "best_epoch")
-        told = {name: getattr(self, name) for name in names}
-        return {**told, "sums": [list(sums) for sums in gathered]}
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any], process: int, processes: int) -> Position:
-        """Return the position that a checkpoint keeps.
-
-        Where there are as many processes as there were, each has its own sums again; else the first
-        has those of all.
-        """
-        kept = [Sums(*sums) for sums in told["sums"]]
-        if len(kept) == processes:
-            sums = kept[process]
-        else:
-            sums = reduce(Sums.plus, kept) if process == 0 else Sums()
-        names = ("epoch", "done", "seconds", "best", "best_epoch")
-        return cls(**{name: told[name] for name in names}, taken=told["done"], sums=sums)
-
-    def next_epoch(self, evaluated: Sums) -> bool:
-        """Go to the beginning of the next epoch; return whether this one was the best so far."""
-        self.epoch, self.done, self.taken = self.epoch + 1, 0, 0
-        self.sums, self.seconds = Sums(), 0.0
-        top1 = shares(evaluated)["top1"]
-        if top1 <= self.best:
-            return False
-        self.best, self.best_epoch = top1, self.epoch
-        return True
-
-
-def shares(sums: Sums) -> dict[str, float]:
-    """Return the mean loss, and the shares of images that are right, and among five that are.
-
-    >>> shares(Sums(loss=3.0, correct=1, top5=2, images=4))
-    {'loss': 0.75, 'top1': 0.25, 'top5': 0.5}
-    """
-    images = max(sums.images, 1)
-    return {
-        "loss": sums.loss / images, "top1": sums.correct / images, "top5": sums.top5 / images,
-    }  # fmt: skip
