@@ -28,6 +28,7 @@ from doconv_tf.ordinary import (
 from doconv_tf.private import follows_graph, graph_of, is_operation
 
 UNSIZED = "its padding depends on the size of its input, which the graph leaves open"
+ROUNDED = "what is between computes in another dtype, and so rounds"
 POOLED = "an average pooling that pads leaves the padding out of its means"
 
 _layers = keras.layers
@@ -92,6 +93,8 @@ class Reader:
     def _linear(self, node: Any) -> Node | None:
         """Return what a call of one tensor is, if it is linear; raises Leave."""
         called, (tensor,) = node.operation, node.input_tensors
+        if node.outputs[0].dtype != tensor.dtype and not getattr(called, "weights", ()):
+            raise Leave(ROUNDED)
         if graph_of(called) is not None:
             return self._known.get(id(called)) if follows_graph(called) else None
         if not isinstance(called, keras.Layer):

@@ -22,7 +22,7 @@ from doconv_tf import fold, over_parameterize, verify  # noqa: E402
 from doconv_tf.batchnorm import REGULARIZED, TRAINING  # noqa: E402
 from doconv_tf.branches import HELD, IN_OTHERS, STRIDED, UNLIKE  # noqa: E402
 from doconv_tf.graph import UNKNOWN  # noqa: E402
-from doconv_tf.pieces import POOLED, UNSIZED  # noqa: E402
+from doconv_tf.pieces import POOLED, ROUNDED, UNSIZED  # noqa: E402
 
 CLOSE = 1e-5
 DOUBLE = ["float64"] if BACKEND == "tensorflow" else []  # which Keras rounds elsewhere
@@ -495,6 +495,9 @@ REFUSED = {
     "tied": (tied, SHARED),
     "not finite": (infinite, NOT_FINITE),
     "dtypes": (lambda x: both(x, b=layers.Conv2D(4, 1, dtype="bfloat16")), UNLIKE),
+    "rounded between": (
+        lambda x: x + layers.Activation("linear", dtype="bfloat16")(layers.Conv2D(4, 1)(x)), ROUNDED
+    ),
     "by an operation": (by_an_operation, READ),
     "an attribute": (as_an_attribute, HELD),
     "in training": (in_training, TRAINING),
