@@ -38,6 +38,7 @@ from doconv_tf.ordinary import (
     put,
     variable_obstacle,
 )
+from doconv_tf.private import calls_of
 from doconv_tf.surgery import become
 
 # Why a batch norm is left, of what Keras alone has.
@@ -70,7 +71,8 @@ def passes_on(layer: Any, seen: Seen) -> bool:
     linear = type(layer) is _layers.Activation and layer.activation is keras.activations.linear
     if not (linear or type(layer) in _PASSING) or is_replaced(layer):
         return False
-    return layer.activity_regularizer is None and id(layer) not in seen.training
+    rounds = any(node.outputs[0].dtype != node.input_tensors[0].dtype for node in calls_of(layer))
+    return not rounds and layer.activity_regularizer is None and id(layer) not in seen.training
 
 
 def norm_obstacle(norm: keras.Layer) -> str | None:

@@ -107,6 +107,7 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
     x = norm("dense", axis=1)(layers.Dense(3, name="d")(x))
     x = norm("drop")(layers.Dropout(0.5)(conv("drop")(x), training=True))
     x = norm("noise")(layers.Dropout(0.5, activity_regularizer="l2")(conv("noise")(x)))
+    x = norm("rounded")(layers.Identity(dtype="bfloat16")(conv("rounded")(x)))
     inner = keras.Sequential([conv("inner"), norm("inner")], name="stack")
     x = inner(x, training=True)
     x = OwnCall([conv("call"), norm("call")], name="own_call")(x)
@@ -125,6 +126,7 @@ def test_batch_norms_that_cannot_be_fused_are_left_with_the_reason():
         "dense": AXIS,
         "drop": NOT_DIRECT,
         "noise": NOT_DIRECT,
+        "rounded": NOT_DIRECT,
         "stack.inner": training,
         "regularized": "it or its convolution has an activity regularizer",
         "regularized_norm": "it or its convolution has an activity regularizer",
