@@ -79,6 +79,11 @@ KIND = ("--set", "epochs=1", "--set", "batch_size=720", "--set", "train_images=r
         "--set", "eval_images=resize 8 8")  # fmt: skip
 
 
+# Keras compiles each of the four networks anew, which takes a minute.
+LONG = [pytest.param(n, marks=[pytest.mark.exhaustive] * (n == "tf")) for n in TRAINED]
+
+
+@pytest.mark.parametrize("backend", LONG, indirect=True)
 def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     """Begun from a file of the ordinary network, gone on with, folded to one, and evaluated.
 
