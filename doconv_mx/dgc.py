@@ -53,6 +53,11 @@ class DynamicHeads2D(HybridBlock):
                 setattr(self, name, self.params.get(name, shape=shape, init=starts.get(name)))
             self.inactive.grad_req, self.inactive.init = "null", init.Zero()
 
+    def cast(self, dtype: Any) -> None:
+        """Cast to another dtype, but for the counter, which half precision may not hold."""
+        super().cast(dtype)
+        self.inactive.cast("float32")
+
     def hybrid_forward(
         self, F: Any, z: Any, weight: Any, squeeze_weight: Any, saliency_weight: Any,
         saliency_bias: Any, inactive: Any,

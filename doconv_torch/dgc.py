@@ -31,6 +31,7 @@ class DynamicHeads2d(nn.Module):
     saliency_bias: Tensor
     inactive: Tensor
     transposed, padding_mode = False, "zeros"  # as of an ordinary convolution
+    traced: int | None = None  # of a layer that skips: how many channels it drops when recorded
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
@@ -103,6 +104,15 @@ class DynamicHeads2d(nn.Module):
         """Return what a copy gets: no saliencies of a pass, which only its graph's owner has."""
         return {**self.__dict__, "lasso": None}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.note_dropped()
+
+    def note_dropped(self) -> None:
+        """Let what is compiled or exported drop as many channels as the layer, where it skips."""
+        if self.traced is not None:
+            self.traced = int(self.inactive)
+
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
 
@@ -164,8 +174,6 @@ class SkippingDGConv2d(DGConv2d):
     >>> torch.testing.assert_close(skips(x), layer(x), rtol=1e-4, atol=1e-5)
     """
 
-    dropped: int  # as it was folded
-
     def forward(self, x: Tensor) -> Tensor:
         """Return `(B, O, H', W')` of `x` `(B, C, H, W)`."""
         if self.training:
@@ -178,7 +186,7 @@ class SkippingDGConv2d(DGConv2d):
         fixed = skipping.is_fixed()
         if not fixed and not skipping.is_for(heads, z):
             return cast(Tensor, heads(z))
-        dropped = self.dropped if fixed else int(heads.inactive)
+        dropped = heads.traced if fixed else int(heads.inactive)
         positions = prod(z.shape[2:]) // prod(heads.stride)
         if fixed or skipping_pays(heads.spec, dropped, z.shape[0], positions):
             return skipping.skipping(heads, z, dropped)
@@ -198,7 +206,7 @@ class DGConvs(DynamicLayers):
 
     def skip(self, layer: Any) -> None:
         """Note what is dropped, and lay the kernel out for that."""
-        layer.dropped = int(layer.heads.inactive)
+        layer.heads.traced = int(layer.heads.inactive)
         with ordinary_tensors():
             layer.heads.weight.data = skipping.rearranged(layer.heads.weight.data)
 
@@ -219,7 +227,12 @@ def set_progress(model: nn.Module, progress: float) -> None:
     >>> layer.heads.inactive
     tensor(48)
     """
-    dynamic.set_progress(_heads(model), progress, lambda heads, n: heads.inactive.fill_(n))
+
+    def put(heads: DynamicHeads2d, inactive: int) -> None:
+        heads.inactive.fill_(inactive)
+        heads.note_dropped()
+
+    dynamic.set_progress(_heads(model), progress, put)
 
 
 def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:

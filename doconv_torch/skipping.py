@@ -222,7 +222,7 @@ def _lies_there(array: Tensor, shape: tuple[int, ...]) -> bool:
 def _is_plain(array: Tensor) -> bool:
     """Return whether it is an array of float32 in the processor's memory."""
     plain = array.dtype == torch.float32 and array.device.type == "cpu"
-    return plain and type(array) in (Tensor, nn.Parameter)
+    return plain and type(array) in (Tensor, nn.Parameter) and not array.is_neg()
 
 
 def _output(shape: Sequence[int], *geometry: Sequence[int]) -> list[int]:

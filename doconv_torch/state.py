@@ -12,7 +12,7 @@ from doconv_core.networks.names import known_name
 from doconv_core.state.exchange import Holder, Kept, export_from, load_into
 from doconv_core.state.file import Array, State
 from doconv_core.state.match import Assignment, Match
-from doconv_torch.dgc import SkippingDGConv2d
+from doconv_torch.dgc import DynamicHeads2d
 from doconv_torch.layers import attribute, form_of, owned, paddings
 
 
@@ -49,8 +49,8 @@ def load_state(
     """
     load_into(_Modules(model), state, match=match, ignore=ignore)
     for module in model.modules():
-        if isinstance(module, SkippingDGConv2d):
-            module.dropped = int(module.heads.inactive)
+        if isinstance(module, DynamicHeads2d):
+            module.note_dropped()
 
 
 class _Modules(Holder):

@@ -127,6 +127,17 @@ def test_a_network_is_trained_with_layers_of_a_kind(backend, tmp_path):
     assert branch in arrays(open_run(run).last / "state.safetensors").keys() - folded.keys()
 
 
+def test_a_state_of_a_run_tells_its_networks_options(tmp_path):
+    need("torch")
+    run, network = tmp_path / "run", "cifar_dydensenet86"
+    options = "--stages", "1-1-1", "--growth", "4-8-16", "--heads", "2"
+    train(run, *KIND, *options, network=network)
+    told = json.loads(doconv("evaluate", run, "--json").stdout)
+    given = "--backend", "torch", "--set", "eval_images=resize 8 8", "--json"
+    for file in (run / "folded.safetensors", open_run(run).last / "state.safetensors"):
+        assert json.loads(doconv("evaluate", file, *given).stdout)["top1"] == told["top1"]
+
+
 def test_a_batch_may_be_taken_in_parts(tmp_path):
     need("torch")
     run, parts = tmp_path / "run", ("--set", "accumulate=2")

@@ -13,7 +13,7 @@ import pytest
 from cases import refuses
 from equal import assert_close
 
-from doconv_core import count, describe, read_state, write_state
+from doconv_core import StateError, count, describe, read_state, write_state
 from doconv_core.kinds.dgc import DGConvSpec, dynamic_heads, from_source, inactive_channels
 from doconv_core.networks.evaluate import evaluate, gradients
 from doconv_core.networks.initialize import initialize
@@ -200,6 +200,15 @@ def test_a_state_keeps_the_heads(tmp_path):
     found = read_state(tmp_path / "x.safetensors")
     assert found.layers == state.layers
     assert found.arrays["layer.heads.inactive"].shape == ()
+
+
+@pytest.mark.parametrize("dropped", [-1, 2.5, 13, np.nan, np.inf])
+def test_a_state_that_drops_no_number_of_channels_is_refused(dropped):
+    state = initialize(Network("case", sequence(("layer", dynamic(8))), (16, 4, 4)))
+    arrays = {**state.arrays, "layer.heads.inactive": np.array(dropped, "f4")}
+    told = r"'layer.heads': inactive, .*, must be a whole number from 0 to 12"
+    with pytest.raises(StateError, match=told):
+        State(state.layers, arrays)
 
 
 test_what_gives_no_layer_is_refused = refuses(

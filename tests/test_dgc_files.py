@@ -175,6 +175,23 @@ def test_what_makes_no_heads_is_told(name, shape, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("_inactive_channels", -3.0, "heads' drops -3 of 16 channels"),
+        ("_inactive_channels", 12.5, "heads' drops 12.5 of 16 channels"),
+        ("_inactive_channels", np.nan, "heads' drops nan of 16 channels"),
+        ("norm.weight", np.ones(15), r"norm' has 'weight' of shape \(15,\); expected \(16,\)"),
+    ],
+)
+def test_values_and_sizes_that_cannot_be_are_told(name, array, message, tmp_path):
+    arrays = {**state_dict(), f"module.{FIRST}.{name}": np.asarray(array)}
+    path = checkpoint(tmp_path / "bad.pth.tar", arrays)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_upstream(path)
+    assert str(path) in only_line(caught)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"squeeze_rate": 8}, "squeezes 16 channels into 2 features, but squeeze_rate=8 into 4; g"),

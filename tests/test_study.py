@@ -18,7 +18,7 @@ from doconv_core import describe
 from doconv_core.networks.initialize import initialize
 from doconv_core.training import claim as claims
 from doconv_core.training import study as studies
-from doconv_core.training.claim import claimed
+from doconv_core.training.claim import ClaimLost, claimed
 from doconv_core.training.html import Curve, plot
 from doconv_core.training.paired import epochs_to, summary, wins
 from doconv_core.training.recipe import recipe
@@ -350,6 +350,23 @@ def test_a_claim_is_held_by_one(tmp_path):
     again = claimed(target)
     assert again.file.name == "00000.claim-0"
     again.release()
+
+
+def test_a_claim_of_the_same_number_is_another(tmp_path):
+    """One that was silent, was taken over, and finds the file of a third, which began anew."""
+    target = tmp_path / "run"
+    first = claimed(target)
+    first.file.unlink()  # as whoever took over did at its end
+    with pytest.raises(ClaimLost, match=r"run.claim-0, by which this process claims .*, is gone"):
+        first.check()
+    third = claimed(target)
+    assert third.file == first.file
+    with pytest.raises(ClaimLost, match="was taken over by another process"):
+        first.check()
+    first.release()
+    third.check()
+    third.release()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_of_many_one_gets_a_claim(tmp_path):

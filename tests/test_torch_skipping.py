@@ -119,6 +119,8 @@ def test_a_parameter_that_changes_is_seen(form):
             change(each)
         with torch.inference_mode():
             assert_close(folded(x).numpy(), layer(x).numpy())
+            traced = torch.compile(folded, backend="eager", fullgraph=True)
+            assert_close(traced(x).numpy(), layer(x).numpy())
 
 
 @pytest.mark.parametrize("case", ["nan", "large", "order", "relu", "hooks", "fused", "empty"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,8 +170,9 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     data = given["data"] or DIGITS
     name = given["recipe_name"]
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
+    options = _options(given) or json.loads(origin.get("options", "{}"))
     return Job(
-        network, _options(given), given["backend"], data, given["data_dir"],
+        network, options, given["backend"], data, given["data_dir"],
         given["max_broken"], changed(recipe, dict(given["changes"])), kind,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ def state_of(
             role = ROLES.get(name, name)
             array = checkpoint.heads(layer, name) if is_heads else checkpoint.read(has[role])
             array = array if array.dtype.kind == "f" else array.astype(np.float32)
+            if array.size != prod(shape):
+                raise CheckpointError(
+                    f"{checkpoint.path}: layer {layer.name!r} has {role!r} of shape {array.shape}; "
+                    f"expected {shape}."
+                )
             arrays[entry(layer.path, name)] = array.reshape(shape)
     return State(forms, arrays)
 
@@ -68,10 +74,12 @@ def _heads_spec(
             f"{where} squeezes {channels} channels into {squeezed} features, but squeeze_rate="
             f"{squeeze_rate} into {spec.squeezed}; give the network's."
         )
-    dropped = int(checkpoint.heads(layer, INACTIVE))
+    dropped = float(checkpoint.heads(layer, INACTIVE))
+    if not dropped.is_integer() or dropped < 0:
+        raise CheckpointError(f"{where} drops {dropped:g} of {channels} channels.")
     if dropped > most:
         raise CheckpointError(
-            f"{where} drops {dropped} of {channels} channels, but gate_factor={gate_factor} at "
+            f"{where} drops {dropped:.0f} of {channels} channels, but gate_factor={gate_factor} at "
             f"most {most}; give the network's."
         )
     return spec

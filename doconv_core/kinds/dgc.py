@@ -84,6 +84,17 @@ class DGConvSpec:
         """The sizes of an ordinary convolution with as many weights."""
         return ConvSpec(self.in_channels, self.out_channels, self.kernel_size)
 
+    def check_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Raise ValueError where the heads' arrays drop no number of channels that they can."""
+        dropped, most = arrays["inactive"], inactive_channels(self.in_channels, self.gate_factor, 1)
+        value, limit = float(dropped), float(dropped.dtype.type(most))  # rounded as it may be
+        if not (value.is_integer() and 0 <= value <= limit):
+            raise ValueError(
+                "inactive, how many channels each head drops, must be a whole number from 0 to "
+                f"{most}, of {self.in_channels} channels at gate_factor={self.gate_factor}; "
+                f"received {value:g}."
+            )
+
     @property
     def kernel_shape(self) -> Shape:
         """Shape of the heads' kernels, one head after the other, `(O, C, *kernel_size)`."""
@@ -241,7 +252,7 @@ def _above(saliency: Array, inactive: int) -> Array:
     return above
 
 
-SOURCE = re.compile(r"(.*\.|)headconv_(\d+)\.(conv\.weight|fc[12]\.weight|fc2\.bias)")
+SOURCE = re.compile(r"(.*\.|)headconv_(0|[1-9]\d*)\.(conv\.weight|fc[12]\.weight|fc2\.bias)")
 _NAMES = {
     "conv.weight": "weight", "fc1.weight": "squeeze_weight", "fc2.weight": "saliency_weight",
     "fc2.bias": "saliency_bias",

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from doconv_core.atomic import check_suffix, replacing
+from doconv_core.kinds.dgc import DGConvSpec
 from doconv_core.maths.geometry import Geometry
 from doconv_core.maths.numeric import Array as Array
 from doconv_core.maths.spec import ConvSpec
@@ -55,7 +56,8 @@ class State:
     layers: the form of each, by path, in the model's order. arrays: float16, float32 or float64, by
     `entry` name. origin: who wrote it, such as `{"framework": "torch", "version": "2.6"}`, and
     as `"network"` the name of one that `describe` knows; empty where that is not known.
-    Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's.
+    Raises StateError for an entry that is missing, of another shape or dtype, or not a layer's, and
+    for a number of dropped channels that is none.
 
     >>> form = LayerForm(LinearSpec(3, 2), bias=False)
     >>> State({"fc": form}, {"fc.weight": np.zeros((2, 3))}).layers["fc"].shapes
@@ -86,6 +88,12 @@ class State:
         for name in self.arrays:
             if name not in expected:
                 raise StateError(f"entry {name!r} belongs to no layer of the state.")
+        for path, form in self.layers.items():
+            if isinstance(form.spec, DGConvSpec):
+                try:
+                    form.spec.check_arrays({n: self.arrays[entry(path, n)] for n in form.shapes})
+                except ValueError as error:
+                    raise StateError(f"layer {path!r}: {error}") from None
 
 
 def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:

@@ -12,10 +12,12 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 BEAT = 20.0  # seconds from one touch to the next
 STALE = 600.0  # seconds without a touch, after which nobody is taken to be at work
@@ -34,19 +36,29 @@ class Claim:
     >>> claim.release()
     """
 
-    def __init__(self, target: Path, file: Path, stale: float) -> None:
-        self.target, self.file, self.stale = target, file, stale
+    def __init__(self, target: Path, file: Path, told: Mapping[str, Any], stale: float) -> None:
+        self.target, self.file, self.told, self.stale = target, file, told, stale
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with suppress(OSError):
-                os.utime(self.file)
+                if self._is_there():
+                    os.utime(self.file)
+
+    def _is_there(self) -> bool:
+        """Return whether the file is still this claim's, and not one of the same number since."""
+        with suppress(FileNotFoundError, ValueError):
+            return bool(json.loads(self.file.read_text(encoding="utf-8")) == self.told)
+        return False
 
     def check(self) -> None:
         """Raise ClaimLost where another process has claimed the same since."""
-        if _last(self.target) != self.file:
+        last = _last(self.target)
+        if last is None:
+            raise ClaimLost(f"{self.file}, by which this process claims {self.target}, is gone.")
+        if last != self.file or not self._is_there():
             raise ClaimLost(
                 f"{self.target} was taken over by another process, as nothing had been heard of "
                 f"this one for {self.stale:.0f} seconds."
@@ -56,7 +68,7 @@ class Claim:
         """Let others claim the same; remove what those before have left, who are gone."""
         self._ended.set()
         _HELD.discard(self.file)
-        for file in [*_claims(self.target)]:
+        for file in [*_claims(self.target)] if self._is_there() else ():
             if _number(file) <= _number(self.file):
                 file.unlink(missing_ok=True)
 
@@ -75,17 +87,18 @@ def claimed(target: Path, stale: float = STALE) -> Claim | None:
         return None
     number = 0 if last is None else _number(last) + 1
     file = target.with_name(f"{target.name}.claim-{number}")
+    told = {"host": socket.gethostname(), "process": os.getpid(), "claim": uuid4().hex}
     try:
         with file.open("x", encoding="utf-8") as opened:
             _HELD.add(file)  # before anyone can read whose it is
-            json.dump({"host": socket.gethostname(), "process": os.getpid()}, opened)
+            json.dump(told, opened)
     except FileExistsError:  # another was faster
         return None
     except OSError:  # a full disk
         _HELD.discard(file)
         file.unlink(missing_ok=True)
         raise
-    return Claim(target, file, stale)
+    return Claim(target, file, told, stale)
 
 
 def owner(target: Path) -> str:

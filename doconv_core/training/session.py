@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import signal
@@ -379,9 +380,11 @@ class Session:
         write_json(folder / runs.POSITION, position)
 
     def _write_state(self, state: State, file: Path) -> None:
-        """Write a state, and in it the kind of its layers, which they do not tell when folded."""
-        kind = {} if self.kind is None else {"kind": self.kind}
-        write_state(dataclasses.replace(state, origin={**state.origin, **kind}), file)
+        """Write a state, and in it with which options and kind its network is made again."""
+        told = {} if self.kind is None else {"kind": self.kind}
+        if self.notes.get("options"):
+            told["options"] = json.dumps(self.notes["options"])
+        write_state(dataclasses.replace(state, origin={**state.origin, **told}), file)
 
     def _gathered(self, sums: Sums) -> list[Sums]:
         """Return each process's sums, the same in all of them."""
