@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,11 @@ def test_a_state_of_a_run_tells_its_networks_options(tmp_path):
     given = "--backend", "torch", "--set", "eval_images=resize 8 8", "--json"
     for file in (run / "folded.safetensors", open_run(run).last / "state.safetensors"):
         assert json.loads(doconv("evaluate", file, *given).stdout)["top1"] == told["top1"]
+    state = read_state(file)
+    for text in ("[1]", "{"):
+        write_state(replace(state, origin={**state.origin, "options": text}), tmp_path / "odd")
+        error = "has options that are no JSON object: "
+        doconv("evaluate", tmp_path / "odd", *given, code=USAGE, error=error)
 
 
 def test_a_batch_may_be_taken_in_parts(tmp_path):

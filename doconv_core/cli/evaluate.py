@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,6 +162,8 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     with open_checkpoint(subject) as checkpoint:
         origin = checkpoint.origin or {}
     network = given["network"] or origin.get("network")
+    if network != origin.get("network"):
+        origin = {}  # of another one
     if network is None:
         raise click.UsageError(f"{subject} does not tell its network; give it with --network.")
     network, kind = with_kind(network)
@@ -170,11 +173,20 @@ def _of_file(subject: Path, given: Mapping[str, Any]) -> Job:
     data = given["data"] or DIGITS
     name = given["recipe_name"]
     recipe = default_recipe(network, data) if name is None else recipe_by_name(name)
-    options = _options(given) or json.loads(origin.get("options", "{}"))
+    options = _options(given) or _stored(subject, origin.get("options", "{}"))
     return Job(
         network, options, given["backend"], data, given["data_dir"],
         given["max_broken"], changed(recipe, dict(given["changes"])), kind,
     )  # fmt: skip
+
+
+def _stored(subject: Path, text: str) -> dict[str, Any]:
+    """Return the options of a network, as a state of a run has them."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise click.UsageError(f"{subject} has options that are no JSON object: {text!r}.")
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
