@@ -74,7 +74,7 @@ def state_of(net):
     """Return a state of which nothing is at its special first value."""
     first, rng = initialize(net), np.random.default_rng(1)
     moved = {
-        name: a + (0.3 * rng.standard_normal(a.shape) if trained(name) else 0.5)
+        name: a + (0.3 * rng.standard_normal(a.shape) if trained(name) else 1)
         for name, a in sorted(first.arrays.items())
     }
     return State(first.layers, {n: np.asarray(a, np.float32) for n, a in moved.items()})

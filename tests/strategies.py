@@ -129,7 +129,7 @@ def states(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtype = st.sampled_from([np.float16, np.float32, np.float64])
     arrays = {
-        f"{path}.{name}": (rng.standard_normal(shape) * (name != "inactive")).astype(draw(dtype))
+        f"{path}.{name}": np.array(rng.standard_normal(shape) * (name != "inactive"), draw(dtype))
         for path, form in layers.items()
         for name, shape in form.shapes.items()
     }

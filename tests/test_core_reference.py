@@ -65,7 +65,7 @@ def state_of(net):
     first, rng = initialize(net), np.random.default_rng(1)
     arrays = {}
     for name, a in first.arrays.items():
-        moved = a + (0.3 * rng.standard_normal(a.shape) if trained(name) else 0.5)
+        moved = a + (0.3 * rng.standard_normal(a.shape) if trained(name) else 1)
         arrays[name] = np.asarray(moved, np.float64)
     return State(first.layers, arrays)
 
