@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +46,11 @@ def one_test(function: Callable[..., None]) -> Callable[..., None]:
     test.__signature__ = inspect.Signature(left)  # type: ignore[attr-defined]
     test.pytestmark = rest  # type: ignore[attr-defined]
     return test
+
+
+def tail_but(values: Iterable[Any], *brief: Any) -> list[Any]:
+    """Return a test's parameters, of which all but some are of the long tail."""
+    return [v if v in brief else pytest.param(v, marks=pytest.mark.exhaustive) for v in values]
 
 
 def refuses(call: Callable[[Any], Any], *cases: tuple[Any, type[Exception], str]) -> Any:

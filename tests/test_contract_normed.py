@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from cases import tail_but
 from contract import FLOAT32_TOLERANCE, check_refused, put, say, snapshot
 from contract_networks import images
 from contract_networks import trained as trained_state
@@ -254,7 +255,7 @@ def test_its_state_crosses_frameworks(adapter):
         assert_close(other.forward(there, x), output, FLOAT32_TOLERANCE, other.__name__)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", tail_but(RULES, "repvgg", "dbb", "unireplknet"))
 def test_a_described_network_of_a_rule_is_the_one_that_becomes_so(adapter, rule):
     """What its layers are, what it starts as, and what it and its gradients are in NumPy."""
     package, network = adapter.package, of_kind(OF_SEVERAL, rule)
