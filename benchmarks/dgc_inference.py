@@ -1,6 +1,7 @@
 """Measure what dynamic group convolutions gain by skipping what they drop, on the CPU.
 
-Run: python benchmarks/dgc_inference.py [--only BACKEND] [--quick] [--pure] [--docs]
+Run: python benchmarks/dgc_inference.py [--docs] [--only BACKEND] [--quick] [--pure]
+    [--channels-last]
 
 One process for each framework, in which come by turns: the dense counterpart, which is the same
 layer or network with every channel kept and no selector, the layer as it is trained, in evaluation,
@@ -71,8 +72,9 @@ def main() -> None:
     if options.worker:
         _work(options)
         return
-    if options.docs and (options.quick or options.only or options.pure):
-        raise SystemExit("--docs is for a whole run, without --quick, --only and --pure.")
+    others = options.quick or options.only or options.pure or options.channels_last
+    if options.docs and others:
+        raise SystemExit("--docs is for a whole run, with neither --quick nor what follows it.")
     found: dict[str, Any] = {}
     for backend in options.only or BACKENDS:
         command = [sys.executable, __file__, "--worker", backend, *sys.argv[1:]]
@@ -98,6 +100,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--pure", action="store_true", help="PyTorch without the compiled code; no table of docs"
     )
+    parser.add_argument(
+        "--channels-last", action="store_true",
+        help="in PyTorch, kernels of ordinary convolutions in groups in channels_last",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=5, help="seconds for each row")
@@ -109,6 +115,7 @@ def _options() -> argparse.Namespace:
 
 def _work(options: argparse.Namespace) -> None:
     driver = DRIVERS[options.worker](options.threads)
+    driver.channels_last = options.channels_last
     if options.pure:
         import_module("doconv_torch.skipping")._skipping = None
     print(json.dumps(driver.version), flush=True)
@@ -176,6 +183,7 @@ class Torch:
     """PyTorch, in inference mode."""
 
     name = "PyTorch"
+    channels_last = False
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -187,7 +195,11 @@ class Torch:
 
     def built(self, network: Network) -> Any:
         """Return the network."""
-        return self.package.build(network)
+        model = self.package.build(network)
+        for module in model.modules() if self.channels_last else ():
+            if isinstance(module, self.torch.nn.Conv2d) and module.groups > 1:
+                module.to(memory_format=self.torch.channels_last)
+        return model
 
     def norm(self, model: Any, images: np.ndarray) -> None:
         """Let the norms be those of some images, as values grow by layers in new networks."""
@@ -227,7 +239,9 @@ class Keras:
         keras.utils.set_random_seed(0)
         self.version = f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
 
-    built = Torch.built
+    def built(self, network: Network) -> Any:
+        """Return the network."""
+        return self.package.build(network)
 
     def norm(self, model: Any, images: np.ndarray) -> None:
         """Let the norms be those of some images."""
