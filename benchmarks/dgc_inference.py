@@ -72,7 +72,9 @@ def main() -> None:
     if options.worker:
         _work(options)
         return
-    others = options.quick or options.only or options.pure or options.channels_last
+    if options.channels_last and options.only != ["torch"]:
+        raise SystemExit("--channels-last is PyTorch's; give --only torch, too.")
+    others = options.quick or options.only or options.pure
     if options.docs and others:
         raise SystemExit("--docs is for a whole run, with neither --quick nor what follows it.")
     found: dict[str, Any] = {}
@@ -115,7 +117,6 @@ def _options() -> argparse.Namespace:
 
 def _work(options: argparse.Namespace) -> None:
     driver = DRIVERS[options.worker](options.threads)
-    driver.channels_last = options.channels_last
     if options.pure:
         import_module("doconv_torch.skipping")._skipping = None
     print(json.dumps(driver.version), flush=True)
@@ -161,6 +162,8 @@ def measured(driver: Any, case: Case, options: argparse.Namespace) -> Row:
     driver.package.set_progress(model, 1)
     for each in (ordinary, model):  # which depends on what is dropped
         driver.norm(each, several(x))
+        if options.channels_last:
+            driver.lay_out(each)
     ways = driver.ways({"dense": ordinary, "masked": model, "folded": driver.folded(model)}, x)
     found, expected = (np.asarray(ways[name](), float) for name in ("folded", "masked"))
     relative = difference(found, expected).relative
@@ -183,7 +186,6 @@ class Torch:
     """PyTorch, in inference mode."""
 
     name = "PyTorch"
-    channels_last = False
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -195,11 +197,13 @@ class Torch:
 
     def built(self, network: Network) -> Any:
         """Return the network."""
-        model = self.package.build(network)
-        for module in model.modules() if self.channels_last else ():
+        return self.package.build(network)
+
+    def lay_out(self, model: Any) -> None:
+        """Let kernels of ordinary convolutions in groups lie in channels_last."""
+        for module in model.modules():
             if isinstance(module, self.torch.nn.Conv2d) and module.groups > 1:
                 module.to(memory_format=self.torch.channels_last)
-        return model
 
     def norm(self, model: Any, images: np.ndarray) -> None:
         """Let the norms be those of some images, as values grow by layers in new networks."""
@@ -239,9 +243,7 @@ class Keras:
         keras.utils.set_random_seed(0)
         self.version = f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
 
-    def built(self, network: Network) -> Any:
-        """Return the network."""
-        return self.package.build(network)
+    built = Torch.built
 
     def norm(self, model: Any, images: np.ndarray) -> None:
         """Let the norms be those of some images."""

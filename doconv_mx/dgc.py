@@ -10,7 +10,6 @@ from mxnet.gluon import Block, HybridBlock, nn
 
 from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
-from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.parted import HOOKED
 from doconv_core.models.report import REPLACED
@@ -281,7 +280,7 @@ def set_progress(model: Block, progress: float) -> None:
 
     found = _heads(model)
     require_values((heads.inactive for heads in found), "set_progress")
-    dynamic.set_progress(found, progress, put)
+    DG_CONVS.set_progress(found, progress, put)
 
 
 def add_saliency_lasso(model: Block, weight: float = LASSO) -> None:

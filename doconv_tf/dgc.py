@@ -18,7 +18,6 @@ from doconv_core.kinds.dgc import (
     skipping_pays,
 )  # fmt: skip
 from doconv_core.maths.spec import as_integer, as_tuple
-from doconv_core.models import dynamic
 from doconv_core.models.dynamic import DynamicLayers
 from doconv_core.models.received import no_model
 from doconv_core.models.report import REPLACED
@@ -341,7 +340,7 @@ def set_progress(model: keras.Layer, progress: float) -> None:
     for each in heads:
         if not each.built:
             raise ValueError(f"layer {each.name!r} is not built; call the model on data first.")
-    dynamic.set_progress(heads, progress, lambda each, n: each.inactive.assign(n))
+    DG_CONVS.set_progress(heads, progress, lambda each, n: each.inactive.assign(n))
 
 
 def add_saliency_lasso(model: keras.Layer, weight: float = LASSO) -> None:

@@ -17,7 +17,6 @@ from keras import ops
 
 from doconv_core.atomic import replacing
 from doconv_core.maths.numeric import Array
-from doconv_core.models import dynamic
 from doconv_core.models.report import Converted
 from doconv_core.state.file import State
 from doconv_core.training import session
@@ -25,7 +24,7 @@ from doconv_core.training.engine import Batch, Engine, Step, Sums, Verified, ver
 from doconv_core.training.recipe import Recipe
 from doconv_core.training.session import Callback, Trained
 from doconv_tf.devices import devices_for
-from doconv_tf.dgc import DynamicHeads2D
+from doconv_tf.dgc import DG_CONVS, DynamicHeads2D
 from doconv_tf.fitted import Calling, Fitted, Part, blank, divided
 from doconv_tf.lent import Lent
 from doconv_tf.model import fold
@@ -192,7 +191,7 @@ class KerasEngine(Engine):
         rules, pending = self.fitted.rules, []
         rules.learning_rate = step.learning_rate
         if self._heads:
-            dynamic.set_progress(self._heads, step.progress, lambda e, n: e.inactive.assign(n))
+            DG_CONVS.set_progress(self._heads, step.progress, lambda e, n: e.inactive.assign(n))
         self.fitted.make_train_function()
         for part in divided(batch, self.devices, self.recipe):
             if rules.parts:

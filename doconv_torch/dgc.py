@@ -12,8 +12,7 @@ from torch.nn import functional as f
 
 from doconv_core.kinds.dgc import LASSO, DGConvSpec, as_lasso, skipping_pays
 from doconv_core.maths.spec import as_tuple
-from doconv_core.models import dynamic
-from doconv_core.models.dynamic import DynamicLayers
+from doconv_core.models.dynamic import DynamicLayers, lassos
 from doconv_core.models.parted import HOOKED
 from doconv_core.models.received import no_model
 from doconv_torch import skipping
@@ -31,7 +30,7 @@ class DynamicHeads2d(nn.Module):
     saliency_bias: Tensor
     inactive: Tensor
     transposed, padding_mode = False, "zeros"  # as of an ordinary convolution
-    traced: int | None = None  # of a layer that skips: how many channels it drops when recorded
+    dropped: int | None = None  # of a layer that skips: so many, when it is recorded
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1,
@@ -110,8 +109,8 @@ class DynamicHeads2d(nn.Module):
 
     def note_dropped(self) -> None:
         """Let what is compiled or exported drop as many channels as the layer, where it skips."""
-        if self.traced is not None:
-            self.traced = int(self.inactive)
+        if self.dropped is not None:
+            self.dropped = int(self.inactive)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return f.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
@@ -186,7 +185,7 @@ class SkippingDGConv2d(DGConv2d):
         fixed = skipping.is_fixed()
         if not fixed and not skipping.is_for(heads, z):
             return cast(Tensor, heads(z))
-        dropped = heads.traced if fixed else int(heads.inactive)
+        dropped = heads.dropped if fixed else int(heads.inactive)
         positions = prod(z.shape[2:]) // prod(heads.stride)
         if fixed or skipping_pays(heads.spec, dropped, z.shape[0], positions):
             return skipping.skipping(heads, z, dropped)
@@ -195,6 +194,8 @@ class SkippingDGConv2d(DGConv2d):
 
 class DGConvs(DynamicLayers):
     """The dynamic group convolutions of PyTorch."""
+
+    follows = True
 
     def changed(self, layer: Any) -> str | None:
         """Return which part has hooks, or has been exchanged."""
@@ -206,7 +207,7 @@ class DGConvs(DynamicLayers):
 
     def skip(self, layer: Any) -> None:
         """Note what is dropped, and lay the kernel out for that."""
-        layer.heads.traced = int(layer.heads.inactive)
+        layer.heads.dropped = int(layer.heads.inactive)
         with ordinary_tensors():
             layer.heads.weight.data = skipping.rearranged(layer.heads.weight.data)
 
@@ -232,7 +233,7 @@ def set_progress(model: nn.Module, progress: float) -> None:
         heads.inactive.fill_(inactive)
         heads.note_dropped()
 
-    dynamic.set_progress(_heads(model), progress, put)
+    DG_CONVS.set_progress(_heads(model), progress, put)
 
 
 def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
@@ -247,7 +248,7 @@ def saliency_lasso(model: nn.Module, weight: float = LASSO) -> Tensor:
     >>> layer = DGConv2d(16, 8, 1)
     >>> loss = layer(torch.ones(1, 16, 3, 3)).mean() + saliency_lasso(layer)
     """
-    passed = dynamic.lassos(_heads(model))
+    passed = lassos(_heads(model))
     total = torch.stack([each.to(passed[0].device) for each in passed]).sum()
     return as_lasso("weight", weight) * total
 

@@ -121,7 +121,7 @@ def test_a_folded_layer_takes_a_state_of_another_progress_or_refuses_it(adapter)
     state = adapter.package.export_state(layer)
     if adapter.package.__name__ == "doconv_torch":
         adapter.package.load_state(folded, state)
-        assert folded.heads.traced == 8  # for what is exported
+        assert folded.heads.dropped == 8  # for what is exported
         assert_close(adapter.forward(folded, problem.x), adapter.forward(layer, problem.x))
         return
     message = "'heads' was folded to drop 12 channels; received a state in which it drops 8: load"

@@ -12,7 +12,7 @@ from doconv_core.files.checkpoint import Checkpoint
 from doconv_core.files.dynamic import INACTIVE, SQUEEZE, shape_of
 from doconv_core.files.entries import CheckpointError, groups_of
 from doconv_core.files.layers import BATCH_NORM, CONVOLUTION, DYNAMIC, LINEAR, Layer
-from doconv_core.kinds.dgc import DGConvSpec, inactive_channels
+from doconv_core.kinds.dgc import DGConvSpec
 from doconv_core.maths.numeric import Array
 from doconv_core.maths.spec import ConvSpec
 from doconv_core.state.file import State, entry
@@ -66,7 +66,6 @@ def _heads_spec(
     heads, squeezed, _ = shape_of(SQUEEZE, entries)
     try:
         spec = DGConvSpec(channels, outputs, tuple(size), heads, squeeze_rate, gate_factor)
-        most = inactive_channels(channels, gate_factor, 1)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if spec.squeezed != squeezed:
@@ -74,14 +73,10 @@ def _heads_spec(
             f"{where} squeezes {channels} channels into {squeezed} features, but squeeze_rate="
             f"{squeeze_rate} into {spec.squeezed}; give the network's."
         )
-    dropped = float(checkpoint.heads(layer, INACTIVE))
-    if not dropped.is_integer() or dropped < 0:
-        raise CheckpointError(f"{where} drops {dropped:g} of {channels} channels.")
-    if dropped > most:
-        raise CheckpointError(
-            f"{where} drops {dropped:.0f} of {channels} channels, but gate_factor={gate_factor} at "
-            f"most {most}; give the network's."
-        )
+    try:
+        spec.check_inactive(checkpoint.heads(layer, INACTIVE))
+    except ValueError as error:
+        raise CheckpointError(f"{where} {error}") from error
     return spec
 
 

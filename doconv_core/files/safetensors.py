@@ -43,7 +43,7 @@ from doconv_core.files.layers import (
 )
 from doconv_core.files.paths import check_whole
 from doconv_core.maths.numeric import Array
-from doconv_core.state.file import FORMAT, StateError, read_header
+from doconv_core.state.file import FORMAT, StateError, header_of, read_header
 from doconv_core.state.file import entry as entry_name
 from doconv_core.state.layers import LayerForm
 
@@ -105,9 +105,7 @@ def _write_header(
         offsets = [position, position + size]
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
         position += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(header_of(header))
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -84,15 +84,15 @@ class DGConvSpec:
         """The sizes of an ordinary convolution with as many weights."""
         return ConvSpec(self.in_channels, self.out_channels, self.kernel_size)
 
-    def check_arrays(self, arrays: Mapping[str, Array]) -> None:
-        """Raise ValueError where the heads' arrays drop no number of channels that they can."""
-        dropped, most = arrays["inactive"], inactive_channels(self.in_channels, self.gate_factor, 1)
-        value, limit = float(dropped), float(dropped.dtype.type(most))  # rounded as it may be
-        if not (value.is_integer() and 0 <= value <= limit):
+    def check_inactive(self, inactive: Array) -> None:
+        """Raise ValueError where a head cannot drop so many channels."""
+        most, value = inactive_channels(self.in_channels, self.gate_factor, 1), float(inactive)
+        told = f"drops {value:g} of {self.in_channels} channels"
+        if not value.is_integer() or value < 0:
+            raise ValueError(f"{told}, which is no number of them.")
+        if value > inactive.dtype.type(most):  # rounded as it may be
             raise ValueError(
-                "inactive, how many channels each head drops, must be a whole number from 0 to "
-                f"{most}, of {self.in_channels} channels at gate_factor={self.gate_factor}; "
-                f"received {value:g}."
+                f"{told}, but gate_factor={self.gate_factor:g} at most {most}; give the network's."
             )
 
     @property

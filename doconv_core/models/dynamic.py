@@ -16,10 +16,12 @@ SKIPS = "it multiplies only the channels that it keeps already"
 class DynamicLayers(LayerKind):
     """A framework's dynamic group convolutions, whose fold multiplies only what is kept.
 
-    layer: their type; heads: that of their heads; skipping: what they fold to.
+    layer: their type; heads: that of their heads; skipping: what they fold to. follows: whether
+    what is folded drops as many channels as is said later, and not only as when it was.
     """
 
     kind = DGC
+    follows = False
 
     def __init__(self, layer: type, heads: type, skipping: type) -> None:
         self.layer, self.skipping = layer, skipping
@@ -47,6 +49,19 @@ class DynamicLayers(LayerKind):
             raise ValueError(f"the model has no dynamic group convolution, such as {name}.")
         return found
 
+    def set_progress(
+        self, heads: Sequence[Any], progress: Any, put: Callable[[Any, int], Any]
+    ) -> None:
+        """Let heads drop as many channels as at this point of the training. put: does it."""
+        progress = as_progress(progress)
+        if not self.follows and any(each.dropped is not None for each in heads):
+            raise ValueError(
+                "the model is folded, and drops as many channels as when it was; set the progress "
+                "of the model that it was folded of, and fold that."
+            )
+        for each in heads:
+            put(each, inactive_channels(each.spec.in_channels, each.spec.gate_factor, progress))
+
     def fold(self, view: ModelView, planned: Sequence[tuple[Site, Folding]]) -> None:
         """Let layers skip, in place."""
         for site, _ in planned:
@@ -60,18 +75,6 @@ class DynamicLayers(LayerKind):
     @abstractmethod
     def skip(self, layer: Any) -> None:
         """Note in a layer that has become one that skips how many channels it drops."""
-
-
-def set_progress(heads: Sequence[Any], progress: Any, put: Callable[[Any, int], Any]) -> None:
-    """Let every layer drop as many channels as at this point of the training. put: does it."""
-    progress = as_progress(progress)
-    if any(getattr(each, "dropped", None) is not None for each in heads):
-        raise ValueError(
-            "the model is folded, and drops as many channels as when it was; set the progress of "
-            "the model that it was folded of, and fold that."
-        )
-    for each in heads:
-        put(each, inactive_channels(each.spec.in_channels, each.spec.gate_factor, progress))
 
 
 def lassos(heads: Sequence[Any]) -> list[Any]:

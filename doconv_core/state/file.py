@@ -91,9 +91,9 @@ class State:
         for path, form in self.layers.items():
             if isinstance(form.spec, DGConvSpec):
                 try:
-                    form.spec.check_arrays({n: self.arrays[entry(path, n)] for n in form.shapes})
+                    form.spec.check_inactive(self.arrays[entry(path, "inactive")])
                 except ValueError as error:
-                    raise StateError(f"layer {path!r}: {error}") from None
+                    raise StateError(f"layer {path!r} {error}") from None
 
 
 def origin_of(framework: str, version: str, network: str | None) -> dict[str, str]:
@@ -147,9 +147,14 @@ def _in_order(stored: bytes, metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file with its metadata in their order; they come in one of chance."""
     begin = 8 + int.from_bytes(stored[:8], "little")
     told = {**json.loads(stored[8:begin]), "__metadata__": metadata}
+    return b"".join((header_of(told), memoryview(stored)[begin:]))
+
+
+def header_of(told: Mapping[str, Any]) -> bytes:
+    """Return what a safetensors file begins with: the length of a JSON text, and that text."""
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(stored)[begin:]))
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_state(path: str | os.PathLike[str]) -> State:
